@@ -1,0 +1,147 @@
+"""The seams: every record and protocol that crosses a boundary between packages. Nothing here computes.
+
+Shapes: B sequences (rows), T tokens, K draft tokens, K1 = K + 1, V verifier vocabulary, H hidden size,
+A aux layers, D = width of the states a drafter reads (A * H, or H when only the last state is read).
+Ids of aux layers count finished decoder layers: i = residual stream after i layers, 0 = embeddings,
+n = after the last layer and BEFORE the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """Which activations of the verifier a drafter reads."""
+
+    aux_layer_ids: tuple[int, ...] = ()
+    """Residual streams, concatenated on the feature axis in this (strictly increasing) order."""
+    last_hidden: bool = False
+    """Also the residual stream after the last layer, before the final norm (training targets are made of it)."""
+
+
+@dataclass(frozen=True)
+class VerifierStates:
+    """What the verifier computed for one token sequence. Row i belongs to token i."""
+
+    token_ids_T: Tensor
+    aux_TD: Tensor | None = None
+    """[T, A * H] in the order of `CaptureSpec.aux_layer_ids`; None when no aux layer was asked for."""
+    last_hidden_TH: Tensor | None = None
+
+
+class HiddenStateSource(Protocol):
+    """Where training gets verifier states from: in process, a vLLM server, a store on disk, or a cache over one."""
+
+    capture: CaptureSpec
+
+    def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
+        """States of several sequences at once (each an int64 [T]); same order, none missing, or an error is raised."""
+        ...
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Tokens the engine committed since the proposer was last called.
+
+    The alignment is EAGLE's: row i carries token x_i and the state that PREDICTED it, which sits at position i - 1.
+
+        column      0    1    2    3         first call of a request: the prompt and the first sampled token
+        token       x0   x1   x2   x3        later calls: only the newly emitted tokens
+        state       -    g0   g1   g2        column 0 of a prompt has no state: its row is zeros
+    """
+
+    token_ids_BT: Tensor
+    """int64, right padded with 0; columns past `num_new_B` mean nothing."""
+    states_BTD: Tensor | None
+    """None when the proposer's `capture` asks for nothing."""
+    num_new_B: Tensor
+    """int64 valid columns a row; 0 = this row is not taking part (finished, or waiting)."""
+    num_committed_B: Tensor
+    """int64 sequence lengths after this commit. `num_new == num_committed > 0` means a new request took the row:
+    whatever the proposer kept for that row is void."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Draft tokens for one round."""
+
+    token_ids_BK: Tensor
+    """int64 ids of the VERIFIER's vocabulary; -1 = no draft in this slot (ragged drafts end with -1)."""
+    probs_BKV: Tensor | None = None
+    """q(x) each token was really drawn from, over the verifier's vocabulary; None = point mass (greedy, n-gram)."""
+    parents_K: Tensor | None = None
+    """Draft tree: index of each node's parent draft, -1 = the last committed token; parents come first. None = chain.
+    The topology is shared by all rows; rows use fewer nodes by writing -1 tokens."""
+
+
+@dataclass(frozen=True)
+class DraftSampling:
+    """What a proposer must know to draw drafts: temperatures [B] (0 = argmax) and the noise."""
+
+    temperature_B: Tensor
+    generator: torch.Generator | None = None
+    probabilistic: bool = False
+    """True: draw from softmax(draft logits / temperature) and return `probs_BKV`. False: argmax, a point mass."""
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """Makes drafts. Owns its state for every row and crops it to `num_committed_B` itself: there is no rollback call."""
+
+    capture: CaptureSpec
+
+    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal: ...
+
+
+@dataclass(frozen=True)
+class VerifierOutput:
+    """Scores of the tokens just given to the verifier. Row j scores what follows the j-th given token."""
+
+    logits_BTV: Tensor
+    states_BTD: Tensor | None
+
+
+class Verifier(Protocol):
+    """The model whose distribution is reproduced, with its KV cache, for a fixed number of rows."""
+
+    def score(self, token_ids_BT: Tensor, num_valid_B: Tensor, parents_K: Tensor | None = None) -> VerifierOutput:
+        """One forward over the given tokens, appended to each row's cache. Column 0 is the last committed token;
+        with `parents_K`, columns 1.. are the nodes of a draft tree."""
+        ...
+
+    def keep(self, columns_BT: Tensor, num_kept_B: Tensor) -> None:
+        """Of the columns scored last, keep the first `num_kept_B` entries of `columns_BT` in the cache, drop the rest."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a rule decided for each row."""
+
+    path_BK: Tensor
+    """int64 indices into the proposal's slots, in order, of the accepted drafts; -1 past `num_accepted_B`.
+    For a chain it is 0, 1, 2, ..."""
+    num_accepted_B: Tensor
+    next_token_B: Tensor
+    """The token emitted after the accepted drafts: recovered (a draft was rejected) or bonus (all were accepted)."""
+
+
+class AcceptanceRule(Protocol):
+    """Decides which drafts are kept. Pure: no model, no cache, no state."""
+
+    lossless: bool
+
+    def __call__(
+        self, proposal: Proposal, target_probs_BK1V: Tensor, generator: torch.Generator | None
+    ) -> Verification:
+        """`target_probs_BK1V[:, 0]` follows the last committed token, `[:, j + 1]` follows draft j. Greedy rows are
+        one-hot rows."""
+        ...
