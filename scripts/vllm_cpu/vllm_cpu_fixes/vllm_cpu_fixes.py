@@ -1,0 +1,68 @@
+"""Repairs of vLLM 0.32 on CPU, loaded by vLLM itself as a general plugin, or by calling `apply()` before `LLM()`.
+
+1. Sampled verification: the CPU twin of `expand_batch_to_tokens` drops its result for float tensors, so temperature, top-k
+   and top-p of the draft positions are uninitialised memory (vLLM issue 55005). Greedy decoding is not affected.
+2. Hidden-state extraction: `ExampleHiddenStatesConnector` pins memory and records CUDA events; both kill the CPU worker.
+
+Switch off with VLLM_PLUGINS=none.
+"""
+
+import fcntl
+import os
+from functools import partial
+
+import torch
+
+
+def _expand_to_tokens(output, values, cumulative_counts, replace_from, replace_to, MAX_NUM_TOKENS=None):
+    """Write each request's value once per token of that request into `output`, in place (what the GPU kernel does)."""
+    cumulative = cumulative_counts.to(torch.int64)
+    counts = torch.diff(cumulative, prepend=cumulative.new_zeros(1))
+    replaced = torch.where(values == replace_from, torch.full_like(values, replace_to), values)
+    output.copy_(replaced.repeat_interleave(counts))
+
+
+class _FinishedEvent:
+    """Stands in for a CUDA event: CPU copies are finished when they return."""
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+
+def _submit_write_on_cpu(self, pending):
+    """Gather the request's states from the paged cache and hand them to the connector's writer thread."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import example_hidden_states_connector as connector
+
+    if not self._is_tp_rank_zero:
+        return
+    block_starts = torch.tensor(pending.block_ids, dtype=torch.long)[:, None] * self._block_size
+    slots = (block_starts + torch.arange(self._block_size)[None]).flatten()
+    states = connector.extract_from_kv_cache(self._kv_cache, slots, pending.token_ids.shape[0])
+    tensors = {"hidden_states": states.contiguous().clone(), "token_ids": pending.token_ids.clone()}
+    os.makedirs(os.path.dirname(pending.filename), exist_ok=True)
+    lock_fd = self._lock_fds.pop(pending.req_id, None)
+    if lock_fd is None and self.use_lock:
+        lock_fd = os.open(pending.filename + ".lock", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        fcntl.flock(lock_fd, fcntl.LOCK_EX)
+    event = _FinishedEvent()
+    future = self._executor.submit(self._write_tensors, tensors, event, pending.filename, lock_fd)
+    self._req_copy_events[pending.req_id] = event
+    self._req_futures[pending.req_id] = future
+    future.add_done_callback(partial(self._on_write_done, pending.req_id))
+
+
+def apply():
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
+        ExampleHiddenStatesConnector,
+    )
+    from vllm.utils import cpu_triton_utils
+
+    cpu_triton_utils._expand_kernel_impl = _expand_to_tokens
+    ExampleHiddenStatesConnector._submit_async_write = _submit_write_on_cpu
