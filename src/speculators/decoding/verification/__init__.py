@@ -1,0 +1,28 @@
+"""Which draft tokens the verifier keeps: pure rules, no model, no cache. Start at `resolve_rule`."""
+
+from speculators.decoding.verification.chain import BlockRule, GreedyRule, StandardRule, StrictRule
+from speculators.decoding.verification.draws import (
+    DRAFT_STREAM,
+    Draws,
+    UniformDraws,
+    inverse_cdf,
+    keyed_draws,
+    keyed_uniform,
+    uniform_draws,
+)
+from speculators.decoding.verification.rules import resolve_rule
+
+__all__ = [
+    "DRAFT_STREAM",
+    "BlockRule",
+    "Draws",
+    "GreedyRule",
+    "StandardRule",
+    "StrictRule",
+    "UniformDraws",
+    "inverse_cdf",
+    "keyed_draws",
+    "keyed_uniform",
+    "resolve_rule",
+    "uniform_draws",
+]

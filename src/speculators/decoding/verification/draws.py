@@ -1,0 +1,114 @@
+"""Where the randomness of verification comes from: two streams of uniforms, one pair a slot.
+
+Shapes: B sequences, N slots or columns, V verifier vocabulary; K1 = K + 1 columns for K draft slots.
+
+A rule never draws: it asks its `Draws` for decisions and says with which probability each must fall. That keeps a rule
+pure, and a test can answer the questions itself, every way in turn, and add up the exact law (tests/verification).
+
+    stream   column j is used to                        key under a request's seed
+    accept   test the draft in slot j                   (seed, first position of the round, j)
+    pick     draw the token emitted at column j         (seed, absolute position of the token)
+
+Pick columns beyond the emitted token are never looked at, so the next round may use those positions afresh. Accept
+columns are looked at beyond the cut by block verification (all slots are tested), hence the round in their key: re-using
+them would condition the next round on this one. Drafts need a third, independent stream (`DRAFT_STREAM`), keyed alike.
+Sample-and-match (strict, and every point-mass draft) needs the pick stream alone: with keyed draws its output is the
+same whatever K is, whatever the drafter proposes, and with no drafter at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+ACCEPT_STREAM, PICK_STREAM, DRAFT_STREAM = 1, 2, 3
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """Answers the random questions of a rule."""
+
+    def accept(self, probs_BN: Tensor, first_slot: int = 0) -> Tensor:
+        """bool [B, N]: slots first_slot .. first_slot + N - 1, each true with its probability, independently."""
+        ...
+
+    def pick(self, probs_BNV: Tensor, columns_BN: Tensor) -> Tensor:
+        """int64 [B, N]: one token from each distribution (rows sum to 1), with the randomness of the given columns."""
+        ...
+
+
+@dataclass(frozen=True)
+class UniformDraws:
+    """Decisions made from float64 uniforms in [0, 1)."""
+
+    accept_BN: Tensor
+    pick_BN: Tensor
+
+    def accept(self, probs_BN: Tensor, first_slot: int = 0) -> Tensor:
+        # u < 0 never holds and u < 1 always does: certain decisions are certain.
+        return self.accept_BN[:, first_slot : first_slot + probs_BN.shape[1]] < probs_BN
+
+    def pick(self, probs_BNV: Tensor, columns_BN: Tensor) -> Tensor:
+        return inverse_cdf(probs_BNV, self.pick_BN.gather(1, columns_BN))
+
+
+def uniform_draws(num_rows: int, num_columns: int, generator: torch.Generator | None, device: torch.device) -> Draws:
+    """Fresh uniforms from one generator for the whole batch (made where the generator lives, then moved)."""
+    made_on = generator.device if generator is not None else device
+    uniform_2BN = torch.rand((2, num_rows, num_columns), dtype=torch.float64, generator=generator, device=made_on)
+    accept_BN, pick_BN = uniform_2BN.to(device)
+    return UniformDraws(accept_BN, pick_BN)
+
+
+def keyed_draws(seed_B: Tensor, first_position_B: Tensor, num_columns: int) -> Draws:
+    """Uniforms that depend on nothing but each row's seed and the absolute position of its first new token."""
+    column_N = torch.arange(num_columns, device=seed_B.device)
+    start_B1 = first_position_B[:, None]
+    accept_BN = keyed_uniform(seed_B[:, None], ACCEPT_STREAM, start_B1, column_N)
+    pick_BN = keyed_uniform(seed_B[:, None], PICK_STREAM, start_B1 + column_N)
+    return UniformDraws(accept_BN, pick_BN)
+
+
+def keyed_uniform(seed: Tensor, *key: Tensor | int) -> Tensor:
+    """float64 uniforms in [0, 1) from int64 seeds and keys, broadcast together: a hash, no state."""
+    state = _mix(seed)
+    for part in key:
+        state = _mix(state ^ _mix(torch.as_tensor(part, dtype=torch.int64, device=seed.device) + _GOLDEN))
+    return ((state >> 11) & _MASK_53).to(torch.float64) * 2.0**-53
+
+
+def as_draws(source: torch.Generator | Draws | None, target_probs_BK1V: Tensor) -> Draws:
+    """What a rule was handed, as draws: a generator (or None: torch's global one) gives fresh uniforms."""
+    if source is None or isinstance(source, torch.Generator):
+        return uniform_draws(*target_probs_BK1V.shape[:2], generator=source, device=target_probs_BK1V.device)
+    return source
+
+
+def inverse_cdf(probs_BNV: Tensor, uniform_BN: Tensor) -> Tensor:
+    """The token whose slice of the cumulative distribution holds the uniform; never one of probability 0."""
+    # float64: in fp32 the sum of 150k terms would blur tokens below 1e-7 into their neighbours.
+    cdf_BNV = probs_BNV.cumsum(-1, dtype=torch.float64)
+    total_BN1 = cdf_BNV[..., -1:].contiguous()
+    token_BN1 = torch.searchsorted(cdf_BNV, uniform_BN[..., None] * total_BN1, right=True)
+    last_possible_BN1 = torch.searchsorted(cdf_BNV, total_BN1)  # u * total may round up to total
+    return torch.minimum(token_BN1, last_possible_BN1)[..., 0]
+
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_MASK_53 = (1 << 53) - 1
+
+
+def _mix(state: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele et al. 2014) on wrapping int64."""
+    state = (state ^ _shift_right(state, 30)) * _MIX_1
+    state = (state ^ _shift_right(state, 27)) * _MIX_2
+    return state ^ _shift_right(state, 31)
+
+
+def _shift_right(state: Tensor, bits: int) -> Tensor:
+    return (state >> bits) & ((1 << (64 - bits)) - 1)  # logical: >> on int64 repeats the sign

@@ -1,0 +1,26 @@
+"""The acceptance rules by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from speculators.decoding.verification.chain import BlockRule, GreedyRule, StandardRule, StrictRule
+from speculators.interfaces import AcceptanceRule
+
+RULES: dict[str, type[Any]] = {
+    "greedy": GreedyRule,
+    "strict": StrictRule,
+    "standard": StandardRule,
+    "probabilistic": StandardRule,  # its name before vLLM 0.32
+    "block": BlockRule,
+}
+
+
+def resolve_rule(name: str, **options: Any) -> AcceptanceRule:
+    """The rule called `name`; options are the fields of its dataclass (none for the lossless rules)."""
+    if name not in RULES:
+        raise ValueError(f"acceptance rule {name!r} does not exist; choose one of {sorted(RULES)}")
+    try:
+        return RULES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"acceptance rule {name!r} does not take these options: {error}") from error
