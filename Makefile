@@ -1,0 +1,55 @@
+# The two commands of the README, and what a contributor runs. `make help` lists them.
+#
+# The environment is made once and made again when its inputs change. On Linux, PyPI's torch is the CUDA build (several GB);
+# for the CPU build name PyTorch's CPU package index: make quickstart TORCH_INDEX=<url, see https://pytorch.org/get-started>
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Two workers of one thread each: more threads than cores make tiny models several times slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help quickstart test check lint types install install-dev clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: install  ## install, then train, decode and measure a drafter for the embedded verifier
+	$(BIN)/speculators quickstart
+
+test: install-dev  ## install with the development tools, then run the tests
+	$(PYTEST)
+
+check: lint types test  ## everything that must pass before a change is finished
+
+lint: install-dev  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install-dev  ## mypy
+	$(BIN)/mypy
+
+install: $(VENV)/.installed  ## make the virtual environment and install the package into it
+
+install-dev: $(VENV)/.installed-dev  ## the same with the development tools
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found: install one, or run make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone, so that its build (CPU or CUDA) is decided by one line.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+clean:  ## remove the virtual environment and what quickstart wrote
+	rm -rf $(VENV) quickstart-output
