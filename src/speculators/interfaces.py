@@ -94,7 +94,7 @@ class DraftSampling:
 
 @runtime_checkable
 class Proposer(Protocol):
-    """Makes drafts. Owns its state for every row and crops it to `num_committed_B` itself: there is no rollback call."""
+    """Makes drafts. Owns its state for every row and crops it to `num_committed_B` itself: no rollback call."""
 
     capture: CaptureSpec
 
@@ -118,7 +118,7 @@ class Verifier(Protocol):
         ...
 
     def keep(self, columns_BT: Tensor, num_kept_B: Tensor) -> None:
-        """Of the columns scored last, keep the first `num_kept_B` entries of `columns_BT` in the cache, drop the rest."""
+        """Of the columns scored last, keep the first `num_kept_B` entries of `columns_BT`, drop the rest."""
         ...
 
 
@@ -137,7 +137,14 @@ class Verification:
 class AcceptanceRule(Protocol):
     """Decides which drafts are kept. Pure: no model, no cache, no state."""
 
-    lossless: bool
+    @property
+    def lossless(self) -> bool: ...
+
+    @property
+    def reads_logits(self) -> bool:
+        """True: the rule compares scores, so the engine hands over logits (after penalties) instead of probabilities
+        and makes no one-hot rows; False: probabilities as they are sampled from."""
+        ...
 
     def __call__(
         self, proposal: Proposal, target_probs_BK1V: Tensor, generator: torch.Generator | None

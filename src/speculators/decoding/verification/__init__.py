@@ -10,6 +10,7 @@ from speculators.decoding.verification.draws import (
     keyed_uniform,
     uniform_draws,
 )
+from speculators.decoding.verification.lossy import SyntheticRule, ToleranceRule, TypicalRule
 from speculators.decoding.verification.rules import resolve_rule
 
 __all__ = [
@@ -19,6 +20,9 @@ __all__ = [
     "GreedyRule",
     "StandardRule",
     "StrictRule",
+    "SyntheticRule",
+    "ToleranceRule",
+    "TypicalRule",
     "UniformDraws",
     "inverse_cdf",
     "keyed_draws",

@@ -10,8 +10,8 @@ pure, and a test can answer the questions itself, every way in turn, and add up 
     pick     draw the token emitted at column j         (seed, absolute position of the token)
 
 Pick columns beyond the emitted token are never looked at, so the next round may use those positions afresh. Accept
-columns are looked at beyond the cut by block verification (all slots are tested), hence the round in their key: re-using
-them would condition the next round on this one. Drafts need a third, independent stream (`DRAFT_STREAM`), keyed alike.
+columns are looked at beyond the cut by block verification (all slots are tested), hence the round in their key: to use
+them again would condition the next round on this one. Drafts need a third stream (`DRAFT_STREAM`), keyed like accept.
 Sample-and-match (strict, and every point-mass draft) needs the pick stream alone: with keyed draws its output is the
 same whatever K is, whatever the drafter proposes, and with no drafter at all.
 """
@@ -83,7 +83,8 @@ def keyed_uniform(seed: Tensor, *key: Tensor | int) -> Tensor:
 def as_draws(source: torch.Generator | Draws | None, target_probs_BK1V: Tensor) -> Draws:
     """What a rule was handed, as draws: a generator (or None: torch's global one) gives fresh uniforms."""
     if source is None or isinstance(source, torch.Generator):
-        return uniform_draws(*target_probs_BK1V.shape[:2], generator=source, device=target_probs_BK1V.device)
+        num_rows, num_columns, _ = target_probs_BK1V.shape
+        return uniform_draws(num_rows, num_columns, source, target_probs_BK1V.device)
     return source
 
 

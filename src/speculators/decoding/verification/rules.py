@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from speculators.decoding.verification.chain import BlockRule, GreedyRule, StandardRule, StrictRule
+from speculators.decoding.verification.lossy import SyntheticRule, ToleranceRule, TypicalRule
 from speculators.interfaces import AcceptanceRule
 
 RULES: dict[str, type[Any]] = {
@@ -13,11 +14,14 @@ RULES: dict[str, type[Any]] = {
     "standard": StandardRule,
     "probabilistic": StandardRule,  # its name before vLLM 0.32
     "block": BlockRule,
+    "tolerance": ToleranceRule,
+    "typical": TypicalRule,
+    "synthetic": SyntheticRule,
 }
 
 
 def resolve_rule(name: str, **options: Any) -> AcceptanceRule:
-    """The rule called `name`; options are the fields of its dataclass (none for the lossless rules)."""
+    """The rule called `name`; options are the fields of its dataclass."""
     if name not in RULES:
         raise ValueError(f"acceptance rule {name!r} does not exist; choose one of {sorted(RULES)}")
     try:

@@ -9,9 +9,9 @@ come first, siblings are tested in slot order. A slot holding -1 is absent, and 
     row       1   2   3   4          target row of the children OF the slot; row 0: children of the root
 
 Lossless because: *sample-and-match* emits only the verifier's own draws, whatever the tree (its siblings must not
-depend on those draws); *multi-round rejection* (SpecInfer, arXiv:2305.09781) tests each sibling against what the earlier
-ones left of p, with q = the law THIS sibling was drawn from given the earlier ones: the parent's q for i.i.d. draws, q
-without the earlier siblings (renormalised) for draws without replacement. Re-ranking drawn siblings falsifies that law.
+depend on those draws); *multi-round rejection* (SpecInfer, arXiv:2305.09781) tests each sibling against what the
+earlier ones left of p, with q = the law THIS sibling was drawn from given the earlier ones: the parent's q for i.i.d.
+draws, q without the earlier siblings (renormalised) for draws without replacement. Re-ranked draws have another law.
 """
 
 from __future__ import annotations
@@ -90,3 +90,39 @@ def _walk_matching(proposal: Proposal, target_token: Callable[[Tensor, int], Ten
         path_BK[:, depth] = torch.where(walking_B, child_B, -1)
         node_B, num_accepted_B = torch.where(walking_B, child_B, node_B), num_accepted_B + walking_B
     return Verification(path_BK, num_accepted_B, next_token_B)
+
+
+def parent_rows(proposal: Proposal) -> Tensor:
+    """int64 [K]: the target row that scores each slot's token."""
+    num_slots = proposal.token_ids_BK.shape[1]
+    if proposal.parents_K is None:
+        return torch.arange(num_slots, device=proposal.token_ids_BK.device)
+    return proposal.parents_K.to(proposal.token_ids_BK.device) + 1
+
+
+def longest_path(accepted_BK: Tensor, score_BK: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor]:
+    """Path [B, K], length [B] and last slot [B] (-1: none) of the deepest run of accepted slots from the root.
+
+    Of equally deep ones the largest sum of `score_BK` along the path wins, then the lowest slot.
+    """
+    B, K = accepted_BK.shape
+    depth_BK1 = torch.zeros(B, K + 1, dtype=torch.int64, device=accepted_BK.device)  # column 0: the root
+    sum_BK1 = score_BK.new_zeros(B, K + 1)
+    rows = parent_rows(proposal).tolist()
+    is_reached_BK1 = torch.ones_like(depth_BK1, dtype=torch.bool)
+    for slot, row in enumerate(rows):
+        is_reached_BK1[:, slot + 1] = is_reached_BK1[:, row] & accepted_BK[:, slot]
+        depth_BK1[:, slot + 1] = depth_BK1[:, row] + 1
+        sum_BK1[:, slot + 1] = sum_BK1[:, row] + score_BK[:, slot]
+    depth_BK1 = torch.where(is_reached_BK1, depth_BK1, -1)
+    num_accepted_B = depth_BK1.amax(-1)
+    last_B = sum_BK1.masked_fill(depth_BK1 < num_accepted_B[:, None], -torch.inf).argmax(-1) - 1
+    path_BK = torch.full((B, K), -1, dtype=torch.int64, device=accepted_BK.device)
+    parent_of_row = torch.tensor([-1, *[row - 1 for row in rows]], device=last_B.device)
+    node_B = last_B
+    for steps_back in range(K):
+        depth_B = num_accepted_B - 1 - steps_back
+        row_B = (depth_B >= 0).nonzero()[:, 0]
+        path_BK[row_B, depth_B[row_B]] = node_B[row_B]
+        node_B = parent_of_row[node_B + 1]
+    return path_BK, num_accepted_B, last_B
