@@ -1,0 +1,1 @@
+"""Drafting algorithms: one folder each."""
