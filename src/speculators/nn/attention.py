@@ -1,0 +1,135 @@
+"""Attention of a drafter: projections and rope here, "what do I look at" in an `Attend` given by the caller.
+
+Shapes: B rows, T new positions, N query heads, G key/value heads, d head size, L keys, W width of the layer's input.
+
+Training (packed rows, unrolled) and decoding (a cache) differ in what a query may look at and in nothing else, so that
+part is a parameter: the projections, norms and rope are the same code in both, which is what makes them agree.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speculators.nn.norms import RMSNorm
+from speculators.nn.rope import RopeTables, head_dim
+
+
+class Attend(Protocol):
+    """Answers queries, from the keys of this call and from those it remembers. One for each layer."""
+
+    def __call__(self, query_BTNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor) -> Tensor:
+        """Returns [B, R, N, d]: the R rows that are answered, all T of them or fewer."""
+        ...
+
+    def rows(self, hidden_BTH: Tensor) -> Tensor:
+        """The rows of the residual stream that belong to the answered queries: [B, R, H]."""
+        ...
+
+
+class AttentionShape(NamedTuple):
+    """What differs between the decoder families a drafter may imitate."""
+
+    qk_norm: bool
+    """RMSNorm on each head of q and k, before rope."""
+    output_bias: bool
+    """`attention_bias` also puts a bias on o_proj."""
+
+
+# Qwen3 in vLLM has no bias on o_proj whatever `attention_bias` says (qwen3.py), Llama has (llama.py).
+FAMILIES = {"llama": AttentionShape(False, True), "qwen3": AttentionShape(True, False)}
+
+
+def attention_shape(config: Any) -> AttentionShape:
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type={config.model_type!r} has no draft layer here; set `model_type` of transformer_layer_config "
+            f"(or --draft-arch) to one of {sorted(FAMILIES)}"
+        )
+    return FAMILIES[config.model_type]
+
+
+def layer_window(config: Any, layer: int) -> int | None:
+    """Keys a layer may see, itself included; None = all."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and layer_types[layer] == "sliding_attention":
+        return config.sliding_window
+    return None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over an input of any width."""
+
+    def __init__(self, config: Any, input_size: int | None = None):
+        super().__init__()
+        shape = attention_shape(config)
+        width = input_size or config.hidden_size
+        bias = bool(getattr(config, "attention_bias", False))
+        self.head_dim = head_dim(config)
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias and shape.output_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if shape.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if shape.qk_norm else None
+
+    def forward(self, hidden_BTW: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
+        query_BTNd, key_BTGd, value_BTGd = self.project(hidden_BTW, rope)
+        return self.o_proj(attend(query_BTNd, key_BTGd, value_BTGd).flatten(-2))
+
+    def project(self, hidden_BTW: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
+        query = self.q_proj(hidden_BTW).unflatten(-1, (self.num_heads, self.head_dim))
+        key, value = self.project_kv(hidden_BTW, rope)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        return rope.rotate(query), key, value
+
+    def project_kv(self, hidden_BTW: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor]:
+        key = self.k_proj(hidden_BTW).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        value = self.v_proj(hidden_BTW).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.k_norm is not None:
+            key = self.k_norm(key)
+        return rope.rotate(key), value
+
+    def fused(self) -> FusedAttention:
+        """The same function with one projection, for decoding. Copies q, k and v: later training does not reach it."""
+        return FusedAttention(self)
+
+
+class FusedAttention(nn.Module):
+    """q, k and v in one product: fewer, larger operations for one token at a time."""
+
+    def __init__(self, source: Attention):
+        super().__init__()
+        projections = (source.q_proj, source.k_proj, source.v_proj)
+        biases = [p.bias for p in projections if p.bias is not None]
+        self.qkv_weight = torch.cat([p.weight.detach() for p in projections])
+        self.qkv_bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+        self.num_heads, self.num_kv_heads, self.head_dim = source.num_heads, source.num_kv_heads, source.head_dim
+        self.o_proj, self.q_norm, self.k_norm = source.o_proj, source.q_norm, source.k_norm
+
+    def forward(self, hidden_BTW: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
+        num_rotated = self.num_heads + self.num_kv_heads
+        qkv = F.linear(hidden_BTW, self.qkv_weight, self.qkv_bias)
+        qkv = qkv.unflatten(-1, (num_rotated + self.num_kv_heads, self.head_dim))
+        qk, value = qkv.split((num_rotated, self.num_kv_heads), dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = qk.split((self.num_heads, self.num_kv_heads), dim=-2)
+            qk = torch.cat((self.q_norm(query), self.k_norm(key)), dim=-2)
+        query, key = rope.rotate(qk).split((self.num_heads, self.num_kv_heads), dim=-2)
+        return F.linear(attend(query, key, value).flatten(-2), self.o_proj.weight, self.o_proj.bias)
+
+
+def dense_attention(query_BTNd: Tensor, key_BLGd: Tensor, value_BLGd: Tensor, visible_TL: Tensor) -> Tensor:
+    """Reference: every score written down. `visible_TL` broadcasts over [B, G, N / G, T, L]."""
+    B, T, N, d = query_BTNd.shape
+    G = key_BLGd.shape[2]
+    query = query_BTNd.reshape(B, T, G, N // G, d)
+    scores = torch.einsum("btgrd,blgd->bgrtl", query, key_BLGd).float() * d**-0.5
+    probs = scores.masked_fill(~visible_TL, float("-inf")).softmax(-1).to(value_BLGd.dtype)
+    return torch.einsum("bgrtl,blgd->btgrd", probs, value_BLGd).reshape(B, T, N, d)

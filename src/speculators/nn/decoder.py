@@ -1,0 +1,111 @@
+"""Pre-norm decoder layers of Llama and Qwen3 shape, and the first layer of an EAGLE drafter.
+
+Shapes: B rows, T positions in, R positions answered (see `Attend.rows`), H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speculators.nn.attention import Attend, Attention, FusedAttention
+from speculators.nn.norms import RMSNorm
+from speculators.nn.rope import RopeTables
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def activation(name: str):
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={name!r} is not one of {sorted(ACTIVATIONS)}; set --draft-hidden-act to one of them")
+    return ACTIVATIONS[name]
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x))"""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        bias = bool(getattr(config, "mlp_bias", False))
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.act = activation(config.hidden_act)
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(hidden_BTH)) * self.up_proj(hidden_BTH))
+
+    def fused(self) -> FusedMLP:
+        return FusedMLP(self)
+
+
+class FusedMLP(nn.Module):
+    """gate and up in one product, for decoding."""
+
+    def __init__(self, source: MLP):
+        super().__init__()
+        self.weight = torch.cat([source.gate_proj.weight.detach(), source.up_proj.weight.detach()])
+        self.bias = None
+        if source.gate_proj.bias is not None:
+            self.bias = torch.cat([source.gate_proj.bias.detach(), source.up_proj.bias.detach()])
+        self.down_proj, self.act = source.down_proj, source.act
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        gate, up = F.linear(hidden_BTH, self.weight, self.bias).chunk(2, dim=-1)
+        return F.linear(self.act(gate) * up, self.down_proj.weight, self.down_proj.bias)
+
+
+class DecoderLayer(nn.Module):
+    """a = z + Attn(RN(z)); out = a + MLP(RN(a))"""
+
+    self_attn: Attention | FusedAttention
+    mlp: MLP | FusedMLP
+
+    def __init__(self, config: Any, layer_idx: int = 0):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_BTH: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
+        attended_BRH = self.self_attn(self.input_layernorm(hidden_BTH), rope, attend)
+        return self.feed_forward(attend.rows(hidden_BTH) + attended_BRH)
+
+    def feed_forward(self, hidden_BRH: Tensor) -> Tensor:
+        return hidden_BRH + self.mlp(self.post_attention_layernorm(hidden_BRH))
+
+    def fused(self) -> DecoderLayer:
+        """A copy for decoding whose products are fused; norms and output projections stay shared."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._modules = {**self._modules, "self_attn": self.self_attn.fused(), "mlp": self.mlp.fused()}
+        return twin
+
+
+class FusionDecoderLayer(DecoderLayer):
+    """First layer of EAGLE-3: attention reads [embedding ; hidden], the residual stream carries only the hidden half."""
+
+    def __init__(self, config: Any, layer_idx: int = 0, norm_before_residual: bool = False):
+        super().__init__(config, layer_idx)
+        self.self_attn = Attention(config, input_size=2 * config.hidden_size)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_before_residual = norm_before_residual
+
+    def forward(self, hidden_BTH: Tensor, rope: RopeTables, attend: Attend, embeds_BTH: Tensor | None = None) -> Tensor:
+        assert embeds_BTH is not None
+        normed_BTH = self.hidden_norm(hidden_BTH)
+        residual_BTH = normed_BTH if self.norm_before_residual else hidden_BTH
+        both_BT2H = torch.cat((self.input_layernorm(embeds_BTH), normed_BTH), dim=-1)
+        return self.feed_forward(attend.rows(residual_BTH) + self.self_attn(both_BT2H, rope, attend))

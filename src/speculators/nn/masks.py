@@ -1,0 +1,118 @@
+"""Who may look at whom when documents are packed into one row and a drafter is unrolled over its own output.
+
+Shapes: T columns of the packed row, S unroll steps. `document_ids_T` holds the document of each column, -1 = padding;
+columns of one document are contiguous. Masks are True where attention is allowed.
+
+Unrolling (EAGLE-3's training-time test): every step appends T keys. Query q at step s stands at position q + s and sees
+
+    step-0 keys   c <= q of its own document (and c > q + s - window when the layer slides)
+    later steps   only its own column: the drafts that lead from q to q + s (window: step m > s - window)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+SLIDING_BLOCK = 256
+"""Queries a masked block of a sliding layer: small enough that little outside the window is computed."""
+
+
+def document_mask(document_ids_T: Tensor, window: int | None = None, shift: int = 0) -> Tensor:
+    """[T, T]: causal within a document; `window` counts keys up to and including the query, which stands `shift`
+    positions further right. Padding sees only itself, which keeps its softmax finite."""
+    index_T = torch.arange(document_ids_T.shape[0], device=document_ids_T.device)
+    query, key = index_T[:, None], index_T[None, :]
+    visible = (key <= query) & (document_ids_T[:, None] == document_ids_T[None, :]) & (document_ids_T[:, None] != -1)
+    if window is not None:
+        visible &= key > query + shift - window
+    return visible
+
+
+def unrolled_mask(document_ids_T: Tensor, step: int, window: int | None = None) -> Tensor:
+    """[T, (step + 1) T]: the dense mask of unroll step `step`, the reference of every faster route."""
+    own_column = torch.eye(document_ids_T.shape[0], dtype=torch.bool, device=document_ids_T.device)
+    padding = own_column & (document_ids_T[:, None] == -1)
+    first = document_mask(document_ids_T, window, shift=step) | padding
+    later = [own_column if window is None or m > step - window else padding for m in range(1, step + 1)]
+    return torch.cat([first, *later], dim=1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of attention: queries [query_start, query_end) of the asked rows against keys [key_start, key_end)."""
+
+    query_start: int
+    query_end: int
+    key_start: int
+    key_end: int
+    causal: bool
+    """True: query i of the block sees its keys up to i."""
+    visible_QK: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """A packed row, with the queries that matter. Knows the rectangles of attention that cover them."""
+
+    document_ids_T: Tensor
+    query_index_R: Tensor | None = None
+    """Ascending columns that ask; None = every column (padding then attends among itself: finite, and of no effect)."""
+
+    @cached_property
+    def rows_R(self) -> Tensor:
+        if self.query_index_R is not None:
+            return self.query_index_R
+        return torch.arange(self.document_ids_T.shape[0], device=self.document_ids_T.device)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int, int]]:
+        """(place among the asked rows, first column, one past the last, first column of the document) of each maximal
+        run of neighbouring asked columns in one document. One transfer to the host a packed row."""
+        rows = self.rows_R
+        if rows.numel() == 0:
+            return []
+        documents_T = self.document_ids_T
+        new_document_T = torch.ones_like(documents_T, dtype=torch.bool)
+        new_document_T[1:] = documents_T[1:] != documents_T[:-1]
+        starts_T = torch.arange(len(documents_T), device=rows.device).where(new_document_T, 0).cummax(0).values
+        starts_R = starts_T[rows]
+        breaks_R = torch.ones_like(rows, dtype=torch.bool)
+        breaks_R[1:] = (rows[1:] != rows[:-1] + 1) | (starts_R[1:] != starts_R[:-1])
+        places = breaks_R.nonzero().squeeze(-1)
+        table = torch.stack((places, rows[places], starts_R[places])).tolist()
+        ends = [*table[0][1:], rows.numel()]
+        return [(p, a, a + end - p, d) for p, a, d, end in zip(*table, ends, strict=True)]
+
+    def blocks(self, window: int | None, shift: int) -> list[list[Block]]:
+        """For each run of queries, the rectangles that cover what it may see of the step-0 keys."""
+        covers: list[list[Block]] = []
+        if window is not None and shift >= window:
+            return covers  # the query has drafted itself out of sight of every step-0 key
+        for place, first, last, document in self.runs:
+            if window is None or last - 1 + shift - window < document:
+                covers.append(self._full_blocks(place, first, last, document))
+            else:
+                covers.extend(self._sliding_blocks(place, first, last, document, window, shift))
+        return covers
+
+    @staticmethod
+    def _full_blocks(place: int, first: int, last: int, document: int) -> list[Block]:
+        queries = (place, place + last - first)
+        triangle = Block(*queries, first, last, causal=True)
+        if document == first:
+            return [triangle]
+        return [Block(*queries, document, first, causal=False), triangle]
+
+    def _sliding_blocks(self, place: int, first: int, last: int, document: int, window: int, shift: int):
+        for start in range(first, last, SLIDING_BLOCK):
+            end = min(start + SLIDING_BLOCK, last)
+            low = max(document, start + shift - window + 1)
+            query = torch.arange(start, end, device=self.document_ids_T.device)[:, None]
+            key = torch.arange(low, end, device=self.document_ids_T.device)[None, :]
+            visible = (key <= query) & (key > query + shift - window)
+            offset = place + start - first
+            yield [Block(offset, offset + end - start, low, end, causal=False, visible_QK=visible)]
