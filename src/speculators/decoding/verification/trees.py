@@ -58,7 +58,7 @@ def multi_round_tree(proposal: Proposal, target_probs_BK1V: Tensor, draws: Draws
         draft_BV = proposal.probs_BKV[:, slot].to(left_BV.dtype)
         p_B, q_B = left_BV.gather(1, index_B1)[:, 0].double(), draft_BV.gather(1, index_B1)[:, 0].double()
         ratio_B = torch.where(q_B > 0, p_B / q_B.clamp_min(torch.finfo(q_B.dtype).tiny), 0.0).clamp(max=1.0)
-        accepted_B = draws.accept(torch.where(tested_B, ratio_B, 0.0)[:, None], slot)[:, 0]
+        accepted_B = draws.accept(torch.where(tested_B, ratio_B, 0.0)[:, None], slot)[:, 0] & tested_B
         excess_BV = (left_BV - draft_BV).clamp_min(0)
         total_B1 = excess_BV.sum(-1, keepdim=True)
         rest_BV = torch.where(total_B1 > 0, excess_BV / total_B1.clamp_min(torch.finfo(draft_BV.dtype).tiny), left_BV)
