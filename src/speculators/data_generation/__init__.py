@@ -1,0 +1,52 @@
+"""Training data: raw conversations in, tokenised rows with loss masks out, and the verifier's states for them.
+
+    raw data -> datasets -> conversations -> masks -> prepare -> <directory>   (tokens, loss masks, manifest)
+    prompts -> regenerate -> on-policy rows that prepare takes as they are
+    tokens -> sources -> VerifierStates                                        (in process, or cached on disk)
+
+Names are imported on first use, so that `import speculators` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+EXPORTS = {
+    "DATASET_CONFIGS": "configs",
+    "DatasetConfig": "configs",
+    "load_raw_dataset": "datasets",
+    "MaskSpan": "masks",
+    "mask_spans": "masks",
+    "InspectedRow": "inspection",
+    "inspect_mask": "inspection",
+    "Progress": "preprocessing",
+    "build_speculator_training_dataset": "preprocessing",
+    "load_and_preprocess_dataset": "preprocessing",
+    "Manifest": "prepared",
+    "PreparedData": "prepared",
+    "prepare_data": "prepare",
+    "RegenerationReport": "regenerate",
+    "regenerate_responses": "regenerate",
+    "CachedSource": "sources",
+    "CorruptHiddenStatesError": "sources",
+    "HiddenStateStore": "sources",
+    "LocalSource": "sources",
+    "estimate_bytes": "sources",
+    "check_hidden_states": "offline",
+    "find_corrupt_hidden_state_indices": "offline",
+    "get_existing_hidden_state_indices": "offline",
+    "get_indices_to_process": "offline",
+}
+
+__all__ = sorted(EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,183 @@
+"""Where raw rows come from: JSON, JSONL, parquet, dataset directories, the hub, presets. All become `RawRows`.
+
+Rows are read when they are asked for (JSONL by byte offset, parquet and Arrow memory-mapped), so a source larger
+than memory is fine. JSON is read by us, not by Arrow: tool calls with differing keys do not fit one Arrow schema.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from speculators.data_generation.configs import DATASET_CONFIGS, DatasetConfig
+
+FILE_KINDS = (".json", ".jsonl", ".parquet")
+FORMS = (
+    "a .json, .jsonl or .parquet file, a directory of them or of a saved dataset, hf:<id>[:<subset>][:<split>], "
+    f"hf://datasets/<org>/<repo>/<file>, or a preset ({', '.join(DATASET_CONFIGS)})"
+)
+
+
+class JsonLines(Sequence[Any]):
+    """The rows of a JSONL file, parsed on access. A line that is not JSON is returned as its text, not as a mapping."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offsets = line_offsets(path)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, index: Any) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self.offsets[index])
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError:
+            return line.decode(errors="replace")
+
+
+def line_offsets(path: Path) -> list[int]:
+    offsets, position = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                offsets.append(position)
+            position += len(line)
+    return offsets
+
+
+class Chain(Sequence[Any]):
+    """Several row sequences, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        self.parts = [part for part in parts if len(part)]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class RawRows(Sequence[Any]):
+    """Rows of one source, by index; `config` says how they become conversations when the source is a preset."""
+
+    name: str
+    rows: Any
+    """Anything with `len` and integer `[]`: our sequences above, or a `datasets.Dataset`."""
+    config: DatasetConfig | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.rows[index]
+        if self.config is None or not isinstance(row, Mapping):
+            return row
+        if self.config.filter_fn is not None and not self.config.filter_fn(dict(row)):
+            return None
+        return self.config.normalize_fn(dict(row)) if self.config.normalize_fn is not None else row
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+
+def load_raw_dataset(source: str | Path) -> RawRows:
+    """Open a source; see `FORMS` for what it may be. `ValueError` when it is none of them or cannot be read."""
+    text = str(source)
+    if text.startswith("hf://datasets/"):
+        return RawRows(text, load_hub_file(text))
+    if text.startswith("hf:"):
+        return RawRows(text, load_hub_dataset(DatasetConfig(name=text, **parse_hub_name(text))))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return RawRows(text, load_directory(path))
+    if path.is_file():
+        return RawRows(text, load_file(path))
+    if text in DATASET_CONFIGS:
+        return RawRows(text, load_hub_dataset(DATASET_CONFIGS[text]), DATASET_CONFIGS[text])
+    raise ValueError(f"data {text!r} is not an existing file or directory, nor a preset; give {FORMS}")
+
+
+def load_file(path: Path) -> Any:
+    if path.suffix == ".jsonl":
+        return JsonLines(path)
+    if path.suffix == ".json":
+        return load_json(path)
+    if path.suffix == ".parquet":
+        return open_with_datasets(str(path), lambda: datasets.Dataset.from_parquet(str(path)))
+    raise ValueError(f"data {str(path)!r} ends in {path.suffix!r}; files end in one of {', '.join(FILE_KINDS)}")
+
+
+def load_json(path: Path) -> Sequence[Any]:
+    """A JSON list of rows; one object a line under the name .json is common too, and read as such."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        lines = JsonLines(path)
+        if len(lines) > 1 and isinstance(lines[0], Mapping):
+            return lines
+        raise ValueError(f"data {str(path)!r} is not valid JSON: {error}") from None
+    if isinstance(rows, Mapping) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
+    if isinstance(rows, Mapping):
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise ValueError(f"data {str(path)!r} holds a JSON {type(rows).__name__}; a list of rows is expected")
+    return rows
+
+
+def load_directory(path: Path) -> Any:
+    if (path / "state.json").is_file():
+        return open_with_datasets(str(path), lambda: datasets.Dataset.load_from_disk(str(path)).with_format(None))
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        if "train" not in splits:
+            raise ValueError(f"data {str(path)!r} has the splits {splits} but no 'train'; name one as {path}/<split>")
+        return load_directory(path / "train")
+    files = sorted(file for file in path.rglob("*") if file.suffix in FILE_KINDS and file.is_file())
+    if not files:
+        raise ValueError(f"data directory {str(path)!r} has no {', '.join(FILE_KINDS)} file and is no saved dataset")
+    return Chain([load_file(file) for file in files])
+
+
+def parse_hub_name(text: str) -> dict[str, Any]:
+    """hf:<id>, hf:<id>:<split> or hf:<id>:<subset>:<split>."""
+    parts = text.removeprefix("hf:").split(":")
+    if not parts[0] or len(parts) > 3:
+        raise ValueError(f"data {text!r} is not of the form hf:<id>[:<subset>][:<split>]")
+    subset = parts[1] if len(parts) == 3 and parts[1] else None
+    return {"hf_path": parts[0], "subset": subset, "split": parts[-1] if len(parts) > 1 else "train"}
+
+
+def load_hub_dataset(config: DatasetConfig) -> Any:
+    return open_with_datasets(
+        config.hf_path, lambda: datasets.load_dataset(config.hf_path, config.subset, split=config.split)
+    )
+
+
+def load_hub_file(url: str) -> Any:
+    kind = "parquet" if url.endswith(".parquet") else "json"
+    if not url.endswith(FILE_KINDS):
+        raise ValueError(f"data {url!r} must name a file that ends in one of {', '.join(FILE_KINDS)}")
+    return open_with_datasets(url, lambda: datasets.load_dataset(kind, data_files=url, split="train"))
+
+
+def open_with_datasets(name: str, load: Any) -> Any:
+    """Run one call of the `datasets` library; its many error types become one that names the source."""
+    try:
+        return load()
+    except Exception as error:  # datasets raises its own, pyarrow's, fsspec's and the hub's errors
+        raise ValueError(f"data {name!r} cannot be read: {type(error).__name__}: {error}") from error

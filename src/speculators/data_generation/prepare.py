@@ -1,0 +1,249 @@
+"""prepare_data: raw conversations -> one directory that training reads, written whole or not at all.
+
+<output>/*.arrow, dataset_info.json, state.json    `datasets.save_to_disk`: input_ids, loss_mask, seq_len
+<output>/token_freq.pt                             dict[int, int], supervised tokens only
+<output>/manifest.json                             what the rows were made from and what was left out
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from speculators.data_generation.masks import chat_template_of
+from speculators.data_generation.prepared import (
+    HIDDEN_STATES_NAME,
+    MANIFEST_NAME,
+    TOKEN_FREQ_NAME,
+    Manifest,
+    PreparedData,
+    Recipe,
+    is_prepared,
+)
+from speculators.data_generation.preprocessing import (
+    FEATURES,
+    Progress,
+    as_columns,
+    count_supervised,
+    explain_no_rows,
+    load_tokenizer,
+    save_token_freq,
+    tokenize_sources,
+    vocabulary_size,
+)
+from speculators.data_generation.tokenizing import RowTokenizer, Tokenized, TokenizeOptions, warn_about
+from speculators.utils.files import atomic_directory
+
+logger = logging.getLogger(__name__)
+
+OWN_FILES = ("*.arrow", "dataset_info.json", "state.json", TOKEN_FREQ_NAME, MANIFEST_NAME, "d2t*.npy", "t2d*.npy")
+"""What `overwrite` may delete, with the hidden states below: all of it derives from the rows."""
+
+
+def prepare_data(
+    *,
+    model: str,
+    data: Sequence[str | Path] | str | Path,
+    output: str | Path = "./output",
+    seq_length: int = 8192,
+    max_samples: int | None = None,
+    seed: int = 0,
+    num_workers: int | None = None,
+    minimum_valid_tokens: int | None = None,
+    token_freq_path: str | Path | None = None,
+    overwrite: bool = False,
+    allow_empty_output: bool = False,
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    merge_turns: bool = False,
+    progress: Progress | None = None,
+) -> PreparedData:
+    """Tokenise `data` for the verifier `model` into the directory `output`.
+
+    An `output` made from the same recipe is reused; one made from another is an error unless `overwrite`.
+    `num_workers=None` chooses. `chat_template_kwargs` go to the template (`enable_thinking`, ...).
+    """
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    if not sources:
+        raise ValueError("data is empty; name at least one source of conversations")
+    path = Path(output)
+    tokenizer = load_tokenizer(str(model), trust_remote_code=trust_remote_code)
+    options = TokenizeOptions(
+        seq_length=seq_length,
+        minimum_valid_tokens=1 if minimum_valid_tokens is None else minimum_valid_tokens,
+        vocab_size=vocabulary_size(str(model), tokenizer, trust_remote_code=trust_remote_code),
+        merge_turns=merge_turns,
+    )
+    recipe = make_recipe(str(model), tokenizer, sources, options, seed, max_samples, chat_template_kwargs)
+    if is_prepared(path) and not overwrite:
+        return reuse(path, recipe)
+    refuse_foreign_files(path)
+
+    chunks = tokenize_sources(
+        sources,
+        RowTokenizer(tokenizer, options, chat_template_kwargs),
+        seed=seed,
+        max_samples=max_samples,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    with atomic_directory(path) as directory:
+        done, token_freq, lengths = write_rows(chunks, directory)
+        warn_about(done)
+        num_tokens, num_supervised = sum(lengths), sum(token_freq.values())
+        if not lengths and not allow_empty_output:
+            raise ValueError(explain_no_rows(done, sources))
+        refuse_all_supervised(num_tokens, num_supervised)
+        manifest = Manifest(
+            recipe=recipe,
+            library_version=importlib.metadata.version("speculators"),
+            num_read=done.num_read,
+            num_rows=len(lengths),
+            num_tokens=num_tokens,
+            num_supervised_tokens=num_supervised,
+            shortest_row=min(lengths, default=0),
+            longest_row=max(lengths, default=0),
+            dropped=dict(done.dropped.most_common()),
+            unknown_roles=dict(done.unknown_roles),
+        )
+        save_token_freq(token_freq, directory / TOKEN_FREQ_NAME)
+        (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    if token_freq_path is not None and Path(token_freq_path) != path / TOKEN_FREQ_NAME:
+        save_token_freq(token_freq, Path(token_freq_path))
+    return PreparedData(path, manifest)
+
+
+def write_rows(chunks: Any, directory: Path) -> tuple[Tokenized, Counter[int], list[int]]:
+    """Stream the rows to disk as they come, then save them as a dataset: (counts, frequencies, row lengths)."""
+    done, token_freq, lengths = Tokenized(), Counter[int](), list[int]()
+    stream_path = directory / "stream" / "rows.arrow"  # a dataset cannot be saved into the directory it is read from
+    stream_path.parent.mkdir()
+    schema = FEATURES.arrow_schema
+    with pa.OSFile(str(stream_path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for chunk in chunks:
+            done.add_counts(chunk)
+            count_supervised(token_freq, chunk.rows)
+            lengths += [len(row.input_ids) for row in chunk.rows]
+            if chunk.rows:
+                writer.write_table(pa.Table.from_pydict(as_columns(chunk.rows), schema=schema))
+    dataset = datasets.Dataset.from_file(str(stream_path)).with_format("torch")
+    with quiet_datasets():
+        dataset.save_to_disk(str(directory), num_shards=None if len(dataset) else 1)
+    shutil.rmtree(stream_path.parent)
+    return done, token_freq, lengths
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Progress is the caller's to show; the datasets library would print bars of its own."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def refuse_all_supervised(num_tokens: int, num_supervised: int) -> None:
+    if num_tokens and num_supervised == num_tokens:
+        raise ValueError(
+            f"all {num_tokens} tokens are supervised, so prompts would be learned as if the verifier had written them; "
+            "set loss_mask to 0 over the prompts (to train on whole documents, set it to 0 on each first token)"
+        )
+
+
+def make_recipe(
+    model: str,
+    tokenizer: Any,
+    sources: Sequence[str | Path],
+    options: TokenizeOptions,
+    seed: int,
+    max_samples: int | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> Recipe:
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    return Recipe(
+        verifier=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        chat_template_sha256=sha256(chat_template_of(tokenizer)) if has_template else None,
+        chat_template_kwargs=dict(chat_template_kwargs or {}),
+        sources=[str(source) for source in sources],
+        sources_sha256=[contents_sha256(Path(source)) for source in sources],
+        seq_length=options.seq_length,
+        max_samples=max_samples,
+        seed=seed,
+        minimum_valid_tokens=options.minimum_valid_tokens,
+        merge_turns=options.merge_turns,
+        vocab_size=options.vocab_size or len(tokenizer),
+    )
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of what decides token ids: the whole fast tokenizer, or the vocabulary of a slow one."""
+    if getattr(tokenizer, "is_fast", False):
+        return sha256(tokenizer.backend_tokenizer.to_str())
+    return sha256(json.dumps(sorted(tokenizer.get_vocab().items())))
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def contents_sha256(path: Path) -> str | None:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def reuse(path: Path, recipe: Recipe) -> PreparedData:
+    """The directory that is there already, if it was made from this recipe."""
+    found = PreparedData.open(path)
+    if found.manifest is None:
+        logger.warning("%s has no %s: reused as it is, unchecked", path, MANIFEST_NAME)
+        return replace(found, reused=True)
+    before, now = asdict(found.manifest.recipe), asdict(recipe)
+    differing = [f"{name} was {before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
+    if differing:
+        raise ValueError(
+            f"{str(path)!r} holds data prepared differently: {'; '.join(differing)}; "
+            "pass overwrite (--overwrite) to replace it, or choose another output"
+        )
+    return replace(found, reused=True)
+
+
+def refuse_foreign_files(path: Path) -> None:
+    """The whole directory is replaced, so it must hold nothing but what preparing and its followers wrote."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output {str(path)!r} is a file; name a directory")
+    foreign = [entry.name for entry in sorted(path.glob("*")) if not is_own(entry)]
+    if foreign:
+        raise ValueError(
+            f"output {str(path)!r} holds files that prepare-data did not write ({', '.join(foreign[:5])}) and would "
+            "delete; choose another output"
+        )
+
+
+def is_own(entry: Path) -> bool:
+    if entry.is_dir():
+        return entry.name == HIDDEN_STATES_NAME and all(file.name.startswith("hs_") for file in entry.iterdir())
+    return any(entry.match(pattern) for pattern in OWN_FILES)

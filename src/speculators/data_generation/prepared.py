@@ -1,0 +1,106 @@
+"""A prepared directory and its manifest: what training, inspection and reuse read of it.
+
+<output>/*.arrow, dataset_info.json, state.json    `datasets.save_to_disk`: input_ids, loss_mask, seq_len
+<output>/token_freq.pt                             dict[int, int], supervised tokens only
+<output>/manifest.json                             what the rows were made from and what was left out
+<output>/hidden_states/                            written later, by a `HiddenStateStore`
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+MANIFEST_NAME = "manifest.json"
+TOKEN_FREQ_NAME = "token_freq.pt"
+HIDDEN_STATES_NAME = "hidden_states"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the rows are made from. Two directories with equal recipes hold equal rows."""
+
+    verifier: str
+    tokenizer_sha256: str
+    chat_template_sha256: str | None
+    chat_template_kwargs: dict[str, Any]
+    sources: list[str]
+    sources_sha256: list[str | None]
+    """Contents of local sources; None for what lies on the hub."""
+    seq_length: int
+    max_samples: int | None
+    seed: int
+    minimum_valid_tokens: int
+    merge_turns: bool
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`: the recipe, and what came out of it."""
+
+    recipe: Recipe
+    library_version: str
+    num_read: int
+    """Raw rows read."""
+    num_rows: int
+    num_tokens: int
+    num_supervised_tokens: int
+    shortest_row: int
+    longest_row: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> raw rows or turns that gave no training row."""
+    unknown_roles: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def supervised_share(self) -> float:
+        return self.num_supervised_tokens / self.num_tokens if self.num_tokens else 0.0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> Manifest:
+        try:
+            values = json.loads(text)
+            return cls(**{**values, "recipe": Recipe(**values["recipe"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is not a manifest this version of speculators can read ({error}); prepare again (overwrite)"
+            ) from error
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared directory."""
+
+    path: Path
+    manifest: Manifest | None
+    """None: the directory was written by another tool."""
+    reused: bool = False
+    """True: it was there already and nothing was written."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> PreparedData:
+        path = Path(path)
+        if not is_prepared(path):
+            raise ValueError(f"{str(path)!r} is not a prepared dataset (no state.json); make one with prepare-data")
+        manifest_path = path / MANIFEST_NAME
+        manifest = Manifest.from_json(manifest_path.read_text(), manifest_path) if manifest_path.is_file() else None
+        return cls(path, manifest)
+
+    def dataset(self) -> datasets.Dataset:
+        """Rows `input_ids`, `loss_mask`, `seq_len` as torch tensors, memory-mapped."""
+        return datasets.Dataset.load_from_disk(str(self.path)).with_format("torch")
+
+    def token_freq(self) -> dict[int, int]:
+        return dict(torch.load(self.path / TOKEN_FREQ_NAME, weights_only=True))
+
+
+def is_prepared(path: Path) -> bool:
+    return (path / "state.json").is_file()

@@ -1,0 +1,193 @@
+"""Sources of raw rows -> tokenised training rows: the order of rows, the cut, the in-memory functions of the contract.
+
+Conversations are shuffled, their turns stay together: a split at any row parts at most one conversation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from speculators.data_generation.conversations import TokenRow
+from speculators.data_generation.datasets import Chain, load_raw_dataset
+from speculators.data_generation.tokenizing import (
+    RowTokenizer,
+    Tokenized,
+    TokenizeOptions,
+    default_num_workers,
+    tokenize_chunks,
+    warn_about,
+)
+from speculators.utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, "int | None"], None]
+"""Called with (what is being done, how much is done, of how much or None)."""
+
+FEATURES = datasets.Features(
+    {
+        # 32 and 8 bits on disk; the torch format gives int64 for both
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "loss_mask": datasets.List(datasets.Value("int8")),
+        "seq_len": datasets.Value("int32"),
+    }
+)
+
+
+def as_columns(rows: Sequence[TokenRow]) -> dict[str, list[Any]]:
+    return {
+        "input_ids": [row.input_ids for row in rows],
+        "loss_mask": [row.loss_mask for row in rows],
+        "seq_len": [len(row.input_ids) for row in rows],
+    }
+
+
+def count_supervised(token_freq: Counter[int], rows: Iterable[TokenRow]) -> None:
+    for row in rows:
+        token_freq.update(token for token, bit in zip(row.input_ids, row.loss_mask, strict=True) if bit)
+
+
+def tokenize_sources(
+    sources: Sequence[str | Path],
+    row_tokenizer: RowTokenizer,
+    *,
+    seed: int = 0,
+    max_samples: int | None = None,
+    num_workers: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Tokenized]:
+    """Training rows of all sources, in a seeded order of conversations, chunk by chunk, at most `max_samples` rows."""
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples={max_samples}; keep at least 1 row, or None for all")
+    raw_rows = Chain([load_raw_dataset(source) for source in sources])
+    order = np.random.default_rng(seed).permutation(len(raw_rows)).tolist()
+    num_read = num_rows = 0
+    for chunk in tokenize_chunks(raw_rows, order, row_tokenizer, num_workers):
+        if max_samples is not None:
+            chunk.rows = chunk.rows[: max_samples - num_rows]
+        num_read += chunk.num_read
+        num_rows += len(chunk.rows)
+        if progress is not None:
+            progress("tokenise", num_read, len(raw_rows))
+        yield chunk
+        if num_rows == max_samples:
+            return
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer for model {model!r}: it is neither a local model directory nor to be had from the hub "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def vocabulary_size(model: str, tokenizer: Any, *, trust_remote_code: bool = False) -> int:
+    """Rows of the verifier's embedding; from the tokenizer where there is no model config beside it."""
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return len(tokenizer)
+    return int(config.get_text_config().vocab_size)
+
+
+def explain_no_rows(done: Tokenized, sources: Sequence[str | Path]) -> str:
+    names = ", ".join(str(source) for source in sources)
+    if done.num_read == 0:
+        return f"no rows in {names}"
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in done.dropped.most_common(5))
+    return f"none of the {done.num_read} rows of {names} gave a training row: {reasons}"
+
+
+def build_speculator_training_dataset(
+    dataset: Any,
+    processor: Any,
+    max_length: int = 2048,
+    num_proc: int = 8,
+    *,
+    render_endpoint: str | None = None,
+    minimum_valid_tokens: int | None = None,
+) -> datasets.Dataset:
+    """Rows (a `Dataset` or any sequence) -> a torch-formatted `Dataset` of `input_ids`, `loss_mask`, `seq_len`.
+
+    `processor` is the verifier's tokenizer; its chat template renders the conversations, no server is asked.
+    """
+    refuse_render_endpoint(render_endpoint)
+    options = TokenizeOptions(max_length, 1 if minimum_valid_tokens is None else minimum_valid_tokens)
+    num_workers = min(num_proc, default_num_workers(len(dataset)))
+    done = Tokenized()
+    for chunk in tokenize_chunks(dataset, range(len(dataset)), RowTokenizer(processor, options), num_workers):
+        done.add(chunk)
+    warn_about(done)
+    return to_dataset(done.rows)
+
+
+def load_and_preprocess_dataset(
+    target_model_path: str,
+    train_data_paths: Sequence[str],
+    *,
+    seq_length: int,
+    build_dataset_num_proc: int = 8,
+    seed: int = 0,
+    max_samples: int | None = None,
+    token_freq_path: str | Path,
+    render_endpoint: str | None = None,
+    minimum_valid_tokens: int | None = None,
+    allow_empty_output: bool = False,
+    trust_remote_code: bool = False,
+    skip_token_freq: bool = True,
+) -> tuple[datasets.Dataset, Any]:
+    """What `prepare_data` writes, in memory: (dataset, tokenizer). Only the token frequencies go to disk, if at all."""
+    refuse_render_endpoint(render_endpoint)
+    tokenizer = load_tokenizer(target_model_path, trust_remote_code=trust_remote_code)
+    options = TokenizeOptions(
+        seq_length,
+        1 if minimum_valid_tokens is None else minimum_valid_tokens,
+        vocabulary_size(target_model_path, tokenizer, trust_remote_code=trust_remote_code),
+    )
+    done = Tokenized()
+    for chunk in tokenize_sources(
+        train_data_paths,
+        RowTokenizer(tokenizer, options),
+        seed=seed,
+        max_samples=max_samples,
+        num_workers=1 if build_dataset_num_proc <= 1 else None,
+    ):
+        done.add(chunk)
+    warn_about(done)
+    if not done.rows and not allow_empty_output:
+        raise ValueError(explain_no_rows(done, train_data_paths))
+    if not skip_token_freq:
+        token_freq: Counter[int] = Counter()
+        count_supervised(token_freq, done.rows)
+        save_token_freq(token_freq, Path(token_freq_path))
+    return to_dataset(done.rows), tokenizer
+
+
+def to_dataset(rows: Sequence[TokenRow]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(as_columns(rows), features=FEATURES).with_format("torch")
+
+
+def save_token_freq(token_freq: Counter[int], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "wb") as file:
+        torch.save(dict(sorted(token_freq.items())), file)
+
+
+def refuse_render_endpoint(render_endpoint: str | None) -> None:
+    if render_endpoint is not None:
+        raise ValueError(
+            f"render_endpoint={render_endpoint!r} is not supported: conversations are rendered here, with the "
+            "tokenizer's own chat template; leave render_endpoint out"
+        )

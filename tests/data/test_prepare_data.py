@@ -1,0 +1,301 @@
+"""prepare_data: from raw rows to a directory, every row accounted for, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from chats import chat, write_jsonl
+
+from speculators.data_generation import PreparedData, inspect_mask, load_raw_dataset, prepare_data
+from speculators.data_generation.preprocessing import build_speculator_training_dataset, load_and_preprocess_dataset
+
+CHATS = [chat("hi", "hello"), chat("a", "b", "c", "d"), chat("one", "two")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return write_jsonl(tmp_path / "chats.jsonl", CHATS)
+
+
+def entries(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def test_a_prepared_directory_is_a_saved_dataset_in_torch_format(model_dir, data, tmp_path):
+    prepared = prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=100)
+    loaded = datasets.load_from_disk(str(tmp_path / "out"))
+    assert loaded.column_names == ["input_ids", "loss_mask", "seq_len"]
+    assert loaded.format["type"] == "torch"
+    assert loaded[0]["input_ids"].dtype == torch.int64
+    assert len(loaded) == 4 == prepared.manifest.num_rows
+    for row in prepared.dataset():
+        assert len(row["input_ids"]) == len(row["loss_mask"]) == row["seq_len"]
+    assert entries(tmp_path / "out") == [
+        "data-00000-of-00001.arrow", "dataset_info.json", "manifest.json", "state.json", "token_freq.pt",
+    ]  # fmt: skip
+
+
+def test_the_manifest_counts_what_a_naive_count_counts(model_dir, data, tmp_path):
+    prepared = prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=100)
+    rows = list(prepared.dataset())
+    supervised = Counter(
+        int(token) for row in rows for token, bit in zip(row["input_ids"], row["loss_mask"], strict=True) if bit
+    )
+    manifest = prepared.manifest
+    assert prepared.token_freq() == supervised
+    assert manifest.num_supervised_tokens == supervised.total()
+    assert manifest.num_tokens == sum(len(row["input_ids"]) for row in rows)
+    assert manifest.longest_row == max(len(row["input_ids"]) for row in rows)
+    assert manifest.num_read == 3
+    assert manifest.recipe.verifier == model_dir
+    assert PreparedData.open(tmp_path / "out").manifest == manifest
+
+
+def test_every_bad_row_is_counted_under_its_reason(model_dir, tmp_path, caplog):
+    rows = [
+        chat("hi", "hello"),
+        {"text": "no turns"},
+        {"conversations": []},
+        {"conversations": [{"role": "user", "content": "alone"}]},
+        {"conversations": [{"role": "user"}, {"role": "assistant", "content": "b"}]},
+        {"conversations": [{"content": "who?"}]},
+        {"conversations": chat("a", "b")["conversations"], "image": "cat.png"},
+        {"input_ids": [7, 8, 9], "loss_mask": [0, 0, 0]},
+        chat("a" * 200, "b"),
+    ]
+    path = tmp_path / "bad.jsonl"
+    write_jsonl(path, rows)
+    path.write_text(path.read_text() + '{"conversations": [{"ro\n')
+    with caplog.at_level(logging.WARNING):
+        manifest = prepare_data(model=model_dir, data=str(path), output=tmp_path / "out", seq_length=100).manifest
+    assert manifest.num_read == 10
+    assert manifest.num_rows == 1
+    assert manifest.dropped == {
+        "no 'conversations' (or input_ids + loss_mask)": 1,
+        "empty conversation": 1,
+        "no assistant turn": 1,
+        "a turn has no content": 1,
+        "a turn has no role": 1,
+        "row has images (only text is supported)": 1,
+        "no supervised token in the window": 1,
+        "turn's prompt fills the whole window (seq_length)": 1,
+        "row is not a JSON object": 1,
+    }
+    assert all(reason in caplog.text for reason in manifest.dropped)
+
+
+def test_unknown_roles_become_the_assistants_with_one_warning_each(model_dir, tmp_path, caplog):
+    turns = [{"from": "human", "value": "a"}, {"from": "bard", "value": "b"}]
+    data = write_jsonl(tmp_path / "roles.jsonl", [{"conversations": turns}] * 3)
+    with caplog.at_level(logging.WARNING):
+        manifest = prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=100).manifest
+    assert manifest.num_rows == 3
+    assert manifest.unknown_roles == {"bard": 3}
+    assert caplog.text.count("'bard'") == 1
+
+
+def test_pre_tokenised_rows_pass_through_without_a_chat_template(base_model_dir, tmp_path):
+    rows = [{"input_ids": [7, 8, 9, 10], "loss_mask": [0, 0, 1, 1]}, {"input_ids": [5, 6], "loss_mask": [0, 1]}]
+    data = write_jsonl(tmp_path / "tokens.jsonl", rows)
+    prepared = prepare_data(model=base_model_dir, data=data, output=tmp_path / "out", seq_length=3)
+    found = {tuple(row["input_ids"].tolist()): row["loss_mask"].tolist() for row in prepared.dataset()}
+    assert found == {(7, 8, 9): [0, 0, 1], (5, 6): [0, 1]}
+    assert prepared.token_freq() == {6: 1, 9: 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 2, 3], "loss_mask": [0, 1]}, "3 input_ids but 2 loss_mask"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 5]}, "only 0 and 1"),
+        ({"input_ids": [1, 10_000], "loss_mask": [0, 1]}, "tokenised for another model"),
+        ({"input_ids": [1, 2], "loss_mask": [1, 1]}, "all 2 tokens are supervised"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 0]}, "none of the 1 rows .* 1 x no supervised token"),
+    ],
+)
+def test_wrong_pre_tokenised_rows_are_refused(base_model_dir, tmp_path, row, message):
+    data = write_jsonl(tmp_path / "tokens.jsonl", [row])
+    with pytest.raises(ValueError, match=message):
+        prepare_data(model=base_model_dir, data=data, output=tmp_path / "out", seq_length=10)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_chat_template_and_a_missing_model_are_named(base_model_dir, data, tmp_path):
+    with pytest.raises(ValueError, match="no chat template"):
+        prepare_data(model=base_model_dir, data=data, output=tmp_path / "out")
+    with pytest.raises(ValueError, match="no-such-model"):
+        prepare_data(model=str(tmp_path / "no-such-model"), data=data, output=tmp_path / "out")
+    assert entries(tmp_path) == ["chats.jsonl"]
+
+
+def test_an_empty_data_set_is_an_error_unless_allowed(model_dir, tmp_path):
+    data = write_jsonl(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match=r"no rows in .*empty\.jsonl"):
+        prepare_data(model=model_dir, data=data, output=tmp_path / "out")
+    assert entries(tmp_path) == ["empty.jsonl"]
+    prepared = prepare_data(model=model_dir, data=data, output=tmp_path / "out", allow_empty_output=True)
+    assert len(prepared.dataset()) == 0
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("function", ["torch.save", "datasets.Dataset.save_to_disk"])
+def test_a_full_disk_or_ctrl_c_leaves_nothing(model_dir, data, tmp_path, monkeypatch, error, function):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(type(error)):
+        prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=100)
+    assert entries(tmp_path) == ["chats.jsonl"]
+
+
+def test_a_failing_overwrite_keeps_the_old_data(model_dir, data, tmp_path, monkeypatch):
+    before = prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=100).manifest
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.save", fail)
+    with pytest.raises(OSError, match="No space"):
+        prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=50, overwrite=True)
+    assert PreparedData.open(tmp_path / "out").manifest == before
+    assert entries(tmp_path) == ["chats.jsonl", "out"]
+
+
+def test_the_same_recipe_is_reused_and_another_one_is_named(model_dir, data, tmp_path):
+    out = tmp_path / "out"
+    first = prepare_data(model=model_dir, data=data, output=out, seq_length=100)
+    again = prepare_data(model=model_dir, data=data, output=out, seq_length=100)
+    assert not first.reused
+    assert again.reused
+    assert again.manifest == first.manifest
+    with pytest.raises(ValueError, match="seq_length was 100, now 50; pass overwrite"):
+        prepare_data(model=model_dir, data=data, output=out, seq_length=50)
+    write_jsonl(Path(data), CHATS[:1])
+    with pytest.raises(ValueError, match="sources_sha256 was"):
+        prepare_data(model=model_dir, data=data, output=out, seq_length=100)
+    replaced = prepare_data(model=model_dir, data=data, output=out, seq_length=100, overwrite=True)
+    assert len(replaced.dataset()) == 1
+
+
+def test_overwrite_never_deletes_what_preparing_did_not_write(model_dir, data, tmp_path):
+    out = tmp_path / "out"
+    prepare_data(model=model_dir, data=data, output=out, seq_length=100)
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"thesis\.txt"):
+        prepare_data(model=model_dir, data=data, output=out, seq_length=50, overwrite=True)
+    assert (out / "thesis.txt").read_text() == "precious"
+
+
+def test_rows_depend_on_the_seed_and_not_on_the_number_of_workers(model_dir, tmp_path):
+    data = write_jsonl(tmp_path / "many.jsonl", [chat(f"ask {i}", f"say {i}") for i in range(150)])
+
+    def rows(name: str, **options) -> list[list[int]]:
+        prepared = prepare_data(model=model_dir, data=data, output=tmp_path / name, seq_length=100, **options)
+        return [row["input_ids"].tolist() for row in prepared.dataset()]
+
+    one = rows("one", num_workers=1)
+    assert rows("two", num_workers=2) == one
+    other = rows("other", seed=1)
+    assert other != one
+    assert sorted(other) == sorted(one)
+    assert rows("few", max_samples=10) == one[:10]
+
+
+def test_the_turns_of_a_conversation_stay_together(model_dir, tmp_path):
+    data = write_jsonl(tmp_path / "many.jsonl", [chat(f"ask {i}", "b", "c", f"say {i}") for i in range(20)])
+    prepared = prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=200)
+    rows = [row["input_ids"].tolist() for row in prepared.dataset()]
+    assert len(rows) == 40
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert second[: len(first)] == first
+
+
+def test_minimum_valid_tokens_drops_short_answers(model_dir, tmp_path):
+    data = write_jsonl(tmp_path / "chats.jsonl", [chat("a", "b"), chat("a", "a much longer answer")])
+    manifest = prepare_data(
+        model=model_dir, data=data, output=tmp_path / "out", seq_length=100, minimum_valid_tokens=5
+    ).manifest
+    assert manifest.num_rows == 1
+    assert manifest.dropped == {"fewer supervised tokens than minimum_valid_tokens": 1}
+    with pytest.raises(ValueError, match="minimum_valid_tokens=-1"):
+        prepare_data(model=model_dir, data=data, output=tmp_path / "no", minimum_valid_tokens=-1)
+
+
+def test_inspect_mask_shows_raw_and_prepared_rows_alike(model_dir, data, tmp_path):
+    prepared = prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=100)
+    raw = inspect_mask(data, model=model_dir, num_rows=1)
+    assert [(span.supervised, span.text) for span in raw[0].spans] == [
+        (False, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "hello<|im_end|>\n"),
+    ]
+    shown = inspect_mask(prepared.path, num_rows=10)
+    assert len(shown) == 4
+    assert raw[0].spans in [row.spans for row in shown]
+    assert raw[0].num_supervised == sum(span.stop - span.start for span in raw[0].spans if span.supervised)
+
+
+def test_progress_is_told(model_dir, data, tmp_path):
+    calls = []
+    prepare_data(
+        model=model_dir, data=data, output=tmp_path / "out", seq_length=100, progress=lambda *call: calls.append(call)
+    )
+    assert calls[-1] == ("tokenise", 3, 3)
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "saved", "dict", "directory"])
+def test_raw_rows_are_the_same_from_every_kind_of_source(tmp_path, kind):
+    table = datasets.Dataset.from_list(CHATS)
+    path = tmp_path / f"rows.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(CHATS))
+    elif kind == "jsonl":
+        write_jsonl(path, CHATS)
+    elif kind == "parquet":
+        table.to_parquet(str(path))
+    elif kind == "saved":
+        table.save_to_disk(str(path))
+    elif kind == "dict":
+        datasets.DatasetDict({"train": table}).save_to_disk(str(path))
+    else:
+        (path / "deep").mkdir(parents=True)
+        write_jsonl(path / "a.jsonl", CHATS[:1])
+        (path / "deep" / "b.json").write_text(json.dumps(CHATS[1:]))
+    rows = load_raw_dataset(path)
+    assert [rows[i]["conversations"] for i in range(len(rows))] == [row["conversations"] for row in CHATS]
+
+
+@pytest.mark.parametrize("source", ["no/such/file.jsonl", "utlrachat", "hf:", "hf:a:b:c:d", "hf://datasets/a/b/c.txt"])
+def test_a_source_that_is_none_is_named(source):
+    with pytest.raises(ValueError, match=r"(is not|must name)"):
+        load_raw_dataset(source)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    (tmp_path / "broken.json").write_text("[{")
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    (tmp_path / "notes.txt").write_text("hi")
+    (tmp_path / "empty").mkdir()
+    for name in ("broken.json", "broken.parquet", "notes.txt", "empty"):
+        with pytest.raises(ValueError, match=name):
+            load_raw_dataset(tmp_path / name)
+
+
+def test_the_contracts_in_memory_functions_give_the_same_rows(model_dir, tokenizer, data, tmp_path):
+    prepared = prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=100)
+    dataset, _ = load_and_preprocess_dataset(
+        model_dir, [data], seq_length=100, token_freq_path=tmp_path / "freq.pt", skip_token_freq=False
+    )
+    assert [row["input_ids"].tolist() for row in dataset] == [r["input_ids"].tolist() for r in prepared.dataset()]
+    assert torch.load(tmp_path / "freq.pt", weights_only=True) == prepared.token_freq()
+    built = build_speculator_training_dataset(datasets.Dataset.from_list(CHATS), tokenizer, max_length=100)
+    assert len(built) == 4
+    with pytest.raises(ValueError, match="render_endpoint"):
+        build_speculator_training_dataset(CHATS, tokenizer, render_endpoint="http://localhost:8000")
