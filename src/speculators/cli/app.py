@@ -1,0 +1,143 @@
+"""The `speculators` command: finds the verb, imports that verb's file only, turns errors into a message and a code.
+
+Exit codes: 0 done, 1 the work failed, 2 the command or the configuration is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+from speculators.cli.console import say_error
+from speculators.train.errors import ConfigError
+from speculators.utils.suggest import did_you_mean
+
+VERBS: dict[str, str] = {
+    "quickstart": "Train a drafter for the embedded verifier, decode with it and measure it: the whole path.",
+    "prepare-data": "Turn conversations into tokenised training rows with loss masks.",
+    "inspect-mask": "Show which tokens of prepared rows are trained on.",
+    "regenerate-responses": "Replace the answers of a dataset by the verifier's own.",
+    "train": "Train a speculator for a verifier.",
+    "generate": "Decode prompts with draft-and-verify and show what was accepted.",
+    "evaluate": "Measure drafting methods against plain decoding on held-out prompts.",
+}
+"""Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`."""
+
+FLAGS_READ_ELSEWHERE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""For `train`, whose flags are the keys of `TrainConfig` and of the algorithm: they are parsed there."""
+
+# Every parsing error of typer derives from this one; typer does not export it under its own name.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line. Returns the exit code; the last line of stdout is the result as one JSON object."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    quieten_libraries()
+    try:
+        result = run(args)
+    except SystemExit as end:  # argparse's --help, --dump-config
+        return int(end.code or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        say_error("interrupted")
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            say_error(message_of(error), hint=hint_of(error))
+        return exit_code_of(error)
+    if isinstance(result, dict):
+        print(json.dumps(result, default=str), flush=True)
+        return 0
+    return result or 0  # --help and --version end with typer's own exit code
+
+
+def run(args: Sequence[str]) -> Any:
+    """Run one verb in this process and return what it returns. Errors travel to the caller."""
+    if args and args[0] in VERBS:
+        verb = args[0]
+        return command_of(verb).main(list(args[1:]), prog_name=f"speculators {verb}", standalone_mode=False)
+    if args and not args[0].startswith("-"):
+        raise UsageError(f"unknown command '{args[0]}'; `speculators --help` lists them.{did_you_mean(args[0], VERBS)}")
+    return listing().main(list(args) or ["--help"], prog_name="speculators", standalone_mode=False)
+
+
+def command_of(verb: str) -> Any:
+    """The parser of one verb. Imports the verb's file and nothing else of the command line."""
+    name = verb.replace("-", "_")
+    function: Callable[..., Any] = getattr(importlib.import_module(f"speculators.cli.{name}"), name)
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    settings = FLAGS_READ_ELSEWHERE if verb == "train" else {}
+    app.command(verb, epilog="--debug shows the traceback of an error.", context_settings=settings)(function)
+    return get_command(app)
+
+
+def listing() -> Any:
+    """The group that prints `speculators --help`: names and one-liners, no verb is imported."""
+    app = typer.Typer(
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        help="Train, decode and serve speculative-decoding drafters: what you train is what you serve.",
+        epilog="`speculators COMMAND --help` lists a command's options. --debug shows the traceback of an error.",
+    )
+    for verb, line in VERBS.items():
+        app.command(verb, help=line)(lambda: None)
+
+    @app.callback(invoke_without_command=True)
+    def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+        if version:
+            from importlib.metadata import version as installed_version
+
+            print(installed_version("speculators"))
+
+    return get_command(app)
+
+
+def exit_code_of(error: BaseException) -> int:
+    from pydantic import ValidationError
+
+    if isinstance(error, UsageError | ValidationError | ConfigError):
+        return 2
+    return 1
+
+
+def message_of(error: BaseException) -> str:
+    """One message a user can act on: no class names for errors that are already written for users."""
+    if isinstance(error, UsageError):
+        return str(error.format_message())  # type: ignore[attr-defined]
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, ValueError | OSError) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def hint_of(error: BaseException) -> str | None:
+    if isinstance(error, UsageError | ValueError | OSError):
+        return None
+    return "this may be a defect: run the command again with --debug for the traceback"
+
+
+def quieten_libraries() -> None:
+    """Their progress bars and notices would drown ours. Set before they are imported; a user's own setting stays."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

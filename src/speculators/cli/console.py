@@ -1,0 +1,68 @@
+"""Where the command line writes: tables and the JSON line on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+def out() -> Console:
+    """For people: tables and text. Made on each call, so that a redirected stdout is honoured."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def err() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line about what is going on (stderr, so that stdout stays the result)."""
+    err().print(text)
+
+
+def say_error(message: str, hint: str | None = None) -> None:
+    err().print(f"[bold red]error:[/] {escape(message)}")
+    if hint:
+        err().print(f"[dim]{escape(hint)}[/]")
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """A two-column table: what was done, in names and values."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, escape(str(value)))
+    out().print(table)
+
+
+class WorkProgress:
+    """A progress bar for work that reports (what, how much is done, of how much or None)."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=err(),
+        )
+        self.bars: dict[str, TaskID] = {}
+
+    def __enter__(self) -> WorkProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        if what not in self.bars:
+            self.bars[what] = self.progress.add_task(what, total=total)
+        self.progress.update(self.bars[what], completed=done, total=total)

@@ -1,0 +1,86 @@
+"""`speculators generate`: decode prompts with draft-and-verify and show what was accepted."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from speculators.cli.console import out, print_facts
+from speculators.cli.options import (
+    Device,
+    Dtype,
+    MaxTokens,
+    NumSpeculativeTokens,
+    Temperature,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+    Verifier,
+)
+
+if TYPE_CHECKING:
+    from speculators.decoding.request import RequestOutput
+
+
+def generate(
+    verifier: Verifier,
+    prompt: Annotated[list[str], typer.Option(help="What to ask; '-' reads stdin. Repeatable.")],
+    method: Annotated[str, typer.Option(help="A speculator's directory, a method's name, JSON, or none.")] = "none",
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    raw: Annotated[bool, typer.Option("--raw", help="Take prompts as they are: no chat template.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> dict[str, Any]:
+    """Decode prompts with draft-and-verify; greedy output is the verifier's own, token for token."""
+    from speculators.decoding import SamplingParams
+    from speculators.evaluation import load_decodable, parse_method, render_prompt
+
+    chosen = parse_method(method, num_speculative_tokens)
+    decodable = load_decodable(verifier, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    tokenizer = decodable.tokenizer
+    texts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    prompts = [tokenizer(text).input_ids if raw else render_prompt(question(text), tokenizer) for text in texts]
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    outputs = decodable.engine(chosen, max_batch_size=len(prompts)).generate(prompts, sampling)
+    for text, output in zip(texts, outputs, strict=True):
+        out().print(text, style="bold", markup=False)
+        out().print(output.text, markup=False)
+        print_facts("", facts_of(output))
+    return {"verb": "generate", "method": chosen.name, "outputs": [record_of(output) for output in outputs]}
+
+
+def question(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def facts_of(output: RequestOutput) -> dict[str, Any]:
+    stats = output.stats
+    facts: dict[str, Any] = {
+        "tokens": f"{len(output.token_ids)}, ended by {output.finish_reason}",
+        "rounds": stats.num_rounds,
+    }
+    if stats.num_drafted:
+        facts["acceptance length"] = f"{stats.acceptance_length:.2f}"
+        facts["accepted / drafted"] = f"{stats.num_accepted} / {stats.num_drafted}"
+    return facts
+
+
+def record_of(output: RequestOutput) -> dict[str, Any]:
+    stats = output.stats
+    return {
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "num_rounds": stats.num_rounds,
+        "num_drafted": stats.num_drafted,
+        "num_accepted": stats.num_accepted,
+        "acceptance_length": stats.acceptance_length,
+    }

@@ -1,0 +1,75 @@
+"""`speculators prepare-data`: conversations to a directory that `train` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from speculators.cli.console import WorkProgress, print_facts
+from speculators.cli.options import TrustRemoteCode, parse_json_object
+
+if TYPE_CHECKING:
+    from speculators.data_generation.prepare import PreparedData
+
+
+def prepare_data(
+    model: Annotated[str, typer.Option(help="Verifier: its tokenizer and chat template make the rows.")],
+    data: Annotated[list[str], typer.Option(help="Conversations: file, directory, hf:<id> or preset. Repeatable.")],
+    output: Annotated[Path, typer.Option(help="Directory to write.")] = Path("./output"),
+    seq_length: Annotated[int, typer.Option(min=2, help="Longest row, in tokens; longer ones are cut.")] = 8192,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Rows to keep. Default: all.")] = None,
+    token_freq_path: Annotated[Path | None, typer.Option(help="Default: <output>/token_freq.pt.")] = None,
+    seed: Annotated[int, typer.Option(help="Order of the rows.")] = 0,
+    num_preprocessing_workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: chosen.")] = None,
+    minimum_valid_tokens: Annotated[int | None, typer.Option(help="Drop rows with fewer trained tokens.")] = None,
+    chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace rows prepared differently.")] = False,
+    allow_empty_output: Annotated[bool, typer.Option("--allow-empty-output", help="No row is not an error.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> dict[str, Any]:
+    """Turn conversations into tokenised training rows with loss masks, token frequencies and a manifest."""
+    from speculators import data_generation
+
+    with WorkProgress() as progress:
+        prepared = data_generation.prepare_data(
+            model=model,
+            data=data,
+            output=output,
+            seq_length=seq_length,
+            max_samples=max_samples,
+            seed=seed,
+            num_workers=num_preprocessing_workers,
+            minimum_valid_tokens=minimum_valid_tokens,
+            token_freq_path=token_freq_path,
+            overwrite=overwrite,
+            allow_empty_output=allow_empty_output,
+            trust_remote_code=trust_remote_code,
+            chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
+            progress=progress,
+        )
+    return show(prepared)
+
+
+def show(prepared: PreparedData) -> dict[str, Any]:
+    facts: dict[str, Any] = {"directory": prepared.path}
+    record: dict[str, Any] = {"verb": "prepare-data", "path": str(prepared.path), "reused": prepared.reused}
+    if prepared.reused:
+        facts["reused"] = "it was there already, made the same way"
+    manifest = prepared.manifest
+    if manifest is not None:
+        facts |= {
+            "rows": f"{manifest.num_rows:,} of {manifest.num_read:,} read",
+            "tokens": f"{manifest.num_tokens:,}, {manifest.supervised_share:.0%} trained on",
+            "row length": f"{manifest.shortest_row} to {manifest.longest_row}",
+            "left out": "; ".join(f"{count} x {reason}" for reason, count in manifest.dropped.items()) or "nothing",
+        }
+        record |= {
+            "num_rows": manifest.num_rows,
+            "num_tokens": manifest.num_tokens,
+            "supervised_share": manifest.supervised_share,
+            "dropped": manifest.dropped,
+        }
+    print_facts("Prepared", facts)
+    return record

@@ -1,0 +1,68 @@
+"""What can be compared: `none` (plain decoding), a method's name, a speculator's directory, or vLLM's JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+PLAIN = "none"
+PATH_KEYS = ("speculators_model_type", "model_type")
+"""Where a checkpoint's config.json says what it is: ours first."""
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    speculative_config: dict[str, Any] | None
+    """What vLLM's `--speculative-config` takes; None = plain decoding."""
+
+
+def parse_methods(texts: Sequence[str], num_speculative_tokens: int | None) -> list[Method]:
+    """The methods of a comparison, with names that differ. `num_speculative_tokens`: for texts that do not say K."""
+    methods: list[Method] = []
+    for text in texts:
+        method = parse_method(text, num_speculative_tokens)
+        taken = {other.name for other in methods}
+        name = next(name for name in chain([method.name], numbered(method.name)) if name not in taken)
+        methods.append(replace(method, name=name))
+    return methods
+
+
+def numbered(name: str) -> Iterator[str]:
+    return (f"{name}-{number}" for number in count(2))
+
+
+def parse_method(text: str, num_speculative_tokens: int | None) -> Method:
+    """`none`, `ngram`, `path/to/speculator` or '{"method": "ngram", "num_speculative_tokens": 3, ...}'."""
+    if text == PLAIN:
+        return Method(PLAIN, None)
+    if text.lstrip().startswith("{"):
+        try:
+            config = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--method {text} looks like JSON but is not: {error}") from error
+    elif Path(text).is_dir():
+        config = {"model": text}
+    elif "/" in text:
+        raise ValueError(f"--method {text}: no such directory; give a speculator's directory, a method's name or JSON")
+    else:
+        config = {"method": text}
+    if num_speculative_tokens is not None:
+        config.setdefault("num_speculative_tokens", num_speculative_tokens)
+    return Method(name_of(config), config)
+
+
+def name_of(config: dict[str, Any]) -> str:
+    if config.get("method"):
+        return str(config["method"])
+    path = Path(str(config.get("model", "")))
+    if (path / "config.json").is_file():
+        written = json.loads((path / "config.json").read_text())
+        for key in PATH_KEYS:
+            if written.get(key):
+                return str(written[key])
+    return path.name or "speculative"

@@ -1,0 +1,60 @@
+"""How a report is shown: a table for people, one JSON document for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from speculators.evaluation.records import EvaluationReport, MethodRow
+from speculators.evaluation.statistics import Estimate
+from speculators.utils.files import atomic_write
+
+
+def report_table(report: EvaluationReport) -> Table:
+    """The house table. Acceptance length counts the recovered or bonus token; ± is a 95 % bootstrap over prompts."""
+    first = report.rows[0]
+    temperature = "greedy" if first.temperature == 0 else f"temperature {first.temperature:g}"
+    table = Table(
+        title=f"{first.num_prompts} prompts of {report.dataset}, {temperature}",
+        caption="± 95 % bootstrap over prompts; speeds interleaved in one process; conditional: given all before",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("method", style="bold")
+    for name in ("K", "acceptance length", "conditional acceptance", "tokens/s", "speedup", "speedup/τ", "identical"):
+        table.add_column(name, justify="right")
+    for row in report.rows:
+        table.add_row(*cells(row))
+    return table
+
+
+def cells(row: MethodRow) -> list[str]:
+    if row.num_speculative_tokens == 0:
+        return [row.method, "0", "1", "", f"{row.tokens_per_s:.1f}", "1", "", ""]
+    identical = "sampled" if row.num_identical is None else f"{row.num_identical}/{row.num_prompts}"
+    return [
+        row.method,
+        str(row.num_speculative_tokens),
+        with_interval(row.acceptance_length),
+        " ".join(f"{rate:.2f}" for rate in row.conditional_acceptance),
+        f"{row.tokens_per_s:.1f}",
+        with_interval(row.speedup) + "x",
+        f"{row.speedup_per_token:.2f}",
+        identical,
+    ]
+
+
+def with_interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} ±{estimate.half_width:.2f}"
+
+
+def save_report(report: EvaluationReport, path: str | Path) -> Path:
+    """Write the report as one JSON document."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "w") as file:
+        json.dump(report.to_dict(), file, indent=2)
+        file.write("\n")
+    return path

@@ -1,0 +1,106 @@
+"""`evaluate`: one verifier, held-out prompts decoded plainly and with every method side by side, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from speculators.decoding import Engine, SamplingParams
+from speculators.evaluation.acceptance import summarise
+from speculators.evaluation.environment import environment
+from speculators.evaluation.latency import Generate, measure_interleaved
+from speculators.evaluation.methods import PLAIN, Method, parse_methods
+from speculators.evaluation.prompts import load_prompts
+from speculators.evaluation.records import EvaluationReport
+from speculators.evaluation.setup import load_decodable
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One comparison. Everything that changes a figure is here, and is written into the report."""
+
+    verifier: str
+    data: str
+    """Conversations nobody trained on: a file, a directory or a preset."""
+    methods: tuple[str, ...] = (PLAIN, "ngram")
+    """Plain decoding is always measured; it is what the others are compared with."""
+    num_speculative_tokens: int | None = None
+    """Draft tokens a round; None: what each method's own configuration says."""
+    num_prompts: int = 32
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 1
+    num_warmup: int = 2
+    """Groups of prompts decoded before the clock counts."""
+    num_repeats: int = 1
+    """Timings of each group, of which the fastest counts."""
+    dtype: str = "float32"
+    """Greedy equality is exact in float32 only: lower precisions have ties."""
+    device: str = "auto"
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] | None = None) -> EvaluationReport:
+    """Measure every method on the same prompts. `on_progress(done, total)` counts prompts."""
+    methods = parse_methods(config.methods, config.num_speculative_tokens)
+    methods = [Method(PLAIN, None), *(method for method in methods if method.speculative_config is not None)]
+    decodable = load_decodable(
+        config.verifier, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+    )
+    prompts = load_prompts(config.data, decodable.tokenizer, limit=config.num_prompts).token_ids
+    max_length = max(map(len, prompts)) + config.max_tokens
+    engines = {
+        method.name: decodable.engine(method, max_batch_size=config.batch_size, max_length=max_length)
+        for method in methods
+    }
+    sampling = SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed if config.temperature > 0 else None,
+    )
+    done = 0
+
+    def count(num_prompts: int) -> None:
+        nonlocal done
+        done += num_prompts
+        if on_progress is not None:
+            on_progress(done, len(prompts))
+
+    measurements = measure_interleaved(
+        {name: decoder(engine, sampling) for name, engine in engines.items()},
+        prompts,
+        group_size=config.batch_size,
+        num_warmup=config.num_warmup,
+        num_repeats=config.num_repeats,
+        on_group=count,
+    )
+    rows = tuple(
+        summarise(
+            name,
+            measurements[PLAIN],
+            measured,
+            num_speculative_tokens=engines[name].num_speculative_tokens,
+            temperature=config.temperature,
+        )
+        for name, measured in measurements.items()
+    )
+    return EvaluationReport(
+        verifier=config.verifier,
+        dataset=config.data,
+        rows=rows,
+        settings=asdict(config) | {"speculative_configs": {m.name: m.speculative_config for m in methods}},
+        environment=environment(),
+    )
+
+
+def decoder(engine: Engine, sampling: SamplingParams) -> Generate:
+    def generate(prompts: Sequence[Sequence[int]]) -> Any:
+        return engine.generate([list(prompt) for prompt in prompts], sampling)
+
+    return generate
