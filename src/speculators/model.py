@@ -1,0 +1,311 @@
+"""`SpeculatorModel`, the base of every drafter: found by name, loaded and saved, trained and served through its hooks.
+
+A checkpoint is a Hugging Face directory. Loading builds the model for real and copies the tensors in, so whatever a
+checkpoint leaves out keeps the value its constructor gave it (transformers' own loader fills it with noise).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from speculators.config import SpeculatorModelConfig
+from speculators.draft_vocab import DraftVocabMixin
+from speculators.interfaces import CaptureSpec
+from speculators.utils.loading import load_checkpoint
+from speculators.utils.registry import ClassRegistryMixin
+from speculators.utils.suggest import did_you_mean
+from speculators.utils.util import get_current_device
+
+if TYPE_CHECKING:
+    from speculators.interfaces import Proposer
+
+__all__ = ["DraftVocabMixin", "NoTrainingArgs", "SpeculatorModel"]
+
+logger = logging.getLogger(__name__)
+
+# Options of transformers' loader that mean nothing here: drafters are small and loaded in one piece.
+_LOADER_OPTIONS_WITHOUT_EFFECT = (
+    "low_cpu_mem_usage", "trust_remote_code", "proxies", "variant", "max_memory", "offload_folder", "tqdm_class",
+    "_fast_init", "use_kernels",
+)  # fmt: skip
+
+
+class NoTrainingArgs(BaseModel):
+    """The training arguments of an algorithm that adds none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
+    """Base of the drafters. To add one, see `speculators.models`."""
+
+    auto_package: ClassVar[str] = "speculators.models"
+    entry_point_group: ClassVar[str] = "speculators.models"
+    registry_auto_discovery: ClassVar[bool] = True
+
+    config_class = SpeculatorModelConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _keys_to_ignore_on_load_missing: list[str] = []
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    all_tied_weights_keys: dict[str, str] = {}  # for classes that do not call post_init
+
+    # What an algorithm may say about itself; each has a working default.
+    training_args: ClassVar[type[BaseModel]] = NoTrainingArgs
+    """Keys the algorithm adds to the training command line and YAML; they reach `from_training_args`."""
+    training_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Generic training keys for which this algorithm wants another default."""
+    checkpoint_formats: ClassVar[tuple[str, ...]] = ("speculators",)
+    """Names of the checkpoint formats the algorithm reads and writes."""
+
+    def __init__(self, config: SpeculatorModelConfig, **kwargs: Any) -> None:
+        if not config:
+            raise ValueError(f"Config must be provided to initialize a SpeculatorModel, got {config!r}")
+        _check_is_config(config)
+        config.tie_word_embeddings = False
+        super().__init__(config)
+        self.config = config
+
+    # -- finding classes ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def get_class(cls, name: str) -> type[SpeculatorModel]:
+        """The model class of an algorithm, imported if need be."""
+        found = SpeculatorModel.find(name)
+        if found is None:
+            available = SpeculatorModel.available_names()
+            hint = did_you_mean(name, available) if isinstance(name, str) else ""
+            raise ValueError(f"Unknown speculator type: {name!r}. Available: {available}.{hint}")
+        return found
+
+    @classmethod
+    def registered_model_class_from_config(cls, config: SpeculatorModelConfig) -> type[SpeculatorModel]:
+        """The registered class whose `config_class` is exactly the config's type."""
+        _check_is_config(config)
+        if type(config) is SpeculatorModelConfig:
+            raise TypeError(
+                "Received a SpeculatorModelConfig instance but expected a subclass of it; build the config with its "
+                "own class or with SpeculatorModelConfig.from_dict, which picks it"
+            )
+        SpeculatorModel.find(config.speculators_model_type)
+        registry = SpeculatorModel.registry or {}
+        if not registry:
+            raise ValueError("No registered model classes found; import the module that registers your model")
+        for model_class in registry.values():
+            if model_class.config_class is type(config):
+                return model_class
+        raise ValueError(
+            f"No registered model class found for config type {type(config).__name__}; registered: {list(registry)}"
+        )
+
+    @classmethod
+    def verify_training_compatible(cls, model: Any) -> None:
+        """Raise unless the trainer can train `model`."""
+        if not isinstance(model, SpeculatorModel):
+            raise TypeError(f"Expected a SpeculatorModel to train, got {type(model).__name__}")
+        registry = SpeculatorModel.registry or {}
+        if type(model) not in registry.values():
+            raise ValueError(f"{type(model).__name__} is not a registered speculator; registered: {list(registry)}")
+        if not hasattr(model, "layers"):
+            raise AttributeError(f"{type(model).__name__} has no attribute 'layers': the ModuleList of its layers")
+
+    # -- hooks of an algorithm ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_training_args(cls, verifier_config: Any, **kwargs: Any) -> SpeculatorModel:
+        """A new drafter from the decoder config the command line shaped and all its values."""
+        raise NotImplementedError(f"{cls.__name__} does not implement from_training_args")
+
+    @staticmethod
+    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `forward` gets beside the batch: (training, validation)."""
+        raise NotImplementedError("this speculator does not implement get_trainer_kwargs")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("The forward method is only supported on concrete speculator models")
+
+    @property
+    def capture(self) -> CaptureSpec:
+        """Which verifier states the drafter reads; by default those of its `target_layer_ids`, and the last."""
+        return CaptureSpec(aux_layer_ids=tuple(getattr(self, "target_layer_ids", None) or ()), last_hidden=True)
+
+    @staticmethod
+    def align(sample: dict[str, Any]) -> dict[str, Any]:
+        """Shift one sample's columns as `forward` expects them, before samples are packed."""
+        return sample
+
+    def make_proposer(self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int) -> Proposer:
+        """What drafts with this model at decode time."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement make_proposer: it can only be trained")
+
+    def load_vocab_mappings(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
+        """Set the draft vocabulary; nothing to do for a model without one."""
+
+    def load_verifier_weights(self) -> None:
+        """Fill the weights that are the verifier's; nothing to do for a model without any."""
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        verifier: str | os.PathLike | None = None,
+        config: SpeculatorModelConfig | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        ignore_mismatched_sizes: bool = False,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        use_safetensors: bool | None = None,
+        weights_only: bool = True,
+        t2d: Tensor | None = None,
+        d2t: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model of a checkpoint directory, a hub id, or a config and a `state_dict`.
+
+        `verifier` says where the verifier lies now, if not where the checkpoint recorded it. `dtype` ("auto": as
+        stored), `device_map` (one device) and `output_loading_info` work as in transformers. Called on
+        `SpeculatorModel`, the checkpoint decides the class."""
+        path, state_dict = pretrained_model_name_or_path, kwargs.pop("state_dict", None)
+        hub = {
+            "cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only,
+            "token": token, "revision": revision, "subfolder": kwargs.pop("subfolder", ""),
+        }  # fmt: skip
+        if config is None:
+            if path is None:
+                raise ValueError("Either `config` or `pretrained_model_name_or_path` must be provided to load a model")
+            config = SpeculatorModelConfig.from_pretrained(path, **hub)
+        _check_is_config(config)
+        if path is None and state_dict is None:
+            raise ValueError("Either `pretrained_model_name_or_path` or `state_dict` must be provided to load a model")
+        model_class = cls._class_to_load(config)
+
+        config.tie_word_embeddings = False
+        config = copy.deepcopy(config)
+        config.name_or_path = str(path or "")
+        if verifier is not None and config.speculators_config is not None:
+            config.speculators_config.verifier.name_or_path = str(verifier)
+        options = _LoadOptions(kwargs)
+        if options.attn_implementation is not None and hasattr(config, "transformer_layer_config"):
+            config.transformer_layer_config._attn_implementation = options.attn_implementation
+
+        tensors = state_dict if state_dict is not None else _load_tensors(path, hub)
+        model = model_class(config, *model_args, **kwargs)
+        _cast_parameters(model, options.dtype_for(config, tensors))
+        loading_info = _copy_tensors(model, tensors, ignore_mismatched_sizes)
+        model.to(options.device)
+        model.eval()
+        model.load_vocab_mappings(t2d, d2t)
+        model.load_verifier_weights()
+        return (model, loading_info) if options.output_loading_info else model
+
+    @classmethod
+    def _class_to_load(cls, config: SpeculatorModelConfig) -> type[SpeculatorModel]:
+        if cls is SpeculatorModel:
+            return cls.registered_model_class_from_config(config)
+        if not isinstance(config, cls.config_class):
+            raise TypeError(
+                f"{cls.__name__} cannot load a '{config.speculators_model_type}' checkpoint "
+                f"({type(config).__name__}); use SpeculatorModel.from_pretrained, which picks the class"
+            )
+        return cls
+
+
+class _LoadOptions:
+    """The options of transformers' `from_pretrained` that mean something here, taken out of its keyword arguments."""
+
+    def __init__(self, kwargs: dict[str, Any]) -> None:
+        for name in _LOADER_OPTIONS_WITHOUT_EFFECT:
+            kwargs.pop(name, None)
+        torch_dtype = kwargs.pop("torch_dtype", None)  # the name before transformers 5
+        self.dtype = kwargs.pop("dtype", None) or torch_dtype or "auto"
+        self.output_loading_info = kwargs.pop("output_loading_info", False)
+        self.attn_implementation = kwargs.pop("attn_implementation", None)
+        self.device = _single_device(kwargs.pop("device_map", None))
+
+    def dtype_for(self, config: SpeculatorModelConfig, tensors: Mapping[str, Tensor]) -> torch.dtype:
+        """As asked for; "auto" is what the config says, else what the tensors are."""
+        dtype = self.dtype
+        if dtype == "auto":
+            stored = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+            dtype = config.dtype or next(stored, torch.get_default_dtype())
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _single_device(device_map: Any) -> torch.device:
+    if device_map is None:
+        return torch.device("cpu")
+    if device_map == "auto":
+        return get_current_device()
+    if isinstance(device_map, Mapping):
+        devices = set(device_map.values())
+        if len(devices) != 1:
+            raise ValueError(f"device_map={dict(device_map)} spreads a drafter over several devices; name one device")
+        device_map = devices.pop()
+    return torch.device(device_map)
+
+
+def _check_is_config(config: Any) -> None:
+    if not isinstance(config, SpeculatorModelConfig):
+        raise TypeError(f"Expected config to be an instance of SpeculatorModelConfig, got {type(config).__name__}")
+
+
+def _load_tensors(path: Any, hub: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        return load_checkpoint(path, **hub)
+    except OSError as error:
+        raise OSError(f"Can't load the weights of '{path}'. {error}") from error
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: buffers hold ids, masks and rope frequencies, whose precision is not the weights'."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _copy_tensors(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], ignore_mismatched_sizes: bool
+) -> dict[str, list[Any]]:
+    own = model.state_dict()
+    mismatched = [
+        (key, tuple(tensors[key].shape), tuple(own[key].shape))
+        for key in own
+        if key in tensors and tensors[key].shape != own[key].shape
+    ]
+    if mismatched and not ignore_mismatched_sizes:
+        raise ValueError(
+            "the checkpoint's tensors do not fit its config (name, shape in the checkpoint, shape by the config): "
+            f"{mismatched}; mend config.json, or pass ignore_mismatched_sizes=True to leave these out"
+        )
+    left_out = {key for key, *_ in mismatched}
+    model.load_state_dict({k: v for k, v in tensors.items() if k in own and k not in left_out}, strict=False)
+    missing = [key for key in own if key not in tensors and not _matches(key, model._keys_to_ignore_on_load_missing)]
+    unexpected = [
+        key for key in tensors if key not in own and not _matches(key, model._keys_to_ignore_on_load_unexpected)
+    ]
+    if missing:
+        logger.warning("%s: the checkpoint lacks %s; they keep their initial values", type(model).__name__, missing)
+    if unexpected:
+        logger.warning("%s: the checkpoint's %s are not used", type(model).__name__, unexpected)
+    return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched, "error_msgs": []}
+
+
+def _matches(key: str, patterns: Any) -> bool:
+    return any(re.search(pattern, key) for pattern in patterns or ())

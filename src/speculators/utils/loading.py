@@ -1,0 +1,135 @@
+"""Tensors of Hugging Face checkpoints, read by name from a directory or the hub without building the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+logger = logging.getLogger(__name__)
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+# The same weight under the names other families give it.
+ALIASES = {
+    "embed_tokens.weight": ("tok_embeddings.weight", "llm.embed.weight", "backbone.embeddings.weight"),
+    "lm_head.weight": ("output.weight", "llm.unembed.weight"),
+    "model.norm.weight": ("llm.norm.weight", "backbone.norm_f.weight", "norm.weight"),
+}
+
+
+def is_config_only_dir(path: str | os.PathLike) -> bool:
+    """A local directory with a config.json and no weights."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        return False
+    weights = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+    return not any(entry.name.endswith(weights) for entry in folder.iterdir())
+
+
+def list_checkpoint_keys(path: str | os.PathLike) -> list[str]:
+    """Names of the tensors of a checkpoint directory."""
+    return list(_locate_tensors(path))
+
+
+def load_model_layers(names: Iterable[str], model_path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint, keyed by the names asked for.
+
+    A name is found exactly, else as the end of a key after a "." (the shortest such key wins), else the same way
+    under one of its aliases. Names not found are warned about and left out; none found is an error."""
+    names = list(names)
+    files = _locate_tensors(model_path, **hub_kwargs)
+    keys = {name: key for name in names if (key := find_key(name, files)) is not None}
+    if not keys:
+        raise ValueError(f"'{model_path}' has none of the tensors {names}; its keys start like {sorted(files)[:5]}")
+    for name in names:
+        if name not in keys:
+            logger.warning("'%s' has no tensor '%s'", model_path, name)
+    found = read_tensors({key: files[key] for key in keys.values()})
+    return {name: found[key] for name, key in keys.items()}
+
+
+def find_key(name: str, keys: Iterable[str]) -> str | None:
+    """The checkpoint key that holds the weight `name`."""
+    keys = list(keys)
+    for wanted in (name, *ALIASES.get(name, ())):
+        if wanted in keys:
+            return wanted
+        # at a "." boundary only: "norm.weight" must not find "input_layernorm.weight"
+        matches = [key for key in keys if key.endswith(f".{wanted}") and not _is_inside_a_layer(key, wanted)]
+        if matches:
+            return min(matches, key=lambda key: (key.startswith("mtp."), len(key)))
+    return None
+
+
+def _is_inside_a_layer(key: str, wanted: str) -> bool:
+    """"norm.weight" is the final norm, not one of layer 3, unless layer 3 is what was asked for."""
+    return any(part.isdigit() for part in key.split(".")) and not any(part.isdigit() for part in wanted.split("."))
+
+
+def load_checkpoint(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint directory or hub id."""
+    return read_tensors(_locate_tensors(path, **hub_kwargs))
+
+
+def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
+    """Tensors by key, given the file each lies in."""
+    tensors: dict[str, Tensor] = {}
+    for file in dict.fromkeys(files.values()):
+        keys = [key for key, where in files.items() if where == file]
+        if file.suffix != ".safetensors":
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            tensors.update({key: content[key] for key in keys})
+            continue
+        try:
+            with safe_open(file, framework="pt") as reader:
+                tensors.update({key: reader.get_tensor(key) for key in keys})
+        except SafetensorError as error:
+            raise ValueError(f"'{file}' cannot be read ({error}); it is incomplete or damaged, fetch it again") from error
+    return tensors
+
+
+def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Path]:
+    """tensor name -> the file it lies in, for the first kind of weights the checkpoint has."""
+    for index_name, single_name in ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN)):
+        index = _fetch(path, index_name, **hub_kwargs)
+        if index is not None:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            shards = {shard: _fetch(path, shard, **hub_kwargs) for shard in set(weight_map.values())}
+            missing = sorted(shard for shard, file in shards.items() if file is None)
+            if missing:
+                raise FileNotFoundError(f"'{path}' lists the files {missing} in {index_name} and does not have them")
+            return {key: file for key, shard in weight_map.items() if (file := shards[shard]) is not None}
+        single = _fetch(path, single_name, **hub_kwargs)
+        if single is not None:
+            return dict.fromkeys(_keys_of(single), single)
+    raise FileNotFoundError(
+        f"'{path}' has no weights: neither {SAFETENSORS}, {BIN} nor an index of them is a file of it"
+    )
+
+
+def _fetch(path: str | os.PathLike, name: str, **hub_kwargs: Any) -> Path | None:
+    if Path(path).is_dir():
+        folder = Path(path) / hub_kwargs.get("subfolder", "")
+        return folder / name if (folder / name).is_file() else None
+    found = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    return Path(found) if found else None
+
+
+def _keys_of(file: Path) -> list[str]:
+    if file.suffix != ".safetensors":
+        return list(torch.load(file, map_location="meta", weights_only=True))
+    try:
+        with safe_open(file, framework="pt") as reader:
+            return list(reader.keys())
+    except SafetensorError as error:
+        raise ValueError(f"'{file}' cannot be read ({error}); it is incomplete or damaged, fetch it again") from error

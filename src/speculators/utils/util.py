@@ -1,0 +1,47 @@
+"""The device to work on, whatever kind it is."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+
+def is_npu_available() -> bool:
+    """Whether an Ascend NPU and its torch package are here."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    return bool(getattr(torch, "npu", None) and torch.npu.is_available())
+
+
+def _kind() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "npu" if is_npu_available() else "cpu"
+
+
+def get_current_device() -> torch.device:
+    """The accelerator this process uses, else the CPU."""
+    kind = _kind()
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device(kind, getattr(torch, kind).current_device())
+
+
+def get_device_name() -> str:
+    """A name for people: "NVIDIA H100 80GB HBM3", "cpu"."""
+    kind = _kind()
+    return "cpu" if kind == "cpu" else getattr(torch, kind).get_device_name()
+
+
+def mem_get_info() -> tuple[int, int]:
+    """(free, total) bytes of the accelerator; (0, 0) on the CPU."""
+    kind = _kind()
+    return (0, 0) if kind == "cpu" else getattr(torch, kind).mem_get_info()
+
+
+def empty_cache() -> None:
+    """Give cached accelerator memory back; nothing on the CPU."""
+    kind = _kind()
+    if kind != "cpu":
+        getattr(torch, kind).empty_cache()
