@@ -29,7 +29,10 @@ UNIT_OFFSET_NORM_FAMILIES = frozenset({
 
 VERIFIER_ONLY_KEYS = ["verifier_lm_head.weight", "verifier_norm.weight"]
 
-_Base = nn.Module if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
 
 
 class DraftVocabMixin(_Base):

@@ -1,1 +1,81 @@
-"""Drafting algorithms: one folder each."""
+"""Drafting algorithms, one folder each. The folder's name is the algorithm's name everywhere: in `config.json`
+(`speculators_model_type`), in the registries and in `--speculator-type`. Folders are imported when first asked for.
+
+Adding an algorithm
+-------------------
+
+1. A folder `speculators/models/<name>/` with `config.py`, `core.py` and an `__init__.py` that exports both classes.
+   (Outside this package: any module; import it before use, or name it in the entry-point group `speculators.models`
+   of your distribution: `<name> = "your_package.your_module"`.)
+
+2. The config, what is written in config.json::
+
+       @SpeculatorModelConfig.register("myalgo")
+       class MyAlgoConfig(SpeculatorModelConfig):
+           speculators_model_type: str = "myalgo"
+           transformer_layer_config: PretrainedConfig = Field(default_factory=Qwen3Config)
+           draft_vocab_size: int = 32000
+
+3. The model::
+
+       @SpeculatorModel.register("myalgo")
+       class MyAlgoModel(DraftVocabMixin, SpeculatorModel):      # the mixin: embedding, head, draft vocabulary
+           config_class = MyAlgoConfig
+
+           def __init__(self, config):
+               super().__init__(config)
+               self.layers = nn.ModuleList(...)                  # each is sharded on its own when training on many GPUs
+               self.post_init()
+
+           @classmethod
+           def from_training_args(cls, verifier_config, **kwargs): ...    # every training key; ignore what is not yours
+
+           @staticmethod
+           def get_trainer_kwargs(**kwargs): ...                 # (for training, for validation), given to `forward`
+
+           def forward(self, hidden_states, input_ids, **kwargs): ...     # -> (output, loss, metrics)
+
+4. What has a working default and may be said better (see `SpeculatorModel`): `target_layer_ids` and `capture` (which
+   verifier states it reads), `training_args` and `training_defaults` (its own keys on the command line), `align`
+   (shifts before packing), `make_proposer` (drafting at decode time), `checkpoint_formats`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+@cache
+def _exports() -> dict[str, str]:
+    """Exported class name -> algorithm folder, read from each folder's `__init__.py` without importing it."""
+    found: dict[str, str] = {}
+    for module in pkgutil.iter_modules(__path__):
+        init = Path(__path__[0]) / module.name / "__init__.py"
+        if module.ispkg:
+            found.update(dict.fromkeys(_names_in_all(init), module.name))
+    return found
+
+
+def _names_in_all(file: Path) -> list[str]:
+    for statement in ast.parse(file.read_text()).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+            return [name for name in ast.literal_eval(statement.value) if name[0].isupper()]  # type: ignore[attr-defined]
+    return []
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return sorted(_exports())
+    if name.startswith("_") or name not in _exports():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_exports()[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_exports()})

@@ -72,7 +72,7 @@ def find_key(name: str, keys: Iterable[str]) -> str | None:
 
 
 def _is_inside_a_layer(key: str, wanted: str) -> bool:
-    """"norm.weight" is the final norm, not one of layer 3, unless layer 3 is what was asked for."""
+    """The name "norm.weight" means the final norm, not one of layer 3, unless layer 3 is what was asked for."""
     return any(part.isdigit() for part in key.split(".")) and not any(part.isdigit() for part in wanted.split("."))
 
 
@@ -94,7 +94,7 @@ def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as reader:
                 tensors.update({key: reader.get_tensor(key) for key in keys})
         except SafetensorError as error:
-            raise ValueError(f"'{file}' cannot be read ({error}); it is incomplete or damaged, fetch it again") from error
+            raise _damaged(file, error) from error
     return tensors
 
 
@@ -132,4 +132,8 @@ def _keys_of(file: Path) -> list[str]:
         with safe_open(file, framework="pt") as reader:
             return list(reader.keys())
     except SafetensorError as error:
-        raise ValueError(f"'{file}' cannot be read ({error}); it is incomplete or damaged, fetch it again") from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"'{file}' cannot be read ({error}); it is incomplete or damaged, fetch it again")

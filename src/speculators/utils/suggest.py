@@ -17,6 +17,6 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """" Did you mean 'x'?" to append to a message; empty when nothing is near."""
+    """The words " Did you mean 'x'?" to append to a message; empty when nothing is near."""
     guess = nearest(name, options)
     return f" Did you mean '{guess}'?" if guess else ""

@@ -11,7 +11,7 @@ def is_npu_available() -> bool:
     """Whether an Ascend NPU and its torch package are here."""
     if importlib.util.find_spec("torch_npu") is None:
         return False
-    return bool(getattr(torch, "npu", None) and torch.npu.is_available())
+    return hasattr(torch, "npu") and bool(torch.npu.is_available())
 
 
 def _kind() -> str:

@@ -1,0 +1,78 @@
+"""What several algorithms ask about a verifier when they are built from the command line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from speculators.draft_vocab import norm_is_unit_offset
+from speculators.nn.norms import RMSNorm, RMSNormPlusOne
+
+logger = logging.getLogger(__name__)
+
+
+def get_verifier_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a verifier's language model (its `text_config` when it has other parts too)."""
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    return getattr(config, "text_config", None) or config
+
+
+def resolve_target_layer_ids(
+    target_layer_ids: Sequence[int] | None, verifier: str | PretrainedConfig, trust_remote_code: bool = False
+) -> list[int]:
+    """The checked aux layer ids, or the default `[2, n // 2, n - 3]` of an n-layer verifier.
+
+    Id i is the residual stream after i layers: 0 the embeddings, n the last layer before the final norm."""
+    config = verifier
+    if not isinstance(config, PretrainedConfig):
+        config = get_verifier_config(str(verifier), trust_remote_code)
+    num_layers: int = config.num_hidden_layers
+    rule = f"ids count finished layers, so distinct ones in 0..{num_layers} are valid"
+    if target_layer_ids is None:
+        ids = [2, num_layers // 2, num_layers - 3]
+        if ids != sorted(set(ids)) or ids[-1] < 0:
+            raise ValueError(
+                f"the default target_layer_ids of a {num_layers}-layer verifier would be {ids}; give ids: {rule}"
+            )
+        logger.warning("target_layer_ids not given: using %s for a verifier of %d layers", ids, num_layers)
+        return ids
+    ids = [int(layer) for layer in target_layer_ids]
+    if not ids or len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) > num_layers:
+        raise ValueError(f"target_layer_ids={ids} but the verifier has {num_layers} layers; {rule}")
+    # serving engines sort the ids, and the columns of `fc` follow them (vLLM, aux_hidden_state_layers)
+    return sorted(ids)
+
+
+def resolve_draft_intermediate_size(verifier_config: PretrainedConfig) -> int:
+    """MLP width of a draft layer: the verifier's, or 3 x hidden when the verifier has experts instead of one MLP."""
+    size = getattr(verifier_config, "intermediate_size", None)
+    has_experts = any(getattr(verifier_config, name, None) for name in ("num_experts", "num_local_experts"))
+    if size and not has_experts:
+        return int(size)
+    size = 3 * verifier_config.hidden_size
+    logger.warning("the verifier has no dense MLP to copy: the draft layers get intermediate_size=%d", size)
+    return size
+
+
+def flatten_rope_parameters(rope_parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+    """One set of rope parameters out of one per layer type; draft layers take the sliding layers' set."""
+    if not rope_parameters or not all(isinstance(value, dict) for value in rope_parameters.values()):
+        return rope_parameters
+    return rope_parameters.get("sliding_attention") or next(iter(rope_parameters.values()))
+
+
+def resolve_verifier_norm_class(verifier: str) -> type[nn.Module]:
+    """The RMSNorm that computes what the verifier's norms compute with the weights it stores."""
+    return RMSNormPlusOne if norm_is_unit_offset(verifier) else RMSNorm
+
+
+def conditional_torch_compile(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`torch.compile` where it pays (an accelerator); the function itself elsewhere. Also `@...(dynamic=True)`."""
+    if function is None:
+        return lambda decorated: conditional_torch_compile(decorated, **options)
+    return torch.compile(function, **options) if torch.cuda.is_available() else function
