@@ -1,0 +1,33 @@
+"""`python -m speculators.train`, for torchrun: the reports of `speculators train` as lines of text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from speculators.train.config import ConfigError, TrainConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        config = TrainConfig.resolve(sys.argv[1:] if argv is None else argv)
+        # here, not at the top: --help must not wait for torch
+        from speculators.train.console import print_event
+        from speculators.train.run import train
+
+        result = train(config, on_event=print_event)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ConfigError.exit_code
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(error or "interrupted", file=sys.stderr)
+        return 130
+    print(result.checkpoint)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The run directory: what is saved, where, and what a run continues from.
+
+    <save_path>/<epoch>/     config.json model.safetensors        the speculator, bf16: load, serve, publish this
+                             master_weights.safetensors           the same weights as trained, fp32: only for resuming
+                             optimizer_state_dict.pt scheduler_state_dict.pt training_state.json val_metrics.json
+    <save_path>/epoch<N>_end, epoch<N>_step<K>, checkpoint_best   symlinks to <N>
+    <save_path>/interrupted/                                      saved on SIGINT or SIGTERM
+
+A directory appears whole or not at all. Resuming from it is exact: masters, optimizer, step and random state are kept
+as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from speculators.model import SpeculatorModel
+from speculators.train.optimizers import Optimizers
+from speculators.utils.files import atomic_directory
+
+STATE_FILE = "training_state.json"
+MASTERS_FILE = "master_weights.safetensors"
+OPTIMIZER_FILE = "optimizer_state_dict.pt"
+SCHEDULER_FILE = "scheduler_state_dict.pt"
+METRICS_FILE = "val_metrics.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is. `local_step > 0`: inside the epoch, that many rows of it are done."""
+
+    epoch: int = 0
+    local_step: int = 0
+    global_step: int = 0
+
+
+class Checkpointer:
+    def __init__(self, save_path: str | Path, *, save_best: bool = False, train_command: str = ""):
+        self.root = Path(save_path)
+        self.save_best = save_best
+        self.train_command = train_command
+
+    def newest(self) -> Path | None:
+        """What a run continues from: the highest epoch, or `interrupted` when that went further."""
+        candidates = [path for path in (*self.epochs(), self.root / "interrupted") if (path / STATE_FILE).exists()]
+        return max(candidates, key=lambda path: read_position(path).global_step, default=None)
+
+    def epochs(self) -> list[Path]:
+        """Our own epoch directories; never links, never what others put here."""
+        if not self.root.is_dir():
+            return []
+        ours = [path for path in self.root.iterdir() if path.name.isdigit() and path.is_dir() and not path.is_symlink()]
+        return sorted((path for path in ours if (path / STATE_FILE).exists()), key=lambda path: int(path.name))
+
+    def save(
+        self,
+        path: Path,
+        model: SpeculatorModel,
+        optimizers: Optimizers,
+        position: Position,
+        val_metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Write one checkpoint directory below `root`; one named by its epoch gets its link."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with atomic_directory(path) as directory:
+                write_checkpoint(Path(directory), model, optimizers, position, val_metrics)
+                if self.train_command:
+                    (Path(directory) / "train_command.txt").write_text(self.train_command + "\n")
+        # torch and safetensors wrap a full disk in errors of their own
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(
+                f"checkpoint {path} could not be written ({first_sentence(error)}). Nothing half-written was left "
+                "and older checkpoints are intact: free some space, then run the same command to continue"
+            ) from error
+        if path.name == str(position.epoch):
+            self.link(f"epoch{path.name}_" + (f"step{position.local_step}" if position.local_step else "end"), path)
+
+    def link(self, name: str, target: Path) -> None:
+        """Point a symlink at a checkpoint; links of the same epoch named before are void."""
+        if name.startswith("epoch"):
+            for old in self.root.glob(f"epoch{target.name}_*"):
+                if old.is_symlink():
+                    old.unlink()
+        fresh = self.root / f".{name}.new"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(target.name)
+        os.replace(fresh, self.root / name)
+
+    def best_loss(self) -> float:
+        """Validation loss of `checkpoint_best`; infinity when there is none."""
+        path = self.root / "checkpoint_best" / METRICS_FILE
+        return json.loads(path.read_text()).get("loss", math.inf) if path.exists() else math.inf
+
+    def mark_best(self, path: Path) -> None:
+        """Point `checkpoint_best` at it; with `save_best`, remove the other epochs we wrote, and nothing else."""
+        self.link("checkpoint_best", path)
+        if self.save_best:
+            for old in self.epochs():
+                if old != path:
+                    shutil.rmtree(old)
+            for link in self.root.glob("epoch*_*"):
+                if link.is_symlink() and not link.exists():
+                    link.unlink()
+
+    def load(self, path: Path, model: SpeculatorModel, optimizers: Optimizers) -> Position:
+        """Put a run back to where it was, bit for bit."""
+        try:
+            weights = load_file(path / MASTERS_FILE)
+            state = torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
+            random = torch.load(path / SCHEDULER_FILE, weights_only=True, map_location="cpu")
+            position = read_position(path)
+        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, KeyError, EOFError) as error:
+            raise ValueError(
+                f"checkpoint {path} cannot be read ({first_sentence(error)}): delete that directory to "
+                "continue from an older one, or start anew with --no-resume-from-checkpoint"
+            ) from error
+        restore_weights(model, weights, path)
+        optimizers.load_state_dict(state)
+        set_random_state(random["random_state"])
+        return position
+
+
+def write_checkpoint(
+    path: Path, model: SpeculatorModel, optimizers: Optimizers, position: Position, val_metrics: dict[str, float] | None
+) -> None:
+    save_speculator(model, path)
+    save_file({name: tensor.contiguous() for name, tensor in masters(model).items()}, path / MASTERS_FILE)
+    torch.save(optimizers.state_dict(), path / OPTIMIZER_FILE)
+    torch.save({"step": position.global_step, "random_state": random_state()}, path / SCHEDULER_FILE)
+    (path / STATE_FILE).write_text(json.dumps(asdict(position)))
+    if val_metrics is not None:
+        (path / METRICS_FILE).write_text(json.dumps(val_metrics, indent=1))
+
+
+def save_speculator(model: SpeculatorModel, path: Path) -> None:
+    """The Hugging Face directory, every float tensor in bf16."""
+    state = {
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.save_pretrained(path, state_dict=state)
+    config = json.loads((path / "config.json").read_text())  # transformers writes the type of the masters there
+    (path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2, sort_keys=True) + "\n")
+
+
+def masters(model: SpeculatorModel) -> dict[str, Tensor]:
+    """What training changes, as it is: trainable parameters and saved buffers."""
+    frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+    return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def restore_weights(model: SpeculatorModel, weights: dict[str, Tensor], path: Path) -> None:
+    current = masters(model)
+    wrong = sorted(
+        name
+        for name in current.keys() | weights.keys()
+        if name not in current or name not in weights or current[name].shape != weights[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"checkpoint {path} is of another drafter (first difference: {wrong[0]}): use the settings it "
+            "was trained with, another --save-path, or --no-resume-from-checkpoint"
+        )
+    with torch.no_grad():
+        for name, tensor in current.items():
+            tensor.copy_(weights[name])
+
+
+def read_position(path: Path) -> Position:
+    try:
+        return Position(**json.loads((path / STATE_FILE).read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path / STATE_FILE} is damaged ({error}): delete the directory {path}") from error
+
+
+def first_sentence(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+
+
+def random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

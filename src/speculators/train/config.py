@@ -1,0 +1,290 @@
+"""`TrainConfig`: everything a training run was told, resolved from flags, a YAML file and defaults.
+
+Precedence: flag > YAML > the algorithm's `training_defaults` > the default in `keys.py`. An unknown key is an error.
+Importing this file imports neither torch nor transformers; resolving does, because the algorithm's class is asked
+which keys it adds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+import speculators
+from speculators.train.errors import ConfigError
+from speculators.train.flags import build_parser, flag_of, parse
+from speculators.train.keys import (
+    GROUPS,
+    SHAPING_KEYS,
+    DataKeys,
+    DraftKeys,
+    LoggingKeys,
+    LossKeys,
+    OptimizerKeys,
+    RunKeys,
+    SchedulerKeys,
+    TrainerKeys,
+    VerifierKeys,
+    check_together,
+    group_of,
+)
+from speculators.utils.files import atomic_write
+from speculators.utils.suggest import did_you_mean
+
+__all__ = ["ConfigError", "TrainConfig"]
+
+
+class TrainConfig(RunKeys):
+    """One training run. Build it with `resolve` (a command line), `from_sources` or `from_flat`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    verifier: VerifierKeys
+    draft: DraftKeys = Field(default_factory=DraftKeys.defaults)
+    data: DataKeys = Field(default_factory=DataKeys.defaults)
+    loss: LossKeys = Field(default_factory=LossKeys.defaults)
+    optimizer: OptimizerKeys = Field(default_factory=OptimizerKeys.defaults)
+    scheduler: SchedulerKeys = Field(default_factory=SchedulerKeys.defaults)
+    trainer: TrainerKeys = Field(default_factory=TrainerKeys.defaults)
+    logging: LoggingKeys = Field(default_factory=LoggingKeys.defaults)
+    algorithm: dict[str, Any] = Field(default_factory=dict)
+    """Keys the algorithm adds (`training_args`), validated."""
+    foreign: dict[str, Any] = Field(default_factory=dict)
+    """Keys of other algorithms that were given all the same; passed on, warned about."""
+
+    _provenance: dict[str, str] = PrivateAttr(default_factory=dict)
+    _argv: list[str] = PrivateAttr(default_factory=list)
+    _unset: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Key -> where its value comes from: flag, yaml, algorithm or default."""
+        return self._provenance
+
+    @property
+    def argv(self) -> list[str]:
+        return self._argv
+
+    @classmethod
+    def resolve(cls, argv: Sequence[str]) -> TrainConfig:
+        """Read a command line. `--help` and `--dump-config` print and end it with `SystemExit(0)`, as argparse does."""
+        first, _ = build_parser({"": RunKeys, **GROUPS}, {}).parse_known_args(list(argv))
+        given = vars(first)
+        if given.get("help") and "speculator_type" not in given:
+            print(help_text())
+            raise SystemExit(0)
+        yaml_values, _ = read_yaml(given["config"]) if "config" in given else ({}, [])
+        algorithm = Algorithm.find({**yaml_values, **given})
+        if given.get("help"):
+            print(help_text(algorithm))
+            raise SystemExit(0)
+        cli = parse(algorithm.parser(), argv)
+        dump, path = cli.pop("dump_config", False), cli.pop("config", None)
+        config = cls.from_sources(cli=cli, config_path=path, argv=argv)
+        if dump:
+            print(config.dump_yaml(), end="")
+            raise SystemExit(0)
+        return config
+
+    @classmethod
+    def from_sources(
+        cls,
+        cli: Mapping[str, Any] | None = None,
+        config_path: str | Path | None = None,
+        argv: Sequence[str] = (),
+    ) -> TrainConfig:
+        """Merge what was given (`cli`: key -> value) over a YAML file over the defaults, and validate the result."""
+        cli = dict(cli or {})
+        from_yaml, headings = read_yaml(config_path) if config_path is not None else ({}, [])
+        given = {**from_yaml, **cli}
+        algorithm = Algorithm.find(given)
+        check_known("key", given, {key for keys in algorithm.groups().values() for key in keys.model_fields})
+        check_known("heading", headings, algorithm.groups())
+        check_conflicts(given)
+
+        generic = group_of()
+        values = {**algorithm.defaults, **given}
+        own = validate(algorithm.keys, {key: values[key] for key in algorithm.keys.model_fields if key in values})
+        foreign = algorithm.read_foreign({key: given[key] for key in given if key not in generic and key not in own})
+        grouped: dict[str, Any] = {group: {} for group in GROUPS}
+        for key, group in generic.items():
+            if key in values and key not in own:
+                (grouped[group] if group else grouped)[key] = values[key]
+        config = validate(cls, {**grouped, "algorithm": own, "foreign": foreign})
+        problem = check_together(config.flatten())
+        if problem:
+            raise ConfigError(problem)
+        sources = {
+            **dict.fromkeys(algorithm.defaults, "algorithm"),
+            **dict.fromkeys(from_yaml, "yaml"),
+            **dict.fromkeys(cli, "flag"),
+        }
+        config._provenance.update({key: sources.get(key, "default") for key in config.flatten()})
+        config._argv.extend(argv)
+        config._unset.update({key: value for key, value in algorithm.unset.items() if key not in given})
+        return config
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """From `key -> value`, as `flatten` gives them. None stands for "not given"."""
+        has_shape = values.get("from_pretrained") or values.get("draft_config")
+        left_out = SHAPING_KEYS if has_shape else ()
+        return cls.from_sources(cli={k: v for k, v in values.items() if v is not None and k not in left_out})
+
+    def flatten(self) -> dict[str, Any]:
+        """Every key and its value: what `from_training_args` and `get_trainer_kwargs` receive as keywords."""
+        groups = {group: getattr(self, group) for group in GROUPS}
+        flat = {key: getattr(groups[group] if group else self, key) for key, group in group_of().items()}
+        flat["muon_lr"] = flat["lr"] if flat["muon_lr"] is None else flat["muon_lr"]
+        return {**self._unset, **flat, **self.foreign, **self.algorithm}
+
+    def dump_yaml(self) -> str:
+        """YAML that resolves to this very configuration."""
+        flat = {key: value for key, value in self.flatten().items() if value is not None and key not in self._unset}
+        if self.draft.from_pretrained or self.draft.draft_config:
+            flat = {key: value for key, value in flat.items() if key not in SHAPING_KEYS}
+        tree: dict[str, Any] = {}
+        for key, group in {**dict.fromkeys(flat, self.speculator_type), **group_of()}.items():
+            if key in flat:
+                (tree.setdefault(group, {}) if group else tree)[key] = flat[key]
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+    def save(self, path: str | Path) -> None:
+        with atomic_write(path, "w") as file:
+            file.write(self.dump_yaml())
+
+
+class Algorithm:
+    """What the registered class says about its own keys."""
+
+    def __init__(self, name: str) -> None:
+        base = speculators.SpeculatorModel
+        cls = base.get_class(name)
+        base.registered_classes()  # imports every algorithm: their keys must be known to tell them from typing errors
+        self.name = name
+        self.keys: type[BaseModel] = cls.training_args
+        self.defaults: dict[str, Any] = dict(cls.training_defaults)
+        self.others: dict[str, type[BaseModel]] = {
+            other: model.training_args for other, model in (base.registry or {}).items() if other != name
+        }
+        self.unset: dict[str, Any] = {}
+        """Defaults of other algorithms' keys, for a class that declares none: it was written to receive all flags."""
+        if not self.keys.model_fields:
+            fields = {key: field for keys in self.others.values() for key, field in keys.model_fields.items()}
+            self.unset = {
+                key: field.get_default(call_default_factory=True)
+                for key, field in fields.items()
+                if not field.is_required() and key not in group_of()
+            }
+
+    @classmethod
+    def find(cls, given: Mapping[str, Any]) -> Algorithm:
+        plugins = given.get("plugins") or []
+        for module in [plugins] if isinstance(plugins, str) else plugins:
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                raise ConfigError(f"plugins: cannot import '{module}' ({error}); is it on PYTHONPATH?") from error
+        try:
+            return cls(given.get("speculator_type", RunKeys.model_fields["speculator_type"].default))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def read_foreign(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Validate keys that only other algorithms have; warn unless this one was written to receive them."""
+        if values and self.keys.model_fields:
+            warnings.warn(
+                f"{', '.join(sorted(values))}: keys of other algorithms, '{self.name}' has none of them; "
+                "they are passed on, and ignored unless the model asks for them",
+                stacklevel=3,
+            )
+        owner = {key: keys for keys in self.others.values() for key in keys.model_fields}
+        return {key: validate(owner[key], {key: value})[key] for key, value in values.items()}
+
+    def groups(self) -> dict[str, type[BaseModel]]:
+        """The algorithm's own keys come first: where it redefines a generic key, its definition counts."""
+        return {self.name: self.keys, "": RunKeys, **GROUPS, **self.others}
+
+    def parser(self) -> Any:
+        return build_parser(self.groups(), self.defaults)
+
+
+def help_text(algorithm: Algorithm | None = None) -> str:
+    """`--help`. Without an algorithm nothing heavy is imported."""
+    if algorithm is not None:
+        groups: dict[str, type[BaseModel]] = {"": RunKeys, **GROUPS, algorithm.name: algorithm.keys}
+        return build_parser(groups, algorithm.defaults).format_help()
+    note = "Each algorithm adds keys of its own and has other defaults: add --speculator-type NAME to this command.\n"
+    return build_parser({"": RunKeys, **GROUPS}, {}).format_help() + "\n" + note
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """A YAML file as `key -> value`, and its headings. Keys may stand under `train:` and under group headings."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not YAML: {error}") from error
+    tree = {} if tree is None else tree
+    if isinstance(tree, dict) and set(tree) == {"train"}:
+        tree = tree["train"] or {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {path} must hold `key: value` lines, not a {type(tree).__name__}")
+    flat: dict[str, Any] = {}
+    headings: list[str] = []
+    for key, value in tree.items():
+        is_heading = isinstance(value, dict) and (key in GROUPS or key not in group_of())
+        headings += [key] if is_heading else []
+        for name, item in value.items() if is_heading else [(key, value)]:
+            name = str(name).replace("-", "_")
+            if name in flat:
+                raise ConfigError(f"--config {path} gives {name} twice")
+            flat[name] = item
+    return flat, headings
+
+
+def check_known(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"unknown {kind} '{name}'.{did_you_mean(name, known)} `train --help` lists all keys")
+
+
+def check_conflicts(given: Mapping[str, Any]) -> None:
+    """A shaping key counts as soon as it is given, at its default value too, by flag or by YAML."""
+    for source in ("from_pretrained", "draft_config"):
+        if given.get(source):
+            others = [
+                key for key in ("draft_config", *SHAPING_KEYS) if key != source and given.get(key) not in (None, "")
+            ]
+            if others:
+                raise ConfigError(
+                    f"{flag_of(source)} already fixes the drafter's shape: leave out "
+                    f"{', '.join(map(flag_of, others))}, or {flag_of(source)}"
+                )
+            return
+
+
+def validate(model: type[Any], values: Any) -> Any:
+    """pydantic's verdict as one sentence a user can act on. For a group of an algorithm: its values as a dict."""
+    try:
+        instance = model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(map(sentence, error.errors()))) from error
+    return instance if isinstance(instance, TrainConfig) else dict(instance)
+
+
+def sentence(error: Any) -> str:
+    key = next((str(part) for part in reversed(error["loc"]) if isinstance(part, str)), "")
+    for part in error["loc"]:
+        if part in group_of():
+            key = str(part)
+    if error["type"] == "missing":
+        return f"{flag_of(key)} is required"
+    return f"{flag_of(key)}: {error['msg']}, not {error['input']!r}"

@@ -1,0 +1,97 @@
+"""The prepared dataset as training samples: tokens and masks from disk, verifier states from a `HiddenStateSource`.
+
+Shapes: S tokens of a document, A aux layers, H hidden size.
+
+    row index       0 .. cut-1   cut .. n-1         cut = int(n * train_ratio)
+    split           train        val
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from speculators.data_generation import PreparedData
+from speculators.interfaces import HiddenStateSource, VerifierStates
+from speculators.train.collate import CollateFn, Sample
+
+__all__ = ["ArrowDataset", "CollateFn", "Sample"]
+
+
+class ArrowDataset(Dataset[Sample]):
+    def __init__(
+        self,
+        max_len: int,
+        datapath: str | Path,
+        source: HiddenStateSource | None = None,
+        *,
+        train_ratio: float = 1.0,
+        split: Literal["train", "val"] = "train",
+        hidden_states_dtype: torch.dtype = torch.bfloat16,
+    ):
+        """Rows are clipped to `max_len`. Without a `source` only tokens and lengths can be asked for."""
+        if not 0.0 < train_ratio <= 1.0:
+            raise ValueError(f"train_ratio must be in (0.0, 1.0], not {train_ratio}")
+        if split == "val" and train_ratio == 1.0:
+            raise ValueError("train_ratio=1.0 leaves no validation split; use e.g. 0.9")
+        rows = PreparedData.open(datapath).dataset()
+        cut = int(len(rows) * train_ratio)
+        first, end = (0, cut) if split == "train" else (cut, len(rows))
+        if first == end:
+            raise ValueError(
+                f"the {split} split is empty: {datapath} has {len(rows)} rows and train_ratio={train_ratio}"
+            )
+        self.first = first
+        self.rows = rows.select(range(first, end))
+        self.source = source
+        self.max_len = max_len
+        self.dtype = hidden_states_dtype
+        self.lengths: list[int] = [min(int(length), max_len) for length in self.rows["seq_len"]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[Sample]:
+        """Samples of several rows; the source is asked for all of them at once."""
+        assert self.source is not None
+        rows = [self.rows[index] for index in indices]
+        token_ids = [torch.as_tensor(row["input_ids"])[: self.max_len] for row in rows]
+        states = self.source.read(token_ids)
+        return [
+            self.sample(torch.as_tensor(row["loss_mask"])[: self.max_len], of_row)
+            for row, of_row in zip(rows, states, strict=True)
+        ]
+
+    def sample(self, loss_mask_S: torch.Tensor, states: VerifierStates) -> Sample:
+        num_tokens = len(states.token_ids_T)
+        last_SH = states.last_hidden_TH
+        assert last_SH is not None
+        aux_SD = last_SH[:, :0] if states.aux_TD is None else states.aux_TD
+        return {
+            "hidden_states": aux_SD.to(self.dtype),
+            "verifier_last_hidden_states": last_SH.to(self.dtype),
+            "input_ids": states.token_ids_T,
+            "loss_mask": loss_mask_S,
+            "lengths": torch.tensor([num_tokens]),
+            "position_ids": torch.arange(num_tokens),
+        }
+
+    def num_supervised(self) -> int:
+        """Tokens of this split that are trained on (before clipping)."""
+        return sum(int(torch.as_tensor(mask).sum()) for mask in self.rows["loss_mask"])
+
+
+def check_supervised(dataset: ArrowDataset, datapath: str | Path) -> None:
+    if dataset.num_supervised() == 0:
+        raise ValueError(
+            f"not one of the {len(dataset)} rows in {datapath} has a supervised token: every loss_mask is "
+            "0. Look at them with `speculators inspect-mask`; a chat template that does not match the "
+            "verifier is the usual reason"
+        )

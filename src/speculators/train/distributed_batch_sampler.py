@@ -1,0 +1,98 @@
+"""Packing: which documents share a row. Every rank gets the same number of rows, none longer than the limit.
+
+Greedy best fit in shuffled order over a bounded number of open rows: one pass, no sorting by length, so rows stay
+random mixtures of lengths. Deterministic in (seed, epoch): a resumed run sees the rows it would have seen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+NUM_OPEN_ROWS = 64
+"""Rows still accepting documents. More packs tighter; 64 wastes about 1 % on chat data and stays linear."""
+
+
+class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
+    """Yields lists of dataset indices, one list a packed row."""
+
+    def __init__(
+        self,
+        batch_max_length: int,
+        lengths: Sequence[int],
+        num_replicas: int = 1,
+        rank: int = 0,
+        truncate_long_samples: bool = True,
+        seed: int = 0,
+        max_batches: int | None = None,
+    ):
+        if not 0 <= rank < num_replicas:
+            raise ValueError(f"rank={rank} but there are {num_replicas} replicas; ranks are 0..{num_replicas - 1}")
+        self.batch_max_length = batch_max_length
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.num_replicas, self.rank = num_replicas, rank
+        self.seed, self.max_batches = seed, max_batches
+        self.epoch = 0
+        num_long = int((self.lengths > batch_max_length).sum())
+        if num_long and truncate_long_samples:
+            warnings.warn(
+                f"{num_long} of {len(self.lengths)} documents are longer than {batch_max_length} tokens "
+                "and are clipped; raise --total-seq-len to keep them whole",
+                stacklevel=2,
+            )
+            self.lengths = np.minimum(self.lengths, batch_max_length)
+        elif num_long:
+            raise ValueError(
+                f"{num_long} documents are longer than batch_max_length={batch_max_length}; "
+                "clip them (truncate_long_samples=True) or raise the limit"
+            )
+        self._rows: tuple[int, list[list[int]]] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def rows(self) -> list[list[int]]:
+        """The rows of this rank in this epoch."""
+        if self._rows is None or self._rows[0] != self.epoch:
+            order = np.random.default_rng(self.seed + self.epoch).permutation(len(self.lengths))
+            rows = pack(order.tolist(), self.lengths.tolist(), self.batch_max_length)
+            num_each = len(rows) // self.num_replicas
+            if self.max_batches is not None:
+                num_each = min(num_each, self.max_batches)
+            self._rows = (self.epoch, rows[self.rank : num_each * self.num_replicas : self.num_replicas])
+        return self._rows[1]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.rows())
+
+    def __len__(self) -> int:
+        return len(self.rows())
+
+
+def pack(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Put each document, in order, into the open row where it leaves the least room; empty documents nowhere.
+
+    A document that fits nowhere opens a row; when too many are open the fullest is closed. Rows come out in the
+    order they were closed.
+    """
+    closed: list[list[int]] = []
+    open_rows: list[tuple[int, list[int]]] = []  # (tokens still free, documents)
+    for index in order:
+        length = lengths[index]
+        if length == 0:
+            continue
+        fitting = [slot for slot, (free, _) in enumerate(open_rows) if free >= length]
+        if fitting:
+            slot = min(fitting, key=lambda slot: open_rows[slot][0])
+            free, documents = open_rows[slot]
+            documents.append(index)
+            open_rows[slot] = (free - length, documents)
+        else:
+            open_rows.append((limit - length, [index]))
+            if len(open_rows) > NUM_OPEN_ROWS:
+                fullest = min(range(len(open_rows)), key=lambda slot: open_rows[slot][0])
+                closed.append(open_rows.pop(fullest)[1])
+    return closed + [documents for _, documents in sorted(open_rows, key=lambda row: row[0])]

@@ -1,0 +1,163 @@
+"""The keys of a training run, in groups: every generic default of `train` is written here, once.
+
+A key is one name everywhere: the flag `--draft-vocab-size`, the YAML key `draft_vocab_size` (bare, or under its group's
+heading) and the keyword an algorithm's `from_training_args` receives. What one algorithm adds is in its own
+`training_args`; what it wants otherwise than here is in its `training_defaults`. Imports nothing heavy, for `--help`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import Self
+
+
+class Keys(BaseModel):
+    """Base of a group. Values may come as text (a command line), unknown keys never pass."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @classmethod
+    def defaults(cls) -> Self:
+        return cls.model_validate({})
+
+
+class VerifierKeys(Keys):
+    verifier_name_or_path: str = Field(min_length=1, description="Model the drafter drafts for: Hub id or directory.")
+    trust_remote_code: bool = Field(False, description="Run model code shipped with the verifier.")
+
+
+class DraftKeys(Keys):
+    from_pretrained: str = Field("", description="Speculator to fine-tune: its weights and shape are kept.")
+    draft_config: str = Field("", description="config.json giving the drafter's shape (a decoder or a speculator).")
+    num_layers: int = Field(1, ge=1, description="Decoder layers of the drafter.")
+    draft_arch: str = Field("qwen3", description="Decoder architecture of the drafter's layers, e.g. llama, qwen3.")
+    draft_hidden_act: str = Field("silu", description="Activation of the drafter's MLP.")
+    target_layer_ids: list[int] | None = Field(
+        None, description="Verifier layers the drafter reads; i = after i layers. None: 2, n//2, n-3 of n layers."
+    )
+    draft_vocab_size: int | None = Field(
+        None, ge=1, description="Keep the most frequent tokens of the data only. None: the verifier's vocabulary."
+    )
+    token_freq_path: str | None = Field(None, description="Token frequencies. None: token_freq.pt of the data.")
+    d2t_path: str | None = Field(None, description="Ready draft-to-verifier map (.npy), together with --t2d-path.")
+    t2d_path: str | None = Field(None, description="Ready verifier-to-draft mask (.npy), together with --d2t-path.")
+    mask_token_id: int | None = Field(None, ge=0, description="Token of masked slots, for drafters that have them.")
+    sliding_window: int = Field(2048, ge=1, description="Attention window of the drafter's layers, in tokens.")
+    full_attention_indices: list[int] | None = Field(
+        None, description="Draft layers that see everything; all others use the sliding window."
+    )
+    draft_attn_impl: Literal["simple_flex_attention", "sdpa", "eager"] = Field(
+        "simple_flex_attention", description="Attention of the drafter in training."
+    )
+    block_size: int = Field(8, ge=1, description="Slots of a block, for drafters that fill a block at once.")
+
+
+class DataKeys(Keys):
+    data_path: str = Field("./output", description="Prepared dataset (the output of prepare-data).")
+    total_seq_len: int = Field(8192, ge=8, description="Tokens of a packed row; documents are clipped to it.")
+    train_data_ratio: float = Field(
+        0.9, gt=0.0, le=1.0, description="Share of rows trained on; the tail validates. 1.0: no validation."
+    )
+    hidden_states_dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Type of verifier states and of autocast. float32 turns autocast off."
+    )
+    cache_hidden_states: bool = Field(
+        False, description="Keep computed verifier states under DATA_PATH/hidden_states; default: compute, use, forget."
+    )
+    on_missing: Literal["generate", "skip", "warn", "raise"] = Field(
+        "generate",
+        description="A row has no stored states: compute them in process, skip it (quietly or not), or stop.",
+    )
+    num_workers: int = Field(12, ge=0, description="Threads that read stored states ahead. Unused in process.")
+    prefetch_factor: int = Field(4, ge=1, description="Packed rows read ahead by these threads.")
+    max_anchors: int = Field(512, ge=1, description="Training positions sampled in a packed row, where sampled.")
+
+
+class LossKeys(Keys):
+    loss_fn: str | dict[str, float] = Field("kl_div", description='A name, or a JSON object {"name": weight}.')
+    loss_implementation: Literal["fused", "eager"] = Field("fused", description="fused: never holds all logits.")
+
+
+class OptimizerKeys(Keys):
+    optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: Muon for matrices, AdamW for the rest.")
+    lr: float = Field(1e-3, gt=0.0, description="Peak learning rate (of AdamW).")
+    weight_decay: float = Field(0.01, ge=0.0, description="Decoupled weight decay (of AdamW).")
+    muon_lr: float | None = Field(None, gt=0.0, description="Peak learning rate of Muon. None: --lr.")
+    muon_momentum: float = Field(0.95, ge=0.0, lt=1.0, description="Momentum of Muon.")
+    muon_weight_decay: float = Field(0.1, ge=0.0, description="Decoupled weight decay of Muon.")
+    muon_ns_steps: int = Field(5, ge=1, lt=100, description="Newton-Schulz iterations of Muon.")
+    muon_adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field(
+        "match_rms_adamw", description="How Muon scales its step with the matrix shape."
+    )
+
+
+class SchedulerKeys(Keys):
+    scheduler_type: Literal["linear", "cosine", "none"] = Field("linear", description="Decay after warm-up.")
+    scheduler_warmup_steps: int | None = Field(None, ge=0, description="None: see ratio, else 1 % of all steps.")
+    scheduler_warmup_ratio: float | None = Field(None, ge=0.0, le=1.0, description="Warm-up as a share of all steps.")
+    scheduler_total_steps: int | None = Field(None, ge=1, description="None: the steps of the run.")
+    scheduler_num_cosine_cycles: float = Field(0.5, gt=0.0, description="0.5: from the peak to zero once.")
+
+
+class TrainerKeys(Keys):
+    epochs: int = Field(20, ge=1, description="Passes over the training split.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps.")
+    checkpoint_freq: float = Field(1.0, gt=0.0, description="Epochs between checkpoints; 0.25: four an epoch.")
+    save_best: bool = Field(False, description="Keep only the checkpoint with the lowest validation loss.")
+    resume_from_checkpoint: bool = Field(True, description="Continue from the newest checkpoint in --save-path.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    log_freq: int = Field(1, ge=1, description="Steps between reports.")
+    save_path: str = Field("./output/checkpoints", description="Run directory.")
+
+
+class LoggingKeys(Keys):
+    logger: str = Field("", description="trackio, wandb, tensorboard, mlflow, or several with commas.")
+    log_dir: str = Field("./logs", description="Where loggers that write files write them.")
+    run_name: str | None = Field(None, description="Name of the run in the loggers.")
+
+
+class RunKeys(Keys):
+    """Keys without a heading."""
+
+    speculator_type: str = Field("eagle3", description="Algorithm, by its registered name.")
+    plugins: list[str] = Field(
+        [], description="Python modules to import first: the algorithms they register train too."
+    )
+    dry_run: bool = Field(False, description="Build everything, estimate memory, save once, stop.")
+    seed: int = Field(42, ge=0, description="Seed of initial weights, shuffling and sampling.")
+    deterministic_cuda: bool = Field(False, description="Only deterministic kernels on an accelerator.")
+
+
+GROUPS: dict[str, type[Keys]] = {
+    "verifier": VerifierKeys,
+    "draft": DraftKeys,
+    "data": DataKeys,
+    "loss": LossKeys,
+    "optimizer": OptimizerKeys,
+    "scheduler": SchedulerKeys,
+    "trainer": TrainerKeys,
+    "logging": LoggingKeys,
+}
+
+SHAPING_KEYS = ("num_layers", "draft_arch", "draft_hidden_act", "sliding_window", "full_attention_indices")
+"""They shape a drafter synthesised from the verifier, and mean nothing when its shape comes from a file."""
+
+
+def group_of() -> dict[str, str]:
+    """Generic key -> the group it belongs to; keys of the run itself belong to ''."""
+    keys = dict.fromkeys(RunKeys.model_fields, "")
+    return keys | {name: group for group, model in GROUPS.items() for name in model.model_fields}
+
+
+def check_together(values: dict[str, Any]) -> str | None:
+    """What is wrong between keys that are each valid alone, as one sentence; None when nothing is."""
+    freq = values["checkpoint_freq"]
+    if freq > 1 and freq != int(freq):
+        return f"checkpoint_freq={freq}: above 1 it counts whole epochs, so it must be an integer"
+    if (values["d2t_path"] is None) != (values["t2d_path"] is None):
+        return "d2t_path and t2d_path describe one mapping: give both, or neither"
+    if values["save_best"] and values["train_data_ratio"] == 1.0:
+        return "save_best needs validation rows, but train_data_ratio=1.0 leaves none; use e.g. 0.9"
+    return None

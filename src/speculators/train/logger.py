@@ -1,0 +1,82 @@
+"""Experiment trackers as listeners: `--logger wandb,tensorboard`. Each is optional and imported only when named."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from speculators.train.errors import ConfigError
+from speculators.train.events import Event, Listener, StepDone, Validated
+from speculators.utils.suggest import did_you_mean
+
+Log = Callable[[dict[str, float], int], None]
+
+
+def wandb_log(module: Any, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> Log:
+    Path(log_dir).mkdir(parents=True, exist_ok=True)
+    run = module.init(project="speculators", name=run_name, dir=log_dir, config=settings)
+    return lambda values, step: run.log(values, step=step)
+
+
+def trackio_log(module: Any, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> Log:
+    run = module.init(project="speculators", name=run_name, config=settings)
+    return lambda values, step: run.log(values, step=step)
+
+
+def tensorboard_log(module: Any, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> Log:
+    writer = module.SummaryWriter(str(Path(log_dir) / (run_name or "")))
+
+    def log(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
+
+
+def mlflow_log(module: Any, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> Log:
+    module.start_run(run_name=run_name)
+    module.log_params({key: str(value)[:250] for key, value in settings.items()})
+    return lambda values, step: module.log_metrics(values, step=step)
+
+
+TRACKERS: dict[str, tuple[str, Callable[..., Log]]] = {
+    "trackio": ("trackio", trackio_log),
+    "wandb": ("wandb", wandb_log),
+    "tensorboard": ("torch.utils.tensorboard", tensorboard_log),
+    "mlflow": ("mlflow", mlflow_log),
+}
+
+
+def make_trackers(names: str, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> list[Listener]:
+    """Listeners for a comma list of tracker names."""
+    return [
+        as_listener(make_log(name.strip(), log_dir, run_name, settings)) for name in names.split(",") if name.strip()
+    ]
+
+
+def make_log(name: str, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> Log:
+    if name not in TRACKERS:
+        raise ConfigError(f"--logger {name}: unknown.{did_you_mean(name, TRACKERS)} Known: {', '.join(TRACKERS)}")
+    module_name, make = TRACKERS[name]
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"--logger {name} needs a package that is not installed: pip install {name}") from error
+    return make(module, log_dir, run_name, settings)
+
+
+def as_listener(log: Log) -> Listener:
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone | Validated):
+            prefix = "train" if isinstance(event, StepDone) else "val"
+            values = {f"{prefix}/{key}": value for key, value in event.metrics.items()}
+            if event.acceptance_length is not None:
+                values[f"{prefix}/acceptance_length"] = event.acceptance_length
+            if isinstance(event, StepDone):
+                values |= {"train/lr": event.lr, "train/tokens_per_s": event.tokens_per_s}
+            log(values, event.step)
+
+    return listen

@@ -1,0 +1,71 @@
+"""What a run will need, said before it starts: device memory and disk. Estimates, not measurements."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from speculators.model import SpeculatorModel
+
+BYTES_FP32, BYTES_BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    weights_bytes: int
+    """Masters, gradients and optimizer moments of the drafter, and its frozen copies of verifier weights."""
+    verifier_bytes: int
+    states_bytes: int
+    """Verifier states of one packed row."""
+    activations_bytes: int
+    """Drafter activations and one block of logits, for the backward pass."""
+    checkpoint_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.verifier_bytes + self.states_bytes + self.activations_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"about {human(self.total_bytes)} of memory: drafter and optimizer {human(self.weights_bytes)}, verifier "
+            f"{human(self.verifier_bytes)}, states {human(self.states_bytes)}, activations "
+            f"{human(self.activations_bytes)}; {human(self.checkpoint_bytes)} of disk a checkpoint"
+        )
+
+
+def estimate_memory(
+    model: SpeculatorModel, *, num_tokens: int, hidden_size: int, num_states: int, num_unrolls: int, verifier_bytes: int
+) -> MemoryEstimate:
+    """`num_unrolls`: forwards of the draft layers a row; `num_states`: verifier states kept a token."""
+    num_trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    num_frozen = sum(param.numel() for param in model.parameters() if not param.requires_grad)
+    num_layers = len(list(model.layers))  # type: ignore[arg-type]
+    # A gated decoder layer keeps about 16 vectors of its hidden width for the backward pass, in 16 bits.
+    activations = num_tokens * hidden_size * 16 * num_layers * num_unrolls * BYTES_BF16
+    return MemoryEstimate(
+        weights_bytes=num_trainable * 4 * BYTES_FP32 + num_frozen * BYTES_FP32,
+        verifier_bytes=verifier_bytes,
+        states_bytes=num_tokens * hidden_size * num_states * BYTES_BF16,
+        activations_bytes=activations,
+        checkpoint_bytes=num_trainable * 3 * BYTES_FP32 + (num_trainable + num_frozen) * BYTES_BF16,
+    )
+
+
+def check_disk_space(path: Path, num_bytes: int) -> None:
+    """An error now is cheaper than one after an epoch."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise OSError(
+            f"a checkpoint takes {human(num_bytes)} but {existing} has {human(free)} free: free some "
+            "space, or choose another --save-path"
+        )
+
+
+def human(num_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

@@ -1,0 +1,62 @@
+"""Metrics of a run: numerators and denominators until they are shown, so that steps and ranks can be added.
+
+A model reports `X_sum` and `X_total`; keys without such a pair are averaged over the forwards that reported them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def normalize_counted_metrics(metrics: Mapping[str, Any], world_size: int = 1) -> dict[str, float]:
+    """`X_sum / X_total -> X` (0 where nothing was counted); an orphan total is dropped; the rest over `world_size`."""
+    values: dict[str, float] = {}
+    for key, value in metrics.items():
+        name = key.removesuffix("_sum")
+        if key.endswith("_sum") and f"{name}_total" in metrics:
+            total = float(metrics[f"{name}_total"])
+            values[name] = float(value) / total if total else 0.0
+        elif not key.endswith("_total") and f"{key}_total" not in metrics:
+            values[key] = float(value) / world_size
+    return values
+
+
+def expected_acceptance_length(metrics: Mapping[str, float]) -> float | None:
+    """Tokens a round: what the model says (`eal`), else 1 + the chances that the first 1, 2, .. drafts are right."""
+    if "eal" in metrics:
+        return metrics["eal"]
+    chances = [value for key, value in metrics.items() if re.fullmatch(r"full_acc_\d+", key)]
+    return 1.0 + sum(chances) if chances else None
+
+
+class MetricSums:
+    """Adds up the metrics of several forwards. Nothing leaves the device before `values`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.num_forwards = 0
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        self.num_forwards += 1
+        for key, value in metrics.items():
+            value = torch.as_tensor(value).detach().double()
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def values(self, all_reduce: Any = None) -> dict[str, float]:
+        """Means so far, over all ranks when `all_reduce` (in place, on a float64 tensor) is given."""
+        if not self.num_forwards:
+            return {}
+        keys = list(self.sums)
+        packed = torch.stack(
+            [self.sums[key] for key in keys]
+            + [torch.tensor(float(self.num_forwards)).double().to(self.sums[keys[0]].device)]
+        )
+        if all_reduce is not None:
+            all_reduce(packed)
+        *sums, num_forwards = packed.tolist()
+        return normalize_counted_metrics(dict(zip(keys, sums, strict=True)), world_size=int(num_forwards))

@@ -1,0 +1,94 @@
+"""Optimizers: AdamW for everything, or Muon for the matrices and AdamW for the rest.
+
+Muon orthogonalises the momentum of a matrix. It suits weights that map features to features, not tables looked up by
+token (embeddings, heads, codebooks): those, vectors and scalars always go to AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+NOT_FOR_MUON = ("embed_tokens", "lm_head", "codebook", "markov_w1", "markov_w2")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    muon_weight_decay: float = 0.1
+    muon_ns_steps: int = 5
+    muon_adjust_lr_fn: str = "match_rms_adamw"
+
+
+class Optimizers:
+    """One or two optimizers that step together. Learning rates are set from outside, as a share of each peak."""
+
+    def __init__(self, optimizers: Iterable[Optimizer]):
+        self.optimizers = tuple(optimizers)
+        self.peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    def step(self, lr_scale: float) -> None:
+        for optimizer, peaks in zip(self.optimizers, self.peak_lrs, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * lr_scale
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {type(optimizer).__name__: optimizer.state_dict() for optimizer in self.optimizers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        names = [type(optimizer).__name__ for optimizer in self.optimizers]
+        if set(names) != set(state):
+            raise ValueError(
+                f"the checkpoint was trained with {sorted(state)}, this run uses {sorted(names)}: "
+                "continue with the same --optimizer, or start anew with --no-resume-from-checkpoint"
+            )
+        for name, optimizer in zip(names, self.optimizers, strict=True):
+            optimizer.load_state_dict(state[name])
+
+
+def make_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter: nothing to train")
+    if config.name == "adamw":
+        return Optimizers([adamw([param for _, param in trainable], config)])
+    matrices = [param for name, param in trainable if suits_muon(name, param)]
+    rest = [param for name, param in trainable if not suits_muon(name, param)]
+    parts: list[Optimizer] = []
+    if matrices:
+        parts.append(
+            Muon(
+                matrices,
+                lr=config.muon_lr,
+                weight_decay=config.muon_weight_decay,
+                momentum=config.muon_momentum,
+                ns_steps=config.muon_ns_steps,
+                adjust_lr_fn=config.muon_adjust_lr_fn,
+            )
+        )
+    if rest:
+        parts.append(adamw(rest, config))
+    return Optimizers(parts)
+
+
+def adamw(params: list[torch.nn.Parameter], config: OptimizerConfig) -> AdamW:
+    # foreach/fused are chosen by torch per device; both give the same bits in every run on one machine.
+    return AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def suits_muon(name: str, param: torch.nn.Parameter) -> bool:
+    return param.ndim == 2 and min(param.shape) > 1 and not any(part in name for part in NOT_FOR_MUON)

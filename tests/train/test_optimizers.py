@@ -1,0 +1,61 @@
+"""Which parameter goes to which optimizer, and Muon's update against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from speculators.train.optimizers import OptimizerConfig, make_optimizers
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(8, 4)
+        self.fc = nn.Linear(4, 6)
+        self.gate = nn.Linear(4, 1, bias=False)
+        self.markov_w1 = nn.Parameter(torch.randn(4, 4))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.lm_head = nn.Linear(4, 8, bias=False)
+
+
+def test_muon_gets_matrices_but_no_tables_vectors_or_frozen_weights():
+    toy = Toy()
+    muon, adamw = make_optimizers(toy, OptimizerConfig(name="muon")).optimizers
+    assert [id(param) for param in muon.param_groups[0]["params"]] == [id(toy.fc.weight)]
+    expected = {
+        id(toy.embed_tokens.weight),
+        id(toy.fc.bias),
+        id(toy.gate.weight),
+        id(toy.markov_w1),
+        id(toy.lm_head.weight),
+    }
+    assert {id(param) for param in adamw.param_groups[0]["params"]} == expected
+
+
+def test_muon_takes_an_orthogonal_step_as_large_as_adamw_would():
+    toy = nn.Linear(64, 32, bias=False)
+    before = toy.weight.detach().clone()
+    optimizers = make_optimizers(toy, OptimizerConfig(name="muon", muon_lr=0.5, muon_weight_decay=0.0))
+    toy.weight.grad = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    optimizers.step(1.0)
+    step = (before - toy.weight.detach()) / (0.5 * 0.2 * 64**0.5)  # match_rms_adamw: 0.2 * sqrt(larger side)
+    singular = torch.linalg.svdvals(step)
+    assert singular.min() > 0.6 and singular.max() < 1.3  # five Newton-Schulz steps reach 1 only roughly
+    u, _, v = torch.linalg.svd(toy.weight.grad, full_matrices=False)
+    cosine = torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0)
+    assert cosine > 0.97
+
+
+def test_the_learning_rate_is_a_share_of_each_peak():
+    optimizers = make_optimizers(Toy(), OptimizerConfig(name="muon", lr=0.1, muon_lr=0.4))
+    optimizers.step(0.5)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers.optimizers] == [0.2, 0.05]
+    optimizers.step(0.5)  # not cumulative
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers.optimizers] == [0.2, 0.05]
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        make_optimizers(nn.Linear(2, 2).requires_grad_(False), OptimizerConfig())
