@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import add
 
+import numpy as np
+
 from speculators.evaluation.losslessness import count_identical
 from speculators.evaluation.records import Measurement, MethodRow
 from speculators.evaluation.statistics import Estimate, bootstrap
@@ -34,7 +36,7 @@ def summarise(
         num_prompts=len(ids),
         num_tokens=num_tokens,
         acceptance_length=length,
-        acceptance_rate=stats.acceptance_rate if stats.num_drafted else 0.0,
+        acceptance_rate=stats.acceptance_rate,
         conditional_acceptance=tuple(stats.conditional_rates),
         tokens_per_s=num_tokens / time_s,
         plain_tokens_per_s=sum(m.num_tokens for m in plain) / sum(m.time_s for m in plain),
@@ -53,7 +55,7 @@ def acceptance_length(measurements: Sequence[Measurement]) -> Estimate:
             "accepted": [m.stats.num_accepted for m in measurements],
             "rounds": [m.stats.num_rounds for m in measurements],
         },
-        lambda sums: 1 + sums["accepted"] / sums["rounds"],
+        lambda sums: 1 + sums["accepted"] / np.maximum(sums["rounds"], 1),
     )
 
 

@@ -1,0 +1,96 @@
+"""`speculators quickstart`: the whole path on the embedded verifier, as the commands a user would type one by one.
+
+Each step is a command line of this very program; what is shown is what is run, in this process.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from speculators.cli.app import run
+from speculators.cli.console import out, print_facts
+
+NUM_SPECULATIVE_TOKENS = 4
+MARKER = "made-by-quickstart"
+"""Only a directory with this file in it is ever replaced."""
+
+RECIPE = ("--epochs", "4")
+"""How the drafter is trained; see docs/train.md for what each flag does."""
+
+
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Where everything is written; replaced when it exists.")] = Path(
+        "quickstart-output"
+    ),
+) -> dict[str, Any]:
+    """Regenerate, prepare, train EAGLE-3, generate, evaluate: on a small verifier that comes with the package."""
+    start_output(output)
+    begun_s = time.perf_counter()
+    results: dict[str, dict[str, Any]] = {}
+    for title, command in steps(output, results):
+        out().rule(f"[bold]{len(results) + 1} {title}", align="left")
+        out().print(f"[cyan]$ speculators {shlex.join(command)}", highlight=False)
+        step_begun_s = time.perf_counter()
+        results[command[0]] = run(command) | {"time_s": time.perf_counter() - step_begun_s}
+    checkpoint = results["train"]["checkpoint"]
+    serve = shlex.join(["vllm", "serve", checkpoint])
+    times = ", ".join(f"{verb} {result['time_s']:.0f} s" for verb, result in results.items())
+    print_facts("Done", {"speculator": checkpoint, "serve it": serve, "time": times})
+    return {
+        "verb": "quickstart",
+        "checkpoint": checkpoint,
+        "serve": serve,
+        "time_s": time.perf_counter() - begun_s,
+        "step_s": {verb: result["time_s"] for verb, result in results.items()},
+        "evaluation": results["evaluate"],
+    }
+
+
+def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """Title and command of each step; a later one may use what an earlier one returned."""
+    from speculators import assets
+
+    verifier = str(assets.tiny_verifier_path())
+    responses, data, run_dir = output / "responses.jsonl", output / "data", output / "run"
+    yield (
+        "The verifier answers the training prompts: a drafter learns the text it will see",
+        ["regenerate-responses", "--model", verifier, "--data", str(assets.prompts_path("train")),
+         "--output", str(responses)],
+    )  # fmt: skip
+    yield (
+        "Tokenise, and mark which tokens the verifier wrote",
+        ["prepare-data", "--model", verifier, "--data", str(responses), "--output", str(data)],
+    )
+    yield (
+        "Train an EAGLE-3 drafter; the verifier's hidden states are computed as it goes",
+        ["train", "--verifier-name-or-path", verifier, "--data-path", str(data), "--save-path", str(run_dir), *RECIPE],
+    )
+    drafter = ["--method", results["train"]["checkpoint"], "--num-speculative-tokens", str(NUM_SPECULATIVE_TOKENS)]
+    yield (
+        "Decode one prompt with draft-and-verify",
+        ["generate", "--verifier", verifier, "--prompt", "What does os.path.join do?", *drafter],
+    )
+    yield (
+        "Compare with plain decoding on prompts nobody trained on",
+        ["evaluate", "--verifier", verifier, "--data", str(assets.prompts_path("heldout")), "--method", "none", *drafter,
+         "--output", str(output / "report.json")],
+    )  # fmt: skip
+
+
+def start_output(output: Path) -> None:
+    """An empty directory; an earlier quickstart's is removed, anyone else's is left alone."""
+    if output.exists():
+        if not (output / MARKER).is_file():
+            raise ValueError(
+                f"{output} exists and is not an earlier quickstart's; name another directory with --output"
+            )
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()

@@ -1,0 +1,90 @@
+"""The command itself: help, exit codes, one message for an error, nothing heavy imported for help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from speculators.cli import app
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], *([verb, "--help"] for verb in app.VERBS)])
+def test_help_imports_neither_torch_nor_transformers(args: list[str]):
+    program = (
+        "import sys; from speculators.cli.app import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules);"
+        "sys.exit(f'imports {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
+    assert app.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(verb in printed for verb in app.VERBS)
+
+
+def test_no_arguments_show_help(capsys: pytest.CaptureFixture[str]):
+    assert app.main([]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["evalute"], "Did you mean 'evaluate'?"),
+        (["evaluate", "--nonsense"], "--nonsense"),
+        (["prepare-data"], "--model"),
+        (["prepare-data", "--model", "x", "--data", "y", "--seq-length", "many"], "--seq-length"),
+        (["train", "--lrr", "3"], "--lrr"),
+        (["train"], "verifier"),
+    ],
+)
+def test_bad_usage_ends_with_2_and_one_message(args: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert app.main(args) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def raise_it(error: BaseException):
+    def run(args: object) -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("hidden sizes differ: 64 and 128"), 1, "error: hidden sizes differ: 64 and 128"),
+        (OSError(28, "No space left on device", "/data/hs_3.safetensors"), 1, "No space left on device: /data/hs_3"),
+        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_error_is_one_message_and_an_exit_code(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "run", raise_it(error))
+    assert app.main(["train"]) == code
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(app, "run", raise_it(ValueError("bad")))
+    assert app.main(["train", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_last_line_is_the_result_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(app, "run", lambda args: {"verb": "train", "num_steps": 3})
+    assert app.main(["train"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == '{"verb": "train", "num_steps": 3}'

@@ -1,0 +1,82 @@
+"""What a user may write for a method and for prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from speculators.evaluation.methods import parse_method, parse_methods
+from speculators.evaluation.prompts import load_prompts
+
+
+class LetterTokenizer:
+    """Token id = code point."""
+
+    chat_template = "yes"
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+    def apply_chat_template(self, messages, tokenize: bool, add_generation_prompt: bool) -> str:
+        assert not tokenize and add_generation_prompt
+        return "".join(f"<{message['role'][0]}>{message['content']}" for message in messages) + "<a>"
+
+
+def prompts_of(tmp_path: Path, *rows: dict, **options) -> list[str]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["".join(map(chr, ids)) for ids in load_prompts(str(path), LetterTokenizer(), **options).token_ids]
+
+
+def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def test_a_prompt_ends_before_the_first_answer(tmp_path: Path):
+    chat = turns(("system", "be"), ("user", "hi"), ("assistant", "no"), ("user", "so"), ("assistant", "ok"))
+    assert prompts_of(tmp_path, {"conversations": chat}) == ["<s>be<u>hi<a>"]
+
+
+def test_prompts_come_from_text_and_from_tokens_too(tmp_path: Path):
+    rows = [{"prompt": "hi"}, {"input_ids": [65, 66, 67, 68], "loss_mask": [0, 0, 1, 1]}]
+    assert prompts_of(tmp_path, *rows) == ["<u>hi<a>", "AB"]
+
+
+def test_the_limit_counts_usable_prompts(tmp_path: Path):
+    rows = [{"note": "no prompt"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+    assert prompts_of(tmp_path, *rows, limit=2) == ["<u>a<a>", "<u>b<a>"]
+
+
+def test_no_prompt_at_all_is_an_error(tmp_path: Path):
+    with pytest.raises(ValueError, match="no prompt in"):
+        prompts_of(tmp_path, {"note": "nothing here"})
+
+
+def test_none_means_plain_decoding():
+    assert parse_method("none", 4).speculative_config is None
+
+
+def test_a_word_is_a_method_and_k_is_filled_in():
+    assert parse_method("ngram", 4).speculative_config == {"method": "ngram", "num_speculative_tokens": 4}
+    assert parse_method("ngram", None).speculative_config == {"method": "ngram"}
+
+
+def test_json_wins_over_the_general_k():
+    method = parse_method('{"method": "suffix", "num_speculative_tokens": 8}', 4)
+    assert (method.name, method.speculative_config["num_speculative_tokens"]) == ("suffix", 8)
+
+
+def test_a_checkpoint_is_named_by_what_it_is_and_names_never_clash(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"speculators_model_type": "eagle3"}')
+    methods = parse_methods([str(tmp_path), "none", str(tmp_path), str(tmp_path)], 3)
+    assert [method.name for method in methods] == ["eagle3", "none", "eagle3-2", "eagle3-3"]
+    assert methods[0].speculative_config == {"model": str(tmp_path), "num_speculative_tokens": 3}
+
+
+@pytest.mark.parametrize(("text", "message"), [("{not json", "is not"), ("no/such/place", "no such directory")])
+def test_what_is_no_method_is_an_error(text: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        parse_method(text, 4)
