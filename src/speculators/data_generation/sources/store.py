@@ -1,0 +1,247 @@
+"""HiddenStateStore: one file a row of a prepared dataset, checked when written and when read.
+
+A row is found by its tokens, so the store answers the same `read(token_ids)` as every other source.
+Its size is known before anything is written; a cap and the free disk are respected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from speculators.data_generation.offline import (
+    check_hidden_states,
+    get_existing_hidden_state_indices,
+    hidden_state_path,
+)
+from speculators.data_generation.sources.codec import (
+    CorruptHiddenStatesError,
+    FileHeader,
+    checksum,
+    estimate_bytes,
+    from_tensors,
+    num_slots,
+    parse_header,
+    to_bytes,
+    to_tensors,
+)
+from speculators.interfaces import CaptureSpec, VerifierStates
+from speculators.utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+WRITER_TIMEOUT_S = 10.0
+"""How long a file is waited for that another process is still writing (it holds `<file>.lock`)."""
+
+
+@dataclass(frozen=True)
+class StoragePlan:
+    """What filling the store would take."""
+
+    num_files: int
+    num_tokens: int
+    num_bytes: int
+    """Of the files still to be written."""
+    present_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_files} files, {self.num_tokens} tokens, {human_bytes(self.num_bytes)} to write "
+            f"({human_bytes(self.present_bytes)} there already, {human_bytes(self.free_bytes)} free)"
+        )
+
+
+class HiddenStateStore:
+    """`hs_<row>.safetensors` files of one dataset. `rows[i]` are the tokens of row i."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        capture: CaptureSpec,
+        rows: Iterable[Sequence[int] | Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        max_bytes: int | None = None,
+        verifier: str | None = None,
+    ) -> None:
+        """`dtype=None` keeps the states as they come, `torch.float8_e4m3fn` halves bfloat16. `max_bytes` caps the
+        whole directory. `verifier` is written into the files, and files of another one are refused."""
+        if num_slots(capture) == 0:
+            raise ValueError("the drafter reads no verifier states, so there is nothing to store")
+        self.directory = Path(directory)
+        self.capture = capture
+        self.dtype = dtype
+        self.max_bytes = max_bytes
+        self.verifier = verifier
+        self.lengths: list[int] = []
+        self.row_by_digest: dict[bytes, int] = {}
+        for row, token_ids in enumerate(rows):
+            self.lengths.append(len(token_ids))
+            self.row_by_digest.setdefault(digest(token_ids), row)  # equal rows share the first one's file
+        self.present = set(get_existing_hidden_state_indices(self.directory))
+        self.space_was_checked = False
+
+    def row_of(self, token_ids: Sequence[int] | Tensor) -> int | None:
+        """The row with exactly these tokens; None when the dataset has none."""
+        return self.row_by_digest.get(digest(token_ids))
+
+    def has(self, row: int) -> bool:
+        return row in self.present
+
+    def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
+        """States of rows that are all in the store."""
+        return [self.read_row(self.stored_row_of(ids), ids) for ids in token_ids]
+
+    def stored_row_of(self, token_ids: Tensor) -> int:
+        row = self.row_of(token_ids)
+        if row is None:
+            raise ValueError(f"no row of the dataset has these {len(token_ids)} tokens; the store is of other data")
+        if not self.has(row):
+            raise ValueError(
+                f"{hidden_state_path(self.directory, row)} does not exist ({len(self.present)} of "
+                f"{len(self.row_by_digest)} rows are stored); let a CachedSource compute what is missing"
+            )
+        return row
+
+    def read_row(self, row: int, token_ids: Sequence[int] | Tensor) -> VerifierStates:
+        """Raises `CorruptHiddenStatesError`, naming the file, unless contents, checksum and tokens are right."""
+        path = hidden_state_path(self.directory, row)
+        wait_for_writer(path)
+        header, tensors = load_file(path)
+        self.refuse_other_capture(path, header, tensors["hidden_states"])
+        wanted = torch.as_tensor(token_ids).to("cpu", torch.int64)
+        # causal states of a clipped row are the first states of the whole one
+        clipped = {key: values[: len(wanted)] for key, values in tensors.items()}
+        if not torch.equal(clipped["token_ids"], wanted):
+            raise CorruptHiddenStatesError(f"{path} holds the states of other tokens than row {row}'s; delete it")
+        return from_tensors(clipped, self.capture, header.source_dtype)
+
+    def refuse_other_capture(self, path: Path, header: FileHeader, states: Tensor) -> None:
+        """Not corrupt, but of no use: computing it all again silently would be worse than stopping."""
+        stored: Any = header.capture or states.shape[1]
+        wanted: Any = self.capture if header.capture else len(self.capture.aux_layer_ids) + 1
+        if stored != wanted:
+            raise ValueError(
+                f"{path} holds {stored} (capture, or number of slots), the drafter reads {wanted}; use another "
+                "directory for the hidden states or delete this one"
+            )
+        if None not in (header.verifier, self.verifier) and header.verifier != self.verifier:
+            raise ValueError(
+                f"{path} holds states of {header.verifier!r}, not of {self.verifier!r}; use another directory for the "
+                "hidden states or delete this one"
+            )
+
+    def write_row(self, row: int, states: VerifierStates) -> VerifierStates:
+        """Store one row; returns it as it will be read back, so that cached and computed training see equal numbers."""
+        source = states.last_hidden_TH if states.last_hidden_TH is not None else states.aux_TD
+        assert source is not None
+        if not self.space_was_checked:
+            width = source.shape[-1] // (1 if states.last_hidden_TH is not None else len(self.capture.aux_layer_ids))
+            logger.info("hidden states in %s: %s", self.directory, self.check_space(width, source.dtype))
+        tensors = to_tensors(states, self.capture, self.dtype)
+        path = hidden_state_path(self.directory, row)
+        with atomic_write(path, "wb") as file:
+            file.write(to_bytes(tensors, self.capture, source.dtype, self.verifier))
+        self.present.add(row)
+        return from_tensors(tensors, self.capture, source.dtype)
+
+    def plan(self, hidden_size: int, source_dtype: torch.dtype) -> StoragePlan:
+        """Before writing: what is still to be written, and what there is room for."""
+        missing = [row for row in self.row_by_digest.values() if row not in self.present]
+        num_tokens = sum(self.lengths[row] for row in missing)
+        existing = next(parent for parent in (self.directory, *self.directory.absolute().parents) if parent.exists())
+        return StoragePlan(
+            num_files=len(missing),
+            num_tokens=num_tokens,
+            num_bytes=estimate_bytes(num_tokens, self.capture, hidden_size, self.dtype or source_dtype),
+            present_bytes=sum(hidden_state_path(self.directory, row).stat().st_size for row in self.present),
+            free_bytes=shutil.disk_usage(existing).free,
+        )
+
+    def check_space(self, hidden_size: int, source_dtype: torch.dtype) -> StoragePlan:
+        """`ValueError`, before the first byte, when the store would not fit."""
+        plan = self.plan(hidden_size, source_dtype)
+        ways_out = "store fp8, prepare fewer or shorter rows, or keep the states in memory (no cache)"
+        if self.max_bytes is not None and plan.num_bytes + plan.present_bytes > self.max_bytes:
+            raise ValueError(
+                f"hidden states in {str(self.directory)!r} would take {plan}, more than the cap of "
+                f"{human_bytes(self.max_bytes)}; raise the cap, {ways_out}"
+            )
+        if plan.num_bytes > plan.free_bytes:
+            raise ValueError(f"hidden states in {str(self.directory)!r} would not fit the disk: {plan}; {ways_out}")
+        self.space_was_checked = True
+        return plan
+
+    def audit(self, progress: Callable[[str, int, int | None], None] | None = None) -> dict[int, str]:
+        """Read every file in full: row -> what is wrong with it."""
+        problems: dict[int, str] = {}
+        for num_done, row in enumerate(sorted(self.present), start=1):
+            try:
+                load_file(hidden_state_path(self.directory, row))
+            except CorruptHiddenStatesError as error:
+                problems[row] = str(error)
+            if progress is not None:
+                progress("audit hidden states", num_done, len(self.present))
+        return problems
+
+
+def load_file(path: Path) -> tuple[FileHeader, dict[str, Tensor]]:
+    """A file's header and tensors, checked for damage."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = parse_header(file.metadata())
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CorruptHiddenStatesError(f"{path} cannot be read: {error}; delete it") from error
+    try:
+        check_hidden_states(tensors, None)
+    except ValueError as error:
+        raise CorruptHiddenStatesError(f"{path}: {error}; delete it") from error
+    if header.crc32 is not None and checksum(tensors) != header.crc32:
+        raise CorruptHiddenStatesError(f"{path} is damaged: its contents do not match its checksum; delete it")
+    return header, tensors
+
+
+def wait_for_writer(path: Path) -> None:
+    """Wait while another process holds `<path>.lock`, then remove the lock it left."""
+    lock = path.with_name(path.name + ".lock")
+    if not lock.exists():
+        return
+    import fcntl  # there on POSIX only, and so are the writers that lock
+
+    deadline = time.monotonic() + WRITER_TIMEOUT_S
+    with lock.open("rb") as handle:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{path} is still being written after {WRITER_TIMEOUT_S:.0f} s") from None
+                time.sleep(0.05)
+        lock.unlink(missing_ok=True)
+
+
+def digest(token_ids: Sequence[int] | Tensor) -> bytes:
+    ids = token_ids.cpu().numpy() if isinstance(token_ids, Tensor) else token_ids
+    return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+
+def human_bytes(num_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.4g} TB"
