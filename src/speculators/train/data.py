@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
@@ -83,15 +85,33 @@ class ArrowDataset(Dataset[Sample]):
             "position_ids": torch.arange(num_tokens),
         }
 
-    def num_supervised(self) -> int:
-        """Tokens of this split that are trained on (before clipping)."""
-        return sum(int(torch.as_tensor(mask).sum()) for mask in self.rows["loss_mask"])
+    def keep_rows(self, usable: set[int] | None) -> None:
+        """Leave out rows of the prepared dataset that are not in `usable`; None keeps all."""
+        if usable is None:
+            return
+        kept = [index for index in range(len(self)) if self.first + index in usable]
+        if not kept:
+            raise ValueError(f"no row of rows {self.first}..{self.first + len(self) - 1} has stored verifier states")
+        self.rows = self.rows.select(kept)
+        self.lengths = [self.lengths[index] for index in kept]
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """All values of a list column, end to end."""
+        return pc.list_flatten(self.rows.with_format("arrow")[:][name])
 
 
 def check_supervised(dataset: ArrowDataset, datapath: str | Path) -> None:
-    if dataset.num_supervised() == 0:
+    if not pc.sum(dataset.column("loss_mask")).as_py():
         raise ValueError(
-            f"not one of the {len(dataset)} rows in {datapath} has a supervised token: every loss_mask is "
-            "0. Look at them with `speculators inspect-mask`; a chat template that does not match the "
-            "verifier is the usual reason"
+            f"not one of the {len(dataset)} rows in {datapath} has a supervised token: every loss_mask is 0. Look at "
+            "them with `speculators inspect-mask`; a chat template that does not match the verifier is the usual reason"
+        )
+
+
+def check_token_ids(dataset: ArrowDataset, datapath: str | Path, vocab_size: int) -> None:
+    largest = pc.max(dataset.column("input_ids")).as_py()
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{datapath} has token {largest} but the verifier knows 0..{vocab_size - 1}: it was prepared with another "
+            "tokenizer; prepare it again with this verifier"
         )

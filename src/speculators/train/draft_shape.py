@@ -31,6 +31,17 @@ MLP_RATIO_OF_MOE = 3
 """An MoE verifier has no dense width to copy: 3 x hidden is the common ratio of gated MLPs."""
 
 
+def load_verifier_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"--verifier-name-or-path {name}: no model config can be read there ({reason}); give the directory of a "
+            "saved causal LM, or a model id of the Hugging Face hub"
+        ) from error
+
+
 def text_config(verifier: PretrainedConfig) -> PretrainedConfig:
     """The decoder's part of a multimodal config, or the config itself."""
     return getattr(verifier, "text_config", None) or verifier

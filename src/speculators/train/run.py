@@ -1,0 +1,208 @@
+"""One training run from a config: look everything up, check it, build it, train it, leave a run directory.
+
+    config -> algorithm -> data -> draft vocabulary -> drafter -> verifier states -> rows -> Trainer -> checkpoint
+
+What can be wrong is looked at in the order of its cost: names first, then files, then weights, then forwards.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from speculators.model import SpeculatorModel
+from speculators.provenance import find_package_repo, git_diff, git_sha, package_versions
+from speculators.train.collate import CollateFn
+from speculators.train.config import TrainConfig
+from speculators.train.data import ArrowDataset, check_supervised, check_token_ids
+from speculators.train.distributed import Ranks, ranks_from_environment
+from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
+from speculators.train.draft_shape import draft_config, load_verifier_config, text_config
+from speculators.train.events import Event, Listener, Note, ignore
+from speculators.train.loader import PackedLoader
+from speculators.train.logger import make_trackers
+from speculators.train.memory import MemoryEstimate, check_disk_space, estimate_memory
+from speculators.train.sources import make_source, open_store, rows_to_use
+from speculators.train.trainer import Trainer, TrainerConfig, TrainResult
+from speculators.train.vocab_mapping import resolve_vocab_mapping
+from speculators.utils.files import atomic_write
+from speculators.verifier import check_reproduces_logits, load_verifier
+
+DRY_RUN_NAME = "dry_run"
+
+
+def train(config: TrainConfig, *, on_event: Listener = ignore) -> TrainResult:
+    """Train what `config` describes. `on_event` hears of every step, validation and checkpoint."""
+    with ranks_from_environment() as ranks:
+        trackers = []
+        if ranks.is_main:
+            keys = config.logging
+            trackers = make_trackers(keys.logger, keys.log_dir, keys.run_name, config.flatten())
+
+        def tell(event: Event) -> None:
+            for listener in (on_event, *trackers):
+                listener(event)
+
+        trainer, estimate = build(config, ranks, tell if ranks.is_main else ignore)
+        save_path = Path(config.trainer.save_path)
+        check_disk_space(save_path, estimate.checkpoint_bytes)
+        if ranks.is_main:
+            write_provenance(config, save_path)
+        if config.dry_run:
+            tell(Note(str(estimate)))
+            trainer.save(name=DRY_RUN_NAME)
+            return TrainResult(save_path / DRY_RUN_NAME, {}, None, 0)
+        return trainer.run_training()
+
+
+def build(config: TrainConfig, ranks: Ranks, on_event: Listener) -> tuple[Trainer, MemoryEstimate]:
+    """Everything of a run but its first step."""
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(config.seed)
+    if config.deterministic_cuda:
+        torch.use_deterministic_algorithms(True)
+    data, name = config.data, config.verifier.verifier_name_or_path
+    dtype = getattr(torch, data.hidden_states_dtype)
+
+    def note(text: str) -> None:
+        on_event(Note(text))
+
+    verifier_config = load_verifier_config(name, config.verifier.trust_remote_code)
+    train_set, val_set = open_splits(config, dtype, text_config(verifier_config).vocab_size)
+    model = build_model(config, verifier_config)
+
+    store = open_store(data, model.capture, name)
+    usable = rows_to_use(data, store, note)
+    verifier_model = load_checked_verifier(config, ranks, dtype) if usable is None else None
+    source = make_source(data, model.capture, store, verifier_model)
+    hidden_size = text_config(verifier_config).hidden_size
+    loaders = []
+    for dataset in (train_set, val_set):
+        if dataset is not None:
+            dataset.source = source
+            dataset.keep_rows(usable)
+            num_threads = data.num_workers if verifier_model is None else 0  # one verifier, one thread
+            loaders.append(make_loader(config, dataset, model, hidden_size, ranks, num_threads))
+    torch.manual_seed(config.seed + ranks.rank)
+    trainer = Trainer(
+        model, trainer_config(config, model), *loaders, ranks=ranks, on_event=on_event,
+        num_documents=len(train_set), num_tokens=sum(train_set.lengths),
+    )  # fmt: skip
+    return trainer, estimate(config, model, verifier_model, hidden_size)
+
+
+def open_splits(config: TrainConfig, dtype: torch.dtype, vocab_size: int) -> tuple[ArrowDataset, ArrowDataset | None]:
+    """Training and validation rows, checked: there are some, with something to learn, in the verifier's vocabulary."""
+    keys = config.data
+    ratio = keys.train_data_ratio
+
+    def split(name: Any) -> ArrowDataset:
+        return ArrowDataset(
+            keys.total_seq_len, keys.data_path, train_ratio=ratio, split=name, hidden_states_dtype=dtype
+        )
+
+    train_set = split("train")
+    check_supervised(train_set, keys.data_path)
+    check_token_ids(train_set, keys.data_path, vocab_size)
+    return train_set, split("val") if ratio < 1.0 else None
+
+
+def build_model(config: TrainConfig, verifier_config: Any) -> SpeculatorModel:
+    """A drafter with fp32 weights: new, or the one named by --from-pretrained."""
+    keys, flat = config.draft, config.flatten()
+    cls = SpeculatorModel.get_class(config.speculator_type)
+    mapping = resolve_vocab_mapping(
+        target_vocab_size=text_config(verifier_config).vocab_size, draft_vocab_size=keys.draft_vocab_size,
+        data_path=config.data.data_path, token_freq_path=keys.token_freq_path, d2t_path=keys.d2t_path,
+        t2d_path=keys.t2d_path,
+    )  # fmt: skip
+    d2t, t2d = (None, None) if mapping is None else mapping
+    if keys.from_pretrained:
+        is_explicit = keys.d2t_path is not None
+        model = cls.from_pretrained(
+            keys.from_pretrained, verifier=config.verifier.verifier_name_or_path, dtype=torch.float32,
+            t2d=t2d if is_explicit else None, d2t=d2t if is_explicit else None,
+        )  # fmt: skip
+    else:
+        size = None if d2t is None else len(d2t)
+        shape = draft_config(verifier_config, keys)
+        model = cls.from_training_args(shape, **{**flat, "t2d": t2d, "d2t": d2t, "draft_vocab_size": size})
+    return model.float()
+
+
+def load_checked_verifier(config: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> nn.Module:
+    """The verifier, whose captured states were shown to give its logits."""
+    keys = config.verifier
+    model = load_verifier(
+        keys.verifier_name_or_path, dtype=dtype, device=ranks.device, trust_remote_code=keys.trust_remote_code
+    )
+    check_reproduces_logits(model)
+    return model
+
+
+def make_loader(
+    config: TrainConfig, dataset: ArrowDataset, model: SpeculatorModel, hidden_size: int, ranks: Ranks, num_threads: int
+) -> PackedLoader:
+    data, capture = config.data, model.capture
+    sampler = MultipackDistributedBatchSamplerV2(
+        data.total_seq_len, dataset.lengths, num_replicas=ranks.world_size, rank=ranks.rank, seed=config.seed
+    )
+    collate = CollateFn(
+        data.total_seq_len,
+        hidden_size,
+        len(capture.aux_layer_ids),
+        dataset.dtype,
+        model.align,
+    )
+    return PackedLoader(dataset.read, sampler, collate, num_threads=num_threads, num_ahead=data.prefetch_factor)
+
+
+def trainer_config(config: TrainConfig, model: SpeculatorModel) -> TrainerConfig:
+    flat = config.flatten()
+    train_kwargs, val_kwargs = type(model).get_trainer_kwargs(**flat)
+    shared = {field: flat[field] for field in TrainerConfig.__dataclass_fields__ if field in flat}
+    return TrainerConfig(**{
+        **shared,
+        "num_epochs": config.trainer.epochs,
+        "train_call_kwargs": train_kwargs,
+        "val_call_kwargs": val_kwargs,
+        "hidden_states_dtype": getattr(torch, config.data.hidden_states_dtype),
+        "train_command": command(config),
+    })  # fmt: skip
+
+
+def estimate(
+    config: TrainConfig, model: SpeculatorModel, verifier_model: nn.Module | None, hidden_size: int
+) -> MemoryEstimate:
+    methods = model.config.speculators_config.proposal_methods if model.config.speculators_config else []
+    num_unrolls = max([getattr(method, "speculative_tokens", 1) for method in methods], default=1)
+    params = [] if verifier_model is None else list(verifier_model.parameters())
+    return estimate_memory(
+        model, num_tokens=config.data.total_seq_len, hidden_size=hidden_size,
+        num_states=len(model.capture.aux_layer_ids) + 1, num_unrolls=num_unrolls,
+        verifier_bytes=sum(param.numel() * param.element_size() for param in params),
+    )  # fmt: skip
+
+
+def command(config: TrainConfig) -> str:
+    return shlex.join(["speculators", "train", *config.argv])
+
+
+def write_provenance(config: TrainConfig, save_path: Path) -> None:
+    """What made the run: its configuration, its command, and source changes that no commit holds."""
+    save_path.mkdir(parents=True, exist_ok=True)
+    repo = find_package_repo()
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items() if version)
+    with atomic_write(save_path / "run.yaml") as file:
+        file.write(f"# {versions}; commit {git_sha(repo) or 'unknown'}\n{config.dump_yaml()}")
+    with atomic_write(save_path / "train_command.txt") as file:
+        file.write(command(config) + "\n")
+    patch = git_diff(repo)
+    if patch:
+        with atomic_write(save_path / "speculators.patch") as file:
+            file.write(patch)
