@@ -2,13 +2,13 @@
 
 Shapes: N draft rows, R target rows, H hidden size, V draft vocabulary, C rows of a chunk, M loss terms.
 
-A head is linear and the loss of a row depends on that row alone, so forward can compute, chunk by chunk, the loss of each
-row and its gradient with respect to the hidden row, and drop the logits. What is returned are losses a row: masks, decays,
-D-PACE and denominators are ordinary autograd on top. Draft rows that share a target row (unroll steps, anchors) share
-its logits and softmax.
+A head is linear and the loss of a row depends on that row alone. So forward can compute, chunk by chunk, the loss of
+each row and its gradient with respect to the hidden row, and drop the logits. What is returned are losses a row: masks,
+decays, D-PACE and denominators are ordinary autograd on top. Draft rows that share a target row (unroll steps, anchors)
+share its logits and softmax.
 
-A head that is trained needs the incoming gradient of each row before it can be accumulated: then backward walks over the
-chunks a second time.
+A head that is trained needs the incoming gradient of each row before it can be accumulated: then backward walks over
+the chunks a second time.
 """
 
 from __future__ import annotations
@@ -209,9 +209,7 @@ class Chunk(NamedTuple):
 Terms = list[tuple[LossKernel, float]]
 
 
-def walk(
-    hidden_NH: Tensor, head_VH: Tensor, targets: Targets, pairing: Pairing, terms: Terms
-) -> Iterator[Chunk]:
+def walk(hidden_NH: Tensor, head_VH: Tensor, targets: Targets, pairing: Pairing, terms: Terms) -> Iterator[Chunk]:
     """Chunk by chunk: target logits once, then the draft rows that share them."""
     for target_rows_C, groups in pairing.chunks():
         target = targets.at(target_rows_C, head_VH.dtype)

@@ -1,6 +1,7 @@
 """Divergences between a drafter and its verifier, position by position. The reference of every faster route.
 
-Shapes: [..., V] logits over the draft vocabulary -> [...] in fp32 (fp64 stays). p = softmax(targets), q = softmax(logits).
+Shapes: [..., V] logits over the draft vocabulary -> [...] in fp32 (fp64 stays).
+p = softmax(targets), q = softmax(logits).
 Plain autograd: it keeps several [..., V] tensors alive. `losses.chunked` never holds them.
 """
 

@@ -68,6 +68,7 @@ def kl_div(draft: DraftRows, target: TargetRows) -> LossRows:
 
 
 def reverse_kl(draft: DraftRows, target: TargetRows) -> LossRows:
+    assert target.log_probs_NV is not None
     ratio_NV = draft.log_probs_NV - target.log_probs_NV
     loss_N = row_dot(draft.probs_NV, ratio_NV)
     return loss_N, (ratio_NV - loss_N[:, None]) * draft.probs_NV

@@ -28,8 +28,8 @@ def dpace_loss_decay(
 ) -> Tensor:
     """D-PACE: a slot weighs what its success is worth, the chance that the chain reaches each slot after it.
 
-        c_k = exp(-ce_k), s_k = (1 - alpha) c_k + alpha (1 where masked), P_k = prod_{j <= k} s_j,
-        w_k = m_k sum_{j >= k} P_j m_j                                                     block by block
+    c_k = exp(-ce_k), s_k = (1 - alpha) c_k + alpha (1 where masked), P_k = prod_{j <= k} s_j,
+    w_k = m_k sum_{j >= k} P_j m_j                                                     block by block
     """
     length = loss_mask.shape[-1]
     if length % block_size:

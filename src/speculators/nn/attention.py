@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speculators.nn.norms import RMSNorm
@@ -106,23 +105,30 @@ class FusedAttention(nn.Module):
 
     def __init__(self, source: Attention):
         super().__init__()
-        projections = (source.q_proj, source.k_proj, source.v_proj)
-        biases = [p.bias for p in projections if p.bias is not None]
-        self.qkv_weight = torch.cat([p.weight.detach() for p in projections])
-        self.qkv_bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+        self.qkv_proj = concatenated(source.q_proj, source.k_proj, source.v_proj)
         self.num_heads, self.num_kv_heads, self.head_dim = source.num_heads, source.num_kv_heads, source.head_dim
         self.o_proj, self.q_norm, self.k_norm = source.o_proj, source.q_norm, source.k_norm
 
     def forward(self, hidden_BTW: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
         num_rotated = self.num_heads + self.num_kv_heads
-        qkv = F.linear(hidden_BTW, self.qkv_weight, self.qkv_bias)
-        qkv = qkv.unflatten(-1, (num_rotated + self.num_kv_heads, self.head_dim))
+        qkv = self.qkv_proj(hidden_BTW).unflatten(-1, (num_rotated + self.num_kv_heads, self.head_dim))
         qk, value = qkv.split((num_rotated, self.num_kv_heads), dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = qk.split((self.num_heads, self.num_kv_heads), dim=-2)
             qk = torch.cat((self.q_norm(query), self.k_norm(key)), dim=-2)
         query, key = rope.rotate(qk).split((self.num_heads, self.num_kv_heads), dim=-2)
-        return F.linear(attend(query, key, value).flatten(-2), self.o_proj.weight, self.o_proj.bias)
+        return self.o_proj(attend(query, key, value).flatten(-2))
+
+
+def concatenated(*linears: nn.Linear) -> nn.Linear:
+    """One linear whose outputs are those of the given ones, side by side. Holds copies of their weights."""
+    first = linears[0]
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    fused = nn.Linear(first.in_features, weight.shape[0], bias=first.bias is not None, device="meta")
+    fused.weight = nn.Parameter(weight, requires_grad=False)
+    if first.bias is not None:
+        fused.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+    return fused
 
 
 def dense_attention(query_BTNd: Tensor, key_BLGd: Tensor, value_BLGd: Tensor, visible_TL: Tensor) -> Tensor:

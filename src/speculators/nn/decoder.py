@@ -5,13 +5,14 @@ Shapes: B rows, T positions in, R positions answered (see `Attend.rows`), H hidd
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speculators.nn.attention import Attend, Attention, FusedAttention
+from speculators.nn.attention import Attend, Attention, FusedAttention, concatenated
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import RopeTables
 
@@ -27,7 +28,9 @@ ACTIVATIONS = {
 
 def activation(name: str):
     if name not in ACTIVATIONS:
-        raise ValueError(f"hidden_act={name!r} is not one of {sorted(ACTIVATIONS)}; set --draft-hidden-act to one of them")
+        raise ValueError(
+            f"hidden_act={name!r} is not one of {sorted(ACTIVATIONS)}; set --draft-hidden-act to one of them"
+        )
     return ACTIVATIONS[name]
 
 
@@ -54,15 +57,12 @@ class FusedMLP(nn.Module):
 
     def __init__(self, source: MLP):
         super().__init__()
-        self.weight = torch.cat([source.gate_proj.weight.detach(), source.up_proj.weight.detach()])
-        self.bias = None
-        if source.gate_proj.bias is not None:
-            self.bias = torch.cat([source.gate_proj.bias.detach(), source.up_proj.bias.detach()])
+        self.gate_up_proj = concatenated(source.gate_proj, source.up_proj)
         self.down_proj, self.act = source.down_proj, source.act
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
-        gate, up = F.linear(hidden_BTH, self.weight, self.bias).chunk(2, dim=-1)
-        return F.linear(self.act(gate) * up, self.down_proj.weight, self.down_proj.bias)
+        gate, up = self.gate_up_proj(hidden_BTH).chunk(2, dim=-1)
+        return self.down_proj(self.act(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -70,6 +70,8 @@ class DecoderLayer(nn.Module):
 
     self_attn: Attention | FusedAttention
     mlp: MLP | FusedMLP
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
 
     def __init__(self, config: Any, layer_idx: int = 0):
         super().__init__()
@@ -88,14 +90,15 @@ class DecoderLayer(nn.Module):
 
     def fused(self) -> DecoderLayer:
         """A copy for decoding whose products are fused; norms and output projections stay shared."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin._modules = {**self._modules, "self_attn": self.self_attn.fused(), "mlp": self.mlp.fused()}
+        assert isinstance(self.self_attn, Attention) and isinstance(self.mlp, MLP)
+        fused_attention, fused_mlp = self.self_attn.fused(), self.mlp.fused()
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "self_attn": fused_attention, "mlp": fused_mlp}
         return twin
 
 
 class FusionDecoderLayer(DecoderLayer):
-    """First layer of EAGLE-3: attention reads [embedding ; hidden], the residual stream carries only the hidden half."""
+    """First layer of EAGLE-3: attention reads [embedding ; hidden], the residual stream is the hidden half alone."""
 
     def __init__(self, config: Any, layer_idx: int = 0, norm_before_residual: bool = False):
         super().__init__(config, layer_idx)

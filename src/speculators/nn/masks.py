@@ -43,7 +43,7 @@ def unrolled_mask(document_ids_T: Tensor, step: int, window: int | None = None) 
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of attention: queries [query_start, query_end) of the asked rows against keys [key_start, key_end)."""
+    """A rectangle of attention: asked rows [query_start, query_end) against keys [key_start, key_end)."""
 
     query_start: int
     query_end: int

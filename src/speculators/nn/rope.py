@@ -30,7 +30,7 @@ class RopeTables(NamedTuple):
 
     def rotate(self, x_BTNd: Tensor) -> Tensor:
         """Tables [..., T, r] for x [B, T, N, d]; features past r pass unrotated."""
-        cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
+        cos, sin = (table.unsqueeze(-2).to(x_BTNd.dtype) for table in self)
         rotary_dim = cos.shape[-1]
         if rotary_dim == x_BTNd.shape[-1]:
             return torch.addcmul(x_BTNd * cos, x_BTNd.roll(rotary_dim // 2, -1), sin)

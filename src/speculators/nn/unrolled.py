@@ -15,6 +15,8 @@ identity; a row of attention is cut into rectangles the same way, so that nothin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,8 +57,8 @@ class SdpaUnrolledAttend(DenseUnrolledAttend):
 
     @staticmethod
     def attention(query_BTNd: Tensor, key_BLGd: Tensor, value_BLGd: Tensor, visible_TL: Tensor) -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (query_BTNd, key_BLGd, value_BLGd))
-        return F.scaled_dot_product_attention(*heads_first, attn_mask=visible_TL, enable_gqa=True).transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (query_BTNd, key_BLGd, value_BLGd))
+        return F.scaled_dot_product_attention(query, key, value, visible_TL, enable_gqa=True).transpose(1, 2)
 
 
 class TailUnrolledAttend:
@@ -111,7 +113,7 @@ class FlexUnrolledAttend(TailUnrolledAttend):
         if self.window is not None and self.step >= self.window:
             out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
         else:
-            out, lse = self.flex(query, key, value, block_mask=self.block_mask(), enable_gqa=True, return_lse=True)
+            out, lse = self.flex(query, key, value, block_mask=self.block_mask(), enable_gqa=True, return_lse=True)  # type: ignore[arg-type]
         return merge_tail(out, lse.float(), query, tail).transpose(1, 2)
 
     def block_mask(self):
@@ -218,9 +220,9 @@ def tail_scores(query_BNRd: Tensor, keys: tuple[Tensor, ...], dtype: torch.dtype
         return None
     B, N, R, d = query_BNRd.shape
     query = query_BNRd.unflatten(1, (keys[0].shape[2], -1))
-    return torch.stack([
-        (query * key.transpose(1, 2)[:, :, None]).sum(-1, dtype=dtype).mul_(d**-0.5).view(B, N, R) for key in keys
-    ])
+    return torch.stack(
+        [(query * key.transpose(1, 2)[:, :, None]).sum(-1, dtype=dtype).mul_(d**-0.5).view(B, N, R) for key in keys]
+    )
 
 
 def tail_backward(grad_out, query, out, total, scores, tail, grad_query) -> list[Tensor]:
@@ -235,7 +237,9 @@ def tail_backward(grad_out, query, out, total, scores, tail, grad_query) -> list
         key, value = key_m.transpose(1, 2)[:, :, None], value_m.transpose(1, 2)[:, :, None]
         prob = (score - total).exp()
         grad_prob = (grouped_grad_out * value).sum(-1, dtype=total.dtype).flatten(1, 2)
-        grad_score = (prob * (grad_prob - delta) * query.shape[-1] ** -0.5).unflatten(1, split)[..., None].to(query.dtype)
+        grad_score = (
+            (prob * (grad_prob - delta) * query.shape[-1] ** -0.5).unflatten(1, split)[..., None].to(query.dtype)
+        )
         grouped_grad_query += grad_score * key
         grad_key = (grad_score * grouped_query).sum(2)
         grad_value = (prob.unflatten(1, split)[..., None].to(query.dtype) * grouped_grad_out).sum(2)
@@ -245,7 +249,7 @@ def tail_backward(grad_out, query, out, total, scores, tail, grad_query) -> list
 
 def unrolled_attends(
     implementation: str | None, packed: PackedRow, windows: list[int | None]
-) -> list[DenseUnrolledAttend] | list[TailUnrolledAttend]:
+) -> Sequence[DenseUnrolledAttend | TailUnrolledAttend]:
     """One attend for each layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
     if implementation == "eager":
         return [DenseUnrolledAttend(packed, window) for window in windows]

@@ -1,0 +1,68 @@
+"""The EAGLE-3 network: verifier states and tokens in, draft states out. Training and decoding call the same step.
+
+Shapes: B rows, T positions in, R positions answered, H hidden size, A aux layers, D = A * H, V draft vocabulary.
+
+    features g_i [D] --(input_norm | fc_norm)--> fc --> h_i [H]          once for each state the verifier made
+    step:  (token x_{i+1}, h_i) --> layers --> out_i --> norm --> lm_head --> predicts x_{i+2}
+           fed back as the next h_i: out_i, or norm(out_i) with `norm_output`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from speculators.nn.attention import Attend
+from speculators.nn.decoder import DecoderLayer
+from speculators.nn.norms import RMSNorm
+from speculators.nn.rope import Rope, RopeTables
+
+
+class StepOutput(NamedTuple):
+    normed_BRH: Tensor
+    """What the head reads."""
+    fed_back_BRH: Tensor
+    """The hidden state of the next step."""
+
+
+@dataclass(frozen=True)
+class Eagle3Network:
+    """The modules of a drafter and what is done with them. Owns nothing."""
+
+    embed_tokens: nn.Embedding
+    input_norm: RMSNorm | None
+    fc_norm: nn.ModuleList | None
+    fc: nn.Linear
+    layers: Sequence[DecoderLayer]
+    norm: RMSNorm
+    lm_head: nn.Linear
+    rope: Rope
+    windows: list[int | None]
+    norm_output: bool
+
+    def combine(self, features_BTD: Tensor) -> Tensor:
+        """Verifier states to draft states: [B, T, H]. Never applied to what the drafter itself made."""
+        if self.input_norm is not None:
+            features_BTD = self.input_norm(features_BTD)
+        if self.fc_norm is not None:
+            chunks = features_BTD.chunk(len(self.fc_norm), dim=-1)
+            features_BTD = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
+        return self.fc(features_BTD)
+
+    def step(self, token_ids_BT: Tensor, hidden_BTH: Tensor, rope: RopeTables, attends: Sequence[Attend]) -> StepOutput:
+        first, *others = zip(self.layers, attends, strict=True)
+        layer, attend = first
+        hidden = layer(hidden_BTH, rope, attend, self.embed_tokens(token_ids_BT))
+        for layer, attend in others:
+            hidden = layer(hidden, rope, attend)
+        normed = self.norm(hidden)
+        return StepOutput(normed, normed if self.norm_output else hidden)
+
+    def fused(self) -> Eagle3Network:
+        """The same function, faster for few rows; copies weights, so later training does not reach it."""
+        return dataclasses.replace(self, layers=[layer.fused() for layer in self.layers])
