@@ -43,9 +43,9 @@ class TypicalRule:
         draws = as_draws(generator, target_probs_BK1V)
         entropy_BK1 = -(target_probs_BK1V * (target_probs_BK1V + 1e-5).log()).sum(-1)
         bound_BK1 = (self.posterior_alpha * (-entropy_BK1).exp()).clamp(max=self.posterior_threshold)
-        rows_K = parent_rows(proposal)
-        p_BK = _scores_of_drafts(proposal, target_probs_BK1V, rows_K)
-        accepted_BK = (p_BK > bound_BK1[:, rows_K]) & (proposal.token_ids_BK >= 0)
+        rows_BK = parent_rows(proposal)
+        p_BK = _scores_of_drafts(proposal, target_probs_BK1V, rows_BK)
+        accepted_BK = (p_BK > bound_BK1.gather(1, rows_BK)) & (proposal.token_ids_BK >= 0)
         path_BK, num_accepted_B, last_B = longest_path(accepted_BK, p_BK.clamp_min(1e-38).log(), proposal)
         row_B = torch.arange(len(last_B), device=last_B.device)
         next_BV = target_probs_BK1V[row_B, last_B + 1]
@@ -81,24 +81,26 @@ class ToleranceRule:
         self, proposal: Proposal, target_probs_BK1V: Tensor, generator: torch.Generator | Draws | None = None
     ) -> Verification:
         best_score_BK1, best_BK1 = target_probs_BK1V.max(-1).values, target_probs_BK1V.argmax(-1)
-        rows_K = parent_rows(proposal)
-        score_BK = _scores_of_drafts(proposal, target_probs_BK1V, rows_K)
-        accepted_BK = proposal.token_ids_BK == best_BK1[:, rows_K]
+        rows_BK = parent_rows(proposal)
+        score_BK = _scores_of_drafts(proposal, target_probs_BK1V, rows_BK)
+        accepted_BK = proposal.token_ids_BK == best_BK1.gather(1, rows_BK)
         if not self.lossless:
-            is_close_BK = best_score_BK1[:, rows_K] - score_BK <= self.accept_tolerance
-            accepted_BK |= is_close_BK & (self._rank(proposal, target_probs_BK1V, rows_K) < self.verifier_accept_k)
+            is_close_BK = best_score_BK1.gather(1, rows_BK) - score_BK <= self.accept_tolerance
+            accepted_BK |= is_close_BK & (self._rank(proposal, target_probs_BK1V, rows_BK) < self.verifier_accept_k)
         accepted_BK &= proposal.token_ids_BK >= 0
         path_BK, num_accepted_B, last_B = longest_path(accepted_BK, score_BK, proposal)
         return Verification(path_BK, num_accepted_B, best_BK1.gather(1, last_B[:, None] + 1)[:, 0])
 
     @staticmethod
-    def _rank(proposal: Proposal, scores_BK1V: Tensor, rows_K: Tensor) -> Tensor:
+    def _rank(proposal: Proposal, scores_BK1V: Tensor, rows_BK: Tensor) -> Tensor:
         """How many tokens the verifier prefers to the drafted one (ties: lower ids first)."""
         token_id_V = torch.arange(scores_BK1V.shape[-1], device=scores_BK1V.device)
         ranks = []
-        for slot, row in enumerate(rows_K.tolist()):
+        row_B = torch.arange(len(rows_BK), device=rows_BK.device)
+        for slot in range(rows_BK.shape[1]):
             index_B1 = proposal.token_ids_BK[:, slot, None].clamp_min(0)
-            score_BV, own_B1 = scores_BK1V[:, row], scores_BK1V[:, row].gather(1, index_B1)
+            score_BV = scores_BK1V[row_B, rows_BK[:, slot]]
+            own_B1 = score_BV.gather(1, index_B1)
             is_ahead_BV = (score_BV > own_B1) | ((score_BV == own_B1) & (token_id_V < index_B1))
             ranks.append(is_ahead_BV.sum(-1))
         return torch.stack(ranks, 1) if ranks else proposal.token_ids_BK
@@ -141,7 +143,7 @@ def conditional_rates(acceptance_rates: tuple[float, ...]) -> list[float]:
     return [rate / last if last > 0 else 0.0 for last, rate in zip(before, acceptance_rates, strict=False)]
 
 
-def _scores_of_drafts(proposal: Proposal, scores_BK1V: Tensor, rows_K: Tensor) -> Tensor:
+def _scores_of_drafts(proposal: Proposal, scores_BK1V: Tensor, rows_BK: Tensor) -> Tensor:
     """[B, K]: the verifier's score of each slot's token, read at the slot's parent."""
-    index_BK1 = proposal.token_ids_BK.clamp_min(0)[..., None]
-    return scores_BK1V[:, rows_K].gather(-1, index_BK1)[..., 0]
+    row_B1 = torch.arange(len(rows_BK), device=rows_BK.device)[:, None]
+    return scores_BK1V[row_B1, rows_BK, proposal.token_ids_BK.clamp_min(0)]

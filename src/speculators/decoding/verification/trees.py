@@ -2,7 +2,8 @@
 
 Shapes: B sequences, K tree nodes (slots), V verifier vocabulary; K1 = K + 1 target rows: row 0 follows the last
 committed token, row j + 1 follows node j. `parents_K[j]` is node j's parent (-1 = the last committed token), parents
-come first, siblings are tested in slot order. A slot holding -1 is absent, and so is everything below it.
+come first, siblings are tested in slot order; parents may also be [B, K], a shape for each row. A slot holding -1 is
+absent, and so is everything below it.
 
     slot      0   1   2   3          a tree of two children of the root (0, 1), two below slot 0
     parent   -1  -1   0   0
@@ -46,7 +47,7 @@ def sample_and_match_tree(proposal: Proposal, target_probs_BK1V: Tensor, draws: 
 def multi_round_tree(proposal: Proposal, target_probs_BK1V: Tensor, draws: Draws) -> Verification:
     """Test siblings in slot order with min(1, p/q); a rejected one takes its q out of p before the next is tested."""
     assert proposal.parents_K is not None and proposal.probs_BKV is not None
-    tokens_BK, parents = proposal.token_ids_BK, proposal.parents_K.tolist()
+    tokens_BK, parent_BK = proposal.token_ids_BK, parent_rows(proposal) - 1
     B, K = tokens_BK.shape
     row_B = torch.arange(B, device=tokens_BK.device)
     node_B = torch.full_like(row_B, -1)  # where each row stands
@@ -54,7 +55,7 @@ def multi_round_tree(proposal: Proposal, target_probs_BK1V: Tensor, draws: Draws
     path_BK, depth_B = torch.full_like(tokens_BK, -1), torch.zeros_like(row_B)
     for slot in range(K):
         index_B1 = tokens_BK[:, slot, None].clamp_min(0)
-        tested_B = (node_B == parents[slot]) & (tokens_BK[:, slot] >= 0)
+        tested_B = (node_B == parent_BK[:, slot]) & (tokens_BK[:, slot] >= 0)
         draft_BV = proposal.probs_BKV[:, slot].to(left_BV.dtype)
         p_B, q_B = left_BV.gather(1, index_B1)[:, 0].double(), draft_BV.gather(1, index_B1)[:, 0].double()
         ratio_B = torch.where(q_B > 0, p_B / q_B.clamp_min(torch.finfo(q_B.dtype).tiny), 0.0).clamp(max=1.0)
@@ -72,7 +73,7 @@ def multi_round_tree(proposal: Proposal, target_probs_BK1V: Tensor, draws: Draws
 def _walk_matching(proposal: Proposal, target_token: Callable[[Tensor, int], Tensor]) -> Verification:
     """Walk down while a child carries the verifier's token, which `target_token(node, depth)` names for each row."""
     assert proposal.parents_K is not None
-    tokens_BK, parents_K = proposal.token_ids_BK, proposal.parents_K.to(proposal.token_ids_BK.device)
+    tokens_BK, parent_BK = proposal.token_ids_BK, parent_rows(proposal) - 1
     B, K = tokens_BK.shape
     node_B = torch.full((B,), -1, dtype=torch.int64, device=tokens_BK.device)
     walking_B = torch.ones_like(node_B, dtype=torch.bool)
@@ -82,7 +83,7 @@ def _walk_matching(proposal: Proposal, target_token: Callable[[Tensor, int], Ten
         next_token_B = torch.where(walking_B, token_B, next_token_B)
         if depth == K:
             break
-        is_match_BK = (parents_K == node_B[:, None]) & (tokens_BK == token_B[:, None])
+        is_match_BK = (parent_BK == node_B[:, None]) & (tokens_BK == token_B[:, None])
         walking_B = walking_B & is_match_BK.any(-1)
         if not walking_B.any():
             break
@@ -93,11 +94,11 @@ def _walk_matching(proposal: Proposal, target_token: Callable[[Tensor, int], Ten
 
 
 def parent_rows(proposal: Proposal) -> Tensor:
-    """int64 [K]: the target row that scores each slot's token."""
-    num_slots = proposal.token_ids_BK.shape[1]
+    """int64 [B, K]: the target row that scores each slot's token."""
+    tokens_BK = proposal.token_ids_BK
     if proposal.parents_K is None:
-        return torch.arange(num_slots, device=proposal.token_ids_BK.device)
-    return proposal.parents_K.to(proposal.token_ids_BK.device) + 1
+        return torch.arange(tokens_BK.shape[1], device=tokens_BK.device).expand_as(tokens_BK)
+    return (proposal.parents_K.to(tokens_BK.device) + 1).expand_as(tokens_BK)
 
 
 def longest_path(accepted_BK: Tensor, score_BK: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,23 +107,21 @@ def longest_path(accepted_BK: Tensor, score_BK: Tensor, proposal: Proposal) -> t
     Of equally deep ones the largest sum of `score_BK` along the path wins, then the lowest slot.
     """
     B, K = accepted_BK.shape
-    depth_BK1 = torch.zeros(B, K + 1, dtype=torch.int64, device=accepted_BK.device)  # column 0: the root
+    rows_BK = parent_rows(proposal)
+    depth_BK1 = torch.zeros(B, K + 1, dtype=torch.int64, device=accepted_BK.device)  # column 0: the root; -1: cut off
     sum_BK1 = score_BK.new_zeros(B, K + 1)
-    rows = parent_rows(proposal).tolist()
-    is_reached_BK1 = torch.ones_like(depth_BK1, dtype=torch.bool)
-    for slot, row in enumerate(rows):
-        is_reached_BK1[:, slot + 1] = is_reached_BK1[:, row] & accepted_BK[:, slot]
-        depth_BK1[:, slot + 1] = depth_BK1[:, row] + 1
-        sum_BK1[:, slot + 1] = sum_BK1[:, row] + score_BK[:, slot]
-    depth_BK1 = torch.where(is_reached_BK1, depth_BK1, -1)
+    for slot in range(K):
+        above_B1 = rows_BK[:, slot, None]
+        depth_B, sum_B = depth_BK1.gather(1, above_B1)[:, 0], sum_BK1.gather(1, above_B1)[:, 0]
+        depth_BK1[:, slot + 1] = torch.where(accepted_BK[:, slot] & (depth_B >= 0), depth_B + 1, -1)
+        sum_BK1[:, slot + 1] = sum_B + score_BK[:, slot]
     num_accepted_B = depth_BK1.amax(-1)
     last_B = sum_BK1.masked_fill(depth_BK1 < num_accepted_B[:, None], -torch.inf).argmax(-1) - 1
     path_BK = torch.full((B, K), -1, dtype=torch.int64, device=accepted_BK.device)
-    parent_of_row = torch.tensor([-1, *[row - 1 for row in rows]], device=last_B.device)
     node_B = last_B
     for steps_back in range(K):
         depth_B = num_accepted_B - 1 - steps_back
-        row_B = (depth_B >= 0).nonzero()[:, 0]
-        path_BK[row_B, depth_B[row_B]] = node_B[row_B]
-        node_B = parent_of_row[node_B + 1]
+        on_path_B = (depth_B >= 0).nonzero()[:, 0]
+        path_BK[on_path_B, depth_B[on_path_B]] = node_B[on_path_B]
+        node_B = torch.where(node_B >= 0, rows_BK.gather(1, node_B.clamp_min(0)[:, None])[:, 0] - 1, -1)
     return path_BK, num_accepted_B, last_B

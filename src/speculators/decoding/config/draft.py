@@ -1,0 +1,114 @@
+"""The records a config is resolved against (target and draft model), and reading a draft checkpoint's config.json."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+
+@dataclass
+class ModelInfo:
+    """What a SpeculativeConfig needs to know of a model. Any object with these attributes will do for the target."""
+
+    model: str
+    hf_config: Any
+    max_model_len: int | None = None
+    quantization: str | None = None
+    trust_remote_code: bool = False
+    gives_aux_states: bool = True
+    """Intermediate states can be read whatever the model type is: our engine hooks any decoder layer."""
+
+    def get_vocab_size(self) -> int | None:
+        return lookup(text_config_of(self.hf_config), "vocab_size")
+
+    def verify_with_parallel_config(self, parallel_config: Any) -> None:
+        num_heads = lookup(text_config_of(self.hf_config), "num_attention_heads")
+        ways = parallel_config.tensor_parallel_size
+        if num_heads and num_heads % ways:
+            raise ValueError(
+                f"Total number of attention heads ({num_heads}) of {self.model} must be divisible by tensor parallel "
+                f"size ({ways})"
+            )
+
+
+@dataclass
+class ParallelInfo:
+    """How a model is split over devices."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+
+def lookup(config: Any, path: str, default: Any = None) -> Any:
+    """`config.a.b` of objects and dicts alike; default where a part is missing or None."""
+    for part in path.split("."):
+        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
+        if config is None:
+            return default
+    return config
+
+
+def text_config_of(hf_config: Any) -> Any:
+    return lookup(hf_config, "text_config", hf_config)
+
+
+def architectures_of(hf_config: Any) -> list[str]:
+    return list(lookup(hf_config, "architectures", []) or [])
+
+
+def is_readable_here(model: str) -> bool:
+    return (Path(model) / "config.json").is_file()
+
+
+def read_hf_config(
+    model: str, revision: str | None = None, code_revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """The checkpoint's config; one of a type transformers does not know becomes a plain record of its keys."""
+    values, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    if values.get("model_type") in CONFIG_MAPPING or (trust_remote_code and values.get("auto_map")):
+        return AutoConfig.from_pretrained(
+            model, revision=revision, code_revision=code_revision, trust_remote_code=trust_remote_code
+        )
+    return _plain_config(values)
+
+
+def _plain_config(values: dict[str, Any]) -> PretrainedConfig:
+    hf_config: Any = PretrainedConfig.from_dict(values)
+    hf_config.model_type = values.get("model_type", "")  # the class has one of its own
+    if isinstance(values.get("text_config"), dict):
+        hf_config.text_config = _plain_config(values["text_config"])
+    return hf_config
+
+
+def draft_max_model_len(user_max_model_len: int | None, draft: int | None, target: int | None) -> int | None:
+    """The user's cap, which must fit both models, else the shorter of the two."""
+    speculative_max_model_len, draft_max_model_len, target_max_model_len = user_max_model_len, draft, target
+    if speculative_max_model_len is None:
+        return min((length for length in (draft, target) if length is not None), default=None)
+    if draft is not None and speculative_max_model_len > draft:
+        raise ValueError(f"{speculative_max_model_len=} cannot be larger than {draft_max_model_len=}")
+    if target is not None and speculative_max_model_len > target:
+        raise ValueError(f"{speculative_max_model_len=} cannot be larger than {target_max_model_len=}")
+    return speculative_max_model_len
+
+
+def draft_tensor_parallel_size(given: int | None, target_ways: int, draft_model_type: str | None) -> int:
+    if given is None:
+        return 1 if draft_model_type == "mlp_speculator" else target_ways
+    if given not in (1, target_ways):
+        speculative_draft_tensor_parallel_size = given
+        raise ValueError(
+            f"{speculative_draft_tensor_parallel_size=} cannot be other value than 1 or target model "
+            f"tensor_parallel_size"
+        )
+    return given
+
+
+def draft_parallel_config(target_parallel_config: Any, ways: int) -> Any:
+    draft = copy.copy(target_parallel_config)
+    draft.tensor_parallel_size = ways
+    return draft

@@ -1,0 +1,100 @@
+"""The drafting methods and what is true of each: data that the rest of the config reads instead of naming methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+MtpTypeName = Literal[
+    "deepseek_mtp", "dots3_note_mtp", "mimo_mtp", "mimo_v2_mtp", "glm4_moe_mtp", "glm4_moe_lite_mtp", "glm_ocr_mtp",
+    "ernie_mtp", "nemotron_h_mtp", "exaone_moe_mtp", "exaone4_5_mtp", "qwen3_next_mtp", "qwen4_exp_mtp",
+    "qwen3_5_mtp", "longcat_flash_mtp", "bailing_hybrid_mtp", "bailing_hybrid_v3_mtp", "minimax_m3_mtp",
+    "kimi_k3_mtp", "pangu_ultra_moe_mtp", "step3p5_mtp", "hy_v3_mtp", "hy_v4_mtp", "gemma4_mtp", "inkling_mtp",
+    "glm5_next_mtp",
+]  # fmt: skip
+"""Accepted as `method` for old files (deprecated: say `mtp`); as a draft's `model_type` they mean MTP."""
+
+Method = Literal[
+    "ngram", "ngram_gpu", "suffix", "custom_class", "early_exit", "extract_hidden_states", "draft_model", "medusa",
+    "mlp_speculator", "eagle", "eagle3", "dflash", "dspark", "mtp", MtpTypeName,
+]  # fmt: skip
+
+MTP_TYPE_NAMES = frozenset(get_args(MtpTypeName))
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """What the config must know of a drafting method."""
+
+    has_network: bool = True
+    """Drafts with its own weights: a draft model config is made for it."""
+    own_name_is_model: bool = False
+    """`model` may be left out and becomes the method's name."""
+    target_is_model: bool = False
+    """`model` may be left out and becomes the target checkpoint."""
+    reads_states: bool = False
+    """Drafts from the verifier's hidden states (vLLM: "eagle-like")."""
+    reads_aux_states: bool = False
+    """Among them intermediate layers, which changes the verifier's computation graph."""
+    is_parallel: bool = False
+    """All tokens in one pass, always."""
+    detect_by_name: tuple[str, ...] = ()
+    """Parts of a lower-cased model name that mean this method when none is given."""
+    detect_by_model_type: frozenset[str] = frozenset()
+    detect_by_architecture: frozenset[str] = frozenset()
+    in_vllm: bool = True
+
+
+METHODS: dict[str, MethodFacts] = {
+    "ngram": MethodFacts(has_network=False, own_name_is_model=True),
+    "ngram_gpu": MethodFacts(has_network=False, own_name_is_model=True),
+    "suffix": MethodFacts(has_network=False, own_name_is_model=True),
+    "custom_class": MethodFacts(has_network=False),
+    "early_exit": MethodFacts(has_network=False, own_name_is_model=True, in_vllm=False),
+    "extract_hidden_states": MethodFacts(has_network=False, own_name_is_model=True, reads_aux_states=True),
+    # In the order in which a draft checkpoint is recognised.
+    "eagle": MethodFacts(reads_states=True, detect_by_name=("eagle-",)),
+    "eagle3": MethodFacts(reads_states=True, reads_aux_states=True, detect_by_name=("eagle3",)),
+    "dflash": MethodFacts(
+        reads_states=True,
+        reads_aux_states=True,
+        is_parallel=True,
+        detect_by_name=("dflash",),
+        detect_by_architecture=frozenset({"MuseGlimmerAssistantModel"}),
+    ),
+    "dspark": MethodFacts(
+        target_is_model=True,
+        reads_states=True,
+        reads_aux_states=True,
+        is_parallel=True,
+        detect_by_name=("dspark",),
+        detect_by_architecture=frozenset({"Qwen3DSparkModel", "Qwen3OmniDSparkModel", "Gemma4DSparkModel"}),
+    ),
+    "medusa": MethodFacts(detect_by_model_type=frozenset({"medusa"})),
+    "mlp_speculator": MethodFacts(detect_by_model_type=frozenset({"mlp_speculator"})),
+    "mtp": MethodFacts(target_is_model=True, reads_states=True, detect_by_model_type=MTP_TYPE_NAMES | {"mtp"}),
+    "draft_model": MethodFacts(),
+}
+
+NAMED_BY_MODEL_TYPE = frozenset({"medusa", "mlp_speculator", "mtp"})
+"""Given explicitly, these need a draft of their own `model_type`."""
+
+SPECULATORS_METHODS: dict[str, dict[str, object]] = {
+    "eagle": {"method": "eagle"},
+    "eagle3": {"method": "eagle3"},
+    "peagle": {"method": "eagle3", "parallel_drafting": True},
+    "dflash": {"method": "dflash"},
+    "dflash2": {"method": "dflash"},
+    "dspark": {"method": "dspark"},
+    "mtp": {"method": "mtp"},
+    "mlp": {"method": "mlp_speculator"},
+    "medusa": {"method": "medusa"},
+}
+"""`speculators_model_type` of a checkpoint -> how it is drafted with."""
+
+AUX_STATE_TARGETS = (
+    "llama", "qwen", "minicpm", "gpt_oss", "hunyuan_vl", "hunyuan_v1_dense", "afmoe", "nemotron_h", "deepseek_v2",
+    "deepseek_v3", "kimi_k2", "kimi_k25", "minimax_m2", "gemma4",
+)  # fmt: skip
+"""Target model types (parts of them) whose implementation in the serving engine returns intermediate states."""
+WHITELISTED_METHODS = ("eagle3", "extract_hidden_states", "dflash")

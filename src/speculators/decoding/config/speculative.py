@@ -1,0 +1,260 @@
+"""`SpeculativeConfig`: what to draft with and how to verify. Life cycle, in this order, as in vLLM:
+
+    1. types and ranges of the fields (unknown keys are errors)
+    2. inference: method, model, defaults, draft config      (`infer.py`, in `model_post_init`)
+    3. checks of the whole                                   (`checks.py`)
+
+A config can be made without engine objects; `with_target` resolves the same user input against a verifier. A
+`ValueError` reaches the caller as pydantic's `ValidationError`, which is one. The meaning of each field follows vLLM;
+fields that only a server can honour are carried so that a JSON written for vLLM passes through unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from speculators.decoding.config import mtp_families
+from speculators.decoding.config.checks import check
+from speculators.decoding.config.draft import lookup
+from speculators.decoding.config.infer import infer
+from speculators.decoding.config.methods import METHODS, Method
+from speculators.decoding.config.schedule import BatchSizeRange, scheduled_num_tokens
+from speculators.decoding.config.vllm_json import vllm_settings
+from speculators.decoding.verification import resolve_rule
+from speculators.interfaces import AcceptanceRule
+
+RejectionSampleMethod = Literal["strict", "probabilistic", "standard", "block", "synthetic"]
+ENGINE_FIELDS = ("target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config")
+
+
+class SpeculativeConfig(BaseModel):
+    """How to speculate. See the module's docstring for what happens when."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    # What to draft with
+    num_speculative_tokens: int | None = Field(default=None, gt=0)
+    """Draft tokens a round (K). None: derived from the draft (its n_predict or proposal method) where it says."""
+    model: str | None = None
+    """Draft model, head or weights: a path or hub id; a speculators checkpoint says its own method and K."""
+    method: Method | None = None
+    """None: recognised from `model`."""
+    parallel_drafting: bool = False
+    """All K tokens in one pass (P-EAGLE, PARD); always so for the block drafters."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Sequences longer than this are not drafted for."""
+    revision: str | None = None
+    code_revision: str | None = None
+    quantization: str | None = None
+    use_heterogeneous_vocab: bool = False
+    """Draft model with another tokenizer: drafts are restricted to the tokens both have."""
+    early_exit_layer: int | None = Field(default=None, ge=1)
+    """method `early_exit`: how many of the verifier's first layers draft. Ours alone."""
+    num_speculative_tokens_per_batch_size: list[BatchSizeRange] | None = None
+    """(first batch size, last batch size, K), inclusive: K by how many requests run."""
+    enable_adaptive_verification: bool = False
+    """Choose how many drafts to verify each round from their confidence and the measured cost."""
+
+    # How to verify
+    rejection_sample_method: RejectionSampleMethod = "strict"
+    """strict: a draft must equal the verifier's own sample; probabilistic or standard: rejection sampling; block: block
+    verification; synthetic: prescribed acceptance (not lossless). `probabilistic` also draws the drafts."""
+    draft_sample_method: Literal["greedy", "probabilistic"] = "greedy"
+    """How drafts are chosen: the draft's argmax (a point mass), or drawn from its distribution."""
+    synthetic_acceptance_rates: list[float] | None = None
+    """r_i = P(drafts 0..i all accepted), non-increasing."""
+    synthetic_acceptance_length: float | None = None
+    """Mean acceptance length instead, in [1, K + 1]; turned into rates of least variance."""
+    speculative_token_tree: str | None = None
+    """Tree of draft tokens as a Python literal: paths of child ranks. None: a chain."""
+    verifier_accept_k: int | None = Field(default=None, ge=1)
+    accept_tolerance: float | None = Field(default=None, ge=0)
+    """Leniency of greedy verification, NOT lossless (unless k = 1 or tolerance = 0). Ours alone, and only when asked
+    for here: a checkpoint's own values are not applied by themselves."""
+
+    # n-gram and suffix drafters
+    prompt_lookup_max: int | None = Field(default=None, ge=1)
+    prompt_lookup_min: int | None = Field(default=None, ge=1)
+    suffix_decoding_max_tree_depth: int = 24
+    """Longest match plus draft that is remembered."""
+    suffix_decoding_max_cached_requests: int = 10000
+    """Past responses kept, oldest dropped first; 0: only the request's own text."""
+    suffix_decoding_max_spec_factor: float = 1.0
+    """Draft at most this times the length of the match."""
+    suffix_decoding_min_token_prob: float = 0.1
+
+    # For servers
+    enforce_eager: bool | None = None
+    draft_tensor_parallel_size: int | None = Field(default=None, ge=1)
+    tensor_parallel_size: int | None = None
+    """Exists to catch the mistake: the setting is `draft_tensor_parallel_size`."""
+    moe_backend: str | None = None
+    attention_backend: str | None = None
+    kv_cache_dtype: str | None = None
+    disable_padded_drafter_batch: bool = False
+    disable_eagle_block_drop: bool = False
+    use_local_argmax_reduction: bool = False
+    index_share_for_mtp_iteration: bool | None = None
+    dspark_draft_topk: int | None = Field(default=None, ge=1)
+    draft_load_config: Any = None
+
+    # Supplied by the engine, or derived
+    target_model_config: Any = Field(default=None, repr=False, exclude=True)
+    target_parallel_config: Any = Field(default=None, repr=False, exclude=True)
+    draft_model_config: Any = Field(default=None, repr=False, exclude=True)
+    draft_parallel_config: Any = Field(default=None, repr=False, exclude=True)
+
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @field_validator("attention_backend", mode="before")
+    @classmethod
+    def _parse_attention_backend(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return None if value.lower() == "auto" else value.upper()
+        return value
+
+    def model_post_init(self, context: Any) -> None:
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        self._given = {name: value for name, value in given.items() if value is not None}
+        infer(self)
+
+    @model_validator(mode="after")
+    def _verify_args(self) -> SpeculativeConfig:
+        check(self)
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the user wrote, before anything was inferred."""
+        return dict(self._given)
+
+    @classmethod
+    def from_vllm_json(cls, text: str, **engine: Any) -> SpeculativeConfig:
+        """From the value of `--speculative-config`; `engine` may give target_model_config and the like."""
+        return cls(**json.loads(text), **engine)
+
+    def with_target(self, target_model_config: Any, target_parallel_config: Any = None) -> SpeculativeConfig:
+        """The same user input resolved against a verifier."""
+        given = {name: value for name, value in self._given.items() if not name.startswith("target_")}
+        return type(self)(
+            **given, target_model_config=target_model_config, target_parallel_config=target_parallel_config
+        )
+
+    def to_vllm_json(self, *, drop_unsupported: bool = False) -> str:
+        """The value for `vllm serve --speculative-config`.
+
+        What vLLM would not accept is an error that names each setting; with `drop_unsupported` it is left out.
+        """
+        settings, unsupported = vllm_settings(self)
+        if unsupported and not drop_unsupported:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())
+            raise ValueError(f"vLLM would not accept {reasons}. Pass drop_unsupported=True to leave these out")
+        return json.dumps(settings)
+
+    def vllm_unsupported(self) -> dict[str, str]:
+        """Settings that vLLM would not accept, and why."""
+        return vllm_settings(self)[1]
+
+    def acceptance_rule(self) -> AcceptanceRule:
+        """The rule that this config verifies with."""
+        if self.verifier_accept_k is not None or self.accept_tolerance is not None:
+            return resolve_rule(
+                "tolerance",
+                verifier_accept_k=self.verifier_accept_k or 1,
+                accept_tolerance=self.accept_tolerance or 0.0,
+            )
+        if self.rejection_sample_method == "synthetic":
+            return resolve_rule("synthetic", acceptance_rates=tuple(self.synthetic_acceptance_rates or ()))
+        return resolve_rule(self.rejection_sample_method)
+
+    @property
+    def draws_drafts(self) -> bool:
+        """Whether drafts are drawn from the draft's distribution (else its argmax)."""
+        if self.rejection_sample_method in ("strict", "probabilistic"):
+            return self.rejection_sample_method == "probabilistic"
+        return self.draft_sample_method == "probabilistic"
+
+    def num_tokens_at(self, batch_size: int) -> int:
+        """K at a batch size, by the schedule if there is one."""
+        assert self.num_speculative_tokens is not None
+        if self.num_speculative_tokens_per_batch_size is None:
+            return self.num_speculative_tokens
+        return scheduled_num_tokens(self.num_speculative_tokens_per_batch_size, batch_size, self.num_speculative_tokens)
+
+    hf_config_override = staticmethod(mtp_families.hf_config_override)
+
+    @property
+    def max_num_new_slots_for_drafting(self) -> int:
+        """Positions a request needs for drafting beyond those of its own tokens."""
+        assert self.num_speculative_tokens is not None
+        slots = self.num_speculative_tokens - 1 if self.parallel_drafting else 0
+        return slots + 1 if self.uses_draft_model() else slots
+
+    def use_eagle(self) -> bool:
+        return self.method is not None and METHODS[self.method].reads_states
+
+    def use_eagle_block_drop(self) -> bool:
+        return self.use_eagle() and not self.disable_eagle_block_drop
+
+    def use_dflash(self) -> bool:
+        return self.method == "dflash"
+
+    def use_dspark(self) -> bool:
+        return self.method == "dspark"
+
+    def use_ngram(self) -> bool:
+        return self.method in ("ngram", "ngram_gpu")
+
+    def use_ngram_gpu(self) -> bool:
+        return self.method == "ngram_gpu"
+
+    def uses_draft_model(self) -> bool:
+        return self.method == "draft_model"
+
+    def uses_extract_hidden_states(self) -> bool:
+        return self.method == "extract_hidden_states"
+
+    def uses_draft_kv_cache(self) -> bool:
+        return self.use_eagle() or self.uses_draft_model() or self.uses_extract_hidden_states()
+
+    def uses_dynamic_speculative_decoding(self) -> bool:
+        return self.num_speculative_tokens_per_batch_size is not None
+
+    def use_gemma4_mtp(self) -> bool:
+        return self.method == "mtp" and self._draft_value("model_type") == "gemma4_mtp"
+
+    def use_step3p5_mtp(self) -> bool:
+        return self.method == "mtp" and self._draft_value("model_type") == "step3p5_mtp"
+
+    def use_multi_module_mtp(self) -> bool:
+        if self.method != "mtp" or self.draft_model_config is None:
+            return False
+        return min(self._draft_value("num_nextn_predict_layers", 1), self.num_speculative_tokens or 1) > 1
+
+    def compute_hash(self) -> str:
+        """Changes when the verifier's computation graph does: with the hidden states it must return."""
+        reads_aux = self.method is not None and METHODS[self.method].reads_aux_states
+        factors: list[Any] = [reads_aux]
+        layer_ids = self._draft_value("eagle_aux_hidden_state_layer_ids")
+        if reads_aux and layer_ids is not None:
+            factors.append(tuple(layer_ids))
+        if self.use_dspark():
+            factors.append(self.enable_adaptive_verification)
+        if self.method == "mtp" and self.draft_model_config is not None:
+            factors.append(self._draft_value("index_share_for_mtp_iteration", False))
+        return hashlib.md5(str(factors).encode(), usedforsecurity=False).hexdigest()
+
+    def _draft_value(self, name: str, default: Any = None) -> Any:
+        return lookup(self.draft_model_config, f"hf_config.{name}", default)
+
+    def __repr__(self) -> str:
+        hides_model = self.method in ("ngram", "suffix", "extract_hidden_states", "custom_class")
+        method, num_spec_tokens = self.method, self.num_speculative_tokens
+        model = None if hides_model else lookup(self.draft_model_config, "model", self.model)
+        return f"SpeculativeConfig({method=}, {model=}, {num_spec_tokens=})"
+
+    __str__ = __repr__
