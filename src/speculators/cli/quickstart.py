@@ -79,8 +79,8 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
     )
     yield (
         "Compare with plain decoding on prompts nobody trained on",
-        ["evaluate", "--verifier", verifier, "--data", str(assets.prompts_path("heldout")), "--method", "none", *drafter,
-         "--output", str(output / "report.json")],
+        ["evaluate", "--verifier", verifier, "--data", str(assets.prompts_path("heldout")),
+         "--method", "none", *drafter, "--output", str(output / "report.json")],
     )  # fmt: skip
 
 

@@ -13,26 +13,28 @@ from speculators.train.config import TrainConfig
 if TYPE_CHECKING:
     from speculators.train.events import Event
 
+STEP_ACCURACY = "full_acc_"
+"""Metric of one unrolled step: the share of positions whose drafts are right up to and including this step."""
+
 
 def train(context: typer.Context) -> dict[str, Any]:
     config = TrainConfig.resolve(context.args)
-    say(f"training a {config.speculator_type} speculator for {config.verifier.verifier_name_or_path}")
+    say(f"training {config.speculator_type} for {config.verifier.verifier_name_or_path}")
 
     from speculators.train.run import train as run_training
 
     with TrainingProgress() as progress:
         result = run_training(config, on_event=progress)
-    facts = {
-        "checkpoint": result.checkpoint,
-        "steps": result.num_steps,
-        **{name: f"{value:.4f}" for name, value in result.metrics.items()},
-    }
+    facts: dict[str, Any] = {"checkpoint": result.checkpoint, "steps": result.num_steps}
+    if result.metrics:
+        facts["metrics"] = describe(result.metrics, result.acceptance_length)
     print_facts("Trained", facts)
     return {
         "verb": "train",
         "speculator_type": config.speculator_type,
         "checkpoint": str(result.checkpoint),
         "num_steps": result.num_steps,
+        "acceptance_length": result.acceptance_length,
         "metrics": result.metrics,
     }
 
@@ -78,10 +80,14 @@ class TrainingProgress(Progress):
 
 
 def describe(metrics: dict[str, float], acceptance_length: float | None) -> str:
-    parts = [f"{name} {value:.3f}" for name, value in sorted(metrics.items()) if name.endswith("loss")]
-    accuracies = [f"{value:.2f}" for name, value in sorted(metrics.items()) if "full_acc" in name]
+    parts = [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
+    accuracies = {int(key.removeprefix(STEP_ACCURACY)): value for key, value in metrics.items() if is_accuracy(key)}
     if accuracies:
-        parts.append("accuracy " + " ".join(accuracies))
+        parts.append("accuracy " + " ".join(f"{accuracies[step]:.2f}" for step in sorted(accuracies)))
     if acceptance_length is not None:
         parts.append(f"expected acceptance length {acceptance_length:.2f}")
     return ", ".join(parts)
+
+
+def is_accuracy(key: str) -> bool:
+    return key.startswith(STEP_ACCURACY) and key.removeprefix(STEP_ACCURACY).isdigit()

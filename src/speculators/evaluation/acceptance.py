@@ -18,10 +18,10 @@ def summarise(
     plain: Sequence[Measurement],
     speculative: Sequence[Measurement],
     *,
-    num_speculative_tokens: int,
+    num_speculative_tokens: int | None,
     temperature: float,
 ) -> MethodRow:
-    """The row of one method, beside plain decoding of the same groups of prompts."""
+    """The row of one method, beside plain decoding of the same groups of prompts. K not given: the longest draft."""
     stats = reduce(add, (m.stats for m in speculative))
     time_s = sum(m.time_s for m in speculative)
     num_tokens = sum(m.num_tokens for m in speculative)
@@ -29,6 +29,8 @@ def summarise(
     speedup = measured_speedup(plain, speculative)
     plain_ids = [ids for m in plain for ids in m.token_ids]
     ids = [ids for m in speculative for ids in m.token_ids]
+    if num_speculative_tokens is None:
+        num_speculative_tokens = len(stats.drafted_per_position)
     return MethodRow(
         method=method,
         num_speculative_tokens=num_speculative_tokens,

@@ -20,6 +20,11 @@ class Method:
     speculative_config: dict[str, Any] | None
     """What vLLM's `--speculative-config` takes; None = plain decoding."""
 
+    @property
+    def num_speculative_tokens(self) -> int | None:
+        """K, where it was said; None where the method's own configuration decides."""
+        return 0 if self.speculative_config is None else self.speculative_config.get("num_speculative_tokens")
+
 
 def parse_methods(texts: Sequence[str], num_speculative_tokens: int | None) -> list[Method]:
     """The methods of a comparison, with names that differ. `num_speculative_tokens`: for texts that do not say K."""

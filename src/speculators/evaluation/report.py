@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from speculators.evaluation.methods import PLAIN
 from speculators.evaluation.records import EvaluationReport, MethodRow
 from speculators.evaluation.statistics import Estimate
 from speculators.utils.files import atomic_write
@@ -31,7 +32,7 @@ def report_table(report: EvaluationReport) -> Table:
 
 
 def cells(row: MethodRow) -> list[str]:
-    if row.num_speculative_tokens == 0:
+    if row.method == PLAIN:
         return [row.method, "0", "1", "", f"{row.tokens_per_s:.1f}", "1", "", ""]
     identical = "sampled" if row.num_identical is None else f"{row.num_identical}/{row.num_prompts}"
     return [

@@ -82,13 +82,13 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] 
     )
     rows = tuple(
         summarise(
-            name,
+            method.name,
             measurements[PLAIN],
-            measured,
-            num_speculative_tokens=engines[name].num_speculative_tokens,
+            measurements[method.name],
+            num_speculative_tokens=method.num_speculative_tokens,
             temperature=config.temperature,
         )
-        for name, measured in measurements.items()
+        for method in methods
     )
     return EvaluationReport(
         verifier=config.verifier,
