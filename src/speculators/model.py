@@ -209,7 +209,7 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
         model = model_class(config, *model_args, **kwargs)
         _cast_parameters(model, options.dtype_for(config, tensors))
         loading_info = _copy_tensors(model, tensors, ignore_mismatched_sizes)
-        model.to(device=options.device)
+        nn.Module.to(model, options.device)
         model.eval()
         model.load_vocab_mappings(t2d, d2t)
         model.load_verifier_weights()

@@ -1,0 +1,111 @@
+"""Reading named tensors from checkpoints, and writing files whole or not at all."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from speculators.utils.files import atomic_directory, atomic_write
+from speculators.utils.loading import find_key, is_config_only_dir, list_checkpoint_keys, load_model_layers
+from speculators.utils.suggest import did_you_mean, nearest
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "found"),
+    [
+        ("lm_head.weight", ["lm_head.weight", "model.lm_head.weight"], "lm_head.weight"),
+        ("embed_tokens.weight", ["model.embed_tokens.weight"], "model.embed_tokens.weight"),
+        ("embed_tokens.weight", ["model.language_model.embed_tokens.weight", "model.embed_tokens.weight"],
+         "model.embed_tokens.weight"),
+        ("embed_tokens.weight", ["mtp.embed_tokens.weight", "model.embed_tokens.weight"], "model.embed_tokens.weight"),
+        ("embed_tokens.weight", ["tok_embeddings.weight"], "tok_embeddings.weight"),
+        ("embed_tokens.weight", ["backbone.embeddings.weight"], "backbone.embeddings.weight"),
+        ("lm_head.weight", ["output.weight"], "output.weight"),
+        ("lm_head.weight", ["model.layers.0.attention.output.weight"], None),
+        ("lm_head.weight", ["my_lm_head.weight"], None),
+        ("model.norm.weight", ["model.layers.0.norm.weight", "model.norm.weight"], "model.norm.weight"),
+        ("model.norm.weight", ["language_model.model.norm.weight"], "language_model.model.norm.weight"),
+        ("model.norm.weight", ["layers.0.input_layernorm.weight", "layers.0.norm.weight", "norm.weight"],
+         "norm.weight"),
+        ("model.norm.weight", ["model.layers.0.input_layernorm.weight"], None),
+        ("model.norm.weight", ["llm.backbone.norm_f.weight"], "llm.backbone.norm_f.weight"),
+        ("layers.0.norm.weight", ["model.layers.0.norm.weight"], "model.layers.0.norm.weight"),
+    ],
+)  # fmt: skip
+def test_a_weight_is_found_under_the_names_families_give_it(name, keys, found):
+    assert find_key(name, keys) == found
+
+
+def test_layers_come_back_under_the_names_asked_for(tmp_path, caplog):
+    save_file({"model.norm.weight": torch.ones(2), "other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    found = load_model_layers(["norm.weight", "lm_head.weight"], tmp_path)
+    assert list(found) == ["norm.weight"] and torch.equal(found["norm.weight"], torch.ones(2))
+    assert "lm_head.weight" in caplog.text
+    with pytest.raises(ValueError, match="has none of the tensors"):
+        load_model_layers(["lm_head.weight"], tmp_path)
+
+
+def test_an_index_whose_shard_is_gone_is_named(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match="model-00001-of-00001"):
+        load_model_layers(["a"], tmp_path)
+
+
+def test_what_a_checkpoint_directory_holds(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        list_checkpoint_keys(tmp_path)
+    assert not is_config_only_dir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert is_config_only_dir(tmp_path)
+    assert not is_config_only_dir("org/name")
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert not is_config_only_dir(tmp_path)
+    assert sorted(list_checkpoint_keys(tmp_path)) == ["a", "b"]
+
+
+def test_a_file_is_replaced_only_when_its_block_ends_well(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with atomic_write(path) as file:
+        file.write("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with atomic_write(path, "wb") as file:
+        file.write(b"new")
+    assert path.read_text() == "new"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+    with pytest.raises(ValueError, match="mode='a'"), atomic_write(path, "a"):
+        pass
+
+
+def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with atomic_write(tmp_path / "atomic") as file:
+        file.write("")
+    with atomic_directory(tmp_path / "folder"):
+        pass
+    os.mkdir(tmp_path / "plain_folder")
+    mode = {name: (tmp_path / name).stat().st_mode for name in ("plain", "atomic", "folder", "plain_folder")}
+    assert mode["atomic"] == mode["plain"] and mode["folder"] == mode["plain_folder"]
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "checkpoint"
+    with pytest.raises(KeyboardInterrupt), atomic_directory(path) as folder:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    for content in ("first", "second"):
+        with atomic_directory(path) as folder:
+            (folder / content).write_text("")
+    assert [entry.name for entry in path.iterdir()] == ["second"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_the_nearest_name():
+    assert nearest("Eagel3", ["eagle3", "dflash"]) == "eagle3"
+    assert nearest("zzz", ["eagle3"]) is None
+    assert did_you_mean("dflsh", ["eagle3", "dflash"]) == " Did you mean 'dflash'?"
+    assert did_you_mean("zzz", []) == ""
