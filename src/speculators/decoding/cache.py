@@ -1,0 +1,132 @@
+"""A preallocated key/value cache with rows of different lengths, behind transformers' `Cache` interface.
+
+Shapes: R rows, B rows of this forward, S slots, T new tokens, N key/value heads, D head size.
+
+Slot s of a row holds its token at position s (a draft tree being scored lies flat behind the committed tokens). The
+cache stores; lengths are the verifier's, so rolling a chain back is a change of a number and touches no memory.
+Storage is token-major, [R, S, N, D]: a row's new tokens are one block, and keeping a tree path copies whole slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+GROWTH_SLOTS = 256
+"""Capacity is a multiple of this: growing copies, so it must be rare."""
+
+
+@dataclass(frozen=True)
+class WriteSpan:
+    """Where one forward writes its keys and how far it reads."""
+
+    first_row: int
+    num_rows: int
+    num_tokens: int
+    num_slots_read: int
+    start: int | None
+    """The slot of the first new token when it is the same for all rows of the forward."""
+    slots_M: Tensor | None
+    """Otherwise int64 [num_rows * num_tokens]: flat slots, row * capacity + position."""
+
+
+class RowCache(Cache):
+    """Give `span` before a forward; `update` then stores there and returns the slots to attend to."""
+
+    def __init__(self, num_rows: int):
+        super().__init__(layers=[])
+        self.num_rows = num_rows
+        self.capacity = 0
+        self.span: WriteSpan | None = None
+        self.keys_by_layer: dict[int, Tensor] = {}
+        self.values_by_layer: dict[int, Tensor] = {}
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for positions below `num_slots`."""
+        if num_slots <= self.capacity:
+            return
+        old_capacity = self.capacity
+        self.capacity = max(-(-num_slots // GROWTH_SLOTS) * GROWTH_SLOTS, min(2 * old_capacity, old_capacity + 4096))
+        for store in (self.keys_by_layer, self.values_by_layer):
+            for layer, old_RSND in store.items():
+                R, _, N, D = old_RSND.shape
+                store[layer] = old_RSND.new_zeros(R, self.capacity, N, D)
+                store[layer][:, :old_capacity] = old_RSND
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values, both [B, N, T, D], and return all that may be attended to."""
+        assert self.span is not None, "a forward ran on this cache without a span"
+        if layer_idx not in self.keys_by_layer:
+            # zeros: slots beyond a short row's length are read (with weight 0), so they must not hold NaN
+            self.keys_by_layer[layer_idx] = self._new_store(key_states)
+            self.values_by_layer[layer_idx] = self._new_store(value_states)
+        return (
+            _store(self.keys_by_layer[layer_idx], key_states, self.span),
+            _store(self.values_by_layer[layer_idx], value_states, self.span),
+        )
+
+    def _new_store(self, states_BNTD: Tensor) -> Tensor:
+        _, N, _, D = states_BNTD.shape
+        return states_BNTD.new_zeros(self.num_rows, self.capacity, N, D)
+
+    def move(self, row: int, from_slots: list[int], to_slot: int) -> None:
+        """Copy the given slots of a row to consecutive ones (a kept tree path)."""
+        for store in (self.keys_by_layer, self.values_by_layer):
+            for states_RSND in store.values():
+                row_SND = states_RSND[row]
+                row_SND[to_slot : to_slot + len(from_slots)] = row_SND[from_slots]
+
+    def copy_prefix(self, from_row: int, to_row: int, num_slots: int) -> None:
+        for store in (self.keys_by_layer, self.values_by_layer):
+            for states_RSND in store.values():
+                states_RSND[to_row, :num_slots] = states_RSND[from_row, :num_slots]
+
+    def layer_states(self, layer_idx: int, row: int, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one row's first slots, both [N, S, D]."""
+        keys_SND = self.keys_by_layer[layer_idx][row, :num_slots]
+        values_SND = self.values_by_layer[layer_idx][row, :num_slots]
+        return keys_SND.transpose(0, 1), values_SND.transpose(0, 1)
+
+    # What models ask of a cache besides `update`.
+
+    def __len__(self) -> int:
+        return len(self.keys_by_layer)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.span.num_slots_read - self.span.num_tokens if self.span is not None else 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return []
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.keys_by_layer)
+
+
+def _store(store_RSND: Tensor, states_BNTD: Tensor, span: WriteSpan) -> Tensor:
+    """Write one forward's states and return the [B, N, S, D] view to attend to. as_strided: one call, no copies."""
+    row_stride, slot_stride, head_stride, _ = store_RSND.stride()
+    B, N, T, D = states_BNTD.shape
+    first = span.first_row * row_stride
+    strides = (row_stride, head_stride, slot_stride, 1)
+    if span.start is not None:
+        store_RSND.as_strided((B, N, T, D), strides, first + span.start * slot_stride).copy_(states_BNTD)
+    else:
+        assert span.slots_M is not None
+        store_RSND.view(-1, N, D).index_copy_(0, span.slots_M, states_BNTD.transpose(1, 2).reshape(-1, N, D))
+    return store_RSND.as_strided((B, N, span.num_slots_read, D), strides, first)

@@ -1,0 +1,356 @@
+"""The decode engine: draft, verify, keep, for a batch of requests of any lengths. The loop is `Engine._round`.
+
+Shapes: B rows, K draft slots, K1 = K + 1 scored columns, T tokens, V vocabulary, D width of captured states.
+
+    committed     x0 .. x[L-1]   x[L]          L tokens are in the verifier's cache, x[L] is known but not processed
+    scored        column 0 = x[L], columns 1..K = drafts; column j's logits judge draft j + 1
+    kept          column 0 and the accepted drafts; the token after them becomes the next x[L]
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speculators.decoding.hf_verifier import HFVerifier
+from speculators.decoding.proposers import Drafting, build_drafting
+from speculators.decoding.request import RequestOutput, StreamEvent
+from speculators.decoding.round import Accepted, drafted_tokens, logprobs_of, no_drafts, on_host, to_score
+from speculators.decoding.rows import ActiveRequest, Batch
+from speculators.decoding.sampling import BatchSampling, SamplingParams
+from speculators.decoding.stats import DecodeStats
+from speculators.decoding.text import IncrementalText
+from speculators.decoding.verification import DRAFT_STREAM, GreedyRule, keyed_draws, keyed_uniform, resolve_rule
+from speculators.interfaces import CaptureSpec, DraftSampling, Proposal, Verification
+
+DEFAULT_MAX_LENGTH = 4096
+"""Prompt plus output of one request when neither the caller nor the model says less; memory grows only when used."""
+PREFILL_CHUNK = 512
+"""Prompt tokens a forward: bounds the memory of a prefill and how long it keeps the other rows waiting."""
+
+PLAIN_RULE = resolve_rule("strict")
+"""Without drafts it only draws the next token."""
+
+OnToken = Callable[[StreamEvent], Any]
+
+
+class Engine:
+    """Decodes prompts with a verifier, and a proposer when there is one.
+
+    `speculative_config`: None (plain decoding), a SpeculativeConfig or vLLM's JSON as a dict, or a ready `Proposer`
+    (then say `num_speculative_tokens`).
+    """
+
+    def __init__(
+        self,
+        verifier: Any,
+        speculative_config: Any = None,
+        *,
+        tokenizer: Any = None,
+        max_batch_size: int = 8,
+        max_length: int | None = None,
+        num_speculative_tokens: int | None = None,
+        rule: Any = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        seed: int = 0,
+    ):
+        is_model = isinstance(verifier, torch.nn.Module)
+        config = verifier.config.get_text_config(decoder=True) if is_model else None
+        self.max_length = min(
+            length
+            for length in (
+                max_length,
+                getattr(config, "max_position_embeddings", None),
+                max_length or DEFAULT_MAX_LENGTH,
+            )
+            if length is not None
+        )
+        self.tokenizer = tokenizer
+        self.drafting: Drafting | None = build_drafting(
+            speculative_config,
+            verifier,
+            tokenizer=tokenizer,
+            max_batch_size=max_batch_size,
+            max_length=self.max_length,
+            num_speculative_tokens=num_speculative_tokens,
+            rule=rule,
+        )
+        capture = self.drafting.proposer.capture if self.drafting is not None else CaptureSpec()
+        self.verifier = HFVerifier(verifier, max_batch_size, capture) if is_model else verifier
+        self.max_batch_size = max_batch_size
+        self.prefill_chunk = prefill_chunk
+        self.eos_ids = _eos_ids(verifier, tokenizer)
+        self.stats = DecodeStats()
+        self._random = random.Random(seed)
+        self._generator = torch.Generator(device="cpu")
+        self._cancelled: set[int] = set()
+
+    # -- what callers use
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_token: OnToken | None = None,
+        progress: Callable[[int, int], Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Decode all prompts and return their outputs in order.
+
+        `on_token` sees every event and cancels its request by returning False; `progress(done, total)` counts requests.
+        """
+        requests = self._requests(prompts, sampling)
+        num_done = 0
+        with self._ready():
+            for event in self._run(requests):
+                if on_token is not None and on_token(event) is False:
+                    self.cancel(event.request_index)
+                if event.finish_reason is not None:
+                    num_done += 1
+                    if progress is not None:
+                        progress(num_done, len(requests))
+        return [request.output for request in requests]
+
+    def stream(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[StreamEvent]:
+        """Yield what each request gains, round by round. Closing the iterator cancels everything."""
+        return self._run(self._requests(prompts, sampling))
+
+    def cancel(self, request_index: int) -> None:
+        """End a running request before the next round; its output so far stays."""
+        self._cancelled.add(request_index)
+
+    def reset_stats(self) -> None:
+        self.stats = DecodeStats()
+
+    # -- the loop
+
+    def _run(self, requests: list[ActiveRequest]) -> Iterator[StreamEvent]:
+        num_rows = min(self.max_batch_size, len(requests))
+        batch = Batch(requests, num_rows, self.verifier.vocab_size, self.verifier.device)
+        self._cancelled.clear()
+        for row in range(num_rows):
+            self.verifier.truncate(row, 0)
+        try:
+            while batch.has_work:
+                yield from self._cancel(batch)
+                batch.admit()
+                with self._ready():  # not held across a yield: inference mode would leak into the caller's code
+                    events = self._prefill(batch) if batch.prefilling() else []
+                    events += self._round(batch) if batch.decoding() else []
+                yield from events
+        finally:
+            for request in requests:
+                self.stats = self.stats + request.output.stats
+                if request.output.finish_reason is None:
+                    request.finish("cancelled")
+
+    def _round(self, batch: Batch) -> list[StreamEvent]:
+        """Draft, score, verify, keep, commit."""
+        start = perf_counter()
+        requests = list(batch.decoding().values())
+        proposal = self._propose(batch)
+        drafted = perf_counter()
+        output = self.verifier.score(*to_score(batch, proposal), proposal.parents_K)
+        scored = perf_counter()
+        verification = self._verify(batch, proposal, output.logits_BTV)
+        accepted = on_host(verification, proposal, batch.decoding())
+        self.verifier.keep(*accepted.to_keep(batch.width))
+        for row, request in batch.decoding().items():
+            request.output.stats.record(*accepted.offered_by_row[row], len(accepted.token_ids_by_row[row]) - 1)
+        batch.tell(accepted.token_ids_by_row, accepted.states(output.states_BTD))
+        events = self._commit(batch, accepted, output.logits_BTV)
+        _share_time(requests, drafted - start, scored - drafted, perf_counter() - scored)
+        return events
+
+    def _propose(self, batch: Batch) -> Proposal:
+        drafting = self.drafting
+        num_tokens = drafting.num_tokens(len(batch.decoding())) if drafting is not None else 0
+        if drafting is None or num_tokens == 0:
+            return no_drafts(batch.width, batch.device)
+        sampling = batch.sampling(0, batch.width)
+        probabilistic = drafting.is_probabilistic and not sampling.all_greedy
+        if probabilistic:
+            self._seed_drafts(batch, sampling)
+        draft_sampling = DraftSampling(sampling.temperature_B, self._generator, probabilistic)
+        committed = batch.committed()
+        proposal = drafting.proposer.propose(committed, num_tokens, draft_sampling)
+        if drafting.max_length is not None:
+            is_too_long_B1 = (committed.num_committed_B > drafting.max_length)[:, None]
+            proposal = replace(proposal, token_ids_BK=proposal.token_ids_BK.masked_fill(is_too_long_B1, -1))
+        return proposal
+
+    def _verify(self, batch: Batch, proposal: Proposal, logits_BTV: Tensor, first_row: int = 0) -> Verification:
+        last_row = first_row + len(logits_BTV)
+        sampling = batch.sampling(first_row, last_row)
+        rule = self.drafting.rule if self.drafting is not None else PLAIN_RULE
+        if sampling.is_argmax and rule.lossless:
+            return GreedyRule()(proposal, logits_BTV)
+        if sampling.has_penalties:
+            assert batch.seen is not None
+            seen = batch.seen.rows(first_row, last_row)
+            logits_BTV = sampling.penalised(logits_BTV, seen, drafted_tokens(proposal))
+        if rule.reads_logits:
+            return rule(proposal, logits_BTV, None)
+        position_B = batch.lengths(first_row, last_row)
+        draws = keyed_draws(sampling.seed_B, position_B, logits_BTV.shape[1])
+        return rule(proposal, sampling.probs(logits_BTV), draws)
+
+    def _commit(self, batch: Batch, accepted: Accepted, logits_BTV: Tensor, first_row: int = 0) -> list[StreamEvent]:
+        """Append the accepted runs to their requests, free the rows of those that ended."""
+        events = []
+        for row, token_ids in accepted.token_ids_by_row.items():
+            request = batch.rows[row]
+            assert request is not None
+            columns = accepted.columns_by_row[row]
+            logprobs = logprobs_of(request.params, logits_BTV[row - first_row], columns, token_ids)
+            events.append(request.take(token_ids, logprobs))
+            if batch.seen is not None:
+                batch.seen.add(row, events[-1].token_ids)
+            if events[-1].finish_reason is not None:
+                self._release(batch, row)
+        return events
+
+    def _prefill(self, batch: Batch) -> list[StreamEvent]:
+        """One chunk of every unfinished prompt (neighbouring rows together); prompts that end here emit a token."""
+        start = perf_counter()
+        requests = batch.prefilling()
+        events: list[StreamEvent] = []
+        for rows in _neighbours(list(requests)):
+            events += self._prefill_rows(batch, {row: requests[row] for row in rows})
+        for request in requests.values():
+            request.output.stats.prefill_s += (perf_counter() - start) / len(requests)
+        return events
+
+    def _prefill_rows(self, batch: Batch, requests: dict[int, ActiveRequest]) -> list[StreamEvent]:
+        first_row, num_rows = next(iter(requests)), len(requests)
+        chunks = [q.prompt[q.num_prefilled : q.num_prefilled + self.prefill_chunk] for q in requests.values()]
+        num_valid_B = torch.tensor([len(chunk) for chunk in chunks])
+        T = max(len(chunk) for chunk in chunks)
+        token_ids_BT = torch.tensor([chunk + [0] * (T - len(chunk)) for chunk in chunks], device=batch.device)
+        output = self.verifier.score(token_ids_BT, num_valid_B, first_row=first_row, last_only=True)
+        self.verifier.keep(torch.arange(T).expand(num_rows, T), num_valid_B)
+        for i, request in enumerate(requests.values()):
+            request.num_prefilled += len(chunks[i])
+            if output.states_BTD is not None:
+                request.prompt_states.append(output.states_BTD[i, : len(chunks[i])])
+        ended = {row: request for row, request in requests.items() if request.is_prefilled}
+        if not ended:
+            return []
+        nothing = no_drafts(num_rows, batch.device)
+        verification = self._verify(batch, nothing, output.logits_BTV, first_row)
+        accepted = on_host(verification, nothing, ended, first_row)
+        # the proposer learns the prompt together with its first token
+        told = {row: request.prompt + accepted.token_ids_by_row[row] for row, request in ended.items()}
+        states = {row: request.take_prompt_states() for row, request in ended.items()}
+        batch.tell(told, states if output.states_BTD is not None else None)
+        return self._commit(batch, accepted, output.logits_BTV, first_row)
+
+    def _cancel(self, batch: Batch) -> Iterator[StreamEvent]:
+        if not self._cancelled:
+            return
+        for request in [q for q in batch.waiting if q.index in self._cancelled]:
+            batch.waiting.remove(request)
+            request.finish("cancelled")
+            yield StreamEvent(request.index, [], "", "cancelled")
+        for row, request in enumerate(batch.rows):
+            if request is not None and request.index in self._cancelled:
+                request.finish("cancelled")
+                self._release(batch, row)
+                yield StreamEvent(request.index, [], "", "cancelled")
+        self._cancelled.clear()
+
+    def _release(self, batch: Batch, row: int) -> None:
+        batch.release(row)
+        self.verifier.truncate(row, 0)
+
+    # -- setting up
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The models are set up for decoding; nests cheaply."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(self.verifier)
+            if self.drafting is not None and isinstance(self.drafting.proposer, AbstractContextManager):
+                stack.enter_context(self.drafting.proposer)
+            yield
+
+    def _seed_drafts(self, batch: Batch, sampling: BatchSampling) -> None:
+        # a function of seeds and positions alone, in a stream that verification does not use
+        position_B = batch.lengths(0, batch.width)
+        uniform_B = keyed_uniform(sampling.seed_B, DRAFT_STREAM, position_B)
+        self._generator.manual_seed(hash(tuple(uniform_B.tolist())) & (2**63 - 1))
+
+    def _requests(self, prompts: Any, sampling: Any) -> list[ActiveRequest]:
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one string; give a list of prompts")
+        if sampling is None or isinstance(sampling, SamplingParams):
+            sampling = [sampling or SamplingParams()] * len(prompts)
+        if len(sampling) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts but {len(sampling)} sampling parameters; give one, or one a prompt"
+            )
+        return [self._request(i, p, params) for i, (p, params) in enumerate(zip(prompts, sampling, strict=True))]
+
+    def _request(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> ActiveRequest:
+        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
+            what = "a prompt is text" if isinstance(prompt, str) else "stop strings were given"
+            raise ValueError(f"{what} but the engine has no tokenizer; pass Engine(..., tokenizer=...)")
+        token_ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not 1 <= len(token_ids) < self.max_length:
+            raise ValueError(
+                f"prompt {index} has {len(token_ids)} tokens; between 1 and max_length - 1 = {self.max_length - 1} fit "
+                "(max_length is set on the engine, up to the verifier's max_position_embeddings)"
+            )
+        out_of_range = [i for i in token_ids if not 0 <= i < self.verifier.vocab_size]
+        if out_of_range:
+            raise ValueError(
+                f"prompt {index} has token id {out_of_range[0]}, outside the verifier's vocabulary of "
+                f"{self.verifier.vocab_size}; is it another model's tokenizer?"
+            )
+        end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        seed = params.seed if params.seed is not None else self._random.getrandbits(62)
+        output = RequestOutput(token_ids, logprobs=[] if params.logprobs is not None else None)
+        text = IncrementalText(self.tokenizer, params.stop) if self.tokenizer is not None else None
+        return ActiveRequest(index, params, seed, end_ids, self.max_length, output, text)
+
+
+def _neighbours(rows: list[int]) -> list[list[int]]:
+    """Split ascending rows into runs without gaps."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and runs[-1][-1] == row - 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
+
+
+def _share_time(requests: list[ActiveRequest], draft_s: float, verify_s: float, overhead_s: float) -> None:
+    for request in requests:
+        stats, share = request.output.stats, 1 / len(requests)
+        stats.draft_s += draft_s * share
+        stats.verify_s += verify_s * share
+        stats.overhead_s += overhead_s * share
+
+
+def _eos_ids(verifier: Any, tokenizer: Any) -> frozenset[int]:
+    """End-of-sequence ids: the generation config's, or else the config's, and the tokenizer's own."""
+    found: list[Any] = [getattr(tokenizer, "eos_token_id", None)]
+    for config in (getattr(verifier, "generation_config", None), getattr(verifier, "config", None)):
+        found.append(getattr(config, "eos_token_id", None))
+        if found[-1] is not None:
+            break
+    flat = [i for entry in found for i in (entry if isinstance(entry, (list, tuple)) else [entry])]
+    return frozenset(i for i in flat if i is not None)

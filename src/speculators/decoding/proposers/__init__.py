@@ -1,0 +1,173 @@
+"""Making a proposer from a `SpeculativeConfig`. Trained drafters come from the model registry, by checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from speculators.decoding.config import ModelInfo, SpeculativeConfig
+from speculators.decoding.proposers.draft_model import DraftModelProposer
+from speculators.decoding.proposers.early_exit import first_layers
+from speculators.decoding.proposers.ngram import NgramProposer
+from speculators.decoding.proposers.vocabulary import TokenIntersection
+from speculators.decoding.verification import resolve_rule
+from speculators.interfaces import AcceptanceRule, CaptureSpec, Proposer
+from speculators.model import SpeculatorModel
+from speculators.verifier import load_verifier, verifier_parts
+
+EARLY_EXIT_SHARE = 4
+"""Without `early_exit_layer` a quarter of the verifier's layers draft."""
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How an engine drafts and verifies."""
+
+    proposer: Proposer
+    num_tokens: Callable[[int], int]
+    """K, by how many requests are running."""
+    rule: AcceptanceRule
+    is_probabilistic: bool = False
+    """Drafts are drawn from the draft's distribution."""
+    max_length: int | None = None
+    """Rows longer than this are not drafted for."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a proposer may be built around."""
+
+    verifier: Any
+    tokenizer: Any
+    max_batch_size: int
+    max_length: int
+
+
+def build_drafting(
+    speculative_config: SpeculativeConfig | dict[str, Any] | Proposer | None,
+    verifier: Any,
+    *,
+    tokenizer: Any = None,
+    max_batch_size: int,
+    max_length: int,
+    num_speculative_tokens: int | None = None,
+    rule: AcceptanceRule | None = None,
+) -> Drafting | None:
+    """None = plain decoding. See `Engine` for what may be given."""
+    if speculative_config is None:
+        return None
+    if isinstance(speculative_config, dict) or isinstance(speculative_config, SpeculativeConfig):
+        config = resolve(speculative_config, verifier, num_speculative_tokens)
+        proposer = build_proposer(config, Workplace(verifier, tokenizer, max_batch_size, max_length))
+        return Drafting(
+            proposer, config.num_tokens_at, rule or config.acceptance_rule(), config.draws_drafts, config.max_model_len
+        )
+    if not callable(getattr(speculative_config, "propose", None)):
+        raise ValueError(
+            f"speculative_config is a {type(speculative_config).__name__}; give a SpeculativeConfig, a dict of its "
+            "fields, an object with a propose method, or None"
+        )
+    if num_speculative_tokens is None:
+        raise ValueError("a ready proposer needs num_speculative_tokens: how many tokens to draft a round")
+    num_tokens = num_speculative_tokens
+    return Drafting(speculative_config, lambda batch_size: num_tokens, rule or resolve_rule("standard"), True)
+
+
+def resolve(
+    config: SpeculativeConfig | dict[str, Any], verifier: Any, num_speculative_tokens: int | None
+) -> SpeculativeConfig:
+    """The user's settings, resolved against the verifier at hand."""
+    given = dict(config) if isinstance(config, dict) else config.given
+    if num_speculative_tokens is not None:
+        given["num_speculative_tokens"] = num_speculative_tokens
+    if isinstance(verifier, torch.nn.Module) and "target_model_config" not in given:
+        hf_config: Any = verifier.config
+        length = getattr(hf_config.get_text_config(decoder=True), "max_position_embeddings", None)
+        given["target_model_config"] = ModelInfo(hf_config.name_or_path, hf_config, length)
+    return SpeculativeConfig(**given)
+
+
+def build_proposer(config: SpeculativeConfig, place: Workplace) -> Proposer:
+    """The proposer that a config asks for."""
+    if config.model is not None and is_speculator(config.model):
+        speculator = SpeculatorModel.from_pretrained(config.model)
+        return speculator.make_proposer(
+            place.verifier, max_batch_size=place.max_batch_size, max_length=place.max_length
+        )
+    if config.method not in BUILDERS:
+        raise ValueError(
+            f"method={config.method!r} needs a speculators checkpoint and {config.model!r} is not one (no config.json "
+            f"with speculators_model_type); convert it with `speculators convert`, or use one of {sorted(BUILDERS)}"
+        )
+    return BUILDERS[config.method](config, place)
+
+
+def is_speculator(path: str) -> bool:
+    file = Path(path) / "config.json"
+    return file.is_file() and "speculators_model_type" in json.loads(file.read_text())
+
+
+def build_ngram(config: SpeculativeConfig, place: Workplace) -> Proposer:
+    assert config.prompt_lookup_min is not None and config.prompt_lookup_max is not None
+    return NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max, max_batch_size=place.max_batch_size)
+
+
+def build_draft_model(config: SpeculativeConfig, place: Workplace) -> Proposer:
+    assert config.model is not None
+    parameter = next(place.verifier.parameters())
+    model = load_verifier(config.model, dtype=parameter.dtype, device=parameter.device, revision=config.revision)
+    intersection = None
+    if config.use_heterogeneous_vocab:
+        if place.tokenizer is None:
+            raise ValueError("use_heterogeneous_vocab needs the verifier's tokenizer; pass Engine(..., tokenizer=...)")
+        intersection = TokenIntersection(
+            place.tokenizer,
+            AutoTokenizer.from_pretrained(config.model, revision=config.revision),
+            num_verifier=verifier_parts(place.verifier).config.vocab_size,
+            num_draft=verifier_parts(model).config.vocab_size,
+        )
+    return DraftModelProposer(model, max_batch_size=place.max_batch_size, intersection=intersection)
+
+
+def build_early_exit(config: SpeculativeConfig, place: Workplace) -> Proposer:
+    total = len(verifier_parts(place.verifier).layers)
+    num_layers = config.early_exit_layer or max(1, total // EARLY_EXIT_SHARE)
+    return DraftModelProposer(first_layers(place.verifier, num_layers), max_batch_size=place.max_batch_size)
+
+
+def build_custom_class(config: SpeculativeConfig, place: Workplace) -> Proposer:
+    """`package.module.Class(config)`; it must have `propose`, and `capture` when it reads verifier states."""
+    assert config.model is not None
+    module_name, _, class_name = config.model.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ImportError(f"custom_class: cannot import module {module_name!r} of {config.model!r}: {error}") from error
+    proposer_class = getattr(module, class_name, None)
+    if proposer_class is None or not callable(getattr(proposer_class, "propose", None)):
+        missing = "no such class" if proposer_class is None else "the class has no method `propose`"
+        raise AttributeError(f"custom_class: {config.model!r}: {missing}")
+    try:
+        proposer = proposer_class(config)
+    except Exception as error:
+        raise RuntimeError(f"custom_class: {config.model}(config) failed: {error}") from error
+    if not hasattr(proposer, "capture"):
+        proposer.capture = CaptureSpec()
+    return proposer
+
+
+BUILDERS: dict[str, Callable[[SpeculativeConfig, Workplace], Proposer]] = {
+    "ngram": build_ngram,
+    "ngram_gpu": build_ngram,
+    "draft_model": build_draft_model,
+    "early_exit": build_early_exit,
+    "custom_class": build_custom_class,
+}
+"""Methods that need no speculators checkpoint."""

@@ -1,0 +1,124 @@
+"""The small pieces of one round: what to score, what was accepted (on the host), log-probabilities of what was emitted.
+
+Shapes: B rows, K draft slots, K1 = K + 1 columns (column 0 = the last committed token, column j + 1 = draft slot j).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speculators.decoding.masks import TreeShape
+from speculators.decoding.request import TokenLogprobs
+from speculators.decoding.rows import Batch
+from speculators.decoding.sampling import DraftedTokens, SamplingParams
+from speculators.interfaces import Proposal, Verification
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A verification, as host integers, for the rows that took part."""
+
+    token_ids_by_row: dict[int, list[int]]
+    """Accepted drafts and the token after them."""
+    columns_by_row: dict[int, list[int]]
+    """The scored columns these tokens were predicted by, which are the columns to keep: [0, path + 1 ...]."""
+    offered_by_row: dict[int, tuple[int, int]]
+    """(drafts, deepest draft) of each row."""
+    is_chain: bool
+
+    def to_keep(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """`columns_BT` and `num_kept_B` of `Verifier.keep`."""
+        num_kept = [len(self.columns_by_row.get(row, ())) for row in range(num_rows)]
+        T = max(num_kept)
+        padded = [self.columns_by_row.get(row, []) + [0] * (T - num_kept[row]) for row in range(num_rows)]
+        return torch.tensor(padded), torch.tensor(num_kept)
+
+    def states(self, states_BTD: Tensor | None) -> dict[int, Tensor] | Tensor | None:
+        """States that predicted the emitted tokens: the leading columns of a chain, the path's of a tree."""
+        if states_BTD is None or self.is_chain:
+            return states_BTD
+        return {row: states_BTD[row, columns] for row, columns in self.columns_by_row.items()}
+
+
+def no_drafts(num_rows: int, device: torch.device) -> Proposal:
+    return Proposal(torch.empty(num_rows, 0, dtype=torch.int64, device=device))
+
+
+def to_score(batch: Batch, proposal: Proposal) -> tuple[Tensor, Tensor]:
+    """Each row's last committed token followed by its drafts [B, K1], and how many of them count [B]."""
+    rows = batch.rows[: batch.width]
+    is_decoding = [row is not None and row.is_prefilled for row in rows]
+    last = [row.last_token_id if row is not None and ok else 0 for row, ok in zip(rows, is_decoding, strict=True)]
+    last_B = torch.tensor(last, dtype=torch.int64, device=batch.device)
+    token_ids_BK1 = torch.cat([last_B[:, None], proposal.token_ids_BK.clamp_min(0)], dim=1)
+    num_valid_B = (proposal.token_ids_BK >= 0).sum(1) + 1
+    if not all(is_decoding):
+        num_valid_B = num_valid_B * torch.tensor(is_decoding, device=batch.device)
+    return token_ids_BK1, num_valid_B
+
+
+def on_host(verification: Verification, proposal: Proposal, rows: Iterable[int], first_row: int = 0) -> Accepted:
+    """The one synchronisation of a round: everything the host needs crosses in one tensor."""
+    K = proposal.token_ids_BK.shape[1]
+    packed = torch.cat(
+        [
+            proposal.token_ids_BK,
+            verification.path_BK,
+            verification.num_accepted_B[:, None],
+            verification.next_token_B[:, None],
+        ],
+        dim=1,
+    ).tolist()
+    depths = _depths(proposal)
+    token_ids_by_row, columns_by_row, offered_by_row = {}, {}, {}
+    for row in rows:
+        values = packed[row - first_row]
+        drafts, path, num_accepted, next_token = values[:K], values[K : 2 * K], values[2 * K], values[2 * K + 1]
+        path = path[:num_accepted]
+        token_ids_by_row[row] = [drafts[slot] for slot in path] + [next_token]
+        columns_by_row[row] = [0] + [slot + 1 for slot in path]
+        offered = [depths[slot] for slot, token_id in enumerate(drafts) if token_id >= 0]
+        offered_by_row[row] = (len(offered), max(offered, default=0))
+    return Accepted(token_ids_by_row, columns_by_row, offered_by_row, proposal.parents_K is None)
+
+
+def _depths(proposal: Proposal) -> list[int]:
+    """Of each slot: 1 below the last committed token."""
+    if proposal.parents_K is None:
+        return list(range(1, proposal.token_ids_BK.shape[1] + 1))
+    depths: list[int] = []
+    for parent in proposal.parents_K.tolist():
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return depths
+
+
+def drafted_tokens(proposal: Proposal) -> DraftedTokens | None:
+    """The drafts that precede each column, for penalties."""
+    K = proposal.token_ids_BK.shape[1]
+    if K == 0:
+        return None
+    if proposal.parents_K is not None:
+        is_ancestor_TT = TreeShape.of(proposal.parents_K).is_ancestor_TT
+    else:
+        is_ancestor_TT = torch.ones(K + 1, K + 1, dtype=torch.bool).tril()
+    return DraftedTokens(proposal.token_ids_BK, is_ancestor_TT.to(proposal.token_ids_BK.device))
+
+
+def logprobs_of(
+    params: SamplingParams, logits_TV: Tensor, columns: list[int], token_ids: list[int]
+) -> list[TokenLogprobs] | None:
+    if params.logprobs is None:
+        return None
+    logprobs_TV = logits_TV[columns].float().log_softmax(-1)
+    top = logprobs_TV.topk(params.logprobs) if params.logprobs else None
+    return [
+        TokenLogprobs(
+            logprob=logprobs_TV[i, token_id].item(),
+            top=dict(zip(top.indices[i].tolist(), top.values[i].tolist(), strict=True)) if top is not None else {},
+        )
+        for i, token_id in enumerate(token_ids)
+    ]

@@ -1,0 +1,185 @@
+"""Sampling parameters, and the law each scored position is really sampled from: penalties, temperature, filters.
+
+Shapes: B rows, T scored columns (column 0 follows the last committed token, column j + 1 follows draft j), V vocabulary.
+The order is vLLM's: penalties, temperature, min-p, then top-k and top-p. Whatever verification tests against is this law.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled and when it ends."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    """0 = greedy."""
+    top_k: int = 0
+    """0 or -1 = all tokens."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    """Tokens less likely than this share of the most likely one are dropped."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen in the prompt or the output."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Both are subtracted from logits of tokens in the output: once, and once for each occurrence."""
+    seed: int | None = None
+    """Same seed, same output, whatever else is in the batch (drafts drawn at random: for the same batch)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the request; not part of the text."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many of the most likely tokens to report at each position; None = no log-probabilities."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name, is_valid, rule in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_k", self.top_k >= -1, "a positive number, or 0 for all tokens"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "more than 0 (1 = none)"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
+            ("stop", all(self.stop), "made of non-empty strings"),
+        ):
+            if not is_valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+class BatchSampling:
+    """The sampling parameters of the rows of a batch, as tensors. Made anew when a request takes a row."""
+
+    def __init__(self, params: list[SamplingParams], seeds: list[int], device: torch.device):
+        self.params = params
+        self.device = device
+        self.all_greedy = all(p.temperature == 0 for p in params)
+        self.has_penalties = any(p.has_penalties for p in params)
+        self.is_argmax = self.all_greedy and not self.has_penalties
+        """Nothing but the argmax of the raw logits matters."""
+        self.temperature_B = self._column("temperature")
+        self.seed_B = torch.tensor(seeds, dtype=torch.int64, device=device)
+
+    def _column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor([getattr(p, name) for p in self.params], dtype=dtype, device=self.device)
+
+    @cached_property
+    def _top_k_B11(self) -> Tensor | None:
+        if all(p.top_k <= 0 for p in self.params):
+            return None
+        top_k_B = self._column("top_k", torch.int64)
+        return torch.where(top_k_B <= 0, torch.iinfo(torch.int64).max, top_k_B)[:, None, None]
+
+    @cached_property
+    def _top_p_B11(self) -> Tensor | None:
+        return self._column("top_p")[:, None, None] if any(p.top_p < 1 for p in self.params) else None
+
+    @cached_property
+    def _min_p_B11(self) -> Tensor | None:
+        return self._column("min_p")[:, None, None] if any(p.min_p > 0 for p in self.params) else None
+
+    def penalised(self, logits_BTV: Tensor, seen: SeenTokens, drafted: DraftedTokens | None) -> Tensor:
+        """fp32 logits after penalties; column j counts the drafts before it as emitted."""
+        logits_BTV = logits_BTV.float()
+        repetition, presence, frequency = (
+            self._column(f"{name}_penalty")[:, None, None] for name in ("repetition", "presence", "frequency")
+        )
+        output_counts_BTV = seen.output_counts_BV[:, None].expand(logits_BTV.shape)
+        if drafted is not None:
+            output_counts_BTV = output_counts_BTV + drafted.counts(logits_BTV.shape[-1])
+        is_in_output_BTV = output_counts_BTV > 0
+        is_seen_BTV = is_in_output_BTV | seen.is_in_prompt_BV[:, None]
+        repeated_BTV = torch.where(logits_BTV > 0, logits_BTV / repetition, logits_BTV * repetition)
+        logits_BTV = torch.where(is_seen_BTV, repeated_BTV, logits_BTV)
+        return logits_BTV - frequency * output_counts_BTV - presence * is_in_output_BTV
+
+    def probs(self, logits_BTV: Tensor) -> Tensor:
+        """fp32 probabilities after temperature and filters; greedy rows are one-hot."""
+        is_greedy_B11 = (self.temperature_B == 0)[:, None, None]
+        logits_BTV = logits_BTV.float()
+        temperature_B11 = self.temperature_B[:, None, None].masked_fill(is_greedy_B11, 1.0)
+        probs_BTV = self._filtered((logits_BTV / temperature_B11).softmax(-1))
+        if any(p.temperature == 0 for p in self.params):
+            best_BT1 = logits_BTV.argmax(-1, keepdim=True)
+            one_hot_BTV = torch.zeros_like(probs_BTV).scatter_(-1, best_BT1, 1.0)
+            probs_BTV = torch.where(is_greedy_B11, one_hot_BTV, probs_BTV)
+        return probs_BTV
+
+    def _filtered(self, probs_BTV: Tensor) -> Tensor:
+        if self._min_p_B11 is not None:
+            floor_BT1 = self._min_p_B11 * probs_BTV.amax(-1, keepdim=True)
+            probs_BTV = _renormalised(probs_BTV.masked_fill(probs_BTV < floor_BT1, 0.0))
+        if self._top_k_B11 is None and self._top_p_B11 is None:
+            return probs_BTV
+        # stable: equal probabilities keep the lower id, on every machine
+        sorted_BTV, order_BTV = probs_BTV.sort(dim=-1, descending=True, stable=True)
+        if self._top_k_B11 is not None:
+            rank_V = torch.arange(probs_BTV.shape[-1], device=self.device)
+            sorted_BTV = _renormalised(sorted_BTV.masked_fill(rank_V >= self._top_k_B11, 0.0))
+        if self._top_p_B11 is not None:
+            before_BTV = sorted_BTV.cumsum(-1) - sorted_BTV  # mass of the more likely tokens; the first always stays
+            sorted_BTV = _renormalised(sorted_BTV.masked_fill(before_BTV >= self._top_p_B11, 0.0))
+        return torch.zeros_like(probs_BTV).scatter_(-1, order_BTV, sorted_BTV)
+
+
+def _renormalised(probs_BTV: Tensor) -> Tensor:
+    return probs_BTV / probs_BTV.sum(-1, keepdim=True)
+
+
+class SeenTokens:
+    """Token counts of each row's committed sequence, for penalties."""
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device):
+        self.is_in_prompt_BV = torch.zeros(num_rows, vocab_size, dtype=torch.bool, device=device)
+        self.output_counts_BV = torch.zeros(num_rows, vocab_size, device=device)
+
+    def start(self, row: int, prompt: list[int]) -> None:
+        self.is_in_prompt_BV[row] = False
+        self.is_in_prompt_BV[row, prompt] = True
+        self.output_counts_BV[row] = 0
+
+    def add(self, row: int, token_ids: list[int]) -> None:
+        for token_id in token_ids:
+            self.output_counts_BV[row, token_id] += 1
+
+    def rows(self, first: int, last: int) -> SeenTokens:
+        view = SeenTokens.__new__(SeenTokens)
+        view.is_in_prompt_BV = self.is_in_prompt_BV[first:last]
+        view.output_counts_BV = self.output_counts_BV[first:last]
+        return view
+
+
+@dataclass(frozen=True)
+class DraftedTokens:
+    """The drafts that precede each scored column: for penalties a drafted token counts as emitted."""
+
+    token_ids_BK: Tensor
+    is_ancestor_TT: Tensor
+    """bool; [i, j]: column i comes after column j (or is it); column 0 is the last committed token."""
+
+    def counts(self, vocab_size: int) -> Tensor:
+        """[B, T, V]"""
+        B, K = self.token_ids_BK.shape
+        counts_BTV = torch.zeros(B, K + 1, vocab_size, device=self.token_ids_BK.device)
+        index_BK1 = self.token_ids_BK.clamp_min(0)[..., None]
+        is_drafted_BK = (self.token_ids_BK >= 0).float()
+        for slot in range(K):
+            after_T = self.is_ancestor_TT[:, slot + 1].float()
+            added_BT1 = (is_drafted_BK[:, slot, None] * after_T)[..., None]
+            counts_BTV.scatter_add_(-1, index_BK1[:, slot, None].expand(B, K + 1, 1), added_BT1)
+        return counts_BTV

@@ -1,0 +1,100 @@
+"""What a decode run did: one histogram of rounds, and times. Everything else is derived, so runs add with `+`.
+
+A round = one propose + verify for one request. Definitions are vLLM's (`vllm:spec_decode_*`), except that rounds
+without a draft count too: acceptance length is tokens emitted a verify step, whatever the proposer had to offer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DecodeStats:
+    """Counts and seconds of one request, or of many (they add)."""
+
+    rounds: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    """How many rounds had (drafts offered, deepest draft, drafts accepted). Offered = deepest for a chain."""
+    num_tokens: int = 0
+    """Tokens handed out, the first one (from the prompt) included, those cut off by a stop not."""
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    overhead_s: float = 0.0
+    """Everything that is neither the proposer nor the verifier. Times of a round are split evenly over its requests."""
+    prefill_s: float = 0.0
+
+    def record(self, num_drafted: int, depth: int, num_accepted: int) -> None:
+        self.rounds[num_drafted, depth, num_accepted] += 1
+
+    def __add__(self, other: DecodeStats) -> DecodeStats:
+        return DecodeStats(
+            self.rounds + other.rounds,
+            self.num_tokens + other.num_tokens,
+            self.draft_s + other.draft_s,
+            self.verify_s + other.verify_s,
+            self.overhead_s + other.overhead_s,
+            self.prefill_s + other.prefill_s,
+        )
+
+    @property
+    def num_rounds(self) -> int:
+        return self.rounds.total()
+
+    @property
+    def num_drafts(self) -> int:
+        """Rounds in which something was drafted (vLLM's num_drafts)."""
+        return sum(count for (drafted, _, _), count in self.rounds.items() if drafted)
+
+    @property
+    def num_drafted(self) -> int:
+        return sum(drafted * count for (drafted, _, _), count in self.rounds.items())
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(accepted * count for (_, _, accepted), count in self.rounds.items())
+
+    @property
+    def accepted_histogram(self) -> list[int]:
+        """[n] = rounds that accepted exactly n drafts; as long as the deepest draft, plus one."""
+        histogram = [0] * (1 + max((depth for _, depth, _ in self.rounds), default=0))
+        for (_, _, accepted), count in self.rounds.items():
+            histogram[accepted] += count
+        return histogram
+
+    @property
+    def drafted_per_position(self) -> list[int]:
+        """[i] = rounds whose draft reached position i (0-based)."""
+        return [self._count(lambda depth, accepted, i=i: depth > i) for i in range(self._max_depth)]
+
+    @property
+    def accepted_per_position(self) -> list[int]:
+        """[i] = rounds that accepted at least i + 1 drafts."""
+        return [self._count(lambda depth, accepted, i=i: accepted > i) for i in range(self._max_depth)]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens emitted a verify step, recovered or bonus token included."""
+        return 1.0 + self.num_accepted / self.num_rounds if self.num_rounds else 1.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
+
+    @property
+    def conditional_rates(self) -> list[float]:
+        """[i] = share of rounds accepting position i, of those that accepted all before it and drafted it."""
+        rates = []
+        for i in range(self._max_depth):
+            reached = self._count(lambda depth, accepted, i=i: depth > i and accepted >= i)
+            accepted_i = self._count(lambda depth, accepted, i=i: accepted > i)
+            rates.append(accepted_i / reached if reached else 0.0)
+        return rates
+
+    @property
+    def _max_depth(self) -> int:
+        return max((depth for _, depth, _ in self.rounds), default=0)
+
+    def _count(self, holds) -> int:  # type: ignore[no-untyped-def]
+        return sum(count for (_, depth, accepted), count in self.rounds.items() if holds(depth, accepted))

@@ -1,0 +1,220 @@
+"""The verifier, a Hugging Face causal LM: load it, read its residual stream, reproduce its logits.
+
+Shapes: B sequences, T tokens, H hidden size, A aux layers, V vocabulary.
+
+    aux id        0        1              n-1        n
+    stream   embed -> layer 0 -> ... -> layer n-2 -> layer n-1 -> | final norm -> head
+                  ^ input of layer 0        ^ input of layer n-1  ^ input of the norm
+
+`output_hidden_states` is not used: it keeps every layer, and its last entry is taken after the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from speculators.interfaces import CaptureSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class VerifierParts:
+    """The modules of a causal LM that the rest of the library needs by role."""
+
+    layers: nn.ModuleList
+    final_norm: nn.Module
+    head: nn.Module
+    config: PreTrainedConfig
+    """The text model's config (of a multimodal wrapper: its `text_config`)."""
+
+
+def load_verifier(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A causal LM in eval mode, from safetensors only; `dtype=None` keeps the checkpoint's own dtype."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = str(name_or_path)
+    if _looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"no verifier at {name!r}: it is not a directory with a config.json; give the directory of a saved causal "
+            "LM, or a model id of the Hugging Face hub"
+        )
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot read the verifier's config from {name!r}: {_first_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name!r} is an encoder-decoder ({config.model_type}); a verifier must be a causal LM")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype if dtype is not None else "auto",
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            use_safetensors=True,
+            # sdpa has no soft cap and transformers drops it silently there: the eager path is the trained model
+            **({"attn_implementation": "eager"} if _text_config(config).get("attn_logit_softcapping") else {}),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load {name!r} as a causal LM from safetensors: {_first_line(error)}") from error
+    model = model.to(device) if device is not None else model
+    return model.eval().requires_grad_(False)
+
+
+def verifier_parts(model: nn.Module) -> VerifierParts:
+    """Find decoder layers, final norm and head by what they are, not by the architecture's name."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    for parent in decoder.modules():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
+                return VerifierParts(child, _final_norm(parent, model), _head(model), config)
+    raise ValueError(
+        f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers; its hidden states and "
+        "logits cannot be read"
+    )
+
+
+class CapturedStates:
+    """States of the forward just run, in the order of the spec. Each forward replaces them."""
+
+    def __init__(self, spec: CaptureSpec):
+        self.spec = spec
+        self.stream_by_id: dict[int, Tensor] = {}
+        self.last_hidden: Tensor | None = None
+        """[B, T, H], before the final norm."""
+
+    @property
+    def aux(self) -> Tensor | None:
+        """[B, T, A * H]; None when no aux layer was asked for."""
+        if not self.spec.aux_layer_ids:
+            return None
+        return torch.cat([self.stream_by_id[i] for i in self.spec.aux_layer_ids], dim=-1)
+
+    @property
+    def drafter_input(self) -> Tensor | None:
+        """What a drafter with this spec reads: the aux states, or the last state when there are none."""
+        return self.aux if self.spec.aux_layer_ids else self.last_hidden
+
+
+@contextmanager
+def capture_states(model: nn.Module, spec: CaptureSpec) -> Iterator[CapturedStates]:
+    """Inside, every forward of `model` leaves the asked states in the yielded object. Only those layers are hooked."""
+    parts = verifier_parts(model)
+    num_layers = len(parts.layers)
+    bad = [i for i in spec.aux_layer_ids if not 0 <= i <= num_layers]
+    if bad:
+        raise ValueError(
+            f"aux_layer_ids={list(spec.aux_layer_ids)} but the verifier has {num_layers} layers; ids count finished "
+            f"layers, so 0..{num_layers} are valid"
+        )
+    states = CapturedStates(spec)
+
+    def keep(layer_id: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stream = args[0] if args else kwargs["hidden_states"]
+            if layer_id == num_layers and spec.last_hidden:
+                states.last_hidden = stream
+            states.stream_by_id[layer_id] = stream
+
+        return hook
+
+    wanted = set(spec.aux_layer_ids) | ({num_layers} if spec.last_hidden else set())
+    hooks = [
+        (parts.layers[i] if i < num_layers else parts.final_norm).register_forward_pre_hook(keep(i), with_kwargs=True)
+        for i in sorted(wanted)
+    ]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def logits_from_last_hidden(model: nn.Module, last_hidden_BTH: Tensor) -> Tensor:
+    """The verifier's logits from the stream before its final norm: its own norm, head, scale and soft cap."""
+    parts = verifier_parts(model)
+    logits_BTV = parts.head(parts.final_norm(last_hidden_BTH))
+    config = parts.config
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits_BTV = logits_BTV * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits_BTV = logits_BTV / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+        logits_BTV = torch.tanh(logits_BTV / cap) * cap
+    return logits_BTV
+
+
+@torch.no_grad()
+def check_reproduces_logits(model: nn.Module) -> None:
+    """Prove on a few tokens that captured states give the model's own logits, or say how far they are apart.
+
+    A wrong norm (1 + w against w), a missed scale or soft cap would otherwise train a drafter on wrong targets.
+    """
+    parts = verifier_parts(model)
+    device = next(model.parameters()).device
+    token_ids_BT = torch.arange(1, 9, device=device)[None] % parts.config.vocab_size
+    with capture_states(model, CaptureSpec(last_hidden=True)) as states:
+        logits_BTV = model(input_ids=token_ids_BT, use_cache=False).logits
+    assert states.last_hidden is not None
+    ours_BTV = logits_from_last_hidden(model, states.last_hidden)
+    if ours_BTV.shape != logits_BTV.shape:
+        raise ValueError(
+            f"the head of {type(model).__name__} gives logits of shape {tuple(ours_BTV.shape)}, the model gives "
+            f"{tuple(logits_BTV.shape)}: its logits cannot be rebuilt from hidden states"
+        )
+    difference = (ours_BTV.float() - logits_BTV.float()).abs().max().item()
+    scale = logits_BTV.float().abs().max().item()
+    tolerance = 1e-4 if logits_BTV.dtype == torch.float32 else 2e-2
+    if not difference <= tolerance * max(scale, 1.0):
+        raise ValueError(
+            f"final norm and head of {type(model).__name__} do not reproduce its logits (largest difference "
+            f"{difference:.3g} at logits up to {scale:.3g}); it transforms logits in a way this library does not know"
+        )
+
+
+def _final_norm(parent: nn.Module, model: nn.Module) -> nn.Module:
+    norms = [
+        child
+        for name, child in parent.named_children()
+        if "norm" in type(child).__name__.lower() and "embed" not in name and "embd" not in name
+    ]
+    if len(norms) != 1:
+        found = [type(norm).__name__ for norm in norms]
+        raise ValueError(f"{type(model).__name__} has {len(norms)} candidates for the final norm {found}; expected one")
+    return norms[0]
+
+
+def _head(model: nn.Module) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output head; a verifier must be a causal LM")
+    return head
+
+
+def _text_config(config: PreTrainedConfig) -> dict[str, Any]:
+    return config.get_text_config(decoder=True).to_dict()
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
