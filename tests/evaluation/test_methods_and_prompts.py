@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,10 +16,10 @@ class LetterTokenizer:
 
     chat_template = "yes"
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
 
-    def apply_chat_template(self, messages, tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(self, messages, tokenize: bool, add_generation_prompt: bool, tools=None) -> str:
         assert not tokenize and add_generation_prompt
         return "".join(f"<{message['role'][0]}>{message['content']}" for message in messages) + "<a>"
 

@@ -41,13 +41,13 @@ def generate(
 ) -> dict[str, Any]:
     """Decode prompts with draft-and-verify; greedy output is the verifier's own, token for token."""
     from speculators.decoding import SamplingParams
-    from speculators.evaluation import load_decodable, parse_method, render_prompt
+    from speculators.evaluation import load_decodable, parse_method, render_question
 
     chosen = parse_method(method, num_speculative_tokens)
     decodable = load_decodable(verifier, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     tokenizer = decodable.tokenizer
     texts = [sys.stdin.read() if text == "-" else text for text in prompt]
-    prompts = [tokenizer(text).input_ids if raw else render_prompt(question(text), tokenizer) for text in texts]
+    prompts = [tokenizer(text).input_ids if raw else render_question(text, tokenizer) for text in texts]
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     outputs = decodable.engine(chosen, max_batch_size=len(prompts)).generate(prompts, sampling)
     for text, output in zip(texts, outputs, strict=True):
@@ -55,10 +55,6 @@ def generate(
         out().print(output.text, markup=False)
         print_facts("", facts_of(output))
     return {"verb": "generate", "method": chosen.name, "outputs": [record_of(output) for output in outputs]}
-
-
-def question(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 def facts_of(output: RequestOutput) -> dict[str, Any]:

@@ -24,7 +24,7 @@ EXPORTS = {
     "first_difference": "losslessness",
     "NotLosslessError": "losslessness",
     "load_prompts": "prompts",
-    "render_prompt": "prompts",
+    "render_question": "prompts",
     "parse_method": "methods",
     "parse_methods": "methods",
     "load_decodable": "setup",

@@ -1,0 +1,90 @@
+"""`speculators regenerate-responses`: the verifier answers a data set's prompts itself, with our own engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from speculators.cli.console import WorkProgress, print_facts
+from speculators.cli.options import (
+    Device,
+    Dtype,
+    NumSpeculativeTokens,
+    Temperature,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+    Verifier,
+    parse_json_object,
+)
+
+
+def regenerate_responses(
+    model: Verifier,
+    data: Annotated[str, typer.Option("--data", "--dataset", help="File, directory, hf:<id> or preset.")],
+    output: Annotated[Path, typer.Option("--output", "--outfile", help="JSONL file to write, for prepare-data.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Conversations to answer. Default: all.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--concurrency", min=1, help="Answered together.")] = 32,
+    method: Annotated[
+        str, typer.Option(help="Draft with a speculator's directory or a method; none: plainly.")
+    ] = "none",
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Complete a file that exists.")] = False,
+    chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> dict[str, Any]:
+    """Replace the answers of a data set by the verifier's own: the text that a drafter will see when it serves."""
+    from speculators.data_generation import regenerate_responses as regenerate
+    from speculators.decoding import SamplingParams
+    from speculators.evaluation import load_decodable, parse_method
+
+    template_kwargs = parse_json_object("--chat-template-kwargs", chat_template_kwargs)
+    decodable = load_decodable(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    engine = decodable.engine(parse_method(method, num_speculative_tokens), max_batch_size=batch_size)
+    how = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    sampling = SamplingParams(**how)
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        return [output.token_ids for output in engine.generate(prompts, sampling)]
+
+    with WorkProgress() as progress:
+        report = regenerate(
+            data,
+            decodable.tokenizer,
+            answer,
+            output=output,
+            limit=limit,
+            batch_size=batch_size,
+            max_prompt_tokens=engine.max_length - 1,
+            resume=resume,
+            stop_token_ids=engine.eos_ids,
+            sampling_params=how,
+            chat_template_kwargs=template_kwargs,
+            progress=progress,
+        )
+    facts = {
+        "file": report.path,
+        "conversations": f"{report.num_conversations:,}, and {report.num_already_done:,} that were there",
+        "answers": f"{report.num_rows:,} of {report.num_tokens:,} tokens, {report.num_cut:,} cut at the limit",
+        "failed": f"{report.num_failed:,}",
+        "left out": "; ".join(f"{count} x {reason}" for reason, count in report.dropped.items()) or "nothing",
+    }
+    print_facts("Regenerated", facts)
+    return {
+        "verb": "regenerate-responses",
+        "path": str(report.path),
+        "num_conversations": report.num_conversations,
+        "num_rows": report.num_rows,
+        "num_tokens": report.num_tokens,
+        "num_cut": report.num_cut,
+        "num_failed": report.num_failed,
+    }
