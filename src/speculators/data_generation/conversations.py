@@ -58,6 +58,14 @@ def parse_row(row: Mapping[str, Any], unknown_roles: Counter[str]) -> Conversati
         raise UnusableRow("row is not a JSON object")
     if row.get("input_ids") is not None and row.get("loss_mask") is not None:
         return parse_token_row(row["input_ids"], row["loss_mask"])
+    conversation = parse_conversation(row, unknown_roles)
+    if not any(message["role"] == "assistant" for message in conversation.messages):
+        raise UnusableRow("no assistant turn")
+    return conversation
+
+
+def parse_conversation(row: Mapping[str, Any], unknown_roles: Counter[str]) -> Conversation:
+    """The turns of a row, answered or not."""
     if any(row.get(column) for column in IMAGE_COLUMNS):
         raise UnusableRow("row has images (only text is supported)")
     turns = next((row[column] for column in CONVERSATION_COLUMNS if row.get(column) is not None), None)
@@ -66,8 +74,6 @@ def parse_row(row: Mapping[str, Any], unknown_roles: Counter[str]) -> Conversati
     messages = [parse_turn(turn, unknown_roles) for turn in as_turns(turns)]
     if not messages:
         raise UnusableRow("empty conversation")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UnusableRow("no assistant turn")
     return Conversation(messages, parse_tools(row.get("tools")))
 
 

@@ -1,0 +1,269 @@
+"""regenerate_responses: the verifier answers the prompts itself, so that a drafter learns the text it will see.
+
+    <output>.jsonl          one row per answer, pre-tokenised: prepare-data takes the file as it is
+    <output>.errors.jsonl   conversations that failed; a resumed run tries them again
+
+A conversation is written whole, when its last answer is there: a resumed run skips what is written and repeats nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speculators.data_generation.conversations import UnusableRow
+from speculators.data_generation.datasets import RawRows, load_raw_dataset
+from speculators.data_generation.masks import ChatRenderer
+from speculators.data_generation.preprocessing import Progress
+from speculators.data_generation.rollout import Provenance, Rollout, make_rollout
+
+logger = logging.getLogger(__name__)
+
+Generate = Callable[[list[list[int]]], list[list[int]]]
+"""Prompts in, the generated tokens (without the prompts, with the end token) out; same order."""
+
+
+@dataclass
+class RegenerationReport:
+    """What was written."""
+
+    path: Path
+    errors_path: Path
+    num_conversations: int = 0
+    """Answered in this run."""
+    num_rows: int = 0
+    num_tokens: int = 0
+    """Generated ones."""
+    num_cut: int = 0
+    """Answers that did not end by themselves."""
+    num_already_done: int = 0
+    num_failed: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason -> rows of the source that could not be asked."""
+
+    def why_not(self) -> str:
+        reasons = [f"{num_dropped} x {reason}" for reason, num_dropped in self.dropped.most_common(5)]
+        if self.num_failed:
+            reasons.append(f"{self.num_failed} failed (see {self.errors_path})")
+        return "; ".join(reasons) or "none to ask"
+
+
+def regenerate_responses(
+    conversations: str | Path | Sequence[Any],
+    tokenizer: Any,
+    generate: Generate,
+    *,
+    output: str | Path,
+    limit: int | None = None,
+    batch_size: int = 64,
+    max_prompt_tokens: int | None = None,
+    resume: bool = False,
+    stop_token_ids: Collection[int] | None = None,
+    endpoint: str = "in-process",
+    sampling_params: Mapping[str, Any] | None = None,
+    max_consecutive_errors: int = 8,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> RegenerationReport:
+    """Answer every user turn of `conversations` (rows, or a source for `load_raw_dataset`) with `generate`.
+
+    `batch_size` conversations are answered together, turn by turn. `endpoint` and `sampling_params` are only noted.
+    """
+    path = Path(output)
+    if path.suffix != ".jsonl":
+        raise ValueError(f"output {str(path)!r} must end in .jsonl: one row is written a line")
+    if path.exists() and not resume:
+        raise ValueError(f"{str(path)!r} exists; pass resume (--resume) to complete it, or choose another output")
+    rows = load_raw_dataset(conversations) if isinstance(conversations, str | Path) else RawRows("rows", conversations)
+    report = RegenerationReport(path, path.with_suffix(".errors.jsonl"))
+    stop_ids = {tokenizer.eos_token_id} if stop_token_ids is None else set(stop_token_ids)
+    answering = Answering(
+        tokenizer=tokenizer,
+        generate=generate,
+        provenance=Provenance(endpoint, sampling_params or {}, stop_ids),
+        max_prompt_tokens=max_prompt_tokens,
+        max_consecutive_errors=max_consecutive_errors,
+        renderer=ChatRenderer(tokenizer, chat_template_kwargs) if getattr(tokenizer, "chat_template", None) else None,
+    )
+    already_done = finished_ids(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_rows = len(rows) if limit is None else min(limit, len(rows))
+    unanswered = rollouts(rows, num_rows, already_done, report)
+    try:
+        with path.open("a", encoding="utf-8") as written, report.errors_path.open("w", encoding="utf-8") as errors:
+            for batch in batches(unanswered, batch_size):
+                for rollout, error in answering.answer(batch):
+                    if error is None:
+                        written.write("".join(json_line(row) for row in rollout.answers))
+                        written.flush()
+                        count(report, rollout)
+                    else:
+                        report.num_failed += 1
+                        errors.write(json_line(failure(rollout, error)))
+                        errors.flush()
+                if progress is not None:
+                    progress("regenerate", batch[-1].index + 1, num_rows)
+    finally:
+        for file in (path, report.errors_path):
+            if file.exists() and file.stat().st_size == 0:
+                file.unlink()
+    warn_about(report)
+    if report.num_rows == 0 and report.num_already_done == 0:
+        raise ValueError(f"nothing was answered: {num_rows} rows in {rows.name}, {report.why_not()}")
+    return report
+
+
+@dataclass
+class Answering:
+    """Takes batches of rollouts to their ends."""
+
+    tokenizer: Any
+    generate: Generate
+    provenance: Provenance
+    max_prompt_tokens: int | None
+    max_consecutive_errors: int
+    renderer: ChatRenderer | None
+    num_consecutive_errors: int = 0
+
+    def answer(self, batch: Sequence[Rollout]) -> Iterator[tuple[Rollout, Exception | None]]:
+        """Each rollout, with the error that ended it if one did, as soon as it is over."""
+        waiting = list(batch)
+        while waiting:
+            asked: list[tuple[Rollout, list[int]]] = []
+            for rollout in waiting:
+                try:
+                    prompt = self.prompt_of(rollout)
+                except UnusableRow as error:
+                    yield rollout, error
+                    continue
+                if prompt is None:
+                    yield rollout, None
+                else:
+                    asked.append((rollout, prompt))
+            waiting = []
+            for (rollout, prompt), answer in zip(asked, self.ask([prompt for _, prompt in asked]), strict=True):
+                try:
+                    if isinstance(answer, Exception):
+                        raise answer
+                    rollout.accept(prompt, answer, self.tokenizer, self.provenance)
+                except Exception as error:  # whatever the caller's generate raised for this prompt
+                    yield rollout, error
+                else:
+                    waiting.append(rollout)
+
+    def prompt_of(self, rollout: Rollout) -> list[int] | None:
+        if self.renderer is None and rollout.prompt_ids is None:
+            self.renderer = ChatRenderer(self.tokenizer)  # says what is wrong with a tokenizer without template
+        prompt = rollout.next_prompt(self.renderer)
+        if prompt is None and not rollout.answers:
+            raise UnusableRow("no turn of this conversation is to be answered")
+        if prompt is None or self.max_prompt_tokens is None or len(prompt) <= self.max_prompt_tokens:
+            return prompt
+        if rollout.answers:
+            return None  # the conversation outgrew the window: its answers so far are good
+        raise UnusableRow(f"prompt of {len(prompt)} tokens is longer than max_prompt_tokens={self.max_prompt_tokens}")
+
+    def ask(self, prompts: list[list[int]]) -> list[list[int] | Exception]:
+        """Answers; where the batch as a whole fails, each prompt is tried alone, so one bad prompt costs one row."""
+        if not prompts:
+            return []
+        try:
+            answers: list[list[int] | Exception] = list(self.generate(prompts))
+        except Exception as error:
+            if len(prompts) == 1:
+                return [self.failed(error)]
+            logger.warning("a batch of %d prompts failed (%s); each is tried alone", len(prompts), error)
+            return [self.ask([prompt])[0] for prompt in prompts]
+        if len(answers) != len(prompts):
+            raise ValueError(f"generate returned {len(answers)} answers for {len(prompts)} prompts; one each is needed")
+        self.num_consecutive_errors = 0
+        return answers
+
+    def failed(self, error: Exception) -> Exception:
+        """The error, as an answer; raised when there were so many in a row that the verifier must be gone."""
+        self.num_consecutive_errors += 1
+        if self.num_consecutive_errors >= self.max_consecutive_errors:
+            raise error
+        return error
+
+
+def rollouts(
+    rows: RawRows, num_rows: int, already_done: Collection[str], report: RegenerationReport
+) -> Iterator[Rollout]:
+    """The conversations still to be answered; the others are counted in the report."""
+    prompt_field = None if rows.config is None else rows.config.prompt_field
+    seen: set[str] = set()
+    for index in range(num_rows):
+        row = rows[index]
+        primary_id = str(row["id"]) if isinstance(row, Mapping) and row.get("id") is not None else str(index)
+        if primary_id in seen:
+            primary_id = f"{primary_id}-{index}"
+        seen.add(primary_id)
+        if primary_id in already_done:
+            report.num_already_done += 1
+            continue
+        try:
+            yield make_rollout(index, row, primary_id, prompt_field)
+        except UnusableRow as reason:
+            report.dropped[str(reason)] += 1
+
+
+def finished_ids(path: Path) -> set[str]:
+    """Conversations an earlier run wrote. A last line that was cut off in writing is removed from the file."""
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+    finished = set()
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            finished.add(str(json.loads(line)["primary_id"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"line {number} of {str(path)!r} is no regenerated row ({error}); remove it or choose another output"
+            ) from error
+    return finished
+
+
+def batches(items: Iterator[Rollout], size: int) -> Iterator[list[Rollout]]:
+    batch: list[Rollout] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def count(report: RegenerationReport, rollout: Rollout) -> None:
+    report.num_conversations += 1
+    report.num_rows += len(rollout.answers)
+    for row in rollout.answers:
+        report.num_tokens += row["metadata"]["usage"]["completion_tokens"]
+        report.num_cut += row["metadata"]["finish_reason"] == "length"
+
+
+def failure(rollout: Rollout, error: Exception) -> dict[str, Any]:
+    return {"primary_id": rollout.primary_id, "idx": rollout.index, "error": f"{type(error).__name__}: {error}"}
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def warn_about(report: RegenerationReport) -> None:
+    for reason, num_dropped in report.dropped.most_common():
+        logger.warning("left out %d: %s", num_dropped, reason)
+    if report.num_failed:
+        logger.warning("%d conversations failed; see %s", report.num_failed, report.errors_path)
+    if report.num_cut:
+        logger.warning("%d of %d answers were cut at the length limit", report.num_cut, report.num_rows)

@@ -1,0 +1,182 @@
+"""On-policy responses: the rows that are written, resuming, and failures that cost one conversation each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from chats import chat, make_tokenizer, write_jsonl
+
+from speculators.data_generation import prepare_data, regenerate_responses
+
+END = "<|im_end|>"
+
+
+class Parrot:
+    """A verifier that answers with its last question in capitals, and notes what it was asked."""
+
+    def __init__(self, tokenizer, broken_word: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.broken_word = broken_word
+        self.prompts: list[str] = []
+
+    def __call__(self, prompts: list[list[int]]) -> list[list[int]]:
+        texts = [self.tokenizer.decode(prompt) for prompt in prompts]
+        if self.broken_word is not None and any(self.broken_word in text for text in texts):
+            raise ConnectionError("server gone")
+        self.prompts += texts
+        questions = [text.rsplit("<|im_start|>user\n", 1)[-1].split(END)[0] for text in texts]
+        return [self.tokenizer(question.upper() + END)["input_ids"] for question in questions]
+
+
+@pytest.fixture
+def parrot(tokenizer) -> Parrot:
+    return Parrot(tokenizer)
+
+
+def written(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_answer_becomes_a_row_and_the_context_of_the_next_question(tokenizer, parrot, tmp_path):
+    out = tmp_path / "out.jsonl"
+    conversation = {"id": "c7", **chat("hi", "an old answer", "bye", "another")}
+    report = regenerate_responses(
+        [conversation], tokenizer, parrot, output=out, sampling_params={"temperature": 0.5}, endpoint="here"
+    )
+    first, second = written(out)
+    assert parrot.prompts == [
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nHI<|im_end|>\n"
+        "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n",
+    ]
+    assert (first["id"], second["id"], second["primary_id"]) == ("c7_gen0", "c7_gen1", "c7")
+    assert second["text"] == "BYE<|im_end|>"
+    num_answer_tokens = sum(second["loss_mask"])
+    assert tokenizer.decode(second["input_ids"][-num_answer_tokens:]) == "BYE<|im_end|>"
+    assert second["loss_mask"] == [0] * (len(second["input_ids"]) - num_answer_tokens) + [1] * num_answer_tokens
+    assert second["metadata"] == {
+        "idx": 0,
+        "finish_reason": "stop",
+        "is_tool_call": False,
+        "usage": {
+            "prompt_tokens": len(second["input_ids"]) - num_answer_tokens,
+            "completion_tokens": num_answer_tokens,
+        },
+        "endpoint": "here",
+        "sampling_params": {"temperature": 0.5},
+    }
+    assert (report.num_conversations, report.num_rows, report.num_cut) == (1, 2, 0)
+    assert report.num_tokens == sum(first["loss_mask"]) + num_answer_tokens
+    assert not report.errors_path.exists()
+
+
+def test_the_rows_are_training_data_as_they_are(tokenizer, parrot, model_dir, tmp_path):
+    out = tmp_path / "out.jsonl"
+    regenerate_responses([chat("hi", "x"), chat("yo", "x")], tokenizer, parrot, output=out)
+    prepared = prepare_data(model=model_dir, data=out, output=tmp_path / "data", seq_length=100)
+    rows = {tuple(row["input_ids"].tolist()): row["loss_mask"].tolist() for row in prepared.dataset()}
+    assert rows == {tuple(row["input_ids"]): row["loss_mask"] for row in written(out)}
+
+
+@pytest.mark.parametrize(
+    ("row", "questions"),
+    [
+        (chat("hi"), 1),  # a question nobody answered yet
+        ({"prompt": "hi"}, 1),
+        ({"conversations": [{"role": "assistant", "content": "welcome"}, {"role": "user", "content": "hi"}]}, 1),
+        ({"conversations": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]}, 1),
+        (chat("a", "b", "c", "d", "hi"), 3),
+    ],
+)
+def test_whatever_ends_in_a_question_is_answered(tokenizer, parrot, tmp_path, row, questions):
+    regenerate_responses([row], tokenizer, parrot, output=tmp_path / "out.jsonl")
+    rows = written(tmp_path / "out.jsonl")
+    assert len(rows) == questions
+    assert rows[-1]["text"] == "HI<|im_end|>"
+    assert ("welcome" in parrot.prompts[0]) == ("welcome" in str(row))
+
+
+def test_pre_tokenised_rows_need_no_template(tmp_path):
+    tokenizer = make_tokenizer(None)
+    row = {"input_ids": [9, 8, 7, 6], "loss_mask": [0, 0, 1, 1]}
+    regenerate_responses([row], tokenizer, lambda prompts: [[5]] * len(prompts), output=tmp_path / "out.jsonl")
+    (answer,) = written(tmp_path / "out.jsonl")
+    assert (answer["input_ids"], answer["loss_mask"]) == ([9, 8, 5], [0, 0, 1])
+    assert answer["metadata"]["finish_reason"] == "length"
+
+
+def test_results_of_calls_that_were_never_made_are_not_read(tokenizer, parrot, tmp_path):
+    turns = [("user", "sum"), ("assistant", "<tool_call>"), ("tool", "4"), ("assistant", "four")]
+    row = {"conversations": [{"role": role, "content": text} for role, text in turns]}
+    regenerate_responses([row], tokenizer, parrot, output=tmp_path / "out.jsonl")
+    assert [row["text"] for row in written(tmp_path / "out.jsonl")] == ["SUM<|im_end|>"]
+
+
+def test_one_failing_prompt_costs_one_conversation(tokenizer, tmp_path):
+    out = tmp_path / "out.jsonl"
+    parrot = Parrot(tokenizer, broken_word="bad")
+    rows = [chat("one", "x"), chat("bad", "x"), chat("two", "x")]
+    report = regenerate_responses(rows, tokenizer, parrot, output=out)
+    assert [row["primary_id"] for row in written(out)] == ["0", "2"]
+    assert written(report.errors_path) == [{"primary_id": "1", "idx": 1, "error": "ConnectionError: server gone"}]
+    parrot.broken_word = None
+    again = regenerate_responses(rows, tokenizer, parrot, output=out, resume=True)
+    assert (again.num_already_done, again.num_conversations, again.num_failed) == (2, 1, 0)
+    assert sorted(row["primary_id"] for row in written(out)) == ["0", "1", "2"]
+    assert not again.errors_path.exists()
+
+
+def test_a_verifier_that_is_gone_stops_the_run_and_the_next_one_goes_on(tokenizer, tmp_path):
+    out = tmp_path / "out.jsonl"
+    rows = [chat(word, "x") for word in ("one", "two", *["bad"] * 6)]
+    parrot = Parrot(tokenizer, broken_word="bad")
+    with pytest.raises(ConnectionError):
+        regenerate_responses(rows, tokenizer, parrot, output=out, batch_size=2, max_consecutive_errors=3)
+    assert len(written(out)) == 2
+    with pytest.raises(ValueError, match="pass resume"):
+        regenerate_responses(rows, tokenizer, parrot, output=out)
+    with out.open("a") as file:
+        file.write('{"primary_id": "2", "input')  # killed while writing
+    parrot = Parrot(tokenizer)
+    regenerate_responses(rows, tokenizer, parrot, output=out, resume=True)
+    assert [row["primary_id"] for row in written(out)] == [str(i) for i in range(8)]
+    assert len(parrot.prompts) == 6
+
+
+def test_rows_that_cannot_be_asked_are_counted(tokenizer, parrot, tmp_path):
+    rows = [{"text": "x"}, chat("hi"), {"conversations": [{"role": "assistant", "content": "x"}]}, chat("w" * 90)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    calls = []
+    report = regenerate_responses(
+        data,
+        tokenizer,
+        parrot,
+        output=tmp_path / "out.jsonl",
+        max_prompt_tokens=80,
+        progress=lambda *call: calls.append(call),
+    )
+    assert report.num_conversations == 1
+    assert report.dropped == {"no 'conversations' (or input_ids + loss_mask)": 1, "no user turn to answer": 1}
+    assert "longer than max_prompt_tokens=80" in written(report.errors_path)[0]["error"]
+    assert calls[-1] == ("regenerate", 4, 4)
+
+
+def test_a_tokenizer_without_template_and_a_wrong_output_name_are_refused(parrot, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.jsonl"):
+        regenerate_responses([chat("hi")], tokenizer, parrot, output=tmp_path / "out.json")
+    with pytest.raises(ValueError, match="no chat template"):
+        regenerate_responses([chat("hi")], make_tokenizer(None), parrot, output=tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match="returned 0 answers for 1"):
+        regenerate_responses([chat("hi")], tokenizer, lambda prompts: [], output=tmp_path / "out.jsonl")
+    for rows, reason in (([], "none to ask"), ([{"text": "x"}], "1 x no 'conversations'")):
+        with pytest.raises(ValueError, match=reason):
+            regenerate_responses(rows, tokenizer, parrot, output=tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_number_of_conversations_is_limited_and_equal_ids_are_told_apart(tokenizer, parrot, tmp_path):
+    rows = [{"id": "same", **chat("hi")}] * 3
+    regenerate_responses(rows, tokenizer, parrot, output=tmp_path / "out.jsonl", limit=2)
+    assert [row["primary_id"] for row in written(tmp_path / "out.jsonl")] == ["same", "same-1"]
