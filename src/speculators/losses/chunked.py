@@ -248,13 +248,14 @@ class ChunkedRows(torch.autograd.Function):
         losses_MN = torch.zeros(len(terms), len(hidden), dtype=accumulate, device=device)
         draft_ids_N, target_ids_N = torch.zeros(2, len(hidden), dtype=torch.int64, device=device).unbind(0)
         grad_hidden_NH = None if head_VH.requires_grad else torch.zeros(hidden.shape, dtype=dtype, device=device)
-        for chunk in walk(hidden, head, targets, pairing, terms):
-            for loss_N, loss in zip(losses_MN, chunk.losses, strict=True):
-                loss_N[chunk.draft_rows] = loss
-            draft_ids_N[chunk.draft_rows] = chunk.draft_ids
-            target_ids_N[chunk.draft_rows] = chunk.target_ids
-            if grad_hidden_NH is not None:
-                grad_hidden_NH[chunk.draft_rows] = chunk.grad_logits.to(dtype) @ head
+        with torch.autocast(device.type, enabled=False):  # products are cast by hand; sums stay fp32
+            for chunk in walk(hidden, head, targets, pairing, terms):
+                for loss_N, loss in zip(losses_MN, chunk.losses, strict=True):
+                    loss_N[chunk.draft_rows] = loss
+                draft_ids_N[chunk.draft_rows] = chunk.draft_ids
+                target_ids_N[chunk.draft_rows] = chunk.target_ids
+                if grad_hidden_NH is not None:
+                    grad_hidden_NH[chunk.draft_rows] = chunk.grad_logits.to(dtype) @ head
         ctx.save_for_backward(*((hidden_NH, head_VH) if grad_hidden_NH is None else (grad_hidden_NH,)))
         ctx.rest = targets, pairing, terms, dtype, hidden_NH.dtype
         weights_M = torch.tensor([weight for _, weight in terms], dtype=accumulate, device=device)

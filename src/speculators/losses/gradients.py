@@ -119,7 +119,9 @@ class ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel: LossKernel, logits: Tensor, targets: Tensor) -> Tensor:
         draft = DraftRows.from_logits(logits.detach().reshape(-1, logits.shape[-1]))
-        loss_N, grad_NV = kernel(draft, TargetRows.from_logits(targets.detach().reshape(-1, targets.shape[-1])))
+        target = TargetRows.from_logits(targets.detach().reshape(-1, targets.shape[-1]))
+        with torch.autocast(logits.device.type, enabled=False):
+            loss_N, grad_NV = kernel(draft, target)
         ctx.save_for_backward(grad_NV)
         ctx.like = logits.shape, logits.dtype
         return loss_N.view(logits.shape[:-1])
