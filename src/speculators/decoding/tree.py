@@ -31,13 +31,14 @@ class TokenTree:
     @classmethod
     def of(cls, paths: Iterable[Iterable[int]]) -> TokenTree:
         """Sorted and checked: distinct, non-empty, ranks from 0, every prefix present."""
-        found = sorted({tuple(path) for path in paths}, key=lambda path: (len(path), path))
-        present = set(found)
-        if not found:
+        present = {tuple(path) for path in paths}
+        if not present:
             raise ValueError("speculative_token_tree is empty; leave it out to draft a chain")
-        for path in found:
+        for path in present:
             if not path or not all(isinstance(rank, int) and rank >= 0 for rank in path):
                 raise ValueError(f"speculative_token_tree path {path} must be a non-empty tuple of child ranks >= 0")
+        found = sorted(present, key=lambda path: (len(path), path))
+        for path in found:
             if len(path) > 1 and path[:-1] not in present:
                 raise ValueError(f"speculative_token_tree has {path} but not its parent {path[:-1]}; add the parent")
         return cls(tuple(found))

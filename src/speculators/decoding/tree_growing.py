@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speculators.decoding.tree import depths
+from speculators.decoding.tree import TokenTree, depths
 from speculators.decoding.verification import inverse_cdf
 from speculators.interfaces import Proposal
 
@@ -130,3 +130,28 @@ def sample_tree(
                 left[parents[slot]] = q_BV.scatter(1, drawn_B[:, None], 0.0)
     probs_BKV = torch.stack([probs[slot] for slot in range(K)], 1) if K else None
     return Proposal(token_ids_BK, probs_BKV, torch.tensor(list(parents), device=uniform_BK.device))
+
+
+def share_shape(proposal: Proposal) -> Proposal:
+    """The same trees with one topology for all rows (parents [K']): the union of their shapes, -1 where a row has none.
+
+    A node's place is its path of sibling ranks in slot order, so siblings keep their order and laws travel along.
+    """
+    assert proposal.parents_K is not None and proposal.probs_BKV is None, "deterministic trees only"
+    slot_of_path: list[dict[tuple[int, ...], int]] = []
+    for tokens, parents in zip(proposal.token_ids_BK.tolist(), proposal.parents_K.tolist(), strict=True):
+        paths: dict[int, tuple[int, ...]] = {-1: ()}
+        num_children: dict[int, int] = {}
+        for slot, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+            if token >= 0 and parent in paths:
+                paths[slot] = (*paths[parent], num_children.get(parent, 0))
+                num_children[parent] = num_children.get(parent, 0) + 1
+        slot_of_path.append({path: slot for slot, path in paths.items() if slot >= 0})
+    every_path = {path for paths_of_row in slot_of_path for path in paths_of_row}
+    if not every_path:
+        return Proposal(proposal.token_ids_BK[:, :0], None, proposal.parents_K.new_zeros(0))
+    shared = TokenTree.of(every_path)
+    source_BK = torch.tensor([[slots.get(path, -1) for path in shared.paths] for slots in slot_of_path])
+    source_BK = source_BK.to(proposal.token_ids_BK.device)
+    token_BK = torch.where(source_BK >= 0, proposal.token_ids_BK.gather(1, source_BK.clamp_min(0)), -1)
+    return Proposal(token_BK, None, torch.tensor(shared.parents, device=token_BK.device))
