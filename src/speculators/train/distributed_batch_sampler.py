@@ -7,6 +7,7 @@ random mixtures of lengths. Deterministic in (seed, epoch): a resumed run sees t
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -79,20 +80,20 @@ def pack(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[
     order they were closed.
     """
     closed: list[list[int]] = []
-    open_rows: list[tuple[int, list[int]]] = []  # (tokens still free, documents)
+    free: list[tuple[int, int]] = []  # (tokens still free, row), ascending: the fullest open row first
+    documents: dict[int, list[int]] = {}
     for index in order:
         length = lengths[index]
         if length == 0:
             continue
-        fitting = [slot for slot, (free, _) in enumerate(open_rows) if free >= length]
-        if fitting:
-            slot = min(fitting, key=lambda slot: open_rows[slot][0])
-            free, documents = open_rows[slot]
-            documents.append(index)
-            open_rows[slot] = (free - length, documents)
+        slot = bisect_left(free, (length, -1))
+        if slot < len(free):
+            room, row = free.pop(slot)
         else:
-            open_rows.append((limit - length, [index]))
-            if len(open_rows) > NUM_OPEN_ROWS:
-                fullest = min(range(len(open_rows)), key=lambda slot: open_rows[slot][0])
-                closed.append(open_rows.pop(fullest)[1])
-    return closed + [documents for _, documents in sorted(open_rows, key=lambda row: row[0])]
+            room, row = limit, len(closed) + len(documents)
+            documents[row] = []
+            if len(documents) > NUM_OPEN_ROWS:
+                closed.append(documents.pop(free.pop(0)[1]))
+        documents[row].append(index)
+        insort(free, (room - length, row))
+    return closed + [documents[row] for _, row in free]

@@ -18,7 +18,9 @@ Batch = dict[str, Any]
 class BatchLoader(Protocol):
     """What the trainer needs of its data."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Batches of the current epoch."""
+        ...
 
     def set_epoch(self, epoch: int) -> None: ...
 

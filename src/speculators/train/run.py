@@ -66,7 +66,7 @@ def build(config: TrainConfig, ranks: Ranks, on_event: Listener) -> tuple[Traine
     torch.manual_seed(config.seed)
     if config.deterministic_cuda:
         torch.use_deterministic_algorithms(True)
-    data, name = config.data, config.verifier.verifier_name_or_path
+    data, name = config.data, verifier_name(config)
     dtype = getattr(torch, data.hidden_states_dtype)
 
     def note(text: str) -> None:
@@ -96,6 +96,12 @@ def build(config: TrainConfig, ranks: Ranks, on_event: Listener) -> tuple[Traine
     return trainer, estimate(config, model, verifier_model, hidden_size)
 
 
+def verifier_name(config: TrainConfig) -> str:
+    """As given; a directory by its absolute path, since the checkpoint records it and is loaded from elsewhere."""
+    name = config.verifier.verifier_name_or_path
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def open_splits(config: TrainConfig, dtype: torch.dtype, vocab_size: int) -> tuple[ArrowDataset, ArrowDataset | None]:
     """Training and validation rows, checked: there are some, with something to learn, in the verifier's vocabulary."""
     keys = config.data
@@ -114,7 +120,7 @@ def open_splits(config: TrainConfig, dtype: torch.dtype, vocab_size: int) -> tup
 
 def build_model(config: TrainConfig, verifier_config: Any) -> SpeculatorModel:
     """A drafter with fp32 weights: new, or the one named by --from-pretrained."""
-    keys, flat = config.draft, config.flatten()
+    keys, flat, name = config.draft, config.flatten(), verifier_name(config)
     cls = SpeculatorModel.get_class(config.speculator_type)
     mapping = resolve_vocab_mapping(
         target_vocab_size=text_config(verifier_config).vocab_size, draft_vocab_size=keys.draft_vocab_size,
@@ -125,13 +131,15 @@ def build_model(config: TrainConfig, verifier_config: Any) -> SpeculatorModel:
     if keys.from_pretrained:
         is_explicit = keys.d2t_path is not None
         model = cls.from_pretrained(
-            keys.from_pretrained, verifier=config.verifier.verifier_name_or_path, dtype=torch.float32,
+            keys.from_pretrained, verifier=name, dtype=torch.float32,
             t2d=t2d if is_explicit else None, d2t=d2t if is_explicit else None,
         )  # fmt: skip
     else:
         size = None if d2t is None else len(d2t)
         shape = draft_config(verifier_config, keys)
-        model = cls.from_training_args(shape, **{**flat, "t2d": t2d, "d2t": d2t, "draft_vocab_size": size})
+        model = cls.from_training_args(
+            shape, **{**flat, "t2d": t2d, "d2t": d2t, "draft_vocab_size": size, "verifier_name_or_path": name}
+        )
     return model.float()
 
 

@@ -93,7 +93,7 @@ class Trainer:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.optimizers = make_optimizers(model, optimizer_config(config))
-        num_run_steps = config.num_epochs * len(self.train_loader)
+        num_run_steps = num_steps_of(self.train_loader, config.num_epochs)
         self.num_steps = min(num_run_steps, config.max_steps or num_run_steps)
         self.schedule = make_schedule(
             config.scheduler_type,
@@ -121,6 +121,7 @@ class Trainer:
         if path is None:
             return
         position = self.checkpointer.load(path, self.model, self.optimizers)
+        self.train_loader.set_epoch(position.epoch)
         finished = position.local_step == 0 or position.local_step >= len(self.train_loader)
         self.position = Position(position.epoch + 1, 0, position.global_step) if finished else position
         self.last_saved = (path, position.global_step)
@@ -275,6 +276,16 @@ def optimizer_config(config: TrainerConfig) -> OptimizerConfig:
 
 def as_loader(loader: BatchLoader | Sequence[Batch]) -> BatchLoader:
     return ListLoader(loader) if isinstance(loader, Sequence) else loader
+
+
+def num_steps_of(loader: BatchLoader, num_epochs: int) -> int:
+    """Steps of all epochs; rows are packed anew each epoch, so their number varies a little."""
+    total = 0
+    for epoch in range(num_epochs):
+        loader.set_epoch(epoch)
+        total += len(loader)
+    loader.set_epoch(0)
+    return total
 
 
 def mid_epoch_saves(checkpoint_freq: float, num_steps: int) -> set[int]:
