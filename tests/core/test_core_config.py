@@ -224,6 +224,8 @@ def test_token_proposals_default_and_resolve_by_type():
     assert type(TokenProposalConfig.model_validate(expected)) is GreedyTokenProposalConfig
     with pytest.raises(ValidationError, match="proposal_type"):
         TokenProposalConfig()
+    with pytest.raises(ValidationError, match="does not match any of the expected tags: 'greedy'"):
+        TokenProposalConfig(proposal_type="unheard of")
 
 
 def test_a_verifier_needs_both_of_its_fields():

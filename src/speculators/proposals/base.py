@@ -13,6 +13,7 @@ class TokenProposalConfig(PydanticClassRegistryMixin):
     """How a speculator proposes tokens. `TokenProposalConfig.model_validate(record)` gives the class its type names."""
 
     auto_package: ClassVar[str] = "speculators.proposals"
+    auto_ignore_modules: ClassVar[tuple[str, ...]] = ("base",)
     registry_auto_discovery: ClassVar[bool] = True
     schema_discriminator: ClassVar[str] = "proposal_type"
 

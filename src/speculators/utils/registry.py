@@ -27,6 +27,8 @@ class ClassRegistryMixin:
     registry_populated: ClassVar[bool] = False
     """True once everything that can be discovered was imported."""
     auto_package: ClassVar[str | tuple[str, ...] | None] = None
+    auto_ignore_modules: ClassVar[tuple[str, ...]] = ()
+    """Modules of `auto_package` that register nothing."""
     entry_point_group: ClassVar[str | None] = None
     """Installed distributions register through this group: entry-point name = registered name."""
 
@@ -116,7 +118,8 @@ class ClassRegistryMixin:
         for package in cls._auto_packages():
             modules = list(pkgutil.iter_modules(importlib.import_module(package).__path__))
             folders = [module.name for module in modules if module.ispkg]
-            found += [f"{package}.{name}" for name in folders or [module.name for module in modules]]
+            names = folders or [module.name for module in modules]
+            found += [f"{package}.{name}" for name in names if name not in cls.auto_ignore_modules]
         return found
 
     @classmethod
