@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ class Committed:
     """int64 valid columns a row; 0 = this row is not taking part (finished, or waiting)."""
     num_committed_B: Tensor
     """int64 sequence lengths after this commit. `num_new == num_committed > 0` means a new request took the row:
-    whatever the proposer kept for that row is void."""
+    whatever the proposer kept for that row is void. B ends at the last used row: it may differ between calls."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,44 @@ class VerifierOutput:
 
 
 class Verifier(Protocol):
-    """The model whose distribution is reproduced, with its KV cache, for a fixed number of rows."""
+    """The model whose distribution is reproduced, with its KV cache, for a fixed number of rows.
 
-    def score(self, token_ids_BT: Tensor, num_valid_B: Tensor, parents_K: Tensor | None = None) -> VerifierOutput:
-        """One forward over the given tokens, appended to each row's cache. Column 0 is the last committed token;
-        with `parents_K`, columns 1.. are the nodes of a draft tree."""
+    A context manager: forwards run inside, where the model is set up for decoding. Entering again nests.
+    """
+
+    vocab_size: int
+    device: torch.device
+
+    def score(
+        self,
+        token_ids_BT: Tensor,
+        num_valid_B: Tensor,
+        parents_K: Tensor | None = None,
+        *,
+        first_row: int = 0,
+        last_only: bool = False,
+    ) -> VerifierOutput:
+        """One forward over the given tokens, appended to the cache of rows first_row .. first_row + B - 1. In decoding
+        column 0 is the last committed token; with `parents_K`, columns 1.. are the nodes of a draft tree.
+        `last_only`: logits of each row's last valid token alone, [B, 1, V] (prompts)."""
         ...
 
     def keep(self, columns_BT: Tensor, num_kept_B: Tensor) -> None:
-        """Of the columns scored last, keep the first `num_kept_B` entries of `columns_BT`, drop the rest."""
+        """Of the columns scored last, keep the first `num_kept_B` entries of `columns_BT` in the cache, drop the rest.
+        Both are on the host."""
         ...
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget a row's tokens from `length` on; 0 frees the row."""
+        ...
+
+    def share_prefix(self, from_row: int, to_row: int, length: int) -> None:
+        """Give an empty row the first `length` cached tokens of another."""
+        ...
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exc: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -142,13 +170,11 @@ class AcceptanceRule(Protocol):
 
     @property
     def reads_logits(self) -> bool:
-        """True: the rule compares scores, so the engine hands over logits (after penalties) instead of probabilities
-        and makes no one-hot rows; False: probabilities as they are sampled from."""
+        """True: wants logits (after penalties) in place of probabilities."""
         ...
 
-    def __call__(
-        self, proposal: Proposal, target_probs_BK1V: Tensor, generator: torch.Generator | None
-    ) -> Verification:
+    def __call__(self, proposal: Proposal, target_probs_BK1V: Tensor, generator: Any) -> Verification:
         """`target_probs_BK1V[:, 0]` follows the last committed token, `[:, j + 1]` follows draft j. Greedy rows are
-        one-hot rows."""
+        one-hot rows. `generator` is a `torch.Generator`, None for torch's global one, or the rule's random decisions
+        themselves (`decoding.verification.Draws`)."""
         ...

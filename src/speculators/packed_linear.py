@@ -23,9 +23,9 @@ class PackedLinears:
         self.linears: list[_PackedLinear] = []
         if not torch.backends.mkldnn.is_available():
             return
-        seen = {id(m): m for module in modules for m in module.modules() if _can_pack(m)}
-        for linear in seen.values():
-            max_bytes -= linear.weight.numel() * linear.weight.element_size()  # type: ignore[union-attr, operator]
+        linears = (m for module in modules for m in module.modules() if isinstance(m, nn.Linear) and _can_pack(m))
+        for linear in dict.fromkeys(linears):
+            max_bytes -= linear.weight.numel() * linear.weight.element_size()
             if max_bytes < 0:
                 break
             self.linears.append(_PackedLinear(linear))
@@ -47,7 +47,7 @@ class PackedLinears:
                     linear.remove()
 
 
-def _can_pack(module: nn.Module) -> bool:
+def _can_pack(module: nn.Linear) -> bool:
     return (
         type(module) is nn.Linear
         and module.weight.device.type == "cpu"

@@ -73,7 +73,8 @@ def load_verifier(
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot load {name!r} as a causal LM from safetensors: {_first_line(error)}") from error
-    model = model.to(device) if device is not None else model
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)
 
 

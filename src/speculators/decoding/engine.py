@@ -9,8 +9,7 @@ Shapes: B rows, K draft slots, K1 = K + 1 scored columns, T tokens, V vocabulary
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from time import perf_counter
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor
 
 from speculators.decoding.hf_verifier import HFVerifier
+from speculators.decoding.intake import Intake, Prompts, Samplings, end_of_sequence_ids
 from speculators.decoding.proposers import Drafting, build_drafting
 from speculators.decoding.request import RequestOutput, StreamEvent
 from speculators.decoding.round import Accepted, drafted_tokens, logprobs_of, no_drafts, on_host, to_score
 from speculators.decoding.rows import ActiveRequest, Batch
-from speculators.decoding.sampling import BatchSampling, SamplingParams
+from speculators.decoding.sampling import BatchSampling
 from speculators.decoding.stats import DecodeStats
-from speculators.decoding.text import IncrementalText
 from speculators.decoding.verification import DRAFT_STREAM, GreedyRule, keyed_draws, keyed_uniform, resolve_rule
 from speculators.interfaces import CaptureSpec, DraftSampling, Proposal, Verification
 
@@ -39,6 +38,16 @@ PLAIN_RULE = resolve_rule("strict")
 """Without drafts it only draws the next token."""
 
 OnToken = Callable[[StreamEvent], Any]
+
+
+def usable_length(verifier: Any, max_length: int | None) -> int:
+    """Prompt plus output, at most: the caller's wish, within what the model's positions allow."""
+    wish = max_length if max_length is not None else DEFAULT_MAX_LENGTH
+    if not isinstance(verifier, torch.nn.Module):
+        return wish
+    config: Any = verifier.config
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(wish, most) if most is not None else wish
 
 
 class Engine:
@@ -62,16 +71,7 @@ class Engine:
         seed: int = 0,
     ):
         is_model = isinstance(verifier, torch.nn.Module)
-        config = verifier.config.get_text_config(decoder=True) if is_model else None
-        self.max_length = min(
-            length
-            for length in (
-                max_length,
-                getattr(config, "max_position_embeddings", None),
-                max_length or DEFAULT_MAX_LENGTH,
-            )
-            if length is not None
-        )
+        self.max_length = usable_length(verifier, max_length)
         self.tokenizer = tokenizer
         self.drafting: Drafting | None = build_drafting(
             speculative_config,
@@ -86,9 +86,10 @@ class Engine:
         self.verifier = HFVerifier(verifier, max_batch_size, capture) if is_model else verifier
         self.max_batch_size = max_batch_size
         self.prefill_chunk = prefill_chunk
-        self.eos_ids = _eos_ids(verifier, tokenizer)
         self.stats = DecodeStats()
-        self._random = random.Random(seed)
+        self._intake = Intake(
+            tokenizer, end_of_sequence_ids(verifier, tokenizer), self.verifier.vocab_size, self.max_length, seed
+        )
         self._generator = torch.Generator(device="cpu")
         self._cancelled: set[int] = set()
 
@@ -96,8 +97,8 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompts,
+        sampling: Samplings = None,
         *,
         on_token: OnToken | None = None,
         progress: Callable[[int, int], Any] | None = None,
@@ -106,7 +107,7 @@ class Engine:
 
         `on_token` sees every event and cancels its request by returning False; `progress(done, total)` counts requests.
         """
-        requests = self._requests(prompts, sampling)
+        requests = self._intake.requests(prompts, sampling)
         num_done = 0
         with self._ready():
             for event in self._run(requests):
@@ -120,11 +121,11 @@ class Engine:
 
     def stream(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompts,
+        sampling: Samplings = None,
     ) -> Iterator[StreamEvent]:
         """Yield what each request gains, round by round. Closing the iterator cancels everything."""
-        return self._run(self._requests(prompts, sampling))
+        return self._run(self._intake.requests(prompts, sampling))
 
     def cancel(self, request_index: int) -> None:
         """End a running request before the next round; its output so far stays."""
@@ -252,8 +253,12 @@ class Engine:
         accepted = on_host(verification, nothing, ended, first_row)
         # the proposer learns the prompt together with its first token
         told = {row: request.prompt + accepted.token_ids_by_row[row] for row, request in ended.items()}
-        states = {row: request.take_prompt_states() for row, request in ended.items()}
-        batch.tell(told, states if output.states_BTD is not None else None)
+        batch.tell(
+            told,
+            {row: request.take_prompt_states() for row, request in ended.items()}
+            if output.states_BTD is not None
+            else None,
+        )
         return self._commit(batch, accepted, output.logits_BTV, first_row)
 
     def _cancel(self, batch: Batch) -> Iterator[StreamEvent]:
@@ -263,11 +268,11 @@ class Engine:
             batch.waiting.remove(request)
             request.finish("cancelled")
             yield StreamEvent(request.index, [], "", "cancelled")
-        for row, request in enumerate(batch.rows):
-            if request is not None and request.index in self._cancelled:
-                request.finish("cancelled")
+        for row, occupant in enumerate(batch.rows):
+            if occupant is not None and occupant.index in self._cancelled:
+                occupant.finish("cancelled")
                 self._release(batch, row)
-                yield StreamEvent(request.index, [], "", "cancelled")
+                yield StreamEvent(occupant.index, [], "", "cancelled")
         self._cancelled.clear()
 
     def _release(self, batch: Batch, row: int) -> None:
@@ -292,39 +297,6 @@ class Engine:
         uniform_B = keyed_uniform(sampling.seed_B, DRAFT_STREAM, position_B)
         self._generator.manual_seed(hash(tuple(uniform_B.tolist())) & (2**63 - 1))
 
-    def _requests(self, prompts: Any, sampling: Any) -> list[ActiveRequest]:
-        if isinstance(prompts, str):
-            raise ValueError("prompts is one string; give a list of prompts")
-        if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or SamplingParams()] * len(prompts)
-        if len(sampling) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts but {len(sampling)} sampling parameters; give one, or one a prompt"
-            )
-        return [self._request(i, p, params) for i, (p, params) in enumerate(zip(prompts, sampling, strict=True))]
-
-    def _request(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> ActiveRequest:
-        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
-            what = "a prompt is text" if isinstance(prompt, str) else "stop strings were given"
-            raise ValueError(f"{what} but the engine has no tokenizer; pass Engine(..., tokenizer=...)")
-        token_ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else [int(i) for i in prompt]
-        if not 1 <= len(token_ids) < self.max_length:
-            raise ValueError(
-                f"prompt {index} has {len(token_ids)} tokens; between 1 and max_length - 1 = {self.max_length - 1} fit "
-                "(max_length is set on the engine, up to the verifier's max_position_embeddings)"
-            )
-        out_of_range = [i for i in token_ids if not 0 <= i < self.verifier.vocab_size]
-        if out_of_range:
-            raise ValueError(
-                f"prompt {index} has token id {out_of_range[0]}, outside the verifier's vocabulary of "
-                f"{self.verifier.vocab_size}; is it another model's tokenizer?"
-            )
-        end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
-        seed = params.seed if params.seed is not None else self._random.getrandbits(62)
-        output = RequestOutput(token_ids, logprobs=[] if params.logprobs is not None else None)
-        text = IncrementalText(self.tokenizer, params.stop) if self.tokenizer is not None else None
-        return ActiveRequest(index, params, seed, end_ids, self.max_length, output, text)
-
 
 def _neighbours(rows: list[int]) -> list[list[int]]:
     """Split ascending rows into runs without gaps."""
@@ -343,14 +315,3 @@ def _share_time(requests: list[ActiveRequest], draft_s: float, verify_s: float, 
         stats.draft_s += draft_s * share
         stats.verify_s += verify_s * share
         stats.overhead_s += overhead_s * share
-
-
-def _eos_ids(verifier: Any, tokenizer: Any) -> frozenset[int]:
-    """End-of-sequence ids: the generation config's, or else the config's, and the tokenizer's own."""
-    found: list[Any] = [getattr(tokenizer, "eos_token_id", None)]
-    for config in (getattr(verifier, "generation_config", None), getattr(verifier, "config", None)):
-        found.append(getattr(config, "eos_token_id", None))
-        if found[-1] is not None:
-            break
-    flat = [i for entry in found for i in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    return frozenset(i for i in flat if i is not None)

@@ -1,6 +1,6 @@
-"""Attention masks of the decode loop: which slots each scored token may attend to. None where there is nothing to hide.
+"""Attention masks of the decode loop: which slots each scored token may attend to.
 
-Shapes: B rows, T scored tokens, S slots, G query heads a key/value head. Additive float masks: 0 or the dtype's minimum.
+Shapes: B rows, T scored tokens, S slots, G query heads a key/value head. Masks are additive: 0 or the least number.
 
 A row of length L has its committed tokens in slots 0..L-1 and the scored tokens in L..L+T-1:
 

@@ -50,10 +50,8 @@ class ActiveRequest:
     def is_prefilled(self) -> bool:
         return self.num_prefilled == len(self.prompt)
 
-    def take_prompt_states(self) -> Tensor | None:
+    def take_prompt_states(self) -> Tensor:
         """[prompt + 1, D] aligned like `interfaces.Committed`: column 0 has no state, column i has that of i - 1."""
-        if not self.prompt_states:
-            return None
         states_TD = torch.cat(self.prompt_states)
         self.prompt_states = []
         return torch.cat([torch.zeros_like(states_TD[:1]), states_TD])

@@ -1,7 +1,7 @@
 """Sampling parameters, and the law each scored position is really sampled from: penalties, temperature, filters.
 
-Shapes: B rows, T scored columns (column 0 follows the last committed token, column j + 1 follows draft j), V vocabulary.
-The order is vLLM's: penalties, temperature, min-p, then top-k and top-p. Whatever verification tests against is this law.
+Shapes: B rows, T scored columns (0 follows the last committed token, j + 1 follows draft j), V vocabulary.
+The order is vLLM's: penalties, temperature, min-p, top-k, top-p. Verification tests against this law.
 """
 
 from __future__ import annotations

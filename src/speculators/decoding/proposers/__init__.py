@@ -63,7 +63,7 @@ def build_drafting(
     """None = plain decoding. See `Engine` for what may be given."""
     if speculative_config is None:
         return None
-    if isinstance(speculative_config, dict) or isinstance(speculative_config, SpeculativeConfig):
+    if isinstance(speculative_config, (dict, SpeculativeConfig)):
         config = resolve(speculative_config, verifier, num_speculative_tokens)
         proposer = build_proposer(config, Workplace(verifier, tokenizer, max_batch_size, max_length))
         return Drafting(

@@ -1,4 +1,4 @@
-"""Self-drafting: the verifier's own first layers, then its final norm and head. No training; a baseline for everyone."""
+"""Self-drafting: the verifier's own first layers, then its final norm and head. A baseline without training."""
 
 from __future__ import annotations
 
