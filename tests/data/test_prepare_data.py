@@ -194,6 +194,23 @@ def test_overwrite_never_deletes_what_preparing_did_not_write(model_dir, data, t
     assert (out / "thesis.txt").read_text() == "precious"
 
 
+def test_overwriting_the_rows_removes_the_hidden_states_of_the_old_ones(model_dir, data, tmp_path):
+    out = tmp_path / "out"
+    prepare_data(model=model_dir, data=data, output=out, seq_length=100)
+    (out / "hidden_states").mkdir()
+    (out / "hidden_states" / "hs_0.safetensors").touch()
+    prepare_data(model=model_dir, data=data, output=out, seq_length=50, overwrite=True)
+    assert not (out / "hidden_states").exists()
+
+
+def test_token_frequencies_are_also_written_where_asked(model_dir, data, tmp_path):
+    options = {"model": model_dir, "data": data, "output": tmp_path / "out", "seq_length": 100}
+    prepared = prepare_data(**options, token_freq_path=tmp_path / "one.pt")
+    prepare_data(**options, token_freq_path=tmp_path / "two.pt")
+    for name in ("one.pt", "two.pt"):
+        assert torch.load(tmp_path / name, weights_only=True) == prepared.token_freq()
+
+
 def test_rows_depend_on_the_seed_and_not_on_the_number_of_workers(model_dir, tmp_path):
     data = write_jsonl(tmp_path / "many.jsonl", [chat(f"ask {i}", f"say {i}") for i in range(150)])
 

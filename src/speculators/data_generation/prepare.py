@@ -88,7 +88,9 @@ def prepare_data(
     )
     recipe = make_recipe(str(model), tokenizer, sources, options, seed, max_samples, chat_template_kwargs)
     if is_prepared(path) and not overwrite:
-        return reuse(path, recipe)
+        prepared = reuse(path, recipe)
+        export_token_freq(prepared, token_freq_path)
+        return prepared
     refuse_foreign_files(path)
 
     chunks = tokenize_sources(
@@ -120,9 +122,9 @@ def prepare_data(
         )
         save_token_freq(token_freq, directory / TOKEN_FREQ_NAME)
         (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    if token_freq_path is not None and Path(token_freq_path) != path / TOKEN_FREQ_NAME:
-        save_token_freq(token_freq, Path(token_freq_path))
-    return PreparedData(path, manifest)
+    prepared = PreparedData(path, manifest)
+    export_token_freq(prepared, token_freq_path)
+    return prepared
 
 
 def write_rows(chunks: Any, directory: Path) -> tuple[Tokenized, Counter[int], list[int]]:
@@ -143,6 +145,12 @@ def write_rows(chunks: Any, directory: Path) -> tuple[Tokenized, Counter[int], l
         dataset.save_to_disk(str(directory), num_shards=None if len(dataset) else 1)
     shutil.rmtree(stream_path.parent)
     return done, token_freq, lengths
+
+
+def export_token_freq(prepared: PreparedData, token_freq_path: str | Path | None) -> None:
+    """The frequencies also lie in the prepared directory; this is the copy a user asked for elsewhere."""
+    if token_freq_path is not None and Path(token_freq_path) != prepared.path / TOKEN_FREQ_NAME:
+        save_token_freq(Counter(prepared.token_freq()), Path(token_freq_path))
 
 
 @contextmanager

@@ -99,7 +99,10 @@ class PreparedData:
         return datasets.Dataset.load_from_disk(str(self.path)).with_format("torch")
 
     def token_freq(self) -> dict[int, int]:
-        return dict(torch.load(self.path / TOKEN_FREQ_NAME, weights_only=True))
+        path = self.path / TOKEN_FREQ_NAME
+        if not path.is_file():
+            raise ValueError(f"{str(path)!r} does not exist: the data was prepared by another tool; prepare it again")
+        return dict(torch.load(path, weights_only=True))
 
 
 def is_prepared(path: Path) -> bool:
