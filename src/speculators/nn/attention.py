@@ -96,7 +96,7 @@ class Attention(nn.Module):
         return rope.rotate(key), value
 
     def fused(self) -> FusedAttention:
-        """The same function with one projection, for decoding. Copies q, k and v: later training does not reach it."""
+        """The same function with one projection, for decoding."""
         return FusedAttention(self)
 
 

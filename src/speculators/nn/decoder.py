@@ -89,11 +89,10 @@ class DecoderLayer(nn.Module):
         return hidden_BRH + self.mlp(self.post_attention_layernorm(hidden_BRH))
 
     def fused(self) -> DecoderLayer:
-        """A copy for decoding whose products are fused; norms and output projections stay shared."""
-        assert isinstance(self.self_attn, Attention) and isinstance(self.mlp, MLP)
-        fused_attention, fused_mlp = self.self_attn.fused(), self.mlp.fused()
-        twin = copy.copy(self)
-        twin._modules = {**self._modules, "self_attn": fused_attention, "mlp": fused_mlp}
+        """A copy for decoding whose products are fused."""
+        twin = copy.deepcopy(self).requires_grad_(False)
+        assert isinstance(twin.self_attn, Attention) and isinstance(twin.mlp, MLP)
+        twin._modules |= {"self_attn": twin.self_attn.fused(), "mlp": twin.mlp.fused()}
         return twin
 
 

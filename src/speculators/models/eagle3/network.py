@@ -9,6 +9,7 @@ Shapes: B rows, T positions in, R positions answered, H hidden size, A aux layer
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,5 +65,14 @@ class Eagle3Network:
         return StepOutput(normed, normed if self.norm_output else hidden)
 
     def fused(self) -> Eagle3Network:
-        """The same function, faster for few rows; copies weights, so later training does not reach it."""
-        return dataclasses.replace(self, layers=[layer.fused() for layer in self.layers])
+        """A snapshot for decoding: the same function, faster for few rows. Only the embedding and the head, which are
+        the verifier's, stay shared (the embedding is copied if it is trained)."""
+        return dataclasses.replace(
+            self,
+            embed_tokens=copy.deepcopy(self.embed_tokens) if self.embed_tokens.weight.requires_grad else self.embed_tokens,
+            input_norm=copy.deepcopy(self.input_norm),
+            fc_norm=copy.deepcopy(self.fc_norm),
+            fc=copy.deepcopy(self.fc),
+            layers=[layer.fused() for layer in self.layers],
+            norm=copy.deepcopy(self.norm),
+        )

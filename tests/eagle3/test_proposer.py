@@ -1,0 +1,237 @@
+"""Drafting equals training, and equals drafting from scratch, whatever was accepted, rejected or replaced before."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import DRAFT_VOCAB, HIDDEN, VOCAB, draft_maps
+
+from speculators.interfaces import Committed, DraftSampling
+from speculators.models.eagle3.training import PackedBatch, unroll
+
+NUM_AUX = 3
+CASES = {
+    "llama": {},
+    "qwen3, all tokens": {"arch": "qwen3", "draft_vocab_size": VOCAB},
+    "norm_output, fc_norm": {"norm_output": True, "fc_norm": True, "norm_before_residual": False},
+    "two layers": {"num_layers": 2, "norm_before_fc": True},
+    "sliding window": {"nested": {"layer_types": ["sliding_attention"], "sliding_window": 4}},
+    "two layers, one sliding": {
+        "num_layers": 2,
+        "nested": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3},
+    },
+}
+
+
+class Sequence:
+    """Tokens and verifier states of one request, made up as it grows."""
+
+    def __init__(self, seed, length):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(0, VOCAB, (length,), generator=self.generator).tolist()
+        self.states = torch.randn(200, NUM_AUX * HIDDEN, generator=self.generator)
+        self.num_seen = 0
+
+    def emit(self, tokens):
+        self.tokens += tokens
+
+    def unseen(self):
+        """(tokens, state that predicted each) not yet committed to the proposer."""
+        start, self.num_seen = self.num_seen, len(self.tokens)
+        states = [self.states[i - 1] if i else torch.zeros(NUM_AUX * HIDDEN) for i in range(start, len(self.tokens))]
+        return self.tokens[start:], states
+
+
+def commit(sequences, active=None):
+    """A `Committed` of what each sequence emitted since; right padded with noise that must not matter."""
+    fresh = [s.unseen() if active is None or active[b] else ([], []) for b, s in enumerate(sequences)]
+    width = max(len(tokens) for tokens, _ in fresh)
+    token_ids, states = torch.zeros(len(sequences), width, dtype=torch.int64), torch.randn(len(sequences), width, 48) * 9
+    for b, (tokens, rows) in enumerate(fresh):
+        if tokens:
+            token_ids[b, : len(tokens)] = torch.tensor(tokens)
+            states[b, : len(rows)] = torch.stack(rows)
+    counts = torch.tensor([len(tokens) for tokens, _ in fresh])
+    return Committed(token_ids, states, counts, torch.tensor([len(s.tokens) for s in sequences]))
+
+
+def sampling(num_rows, temperature=1.0, seed=0):
+    return DraftSampling(torch.full((num_rows,), temperature), torch.Generator().manual_seed(seed), probabilistic=True)
+
+
+def from_scratch(model, verifier, sequence, proposal, row):
+    """q of each slot of `row`, were it drafted alone by a proposer that never saw anything else.
+
+    The drafts are forced by committing them: slot k is the first draft after the sequence and k fed-back states, so it
+    is compared through the training forward, which needs no cache at all."""
+    drafts = proposal.token_ids_BK[row].tolist()
+    tokens = torch.tensor([*sequence.tokens[1:], *drafts])[None]
+    states = torch.zeros(1, tokens.shape[1], NUM_AUX * HIDDEN)
+    column = len(sequence.tokens) - 2
+    states[0, : column + 1] = sequence.states[: column + 1]
+    batch = PackedBatch.of(states, tokens, None, None, None, None)
+    model.config.transformer_layer_config._attn_implementation = "eager"
+    with torch.no_grad():
+        steps = unroll(model.network, batch, torch.arange(tokens.shape[1]), len(drafts), "eager")
+        logits = model.lm_head(torch.stack([normed_TH[column] for normed_TH in steps]))
+    probs = torch.zeros(len(drafts), VOCAB)
+    kept = draft_maps()[0].nonzero().flatten() if logits.shape[1] == DRAFT_VOCAB else torch.arange(VOCAB)
+    probs[:, kept] = logits.softmax(-1)
+    return probs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_draft_step_equals_the_training_step_whatever_was_accepted(make_drafter, verifier, case):
+    """Rows of different lengths, four rounds, every pattern of acceptance from none to all."""
+    model = make_drafter(**CASES[case])
+    proposer = model.make_proposer(verifier, max_batch_size=3, max_length=128)
+    sequences = [Sequence(seed, length) for seed, length in enumerate((5, 2, 9))]
+    for num_accepted in ((0, 2, 4), (3, 0, 1), (4, 4, 4), (1, 1, 1)):
+        proposal = proposer.propose(commit(sequences), 4, sampling(3))
+        for b, sequence in enumerate(sequences):
+            expected = from_scratch(model, verifier, sequence, proposal, b)
+            torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
+        for b, sequence in enumerate(sequences):
+            sequence.emit([*proposal.token_ids_BK[b, : num_accepted[b]].tolist(), 7])
+
+
+def test_rows_that_wait_or_are_replaced_do_not_disturb_each_other(make_drafter, verifier):
+    model = make_drafter()
+    proposer = model.make_proposer(verifier, max_batch_size=3, max_length=128)
+    sequences = [Sequence(seed, length) for seed, length in enumerate((6, 40, 3))]
+    proposer.propose(commit(sequences), 3, sampling(3))
+    sequences[0].emit([1, 2])
+    sequences[2].emit([3])
+    proposal = proposer.propose(commit(sequences, active=[True, False, True]), 3, sampling(3))
+    assert proposal.token_ids_BK[1].tolist() == [-1, -1, -1]
+    sequences[1].emit([4, 5, 6])  # back after a pause
+    sequences[2] = Sequence(9, 12)  # another request in row 2
+    sequences[0].emit([8])
+    proposal = proposer.propose(commit(sequences), 3, sampling(3))
+    for b, sequence in enumerate(sequences):
+        expected = from_scratch(model, verifier, sequence, proposal, b)
+        torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_cache_that_grows_keeps_what_it_held(make_drafter, verifier):
+    model = make_drafter()
+    proposer = model.make_proposer(verifier, max_batch_size=1, max_length=4)
+    sequence = Sequence(0, 3)
+    rounds = 0
+    while proposer.cache.capacity < 300:
+        proposal = proposer.propose(commit([sequence]), 2, sampling(1))
+        sequence.emit([rounds % VOCAB] * 60)
+        sequence.states = torch.cat([sequence.states, sequence.states])
+        rounds += 1
+    proposal = proposer.propose(commit([sequence]), 2, sampling(1))
+    expected = from_scratch(model, verifier, sequence, proposal, 0)
+    torch.testing.assert_close(proposal.probs_BKV[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_greedy_drafts_are_the_argmax_of_q_and_a_point_mass(make_drafter, verifier):
+    model = make_drafter()
+    q = model.make_proposer(verifier, max_batch_size=2, max_length=64)
+    greedy = model.make_proposer(verifier, max_batch_size=2, max_length=64)
+    pair = [Sequence(0, 8), Sequence(1, 8)]
+    committed = commit(pair)
+    cold = q.propose(committed, 4, sampling(2, temperature=0.0))
+    plain = greedy.propose(committed, 4, DraftSampling(torch.zeros(2)))
+    assert plain.probs_BKV is None
+    assert torch.equal(plain.token_ids_BK, cold.token_ids_BK)
+    one_hot = torch.nn.functional.one_hot(cold.token_ids_BK, VOCAB).float()
+    assert torch.equal(cold.probs_BKV, one_hot)
+
+
+def test_drafts_are_drawn_from_q(make_drafter, verifier):
+    """20,000 first drafts of one row against its own q: chi-squared below the 99.99 % point of its 23 degrees."""
+    model = make_drafter()
+    proposer = model.make_proposer(verifier, max_batch_size=2000, max_length=16)
+    sequence = Sequence(0, 4)
+    committed = commit([sequence])
+    many = Committed(
+        *(
+            getattr(committed, f.name).expand(2000, *getattr(committed, f.name).shape[1:])
+            for f in dataclasses.fields(committed)
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.zeros(VOCAB)
+    for _ in range(10):
+        proposal = proposer.propose(many, 1, DraftSampling(torch.full((2000,), 0.7), generator, probabilistic=True))
+        counts += torch.bincount(proposal.token_ids_BK[:, 0], minlength=VOCAB)
+    expected = proposal.probs_BKV[0, 0] * 20_000
+    inside = expected > 0
+    assert counts[~inside].sum() == 0 and inside.sum() == DRAFT_VOCAB
+    assert ((counts - expected)[inside] ** 2 / expected[inside]).sum() < 58.0
+
+
+def test_drafts_are_ids_of_the_verifier(make_drafter, verifier):
+    """Only kept ids are drafted, and each is the verifier's id of the draft id: nonzero(t2d)[draft id]."""
+    model = make_drafter()
+    proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
+    t2d, _ = draft_maps()
+    for seed in range(10):
+        proposal = proposer.propose(commit([Sequence(seed, 5)]), 5, DraftSampling(torch.zeros(1)))
+        assert t2d[proposal.token_ids_BK].all()
+
+
+def test_a_request_of_one_token_gets_no_draft(make_drafter, verifier):
+    """It has no entry yet: the state that its first draft needs comes with the second token."""
+    model = make_drafter()
+    proposer = model.make_proposer(verifier, max_batch_size=2, max_length=64)
+    sequences = [Sequence(0, 1), Sequence(1, 4)]
+    proposal = proposer.propose(commit(sequences), 2, sampling(2))
+    assert proposal.token_ids_BK[0].tolist() == [-1, -1]
+    sequences[0].emit([5])
+    sequences[1].emit([6])
+    proposal = proposer.propose(commit(sequences), 2, sampling(2))
+    for b in range(2):
+        expected = from_scratch(model, verifier, sequences[b], proposal, b)
+        torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_no_tokens_asked_still_takes_the_commit_in(make_drafter, verifier):
+    model = make_drafter()
+    proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
+    sequence = Sequence(0, 6)
+    assert proposer.propose(commit([sequence]), 0, sampling(1)).token_ids_BK.shape == (1, 0)
+    sequence.emit([3])
+    proposal = proposer.propose(commit([sequence]), 2, sampling(1))
+    expected = from_scratch(model, verifier, sequence, proposal, 0)
+    torch.testing.assert_close(proposal.probs_BKV[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_proposer_is_a_snapshot(make_drafter, verifier):
+    """Training on does not change drafts half way through; a new proposer sees the new weights."""
+    model = make_drafter()
+    old = model.make_proposer(verifier, max_batch_size=1, max_length=64)
+    before = old.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.mul_(-1.5)
+    new = model.make_proposer(verifier, max_batch_size=1, max_length=64)
+    assert torch.equal(old.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV, before)
+    assert (new.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV - before).abs().max() > 1e-3
+
+
+def test_a_bf16_checkpoint_drafts_in_the_verifiers_precision(make_drafter, verifier):
+    model = make_drafter().bfloat16()
+    proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
+    assert proposer.dtype == torch.float32
+    assert model.fc.weight.dtype == torch.bfloat16
+    wide = make_drafter().bfloat16().float()
+    sequence = Sequence(0, 6)
+    proposal = proposer.propose(commit([sequence]), 3, sampling(1))
+    expected = from_scratch(wide, verifier, sequence, proposal, 0)
+    torch.testing.assert_close(proposal.probs_BKV[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_another_verifier_is_refused(make_drafter):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=HIDDEN, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match=r"\(50, 16\).*\(40, 16\)"):
+        make_drafter().make_proposer(other, max_batch_size=1, max_length=8)
