@@ -12,9 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 
+WIDTH_OF_FILES = 120
+"""Columns of what is written when stdout is not a terminal."""
+
+
 def out() -> Console:
     """For people: tables and text. Made on each call, so that a redirected stdout is honoured."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
 
 
 def err() -> Console:

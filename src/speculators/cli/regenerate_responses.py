@@ -66,7 +66,6 @@ def regenerate_responses(
             batch_size=batch_size,
             max_prompt_tokens=engine.max_length - 1,
             resume=resume,
-            stop_token_ids=engine.eos_ids,
             sampling_params=how,
             chat_template_kwargs=template_kwargs,
             progress=progress,

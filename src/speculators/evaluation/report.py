@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from speculators.evaluation.methods import PLAIN
@@ -22,10 +23,13 @@ def report_table(report: EvaluationReport) -> Table:
         caption="± 95 % bootstrap over prompts; speeds interleaved in one process; conditional: given all before",
         title_justify="left",
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0),
+        pad_edge=False,
     )
     table.add_column("method", style="bold")
-    for name in ("K", "acceptance length", "conditional acceptance", "tokens/s", "speedup", "speedup/τ", "identical"):
-        table.add_column(name, justify="right")
+    for name in ("K", "acceptance\nlength τ", "conditional\nacceptance", "tokens/s", "speedup", "speedup\n/ τ", "identical"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(*cells(row))
     return table
