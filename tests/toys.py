@@ -31,17 +31,17 @@ from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Propos
 VOCAB = 97
 WINDOW = 12
 """Sliding windows are shorter than most test sequences."""
-SHAPE = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, num_hidden_layers=4),
     "llama_tied": LlamaConfig(**SHAPE, num_hidden_layers=2, tie_word_embeddings=True),
@@ -49,11 +49,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**SHAPE, num_hidden_layers=3, head_dim=16),
     "mistral_sliding": MistralConfig(**SHAPE, num_hidden_layers=3, sliding_window=WINDOW, head_dim=8),
     "gemma2": Gemma2Config(
-        **SHAPE, num_hidden_layers=4, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8,
+        **SHAPE, tie_word_embeddings=False, num_hidden_layers=4, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8,
         attn_implementation="eager",
     ),
     "gemma3": Gemma3TextConfig(
-        **SHAPE, num_hidden_layers=4, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8,
+        **SHAPE, tie_word_embeddings=False, num_hidden_layers=4, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8,
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
     "phi": PhiConfig(**SHAPE, num_hidden_layers=3),
@@ -73,7 +73,7 @@ def tiny_model(name: str, *, seed: int = 0, **changes: object) -> PreTrainedMode
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.15)
+                parameter.normal_(0.0, 0.3)  # large: attention must matter, so that text does not settle into a loop
     model.generation_config.eos_token_id = None  # tests say themselves when to stop
     model.config.eos_token_id = None
     return model.eval().requires_grad_(False)
@@ -168,7 +168,9 @@ class ScriptedProposer:
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         self.num_calls += 1
         drafts = []
-        for row, (new, total) in enumerate(zip(committed.num_new_B.tolist(), committed.num_committed_B.tolist())):
+        for row, (new, total) in enumerate(
+            zip(committed.num_new_B.tolist(), committed.num_committed_B.tolist(), strict=True)
+        ):
             if new == 0:
                 drafts.append([-1] * num_tokens)
                 continue

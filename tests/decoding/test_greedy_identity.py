@@ -40,7 +40,7 @@ def test_plain_decoding_is_transformers_generate(case, batch):
 def test_drafts_that_are_wrong_half_right_and_right(case, batch, num_right):
     model, prompts, reference = case
     prompts, reference = (prompts, reference) if batch == 8 else (prompts[:2], reference[:2])
-    texts = [prompt + output for prompt, output in zip(prompts, reference)]
+    texts = [prompt + output for prompt, output in zip(prompts, reference, strict=True)]
     proposer = toys.ScriptedProposer(toys.oracle(texts, num_right))
     tokens, stats = decode(model, prompts, proposer, batch=batch)
     assert tokens == reference
@@ -60,14 +60,14 @@ def test_random_ragged_drafts(case):
 def test_trees(case, batch):
     model, prompts, reference = case
     prompts, reference = (prompts, reference) if batch == 8 else (prompts[:2], reference[:2])
-    texts = [prompt + output for prompt, output in zip(prompts, reference)]
+    texts = [prompt + output for prompt, output in zip(prompts, reference, strict=True)]
     tokens, stats = decode(model, prompts, toys.TreeProposer(texts, PARENTS, RIGHT_PATH), num_tokens=7, batch=batch)
     assert tokens == reference
     assert stats.acceptance_length > 3.0  # 1 + 3, less where the text ends
 
 
 def test_ngram(case):
-    model, prompts, reference = case
+    model, prompts, _reference = case
     config = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     engine = Engine(model, config, max_batch_size=3)
     repetitive = [prompt * 2 for prompt in prompts]
