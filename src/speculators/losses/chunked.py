@@ -259,7 +259,7 @@ class ChunkedRows(torch.autograd.Function):
         ctx.save_for_backward(*((hidden_NH, head_VH) if grad_hidden_NH is None else (grad_hidden_NH,)))
         ctx.rest = targets, pairing, terms, dtype, hidden_NH.dtype
         weights_M = torch.tensor([weight for _, weight in terms], dtype=accumulate, device=device)
-        loss_N = weights_M @ losses_MN
+        loss_N = (weights_M[:, None] * losses_MN).sum(0)  # not a matmul: autocast would make it bf16
         ids = draft_ids_N.clone(), target_ids_N.clone()
         ctx.mark_non_differentiable(losses_MN, *ids)
         return loss_N, losses_MN, *ids
