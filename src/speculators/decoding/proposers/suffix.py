@@ -1,0 +1,171 @@
+"""Suffix decoding (arXiv:2411.04975): drafts from the request's own text and from past responses.
+
+Each active request has a local index of its prompt and response; one global index holds the latest responses. The draft
+is the better-scoring of the two. `arctic-inference` is used when it is installed, our reference index otherwise: both
+give the same drafts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from speculators.decoding.proposers.rows import new_tokens_by_row, proposal_of
+from speculators.decoding.proposers.suffix_index import SuffixDraft, SuffixIndex
+from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
+
+if TYPE_CHECKING:
+    from speculators.decoding.config import SpeculativeConfig
+
+Backend = Literal["auto", "reference", "arctic"]
+
+
+class SuffixCache(Protocol):
+    """The interface of arctic-inference's cache, as far as it is used."""
+
+    def start_request(self, req_id: Hashable, prompt_token_ids: Sequence[int]) -> None: ...
+    def stop_request(self, req_id: Hashable) -> None: ...
+    def add_active_response(self, req_id: Hashable, token_ids: Sequence[int]) -> None: ...
+    def speculate(
+        self,
+        req_id: Hashable,
+        context: Sequence[int],
+        *,
+        max_spec_tokens: int,
+        max_spec_factor: float,
+        min_token_prob: float,
+    ) -> Any: ...
+
+
+class ReferenceSuffixCache:
+    """Local indexes of active requests, a first-in-first-out global one. Negative `max_cached_requests`: no limit."""
+
+    def __init__(self, max_tree_depth: int, max_cached_requests: int):
+        self.max_tree_depth, self.max_cached_requests = max_tree_depth, max_cached_requests
+        self._local: dict[Hashable, SuffixIndex] = {}
+        self._global = SuffixIndex(max_tree_depth)
+        self._sequence_of: dict[Hashable, int] = {}  # in order of arrival
+        self._next_sequence = itertools.count()
+
+    @property
+    def active_requests(self) -> list[Hashable]:
+        return list(self._local)
+
+    @property
+    def cached_requests(self) -> list[Hashable]:
+        return list(self._sequence_of)
+
+    def start_request(self, req_id: Hashable, prompt_token_ids: Sequence[int]) -> None:
+        if req_id in self._local:
+            raise ValueError(f"Request '{req_id}' is already active")
+        self._local[req_id] = SuffixIndex(self.max_tree_depth)
+        self._local[req_id].extend(0, prompt_token_ids)
+        if self.max_cached_requests == 0:
+            return
+        if req_id in self._sequence_of:
+            self.evict_cached_response(req_id)
+        self._sequence_of[req_id] = next(self._next_sequence)
+        while 0 < self.max_cached_requests < len(self._sequence_of):
+            self.evict_cached_response(next(iter(self._sequence_of)))
+
+    def stop_request(self, req_id: Hashable) -> None:
+        """The response stays in the global index until it is evicted."""
+        self._check_active(req_id)
+        del self._local[req_id]
+
+    def add_active_response(self, req_id: Hashable, token_ids: Sequence[int]) -> None:
+        self._check_active(req_id)
+        self._local[req_id].extend(0, token_ids)
+        if req_id in self._sequence_of:
+            self._global.extend(self._sequence_of[req_id], token_ids)
+
+    def evict_cached_response(self, req_id: Hashable) -> None:
+        if req_id not in self._sequence_of:
+            raise ValueError(f"Request '{req_id}' is not cached")
+        sequence = self._sequence_of.pop(req_id)
+        if sequence in self._global.sequences:
+            self._global.remove(sequence)
+
+    def speculate(
+        self,
+        req_id: Hashable,
+        context: Sequence[int],
+        *,
+        max_spec_tokens: int,
+        max_spec_factor: float,
+        min_token_prob: float,
+        max_spec_offset: float = 0.0,
+        use_tree_spec: bool = False,
+    ) -> SuffixDraft:
+        self._check_active(req_id)
+        own, past = (
+            index.speculate(
+                context,
+                max_spec_tokens,
+                max_spec_factor=max_spec_factor,
+                min_token_prob=min_token_prob,
+                max_spec_offset=max_spec_offset,
+                as_tree=use_tree_spec,
+            )
+            for index in (self._local[req_id], self._global)
+        )
+        return own if own.score >= past.score else past
+
+    def _check_active(self, req_id: Hashable) -> None:
+        if req_id not in self._local:
+            raise ValueError(f"Request '{req_id}' is not active")
+
+
+def make_cache(max_tree_depth: int, max_cached_requests: int, backend: Backend = "auto") -> SuffixCache:
+    """The installed package's cache, or ours."""
+    is_installed = importlib.util.find_spec("arctic_inference") is not None
+    if backend == "reference" or (backend == "auto" and not is_installed):
+        return ReferenceSuffixCache(max_tree_depth, max_cached_requests)
+    if not is_installed:
+        raise ImportError("suffix backend 'arctic' needs the package arctic-inference; or use backend='reference'")
+    from arctic_inference.suffix_decoding import SuffixDecodingCache
+
+    return SuffixDecodingCache(max_tree_depth, max_cached_requests)
+
+
+class SuffixProposer:
+    """Ragged drafts from the suffix cache, one request a row."""
+
+    def __init__(self, config: SpeculativeConfig, *, max_batch_size: int, backend: Backend = "auto"):
+        self.capture = CaptureSpec()
+        self._depth = config.suffix_decoding_max_tree_depth
+        self._limits = {
+            "max_spec_factor": config.suffix_decoding_max_spec_factor,
+            "min_token_prob": config.suffix_decoding_min_token_prob,
+        }
+        self.cache = make_cache(self._depth, config.suffix_decoding_max_cached_requests, backend)
+        self._request_of_row: list[int | None] = [None] * max_batch_size
+        self._context_of_row: list[list[int]] = [[] for _ in range(max_batch_size)]
+        self._next_request = itertools.count()
+
+    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+        drafts: list[list[int]] = []
+        for row, (token_ids, is_new) in enumerate(new_tokens_by_row(committed)):
+            if not token_ids:
+                drafts.append([])
+                continue
+            if is_new:
+                self._start(row, token_ids[:-1])
+                token_ids = token_ids[-1:]  # the first sampled token
+            request, context = self._request_of_row[row], self._context_of_row[row]
+            self.cache.add_active_response(request, token_ids)
+            context += token_ids
+            del context[: -self._depth]
+            draft = self.cache.speculate(request, context, max_spec_tokens=num_tokens, **self._limits)
+            drafts.append(list(draft.token_ids))
+        return proposal_of(drafts, committed.token_ids_BT.device)
+
+    def _start(self, row: int, prompt: list[int]) -> None:
+        previous = self._request_of_row[row]
+        if previous is not None:
+            self.cache.stop_request(previous)
+        self._request_of_row[row] = next(self._next_request)
+        self._context_of_row[row] = prompt[-self._depth :]
+        self.cache.start_request(self._request_of_row[row], prompt)

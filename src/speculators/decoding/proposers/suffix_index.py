@@ -1,0 +1,316 @@
+"""Counts of every short string in a set of growing token sequences: the reference index of suffix decoding.
+
+cnt(s) = number of (sequence, start) pairs at which s, at most `max_depth` long, occurs completely. A trie would need a
+node for each of them; here a string that occurs once is a *leaf* that points into its sequence and becomes a node with
+children only when it occurs again. Appending a token touches one node for each suffix that has occurred before, so at
+most `max_depth` of them, whatever has been read.
+
+Order of a node's children, which decides what is drafted: by decreasing count; a new one (count 1) goes after its
+equals, a decremented one before its new equals, an incremented one before them if it led the group it leaves, else
+after them. That last rule and single precision for probabilities are arctic-inference's, for the same drafts to the token.
+"""
+
+from __future__ import annotations
+
+import heapq
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+class Node:
+    """A string that occurs: its count, and what follows it. A leaf (children None) has one occurrence: seq[start:]."""
+
+    __slots__ = (
+        "children",
+        "count",
+        "depth",
+        "first_of_count",
+        "head",
+        "left",
+        "parent",
+        "right",
+        "sequence",
+        "start",
+        "token",
+    )
+
+    def __init__(self, depth: int, parent: Node | None = None, token: int = -1):
+        self.depth, self.parent, self.token, self.count = depth, parent, token, 1
+        self.left: Node | None = None  # siblings in order
+        self.right: Node | None = None
+        self.children: dict[int, Node] | None = None
+        self.head: Node | None = None  # first child
+        self.first_of_count: dict[int, Node] = {}
+        self.sequence: Text | None = None
+        self.start = 0
+
+    def add_child(self, token: int) -> Node:
+        """A new child of count 1, last of all."""
+        assert self.children is not None
+        child = Node(self.depth + 1, self, token)
+        last = self.first_of_count.get(0)  # key 0: the last child of all
+        if last is None:
+            self.head = child
+        else:
+            last.right, child.left = child, last
+        self.first_of_count[0] = child
+        self.first_of_count.setdefault(1, child)
+        self.children[token] = child
+        return child
+
+    def _unlink(self, child: Node) -> None:
+        if self.first_of_count.get(child.count) is child:
+            same = child.right is not None and child.right.count == child.count
+            if same:
+                self.first_of_count[child.count] = child.right  # type: ignore[assignment]
+            else:
+                del self.first_of_count[child.count]
+        if self.first_of_count[0] is child:
+            if child.left is None:
+                del self.first_of_count[0]
+            else:
+                self.first_of_count[0] = child.left
+        if child.left is None:
+            self.head = child.right
+        else:
+            child.left.right = child.right
+        if child.right is not None:
+            child.right.left = child.left
+        child.left = child.right = None
+
+    def _insert_before(self, child: Node, place: Node | None) -> None:
+        """Before `place`, or last."""
+        left = self.first_of_count.get(0) if place is None else place.left
+        child.left, child.right = left, place
+        if left is None:
+            self.head = child
+        else:
+            left.right = child
+        if place is None:
+            self.first_of_count[0] = child
+        else:
+            place.left = child
+
+    def increment(self, child: Node) -> None:
+        """One more occurrence: a group's first child goes to the front of the next group, the others to its end."""
+        first = self.first_of_count[child.count]
+        group_above = self.first_of_count.get(child.count + 1)
+        place = first if first is not child else group_above or child.right
+        self._unlink(child)
+        child.count += 1
+        self._insert_before(child, place)
+        if group_above is None or place is group_above:
+            self.first_of_count[child.count] = child
+
+    def decrement(self, child: Node) -> None:
+        """One occurrence less: before the children that have that count; gone at 0."""
+        assert self.children is not None
+        count = child.count
+        place = child.right
+        while place is not None and place.count >= count:
+            place = place.right
+        self._unlink(child)
+        child.count -= 1
+        if child.count == 0:
+            del self.children[child.token]
+            return
+        self._insert_before(child, place)
+        self.first_of_count[child.count] = child
+
+
+@dataclass
+class Text:
+    """A growing text, and the nodes at which its suffixes end (those that are not leaves)."""
+
+    tokens: list[int] = field(default_factory=list)
+    open_nodes: list[Node] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SuffixDraft:
+    """Draft tokens with their parents (-1: the context), estimated probabilities and the match they come from."""
+
+    token_ids: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    probs: list[float] = field(default_factory=list)
+    score: float = 0.0
+    match_len: int = 0
+
+
+class SuffixIndex:
+    """The counts of a set of sequences, and drafts from them."""
+
+    def __init__(self, max_depth: int):
+        self.max_depth = max_depth
+        self.root = Node(0)
+        self.root.children = {}
+        self.sequences: dict[int, Text] = {}
+
+    def extend(self, sequence_id: int, token_ids: Sequence[int]) -> None:
+        """Append to a sequence (a new one, if it is not known)."""
+        sequence = self.sequences.setdefault(sequence_id, Text())
+        for token in token_ids:
+            self._append(sequence, token)
+
+    def _append(self, sequence: Text, token: int) -> None:
+        sequence.tokens.append(token)
+        num_tokens = len(sequence.tokens)
+        # take the list: opening a leaf may put nodes of this very sequence back on it
+        ending_here, sequence.open_nodes = [*sequence.open_nodes, self.root], []
+        for node in ending_here:
+            assert node.children is not None
+            child = node.children.get(token)
+            if child is None:
+                leaf = node.add_child(token)
+                leaf.sequence, leaf.start = sequence, num_tokens - leaf.depth
+                continue
+            if child.children is None:
+                self._open(child)
+            node.increment(child)
+            if child.depth < self.max_depth:
+                sequence.open_nodes.append(child)
+
+    def _open(self, leaf: Node) -> None:
+        """A second occurrence comes: push the first one down by a token, or let it wait at its text's end."""
+        leaf.children = {}
+        sequence, start = leaf.sequence, leaf.start
+        assert sequence is not None
+        leaf.sequence = None
+        if leaf.depth == self.max_depth:
+            return
+        if start + leaf.depth == len(sequence.tokens):
+            sequence.open_nodes.append(leaf)
+            return
+        child = leaf.add_child(sequence.tokens[start + leaf.depth])
+        child.sequence, child.start = sequence, start
+
+    def remove(self, sequence_id: int) -> None:
+        """Forget a sequence: all its occurrences are taken back."""
+        sequence = self.sequences.pop(sequence_id)
+        tokens = sequence.tokens
+        for start in range(len(tokens)):
+            node = self.root
+            for token in tokens[start : start + self.max_depth]:
+                if node.children is None:
+                    break  # below a leaf there is nothing to take back
+                child = node.children[token]
+                node.decrement(child)
+                node = child
+
+    def find(self, string: Sequence[int]) -> tuple[Node, int] | None:
+        """The node of a string and how many further tokens of a leaf it takes; None if it does not occur."""
+        node = self.root
+        for i, token in enumerate(string):
+            if node.children is None:
+                assert node.sequence is not None
+                at = node.start + node.depth
+                beyond = len(string) - i
+                is_same = node.sequence.tokens[at : at + beyond] == list(string[i:])
+                return (node, beyond) if is_same and len(string) <= self.max_depth else None
+            child = node.children.get(token)
+            if child is None:
+                return None
+            node = child
+        return node, 0
+
+    def count(self, string: Sequence[int]) -> int:
+        place = self.find(string)
+        return 0 if place is None else place[0].count
+
+    def speculate(
+        self,
+        context: Sequence[int],
+        max_spec_tokens: int,
+        *,
+        max_spec_factor: float,
+        min_token_prob: float,
+        max_spec_offset: float = 0.0,
+        as_tree: bool = False,
+    ) -> SuffixDraft:
+        """The best-scoring continuation over all lengths of match, longer matches first among equals."""
+        context, min_token_prob = list(context[-self.max_depth :]), single(min_token_prob)
+        best = SuffixDraft()
+        for match_len in range(1, len(context)):
+            place = self.find(context[-match_len:])
+            if place is None:
+                break
+            limit = max(0, min(int(match_len * max_spec_factor + max_spec_offset + 1e-6), max_spec_tokens))
+            grow = self._grow_tree if as_tree else self._grow_chain
+            draft = grow(*place, limit, min_token_prob, match_len)
+            if draft.score >= best.score:
+                best = draft
+        return best
+
+    def _grow_chain(self, node: Node, beyond: int, limit: int, min_prob: float, match_len: int) -> SuffixDraft:
+        token_ids: list[int] = []
+        probs: list[float] = []
+        prob = 1.0
+        while len(token_ids) < limit:
+            if node.children is None:
+                assert node.sequence is not None
+                at, depth = node.start + node.depth + beyond, node.depth + beyond
+                rest = node.sequence.tokens[at : at + min(limit - len(token_ids), self.max_depth - depth)]
+                token_ids += rest
+                probs += [prob] * len(rest)
+                break
+            child = node.head
+            if child is None:
+                break
+            prob = single(prob * single(child.count / node.count))
+            if prob < min_prob:
+                break
+            token_ids.append(child.token)
+            probs.append(prob)
+            node = child
+        return SuffixDraft(token_ids, list(range(-1, len(token_ids) - 1)), probs, single_sum(probs), match_len)
+
+    def _grow_tree(self, node: Node, beyond: int, limit: int, min_prob: float, match_len: int) -> SuffixDraft:
+        """Likeliest tokens first, wherever they branch."""
+        token_ids: list[int] = []
+        parents: list[int] = []
+        probs: list[float] = []
+        order = 0
+        heap: list[tuple[float, int, int, Node, int, int]] = []  # (-prob, order, token, node, beyond, parent)
+
+        def push_children(node: Node, beyond: int, prob: float, parent: int) -> None:
+            nonlocal order
+            followers: list[tuple[int, float, Node, int]] = []
+            if node.children is None:
+                assert node.sequence is not None
+                at = node.start + node.depth + beyond
+                if at < len(node.sequence.tokens) and node.depth + beyond < self.max_depth:
+                    followers.append((node.sequence.tokens[at], prob, node, beyond + 1))
+            else:
+                child = node.head
+                while child is not None:
+                    followers.append((child.token, single(single(prob * child.count) / node.count), child, 0))
+                    child = child.right
+            for token, child_prob, next_node, next_beyond in followers:
+                if child_prob >= min_prob:
+                    heapq.heappush(heap, (-child_prob, order, token, next_node, next_beyond, parent))
+                    order += 1
+
+        push_children(node, beyond, 1.0, -1)
+        while heap and len(token_ids) < limit:
+            negative_prob, _, token, next_node, next_beyond, parent = heapq.heappop(heap)
+            token_ids.append(token)
+            parents.append(parent)
+            probs.append(-negative_prob)
+            push_children(next_node, next_beyond, -negative_prob, len(token_ids) - 1)
+        return SuffixDraft(token_ids, parents, probs, single_sum(probs), match_len)
+
+
+_SINGLE = struct.Struct("f")
+
+
+def single(value: float) -> float:
+    """Rounded to single precision."""
+    return _SINGLE.unpack(_SINGLE.pack(value))[0]
+
+
+def single_sum(values: list[float]) -> float:
+    total = 0.0
+    for value in values:
+        total = single(total + value)
+    return total
