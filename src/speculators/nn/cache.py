@@ -26,7 +26,7 @@ class Span:
     """Columns about to be appended: where they go, and which of them the last layer must answer for."""
 
     rows: slice
-    """Batch rows that the tensors cover."""
+    """Batch rows that the tensors cover, start and stop given."""
     num_columns: int
     end: int
     """Keys to look at: one past the last position any row writes."""
@@ -73,9 +73,12 @@ class DraftCache:
     def __init__(self, num_layers: int, num_rows: int, num_kv_heads: int, head_dim: int, *, dtype, device):
         self.shape = (num_layers, 2, num_rows, num_kv_heads, 0, head_dim)
         self.storage = torch.zeros(self.shape, dtype=dtype, device=device)
+        self.keys_values: list[tuple[Tensor, Tensor]] = []
+        """Views of the storage, a layer: keys and values, each [B, G, M, d]."""
         self.lengths = [0] * num_rows
         """Entries of each row that are true; everything past them may be overwritten."""
         self.span: Span | None = None
+        self.reserve(MIN_CAPACITY)
 
     @property
     def capacity(self) -> int:
@@ -89,15 +92,22 @@ class DraftCache:
         grown = self.storage.new_zeros((*self.shape[:4], capacity, self.shape[5]))
         grown[..., : self.capacity, :] = self.storage
         self.storage = grown
+        self.keys_values = [(layer[0], layer[1]) for layer in grown]
+
+    def rows_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the span's rows."""
+        assert self.span is not None
+        keys, values = self.keys_values[layer]
+        rows = self.span.rows
+        return (keys, values) if rows.start == 0 and rows.stop == len(keys) else (keys[rows], values[rows])
 
     def write(self, layer: int, key_BTGd: Tensor, value_BTGd: Tensor) -> None:
         span = self.span
         assert span is not None
-        keys, values = self.storage[layer, 0, span.rows], self.storage[layer, 1, span.rows]
+        keys, values = self.rows_of(layer)
         if span.start is not None:
-            place = slice(span.start, span.start + span.num_columns)
-            keys[:, :, place] = key_BTGd.transpose(1, 2)
-            values[:, :, place] = value_BTGd.transpose(1, 2)
+            keys.narrow(2, span.start, span.num_columns).copy_(key_BTGd.transpose(1, 2))
+            values.narrow(2, span.start, span.num_columns).copy_(value_BTGd.transpose(1, 2))
         else:
             positions_BT = span.positions(key_BTGd.device)
             row_index_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
@@ -129,7 +139,7 @@ class CacheAttend:
     def __call__(self, query_BTNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor) -> Tensor:
         self.cache.write(self.layer, key_BTGd, value_BTGd)
         query = self.rows(query_BTNd)
-        span, storage = self.cache.span, self.cache.storage[self.layer]
+        span = self.cache.span
         assert span is not None
         first, mask = 0, None
         if span.start is not None and query.shape[1] == 1:
@@ -137,7 +147,7 @@ class CacheAttend:
                 first = max(0, span.end - self.window)
         else:
             mask = span.mask(self.window, self.last_layer, query)
-        keys, values = storage[0, span.rows, :, first : span.end], storage[1, span.rows, :, first : span.end]
+        keys, values = (x.narrow(2, first, span.end - first) for x in self.cache.rows_of(self.layer))
         if query.shape[1] == 1 and query.device.type == "cpu":
             return single_query_attention(query, keys, values, mask)
         heads_first = F.scaled_dot_product_attention(
@@ -149,8 +159,8 @@ class CacheAttend:
 def single_query_attention(query_B1Nd: Tensor, key_BGLd: Tensor, value_BGLd: Tensor, mask_B1L: Tensor | None) -> Tensor:
     """Query heads of a group share its keys, so they ride as rows of one product: no copy of keys, four operations."""
     B, G, _, d = key_BGLd.shape
-    query = query_B1Nd.reshape(B, G, -1, d) * d**-0.5
-    scores = query @ key_BGLd.transpose(-1, -2)
+    query = (query_B1Nd * d**-0.5).view(B * G, -1, d)
+    scores = torch.bmm(query, key_BGLd.flatten(0, 1).transpose(1, 2))
     if mask_B1L is not None:
-        scores = scores + mask_B1L[:, None]
-    return (scores.softmax(-1) @ value_BGLd).reshape(B, 1, -1, d)
+        scores = (scores.unflatten(0, (B, G)) + mask_B1L[:, None]).flatten(0, 1)
+    return torch.bmm(scores.softmax(-1), value_BGLd.flatten(0, 1)).view(B, 1, -1, d)

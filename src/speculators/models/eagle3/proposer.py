@@ -85,7 +85,7 @@ class Eagle3Proposer:
         self.cache.reserve(max(start + count for start, count in zip(starts, counts, strict=True)) + 1)
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         if counts[0] > 0 and len(set(zip(starts, counts, strict=True))) == len(set(is_new)) == 1:
-            span = Span(slice(len(counts)), counts[0], end=ends[0], start=starts[0])
+            span = Span(slice(0, len(counts)), counts[0], end=ends[0], start=starts[0])
             output = self.read(committed, span, int(is_new[0]))
         else:
             output = self.commit_ragged(committed, starts, counts, is_new)
@@ -103,7 +103,7 @@ class Eagle3Proposer:
             begins = [start + counts[b] if b in alone else start for b, start in enumerate(starts)]
             width = max(together)
             self.cache.reserve(max(begins) + width)
-            span = Span(slice(len(counts)), width, end=max(begins) + width, starts_B=self.tensor(begins))
+            span = Span(slice(0, len(counts)), width, end=max(begins) + width, starts_B=self.tensor(begins))
             span.answered_B = (self.tensor(together) - 1).clamp_min(0)
             outputs = [self.read(committed, span, 0)]
         blank = torch.zeros(len(counts), 1, self.network.fc.out_features, dtype=self.dtype, device=self.device)
@@ -153,7 +153,7 @@ class Eagle3Proposer:
             tokens.append(draft_to_verifier_ids(draft_ids_B, self.d2t))
             if k == num_tokens - 1:
                 break
-            span = Span(slice(len(lengths)), 1, end=longest + k + 1)
+            span = Span(slice(0, len(lengths)), 1, end=longest + k + 1)
             if lengths_B is None:
                 span.start = longest + k
             else:
