@@ -10,12 +10,12 @@ PACKAGE = "speculators"
 
 # A module imports only from rows above its own; inside rows 0 to 3, also from its own row.
 ROWS: tuple[set[str], ...] = (
-    {"utils", "assets"},
+    {"utils"},
     {"proposals", "config", "interfaces", "provenance"},
     {"nn", "losses", "verifier", "packed_linear"},
     {"model", "draft_vocab"},
     {"models"},
-    {"data_generation", "decoding", "convert", "deploy"},
+    {"data_generation", "decoding", "convert", "deploy", "assets"},
     {"train", "evaluation"},
     {"cli"},
     {"__main__"},

@@ -23,8 +23,8 @@ from speculators.utils.pydantic_utils import PydanticClassRegistryMixin, Reloada
 __all__ = ["SpeculatorModelConfig", "SpeculatorsConfig", "VerifierConfig", "reload_schemas"]
 
 _TYPES = {"torch": torch}  # names that transformers' annotations use and only its type checker imports
-# Keys of older or other writers that describe their code, not the speculator.
-_KEYS_NOT_OURS = {"auto_map", "model_type", "_auto_class"}
+# Keys that describe the writer's code or where a config was read from, not the speculator.
+_KEYS_NOT_OURS = {"auto_map", "model_type", "_auto_class", "_commit_hash"}
 _METADATA_KEYS = {
     "model_config", "auto_package", "registry_auto_discovery", "schema_discriminator", "model_type",
     "base_config_key", "sub_configs", "is_composition", "attribute_map", "base_model_tp_plan", "base_model_pp_plan",
