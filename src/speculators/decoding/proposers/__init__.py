@@ -16,6 +16,7 @@ from speculators.decoding.config import ModelInfo, SpeculativeConfig
 from speculators.decoding.proposers.draft_model import DraftModelProposer
 from speculators.decoding.proposers.early_exit import first_layers
 from speculators.decoding.proposers.ngram import NgramProposer
+from speculators.decoding.proposers.suffix import SuffixProposer
 from speculators.decoding.proposers.vocabulary import TokenIntersection
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule, CaptureSpec, Proposer
@@ -119,6 +120,10 @@ def build_ngram(config: SpeculativeConfig, place: Workplace) -> Proposer:
     return NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max, max_batch_size=place.max_batch_size)
 
 
+def build_suffix(config: SpeculativeConfig, place: Workplace) -> Proposer:
+    return SuffixProposer(config, max_batch_size=place.max_batch_size)
+
+
 def build_draft_model(config: SpeculativeConfig, place: Workplace) -> Proposer:
     assert config.model is not None
     parameter = next(place.verifier.parameters())
@@ -166,6 +171,7 @@ def build_custom_class(config: SpeculativeConfig, place: Workplace) -> Proposer:
 BUILDERS: dict[str, Callable[[SpeculativeConfig, Workplace], Proposer]] = {
     "ngram": build_ngram,
     "ngram_gpu": build_ngram,
+    "suffix": build_suffix,
     "draft_model": build_draft_model,
     "early_exit": build_early_exit,
     "custom_class": build_custom_class,

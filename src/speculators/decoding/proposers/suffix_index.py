@@ -7,7 +7,7 @@ most `max_depth` of them, whatever has been read.
 
 Order of a node's children, which decides what is drafted: by decreasing count; a new one (count 1) goes after its
 equals, a decremented one before its new equals, an incremented one before them if it led the group it leaves, else
-after them. That last rule and single precision for probabilities are arctic-inference's, for the same drafts to the token.
+after them. That last rule, and single precision for probabilities, are arctic-inference's: the drafts are the same.
 """
 
 from __future__ import annotations
