@@ -13,7 +13,7 @@ ROWS: tuple[set[str], ...] = (
     {"utils"},
     {"proposals", "config", "interfaces", "provenance"},
     {"nn", "losses", "verifier", "packed_linear"},
-    {"model", "draft_vocab"},
+    {"model", "model_loading", "draft_vocab"},
     {"models"},
     {"data_generation", "decoding", "convert", "deploy", "assets"},
     {"train", "evaluation"},
