@@ -1,0 +1,67 @@
+"""What needs a process of its own: the command, several ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import FIXTURES
+from safetensors.torch import load_file
+
+from speculators.train.__main__ import main
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(FIXTURES), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def flags(verifier_path, data_path, save_path, *more: str) -> list[str]:
+    return [
+        "--speculator-type", "myalgo", "--plugins", "myalgo", "--verifier-name-or-path", str(verifier_path),
+        "--num-layers", "1", "--block-size", "8", "--data-path", str(data_path), "--save-path", str(save_path),
+        "--epochs", "2", "--draft-arch", "llama", "--total-seq-len", "64", "--hidden-states-dtype", "float32", *more,
+    ]  # fmt: skip
+
+
+def test_the_script_of_the_guide_trains_and_prints_the_checkpoint(tmp_path, verifier_path, data_path):
+    command = [sys.executable, str(SCRIPT), *flags(verifier_path, data_path, tmp_path / "run")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).joinpath("config.json").exists()
+
+
+def test_wrong_flags_and_wrong_input_end_with_one_line_and_a_code(capsys):
+    assert main(["--verifier-name-or-path", "m", "--epoch", "3"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown flag --epoch. Did you mean '--epochs'?")
+    assert main(["--verifier-name-or-path", "/no/such/model"]) == 1
+    assert capsys.readouterr().err.startswith("error: --verifier-name-or-path /no/such/model: no model config")
+
+
+def test_two_ranks_see_different_rows_and_end_with_the_same_weights(tmp_path, verifier_path, data_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    distributed = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = (
+        "import sys, torch\n"
+        "from speculators.train import run\n"
+        "from speculators.train.config import TrainConfig\n"
+        "from speculators.train.distributed import ranks_from_environment\n"
+        "torch.set_num_threads(1)\n"
+        "with ranks_from_environment() as ranks:\n"
+        "    trainer, _ = run.build(TrainConfig.resolve(sys.argv[2:]), ranks, lambda event: None)\n"
+        "    trainer.run_training()\n"
+        "    seen = trainer.train_loader.sampler.rows()\n"
+        "    torch.save((seen, trainer.model.state_dict()), f'{sys.argv[1]}/{ranks.rank}')\n"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path), *flags(verifier_path, data_path, tmp_path / "run")]
+    ranks = [subprocess.Popen(argv, env={**distributed, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    (rows0, weights0), (rows1, weights1) = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert not {index for row in rows0 for index in row} & {index for row in rows1 for index in row}
+    assert all(torch.equal(weights0[name], weights1[name]) for name in weights0)
+    saved = load_file(tmp_path / "run" / "1" / "master_weights.safetensors")
+    assert all(torch.equal(saved[name], weights0[name]) for name in saved)
