@@ -28,7 +28,6 @@ from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule
 
 RejectionSampleMethod = Literal["strict", "probabilistic", "standard", "block", "synthetic"]
-ENGINE_FIELDS = ("target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config")
 
 
 class SpeculativeConfig(BaseModel):

@@ -28,7 +28,11 @@ ENGINE_FIELDS = ("target_model_config", "target_parallel_config", "draft_model_c
 
 def vllm_settings(config: SpeculativeConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """(settings for vLLM, settings it would not accept with the reason)."""
-    settings = {name: value for name, value in config.given.items() if name not in ENGINE_FIELDS}
+    settings = {
+        name: value
+        for name, value in config.given.items()
+        if name not in ENGINE_FIELDS or isinstance(value, dict)  # overrides of the draft's config are a user's
+    }
     unsupported = {name: reason for name, reason in OURS_ALONE.items() if settings.pop(name, None) is not None}
     settings |= {"method": config.method, "num_speculative_tokens": config.num_speculative_tokens}
     if config.model is not None and config.model != config.method:
