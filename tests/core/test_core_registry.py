@@ -75,6 +75,11 @@ def test_discovery_imports_a_module_when_its_name_is_asked_for(tmp_path, monkeyp
     assert base.find("first") is int
     assert list(base.registry) == ["first"]
     assert base.find("third") is None
+    (package / "third").mkdir()
+    (package / "third" / "__init__.py").write_text("raise RuntimeError('broken')")
+    with pytest.raises(RuntimeError, match="broken"):
+        base.auto_populate_registry()
+    (package / "third" / "__init__.py").write_text("")
     assert base.auto_populate_registry() is True
     assert base.auto_populate_registry() is False
     assert base.registry_populated

@@ -87,11 +87,15 @@ class ClassRegistryMixin:
             raise ValueError(f"{cls.__name__}.auto_populate_registry() needs registry_auto_discovery = True")
         if cls.registry_populated:
             return False
-        cls.registry_populated = True
-        for module in cls._discoverable_modules():
-            importlib.import_module(module)
-        for point in cls._entry_points():
-            point.load()
+        cls.registry_populated = True  # before the imports: one of them may ask again
+        try:
+            for module in cls._discoverable_modules():
+                importlib.import_module(module)
+            for point in cls._entry_points():
+                point.load()
+        except BaseException:
+            cls.registry_populated = False
+            raise
         return True
 
     @classmethod
