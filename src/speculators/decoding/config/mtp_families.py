@@ -20,7 +20,7 @@ class MtpFamily:
     model_type: str
     architecture: str | None
     types: tuple[str, ...] = ()
-    """Model types that trigger the row (exactly; the row's own `model_type` always does)."""
+    """Model types that trigger the row, exactly. Its own is listed where a draft may come with it already."""
     type_part: str = ""
     """Model types that contain this trigger it too."""
     architectures: tuple[str, ...] = ()
@@ -93,10 +93,10 @@ F = MtpFamily
 MTP_FAMILIES: tuple[MtpFamily, ...] = (
     F("dots3_note_mtp", "Dots3NoteMTPModel", ("dots3_note",), n_predict_default=1, adjust=_dots3_layer_types),
     # vLLM 0.32: DeepseekV32MTPModel for deepseek_v32 and glm_moe_dsa
-    F("deepseek_mtp", "DeepSeekMTPModel", ("deepseek_v3", "deepseek_v32", "glm_moe_dsa")),
+    F("deepseek_mtp", "DeepSeekMTPModel", ("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_mtp")),
     F("deepseek_mtp", "DeepSeekV4MTPModel", ("deepseek_v4",)),
     F("deepseek_mtp", None, ("deepseek_v41",)),
-    F("pangu_ultra_moe_mtp", "OpenPanguMTPModel", ("pangu_ultra_moe",)),
+    F("pangu_ultra_moe_mtp", "OpenPanguMTPModel", ("pangu_ultra_moe", "pangu_ultra_moe_mtp")),
     F(
         "kimi_k3_mtp",
         "KimiK3MTPModel",
@@ -123,19 +123,19 @@ MTP_FAMILIES: tuple[MtpFamily, ...] = (
     F("glm4_moe_mtp", "Glm4MoeMTPModel", architectures=("Glm4MoeForCausalLM",)),
     F("glm4_moe_lite_mtp", "Glm4MoeLiteMTPModel", architectures=("Glm4MoeLiteForCausalLM",), extra=_NO_LAYERS),
     F("glm_ocr_mtp", "GlmOcrMTPModel", architectures=("GlmOcrForConditionalGeneration",), extra=_NO_LAYERS),
-    F("ernie_mtp", "ErnieMTPModel", ("ernie4_5_moe",)),
+    F("ernie_mtp", "ErnieMTPModel", ("ernie4_5_moe", "ernie_mtp")),
     F(
         "nemotron_h_mtp",
         "NemotronHMTPModel",
-        ("nemotron_h", "nemotron_h_puzzle"),
+        ("nemotron_h", "nemotron_h_puzzle", "nemotron_h_mtp"),
         n_predict_default=1,
         needs_n_predict=True,
     ),
-    F("qwen3_next_mtp", "Qwen3NextMTP", ("qwen3_next",)),
+    F("qwen3_next_mtp", "Qwen3NextMTP", ("qwen3_next", "qwen3_next_mtp")),
     F(
         "qwen4_exp_mtp",
         "Qwen4ExpMTP",
-        ("qwen4_exp", "qwen4_exp_text"),
+        ("qwen4_exp", "qwen4_exp_text", "qwen4_exp_mtp"),
         n_predict=(*_MTP_LAYERS, "num_nextn_predict_layers", "text_config.num_nextn_predict_layers"),
         adjust=_qwen4_feedback,
     ),
@@ -145,9 +145,19 @@ MTP_FAMILIES: tuple[MtpFamily, ...] = (
         architectures=("BailingMoeV3VLForConditionalGeneration",),
         uses_text_config=True,
     ),
-    F("bailing_hybrid_v3_mtp", "BailingMoeV3MTPModel", architectures=("BailingMoeV3ForCausalLM",)),
-    F("bailing_hybrid_mtp", "BailingMoeV25MTPModel", ("bailing_hybrid",), architectures=("BailingMoeV2_5ForCausalLM",)),
-    F("exaone_moe_mtp", "ExaoneMoeMTP", ("exaone_moe",)),
+    F(
+        "bailing_hybrid_v3_mtp",
+        "BailingMoeV3MTPModel",
+        ("bailing_hybrid_v3_mtp",),
+        architectures=("BailingMoeV3ForCausalLM",),
+    ),
+    F(
+        "bailing_hybrid_mtp",
+        "BailingMoeV25MTPModel",
+        ("bailing_hybrid", "bailing_hybrid_mtp"),
+        architectures=("BailingMoeV2_5ForCausalLM",),
+    ),
+    F("exaone_moe_mtp", "ExaoneMoeMTP", ("exaone_moe", "exaone_moe_mtp")),
     F("exaone4_5_mtp", "Exaone4_5_MTP", type_part="exaone4_5"),
     F("qwen3_5_mtp", "Qwen3_5MTP", ("qwen3_5", "qwen3_5_text"), n_predict=_MTP_LAYERS),
     F("qwen3_5_mtp", "Qwen3_5MoeMTP", ("qwen3_5_moe", "qwen3_5_moe_text"), n_predict=_MTP_LAYERS),
@@ -190,6 +200,7 @@ MTP_FAMILIES: tuple[MtpFamily, ...] = (
     F(
         "minimax_m3_mtp",
         "MiniMaxM3MTP",
+        ("minimax_m3_mtp",),
         architectures=("MiniMaxM3MTP",),
         n_predict=("num_mtp_modules",),
         n_predict_default=1,
@@ -202,9 +213,6 @@ MTP_FAMILIES: tuple[MtpFamily, ...] = (
         adjust=_shared_index,
     ),
 )
-
-# Rows whose own model_type is not enough to name them: they share it with another row.
-_SHARED_TYPES = ("DeepSeekV4MTPModel", "MiMoV2OmniMTPModel", "Qwen3_5MoeMTP", "InternS2MobiusMTP")
 
 PROMOTED_WRAPPERS = ("NemotronH_Super_Omni_Reasoning_V3", "NemotronH_Omni_Reasoning_V3")
 """Architectures that are looked up by their `text_config`."""
@@ -242,11 +250,10 @@ def n_predict_of(family: MtpFamily, hf_config: Any) -> int | None:
 
 def _matches(family: MtpFamily, hf_config: Any, architecture: str) -> bool:
     model_type = lookup(hf_config, "model_type", "")
-    if family.needs_n_predict and model_type in family.types and not lookup(hf_config, family.n_predict[0]):
+    if family.needs_n_predict and model_type != family.model_type and not lookup(hf_config, family.n_predict[0]):
         return False
-    is_own_type = model_type == family.model_type and family.architecture not in (None, *_SHARED_TYPES)
-    is_own_type |= bool(family.type_part) and family.type_part in model_type
-    return model_type in family.types or architecture in family.architectures or is_own_type
+    is_part = bool(family.type_part) and family.type_part in model_type
+    return is_part or model_type in family.types or architecture in family.architectures
 
 
 def _apply(family: MtpFamily, hf_config: Any) -> Any:
