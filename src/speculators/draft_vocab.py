@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from speculators.nn.draft_vocab import select_rows
 from speculators.nn.norms import RMSNormPlusOne
-from speculators.utils.loading import load_model_layers
+from speculators.utils.loading import find_key, list_checkpoint_keys, load_model_layers
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,9 @@ class DraftVocabMixin(_Base):
         if path is None:
             return
         norm = getattr(self, "verifier_norm", None)
-        names = ["embed_tokens.weight", "lm_head.weight"] + (["model.norm.weight"] if norm is not None else [])
+        names = ["embed_tokens.weight"] + (["model.norm.weight"] if norm is not None else [])
+        if find_key("lm_head.weight", list_checkpoint_keys(path)) is not None:  # else it is tied to the embedding
+            names.append("lm_head.weight")
         weights = load_model_layers(names, path)
         embed_VH, head_VH = self._embedding_and_head(weights, path)
 
