@@ -33,12 +33,12 @@ def save_tokenizer(path: Path, chat_template: str | None) -> int:
     return len(vocab)
 
 
-def save_verifier(path: Path, chat_template: str | None = CHATML) -> str:
+def save_verifier(path: Path, chat_template: str | None = CHATML, hidden_size: int = 32) -> str:
     vocab_size = save_tokenizer(path, chat_template)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=6,
         num_attention_heads=2,
@@ -61,6 +61,11 @@ def verifier(tmp_path_factory: pytest.TempPathFactory) -> str:
 def base_verifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same without a chat template."""
     return save_verifier(tmp_path_factory.mktemp("base_verifier"), chat_template=None)
+
+
+@pytest.fixture(scope="session")
+def wide_verifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_verifier(tmp_path_factory.mktemp("wide_verifier"), hidden_size=64)
 
 
 @pytest.fixture(scope="session")

@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run(args)
     except SystemExit as end:  # argparse's --help, --dump-config
         return int(end.code or 0)
-    except (KeyboardInterrupt, typer.Abort):
-        say_error("interrupted")
+    except (KeyboardInterrupt, typer.Abort) as stop:  # typer raises its Abort from Ctrl-C
+        say_error(str(stop if isinstance(stop, KeyboardInterrupt) else stop.__cause__ or "") or "interrupted")
         return 130
     except Exception as error:
         if debug:

@@ -21,8 +21,10 @@ NUM_SPECULATIVE_TOKENS = 4
 MARKER = "made-by-quickstart"
 """Only a directory with this file in it is ever replaced."""
 
-RECIPE = ("--epochs", "4")
-"""How the drafter is trained; see docs/train.md for what each flag does."""
+REGENERATION = ("--limit", "300", "--max-tokens", "160")
+RECIPE = ("--epochs", "4", "--total-seq-len", "1024")
+EVALUATION = ("--num-prompts", "20", "--max-tokens", "128")
+"""Sized so that the whole path takes about five minutes on two cores; see docs for what each flag does."""
 
 
 def quickstart(
@@ -62,7 +64,7 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
     yield (
         "The verifier answers the training prompts: a drafter learns the text it will see",
         ["regenerate-responses", "--model", verifier, "--data", str(assets.prompts_path("train")),
-         "--output", str(responses)],
+         "--output", str(responses), *REGENERATION],
     )  # fmt: skip
     yield (
         "Tokenise, and mark which tokens the verifier wrote",
@@ -80,7 +82,7 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
     yield (
         "Compare with plain decoding on prompts nobody trained on",
         ["evaluate", "--verifier", verifier, "--data", str(assets.prompts_path("heldout")),
-         "--method", "none", *drafter, "--output", str(output / "report.json")],
+         "--method", "none", *drafter, *EVALUATION, "--output", str(output / "report.json")],
     )  # fmt: skip
 
 
