@@ -1,14 +1,13 @@
-"""A tiny Llama verifier on disk and drafters for it. Shapes: V 40, D 24, H 16, 6 verifier layers."""
+"""A tiny Llama verifier of 6 layers on disk, and drafters for it."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from eagle3_toys import DRAFT_VOCAB, HIDDEN, VOCAB, draft_maps
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from speculators.models.eagle3 import Eagle3DraftModel
-
-VOCAB, DRAFT_VOCAB, HIDDEN = 40, 24, 16
 
 
 @pytest.fixture(scope="session")
@@ -28,20 +27,10 @@ def verifier(verifier_path):
     return LlamaForCausalLM.from_pretrained(verifier_path).eval()
 
 
-def draft_maps() -> tuple[torch.Tensor, torch.Tensor]:
-    """t2d, d2t of 24 scattered ids."""
-    kept = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(3))[:DRAFT_VOCAB].sort().values
-    t2d = torch.zeros(VOCAB, dtype=torch.bool)
-    t2d[kept] = True
-    return t2d, kept - torch.arange(DRAFT_VOCAB)
-
-
 @pytest.fixture
 def make_drafter(verifier_path):
     def make(arch="llama", num_layers=1, draft_vocab_size=DRAFT_VOCAB, seed=0, nested=None, **arguments):
         torch.manual_seed(seed)
-        from transformers import AutoConfig
-
         config = AutoConfig.for_model(
             arch,
             **{
@@ -63,25 +52,3 @@ def make_drafter(verifier_path):
         return model
 
     return make
-
-
-def packed_batch(lengths, seed=0, padding=0, num_aux=3, supervised=0.7):
-    """A packed row as the trainer gives it (after the shift): documents of the given lengths, then padding."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths) + padding
-    document_ids = torch.full((1, total), -1)
-    position_ids = torch.zeros(1, total, dtype=torch.int64)
-    start = 0
-    for i, length in enumerate(lengths):
-        document_ids[0, start : start + length] = i
-        position_ids[0, start : start + length] = torch.arange(1, length + 1)
-        start += length
-    real = document_ids != -1
-    return {
-        "hidden_states": torch.randn(1, total, num_aux * HIDDEN, generator=generator) * real[..., None],
-        "verifier_last_hidden_states": torch.randn(1, total, HIDDEN, generator=generator) * real[..., None],
-        "input_ids": torch.randint(0, VOCAB, (1, total), generator=generator) * real,
-        "loss_mask": (torch.rand(1, total, generator=generator) < supervised).long() * real,
-        "document_ids": document_ids,
-        "position_ids": position_ids,
-    }

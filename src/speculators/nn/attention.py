@@ -136,6 +136,7 @@ def dense_attention(query_BTNd: Tensor, key_BLGd: Tensor, value_BLGd: Tensor, vi
     B, T, N, d = query_BTNd.shape
     G = key_BLGd.shape[2]
     query = query_BTNd.reshape(B, T, G, N // G, d)
-    scores = torch.einsum("btgrd,blgd->bgrtl", query, key_BLGd).float() * d**-0.5
+    scores = torch.einsum("btgrd,blgd->bgrtl", query, key_BLGd) * d**-0.5
+    scores = scores if scores.dtype == torch.float64 else scores.float()
     probs = scores.masked_fill(~visible_TL, float("-inf")).softmax(-1).to(value_BLGd.dtype)
     return torch.einsum("bgrtl,blgd->btgrd", probs, value_BLGd).reshape(B, T, N, d)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from speculators.nn.attention import dense_attention
 from speculators.nn.masks import Block, PackedRow, unrolled_mask
@@ -113,8 +113,10 @@ class FlexUnrolledAttend(TailUnrolledAttend):
         if self.window is not None and self.step >= self.window:
             out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
         else:
-            out, lse = self.flex(query, key, value, block_mask=self.block_mask(), enable_gqa=True, return_lse=True)  # type: ignore[arg-type]
-        return merge_tail(out, lse.float(), query, tail).transpose(1, 2)
+            mask, want = self.block_mask(), AuxRequest(lse=True)
+            out, aux = self.flex(query, key, value, block_mask=mask, enable_gqa=True, return_aux=want)  # type: ignore
+            lse = aux.lse  # natural logarithm
+        return merge_tail(out, lse, query, tail).transpose(1, 2)
 
     def block_mask(self):
         documents_T, rows_R = self.packed.document_ids_T, self.asking().rows_R
@@ -141,7 +143,7 @@ def merge_tail(out_BNRd: Tensor, lse_BNR: Tensor, query_BNRd: Tensor, tail: list
     query = query_BNRd.view(B, G, N // G, R, d)
     keys = torch.stack([key.transpose(1, 2) for key in tail[0::2]])[:, :, :, None]
     values = torch.stack([value.transpose(1, 2) for value in tail[1::2]])[:, :, :, None]
-    scores = (query * keys).sum(-1).float() * d**-0.5  # [S, B, G, N / G, R]
+    scores = (query * keys).sum(-1, dtype=lse_BNR.dtype) * d**-0.5  # [S, B, G, N / G, R]
     lse = lse_BNR.view(B, G, N // G, R)
     total = torch.logaddexp(lse, scores.logsumexp(0))
     out = (lse - total).exp()[..., None] * out_BNRd.view(B, G, N // G, R, d)

@@ -21,7 +21,7 @@ from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorCo
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.eagle3.proposer import Eagle3Proposer
 from speculators.models.eagle3.training import shift_batch, train_forward
-from speculators.models.utils import resolve_target_layer_ids
+from speculators.models.utils import resolve_target_layer_ids, target_logit_transform
 from speculators.nn.attention import layer_window
 from speculators.nn.decoder import DecoderLayer, FusionDecoderLayer
 from speculators.nn.draft_vocab import select_rows
@@ -52,6 +52,9 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         self.norm = RMSNorm(size, eps)
         self.verifier_norm = RMSNorm(size, eps)
         self.verifier_norm.requires_grad_(False)
+        # What the verifier does to the logits of its head; see `load_verifier_weights`.
+        self.target_scale: float = 1.0
+        self.target_softcap: float | None = None
         self.post_init()
 
     @property
@@ -76,6 +79,10 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     def load_verifier_weights(self) -> None:
         super().load_verifier_weights()
         self.embed_tokens.requires_grad_(self.config.embed_requires_grad)
+        speculators_config = self.config.speculators_config
+        verifier = speculators_config.verifier.name_or_path if speculators_config is not None else None
+        if verifier is not None:
+            self.target_scale, self.target_softcap = target_logit_transform(verifier)
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -67,9 +67,10 @@ class Eagle3Network:
     def fused(self) -> Eagle3Network:
         """A snapshot for decoding: the same function, faster for few rows. Only the embedding and the head, which are
         the verifier's, stay shared (the embedding is copied if it is trained)."""
+        embed_tokens = self.embed_tokens
         return dataclasses.replace(
             self,
-            embed_tokens=copy.deepcopy(self.embed_tokens) if self.embed_tokens.weight.requires_grad else self.embed_tokens,
+            embed_tokens=copy.deepcopy(embed_tokens) if embed_tokens.weight.requires_grad else embed_tokens,
             input_norm=copy.deepcopy(self.input_norm),
             fc_norm=copy.deepcopy(self.fc_norm),
             fc=copy.deepcopy(self.fc),

@@ -151,7 +151,12 @@ def train_forward(
     if batch.last_hidden_TH is None:
         return [padded(model.lm_head(normed_TH).argmax(-1), input_ids) for normed_TH in steps]
 
-    targets = HeadTargets(model.verifier_norm(batch.last_hidden_TH), model.verifier_lm_head.weight)
+    targets = HeadTargets(
+        model.verifier_norm(batch.last_hidden_TH),
+        model.verifier_lm_head.weight,
+        model.target_scale,
+        model.target_softcap,
+    )
     step_N, row_N = supervision.counts_SR.nonzero().unbind(1)
     losses = row_losses(
         torch.stack(steps)[step_N, row_N],

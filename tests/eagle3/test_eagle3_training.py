@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import packed_batch
-from naive import NaiveEagle3, kl, mixed
+from eagle3_toys import packed_batch
+from naive_eagle3 import NaiveEagle3, kl, mixed
 
 CASES = {
     "llama, reduced vocabulary": {},
@@ -57,7 +57,7 @@ def test_loss_gradients_and_accuracy_equal_loops_over_the_formulas(make_drafter,
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_packed_documents_equal_separate_documents_at_every_step(make_drafter, route):
-    """Exactly the same supervised columns, and the same loss and drafts on each: nothing leaks over a document's end."""
+    """The same supervised columns, and the same loss and drafts on each: nothing leaks over a document's end."""
     model = make_drafter(num_layers=2)
     model.config.transformer_layer_config._attn_implementation = route
     batch = packed_batch([6, 5, 7], seed=2, padding=4)
@@ -152,6 +152,21 @@ def test_without_verifier_states_forward_gives_the_draft_ids_of_each_step(make_d
     for s in range(3):
         scored = expected[s] >= 0
         assert torch.equal(drafts[s][scored], expected[s][scored])
+
+
+def test_targets_carry_what_the_verifier_does_to_its_logits(make_drafter):
+    """Soft cap 2 and scale 0.5, as a verifier's config may ask for: one supervised column, loss written out."""
+    model, batch = make_drafter(), packed_batch([5])
+    batch["loss_mask"] = torch.tensor([[0, 0, 0, 0, 1]])
+    model.target_scale, model.target_softcap = 0.5, 2.0
+    _, loss, _ = model(**batch, ttt_steps=1)
+    nested = model.config.transformer_layer_config
+    naive = NaiveEagle3(model.state_dict(), nested, **flags(model.config))
+    with torch.no_grad():
+        state = naive.norm("verifier_norm", batch["verifier_last_hidden_states"][0, 4].double())
+        target = 2.0 * torch.tanh(0.5 * (naive.w["verifier_lm_head.weight"] @ state) / 2.0)
+        expected = kl(naive.w["lm_head.weight"] @ naive.unroll(batch, 1)[0][4], target)
+    torch.testing.assert_close(loss.double(), expected / 1.00001, atol=1e-5, rtol=1e-5)
 
 
 def test_batches_of_several_rows_are_refused(make_drafter):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import DRAFT_VOCAB, HIDDEN, VOCAB, draft_maps
+from eagle3_toys import DRAFT_VOCAB, HIDDEN, VOCAB, draft_maps
 
 from speculators.interfaces import Committed, DraftSampling
 from speculators.models.eagle3.training import PackedBatch, unroll
@@ -46,7 +46,10 @@ def commit(sequences, active=None):
     """A `Committed` of what each sequence emitted since; right padded with noise that must not matter."""
     fresh = [s.unseen() if active is None or active[b] else ([], []) for b, s in enumerate(sequences)]
     width = max(len(tokens) for tokens, _ in fresh)
-    token_ids, states = torch.zeros(len(sequences), width, dtype=torch.int64), torch.randn(len(sequences), width, 48) * 9
+    token_ids, states = (
+        torch.zeros(len(sequences), width, dtype=torch.int64),
+        torch.randn(len(sequences), width, 48) * 9,
+    )
     for b, (tokens, rows) in enumerate(fresh):
         if tokens:
             token_ids[b, : len(tokens)] = torch.tensor(tokens)

@@ -1,0 +1,277 @@
+"""Attention of blocks of slots over a packed context, where each block sees its own piece of it.
+
+Shapes: T context columns (packed documents), P blocks, S slots a block, N query heads, G key/value heads, d head size.
+
+    column          0  1  2  3  4  5  6         block of anchor 4: slots stand at 4, 5, 6, ..
+    document        a  a  b  b  b  b  b         and see columns 2, 3 (before the anchor, same document) and each other
+    anchor                      ^
+
+Slot s of the block anchored at column p, at position p + s, sees
+
+    context column t     first column of the document <= t < p     (window: t > p + s - W)
+    slot s' of its block any s', or s' <= s in a causal layer      (window: |s - s'| < W)
+
+The window is counted from the slot itself, as serving engines count it. A block sees itself, so no row is empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from speculators.nn.attention import dense_attention
+
+flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+GROUP_ROWS = 128
+"""Queries of a group: neighbouring anchors share the keys they read; larger groups compute more that is masked."""
+
+
+class LayerSight(NamedTuple):
+    """What distinguishes the layers of a drafter here."""
+
+    window: int | None
+    """Keys a slot may see, itself included; None = all."""
+    causal: bool
+    """A slot sees no later slot of its block."""
+
+
+class ContextKV(NamedTuple):
+    """Keys and values of the context in one layer."""
+
+    key_TGd: Tensor
+    value_TGd: Tensor
+
+
+class Group(NamedTuple):
+    """Neighbouring blocks of one document."""
+
+    first: int
+    last: int
+    """Blocks [first, last)."""
+    low: int
+    high: int
+    """Context columns [low, high) that at least one of them sees."""
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the blocks of a packed row hang."""
+
+    anchors_P: Tensor
+    """Ascending columns."""
+    starts_P: Tensor
+    """First column of each anchor's document."""
+    block_size: int
+    flex_masks: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def on_host(self) -> tuple[list[int], list[int]]:
+        anchors, starts = torch.stack((self.anchors_P, self.starts_P)).tolist()
+        return anchors, starts
+
+    def groups(self, window: int | None) -> list[Group]:
+        anchors, starts = self.on_host
+        most = max(1, GROUP_ROWS // self.block_size)
+        groups: list[Group] = []
+        first = 0
+        for i in range(1, len(anchors) + 1):
+            if i < len(anchors) and starts[i] == starts[first] and i - first < most:
+                continue
+            low = starts[first] if window is None else max(starts[first], anchors[first] - window + 1)
+            high = anchors[i - 1]
+            groups.append(Group(first, i, min(low, high), high))
+            first = i
+        return groups
+
+    def sees_context(self, blocks: slice, low: int, high: int, window: int | None) -> Tensor:
+        """bool [P', S, high - low] for some of the blocks."""
+        anchors_P11 = self.anchors_P[blocks, None, None]
+        columns = torch.arange(low, high, device=self.anchors_P.device)
+        seen = (columns >= self.starts_P[blocks, None, None]) & (columns < anchors_P11)
+        if window is not None:
+            slots_S1 = torch.arange(self.block_size, device=columns.device)[:, None]
+            return seen & (columns > anchors_P11 + slots_S1 - window)
+        return seen.expand(-1, self.block_size, -1)
+
+    def sees_slots(self, sight: LayerSight) -> Tensor:
+        """bool [S, S], the same for every block."""
+        slots = torch.arange(self.block_size, device=self.anchors_P.device)
+        ahead_SS = slots[None, :] - slots[:, None]
+        seen = ahead_SS <= 0 if sight.causal else torch.ones_like(ahead_SS, dtype=torch.bool)
+        return seen if sight.window is None else seen & (ahead_SS.abs() < sight.window)
+
+    def visible(self, group: Group, sight: LayerSight) -> Tensor:
+        """bool [rows, columns + rows] of a group's slots over its context columns and its own slots."""
+        num_blocks = group.last - group.first
+        context = self.sees_context(slice(group.first, group.last), group.low, group.high, sight.window)
+        own_block = torch.eye(num_blocks, dtype=torch.bool, device=context.device)
+        slots = torch.kron(own_block, self.sees_slots(sight))
+        return torch.cat((context.flatten(0, 1), slots), dim=1)
+
+
+class DenseBlockAttend:
+    """Reference: all context columns and all slots of all blocks side by side under a dense mask."""
+
+    def __init__(self, layout: BlockLayout, sight: LayerSight, context: ContextKV):
+        self.layout, self.sight, self.context = layout, sight, context
+
+    def __call__(self, query_PSNd: Tensor, key_PSGd: Tensor, value_PSGd: Tensor) -> Tensor:
+        layout, (context_key, context_value) = self.layout, self.context
+        everything = Group(0, len(layout.anchors_P), 0, len(context_key))
+        keys = torch.cat((context_key, key_PSGd.flatten(0, 1)))[None]
+        values = torch.cat((context_value, value_PSGd.flatten(0, 1)))[None]
+        out = self.attention(query_PSNd.flatten(0, 1)[None], keys, values, layout.visible(everything, self.sight))
+        return out.view_as(query_PSNd)
+
+    def rows(self, hidden_PSH: Tensor) -> Tensor:
+        return hidden_PSH
+
+    @staticmethod
+    def attention(query_1QNd: Tensor, key_1LGd: Tensor, value_1LGd: Tensor, visible_QL: Tensor) -> Tensor:
+        return dense_attention(query_1QNd, key_1LGd, value_1LGd, visible_QL)
+
+
+class SdpaBlockAttend(DenseBlockAttend):
+    """The same mask through `scaled_dot_product_attention`: any device, memory of the mask only."""
+
+    @staticmethod
+    def attention(query_1QNd: Tensor, key_1LGd: Tensor, value_1LGd: Tensor, visible_QL: Tensor) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query_1QNd, key_1LGd, value_1LGd))
+        return F.scaled_dot_product_attention(query, key, value, visible_QL, enable_gqa=True).transpose(1, 2)
+
+
+class GroupedBlockAttend(DenseBlockAttend):
+    """The fast route on a CPU: a flash call for each group of neighbouring blocks, over the columns they see."""
+
+    def __call__(self, query_PSNd: Tensor, key_PSGd: Tensor, value_PSGd: Tensor) -> Tensor:
+        return GroupedAttention.apply(self.layout, self.sight, query_PSNd, key_PSGd, value_PSGd, *self.context)
+
+
+class GroupedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layout: BlockLayout, sight: LayerSight, query_PSNd, key_PSGd, value_PSGd, key_TGd, value_TGd):
+        out_PSNd = torch.empty(query_PSNd.shape, dtype=query_PSNd.dtype)
+        lse = []
+        for group in layout.groups(sight.window):
+            own = slice(group.first, group.last)
+            keys, values = together(key_TGd, key_PSGd, group), together(value_TGd, value_PSGd, group)
+            mask = additive(layout.visible(group, sight), query_PSNd.dtype)
+            out, lse_of_group = flash_forward(heads_first(query_PSNd[own]), keys, values, 0.0, False, attn_mask=mask)
+            out_PSNd[own] = out[0].transpose(0, 1).view(out_PSNd[own].shape)
+            lse.append(lse_of_group)
+        ctx.layout, ctx.sight = layout, sight
+        ctx.save_for_backward(query_PSNd, key_PSGd, value_PSGd, key_TGd, value_TGd, out_PSNd, *lse)
+        return out_PSNd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_PSNd):
+        query_PSNd, key_PSGd, value_PSGd, key_TGd, value_TGd, out_PSNd, *lse = ctx.saved_tensors
+        layout, sight = ctx.layout, ctx.sight
+        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query_PSNd, key_PSGd, value_PSGd))
+        grad_context_key, grad_context_value = torch.zeros_like(key_TGd), torch.zeros_like(value_TGd)
+        for group, lse_of_group in zip(layout.groups(sight.window), lse, strict=True):
+            own, columns, width = slice(group.first, group.last), slice(group.low, group.high), group.high - group.low
+            keys, values = together(key_TGd, key_PSGd, group), together(value_TGd, value_PSGd, group)
+            query, out, grad_out = (heads_first(x[own]) for x in (query_PSNd, out_PSNd, grad_PSNd))
+            mask = additive(layout.visible(group, sight), query.dtype)
+            grads = flash_backward(
+                grad_out, query, keys, values, out, lse_of_group, 0.0, False, attn_mask=mask
+            )  # fmt: skip
+            of_query, of_keys, of_values = (grad[0].transpose(0, 1) for grad in grads)
+            grad_query[own] = of_query.reshape(grad_query[own].shape)
+            grad_context_key[columns] += of_keys[:width]
+            grad_context_value[columns] += of_values[:width]
+            grad_key[own] = of_keys[width:].reshape(grad_key[own].shape)
+            grad_value[own] = of_values[width:].reshape(grad_value[own].shape)
+        return None, None, grad_query, grad_key, grad_value, grad_context_key, grad_context_value
+
+
+def together(context_TGd: Tensor, blocks_PSGd: Tensor, group: Group) -> Tensor:
+    """[1, G, columns + rows, d] of what a group may look at."""
+    own = blocks_PSGd[group.first : group.last].flatten(0, 1)
+    return torch.cat((context_TGd[group.low : group.high], own)).transpose(0, 1)[None]
+
+
+def heads_first(x_PSNd: Tensor) -> Tensor:
+    """[1, N, P * S, d]"""
+    return x_PSNd.flatten(0, 1).transpose(0, 1)[None]
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+class FlexBlockAttend(DenseBlockAttend):
+    """The fast route on a GPU: block-sparse flex attention."""
+
+    flex = staticmethod(flex_attention)
+
+    def __call__(self, query_PSNd: Tensor, key_PSGd: Tensor, value_PSGd: Tensor) -> Tensor:
+        query = heads_first(query_PSNd)
+        keys, values = (
+            torch.cat((context, blocks.flatten(0, 1))).transpose(0, 1)[None]
+            for context, blocks in zip(self.context, (key_PSGd, value_PSGd), strict=True)
+        )
+        mask = flex_mask(self.layout, self.sight, len(self.context.key_TGd))
+        out = self.flex(query, keys, values, block_mask=mask, enable_gqa=True)
+        assert isinstance(out, Tensor)
+        return out[0].transpose(0, 1).reshape(query_PSNd.shape)
+
+
+class CompiledFlexBlockAttend(FlexBlockAttend):
+    flex = staticmethod(torch.compile(flex_attention))
+
+
+def flex_mask(layout: BlockLayout, sight: LayerSight, num_columns: int):
+    """The block mask of [columns | slots of all blocks], made once for each kind of layer."""
+    key = (sight, num_columns)
+    if key not in layout.flex_masks:
+        layout.flex_masks[key] = make_flex_mask(layout, sight, num_columns)
+    return layout.flex_masks[key]
+
+
+def make_flex_mask(layout: BlockLayout, sight: LayerSight, num_columns: int):
+    anchors_P, starts_P, size = layout.anchors_P, layout.starts_P, layout.block_size
+    num_queries = len(anchors_P) * size
+
+    def visible(batch, head, query, key):
+        block, slot = query // size, query % size
+        place = anchors_P[block] + slot
+        in_context = (key < num_columns) & (key >= starts_P[block]) & (key < anchors_P[block])
+        key_slot = (key - num_columns) % size
+        in_block = (key >= num_columns) & ((key - num_columns) // size == block)
+        if sight.causal:
+            in_block = in_block & (key_slot <= slot)
+        if sight.window is not None:
+            in_context = in_context & (key > place - sight.window)
+            in_block = in_block & ((key_slot - slot).abs() < sight.window)
+        return in_context | in_block
+
+    return create_block_mask(visible, None, None, num_queries, num_columns + num_queries, device=anchors_P.device.type)
+
+
+def block_attend(implementation: str | None, device: torch.device) -> type[DenseBlockAttend]:
+    """`implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
+    if implementation == "eager":
+        return DenseBlockAttend
+    if device.type == "cpu":
+        return GroupedBlockAttend
+    return CompiledFlexBlockAttend if device.type == "cuda" and implementation != "sdpa" else SdpaBlockAttend
+
+
+def document_starts(document_ids_T: Tensor) -> Tensor:
+    """First column of the document of each column (documents are contiguous)."""
+    index_T = torch.arange(len(document_ids_T), device=document_ids_T.device)
+    is_first_T = torch.ones_like(document_ids_T, dtype=torch.bool)
+    is_first_T[1:] = document_ids_T[1:] != document_ids_T[:-1]
+    return index_T.where(is_first_T, 0).cummax(0).values

@@ -1,0 +1,106 @@
+"""A draft cache whose true entries are context, and whose drafted entries are blocks that see each other.
+
+Shapes: B rows, S slots of a block, N query heads, G key/value heads, L keys looked at, d head size, M context entries.
+
+    row 0   c0 c1 c2 c3 | s0 s1 s2          length 4; the block stands at 4, 5, 6 and is overwritten by what is
+    row 1   c0 | s0 s1 s2 . . .             committed next: rejected drafts need no erasing
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speculators.nn.block_attention import LayerSight
+from speculators.nn.cache import DraftCache, Span
+
+
+@dataclass
+class BlockPass:
+    """One forward of a block a row: where the blocks stand, and what the layers may look at."""
+
+    lengths: list[int]
+    """Context entries of each row = position of its slot 0."""
+    num_slots: int
+    device: torch.device
+    masks: dict[LayerSight, Tensor | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.is_even = len(set(self.lengths)) == 1
+        self.end = max(self.lengths) + self.num_slots
+        self.lengths_B = torch.tensor(self.lengths, device=self.device)
+        self.positions_BS = self.lengths_B[:, None] + torch.arange(self.num_slots, device=self.device)
+
+    def span(self) -> Span:
+        rows = slice(len(self.lengths))
+        if self.is_even:
+            return Span(rows, self.num_slots, end=self.end, start=self.lengths[0])
+        return Span(rows, self.num_slots, end=self.end, starts_B=self.lengths_B)
+
+    def first_key(self, sight: LayerSight) -> int:
+        return 0 if sight.window is None else max(0, min(self.lengths) - sight.window + 1)
+
+    def mask(self, sight: LayerSight, dtype: torch.dtype) -> Tensor | None:
+        """Additive [B, 1, S, L]; None = everything is seen. Made once a pass for each kind of layer."""
+        if sight not in self.masks:
+            self.masks[sight] = self.make_mask(sight, dtype)
+        return self.masks[sight]
+
+    def make_mask(self, sight: LayerSight, dtype: torch.dtype) -> Tensor | None:
+        if self.is_even and not sight.causal and sight.window is None:
+            return None
+        keys_L = torch.arange(self.first_key(sight), self.end, device=self.device)
+        slots_BS1 = self.positions_BS[..., None]
+        seen = keys_L <= slots_BS1 if sight.causal else (keys_L < self.lengths_B[:, None, None] + self.num_slots)
+        if sight.window is not None:
+            seen = seen & ((keys_L - slots_BS1).abs() < sight.window)
+        seen_BSL = seen.expand(len(self.lengths), self.num_slots, -1)
+        mask = torch.zeros(seen_BSL.shape, dtype=dtype, device=self.device).masked_fill_(~seen_BSL, float("-inf"))
+        return mask[:, None]
+
+
+class BlockCache(DraftCache):
+    """`running` says which blocks the running forward fills."""
+
+    running: BlockPass | None = None
+
+    def start(self, block_pass: BlockPass) -> None:
+        self.reserve(block_pass.end)
+        self.running, self.span = block_pass, block_pass.span()
+
+    def write_context(self, row_M: Tensor, position_M: Tensor, kv_M: Tensor) -> None:
+        """True entries of any rows, all layers at once: kv [M, layers, 2, G, d]."""
+        self.storage[:, :, row_M, :, position_M] = kv_M.to(self.storage.dtype)
+
+    def block_attends(self, sights: list[LayerSight]) -> list[BlockCacheAttend]:
+        """One for each layer, for as long as the cache lives."""
+        return [BlockCacheAttend(self, i, sight) for i, sight in enumerate(sights)]
+
+
+class BlockCacheAttend:
+    """Writes the block behind the context and looks at both."""
+
+    def __init__(self, cache: BlockCache, layer: int, sight: LayerSight):
+        self.cache, self.layer, self.sight = cache, layer, sight
+
+    def rows(self, hidden_BSH: Tensor) -> Tensor:
+        return hidden_BSH
+
+    def __call__(self, query_BSNd: Tensor, key_BSGd: Tensor, value_BSGd: Tensor) -> Tensor:
+        running = self.cache.running
+        assert running is not None
+        self.cache.write(self.layer, key_BSGd, value_BSGd)
+        first, num_rows = running.first_key(self.sight), len(running.lengths)
+        keys, values = self.cache.storage[self.layer, :, :num_rows, :, first : running.end]
+        B, S, N, d = query_BSNd.shape
+        G = keys.shape[1]
+        # Query heads of a group ride as rows of one product: no copy of keys.
+        grouped = query_BSNd.view(B, S, G, N // G, d).permute(0, 2, 3, 1, 4).reshape(B, G, -1, d)
+        mask = running.mask(self.sight, query_BSNd.dtype)
+        if mask is not None:
+            mask = mask.repeat(1, 1, N // G, 1)
+        out = F.scaled_dot_product_attention(grouped, keys, values, mask)
+        return out.view(B, G, N // G, S, d).permute(0, 3, 1, 2, 4).reshape(B, S, N, d)

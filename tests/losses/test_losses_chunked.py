@@ -1,0 +1,130 @@
+"""The chunked route against the reference over one list of cases, forward and backward, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from speculators.losses import resolve_loss_config
+from speculators.losses.chunked import HeadTargets, TokenTargets, row_losses
+
+V, H, R = 13, 6, 11
+SPECS = ["kl_div", "rkl", "jsd", "ce", "tv", "nla", "lk_hybrid", '{"ce": 0.3, "tv": 0.7}', '{"kl_div": 2.0, "tv": 0.0}']
+PAIRINGS = {
+    "one to one": list(range(R)),
+    "three steps of shared targets": [i + s for s in range(3) for i in range(R - s)],
+    "some targets, any order": [3, 3, 9, 0, 3, 7],
+    "one": [5],
+    "none": [],
+}
+
+
+def case(pairing, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.tensor(PAIRINGS[pairing], dtype=torch.int64)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    hidden, head = draw(len(index), H).requires_grad_(), draw(V, H)
+    return hidden, head, HeadTargets(draw(R, H), draw(V, H)), index, draw(len(index)).abs()
+
+
+def compare(hidden, head, targets, index, weight, spec, leaves, chunk_elements):
+    losses = [
+        row_losses(
+            hidden, head, targets, index, resolve_loss_config(spec, implementation), chunk_elements=chunk_elements
+        )
+        for implementation in ("fused", "eager")
+    ]
+    for field in ("loss_N", "draft_ids_N", "target_ids_N", "correct_N"):
+        torch.testing.assert_close(getattr(losses[0], field), getattr(losses[1], field), atol=1e-12, rtol=1e-10)
+    assert losses[0].terms.keys() == losses[1].terms.keys()
+    for name, term in losses[1].terms.items():
+        torch.testing.assert_close(losses[0].terms[name], term, atol=1e-12, rtol=1e-10)
+    grads = [torch.autograd.grad((x.loss_N * weight).sum(), leaves) for x in losses]
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_chunked_equals_reference(spec, pairing):
+    hidden, head, targets, index, weight = case(pairing)
+    for chunk_elements in (16 * V, 1 << 20):
+        compare(hidden, head, targets, index, weight, spec, (hidden,), chunk_elements)
+
+
+@pytest.mark.parametrize("spec", ["kl_div", '{"ce": 0.3, "tv": 0.7}'])
+def test_many_chunks_equal_one(spec):
+    """Chunks of 16 target rows over 80: groups that are full, padded and gathered all occur."""
+    generator = torch.Generator().manual_seed(1)
+    index = torch.cat([torch.arange(80), torch.arange(3, 40), torch.randint(0, 80, (9,), generator=generator)])
+    hidden = torch.randn(len(index), H, generator=generator, dtype=torch.float64).requires_grad_()
+    head = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    targets = HeadTargets(torch.randn(80, H, generator=generator, dtype=torch.float64), head + 0.5)
+    weight = torch.rand(len(index), generator=generator, dtype=torch.float64)
+    compare(hidden, head, targets, index, weight, spec, (hidden,), chunk_elements=1)
+
+
+@pytest.mark.parametrize("pairing", ["three steps of shared targets", "some targets, any order"])
+def test_a_trained_head_gets_its_gradient(pairing):
+    hidden, head, targets, index, weight = case(pairing)
+    head.requires_grad_()
+    compare(hidden, head, targets, index, weight, "jsd", (hidden, head), 16 * V)
+
+
+def test_token_targets_are_cross_entropy():
+    hidden, head, _, index, weight = case("three steps of shared targets")
+    tokens = torch.randint(0, V, (R,), generator=torch.Generator().manual_seed(4))
+    losses = row_losses(hidden, head, TokenTargets(tokens), index, resolve_loss_config("ce"))
+    expected = F.cross_entropy(hidden @ head.T, tokens[index], reduction="none")
+    torch.testing.assert_close(losses.loss_N, expected)
+    grads = [torch.autograd.grad((x * weight).sum(), hidden, retain_graph=True)[0] for x in (losses.loss_N, expected)]
+    torch.testing.assert_close(grads[0], grads[1])
+    assert torch.equal(losses.target_ids_N, tokens[index])
+    custom = resolve_loss_config(lambda logits, targets: (logits - targets).sum(-1))
+    with pytest.raises(ValueError, match="needs target distributions"):
+        row_losses(hidden, head, TokenTargets(tokens), index, custom)
+
+
+def test_what_the_verifier_does_to_its_logits_is_done_to_the_targets():
+    hidden, head, targets, index, _ = case("one to one")
+    capped = HeadTargets(targets.hidden_RH, targets.weight_VH, scale=0.25, softcap=2.0)
+    losses = row_losses(hidden, head, capped, index, resolve_loss_config("kl_div"))
+    target_logits = 2.0 * torch.tanh(0.25 * targets.hidden_RH @ targets.weight_VH.T / 2.0)
+    p, q = target_logits.softmax(-1), (hidden @ head.T).log_softmax(-1)
+    torch.testing.assert_close(losses.loss_N, (p * (p.log() - q)).sum(-1))
+
+
+def test_a_loss_of_ones_own_is_differentiated_chunk_by_chunk():
+    """Any function of the two distributions: here the squared distance of probabilities."""
+
+    def squared(logits, targets):
+        return ((logits.softmax(-1) - targets.softmax(-1)) ** 2).sum(-1)
+
+    hidden, head, targets, index, weight = case("three steps of shared targets")
+    losses = row_losses(hidden, head, targets, index, resolve_loss_config(squared), chunk_elements=16 * V)
+    expected = squared(hidden @ head.T, targets.hidden_RH[index] @ targets.weight_VH.T)
+    torch.testing.assert_close(losses.loss_N, expected)
+    grads = [torch.autograd.grad((x * weight).sum(), hidden, retain_graph=True)[0] for x in (losses.loss_N, expected)]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_bf16_autocast_keeps_sums_in_fp32():
+    hidden, head, targets, index, _ = case("three steps of shared targets", dtype=torch.float32)
+    exact = row_losses(hidden, head, targets, index, resolve_loss_config("kl_div"))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = row_losses(hidden, head, targets, index, resolve_loss_config("kl_div"))
+    assert rounded.loss_N.dtype == torch.float32
+    torch.testing.assert_close(rounded.loss_N, exact.loss_N, atol=0.1, rtol=0.05)
+    grads = [torch.autograd.grad(x.loss_N.sum(), hidden, retain_graph=True)[0] for x in (rounded, exact)]
+    assert grads[0].dtype == torch.float32
+    torch.testing.assert_close(grads[0], grads[1], atol=0.1, rtol=0.1)
+
+
+def test_no_tensor_of_all_rows_by_vocabulary_is_kept():
+    """What survives forward for backward is one gradient a hidden row: N * H, not N * V."""
+    hidden, head, targets, index, _ = case("three steps of shared targets")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        row_losses(hidden, head, targets, index, resolve_loss_config("kl_div"))
+    assert saved == [hidden.shape]
