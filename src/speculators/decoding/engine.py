@@ -210,14 +210,14 @@ class Engine:
     def _commit(self, batch: Batch, accepted: Accepted, logits_BTV: Tensor, first_row: int = 0) -> list[StreamEvent]:
         """Append the accepted runs to their requests, free the rows of those that ended."""
         events = []
+        if batch.seen is not None:
+            batch.seen.add(accepted.token_ids_by_row)
         for row, token_ids in accepted.token_ids_by_row.items():
             request = batch.rows[row]
             assert request is not None
             columns = accepted.columns_by_row[row]
             logprobs = logprobs_of(request.params, logits_BTV[row - first_row], columns, token_ids)
             events.append(request.take(token_ids, logprobs))
-            if batch.seen is not None:
-                batch.seen.add(row, events[-1].token_ids)
             if events[-1].finish_reason is not None:
                 self._release(batch, row)
         return events

@@ -153,9 +153,12 @@ class SeenTokens:
         self.is_in_prompt_BV[row, prompt] = True
         self.output_counts_BV[row] = 0
 
-    def add(self, row: int, token_ids: list[int]) -> None:
-        for token_id in token_ids:
-            self.output_counts_BV[row, token_id] += 1
+    def add(self, token_ids_by_row: dict[int, list[int]]) -> None:
+        rows = [row for row, token_ids in token_ids_by_row.items() for _ in token_ids]
+        tokens = [token_id for token_ids in token_ids_by_row.values() for token_id in token_ids]
+        index = torch.tensor([rows, tokens], device=self.output_counts_BV.device)
+        one = self.output_counts_BV.new_ones(())
+        self.output_counts_BV.index_put_((index[0], index[1]), one, accumulate=True)
 
     def rows(self, first: int, last: int) -> SeenTokens:
         view = SeenTokens.__new__(SeenTokens)

@@ -1,0 +1,170 @@
+"""Proposers that need no training, one by one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import toys
+from toys import VOCAB
+
+from speculators.decoding import Engine, SamplingParams
+from speculators.decoding.proposers.early_exit import first_layers
+from speculators.decoding.proposers.ngram import NgramIndex
+from speculators.decoding.proposers.vocabulary import TokenIntersection
+from speculators.interfaces import CaptureSpec, Proposal
+
+
+def brute_force(context: list[int], min_n: int, max_n: int, num_tokens: int) -> list[int]:
+    """Algorithm of vLLM's matcher, read literally: longest common suffix, capped; the earliest place that has it."""
+    best_length, best_end = 0, None
+    for end in range(len(context) - 1):
+        length = 0
+        while length < max_n and length <= end and context[end - length] == context[len(context) - 1 - length]:
+            length += 1
+        if length > best_length:
+            best_length, best_end = length, end
+    if best_end is None or best_length < min_n:
+        return []
+    return context[best_end + 1 : best_end + 1 + num_tokens]
+
+
+@pytest.mark.parametrize(("min_n", "max_n"), [(1, 1), (1, 3), (2, 4), (5, 5)])
+def test_the_earliest_match_is_the_brute_force_one_however_the_text_arrives(min_n, max_n):
+    chooser = random.Random(0)
+    for alphabet in (1, 2, 3, 5):
+        index, text = NgramIndex(min_n, max_n, "earliest"), []
+        for _ in range(120):
+            new = [chooser.randrange(alphabet) for _ in range(chooser.randrange(1, 5))]
+            index.extend(new)
+            text += new
+            assert index.draft(4) == brute_force(text, min_n, max_n, 4)
+
+
+def test_the_latest_match_is_taken_and_copied_on_past_the_end():
+    index = NgramIndex(1, 3, "latest")
+    index.extend([1, 2, 9, 1, 2, 8, 1, 2])
+    assert index.draft(2) == [8, 1]
+    index = NgramIndex(1, 3, "latest")
+    index.extend([7, 5, 6, 5, 6])
+    assert index.draft(5) == [5, 6, 5, 6, 5]
+
+
+def test_the_index_never_looks_at_old_text_again():
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, key):
+            Counted.reads += 1
+            return super().__getitem__(key)
+
+    index = NgramIndex(2, 4)
+    index.tokens = Counted()
+    index.extend(list(range(1000)))
+    costs = []
+    for token in (5, 6, 7, 8):
+        Counted.reads = 0
+        index.extend([token])
+        index.draft(4)
+        costs.append(Counted.reads)
+    assert max(costs) < 20
+
+
+def test_first_layers_share_weights_and_end_like_the_verifier():
+    model = toys.tiny_model("qwen2")
+    short = first_layers(model, 2)
+    assert short.lm_head is model.lm_head and len(model.model.layers) == 3
+    token_ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        stream = model(token_ids, output_hidden_states=True).hidden_states[2]
+        expected = model.lm_head(model.model.norm(stream))
+        torch.testing.assert_close(short(token_ids, use_cache=False).logits, expected)
+    with pytest.raises(ValueError, match=r"early_exit_layer=3 must be in 1\.\.2"):
+        first_layers(model, 3)
+
+
+class Vocabulary:
+    unk_token_id, eos_token_id = None, 1
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def get_vocab(self):
+        return {token: i for i, token in enumerate(self.tokens)}
+
+
+def test_vocabularies_are_matched_by_what_tokens_spell():
+    verifier = Vocabulary(["Ġthe", "a", "b", "only verifier"])
+    draft = Vocabulary(["b", "<end>", "▁the", "only draft"])
+    both = TokenIntersection(verifier, draft, num_verifier=4, num_draft=4)
+    assert both.to_draft(torch.tensor([0, 1, 2, 3])).tolist() == [2, 1, 0, 1]
+    logits = torch.tensor([[0.0, 9.0, 1.0, 8.0], [2.0, 0.0, 1.0, 0.0]])
+    assert both.best(logits).tolist() == [0, 2]  # draft ids 2 and 0: what only the draft knows is never drafted
+    with pytest.raises(ValueError, match="no token in common"):
+        TokenIntersection(verifier, Vocabulary(["x"]), num_verifier=4, num_draft=1)
+
+
+class GivenSeven:
+    def __init__(self, config):
+        self.config = config
+
+    def propose(self, committed, num_tokens, sampling):
+        return Proposal(torch.full((len(committed.num_new_B), num_tokens), 7))
+
+
+class ReadsStates(GivenSeven):
+    capture = CaptureSpec(aux_layer_ids=(1,))
+
+    def propose(self, committed, num_tokens, sampling):
+        assert committed.states_BTD.shape[-1] == 32
+        return super().propose(committed, num_tokens, sampling)
+
+
+class Unfit:
+    pass
+
+
+def custom(name: str) -> dict:
+    return {"method": "custom_class", "model": f"{__name__}.{name}", "num_speculative_tokens": 2}
+
+
+@pytest.mark.parametrize("name", ["GivenSeven", "ReadsStates"])
+def test_a_custom_class_drafts(name):
+    model = toys.tiny_model("llama")
+    engine = Engine(model, custom(name))
+    assert engine.generate([[5, 6]], SamplingParams(max_tokens=6))[0].token_ids == toys.generated(model, [5, 6], 6)
+    assert engine.stats.num_drafted > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (custom("Missing"), AttributeError, "no such class"),
+        (custom("Unfit"), AttributeError, "no method `propose`"),
+        ({**custom("x"), "model": "no_such_module.Class"}, ImportError, "no_such_module"),
+        ({"method": "ngram", "num_speculative_tokens": 0}, ValueError, "greater than 0"),
+        ({"method": "ngrams", "num_speculative_tokens": 2}, ValueError, "ngram"),
+        (object(), ValueError, "speculative_config is a object"),
+        (toys.ScriptedProposer(toys.at_random(0)), ValueError, "needs num_speculative_tokens"),
+    ],
+)
+def test_what_cannot_draft_is_named(config, error, message):
+    with pytest.raises(error, match=message):
+        Engine(toys.tiny_model("llama"), config)
+
+
+def test_a_draft_model_draws_from_its_own_law(tmp_path):
+    # the verifier's own weights as draft, drawn at the request's temperature: p = q, so every draft is accepted
+    model = toys.tiny_model("llama", vocab_size=VOCAB)
+    model.save_pretrained(tmp_path)
+    config = {
+        "method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic", "rejection_sample_method": "standard",
+    }  # fmt: skip
+    engine = Engine(model, config)
+    params = [SamplingParams(max_tokens=31, temperature=t, seed=i) for i, t in enumerate((0.7, 1.0, 0.0))]
+    outputs = engine.generate(toys.prompts(3), params)
+    assert engine.stats.acceptance_length > 3.9  # not 4: p and q are computed in different shapes
+    again = Engine(model, config).generate(toys.prompts(3), params)
+    assert [o.token_ids for o in again] == [o.token_ids for o in outputs]

@@ -1,0 +1,160 @@
+"""The law of sampled output, through the engine: drafts of any kind leave the verifier's law as it is.
+
+A Markov-table verifier over 4 tokens, thousands of requests, and a chi-squared test of the joint of all emitted tokens
+(first token, then two rounds or more) against a law computed by enumeration with its own, naive, sampling code.
+False alarms: each test fails by chance with probability 1e-5 (seeds are fixed, so it does not come and go).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import toys
+
+from speculators.decoding import Engine, SamplingParams
+from speculators.decoding.verification import resolve_rule
+
+V, NUM_TOKENS, NUM_REQUESTS, FALSE_ALARM = 4, 4, 3000, 1e-5
+PROMPT = [1, 3]
+
+
+def table(seed: int) -> torch.Tensor:
+    probs_VV = torch.rand(V, V, generator=torch.Generator().manual_seed(seed)).pow(2) + 0.02
+    return probs_VV / probs_VV.sum(-1, keepdim=True)
+
+
+def naive_law(row: list[float], text: list[int], params: SamplingParams) -> list[float]:
+    """One step's law from the definitions of the parameters, in plain Python."""
+    output = text[len(PROMPT) :]
+    logits = [math.log(p) for p in row]
+    for token in range(V):
+        if token in text and params.repetition_penalty != 1:
+            factor = params.repetition_penalty
+            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+        logits[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty * (token in output)
+    weights = [math.exp(x / params.temperature) for x in logits]
+    probs = [w / sum(weights) for w in weights]
+    if params.min_p:
+        probs = [p if p >= params.min_p * max(probs) else 0.0 for p in probs]
+        probs = [p / sum(probs) for p in probs]
+    order = sorted(range(V), key=lambda t: -probs[t])
+    if params.top_k > 0:
+        probs = [p if order.index(t) < params.top_k else 0.0 for t, p in enumerate(probs)]
+        probs = [p / sum(probs) for p in probs]
+    if params.top_p < 1:
+        before = [sum(probs[u] for u in order[: order.index(t)]) for t in range(V)]
+        probs = [p if before[t] < params.top_p else 0.0 for t, p in enumerate(probs)]
+    return [p / sum(probs) for p in probs]
+
+
+def joint_law(verifier_VV: torch.Tensor, params: SamplingParams) -> dict[tuple[int, ...], float]:
+    law = {}
+    for tokens in itertools.product(range(V), repeat=NUM_TOKENS):
+        text, probability = list(PROMPT), 1.0
+        for token in tokens:
+            probability *= naive_law(verifier_VV[text[-1]].tolist(), text, params)[token]
+            text.append(token)
+        if probability > 0:
+            law[tokens] = probability
+    return law
+
+
+def p_value(counts: dict[tuple[int, ...], int], law: dict[tuple[int, ...], float]) -> float:
+    """Chi-squared with rare cells pooled."""
+    assert set(counts) <= set(law), "an impossible text was emitted"
+    total = sum(counts.values())
+    rare = {cell for cell, p in law.items() if p * total < 8}
+    observed = [counts.get(cell, 0) for cell in law if cell not in rare] + [sum(counts.get(cell, 0) for cell in rare)]
+    expected = [p * total for cell, p in law.items() if cell not in rare] + [sum(law[cell] for cell in rare) * total]
+    cells = [(o, e) for o, e in zip(observed, expected, strict=True) if e > 0]
+    statistic = sum((o - e) ** 2 / e for o, e in cells)
+    return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2.0), torch.tensor(statistic / 2)))
+
+
+def tree_drafter() -> toys.ScriptedProposer:
+    """A tree whose tokens depend on the text alone (distinct siblings)."""
+
+    class Tree(toys.ScriptedProposer):
+        def propose(self, committed, num_tokens, sampling):
+            chain = super().propose(committed, 2, sampling).token_ids_BK
+            first, second = chain.unbind(1)
+            tokens = torch.stack([first, (first + 1) % V, second, (second + 2) % V, second], 1)
+            tokens = tokens.masked_fill(first[:, None] < 0, -1)
+            return toys.Proposal(tokens, parents_K=torch.tensor([-1, -1, 0, 0, 1]))
+
+    return Tree(lambda text, num_tokens: [text[-1] % V, sum(text) % V])
+
+
+DRAFTERS = {
+    "none": lambda: None,
+    "point mass, ragged": lambda: toys.ScriptedProposer(toys.at_random(0, V)),
+    "drawn, ragged": lambda: toys.MarkovDrafter(table(5), ragged=True),
+    "drawn from the verifier's own table": lambda: toys.MarkovDrafter(table(0)),
+    "tree": tree_drafter,
+}
+PARAMS = {
+    "temperature": {"temperature": 1.7},
+    "top-p": {"temperature": 0.8, "top_p": 0.75},
+    "top-k and min-p": {"temperature": 1.3, "top_k": 3, "min_p": 0.15},
+    "penalties": {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.5},
+}
+CASES = [
+    *(("none", rule, params) for rule, params in [("strict", "top-p"), ("strict", "penalties")]),
+    *(("point mass, ragged", "standard", params) for params in PARAMS),
+    *(("drawn, ragged", rule, params) for rule in ("standard", "block") for params in ("top-p", "penalties")),
+    ("drawn from the verifier's own table", "standard", "temperature"),
+    ("drawn, ragged", "strict", "temperature"),
+    ("tree", "standard", "penalties"),
+    ("tree", "standard", "top-p"),
+]
+
+
+def sampled_counts(drafter: str, rule, params: SamplingParams, batch: int) -> dict[tuple[int, ...], int]:
+    proposer = DRAFTERS[drafter]()
+    engine = Engine(
+        toys.MarkovVerifier(table(0)), proposer, num_speculative_tokens=2 if proposer else None,
+        rule=resolve_rule(rule) if isinstance(rule, str) else rule, max_batch_size=batch,
+    )  # fmt: skip
+    counts: dict[tuple[int, ...], int] = {}
+    for output in engine.generate([PROMPT] * NUM_REQUESTS, params):
+        counts[tuple(output.token_ids)] = counts.get(tuple(output.token_ids), 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize(("drafter", "rule", "params"), CASES)
+def test_the_joint_law_of_the_output_is_the_verifiers(drafter, rule, params):
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, **PARAMS[params])
+    counts = sampled_counts(drafter, rule, sampling, batch=120)
+    assert p_value(counts, joint_law(table(0), sampling)) > FALSE_ALARM
+
+
+def test_a_rule_that_accepts_a_little_too_much_is_caught():
+    standard = resolve_rule("standard")
+
+    class Careless:
+        lossless, reads_logits = True, False
+
+        def __call__(self, proposal, target_probs_BK1V, generator):
+            flattened = 0.9 * target_probs_BK1V + 0.1 / V
+            return standard(proposal, flattened, generator)
+
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, **PARAMS["temperature"])
+    counts = sampled_counts("drawn, ragged", Careless(), sampling, batch=120)
+    assert p_value(counts, joint_law(table(0), sampling)) < FALSE_ALARM
+
+
+def test_rows_of_one_batch_keep_their_own_parameters():
+    names = list(PARAMS)
+    params = [SamplingParams(max_tokens=NUM_TOKENS, **PARAMS[names[i % 4]]) for i in range(2 * NUM_REQUESTS)]
+    engine = Engine(toys.MarkovVerifier(table(0)), toys.MarkovDrafter(table(5), ragged=True), num_speculative_tokens=2,
+                    max_batch_size=120)  # fmt: skip
+    outputs = engine.generate([PROMPT] * len(params), params)
+    for i, name in enumerate(names):
+        counts: dict[tuple[int, ...], int] = {}
+        for output in outputs[i::4]:
+            counts[tuple(output.token_ids)] = counts.get(tuple(output.token_ids), 0) + 1
+        law = joint_law(table(0), SamplingParams(**PARAMS[name]))
+        assert p_value(counts, law) > FALSE_ALARM
