@@ -1,0 +1,178 @@
+"""Draft length from confidence and cost: formulas by hand and brute force, control in simulation, losslessness."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from exact import Drafted, chain_parents, emitted_law, independent_drafts, largest_error, random_table
+
+from speculators.decoding.adaptive import (
+    AcceptanceRates,
+    AdaptiveLength,
+    ConfidenceFit,
+    CostMeter,
+    CostModel,
+    best_num_tokens,
+    expected_tokens,
+    interpolate,
+    is_worth_drafting,
+    lengths_within_budget,
+)
+from speculators.decoding.verification import resolve_rule
+
+
+def test_expected_tokens_by_hand():
+    assert expected_tokens([]) == 1
+    assert expected_tokens([0.5, 0.5]) == pytest.approx(1 + 0.5 + 0.25)
+    assert expected_tokens([0.8] * 4) == pytest.approx((1 - 0.8**5) / (1 - 0.8))  # Leviathan's closed form
+    assert expected_tokens([1.0] * 3) == 4
+
+
+def test_costs_are_linear_between_measured_points():
+    points = {1: 1.0, 5: 2.0, 9: 4.0}
+    assert [interpolate(points, n) for n in (1, 3, 5, 7, 13)] == [1.0, 1.5, 2.0, 3.0, 6.0]
+    assert interpolate({4: 2.0}, 100) == 2.0
+
+
+def test_the_best_k_includes_none_at_all():
+    free = CostModel(draft_s=(0.0,) * 5, verify_s={1: 1.0, 5: 1.0})
+    assert best_num_tokens([0.9, 0.5, 0.1, 0.01], free) == 4
+    assert best_num_tokens([0.0, 0.0], free) == 0  # the smallest of equals
+    dear = CostModel(draft_s=(0.0, 0.5, 1.0), verify_s={1: 1.0, 3: 1.0})
+    assert best_num_tokens([0.4, 0.4], dear) == 0
+    assert best_num_tokens([0.9, 0.1], dear) == 1
+    # a batch that makes verification pay by the token
+    compute_bound = CostModel(draft_s=(0.0,) * 4, verify_s={1: 1.0, 8: 1.0, 64: 8.0})
+    assert best_num_tokens([0.7] * 3, compute_bound, batch_size=1) == 3
+    assert best_num_tokens([0.7] * 3, compute_bound, batch_size=16) == 0
+
+
+def test_drafting_on_while_it_pays_finds_the_scans_optimum_for_convex_costs():
+    rng = random.Random(0)
+    for _ in range(200):
+        rates = [rng.random() for _ in range(5)]
+        cost = CostModel(tuple(0.2 * k for k in range(6)), {1: 1.0, 6: 1.0 + rng.random()})
+        survivals: list[float] = []
+        while len(survivals) < 5 and is_worth_drafting(survivals, rates[len(survivals)], cost):
+            survivals.append((survivals[-1] if survivals else 1.0) * rates[len(survivals)])
+        assert len(survivals) == best_num_tokens(rates, cost)
+
+
+def test_budgets_equal_the_best_of_all_combinations_of_lengths():
+    generator = torch.Generator().manual_seed(0)
+    cost = CostModel((0.1, 0.2, 0.3, 0.4), {2: 1.0, 4: 1.1, 8: 3.0})
+    for _ in range(50):
+        confidence = torch.rand(2, 3, generator=generator)
+        survival = confidence.double().cumprod(-1)
+
+        def speed(lengths, survival=survival):
+            tokens = 2 + sum(float(survival[row, :length].sum()) for row, length in enumerate(lengths))
+            return tokens / cost.round_s(3, 2 + sum(lengths))
+
+        best = max(map(speed, itertools.product(range(4), repeat=2)))
+        assert speed(lengths_within_budget(confidence, cost).tolist()) == pytest.approx(best)
+    absent = torch.tensor([[0.9, -1.0, -1.0], [-1.0, -1.0, -1.0]])
+    assert lengths_within_budget(absent, CostModel((0.0,) * 4, {2: 1.0, 8: 1.0})).tolist() == [1, 0]
+
+
+def test_rates_are_conditional_and_forget():
+    rates = AcceptanceRates(3, prior_tests=1e-9, memory_rounds=50)
+    for _ in range(500):
+        rates.observe([3], [1])  # the first passes, the second fails, the third is never tested
+    assert rates.conditional()[:2] == pytest.approx([1.0, 0.0], abs=1e-6)
+    assert rates.tested[2] == 0
+    for _ in range(500):
+        rates.observe([3], [0])
+    assert rates.conditional()[0] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_confidence_is_calibrated_by_what_is_accepted():
+    rng, fit = random.Random(0), ConfidenceFit()
+    before = fit.rate(0.9)
+    for _ in range(3000):
+        prob = rng.uniform(0.05, 0.95)
+        fit.observe(prob, rng.random() < prob)  # perfectly calibrated: slope 1, bias 0
+    assert (fit.slope, fit.bias) == pytest.approx((1.0, 0.0), abs=0.25)
+    assert abs(fit.rate(0.9) - 0.9) < abs(before - 0.9)
+
+
+def simulate(controller, rates, cost, num_rounds, batch_size, rng):
+    """(tokens, seconds) of a decoder whose drafts are accepted at the given conditional rates."""
+    tokens, seconds = 0, 0.0
+    for _ in range(num_rounds):
+        k = controller.num_tokens(batch_size)
+        accepted = []
+        for _ in range(batch_size):
+            n = 0
+            while n < k and rng.random() < rates[n]:
+                n += 1
+            accepted.append(n)
+        noise = rng.uniform(0.9, 1.2)
+        draft_s, verify_s = cost.draft_s[k] * noise, interpolate(cost.verify_s, batch_size * (k + 1)) * noise
+        controller.observe([k] * batch_size, accepted, draft_s=draft_s, verify_s=verify_s)
+        tokens, seconds = tokens + sum(accepted) + batch_size, seconds + draft_s + verify_s
+    return tokens, seconds
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_adapted_length_is_near_the_best_fixed_one_and_never_much_slower_than_plain(rate, batch_size):
+    rates = [rate * 0.95**i for i in range(5)]
+    cost = CostModel(tuple(0.15 * k for k in range(6)), {1: 1.0, 8: 1.0, 48: 3.0})
+    tokens, seconds = simulate(AdaptiveLength(5), rates, cost, 3000, batch_size, random.Random(1))
+    speeds = [
+        batch_size * expected_tokens(rates[:k]) / (cost.round_s(k, batch_size * (k + 1)) * 1.05) for k in range(6)
+    ]
+    assert tokens / seconds > 0.93 * max(speeds)
+    assert tokens / seconds > 0.96 * speeds[0]
+
+
+def test_a_drafter_that_becomes_good_is_noticed():
+    cost = CostModel(tuple(0.1 * k for k in range(5)), {1: 1.0, 5: 1.1})
+    controller, rng = AdaptiveLength(4), random.Random(2)
+    simulate(controller, [0.0] * 4, cost, 400, 1, rng)
+    assert controller.current == 0
+    simulate(controller, [0.95] * 4, cost, 2000, 1, rng)
+    assert controller.current >= 3
+
+
+def test_one_slow_round_changes_costs_by_less_than_its_share():
+    meter = CostMeter()
+    for seconds in (1.0, 1.0, 50.0, 1.0):
+        meter.observe(2, 3, draft_s=0.1, verify_s=seconds)
+    assert meter.model(3).round_s(2, 3) < 1.5
+    assert CostMeter().model(3) is None
+
+
+def cut_by(decide):
+    """Drafts of which slot i is kept while `decide(q_i, d_i)` holds for it and all before it."""
+
+    def cut(draft: Drafted) -> Drafted:
+        keep = 0
+        while keep < len(draft.tokens) and decide(draft.probs_KV[keep], draft.tokens[keep]):
+            keep += 1
+        tokens = draft.tokens[:keep] + (-1,) * (len(draft.tokens) - keep)
+        return Drafted(tokens, draft.probs_KV, draft.weight)
+
+    return cut
+
+
+@pytest.mark.parametrize("rule", ["standard", "block", "strict"])
+def test_stopping_by_the_law_is_lossless_and_stopping_by_the_drawn_token_is_not(rule):
+    generator = torch.Generator().manual_seed(7)
+    target, draft = random_table(3, 3, "dense", generator), random_table(3, 2, "dense", generator)
+    drafts = independent_drafts(draft, chain_parents(2), 3)
+    bar = float(draft[()].max()) - 1e-9
+    by_law = [cut_by(lambda q, token: float(q.max()) > bar)(d) for d in drafts]
+    assert len({sum(token >= 0 for token in d.tokens) for d in by_law}) > 1  # some are cut, some are not
+    law, _ = emitted_law(resolve_rule(rule), by_law, target, 3, None)
+    assert largest_error(law, target, 3, 3) < 1e-10
+    by_token = [cut_by(lambda q, token: float(q[token]) > 0.4)(d) for d in drafts]
+    law, _ = emitted_law(resolve_rule(rule), by_token, target, 3, None)
+    if rule == "strict":  # emits the verifier's own draws whatever was drafted
+        assert largest_error(law, target, 3, 3) < 1e-10
+    else:
+        assert largest_error(law, target, 3, 3) > 1e-3
