@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from speculators.draft_vocab import norm_is_unit_offset
 from speculators.nn.norms import RMSNorm, RMSNormPlusOne
@@ -76,3 +76,50 @@ def conditional_torch_compile(function: Callable[..., Any] | None = None, **opti
     if function is None:
         return lambda decorated: conditional_torch_compile(decorated, **options)
     return torch.compile(function, **options) if torch.cuda.is_available() else function
+
+
+def resolve_mask_token_id(
+    mask_token_id: int | None, verifier: str, vocab_size: int, trust_remote_code: bool = False
+) -> int:
+    """The token of masked slots: the given one, the tokenizer's mask token, the first row of the embedding that no
+    token uses, or (with a warning) a special token of the verifier."""
+    if mask_token_id is not None:
+        if not 0 <= mask_token_id < vocab_size:
+            raise ValueError(
+                f"mask_token_id={mask_token_id} is no row of the verifier's embedding; give one in 0..{vocab_size - 1}"
+            )
+        return mask_token_id
+    special: list[int | None] = []
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(verifier, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        config = get_verifier_config(verifier, trust_remote_code)
+        special = [getattr(config, "pad_token_id", None), _first(getattr(config, "eos_token_id", None))]
+    else:
+        if tokenizer.mask_token_id is not None:
+            return int(tokenizer.mask_token_id)
+        first_unused = max(tokenizer.get_vocab().values(), default=-1) + 1
+        if first_unused < vocab_size:
+            return first_unused
+        special = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    found = next((token for token in special if token is not None), None)
+    if found is None:
+        raise ValueError(
+            f"verifier '{verifier}' has no mask token, no spare embedding row and no pad, eos or unk token; "
+            "choose a token that does not occur in text with --mask-token-id"
+        )
+    logger.warning("masked slots are marked with token %d, which also has another meaning; see --mask-token-id", found)
+    return int(found)
+
+
+def _first(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
+
+
+def target_logit_transform(verifier: str) -> tuple[float, float | None]:
+    """(scale, softcap) between the verifier's head and its logits: logits = softcap(scale * head(state))."""
+    values, _ = PretrainedConfig.get_config_dict(verifier)
+    values = values.get("text_config") or values
+    scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
+    softcap = values.get("final_logit_softcapping")
+    return scale, None if softcap is None else float(softcap)

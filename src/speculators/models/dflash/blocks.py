@@ -1,0 +1,141 @@
+"""Choosing what to train on in a packed row: anchors, the blocks that hang on them, the slots that are supervised.
+
+Shapes: T columns of the packed row, P blocks, S slots a block.
+
+    column     0   1   2   3   4   5   6   7          anchor p = 3, S = 4
+    token      x0  x1  x2  x3  x4  x5  x6  x7
+    slot                   0   1   2   3              tokens [x3, mask, mask, mask], positions 3 4 5 6
+    drafts                 .   x4  x5  x6             slot k is taught P(x[p+k]), made of state y[p+k-1]
+    sample_from_anchor     x4  x5  x6  x7             slot k is taught P(x[p+k+1]), made of state y[p+k]
+
+A slot counts if column p + k is supervised and neither it nor its target is of another document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speculators.nn.block_attention import BlockLayout, document_starts
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One packed row as the trainer gives it; the context ends where the padding starts."""
+
+    features_CD: Tensor
+    """Verifier states of the columns before the padding."""
+    last_hidden_CH: Tensor
+    token_ids_T: Tensor
+    document_ids_T: Tensor
+    loss_mask_T: Tensor
+    position_ids_T: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        loss_mask: Tensor | None,
+        last_hidden: Tensor | None,
+        document_ids: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> PackedRow:
+        if input_ids.shape[0] != 1:
+            raise ValueError(
+                f"input_ids has batch size {input_ids.shape[0]}; documents are packed into one row of size 1"
+            )
+        if last_hidden is None:
+            raise ValueError("verifier_last_hidden_states is None, but the targets of training are made of them")
+        if document_ids is None:
+            document_ids = torch.zeros_like(input_ids)
+        if loss_mask is None:
+            loss_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        real = (document_ids[0] != -1).nonzero()
+        end = int(real[-1]) + 1 if len(real) else 1
+        return cls(
+            hidden_states[0, :end], last_hidden[0, :end], input_ids[0], document_ids[0], loss_mask[0].bool(),
+            position_ids[0],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one training forward."""
+
+    layout: BlockLayout
+    columns_PS: Tensor
+    """Column of the packed row that each slot stands at."""
+    counts_PS: Tensor
+    """bool: the slot is compared with the verifier."""
+    first_slot: int
+
+    @property
+    def anchors_P(self) -> Tensor:
+        return self.layout.anchors_P
+
+    @property
+    def slot_index_PS(self) -> Tensor:
+        return torch.arange(self.layout.block_size, device=self.columns_PS.device).expand_as(self.columns_PS)
+
+    @property
+    def target_index_PS(self) -> Tensor:
+        """Column whose last state made the distribution a slot is taught. Means nothing where it does not count."""
+        return (self.columns_PS - self.first_slot).clamp_min(0)
+
+    def positions_PS(self, row: PackedRow) -> Tensor:
+        return row.position_ids_T[self.anchors_P, None] + self.slot_index_PS
+
+    def previous_tokens_PS(self, row: PackedRow) -> Tensor:
+        """The true token before the one a slot drafts."""
+        return row.token_ids_T[self.target_index_PS]
+
+
+def choose_blocks(
+    row: PackedRow, block_size: int, first_slot: int, max_anchors: int, generator: torch.Generator | None
+) -> Blocks:
+    """Blocks of at most `max_anchors` supervised columns, drawn without replacement and sorted. A column whose block
+    has nothing to teach is not drawn. The last `block_size` columns of the row are no anchors."""
+    length = len(row.token_ids_T)
+    may_anchor_T = row.loss_mask_T & (row.document_ids_T != -1)
+    may_anchor_T[max(0, length - block_size) :] = False
+    anchors_P = may_anchor_T.nonzero().squeeze(1)
+    anchors_P = anchors_P[counted_slots(row, anchors_P, block_size, first_slot).any(1)]
+    if len(anchors_P) > max_anchors:  # drawn on the host, so that every device trains on the same anchors
+        drawn = torch.randperm(len(anchors_P), generator=generator)[:max_anchors].sort().values
+        anchors_P = anchors_P[drawn.to(anchors_P.device)]
+    if len(anchors_P) == 0:  # nothing is supervised: one block keeps the graph and gives loss 0
+        anchors_P = anchors_P.new_zeros(1)
+    layout = BlockLayout(anchors_P, document_starts(row.document_ids_T)[anchors_P], block_size)
+    counts_PS = counted_slots(row, anchors_P, block_size, first_slot)
+    return Blocks(layout, slot_columns(anchors_P, block_size), counts_PS, first_slot)
+
+
+def slot_columns(anchors_P: Tensor, block_size: int) -> Tensor:
+    return anchors_P[:, None] + torch.arange(block_size, device=anchors_P.device)
+
+
+def counted_slots(row: PackedRow, anchors_P: Tensor, block_size: int, first_slot: int) -> Tensor:
+    length = len(row.token_ids_T)
+    columns_PS = slot_columns(anchors_P, block_size)
+    drafted_PS = columns_PS + 1 - first_slot
+    within = drafted_PS.clamp_max(length - 1)
+    documents_P1 = row.document_ids_T[anchors_P, None]
+    # the drafted column is never left of the slot, and documents are contiguous: one comparison guards both
+    counts_PS = row.loss_mask_T[columns_PS.clamp_max(length - 1)] & (row.document_ids_T[within] == documents_P1)
+    counts_PS &= (drafted_PS < length) & (documents_P1 != -1)
+    counts_PS[:, :first_slot] = False
+    return counts_PS
+
+
+def validation_generator() -> torch.Generator:
+    """The same anchors at every validation: losses of epochs are compared."""
+    return torch.Generator().manual_seed(0)
+
+
+Metrics = dict[str, Any]

@@ -1,0 +1,269 @@
+"""`DFlashDraftModel`: the weights under the names of the checkpoint, and the hooks of training and serving.
+
+Shapes: D = aux layers * H, H hidden size, V verifier vocabulary. What is computed with the weights is in `network`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from speculators.config import SpeculatorsConfig, VerifierConfig
+from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
+from speculators.interfaces import Proposer
+from speculators.losses.registry import resolve_loss_config
+from speculators.model import SpeculatorModel
+from speculators.models.dflash.arguments import TRAINING_DEFAULTS, DFlashTrainingArgs
+from speculators.models.dflash.blocks import PackedRow
+from speculators.models.dflash.checkpoint import (
+    complete_block_config,
+    expected_keys,
+    pin_causality,
+    warn_if_served_differently,
+)
+from speculators.models.dflash.config import DFlashSpeculatorConfig
+from speculators.models.dflash.network import BlockDecoderLayer, DFlashNetwork
+from speculators.models.dflash.proposer import DFlashProposer
+from speculators.models.dflash.training import (
+    DEFAULT_MAX_ANCHORS,
+    DPACE_ALPHA,
+    FIXED_DECAY,
+    GAMMA,
+    Objective,
+    check_weighting,
+    train_forward,
+)
+from speculators.models.utils import resolve_mask_token_id, resolve_target_layer_ids, target_logit_transform
+from speculators.nn.decoder import DecoderLayer
+from speculators.nn.draft_vocab import select_rows
+from speculators.nn.norms import RMSNorm
+from speculators.nn.rope import Rope
+from speculators.proposals import GreedyTokenProposalConfig
+
+logger = logging.getLogger(__name__)
+
+
+@SpeculatorModel.register("dflash")
+class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
+    """Owns the weights under the names of the checkpoint."""
+
+    config_class: type[DFlashSpeculatorConfig] = DFlashSpeculatorConfig  # type: ignore[assignment]
+    training_args = DFlashTrainingArgs
+    training_defaults = TRAINING_DEFAULTS
+    anchor_may_draft = False
+    """Whether serving engines accept `sample_from_anchor`."""
+
+    def __init__(self, config: DFlashSpeculatorConfig, **kwargs: Any):
+        check_buildable(config)
+        super().__init__(config, **kwargs)
+        nested = config.transformer_layer_config
+        size, eps = nested.hidden_size, nested.rms_norm_eps
+        self.block_size = config.block_size
+        self.fc = nn.Linear(len(self.target_layer_ids) * size, size, bias=False)
+        self.hidden_norm = RMSNorm(size, eps)
+        self.layers = nn.ModuleList([BlockDecoderLayer(nested, i) for i in range(nested.num_hidden_layers)])
+        self.norm = RMSNorm(size, eps)
+        self.verifier_norm = RMSNorm(size, eps)
+        self.verifier_norm.requires_grad_(False)
+        self.target_transform: tuple[float, float | None] = (1.0, None)
+        """(scale, softcap) the verifier applies to what its head gives."""
+        verifiers_own = ["embed_tokens.weight"] if self.use_draft_vocab else ["embed_tokens.weight", "lm_head.weight"]
+        self._keys_to_ignore_on_save = [*verifiers_own, *type(self)._keys_to_ignore_on_save]
+        if config.sample_from_anchor and not self.anchor_may_draft:
+            logger.warning("sample_from_anchor=True: vLLM refuses it for '%s'", config.speculators_model_type)
+        self.post_init()
+
+    @property
+    def network(self) -> DFlashNetwork:
+        config = self.config
+        return DFlashNetwork(
+            self.embed_tokens, self.fc, self.hidden_norm, cast("list[DecoderLayer]", list(self.layers)), self.norm,
+            self.lm_head, Rope(config.transformer_layer_config), config.sights, self.mask_token_id, config.first_slot,
+        )  # fmt: skip
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        return list(self.config.aux_hidden_state_layer_ids)
+
+    @property
+    def mask_token_id(self) -> int:
+        if self.config.mask_token_id is None:
+            raise ValueError("mask_token_id is not set, so masked slots have no token; set it in config.json")
+        return self.config.mask_token_id
+
+    def load_verifier_weights(self) -> None:
+        """The embedding, and the head of the whole vocabulary, are the verifier's even where a checkpoint has them."""
+        speculators_config = self.config.speculators_config
+        path = speculators_config.verifier.name_or_path if speculators_config is not None else None
+        if path is not None:
+            nn.init.constant_(self.embed_tokens.weight, math.nan)
+            if not self.use_draft_vocab:
+                nn.init.constant_(self.lm_head.weight, math.nan)
+            self.target_transform = target_logit_transform(path)
+        super().load_verifier_weights()
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_training_args(  # type: ignore[override]
+        cls, verifier_config: Any, t2d: Tensor | None = None, d2t: Tensor | None = None, **kwargs: Any
+    ) -> DFlashDraftModel:
+        config = cls.config_class(**cls.config_values(verifier_config, **kwargs))
+        model = cls(config)
+        model.load_vocab_mappings(t2d, d2t)
+        model.load_verifier_weights()
+        return model
+
+    @classmethod
+    def config_values(
+        cls,
+        verifier_config: Any,
+        *,
+        draft_vocab_size: int | None,
+        verifier_name_or_path: str,
+        block_size: int | None = None,
+        mask_token_id: int | None = None,
+        sliding_window_non_causal: bool = False,
+        sample_from_anchor: bool | None = None,
+        target_layer_ids: list[int] | None = None,
+        draft_attn_impl: str | None = None,
+        trust_remote_code: bool = False,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Config fields of a new drafter from what the command line knows."""
+        fields = cls.config_class.model_fields
+        nested = complete_block_config(verifier_config)
+        cls.pin_causality(nested, sliding_window_non_causal)
+        if draft_attn_impl is not None:
+            nested._attn_implementation = draft_attn_impl
+        if block_size is None:
+            block_size = fields["block_size"].default
+        if sample_from_anchor is None:
+            sample_from_anchor = fields["sample_from_anchor"].default
+        return {
+            "transformer_layer_config": nested,
+            "draft_vocab_size": draft_vocab_size or nested.vocab_size,
+            "block_size": block_size,
+            "aux_hidden_state_layer_ids": resolve_target_layer_ids(
+                target_layer_ids, verifier_name_or_path, trust_remote_code=trust_remote_code
+            ),
+            "mask_token_id": resolve_mask_token_id(
+                mask_token_id, verifier_name_or_path, nested.vocab_size, trust_remote_code
+            ),
+            "sliding_window_non_causal": sliding_window_non_causal,
+            "sample_from_anchor": sample_from_anchor,
+            "speculators_config": SpeculatorsConfig(
+                algorithm=fields["speculators_model_type"].default,
+                proposal_methods=[
+                    GreedyTokenProposalConfig(speculative_tokens=max(1, block_size - (not sample_from_anchor)))
+                ],
+                default_proposal_method="greedy",
+                verifier=VerifierConfig.from_pretrained(verifier_name_or_path, trust_remote_code=trust_remote_code),
+            ),
+        }
+
+    pin_causality = staticmethod(pin_causality)
+    """Make the mask that is trained the mask that is served."""
+
+    @staticmethod
+    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config = resolve_loss_config(kwargs["loss_fn"], kwargs.get("loss_implementation", "fused"))
+        functions = [function for function, _ in config.values()]
+        shared = {
+            "loss_config": config,
+            "loss_fn": functions[0] if len(functions) == 1 else kwargs["loss_fn"],
+            "gamma": kwargs.get("dflash_decay_gamma", GAMMA),
+            "max_anchors": kwargs.get("max_anchors", DEFAULT_MAX_ANCHORS),
+            "per_position_loss_weight": kwargs.get("per_position_loss_weight", FIXED_DECAY),
+            "dpace_alpha": kwargs.get("dpace_alpha", DPACE_ALPHA),
+        }
+        check_weighting(shared["per_position_loss_weight"], shared["dpace_alpha"], config)
+        return shared, {**shared, "loss_config": dict(config)}
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        loss_mask: Tensor | None = None,
+        verifier_last_hidden_states: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        loss_config: Any = None,
+        loss_fn: Any = None,
+        gamma: float = GAMMA,
+        max_anchors: int | None = None,
+        per_position_loss_weight: str = FIXED_DECAY,
+        dpace_alpha: float = DPACE_ALPHA,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """(None, loss, metrics). Anchors are drawn by `generator` (None: torch's own in training, the same ones every
+        time in evaluation). Unknown keywords of the batch are ignored."""
+        row = PackedRow.of(
+            hidden_states, input_ids, loss_mask, verifier_last_hidden_states, document_ids, position_ids
+        )  # fmt: skip
+        objective = Objective.of(
+            loss_config, loss_fn, gamma=gamma, per_position_loss_weight=per_position_loss_weight,
+            dpace_alpha=dpace_alpha,
+        )  # fmt: skip
+        return train_forward(self, row, objective, max_anchors, generator)
+
+    # -- serving -----------------------------------------------------------------------------------------------------
+
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Proposer:
+        model = self.beside(verifier_model)
+        return DFlashProposer(
+            model.network, model.target_layer_ids, model.d2t, model.verifier_vocab_size, max_batch_size=max_batch_size,
+            max_length=max_length,
+        )  # fmt: skip
+
+    def beside(self, verifier_model: Any) -> DFlashDraftModel:
+        """This drafter in the verifier's dtype, on its device, complete with its embedding and head."""
+        source = verifier_model.get_input_embeddings().weight
+        expected = (self.verifier_vocab_size, self.hidden_size)
+        if tuple(source.shape) != expected:
+            raise ValueError(
+                f"the verifier's embedding is {tuple(source.shape)} and this drafter was trained for {expected} "
+                "(vocabulary, hidden size); decode with the verifier it was trained for"
+            )
+        model = self
+        if self.fc.weight.dtype != source.dtype or self.fc.weight.device != source.device:
+            model = copy.deepcopy(self)  # training keeps its own
+            model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
+        if was_never_loaded(model.embed_tokens.weight):
+            model.embed_tokens.weight.data.copy_(source)
+        if was_never_loaded(model.lm_head.weight):
+            model.lm_head.weight.data.copy_(select_rows(verifier_model.get_output_embeddings().weight, model.t2d))
+        return model
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        missing = self.expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())
+        assert not missing, f"a checkpoint without {sorted(missing)} would be served from uninitialised memory"
+        self.warn_if_served_differently(self.config)
+        super().save_pretrained(save_directory, **kwargs)
+
+    expected_keys = staticmethod(expected_keys)
+    warn_if_served_differently = staticmethod(warn_if_served_differently)
+
+
+def check_buildable(config: DFlashSpeculatorConfig) -> None:
+    """What a config may leave open but a model cannot."""
+    if not isinstance(config, DFlashSpeculatorConfig):
+        return  # the base class says so
+    ids = config.aux_hidden_state_layer_ids
+    if not ids:
+        raise ValueError(
+            f"aux_hidden_state_layer_ids={ids}: its length sizes fc; list the verifier layers to read, e.g. "
+            "[2, n // 2, n - 3] of n layers"
+        )
+    if config.num_drafts < 1:
+        raise ValueError(
+            f"block_size={config.block_size} drafts nothing: slot 0 holds the anchor; use 2 or more, or "
+            "sample_from_anchor"
+        )

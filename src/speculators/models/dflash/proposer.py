@@ -1,0 +1,114 @@
+"""How DFlash drafts: the context's keys and values are kept, one forward fills a block of every row.
+
+Shapes: B rows, T committed columns, K draft tokens, S slots, M new context entries, H hidden size, V vocabulary.
+
+    sequence   x0   x1   x2   x3            committed: token x[i] with the state g[i-1] that predicted it
+    context    c0   c1   c2                 entry i is made of g[i] and stands at position i
+    block                     x3  m  m  m   positions 3, 4, 5, 6: the last token has no state yet, so it is slot 0
+    drafts                    .   x4 x5 x6  (sample_from_anchor: slot k drafts x[4 + k])
+
+The block's own keys are scratch behind the context; the next commit writes over them (see `nn.block_cache`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
+from speculators.models.dflash.network import DFlashNetwork
+from speculators.nn.block_cache import BlockCache, BlockPass
+from speculators.nn.draft_sampling import draft_probs, draw
+from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
+from speculators.packed_linear import PackedLinears
+
+NO_DRAFT = -1
+INITIAL_CAPACITY = 1024
+"""Entries a row holds before the cache grows the first time."""
+
+Drafts = tuple[Tensor, Tensor | None]
+"""(verifier ids [B, K], q [B, K, V] or None)"""
+
+
+class DFlashProposer:
+    """Snapshot of a drafter, made to draft."""
+
+    def __init__(
+        self,
+        network: DFlashNetwork,
+        target_layer_ids: Sequence[int],
+        d2t: Tensor | None,
+        verifier_vocab_size: int,
+        *,
+        max_batch_size: int,
+        max_length: int,
+    ):
+        """`network` as it trains; it is fused here."""
+        self.capture = CaptureSpec(aux_layer_ids=tuple(target_layer_ids))
+        self.d2t, self.verifier_vocab_size = d2t, verifier_vocab_size
+        self.context_kv = network.context_projection()
+        self.network = network.fused()
+        weight = self.network.fc.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        num_layers, _, num_kv_heads, head_dim = self.context_kv.shape
+        self.cache = BlockCache(
+            num_layers, max_batch_size, num_kv_heads, head_dim, dtype=self.dtype, device=self.device
+        )  # fmt: skip
+        self.cache.reserve(min(max_length, INITIAL_CAPACITY))
+        self.attends = self.cache.block_attends(network.sights)
+        self.packed = PackedLinears(
+            *self.network.layers, nn.ModuleList([self.network.fc, self.network.lm_head, self.context_kv])
+        )
+
+    @torch.inference_mode()
+    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+        num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
+        with self.packed:
+            self.commit(committed, num_new, num_committed)
+            last_column_B1 = (committed.num_new_B - 1).clamp_min(0)[:, None]
+            anchor_B = committed.token_ids_BT.gather(1, last_column_B1)[:, 0]
+            if num_tokens == 0:
+                return Proposal(anchor_B.new_empty(len(num_new), 0))
+            hidden_BKH = self.fill(anchor_B, num_tokens)
+            draft_ids_BK, probs_BKV = self.draft(hidden_BKH, anchor_B, sampling)
+        drafts_B = [new > 0 for new in num_new]
+        if not all(drafts_B):
+            draft_ids_BK[~torch.tensor(drafts_B, device=self.device)] = NO_DRAFT
+        return Proposal(draft_ids_BK, probs_BKV)
+
+    def commit(self, committed: Committed, num_new: list[int], num_committed: list[int]) -> None:
+        """Write the context entries of the new states, of all rows and layers at once."""
+        assert committed.states_BTD is not None
+        for row, (new, total) in enumerate(zip(num_new, num_committed, strict=True)):
+            if new:
+                self.cache.lengths[row] = total - 1
+        self.cache.reserve(max(num_committed))
+        columns_T = torch.arange(committed.token_ids_BT.shape[1], device=self.device)
+        positions_BT = (committed.num_committed_B - committed.num_new_B)[:, None] + columns_T - 1
+        # Column 0 of a new request has no state, hence no entry.
+        is_entry_BT = (columns_T < committed.num_new_B[:, None]) & (positions_BT >= 0)
+        row_M, column_M = is_entry_BT.nonzero().unbind(1)
+        position_M = positions_BT[row_M, column_M]
+        context_MH = self.network.context(committed.states_BTD[row_M, column_M].to(self.dtype))
+        rope = self.network.rope.tables(max(num_committed), self.device, self.dtype).at(position_M)
+        self.cache.write_context(row_M, position_M, self.context_kv(context_MH, rope))
+
+    def fill(self, anchor_B: Tensor, num_tokens: int) -> Tensor:
+        """What the head reads of the slots that draft: [B, K, H]."""
+        first_slot = self.network.first_slot
+        running = BlockPass(self.cache.lengths[: len(anchor_B)], num_tokens + first_slot, self.device)
+        self.cache.start(running)
+        rope = self.network.rope.tables(running.end, self.device, self.dtype).at(running.positions_BS)
+        token_ids_BS = self.network.blocks(anchor_B, running.num_slots)
+        return self.network.forward(token_ids_BS, rope, self.attends)[:, first_slot:]
+
+    def draft(self, hidden_BKH: Tensor, anchor_B: Tensor, sampling: DraftSampling) -> Drafts:
+        """Each slot on its own: q of a slot does not depend on the other drafts, so their product is a proposal."""
+        logits_BKV = self.network.lm_head(hidden_BKH)
+        if not sampling.probabilistic:
+            return draft_to_verifier_ids(logits_BKV.argmax(-1), self.d2t), None
+        probs_BKV = draft_probs(logits_BKV, sampling.temperature_B[:, None])
+        draft_ids_BK = draft_to_verifier_ids(draw(probs_BKV, sampling.generator), self.d2t)
+        return draft_ids_BK, scatter_to_verifier(probs_BKV, self.d2t, self.verifier_vocab_size)

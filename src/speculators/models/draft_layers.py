@@ -1,0 +1,60 @@
+"""The nested decoder config of a speculator as engines read it, and the names of its layers' tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from speculators.nn.attention import attention_shape
+from speculators.nn.rope import head_dim, rope_parameters
+
+# vLLM builds a generic config from the dict: no class defaults stand behind a missing key.
+COMPLETED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+
+
+def complete_layer_config(config: Any) -> Any:
+    """A copy with every key an engine reads written down."""
+    config = copy.deepcopy(config)
+    attention_shape(config)  # refuses what there are no layers for
+    config.tie_word_embeddings = False
+    config.head_dim = head_dim(config)
+    config.rope_parameters = rope_parameters(config)
+    for key, value in COMPLETED.items():
+        if not hasattr(config, key):
+            setattr(config, key, value)
+    if config.model_type == "llama":
+        config.mlp_bias = bool(getattr(config, "mlp_bias", False))
+    layer_types = list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+    if len(layer_types) != config.num_hidden_layers:
+        raise ValueError(
+            f"layer_types has {len(layer_types)} entries for num_hidden_layers={config.num_hidden_layers}; "
+            "give one for each draft layer"
+        )
+    config.layer_types = layer_types
+    return config
+
+
+def layer_keys(config: Any, output_bias: bool | None = None) -> set[str]:
+    """Tensor names of one decoder layer. `output_bias`: whether a biased attention has one on o_proj too; None = as
+    the decoder's family does."""
+    shape = attention_shape(config)
+    biased = bool(getattr(config, "attention_bias", False))
+    on_output = shape.output_bias if output_bias is None else output_bias
+    keys = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    for name in ("q", "k", "v", "o"):
+        keys.add(f"self_attn.{name}_proj.weight")
+        if biased and (name != "o" or on_output):
+            keys.add(f"self_attn.{name}_proj.bias")
+    if shape.qk_norm:
+        keys |= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    for name in ("gate", "up", "down"):
+        keys.add(f"mlp.{name}_proj.weight")
+        if getattr(config, "mlp_bias", False):
+            keys.add(f"mlp.{name}_proj.bias")
+    return keys
