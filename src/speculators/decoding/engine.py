@@ -171,8 +171,24 @@ class Engine:
             request.output.stats.record(*accepted.offered_by_row[row], len(accepted.token_ids_by_row[row]) - 1)
         batch.tell(accepted.token_ids_by_row, accepted.states(output.states_BTD))
         events = self._commit(batch, accepted, output.logits_BTV)
-        _share_time(requests, drafted - start, scored - drafted, perf_counter() - scored)
+        self._account(requests, accepted, drafted - start, scored - drafted, perf_counter() - scored)
         return events
+
+    def _account(
+        self, requests: list[ActiveRequest], accepted: Accepted, draft_s: float, verify_s: float, overhead_s: float
+    ) -> None:
+        """Split the times of a round over its requests; tell the adaptive draft length what the round did."""
+        for request in requests:
+            stats, share = request.output.stats, 1 / len(requests)
+            stats.draft_s += draft_s * share
+            stats.verify_s += verify_s * share
+            stats.overhead_s += overhead_s * share
+        if self.drafting is not None and self.drafting.adaptive is not None:
+            num_drafted = [drafted for drafted, _ in accepted.offered_by_row.values()]
+            num_accepted = [len(token_ids) - 1 for token_ids in accepted.token_ids_by_row.values()]
+            self.drafting.adaptive.observe(
+                num_drafted, num_accepted, draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s
+            )
 
     def _propose(self, batch: Batch) -> Proposal:
         drafting = self.drafting
@@ -307,11 +323,3 @@ def _neighbours(rows: list[int]) -> list[list[int]]:
         else:
             runs.append([row])
     return runs
-
-
-def _share_time(requests: list[ActiveRequest], draft_s: float, verify_s: float, overhead_s: float) -> None:
-    for request in requests:
-        stats, share = request.output.stats, 1 / len(requests)
-        stats.draft_s += draft_s * share
-        stats.verify_s += verify_s * share
-        stats.overhead_s += overhead_s * share

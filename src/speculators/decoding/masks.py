@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from speculators.decoding.tree import ancestor_mask, depths
+
 
 @dataclass(frozen=True)
 class TreeShape:
@@ -30,16 +32,7 @@ class TreeShape:
     @classmethod
     def of(cls, parents_K: Tensor) -> TreeShape:
         parents = parents_K.tolist()
-        depths, ancestors = [0], [{0}]
-        for node, parent in enumerate(parents, start=1):
-            if not -1 <= parent < node - 1:
-                raise ValueError(f"parents_K={parents}: node {node - 1} must come after its parent {parent}")
-            depths.append(depths[parent + 1] + 1)
-            ancestors.append(ancestors[parent + 1] | {node})
-        is_ancestor_TT = torch.zeros(len(depths), len(depths), dtype=torch.bool)
-        for node, seen in enumerate(ancestors):
-            is_ancestor_TT[node, list(seen)] = True
-        return cls(torch.tensor(depths), is_ancestor_TT)
+        return cls(torch.tensor([0, *depths(parents)]), ancestor_mask(parents))
 
 
 @dataclass

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speculators.decoding.masks import TreeShape
 from speculators.decoding.request import TokenLogprobs
 from speculators.decoding.rows import Batch
 from speculators.decoding.sampling import DraftedTokens, SamplingParams
+from speculators.decoding.tree import ancestor_mask, depths
 from speculators.interfaces import Proposal, Verification
 
 
@@ -73,7 +73,7 @@ def on_host(verification: Verification, proposal: Proposal, rows: Iterable[int],
         ],
         dim=1,
     ).tolist()
-    depths = _depths(proposal)
+    slot_depths = list(range(1, K + 1)) if proposal.parents_K is None else depths(proposal.parents_K.tolist())
     token_ids_by_row, columns_by_row, offered_by_row = {}, {}, {}
     for row in rows:
         values = packed[row - first_row]
@@ -81,19 +81,9 @@ def on_host(verification: Verification, proposal: Proposal, rows: Iterable[int],
         path = path[:num_accepted]
         token_ids_by_row[row] = [drafts[slot] for slot in path] + [next_token]
         columns_by_row[row] = [0] + [slot + 1 for slot in path]
-        offered = [depths[slot] for slot, token_id in enumerate(drafts) if token_id >= 0]
+        offered = [slot_depths[slot] for slot, token_id in enumerate(drafts) if token_id >= 0]
         offered_by_row[row] = (len(offered), max(offered, default=0))
     return Accepted(token_ids_by_row, columns_by_row, offered_by_row, proposal.parents_K is None)
-
-
-def _depths(proposal: Proposal) -> list[int]:
-    """Of each slot: 1 below the last committed token."""
-    if proposal.parents_K is None:
-        return list(range(1, proposal.token_ids_BK.shape[1] + 1))
-    depths: list[int] = []
-    for parent in proposal.parents_K.tolist():
-        depths.append(1 if parent < 0 else depths[parent] + 1)
-    return depths
 
 
 def drafted_tokens(proposal: Proposal) -> DraftedTokens | None:
@@ -102,7 +92,7 @@ def drafted_tokens(proposal: Proposal) -> DraftedTokens | None:
     if K == 0:
         return None
     if proposal.parents_K is not None:
-        is_ancestor_TT = TreeShape.of(proposal.parents_K).is_ancestor_TT
+        is_ancestor_TT = ancestor_mask(proposal.parents_K.tolist())
     else:
         is_ancestor_TT = torch.ones(K + 1, K + 1, dtype=torch.bool).tril()
     return DraftedTokens(proposal.token_ids_BK, is_ancestor_TT.to(proposal.token_ids_BK.device))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from speculators.decoding.adaptive import AdaptiveLength
 from speculators.decoding.config import ModelInfo, SpeculativeConfig
 from speculators.decoding.proposers.draft_model import DraftModelProposer
 from speculators.decoding.proposers.early_exit import first_layers
@@ -39,6 +40,8 @@ class Drafting:
     """Drafts are drawn from the draft's distribution."""
     max_length: int | None = None
     """Rows longer than this are not drafted for."""
+    adaptive: AdaptiveLength | None = None
+    """Told what each round did, when K follows from that."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,17 @@ def build_drafting(
     if isinstance(speculative_config, (dict, SpeculativeConfig)):
         config = resolve(speculative_config, verifier, num_speculative_tokens)
         proposer = build_proposer(config, Workplace(verifier, tokenizer, max_batch_size, max_length))
+        adaptive = None
+        if config.enable_adaptive_verification:
+            assert config.num_speculative_tokens is not None
+            adaptive = AdaptiveLength(config.num_speculative_tokens)
         return Drafting(
-            proposer, config.num_tokens_at, rule or config.acceptance_rule(), config.draws_drafts, config.max_model_len
+            proposer,
+            adaptive.num_tokens if adaptive is not None else config.num_tokens_at,
+            rule or config.acceptance_rule(),
+            config.draws_drafts,
+            config.max_model_len,
+            adaptive,
         )
     if not callable(getattr(speculative_config, "propose", None)):
         raise ValueError(
