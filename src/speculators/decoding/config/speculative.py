@@ -72,8 +72,9 @@ class SpeculativeConfig(BaseModel):
     """Tree of draft tokens as a Python literal: paths of child ranks. None: a chain."""
     verifier_accept_k: int | None = Field(default=None, ge=1)
     accept_tolerance: float | None = Field(default=None, ge=0)
-    """Leniency of greedy verification, NOT lossless (unless k = 1 or tolerance = 0). Ours alone, and only when asked
-    for here: a checkpoint's own values are not applied by themselves."""
+    """Leniency of greedy decoding, NOT lossless (unless k = 1 or tolerance = 0): accept drafts among the verifier's k
+    best, at most this far below its best in log-likelihood. Ours alone, and only when asked for here: a checkpoint's
+    own values are not applied by themselves."""
 
     # n-gram and suffix drafters
     prompt_lookup_max: int | None = Field(default=None, ge=1)
@@ -160,12 +161,9 @@ class SpeculativeConfig(BaseModel):
 
     def acceptance_rule(self) -> AcceptanceRule:
         """The rule that this config verifies with."""
-        if self.verifier_accept_k is not None or self.accept_tolerance is not None:
-            return resolve_rule(
-                "tolerance",
-                verifier_accept_k=self.verifier_accept_k or 1,
-                accept_tolerance=self.accept_tolerance or 0.0,
-            )
+        accept_k, tolerance = self.verifier_accept_k or 1, self.accept_tolerance or 0.0
+        if accept_k > 1 and tolerance > 0:  # otherwise leniency is none, and sampled requests are served as well
+            return resolve_rule("tolerance", verifier_accept_k=accept_k, accept_tolerance=tolerance)
         if self.rejection_sample_method == "synthetic":
             return resolve_rule("synthetic", acceptance_rates=tuple(self.synthetic_acceptance_rates or ()))
         return resolve_rule(self.rejection_sample_method)

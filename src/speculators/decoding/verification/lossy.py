@@ -60,6 +60,7 @@ class ToleranceRule:
     log-likelihood is within `accept_tolerance` of the best one's; emit the argmax that follows.
 
     Reads logits (or log-probabilities): one-hot rows would hide the gap. Exact greedy when k = 1 or tolerance = 0.
+    It is a way of decoding greedily: rows with a temperature are decoded greedily too.
     """
 
     verifier_accept_k: int = 1
