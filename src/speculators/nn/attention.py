@@ -20,11 +20,11 @@ from speculators.nn.rope import RopeTables, head_dim
 class Attend(Protocol):
     """Answers queries, from the keys of this call and from those it remembers. One for each layer."""
 
-    def __call__(self, query_BTNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor) -> Tensor:
+    def __call__(self, query_BTNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor, /) -> Tensor:
         """Returns [B, R, N, d]: the R rows that are answered, all T of them or fewer."""
         ...
 
-    def rows(self, hidden_BTH: Tensor) -> Tensor:
+    def rows(self, hidden_BTH: Tensor, /) -> Tensor:
         """The rows of the residual stream that belong to the answered queries: [B, R, H]."""
         ...
 

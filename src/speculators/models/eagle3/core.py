@@ -9,6 +9,7 @@ import copy
 from typing import Any, cast
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
@@ -168,6 +169,14 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     # -- serving -----------------------------------------------------------------------------------------------------
 
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Proposer:
+        model = self.beside(verifier_model)
+        return Eagle3Proposer(
+            model.network.fused(), model.target_layer_ids, model.d2t, model.verifier_vocab_size,
+            max_batch_size=max_batch_size, max_length=max_length,
+        )  # fmt: skip
+
+    def beside(self, verifier_model: Any) -> Self:
+        """This drafter in the verifier's dtype, on its device, complete with its embedding and head."""
         source = verifier_model.get_input_embeddings().weight
         self.check_verifier(verifier_model, source)
         model = self
@@ -178,10 +187,7 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             model.embed_tokens.weight.data.copy_(source)
         if was_never_loaded(model.lm_head.weight):
             model.lm_head.weight.data.copy_(select_rows(verifier_model.get_output_embeddings().weight, model.t2d))
-        return Eagle3Proposer(
-            model.network.fused(), model.target_layer_ids, model.d2t, model.verifier_vocab_size,
-            max_batch_size=max_batch_size, max_length=max_length,
-        )  # fmt: skip
+        return model
 
     def check_verifier(self, verifier_model: Any, embedding_VH: Tensor) -> None:
         expected = (self.verifier_vocab_size, self.hidden_size)

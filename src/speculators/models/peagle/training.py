@@ -1,0 +1,128 @@
+"""How P-EAGLE learns: one forward over true columns and masked slots at once, nothing is fed back.
+
+Shapes: T columns of the packed row, M slots, E = T + M elements, R answered elements, N supervised ones, H hidden size,
+D = aux layers * H.
+
+    token      x0   x1   x2   x3   x4       column i after `shift_batch`: token x[i+1], state g[i], target y[i+1]
+    state      g0   g1   g2   g3   g4
+    column     .    0    1    2    3
+    chain of column 0    .    1    2        slot (a, d): the mask token and the mask state at position a + d, taught
+                                            P(x[a+d+2]) = head(norm(y[a+d+1])): the target of column a + d
+
+A slot thus sees x up to a + 1 and drafts d tokens further than its anchor. Each sampled slot counts the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from speculators.losses.chunked import HeadTargets, RowLosses, row_losses
+from speculators.losses.metrics import counted
+from speculators.losses.registry import MASK_EPSILON, LossConfig
+from speculators.models.eagle3.training import PackedBatch
+from speculators.models.peagle.sampling import Chains, sample_chains, validation_generator
+from speculators.nn.chain_attention import ChainLayout, chain_attends
+
+if TYPE_CHECKING:
+    from speculators.models.peagle.core import PEagleDraftModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many slots are trained."""
+
+    num_depths: int
+    ratio: float
+    ratio_min: float
+    max_anchors: int | None
+
+    def draw(self, batch: PackedBatch, generator: torch.Generator | None) -> Chains:
+        return sample_chains(
+            batch.loss_mask_T, batch.document_ids_T, num_depths=self.num_depths, ratio=self.ratio,
+            ratio_min=self.ratio_min, max_anchors=self.max_anchors, generator=generator,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """The answered elements: columns, then slots."""
+
+    columns_C: Tensor
+    """Supervised columns (one that does not count where there is none: it keeps the graph and gives loss 0)."""
+    chains: Chains
+    counts_R: Tensor
+    depth_R: Tensor
+    target_R: Tensor
+    """Column whose last state is the target."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch, chains: Chains) -> Supervision:
+        supervised_T = batch.loss_mask_T.bool() & (batch.document_ids_T != -1)
+        columns_C = supervised_T.nonzero().squeeze(1)
+        if len(columns_C) == 0:
+            columns_C = columns_C.new_zeros(1)
+        target_R = torch.cat((columns_C, chains.anchors_M + chains.depths_M))
+        depth_R = torch.cat((torch.zeros_like(columns_C), chains.depths_M))
+        return cls(columns_C, chains, supervised_T[target_R], depth_R, target_R)
+
+
+def run_elements(model: PEagleDraftModel, batch: PackedBatch, supervision: Supervision) -> Tensor:
+    """What the head reads of the answered elements: [R, H]."""
+    network, (anchors_M, depths_M) = model.network, supervision.chains
+    layout = ChainLayout(batch.document_ids_T, anchors_M, depths_M, supervision.columns_C)
+    attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)
+    attends = chain_attends(attention, layout, network.windows)
+    token_ids_E = torch.cat((batch.token_ids_T, torch.full_like(anchors_M, model.mask_token_id)))
+    slot_11H = network.combine(model.mask_hidden)
+    hidden_1EH = torch.cat((network.combine(batch.features_TD[None]), slot_11H.expand(-1, len(anchors_M), -1)), dim=1)
+    positions_E = torch.cat((batch.position_ids_T, batch.position_ids_T[anchors_M] + depths_M))
+    rope = network.rope.at(positions_E, torch.float32)
+    return network.step(token_ids_E[None], hidden_1EH, rope, attends).normed_BRH[0]
+
+
+def train_forward(
+    model: PEagleDraftModel,
+    batch: PackedBatch,
+    sampling: Sampling,
+    loss_config: LossConfig,
+    generator: torch.Generator | None,
+) -> tuple[None, Tensor, dict[str, Tensor]]:
+    if batch.last_hidden_TH is None:
+        raise ValueError("verifier_last_hidden_states is None, but the targets of training are made of them")
+    if generator is None and not model.training:
+        generator = validation_generator()
+    supervision = Supervision.of(batch, sampling.draw(batch, generator))
+    hidden_RH = run_elements(model, batch, supervision)
+    targets = HeadTargets(
+        model.verifier_norm(batch.last_hidden_TH), model.verifier_lm_head.weight, model.target_scale,
+        model.target_softcap,
+    )  # fmt: skip
+    counts_R = supervision.counts_R
+    losses = row_losses(
+        hidden_RH[counts_R], model.lm_head.weight, targets, supervision.target_R[counts_R], loss_config
+    )  # fmt: skip
+    return None, *reduce(losses, supervision.depth_R[counts_R], sampling.num_depths, loss_config)
+
+
+def reduce(
+    losses: RowLosses, depth_N: Tensor, num_depths: int, loss_config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One mean over all supervised elements, whatever their depth."""
+    total = len(depth_N) + MASK_EPSILON
+    loss = losses.loss_N.sum() / total
+    metrics = {"loss": loss.detach(), **counted("loss", loss, 1.0)}
+    if len(loss_config) > 1:
+        for name in loss_config:
+            metrics |= counted(f"{name}_loss", losses.terms[name].sum() / total, 1.0)
+    correct_D, judged_D = (
+        torch.zeros(num_depths, device=depth_N.device).index_add_(0, depth_N, counts_N.float())
+        for counts_N in (losses.correct_N, torch.ones_like(depth_N))
+    )
+    metrics |= counted("full_acc", correct_D.sum(), judged_D.sum())
+    for depth in range(num_depths):
+        metrics |= counted(f"position_{depth}_acc", correct_D[depth], judged_D[depth])
+    return loss, metrics

@@ -1,0 +1,255 @@
+"""Attention of chains of masked slots that hang on the columns of a packed row, all slots of all chains in one pass.
+
+Shapes: T columns, M slots, E = T + M elements, R answered elements, N query heads, G key/value heads, d head size.
+
+    column            0   1   2   3   4              element = (anchor, depth), at position anchor + depth
+    document          a   a   b   b   b              depth 0 is the column itself: its true token and state
+    chain of column 2         .   1   2  (depths)    depth d >= 1 is a masked slot
+
+An element (a, d) sees, within its document and its window (distance of positions < W),
+
+    columns           c <= a
+    its own chain     (a, d') with 1 <= d' <= d
+
+Depth-0 elements see what a packed causal row sees. Chains may have any length; the elements are the columns in order,
+then the slots by anchor and depth, so that the slots of neighbouring anchors share the columns they read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from speculators.nn.attention import dense_attention
+from speculators.nn.block_attention import additive, document_starts
+from speculators.nn.masks import PackedRow
+from speculators.nn.unrolled import TailAttention
+
+flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+GROUP_SLOTS = 128
+"""Slots of a group: neighbouring chains share the keys they read; larger groups compute more that is masked."""
+
+
+class Group(NamedTuple):
+    """Slots of neighbouring chains of one document."""
+
+    first: int
+    last: int
+    """Slots [first, last), whole chains."""
+    low: int
+    high: int
+    """Columns [low, high) that at least one of them sees."""
+
+
+@dataclass(frozen=True)
+class ChainLayout:
+    """Which chains hang where."""
+
+    document_ids_T: Tensor
+    anchors_M: Tensor
+    """Ascending columns."""
+    depths_M: Tensor
+    """1, 2, .. within an anchor, none left out."""
+    columns_C: Tensor
+    """Columns that the last layer answers, ascending; it answers every slot."""
+
+    @cached_property
+    def rows_R(self) -> Tensor:
+        """Elements that the last layer answers."""
+        num_columns, num_slots = len(self.document_ids_T), len(self.anchors_M)
+        slots_M = torch.arange(num_columns, num_columns + num_slots, device=self.columns_C.device)
+        return torch.cat((self.columns_C, slots_M))
+
+    @cached_property
+    def elements(self) -> tuple[Tensor, Tensor]:
+        """(anchor, depth) of every element."""
+        columns_T = torch.arange(len(self.document_ids_T), device=self.anchors_M.device)
+        return torch.cat((columns_T, self.anchors_M)), torch.cat((torch.zeros_like(columns_T), self.depths_M))
+
+    def sees(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+        """Whether element `query` sees element `key`; the two broadcast. Padding sees only itself: finite."""
+        anchors_E, depths_E = self.elements
+        anchor_q, anchor_k, depth_q, depth_k = anchors_E[query], anchors_E[key], depths_E[query], depths_E[key]
+        document_q, document_k = self.document_ids_T[anchor_q], self.document_ids_T[anchor_k]
+        context = (depth_k == 0) & (anchor_k <= anchor_q)
+        own_chain = (anchor_k == anchor_q) & (depth_k <= depth_q)
+        seen = (document_q == document_k) & (document_q != -1) & (context | own_chain)
+        if window is not None:
+            seen = seen & (anchor_q + depth_q - anchor_k - depth_k < window)
+        return seen | (query == key)
+
+    def groups(self, window: int | None) -> list[Group]:
+        starts_M = document_starts(self.document_ids_T)[self.anchors_M]
+        anchors, starts = torch.stack((self.anchors_M, starts_M)).tolist()
+        groups: list[Group] = []
+        first = chain = 0
+        for i in range(1, len(anchors) + 1):
+            if i < len(anchors) and anchors[i] == anchors[i - 1]:
+                continue
+            # slots [chain, i) are one chain: the group takes it in, or ends before it
+            if starts[chain] != starts[first] or (i - first > GROUP_SLOTS and chain > first):
+                groups.append(self._group(first, chain, anchors, starts, window))
+                first = chain
+            chain = i
+        if anchors:
+            groups.append(self._group(first, len(anchors), anchors, starts, window))
+        return groups
+
+    @staticmethod
+    def _group(first: int, last: int, anchors: list[int], starts: list[int], window: int | None) -> Group:
+        high = anchors[last - 1] + 1
+        # the nearest slot of the first chain stands one right of its anchor
+        low = starts[first] if window is None else max(starts[first], anchors[first] + 2 - window)
+        return Group(first, last, min(low, high), high)
+
+    def visible(self, group: Group, window: int | None) -> Tensor:
+        """bool [slots, columns + slots] of a group."""
+        num_columns = len(self.document_ids_T)
+        slots = torch.arange(num_columns + group.first, num_columns + group.last, device=self.anchors_M.device)
+        columns = torch.arange(group.low, group.high, device=slots.device)
+        return self.sees(slots[:, None], torch.cat((columns, slots))[None], window)
+
+
+class DenseChainAttend:
+    """Reference: all elements side by side under a dense mask."""
+
+    def __init__(self, layout: ChainLayout, window: int | None, *, last_layer: bool):
+        self.layout, self.window, self.last_layer = layout, window, last_layer
+
+    def rows(self, hidden_1EH: Tensor) -> Tensor:
+        return hidden_1EH[:, self.layout.rows_R] if self.last_layer else hidden_1EH
+
+    def __call__(self, query_1ENd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor) -> Tensor:
+        every_E = torch.arange(query_1ENd.shape[1], device=query_1ENd.device)
+        asking_R = self.layout.rows_R if self.last_layer else every_E
+        visible = self.layout.sees(asking_R[:, None], every_E[None], self.window)
+        return self.attention(self.rows(query_1ENd), key_1EGd, value_1EGd, visible)
+
+    @staticmethod
+    def attention(query_1RNd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor, visible_RE: Tensor) -> Tensor:
+        return dense_attention(query_1RNd, key_1EGd, value_1EGd, visible_RE)
+
+
+class SdpaChainAttend(DenseChainAttend):
+    """The same mask through `scaled_dot_product_attention`: any device, memory of the mask only."""
+
+    @staticmethod
+    def attention(query_1RNd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor, visible_RE: Tensor) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query_1RNd, key_1EGd, value_1EGd))
+        return F.scaled_dot_product_attention(query, key, value, visible_RE, enable_gqa=True).transpose(1, 2)
+
+
+class GroupedChainAttend(DenseChainAttend):
+    """The fast route on a CPU: packed causal attention for the columns, a flash call for each group of chains."""
+
+    def __call__(self, query_1ENd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor) -> Tensor:
+        layout, num_columns = self.layout, len(self.layout.document_ids_T)
+        keys_1TGd, values_1TGd = key_1EGd[:, :num_columns], value_1EGd[:, :num_columns]
+        queries_1TNd = query_1ENd[:, :num_columns]
+        asking = PackedRow(layout.document_ids_T, layout.columns_C if self.last_layer else None)
+        if self.last_layer:
+            queries_1TNd = queries_1TNd[:, layout.columns_C]
+        columns = TailAttention.apply(asking.blocks(self.window, 0), queries_1TNd, keys_1TGd, values_1TGd)
+        if len(layout.anchors_M) == 0:
+            return columns
+        slots = (x[0, num_columns:] for x in (query_1ENd, key_1EGd, value_1EGd))
+        chains = ChainAttention.apply(layout, self.window, *slots, keys_1TGd[0], values_1TGd[0])
+        return torch.cat((columns, chains[None]), dim=1)
+
+
+class ChainAttention(torch.autograd.Function):
+    """out [M, N, d] of the slots over the columns and their own chains. CPU flash kernels."""
+
+    @staticmethod
+    def forward(ctx, layout: ChainLayout, window: int | None, query_MNd, key_MGd, value_MGd, key_TGd, value_TGd):
+        out_MNd = torch.empty(query_MNd.shape, dtype=query_MNd.dtype)
+        lse = []
+        ctx.groups, ctx.layout, ctx.window = layout.groups(window), layout, window
+        for group in ctx.groups:
+            own = slice(group.first, group.last)
+            mask = additive(layout.visible(group, window), query_MNd.dtype)
+            keys, values = together(key_TGd, key_MGd, group), together(value_TGd, value_MGd, group)
+            out, lse_of_group = flash_forward(heads_first(query_MNd[own]), keys, values, 0.0, False, attn_mask=mask)
+            out_MNd[own] = out[0].transpose(0, 1)
+            lse.append(lse_of_group)
+        ctx.save_for_backward(query_MNd, key_MGd, value_MGd, key_TGd, value_TGd, out_MNd, *lse)
+        return out_MNd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_MNd):
+        query_MNd, key_MGd, value_MGd, key_TGd, value_TGd, out_MNd, *lse = ctx.saved_tensors
+        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query_MNd, key_MGd, value_MGd))
+        grad_column_key, grad_column_value = torch.zeros_like(key_TGd), torch.zeros_like(value_TGd)
+        for group, lse_of_group in zip(ctx.groups, lse, strict=True):
+            own, columns, width = slice(group.first, group.last), slice(group.low, group.high), group.high - group.low
+            mask = additive(ctx.layout.visible(group, ctx.window), query_MNd.dtype)
+            keys, values = together(key_TGd, key_MGd, group), together(value_TGd, value_MGd, group)
+            query, out, grad_out = (heads_first(x[own]) for x in (query_MNd, out_MNd, grad_MNd))
+            grads = flash_backward(
+                grad_out, query, keys, values, out, lse_of_group, 0.0, False, attn_mask=mask
+            )  # fmt: skip
+            of_query, of_keys, of_values = (grad[0].transpose(0, 1) for grad in grads)
+            grad_query[own] = of_query
+            grad_column_key[columns] += of_keys[:width]
+            grad_column_value[columns] += of_values[:width]
+            grad_key[own], grad_value[own] = of_keys[width:], of_values[width:]
+        return None, None, grad_query, grad_key, grad_value, grad_column_key, grad_column_value
+
+
+def together(columns_TGd: Tensor, slots_MGd: Tensor, group: Group) -> Tensor:
+    """[1, G, columns + slots, d] of what a group may look at."""
+    both = torch.cat((columns_TGd[group.low : group.high], slots_MGd[group.first : group.last]))
+    return heads_first(both)
+
+
+def heads_first(x_MNd: Tensor) -> Tensor:
+    return x_MNd.transpose(0, 1)[None]
+
+
+class FlexChainAttend(DenseChainAttend):
+    """The fast route on a GPU: block-sparse flex attention."""
+
+    flex = staticmethod(flex_attention)
+
+    def __call__(self, query_1ENd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor) -> Tensor:
+        layout, window, num_elements = self.layout, self.window, query_1ENd.shape[1]
+        query_1RNd = self.rows(query_1ENd)
+        asking_R = layout.rows_R if self.last_layer else torch.arange(num_elements, device=query_1ENd.device)
+
+        def visible(batch, head, place, key):
+            return layout.sees(asking_R[place], key, window)
+
+        mask = create_block_mask(
+            visible, None, None, len(asking_R), num_elements, device=query_1ENd.device.type
+        )  # fmt: skip
+        query, key, value = (x.transpose(1, 2) for x in (query_1RNd, key_1EGd, value_1EGd))
+        out = self.flex(query, key, value, block_mask=mask, enable_gqa=True)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2)
+
+
+class CompiledFlexChainAttend(FlexChainAttend):
+    flex = staticmethod(torch.compile(flex_attention))
+
+
+def chain_attends(implementation: str | None, layout: ChainLayout, windows: list[int | None]) -> list[DenseChainAttend]:
+    """One attend for each layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
+    device = layout.document_ids_T.device.type
+    if implementation == "eager":
+        kind: type[DenseChainAttend] = DenseChainAttend
+    elif device == "cpu":
+        kind = GroupedChainAttend
+    else:
+        kind = CompiledFlexChainAttend if device == "cuda" and implementation != "sdpa" else SdpaChainAttend
+    last = len(windows) - 1
+    return [kind(layout, window, last_layer=i == last) for i, window in enumerate(windows)]
