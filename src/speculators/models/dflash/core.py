@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
@@ -53,7 +54,7 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     """Owns the weights under the names of the checkpoint."""
 
     config_class: type[DFlashSpeculatorConfig] = DFlashSpeculatorConfig  # type: ignore[assignment]
-    training_args = DFlashTrainingArgs
+    training_args: ClassVar[type[BaseModel]] = DFlashTrainingArgs
     training_defaults = TRAINING_DEFAULTS
     anchor_may_draft = False
     """Whether serving engines accept `sample_from_anchor`."""
@@ -194,20 +195,30 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         document_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
-        loss_config: Any = None,
-        loss_fn: Any = None,
-        gamma: float = GAMMA,
         max_anchors: int | None = None,
-        per_position_loss_weight: str = FIXED_DECAY,
-        dpace_alpha: float = DPACE_ALPHA,
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Any:
         """(None, loss, metrics). Anchors are drawn by `generator` (None: torch's own in training, the same ones every
-        time in evaluation). Unknown keywords of the batch are ignored."""
+        time in evaluation). Of the other keywords, those of `train_on` count; the rest of the batch is ignored."""
         row = PackedRow.of(
             hidden_states, input_ids, loss_mask, verifier_last_hidden_states, document_ids, position_ids
         )  # fmt: skip
+        return self.train_on(row, max_anchors, generator, **kwargs)
+
+    def train_on(
+        self,
+        row: PackedRow,
+        max_anchors: int | None,
+        generator: torch.Generator | None,
+        *,
+        loss_config: Any = None,
+        loss_fn: Any = None,
+        gamma: float = GAMMA,
+        per_position_loss_weight: str = FIXED_DECAY,
+        dpace_alpha: float = DPACE_ALPHA,
+        **_: Any,
+    ) -> tuple[None, Tensor, dict[str, Tensor]]:
         objective = Objective.of(
             loss_config, loss_fn, gamma=gamma, per_position_loss_weight=per_position_loss_weight,
             dpace_alpha=dpace_alpha,
@@ -248,7 +259,7 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         self.warn_if_served_differently(self.config)
         super().save_pretrained(save_directory, **kwargs)
 
-    expected_keys = staticmethod(expected_keys)
+    expected_keys: ClassVar[Any] = staticmethod(expected_keys)
     warn_if_served_differently = staticmethod(warn_if_served_differently)
 
 

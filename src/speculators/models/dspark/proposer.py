@@ -1,0 +1,97 @@
+"""How DSpark drafts: the states of all slots in one forward, then the tokens one after the other.
+
+Shapes: B rows, K draft tokens, H hidden size, R Markov rank, V draft vocabulary.
+
+    base logits     head(h_0)        head(h_1)        head(h_2)          one product for all slots
+    + W2 phi        W1[x3], h_0      W1[x4'], h_1     W1[x5'], h_2       K tiny steps
+    draft           x4'              x5'              x6'                q is this corrected softmax
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speculators.interfaces import Committed, DraftSampling, Proposal
+from speculators.models.dflash.network import DFlashNetwork
+from speculators.models.dflash.proposer import NO_DRAFT, DFlashProposer, Drafts
+from speculators.models.dspark.heads import ConfidenceHead, MarkovHead
+from speculators.nn.draft_sampling import draft_probs, draw
+from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
+from speculators.packed_linear import PackedLinears
+
+
+class DSparkProposer(DFlashProposer):
+    """`confidence_BK` holds, after each call, the estimated chance that draft k is accepted given that those before it
+    were; -1 where there is no draft. It follows from the tokens before draft k alone, so stopping by it is lossless.
+
+    `min_survival`: a row's drafts end before the first slot whose chance to be reached and accepted is smaller."""
+
+    def __init__(
+        self,
+        network: DFlashNetwork,
+        target_layer_ids: Sequence[int],
+        d2t: Tensor | None,
+        verifier_vocab_size: int,
+        markov_head: MarkovHead | None,
+        confidence_head: ConfidenceHead | None,
+        *,
+        max_batch_size: int,
+        max_length: int,
+        min_survival: float = 0.0,
+    ):
+        super().__init__(
+            network, target_layer_ids, d2t, verifier_vocab_size, max_batch_size=max_batch_size, max_length=max_length
+        )
+        self.markov_head = copy.deepcopy(markov_head)
+        self.confidence_head = copy.deepcopy(confidence_head)
+        self.min_survival = min_survival
+        self.confidence_BK: Tensor | None = None
+        heads: list[Any] = [head for head in (self.markov_head, self.confidence_head) if head is not None]
+        linears = [*self.network.layers, self.network.fc, self.network.lm_head, self.context_kv, *heads]
+        self.packed = PackedLinears(nn.ModuleList(linears))
+
+    @torch.inference_mode()
+    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+        self.confidence_BK = None
+        proposal = super().propose(committed, num_tokens, sampling)
+        if self.confidence_BK is None:
+            return proposal
+        too_unlikely_BK = self.confidence_BK.cumprod(-1) < self.min_survival
+        draft_ids_BK = proposal.token_ids_BK.masked_fill(too_unlikely_BK, NO_DRAFT)
+        self.confidence_BK = self.confidence_BK.masked_fill(draft_ids_BK == NO_DRAFT, -1.0)
+        return Proposal(draft_ids_BK, proposal.probs_BKV)
+
+    def draft(self, hidden_BKH: Tensor, anchor_B: Tensor, sampling: DraftSampling) -> Drafts:
+        if self.markov_head is None:
+            self.estimate(hidden_BKH, None)
+            return super().draft(hidden_BKH, anchor_B, sampling)
+        head = self.markov_head
+        base_logits_BKV = self.network.lm_head(hidden_BKH)
+        state_BR, previous_B = head.start(hidden_BKH[:, 0]), anchor_B
+        tokens: list[Tensor] = []
+        probs: list[Tensor] = []
+        embedded: list[Tensor] = []
+        for k in range(hidden_BKH.shape[1]):
+            embedded.append(head.markov_w1(previous_B))
+            phi_BR, state_BR = head.step(state_BR, embedded[-1], hidden_BKH[:, k])
+            logits_BV = base_logits_BKV[:, k] + head.markov_w2(phi_BR)
+            if sampling.probabilistic:
+                probs.append(draft_probs(logits_BV, sampling.temperature_B))
+                draft_ids_B = draw(probs[-1], sampling.generator)
+            else:
+                draft_ids_B = logits_BV.argmax(-1)
+            previous_B = draft_to_verifier_ids(draft_ids_B, self.d2t)
+            tokens.append(previous_B)
+        self.estimate(hidden_BKH, torch.stack(embedded, 1))
+        if not sampling.probabilistic:
+            return torch.stack(tokens, 1), None
+        return torch.stack(tokens, 1), scatter_to_verifier(torch.stack(probs, 1), self.d2t, self.verifier_vocab_size)
+
+    def estimate(self, hidden_BKH: Tensor, embedded_BKR: Tensor | None) -> None:
+        if self.confidence_head is not None:
+            self.confidence_BK = self.confidence_head(hidden_BKH, embedded_BKR).float().sigmoid()
