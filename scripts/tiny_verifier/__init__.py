@@ -1,0 +1,1 @@
+"""How the embedded verifier is made: corpus, tokenizer, training, report. Run by scripts/build_tiny_verifier.py."""
