@@ -18,7 +18,9 @@ from speculators.decoding.proposers.draft_model import DraftModelProposer
 from speculators.decoding.proposers.early_exit import first_layers
 from speculators.decoding.proposers.ngram import NgramProposer
 from speculators.decoding.proposers.suffix import SuffixProposer
+from speculators.decoding.proposers.tree_draft_model import TreeDraftModelProposer
 from speculators.decoding.proposers.vocabulary import TokenIntersection
+from speculators.decoding.tree import TokenTree
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule, CaptureSpec, Proposer
 from speculators.model import SpeculatorModel
@@ -150,13 +152,21 @@ def build_draft_model(config: SpeculativeConfig, place: Workplace) -> Proposer:
             num_verifier=verifier_parts(place.verifier).config.vocab_size,
             num_draft=verifier_parts(model).config.vocab_size,
         )
-    return DraftModelProposer(model, max_batch_size=place.max_batch_size, intersection=intersection)
+    proposer = DraftModelProposer(model, max_batch_size=place.max_batch_size, intersection=intersection)
+    return with_tree(config, proposer)
 
 
 def build_early_exit(config: SpeculativeConfig, place: Workplace) -> Proposer:
     total = len(verifier_parts(place.verifier).layers)
     num_layers = config.early_exit_layer or max(1, total // EARLY_EXIT_SHARE)
-    return DraftModelProposer(first_layers(place.verifier, num_layers), max_batch_size=place.max_batch_size)
+    proposer = DraftModelProposer(first_layers(place.verifier, num_layers), max_batch_size=place.max_batch_size)
+    return with_tree(config, proposer)
+
+
+def with_tree(config: SpeculativeConfig, proposer: DraftModelProposer) -> Proposer:
+    """The same drafter drafting the config's tree, if that is more than a chain."""
+    tree = TokenTree.parse(config.speculative_token_tree) if config.speculative_token_tree is not None else None
+    return proposer if tree is None or tree.is_chain else TreeDraftModelProposer(proposer, tree)
 
 
 def build_custom_class(config: SpeculativeConfig, place: Workplace) -> Proposer:

@@ -40,7 +40,7 @@ class DraftModelProposer:
 
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         with self:
-            logits_BV, takes_part_B = self._feed(committed)
+            logits_BV, takes_part_B = self.feed(committed)
             tokens, probs = [], []
             lengths = list(self.lm.length_by_row)
             for step in range(num_tokens):
@@ -53,7 +53,7 @@ class DraftModelProposer:
         token_ids_BK = torch.stack(tokens, 1).masked_fill(~takes_part_B[:, None], -1)
         return Proposal(token_ids_BK, torch.stack(probs, 1) if sampling.probabilistic else None)  # type: ignore[arg-type]
 
-    def _feed(self, committed: Committed) -> tuple[Tensor, Tensor]:
+    def feed(self, committed: Committed) -> tuple[Tensor, Tensor]:
         """Bring every row's cache up to its committed tokens: logits after the last one [B, V], who takes part [B]."""
         num_new, num_committed = torch.stack([committed.num_new_B, committed.num_committed_B]).tolist()
         token_ids_BT = committed.token_ids_BT
