@@ -165,7 +165,7 @@ def test_a_lossy_method_is_named_with_its_counts():
     broken = summarise("broken", measured["none"], measured["broken"], num_speculative_tokens=3, temperature=0.0)
     report = EvaluationReport("v", "d", (broken,))
     assert report.lossless is False
-    assert "broken 0/2" in str(NotLosslessError(report.rows, "float32"))
+    assert "broken: 0 of 2 answers" in str(NotLosslessError(report.rows, "float32"))
 
 
 def test_a_report_survives_json_and_shows_every_method(tmp_path):

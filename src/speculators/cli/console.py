@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-
 WIDTH_OF_FILES = 120
 """Columns of what is written when stdout is not a terminal."""
 

@@ -22,6 +22,7 @@ EXPORTS = {
     "summarise": "acceptance",
     "count_identical": "losslessness",
     "first_difference": "losslessness",
+    "two_sample_p_value": "losslessness",
     "NotLosslessError": "losslessness",
     "load_prompts": "prompts",
     "render_question": "prompts",

@@ -20,6 +20,7 @@ def summarise(
     *,
     num_speculative_tokens: int | None,
     temperature: float,
+    sampling_p_value: float | None = None,
 ) -> MethodRow:
     """The row of one method, beside plain decoding of the same groups of prompts. K not given: the longest draft."""
     stats = reduce(add, (m.stats for m in speculative))
@@ -46,6 +47,7 @@ def summarise(
         speedup_per_token=speedup.value / length.value,
         num_identical=count_identical(plain_ids, ids) if temperature == 0 else None,
         draft_share=stats.draft_s / time_s,
+        sampling_p_value=sampling_p_value,
         warnings=doubts(speedup, length),
     )
 

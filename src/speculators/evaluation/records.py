@@ -12,6 +12,9 @@ from typing import Any
 from speculators.decoding.stats import DecodeStats
 from speculators.evaluation.statistics import Estimate
 
+SIGNIFICANCE = 0.001
+"""A lossless method fails the sampled check once in so many runs."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -49,7 +52,16 @@ class MethodRow:
     """prompts whose tokens equal plain decoding's; None where sampling makes the question meaningless"""
     draft_share: float
     """share of the time spent making drafts"""
+    sampling_p_value: float | None = None
+    """two-sample test of sampled answers against plain decoding's; None when it was not made"""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def lossless(self) -> bool | None:
+        """None when nothing was checked."""
+        if self.num_identical is not None:
+            return self.num_identical == self.num_prompts
+        return None if self.sampling_p_value is None else self.sampling_p_value >= SIGNIFICANCE
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,9 @@ class EvaluationReport:
 
     @property
     def lossless(self) -> bool | None:
-        """Whether every method gave plain decoding's tokens on every prompt; None when drawn at random."""
-        checked = [row for row in self.rows if row.num_identical is not None]
-        return all(row.num_identical == row.num_prompts for row in checked) if checked else None
+        """Whether every method that was checked is; None when none was."""
+        checked = [row.lossless for row in self.rows if row.lossless is not None]
+        return all(checked) if checked else None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"lossless": self.lossless}

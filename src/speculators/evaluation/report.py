@@ -28,7 +28,15 @@ def report_table(report: EvaluationReport) -> Table:
         pad_edge=False,
     )
     table.add_column("method", style="bold")
-    for name in ("K", "acceptance\nlength τ", "conditional\nacceptance", "tokens/s", "speedup", "speedup\n/ τ", "identical"):
+    for name in (
+        "K",
+        "acceptance\nlength τ",
+        "conditional\nacceptance",
+        "tokens/s",
+        "speedup",
+        "speedup\n/ τ",
+        "lossless",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(*cells(row))
@@ -38,7 +46,6 @@ def report_table(report: EvaluationReport) -> Table:
 def cells(row: MethodRow) -> list[str]:
     if row.method == PLAIN:
         return [row.method, "0", "1", "", f"{row.tokens_per_s:.1f}", "1", "", ""]
-    identical = "sampled" if row.num_identical is None else f"{row.num_identical}/{row.num_prompts}"
     return [
         row.method,
         str(row.num_speculative_tokens),
@@ -47,8 +54,14 @@ def cells(row: MethodRow) -> list[str]:
         f"{row.tokens_per_s:.1f}",
         with_interval(row.speedup) + "x",
         f"{row.speedup_per_token:.2f}",
-        identical,
+        verdict(row),
     ]
+
+
+def verdict(row: MethodRow) -> str:
+    if row.num_identical is not None:
+        return f"{row.num_identical}/{row.num_prompts}"
+    return "sampled" if row.sampling_p_value is None else f"p = {row.sampling_p_value:.3f}"
 
 
 def with_interval(estimate: Estimate) -> str:

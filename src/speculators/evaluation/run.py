@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.evaluation.acceptance import summarise
 from speculators.evaluation.environment import environment
 from speculators.evaluation.latency import Generate, measure_interleaved
+from speculators.evaluation.losslessness import two_sample_p_value
 from speculators.evaluation.methods import PLAIN, Method, parse_methods
 from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.records import EvaluationReport
 from speculators.evaluation.setup import load_decodable
+
+SAMPLING_BATCH = 16
+"""Answers drawn together for the sampled check."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class EvaluateConfig:
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
+    check_sampling: bool = False
+    """With a temperature: draw `num_samples` short answers of each prompt both ways, and test that their law is one."""
+    num_samples: int = 64
+    num_sampled_tokens: int = 16
 
 
 def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] | None = None) -> EvaluationReport:
@@ -57,16 +67,10 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] 
         method.name: decodable.engine(method, max_batch_size=config.batch_size, max_length=max_length)
         for method in methods
     }
-    sampling = SamplingParams(
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed if config.temperature > 0 else None,
-    )
+    sampling = sampling_of(config)
     done = 0
 
-    def count(num_prompts: int) -> None:
+    def add(num_prompts: int) -> None:
         nonlocal done
         done += num_prompts
         if on_progress is not None:
@@ -78,8 +82,9 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] 
         group_size=config.batch_size,
         num_warmup=config.num_warmup,
         num_repeats=config.num_repeats,
-        on_group=count,
+        on_group=add,
     )
+    p_values = sampling_p_values(engines, prompts, config) if config.check_sampling and config.temperature > 0 else {}
     rows = tuple(
         summarise(
             method.name,
@@ -87,6 +92,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] 
             measurements[method.name],
             num_speculative_tokens=method.num_speculative_tokens,
             temperature=config.temperature,
+            sampling_p_value=p_values.get(method.name),
         )
         for method in methods
     )
@@ -99,8 +105,44 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] 
     )
 
 
+def sampling_of(config: EvaluateConfig) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed if config.temperature > 0 else None,
+    )
+
+
+def sampling_p_values(
+    engines: Mapping[str, Engine], prompts: Sequence[Sequence[int]], config: EvaluateConfig
+) -> dict[str, float]:
+    """Two-sample test of each method against plain decoding. No two answers share a seed: they must be independent."""
+    seeds = count(config.seed + 1)
+    base = replace(sampling_of(config), max_tokens=min(config.max_tokens, config.num_sampled_tokens))
+
+    def draw(engine: Engine) -> list[list[list[int]]]:
+        sampled = []
+        for prompt in prompts:
+            params = [replace(base, seed=next(seeds)) for _ in range(config.num_samples)]
+            sampled.append([output.token_ids for output in engine.generate([list(prompt)] * len(params), params)])
+        return sampled
+
+    plain = draw(engines[PLAIN])
+    return {name: two_sample_p_value(plain, draw(engine)) for name, engine in engines.items() if name != PLAIN}
+
+
 def decoder(engine: Engine, sampling: SamplingParams) -> Generate:
     def generate(prompts: Sequence[Sequence[int]]) -> Any:
-        return engine.generate([list(prompt) for prompt in prompts], sampling)
+        params = [seeded_by_prompt(sampling, prompt) for prompt in prompts]
+        return engine.generate([list(prompt) for prompt in prompts], params)
 
     return generate
+
+
+def seeded_by_prompt(sampling: SamplingParams, prompt: Sequence[int]) -> SamplingParams:
+    """Prompts of one seed would draw alike, and the bootstrap takes them for independent."""
+    if sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=sampling.seed + zlib.crc32(" ".join(map(str, prompt)).encode()))
