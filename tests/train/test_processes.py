@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import FIXTURES
 from safetensors.torch import load_file
+from training_toys import FIXTURES
 
 from speculators.train.__main__ import main
 

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import random_batch
+from training_toys import random_batch
 
 from speculators.train.events import Saved, StepDone, Stopped, Validated
 from speculators.train.graceful_shutdown import TrainingInterrupted
