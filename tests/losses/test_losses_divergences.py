@@ -7,6 +7,7 @@ import torch
 
 from speculators import losses
 from speculators.losses import eager
+from speculators.losses.gradients import first_argmax
 from speculators.losses.registry import EAGER, FUSED, KERNELS
 
 NAMES = list(FUSED)
@@ -115,6 +116,12 @@ def test_nla_is_floored_where_nothing_overlaps():
 def test_ce_takes_the_first_of_equal_maxima():
     value = losses.ce_loss(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[3.0, 3.0, 0.0]]))
     assert value.item() == pytest.approx(-torch.tensor([0.0, 1.0, 2.0]).log_softmax(-1)[0].item())
+
+
+@pytest.mark.parametrize("vocab", [5, 512, 600, 1024])
+def test_blockwise_argmax_is_argmax_with_ties_to_the_first(vocab):
+    values = torch.randint(0, 9, (200, vocab), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(first_argmax(values), torch.tensor([row.tolist().index(row.max()) for row in values]))
 
 
 def test_js_divergence_is_at_most_ln_2():

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from speculators.losses.gradients import DraftRows, LossKernel, LossRows, TargetRows
+from speculators.losses.gradients import DraftRows, LossKernel, LossRows, TargetRows, first_argmax
 from speculators.losses.registry import KERNELS, LossConfig, LossFunction, is_reference
 
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits of a chunk, by device: a CPU wants them in its cache, a GPU wants products worth launching."""
 MIN_FILL = 0.5
 """A group of draft rows that covers at least this share of the chunk's target rows is padded rather than gathered."""
@@ -230,7 +230,7 @@ def score(group: Group, logits: Tensor, target: TargetRows, terms: Terms) -> Chu
             grad_logits = grad if grad_logits is None else grad_logits + grad
     if grad_logits is None:
         grad_logits = torch.zeros_like(draft.probs_NV)
-    draft_ids, target_ids, rows = draft.log_probs_NV.argmax(-1), target.token_ids_N, group.draft_rows
+    draft_ids, target_ids, rows = first_argmax(logits), target.token_ids_N, group.draft_rows
     if group.kept is not None:
         losses = [loss[group.kept] for loss in losses]
         rows, grad_logits = rows[group.kept], grad_logits[group.kept]
