@@ -1,6 +1,6 @@
 """One training step (forward and backward) of a drafter: fast routes against our own reference routes, as ratios.
 
-    python benchmarks/train_step.py                      the size of docs/results: T 2048, V 32000, bf16 autocast, 1 thread
+    python benchmarks/train_step.py                      T 2048, V 32000, bf16 autocast, 1 thread: minutes
     python benchmarks/train_step.py --length 512 --vocab 4000 --hidden 128       seconds instead of minutes
 
 Routes: `reference` = dense mask over all columns, logits of all rows kept for autograd; `fast` = what training uses.
