@@ -41,6 +41,7 @@ def make_drafter(
         **{
             "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": num_layers,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 256,
+            "use_sliding_window": True,  # else transformers forgets the window
             **(nested or {}),
         },
     )  # fmt: skip

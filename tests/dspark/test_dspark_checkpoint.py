@@ -113,8 +113,8 @@ def test_training_from_a_config_alone_lowers_the_loss_and_saves_a_drafter(verifi
 
     config = TrainConfig.from_flat({
         "speculator_type": "dspark", "verifier_name_or_path": str(verifier_path), "data_path": str(tmp_path / "data"),
-        "save_path": str(tmp_path / "run"), "total_seq_len": 64, "epochs": 12, "hidden_states_dtype": "float32",
-        "lr": 0.01, "num_layers": 1, "block_size": 4, "mask_token_id": MASK_TOKEN, "target_layer_ids": [1, 3, 5],
+        "save_path": str(tmp_path / "run"), "total_seq_len": 64, "epochs": 8, "hidden_states_dtype": "float32",
+        "lr": 0.02, "num_layers": 1, "block_size": 4, "mask_token_id": MASK_TOKEN, "target_layer_ids": [1, 3, 5],
         "train_data_ratio": 0.8, "markov_rank": 4,
     })  # fmt: skip
     result = train(config, on_event=listen)

@@ -27,7 +27,7 @@ from speculators.models.dflash.checkpoint import (
     pin_causality,
     warn_if_served_differently,
 )
-from speculators.models.dflash.config import DFlashSpeculatorConfig
+from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
 from speculators.models.dflash.network import BlockDecoderLayer, DFlashNetwork
 from speculators.models.dflash.proposer import DFlashProposer
 from speculators.models.dflash.training import (
@@ -272,6 +272,12 @@ def check_buildable(config: DFlashSpeculatorConfig) -> None:
         raise ValueError(
             f"aux_hidden_state_layer_ids={ids}: its length sizes fc; list the verifier layers to read, e.g. "
             "[2, n // 2, n - 3] of n layers"
+        )
+    nested = config.transformer_layer_config
+    if any(is_sliding(nested, i) for i in range(nested.num_hidden_layers)) and not nested.sliding_window:
+        raise ValueError(
+            f"layer_types has sliding layers but sliding_window={nested.sliding_window}: engines refuse that; set it, "
+            "and use_sliding_window=True (without which transformers drops the window of a qwen3 config)"
         )
     if config.num_drafts < 1:
         raise ValueError(
