@@ -147,6 +147,12 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
     # -- loading -----------------------------------------------------------------------------------------------------
 
     @classmethod
+    def to_be_loaded(cls, config: SpeculatorModelConfig, *args: Any, **kwargs: Any) -> SpeculatorModel:
+        """The model a checkpoint's tensors are copied into. What the constructor would fetch from elsewhere can wait:
+        `load_verifier_weights` is called at the end."""
+        return cls(config, *args, **kwargs)
+
+    @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
@@ -194,7 +200,7 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
             config.transformer_layer_config._attn_implementation = options.attn_implementation
 
         tensors = state_dict if state_dict is not None else load_tensors(path, hub)
-        model = model_class(config, *model_args, **kwargs)
+        model = model_class.to_be_loaded(config, *model_args, **kwargs)
         cast_parameters(model, options.dtype_for(config, tensors))
         loading_info = copy_tensors(model, tensors, ignore_mismatched_sizes)
         nn.Module.to(model, options.device)

@@ -13,22 +13,15 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from speculators.models.feedback_proposer import StepOutput
 from speculators.nn.attention import Attend
 from speculators.nn.decoder import DecoderLayer
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope, RopeTables
-
-
-class StepOutput(NamedTuple):
-    normed_BRH: Tensor
-    """What the head reads."""
-    fed_back_BRH: Tensor
-    """The hidden state of the next step."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,10 @@ class Eagle3Network:
     rope: Rope
     windows: list[int | None]
     norm_output: bool
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        return [self.fc, self.lm_head]
 
     def combine(self, features_BTD: Tensor) -> Tensor:
         """Verifier states to draft states: [B, T, H]. Never applied to what the drafter itself made."""

@@ -1,40 +1,21 @@
-"""How EAGLE-3 drafts: a chain, every row of the batch at once, on its own cache.
-
-Shapes: B rows, T committed columns, K draft tokens, D = aux layers * H, V verifier vocabulary.
-
-    sequence   x0   x1   x2   x3            committed: token x[i] with the state g[i-1] that predicted it
-    entry      (x1,g0) (x2,g1) (x3,g2)      position  0  1  2 in the draft cache; the last one drafts x4
-    drafts     (x4', h2) (x5', h3) ...      positions 3, 4, ...: fed back states; overwritten by the next commit
-
-Rejected drafts are never erased: the next commit writes true entries over them (see `nn.cache`).
-"""
+"""How EAGLE-3 drafts: a chain on its own cache, fed its own states. See `models.feedback_proposer`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
-from speculators.models.eagle3.network import StepOutput
-from speculators.nn.cache import DraftCache, Span
-from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
-from speculators.packed_linear import PackedLinears
+from speculators.interfaces import CaptureSpec
+from speculators.models.feedback_proposer import FeedbackProposer
 
 if TYPE_CHECKING:
     from speculators.models.eagle3.network import Eagle3Network
 
-NO_DRAFT = -1
-INITIAL_CAPACITY = 1024
-"""Entries a row holds before the cache grows the first time."""
-ALONE_FROM = 32
-"""A row with this many new entries beside rows with other counts is read alone: padding the others would cost more."""
 
-
-class Eagle3Proposer:
-    """Snapshot of a drafter, made to draft. `network` should be fused."""
+class Eagle3Proposer(FeedbackProposer):
+    """Snapshot of a drafter that reads the states of some layers. `network` should be fused."""
 
     def __init__(
         self,
@@ -46,139 +27,7 @@ class Eagle3Proposer:
         max_batch_size: int,
         max_length: int,
     ):
-        self.network, self.d2t, self.verifier_vocab_size = network, d2t, verifier_vocab_size
-        self.capture = CaptureSpec(aux_layer_ids=tuple(target_layer_ids))
-        attention = network.layers[0].self_attn
-        weight = network.fc.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self.cache = DraftCache(
-            len(network.layers), max_batch_size, attention.num_kv_heads, attention.head_dim,
-            dtype=self.dtype, device=self.device,
-        )  # fmt: skip
-        self.cache.reserve(min(max_length, INITIAL_CAPACITY))
-        self.attends = self.cache.attends(network.windows)
-        self.packed = PackedLinears(*network.layers, nn.ModuleList([network.fc, network.lm_head]))
-
-    @torch.inference_mode()
-    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
-        num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
-        with self.packed:
-            output = self.commit(committed, num_new, num_committed)
-            draft_ids_BK, probs_BKV = self.draft(output, num_tokens, sampling)
-        drafts_B = [new > 0 and total > 1 for new, total in zip(num_new, num_committed, strict=True)]
-        if not all(drafts_B):
-            draft_ids_BK[~torch.tensor(drafts_B, device=self.device)] = NO_DRAFT
-        return Proposal(draft_ids_BK, probs_BKV)
-
-    # -- taking in what was committed --------------------------------------------------------------------------------
-
-    def commit(self, committed: Committed, num_new: list[int], num_committed: list[int]) -> StepOutput:
-        """Write true entries over the drafted ones; returns the state behind each row's last token, [B, 1, H]."""
-        assert committed.states_BTD is not None
-        is_new = [new == total for new, total in zip(num_new, num_committed, strict=True)]
-        starts = [
-            length if new == 0 else max(total - new - 1, 0)
-            for length, new, total in zip(self.cache.lengths, num_new, num_committed, strict=False)
-        ]
-        # Column 0 of a new request has no state, hence no entry.
-        counts = [new - int(fresh) if new else 0 for new, fresh in zip(num_new, is_new, strict=True)]
-        self.cache.reserve(max(start + count for start, count in zip(starts, counts, strict=True)) + 1)
-        ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        if counts[0] > 0 and len(set(zip(starts, counts, strict=True))) == len(set(is_new)) == 1:
-            span = Span(slice(0, len(counts)), counts[0], end=ends[0], start=starts[0])
-            output = self.read(committed, span, int(is_new[0]))
-        else:
-            output = self.commit_ragged(committed, starts, counts, is_new)
-        self.cache.lengths[: len(ends)] = ends
-        return output
-
-    def commit_ragged(
-        self, committed: Committed, starts: list[int], counts: list[int], is_new: list[bool]
-    ) -> StepOutput:
-        alone = {b for b, count in enumerate(counts) if count and (is_new[b] or count >= ALONE_FROM)}
-        together = [0 if b in alone else count for b, count in enumerate(counts)]
-        outputs: list[StepOutput] = []
-        if any(together):
-            # Rows that do not take part write past their end, where nobody looks.
-            begins = [start + counts[b] if b in alone else start for b, start in enumerate(starts)]
-            width = max(together)
-            self.cache.reserve(max(begins) + width)
-            span = Span(slice(0, len(counts)), width, end=max(begins) + width, starts_B=self.tensor(begins))
-            span.answered_B = (self.tensor(together) - 1).clamp_min(0)
-            outputs = [self.read(committed, span, 0)]
-        blank = torch.zeros(len(counts), 1, self.network.fc.out_features, dtype=self.dtype, device=self.device)
-        normed, fed_back = outputs[0] if outputs else (blank, blank.clone())
-        normed, fed_back = normed.clone(), fed_back.clone()
-        for b in alone:
-            span = Span(slice(b, b + 1), counts[b], end=starts[b] + counts[b], start=starts[b])
-            normed[b : b + 1], fed_back[b : b + 1] = self.read(committed, span, int(is_new[b]))
-        return StepOutput(normed, fed_back)
-
-    def read(self, committed: Committed, span: Span, skip: int) -> StepOutput:
-        """One step over true states: columns `skip` on of the span's rows."""
-        assert committed.states_BTD is not None
-        columns = slice(skip, skip + span.num_columns)
-        states_BTD = committed.states_BTD[span.rows, columns].to(self.dtype)
-        return self.step(committed.token_ids_BT[span.rows, columns], self.network.combine(states_BTD), span)
-
-    def step(self, token_ids_BT: Tensor, hidden_BTH: Tensor, span: Span) -> StepOutput:
-        tables = self.network.rope.tables(span.end, self.device, self.dtype)
-        if span.starts_B is None:
-            rope = tables.slice(span.end - span.num_columns, span.end)
-        else:
-            rope = tables.at(span.positions(self.device))
-        self.cache.span = span
-        return self.network.step(token_ids_BT, hidden_BTH, rope, self.attends)
-
-    def tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
-
-    # -- drafting ----------------------------------------------------------------------------------------------------
-
-    def draft(self, output: StepOutput, num_tokens: int, sampling: DraftSampling) -> tuple[Tensor, Tensor | None]:
-        lengths = self.cache.lengths[: output.normed_BRH.shape[0]]
-        longest, same_length = max(lengths), len(set(lengths)) == 1
-        self.cache.reserve(longest + num_tokens)
-        lengths_B = None if same_length else self.tensor(lengths)
-        tokens: list[Tensor] = []
-        probs: list[Tensor] = []
-        for k in range(num_tokens):
-            logits_BV = self.network.lm_head(output.normed_BRH[:, -1])
-            if sampling.probabilistic:
-                probs_BV = draft_probs(logits_BV, sampling.temperature_B)
-                draft_ids_B = draw(probs_BV, sampling.generator)
-                probs.append(scatter_to_verifier(probs_BV, self.d2t, self.verifier_vocab_size))
-            else:
-                draft_ids_B = logits_BV.argmax(-1)
-            tokens.append(draft_to_verifier_ids(draft_ids_B, self.d2t))
-            if k == num_tokens - 1:
-                break
-            span = Span(slice(0, len(lengths)), 1, end=longest + k + 1)
-            if lengths_B is None:
-                span.start = longest + k
-            else:
-                span.starts_B = lengths_B + k
-            output = self.step(tokens[-1][:, None], output.fed_back_BRH, span)
-        if not tokens:
-            return torch.empty(len(lengths), 0, dtype=torch.int64, device=self.device), None
-        return torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None
-
-
-def draft_probs(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
-    """q of each row; a row at temperature 0 is a point mass on its argmax."""
-    greedy_B1 = (temperature_B <= 0)[:, None]
-    probs_BV = (logits_BV.float() / temperature_B.clamp_min(MIN_TEMPERATURE)[:, None]).softmax(-1)
-    point_BV = torch.zeros_like(probs_BV).scatter_(1, logits_BV.argmax(-1, keepdim=True), 1.0)
-    return torch.where(greedy_B1, point_BV, probs_BV)
-
-
-MIN_TEMPERATURE = 1e-5
-
-
-def draw(probs_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token a row by the exponential race: no transfer to the host, and tokens of probability 0 cannot win."""
-    noise_BV = torch.empty_like(probs_BV).exponential_(generator=generator).clamp_min_(MIN_NOISE)
-    return (probs_BV / noise_BV).argmax(-1)
-
-
-MIN_NOISE = 1e-30
+        capture = CaptureSpec(aux_layer_ids=tuple(target_layer_ids))
+        super().__init__(
+            network, capture, d2t, verifier_vocab_size, max_batch_size=max_batch_size, max_length=max_length
+        )

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from speculators.interfaces import Committed, DraftSampling, Proposal
 from speculators.models.eagle3.network import Eagle3Network
-from speculators.models.eagle3.proposer import ALONE_FROM, NO_DRAFT, Eagle3Proposer
+from speculators.models.eagle3.proposer import Eagle3Proposer
+from speculators.models.feedback_proposer import ALONE_FROM, NO_DRAFT
 from speculators.nn.draft_sampling import draft_probs, draw
 from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
 from speculators.nn.slot_cache import SlotSpan, slot_attends
