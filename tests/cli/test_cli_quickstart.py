@@ -1,0 +1,42 @@
+"""quickstart on a toy verifier: every step runs, the commands shown are complete, and nobody's files are replaced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speculators import assets
+from speculators.cli import quickstart
+from speculators.cli.app import main
+
+
+@pytest.fixture
+def toy_assets(verifier, chats, monkeypatch):
+    monkeypatch.setattr(assets, "tiny_verifier_path", lambda: Path(verifier))
+    monkeypatch.setattr(assets, "prompts_path", lambda split: Path(chats))
+    monkeypatch.setattr(quickstart, "REGENERATION", ("--limit", "10", "--max-tokens", "12"))
+    monkeypatch.setattr(quickstart, "RECIPE", ("--epochs", "1", "--target-layer-ids", "1", "3", "5"))
+    monkeypatch.setattr(quickstart, "EVALUATION", ("--num-prompts", "3", "--max-tokens", "12"))
+
+
+def test_quickstart_ends_with_a_measured_lossless_drafter(toy_assets, tmp_path, capsys):
+    output = tmp_path / "out"
+    for _ in range(2):  # the second run replaces the first
+        assert main(["quickstart", "--output", str(output)]) == 0
+        printed = capsys.readouterr().out
+        result = json.loads(printed.splitlines()[-1])
+        rows = {row["method"]: row for row in result["evaluation"]["rows"]}
+        assert set(rows) == {"none", "eagle3"}
+        assert rows["eagle3"]["num_identical"] == rows["eagle3"]["num_prompts"] == 3
+        assert Path(result["checkpoint"], "model.safetensors").is_file()
+        assert result["serve"] == f"vllm serve {result['checkpoint']}"
+        assert printed.count("$ speculators ") == 5
+
+
+def test_quickstart_replaces_nothing_of_others(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["quickstart", "--output", str(tmp_path)]) == 1
+    assert "--output" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
