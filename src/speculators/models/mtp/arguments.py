@@ -1,0 +1,16 @@
+"""Training arguments MTP adds to the command line and YAML. Imports nothing heavy: `--help` reads it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TRAINING_DEFAULTS = {"loss_fn": "ce"}
+"""Generic keys with another default here. `ce` teaches the tokens of the data, as MTP layers are trained; every other
+loss teaches the verifier's distributions."""
+
+
+class MTPTrainingArgs(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    num_speculative_steps: int = Field(3, ge=1, description="Tokens drafted a round: how often the layer is run.")
+    step_weight_beta: float = Field(0.6, gt=0.0, description="Step k weighs beta ** k, weights adding up to 1.")

@@ -1,0 +1,243 @@
+"""`MTPDraftModel`: the weights under the names of the checkpoint, and the hooks of training and serving.
+
+Shapes: H hidden size, V vocabulary. What is computed with the weights is in `network`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+from typing import Any, cast
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from speculators.config import SpeculatorsConfig, VerifierConfig
+from speculators.draft_vocab import DraftVocabMixin
+from speculators.interfaces import CaptureSpec, Proposer
+from speculators.losses.registry import resolve_loss_config
+from speculators.model import SpeculatorModel
+from speculators.models.mtp.arguments import TRAINING_DEFAULTS, MTPTrainingArgs
+from speculators.models.mtp.checkpoint import expected_keys, layer_config_of
+from speculators.models.mtp.config import MTPSpeculatorConfig
+from speculators.models.mtp.families import LAYER, family_of
+from speculators.models.mtp.layer import MTPLayer, decoder_shape
+from speculators.models.mtp.native import read_native
+from speculators.models.mtp.network import MTPNetwork
+from speculators.models.mtp.proposer import MTPProposer
+from speculators.models.mtp.training import (
+    HARD_LABELS,
+    NUM_STEPS,
+    STEP_WEIGHT_BETA,
+    compute_step_weights,
+    shift_batch_mtp,
+    train_forward,
+)
+from speculators.models.utils import get_verifier_config, target_logit_transform
+from speculators.nn.norms import RMSNorm
+from speculators.nn.rope import Rope
+from speculators.proposals import GreedyTokenProposalConfig
+from speculators.verifier import verifier_parts
+
+logger = logging.getLogger(__name__)
+
+VERIFIERS_OWN = ["embed_tokens.weight", "lm_head.weight"]
+
+
+@SpeculatorModel.register("mtp")
+class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
+    """Owns the weights under the names of the checkpoint."""
+
+    config_class = MTPSpeculatorConfig  # type: ignore[assignment]
+    training_args = MTPTrainingArgs
+    training_defaults = TRAINING_DEFAULTS
+    checkpoint_formats = ("speculators", "native")
+    align = staticmethod(shift_batch_mtp)
+    _keys_to_ignore_on_save = [*VERIFIERS_OWN, *DraftVocabMixin._keys_to_ignore_on_save]
+
+    def __init__(self, config: MTPSpeculatorConfig, **kwargs: Any):
+        if isinstance(config, MTPSpeculatorConfig):
+            check_buildable(config)
+        super().__init__(config, **kwargs)
+        del self.verifier_lm_head  # the head is the verifier's already
+        nested = config.transformer_layer_config
+        self.family = family_of(nested)
+        self.mtp_layers = nn.ModuleList([MTPLayer(nested, self.family)])
+        self.verifier_norm = RMSNorm(nested.hidden_size, nested.rms_norm_eps)
+        self.verifier_norm.requires_grad_(False)
+        self.target_transform: tuple[float, float | None] = (1.0, None)
+        """(scale, softcap) the verifier applies to what its head gives."""
+        self.post_init()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.mtp_layers
+
+    @property
+    def network(self) -> MTPNetwork:
+        return MTPNetwork(
+            self.embed_tokens, self.verifier_norm, cast("MTPLayer", self.mtp_layers[0]), self.lm_head,
+            Rope(self.config.transformer_layer_config), self.family.zeroes_first_embedding,
+        )  # fmt: skip
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        return [self.config.transformer_layer_config.num_hidden_layers]
+
+    @property
+    def capture(self) -> CaptureSpec:
+        """The last state alone: it is what the layer reads."""
+        return CaptureSpec(last_hidden=True)
+
+    def load_verifier_weights(self) -> None:
+        """Embedding, head and final norm are the verifier's, whatever a checkpoint has."""
+        speculators_config = self.config.speculators_config
+        path = speculators_config.verifier.name_or_path if speculators_config is not None else None
+        if path is None:
+            self.freeze_verifier_weights()
+            return
+        for module in (self.embed_tokens, self.lm_head):
+            nn.init.constant_(module.weight, math.nan)
+        self.verifier_lm_head = self.lm_head  # which the mixin fills
+        super().load_verifier_weights()
+        del self.verifier_lm_head
+        self.target_transform = target_logit_transform(path)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_training_args(  # type: ignore[override]
+        cls,
+        verifier_config: Any,
+        *,
+        verifier_name_or_path: str | None = None,
+        num_speculative_steps: int = NUM_STEPS,
+        draft_vocab_size: int | None = None,
+        draft_arch: str | None = None,
+        draft_attn_impl: str | None = None,
+        trust_remote_code: bool = False,
+        **_: Any,
+    ) -> MTPDraftModel:
+        """A new drafter: the MTP layer the verifier ships with, else one of random weights.
+
+        `verifier_config` is the verifier's. The command line (which says `draft_arch`) hands over a shape made for
+        drafters with layers of their own choosing instead: then the verifier's config is read where it lies."""
+        if verifier_name_or_path is None:
+            raise ValueError(
+                "verifier_name_or_path is required: the embedding, the head and the final norm are the verifier's"
+            )
+        if draft_arch is not None:
+            verifier_config = get_verifier_config(verifier_name_or_path, trust_remote_code)
+        nested = layer_config_of(getattr(verifier_config, "text_config", None) or verifier_config)
+        if draft_vocab_size not in (None, nested.vocab_size):
+            raise ValueError(
+                f"draft_vocab_size={draft_vocab_size}: an MTP layer drafts through the verifier's own head, over its "
+                f"{nested.vocab_size} tokens; leave draft_vocab_size out"
+            )
+        if draft_attn_impl is not None:
+            nested._attn_implementation = draft_attn_impl
+        config = cls.config_class(
+            transformer_layer_config=nested,
+            speculators_config=SpeculatorsConfig(
+                algorithm="mtp",
+                proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_speculative_steps)],
+                default_proposal_method="greedy",
+                verifier=VerifierConfig.from_pretrained(verifier_name_or_path, trust_remote_code=trust_remote_code),
+            ),
+        )
+        model = cls(config)
+        model.load_verifier_weights()
+        model.load_native_layer(verifier_name_or_path)
+        return model
+
+    def load_native_layer(self, verifier: str) -> None:
+        """Start from the MTP layer in the verifier's checkpoint, if there is one."""
+        tensors = read_native(verifier, self.family, self.config.transformer_layer_config)
+        if not tensors:
+            logger.info("'%s' has no MTP layer: training starts from random weights", verifier)
+            return
+        own = {key: tensor.shape for key, tensor in self.state_dict().items() if key.startswith(LAYER)}
+        found = {key: tensor.shape for key, tensor in tensors.items()}
+        if found != own:
+            odd = sorted(key for key in own.keys() | found.keys() if own.get(key) != found.get(key))
+            raise ValueError(
+                f"Architecture mismatch: the MTP layer of '{verifier}' does not fit its config in "
+                f"{[(key, found.get(key), own.get(key)) for key in odd]} (name, shape there, shape by the config)"
+            )
+        self.load_state_dict(tensors, strict=False)
+
+    @staticmethod
+    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        weights = kwargs.get("step_weights")
+        if weights is None:
+            if kwargs.get("num_speculative_steps") is None:
+                raise ValueError("num_speculative_steps is needed to weigh the steps; give it, or step_weights")
+            beta = kwargs.get("step_weight_beta")
+            beta = STEP_WEIGHT_BETA if beta is None else beta
+            weights = compute_step_weights(beta=beta, num_steps=kwargs["num_speculative_steps"])
+        shared: dict[str, Any] = {"step_weights": weights, "return_logits": False}
+        spec = kwargs.get("loss_fn") or HARD_LABELS
+        shared["loss_config"] = resolve_loss_config(spec, kwargs.get("loss_implementation", "fused"))
+        return shared, dict(shared)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        """(logits [B, L, V] of each step, loss, metrics). `hidden_states` are the verifier's last states, before its
+        final norm. `return_logits=False` (what the trainer gives): no logits are kept, the list is empty. Unknown
+        keywords of the batch are ignored. See `training.train_forward`."""
+        return train_forward(
+            self, input_ids, hidden_states, attention_mask, position_ids, loss_mask, document_ids, **kwargs
+        )
+
+    # -- serving -----------------------------------------------------------------------------------------------------
+
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Proposer:
+        model = self.beside(verifier_model)
+        network = dataclasses.replace(
+            model.network,
+            embed_tokens=verifier_model.get_input_embeddings(),
+            lm_head=verifier_model.get_output_embeddings(),
+            verifier_norm=verifier_parts(verifier_model).final_norm,
+        )
+        return MTPProposer(
+            network.fused(), self.verifier_vocab_size, max_batch_size=max_batch_size, max_length=max_length
+        )
+
+    def beside(self, verifier_model: Any) -> Self:
+        """This drafter in the verifier's dtype, on its device."""
+        source = verifier_model.get_input_embeddings().weight
+        expected = (self.verifier_vocab_size, self.hidden_size)
+        if tuple(source.shape) != expected:
+            raise ValueError(
+                f"the verifier's embedding is {tuple(source.shape)} and this drafter was trained for {expected} "
+                "(vocabulary, hidden size); decode with the verifier it was trained for"
+            )
+        weight = self.mtp_layers[0].input_proj.weight
+        if weight.dtype == source.dtype and weight.device == source.device:
+            return self
+        model = copy.deepcopy(self)  # training keeps its own
+        model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
+        return model
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        missing = expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())
+        assert not missing, f"a checkpoint without {sorted(missing)} would be incomplete"
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def check_buildable(config: MTPSpeculatorConfig) -> None:
+    if config.draft_vocab_size != config.vocab_size:
+        raise NotImplementedError(
+            f"draft_vocab_size={config.draft_vocab_size}: MTP drafts over the whole vocabulary ({config.vocab_size})"
+        )
+    decoder_shape(config.transformer_layer_config)

@@ -1,0 +1,89 @@
+"""The MTP layer: [token ; hidden] through one decoder layer of the verifier's own shape.
+
+Shapes: B rows, T positions in, R positions answered (see `Attend.rows`), H hidden size.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from speculators.models.mtp.families import MtpFamily
+from speculators.nn.attention import Attend, Attention
+from speculators.nn.decoder import DecoderLayer
+from speculators.nn.norms import RMSNorm
+from speculators.nn.rope import RopeTables, head_dim
+
+
+class DecoderShape(NamedTuple):
+    """What differs between the decoder layers of verifiers."""
+
+    like: str
+    """The shape of `nn.attention` it comes closest to: llama, or qwen3 with its norms on q and k."""
+    always_biased: bool = False
+    """q, k and v have a bias whatever the config says, and the output has none."""
+
+
+DECODERS = {
+    "llama": DecoderShape("llama"),
+    "qwen2": DecoderShape("llama", always_biased=True),
+    "mimo": DecoderShape("llama", always_biased=True),
+    "qwen3": DecoderShape("qwen3"),
+}
+"""Verifiers (model_type of the text config) whose decoder layer exists here."""
+
+
+class MTPLayer(DecoderLayer):
+    """Decoder layer behind a projection of two normed inputs, with a norm of its own at the end."""
+
+    def __init__(self, config: Any, family: MtpFamily):
+        shape = decoder_shape(config)
+        view = decoder_view(config, shape)
+        super().__init__(view)
+        if shape.always_biased:
+            assert isinstance(self.self_attn, Attention)
+            o_proj = self.self_attn.o_proj
+            self.self_attn.o_proj = nn.Linear(o_proj.in_features, o_proj.out_features, bias=False)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.token_layernorm = RMSNorm(size, eps)
+        self.hidden_layernorm = RMSNorm(size, eps)
+        self.input_proj = nn.Linear(2 * size, size, bias=False)
+        self.final_layernorm = RMSNorm(size, eps)
+        self.feeds_back_raw = family.feeds_back_raw
+
+    def forward(  # type: ignore[override]
+        self, embeds_BTH: Tensor, hidden_BTH: Tensor, rope: RopeTables, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """(what the head reads, the hidden state of the next step)"""
+        both_BT2H = torch.cat((self.token_layernorm(embeds_BTH), self.hidden_layernorm(hidden_BTH)), dim=-1)
+        raw_BRH = super().forward(self.input_proj(both_BT2H), rope, attend)
+        normed_BRH = self.final_layernorm(raw_BRH)
+        return normed_BRH, raw_BRH if self.feeds_back_raw else normed_BRH
+
+
+def decoder_shape(config: Any) -> DecoderShape:
+    if config.model_type not in DECODERS:
+        raise ValueError(
+            f"verifiers of model_type={config.model_type!r} have a decoder layer that does not exist here; an MTP "
+            f"layer can be trained for {sorted(DECODERS)}"
+        )
+    return DECODERS[config.model_type]
+
+
+def decoder_view(config: Any, shape: DecoderShape) -> SimpleNamespace:
+    """The verifier's config as the layers of `nn` read it."""
+    return SimpleNamespace(
+        model_type=shape.like,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=head_dim(config),
+        rms_norm_eps=config.rms_norm_eps,
+        hidden_act=config.hidden_act,
+        attention_bias=shape.always_biased or bool(getattr(config, "attention_bias", False)),
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+    )
