@@ -1,0 +1,151 @@
+"""What a drafter has of its verifier: nothing, the layers it computes with, or the whole model.
+
+    detached      nothing
+    train_only    embedding, head and final norm (read from the verifier's files), rope
+    full          the same modules of a loaded verifier, and the verifier itself: needed to generate
+
+None of it is the drafter's: modules of a loaded verifier are not registered (so not cast, moved or trained), and none
+are in `state_dict`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from speculators.draft_vocab import norm_is_unit_offset
+from speculators.models.utils import target_logit_transform
+from speculators.nn.norms import RMSNorm
+from speculators.nn.rope import Rope
+from speculators.utils.loading import find_key, list_checkpoint_keys, load_model_layers
+from speculators.verifier import load_verifier, verifier_parts
+
+DETACHED, TRAIN_ONLY, FULL = "detached", "train_only", "full"
+BORROWED = ("embed_tokens", "rotary_emb", "lm_head", "verifier_norm")
+
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
+
+
+class VerifierAttachment(_Base):
+    """List it before the model base."""
+
+    config: Any
+    verifier_attachment_mode: str = DETACHED
+
+    def detach_all(self) -> None:
+        for name in (*BORROWED, "verifier"):
+            self.lend(name, None)
+        self.target_transform: tuple[float, float | None] = (1.0, None)
+        self.verifier_attachment_mode = DETACHED
+        self.is_attached_for_loading = False
+
+    def lend(self, name: str, value: Any) -> None:
+        """Set an attribute without registering it as a part of the drafter."""
+        self._modules.pop(name, None)
+        self.__dict__[name] = value
+
+    def attach_verifier(self, verifier: Any, mode: str | None = None) -> PreTrainedModel:
+        """Borrow from a verifier (a model, or where one lies), all of it or what training needs; returns it."""
+        mode = mode or FULL
+        if self.verifier_attachment_mode != DETACHED and not self.is_attached_for_loading:
+            raise RuntimeError("a verifier is attached already; call detach_verifier() first")
+        if mode not in (FULL, TRAIN_ONLY):
+            raise ValueError(f"verifier_attachment_mode={mode!r} is neither 'full' nor 'train_only'")
+        if not verifier and not isinstance(verifier, nn.Module):
+            raise ValueError(f"verifier={verifier!r}: give a model, or the path or id of one")
+        if isinstance(verifier, (str, os.PathLike)):
+            verifier = load_verifier(os.fspath(verifier))
+        if not isinstance(verifier, PreTrainedModel):
+            raise TypeError(
+                f"verifier is a {type(verifier).__name__}; give a PreTrainedModel, or the path or id of one"
+            )
+        parts = verifier_parts(verifier)
+        self.detach_all()
+        embedding = verifier.get_input_embeddings()
+        self.check_shape(tuple(no_grad_weight(embedding).shape))
+        decoder = getattr(verifier, "model", verifier)
+        self.lend("embed_tokens", embedding)
+        self.lend("lm_head", parts.head)
+        self.lend("verifier_norm", parts.final_norm)
+        self.lend("rotary_emb", getattr(decoder, "rotary_emb", None) or Rope(self.config.transformer_layer_config))
+        if mode == FULL:
+            self.lend("verifier", verifier)
+        if verifier.config.name_or_path:
+            self.target_transform = target_logit_transform(verifier.config.name_or_path)
+        self.verifier_attachment_mode = mode
+        return verifier
+
+    def detach_verifier(self) -> None:
+        if self.verifier_attachment_mode == DETACHED:
+            raise RuntimeError("no verifier is attached")
+        self.detach_all()
+
+    def attach_files(self, path: str) -> None:
+        """What training needs from the verifier's files, as frozen modules of our own: the verifier is not loaded."""
+        names = ["embed_tokens.weight", "model.norm.weight"]
+        if find_key("lm_head.weight", list_checkpoint_keys(path)) is not None:  # else it is tied to the embedding
+            names.append("lm_head.weight")
+        weights = load_model_layers(names, path)
+        missing = sorted(set(names) - weights.keys())
+        if missing:
+            raise ValueError(f"verifier '{path}' has no tensor {missing} under any name known here")
+        embedding_VH, norm_H = weights["embed_tokens.weight"], weights["model.norm.weight"]
+        head_VH = weights.get("lm_head.weight", embedding_VH)
+        self.check_shape(tuple(embedding_VH.shape))
+        self.detach_all()
+        like = next(self.parameters())
+        nested = self.config.transformer_layer_config
+        norm = RMSNorm(nested.hidden_size, nested.rms_norm_eps)
+        if norm_is_unit_offset(path):
+            norm_H = 1.0 + norm_H.float()
+        self.keep(
+            "embed_tokens", nn.Embedding(nested.vocab_size, nested.hidden_size, device="meta"), embedding_VH, like
+        )
+        self.keep("lm_head", head_of(head_VH), head_VH, like)
+        self.keep("verifier_norm", norm, norm_H, like)
+        self.lend("rotary_emb", Rope(nested))
+        self.target_transform = target_logit_transform(path)
+        self.verifier_attachment_mode, self.is_attached_for_loading = TRAIN_ONLY, True
+
+    def keep(self, name: str, module: nn.Module, weight: Tensor, like: Tensor) -> None:
+        module.weight = nn.Parameter(weight.to(like), requires_grad=False)
+        self.__dict__.pop(name, None)
+        self.add_module(name, module)
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        nested = self.config.transformer_layer_config
+        expected = (nested.vocab_size, nested.hidden_size)
+        if shape != expected:
+            raise ValueError(
+                f"the verifier's embedding is {shape} and this drafter was trained for {expected} (vocabulary, hidden "
+                "size); use the verifier it was trained for"
+            )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Without the verifier's weights."""
+        tensors = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        owned = tuple(f"{prefix}{name}." for name in (*BORROWED, "verifier"))
+        for name in [name for name in tensors if name.startswith(owned)]:
+            del tensors[name]
+        return tensors
+
+
+def head_of(weight_VH: Tensor) -> nn.Linear:
+    """A head that shares a weight."""
+    V, H = weight_VH.shape
+    linear = nn.Linear(H, V, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_VH.detach(), requires_grad=False)
+    return linear
+
+
+def no_grad_weight(module: Any) -> Tensor:
+    assert isinstance(module.weight, torch.Tensor)
+    return module.weight.detach()

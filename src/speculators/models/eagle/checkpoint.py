@@ -1,0 +1,145 @@
+"""EAGLE on disk: our key set, and the native directory of the EAGLE repository, which vLLM serves.
+
+native                              ours
+fc.weight, fc.bias                  fusion_fc.*             (fusion_bias iff there is a bias)
+layers.0.*                          transformer.*
+embed_layernorm.weight              embedding_layernorm.weight            (layernorms iff one of these three)
+lm_head_layernorm.weight            pre_lm_head_layernorm.weight
+hidden_layernorm.weight             transformer.input_layernorm.weight
+embed_tokens.weight                 -                       (the verifier's)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from speculators.models.draft_layers import complete_layer_config, layer_keys
+from speculators.models.eagle.config import EagleSpeculatorConfig
+from speculators.nn.attention import layer_window
+from speculators.utils.files import atomic_write
+from speculators.utils.loading import load_checkpoint
+
+EXTRA_NORMS = {
+    "embed_layernorm.weight": "embedding_layernorm.weight",
+    "lm_head_layernorm.weight": "pre_lm_head_layernorm.weight",
+    "hidden_layernorm.weight": "transformer.input_layernorm.weight",
+}
+VERIFIERS_OWN = ("embed_tokens.weight", "lm_head.weight")
+NATIVE_LAYER, OUR_LAYER = "layers.0.", "transformer."
+
+
+def complete_eagle_config(config: Any) -> Any:
+    """A complete copy of the nested config: one layer that sees everything.
+
+    vLLM's EAGLE layers count on from the verifier's, which no `layer_types` of one entry survives (llama.py), and
+    without the key they do not slide: so a drafter whose layer slides could not be served as it was trained.
+    """
+    if config.num_hidden_layers != 1:
+        raise ValueError(f"num_layers={config.num_hidden_layers}: an EAGLE drafter is one layer; give num_layers=1")
+    config = complete_layer_config(config)
+    config.layer_types, config.sliding_window, config.use_sliding_window = ["full_attention"], None, False
+    return config
+
+
+def expected_keys(config: EagleSpeculatorConfig) -> set[str]:
+    """Names of the tensors on disk."""
+    keys = {f"transformer.{name}" for name in layer_keys(config.transformer_layer_config)} | {"fusion_fc.weight"}
+    if config.fusion_bias:
+        keys.add("fusion_fc.bias")
+    extra = set(EXTRA_NORMS.values())
+    return keys | extra if config.layernorms else keys - extra
+
+
+def native_to_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Renamed tensors. Names that no EAGLE drafter of one layer has are an error."""
+    ours = {}
+    for name, tensor in tensors.items():
+        if name in VERIFIERS_OWN:
+            continue
+        if name in EXTRA_NORMS:
+            ours[EXTRA_NORMS[name]] = tensor
+        elif name.startswith("fc."):
+            ours["fusion_" + name] = tensor
+        elif name.startswith(NATIVE_LAYER):
+            ours[OUR_LAYER + name.removeprefix(NATIVE_LAYER)] = tensor
+        else:
+            raise ValueError(f"tensor {name!r} is of no EAGLE drafter with one layer; known are fc.*, layers.0.*")
+    return ours
+
+
+def ours_to_native(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    norms = {ours: native for native, ours in EXTRA_NORMS.items()}
+    native = {}
+    for name, tensor in tensors.items():
+        renamed = norms.get(name) or name.replace("fusion_fc.", "fc.").replace(OUR_LAYER, NATIVE_LAYER)
+        native[renamed] = tensor.detach().cpu().contiguous()
+    return native
+
+
+def check_servable(config: EagleSpeculatorConfig) -> None:
+    """vLLM reports neither of these: it fails on a name or serves another drafter."""
+    nested = config.transformer_layer_config
+    cannot = "vLLM's method 'eagle' cannot run this drafter: "
+    if config.fusion_bias:
+        raise ValueError(
+            f"{cannot}fusion_bias=True, and its fc has no bias (dropping ours would change the drafts); decode with "
+            "speculators, or train with fusion_bias=False"
+        )
+    if config.layernorms:
+        raise ValueError(
+            f"{cannot}layernorms=True, and it has no such norms; decode with speculators, or train without"
+        )
+    if nested.model_type != "llama":
+        raise ValueError(
+            f"{cannot}its layer is of model_type={nested.model_type!r}, and only llama has an EAGLE class; train with "
+            "--draft-arch llama"
+        )
+    if layer_window(nested, 0) is not None:
+        raise ValueError(f"{cannot}its layer slides (window {nested.sliding_window}), and the EAGLE class sees all")
+
+
+def native_config(config: EagleSpeculatorConfig, dtype: torch.dtype) -> dict[str, Any]:
+    values = config.transformer_layer_config.to_dict()
+    for key in ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "_name_or_path"):
+        values.pop(key, None)
+    return {
+        **values, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "bias": False,
+        "dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+
+def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path: str | Path) -> Path:
+    """The directory to serve with `{"method": "eagle", "model": path}`."""
+    check_servable(config)
+    missing = expected_keys(config) - tensors.keys()
+    assert not missing, f"a checkpoint without {sorted(missing)} would be served from uninitialised memory"
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    native = ours_to_native({name: tensors[name] for name in sorted(expected_keys(config))})
+    save_file(native, path / "model.safetensors", metadata={"format": "pt"})
+    with atomic_write(path / "config.json") as file:
+        file.write(json.dumps(native_config(config, native["fc.weight"].dtype), indent=2, sort_keys=True) + "\n")
+    return path
+
+
+def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config fields, tensors) of a native directory."""
+    path = Path(path)
+    values = json.loads((path / "config.json").read_text())
+    ours = native_to_ours(load_checkpoint(path))
+    if values.get("num_hidden_layers", 1) != 1:
+        raise ValueError(f"{path} has num_hidden_layers={values['num_hidden_layers']}: an EAGLE drafter is one layer")
+    nested = AutoConfig.for_model(**{"model_type": "llama", **values, "num_hidden_layers": 1})
+    fields = {
+        "transformer_layer_config": complete_layer_config(nested),
+        "layernorms": bool(ours.keys() & set(EXTRA_NORMS.values())),
+        "fusion_bias": "fusion_fc.bias" in ours,
+    }
+    return fields, ours

@@ -1,0 +1,363 @@
+"""`EagleSpeculator`: the weights of EAGLE-1/2 and HASS, the verifier attached to them, training and serving.
+
+Shapes: B rows, T columns, H hidden size, V vocabulary. What is computed with the weights is in `network`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from speculators.config import SpeculatorsConfig, VerifierConfig
+from speculators.interfaces import CaptureSpec, Proposer
+from speculators.losses.registry import choose_loss_config, resolve_loss_config
+from speculators.model import SpeculatorModel
+from speculators.models.eagle.arguments import TRAINING_DEFAULTS, EagleTrainingArgs
+from speculators.models.eagle.attachment import (
+    DETACHED,
+    FULL,
+    VerifierAttachment,
+    head_of,
+    no_grad_weight,
+)
+from speculators.models.eagle.checkpoint import complete_eagle_config, expected_keys, read_native, save_native
+from speculators.models.eagle.config import AUTO, EagleSpeculatorConfig
+from speculators.models.eagle.generation import generate
+from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
+from speculators.models.eagle.proposer import EagleProposer
+from speculators.models.eagle.sequence import run_sequences
+from speculators.models.eagle.training import Objective, PackedBatch, TopKCrossEntropy, align, train_forward
+from speculators.nn.attention import FAMILIES, layer_window
+from speculators.nn.norms import RMSNorm
+from speculators.nn.rope import Rope
+from speculators.proposals import GreedyTokenProposalConfig
+from speculators.verifier import verifier_parts
+
+OBJECTIVE_KEYS = ("ttt_steps", "detach_steps", "regression_weight", "feature_noise")
+
+
+def default_of(name: str) -> Any:
+    return EagleTrainingArgs.model_fields[name].default
+
+
+def layer_architecture(config: EagleSpeculatorConfig) -> str:
+    """The decoder layer's class name: the config's, or the one of its nested config's family."""
+    nested = config.transformer_layer_config
+    if type(nested) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise TypeError(f"transformer_layer_config is a {type(nested).__name__}, which is of no causal language model")
+    known = {f"{family.capitalize()}DecoderLayer": family for family in FAMILIES}
+    name = config.transformer_layer_architecture
+    if name == AUTO:
+        name = type(nested).__name__.removesuffix("Config") + "DecoderLayer"
+    if known.get(name) != nested.model_type:
+        raise ValueError(
+            f"transformer_layer_architecture={name!r} with model_type={nested.model_type!r} has no draft layer here; "
+            f"known are {sorted(known)}, each with a config of its own family"
+        )
+    return name
+
+
+@SpeculatorModel.register("eagle")
+class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc]
+    """Owns the drafter's weights under the names of the checkpoint; embedding, head and norm are borrowed."""
+
+    config_class = EagleSpeculatorConfig  # type: ignore[assignment]
+    training_args = EagleTrainingArgs
+    training_defaults = TRAINING_DEFAULTS
+    checkpoint_formats = ("speculators", "eagle")
+    align = staticmethod(align)
+    decoding_module: ClassVar[str] = "speculators.decoding"
+    """Where `generate` finds an engine; see `generation`."""
+
+    def __init__(
+        self, config: EagleSpeculatorConfig, verifier: Any = None, verifier_attachment_mode: str | None = None, **_: Any
+    ):
+        """Attaches `verifier`, or the one the config names, unless the mode is "detached"."""
+        if not isinstance(config, EagleSpeculatorConfig):
+            raise ValueError(f"config is a {type(config).__name__}; EagleSpeculator needs an EagleSpeculatorConfig")
+        config.transformer_layer_architecture = layer_architecture(config)
+        config.add_layer_architecture()
+        super().__init__(config)
+        self.detach_all()
+        self.mode_after_loading: str | None = None
+        nested = config.transformer_layer_config
+        size, eps = nested.hidden_size, nested.rms_norm_eps
+        self.embedding_layernorm = RMSNorm(size, eps) if config.layernorms else None
+        self.fusion_fc = nn.Linear(2 * size, size, bias=config.fusion_bias)
+        self.transformer = EagleDecoderLayer(nested, config.layernorms)
+        self.pre_lm_head_layernorm = RMSNorm(size, eps) if config.layernorms else None
+        self.post_init()
+        if verifier is None:
+            verifier = self.recorded_verifier
+        if verifier is not None and verifier_attachment_mode != DETACHED:
+            self.attach_verifier(verifier, verifier_attachment_mode)
+
+    @property
+    def recorded_verifier(self) -> str | None:
+        recorded = self.config.speculators_config
+        return None if recorded is None else recorded.verifier.name_or_path
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [self.transformer]
+
+    @property
+    def capture(self) -> CaptureSpec:
+        return CaptureSpec(last_hidden=True)
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        recorded = self.config.speculators_config
+        method = recorded.proposal_methods[0] if recorded is not None else GreedyTokenProposalConfig()
+        return getattr(method, "speculative_tokens", None) or GreedyTokenProposalConfig().speculative_tokens
+
+    @property
+    def network(self) -> EagleNetwork:
+        if self.verifier_attachment_mode == DETACHED:
+            raise ValueError("Verifier model layers not initialized. Call `attach_verifier` to set them up before use.")
+        return self.network_with(self.embed_tokens, self.lm_head, cast("nn.Module", self.verifier_norm))
+
+    def network_with(self, embed_tokens: Any, lm_head: Any, verifier_norm: nn.Module) -> EagleNetwork:
+        nested = self.config.transformer_layer_config
+        return EagleNetwork(
+            no_grad_weight(embed_tokens), self.embedding_layernorm, self.fusion_fc, [self.transformer],
+            self.pre_lm_head_layernorm, head_of(no_grad_weight(lm_head)), verifier_norm, Rope(nested),
+            [layer_window(nested, 0)],
+        )  # fmt: skip
+
+    # -- loading and saving ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def to_be_loaded(
+        cls, config: Any, *args: Any, verifier_attachment_mode: str | None = None, **kwargs: Any
+    ) -> EagleSpeculator:
+        model = cls(config, verifier_attachment_mode=DETACHED)
+        model.mode_after_loading = verifier_attachment_mode
+        return model
+
+    def load_verifier_weights(self) -> None:
+        """After loading: the layers of training from the verifier's files, or the whole verifier if that was asked for.
+
+        Layers loaded here give way to a verifier attached later."""
+        path, mode = self.recorded_verifier, self.mode_after_loading
+        is_needed = self.verifier_attachment_mode == DETACHED or self.is_attached_for_loading
+        if path is None or mode == DETACHED or not is_needed:
+            return
+        if mode is None:
+            self.attach_files(path)
+        else:
+            self.attach_verifier(path, mode)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, verifier: Any = None, **kwargs: Any
+    ) -> Any:
+        """As `SpeculatorModel.from_pretrained`; `verifier` may also be a loaded model, which is attached."""
+        if verifier is None or isinstance(verifier, (str, os.PathLike)):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, verifier=verifier, **kwargs)
+        mode = kwargs.pop("verifier_attachment_mode", None)
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, *args, verifier_attachment_mode=DETACHED, **kwargs
+        )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if mode != DETACHED:
+            model.attach_verifier(verifier, mode)
+        return loaded
+
+    @classmethod
+    def from_native(cls, path: str | Path, verifier: str | None = None) -> EagleSpeculator:
+        """The drafter of a directory in the EAGLE repository's format."""
+        fields, tensors = read_native(path)
+        if verifier is not None:
+            fields["speculators_config"] = recorded(verifier, trust_remote_code=False)
+        config = EagleSpeculatorConfig(**fields)
+        return cls.from_pretrained(None, config=config, state_dict=tensors)
+
+    def save_native(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """The directory that vLLM serves with `{"method": "eagle", "model": path}`. Refused where it would not be
+        this drafter."""
+        tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
+        return save_native(self.config, tensors, path)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        found = set(kwargs.get("state_dict") or self.state_dict())
+        assert found == expected_keys(self.config), f"not the tensors of this config: {found}"
+        super().save_pretrained(save_directory, **kwargs)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_training_args(  # type: ignore[override]
+        cls,
+        verifier_config: Any,
+        *,
+        verifier_name_or_path: str,
+        layernorms: bool = default_of("layernorms"),
+        fusion_bias: bool = default_of("fusion_bias"),
+        transformer_layer_architecture: str = default_of("transformer_layer_architecture"),
+        draft_vocab_size: int | None = None,
+        draft_attn_impl: str | None = None,
+        trust_remote_code: bool = False,
+        **_: Any,
+    ) -> EagleSpeculator:
+        nested = complete_eagle_config(verifier_config)
+        if draft_vocab_size not in (None, nested.vocab_size):
+            raise ValueError(
+                f"draft_vocab_size={draft_vocab_size}: EAGLE drafts with the verifier's own head over its "
+                f"{nested.vocab_size} tokens; leave the option out, or train eagle3"
+            )
+        if draft_attn_impl is not None:
+            nested._attn_implementation = draft_attn_impl
+        config = EagleSpeculatorConfig(
+            transformer_layer_config=nested,
+            transformer_layer_architecture=transformer_layer_architecture,
+            layernorms=layernorms,
+            fusion_bias=fusion_bias,
+            speculators_config=recorded(verifier_name_or_path, trust_remote_code),
+        )
+        model = cls(config, verifier_attachment_mode=DETACHED)
+        model.load_verifier_weights()
+        return model
+
+    @staticmethod
+    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        shared = {name: kwargs[name] for name in OBJECTIVE_KEYS if name in kwargs}
+        if "loss_fn" in kwargs:
+            shared["loss_config"] = weighted_losses(
+                resolve_loss_config(kwargs["loss_fn"], kwargs.get("loss_implementation", "fused")),
+                **{name: kwargs[name] for name in ("distillation_weight", "top_k_weight", "top_k") if name in kwargs},
+            )
+        return shared, dict(shared)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        verifier_last_hidden_states: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Over sequences: logits after each (token, feature) pair; `hidden_states` are features, after the verifier's
+        final norm, and stand one position before the tokens.
+
+        With `verifier_last_hidden_states` it trains on a packed row: (draft ids of each step, loss, metrics); both
+        states are those before the norm, as `align` pairs them."""
+        if verifier_last_hidden_states is not None:
+            batch = PackedBatch.of(
+                hidden_states, input_ids, document_ids, loss_mask, position_ids, verifier_last_hidden_states
+            )  # fmt: skip
+            drafts, loss, metrics = train_forward(self, batch, objective(**kwargs))
+            return [padded(draft_ids_T, input_ids) for draft_ids_T in drafts], loss, metrics
+        if output_attentions or output_hidden_states:
+            raise ValueError("output_attentions and output_hidden_states are not supported: nothing here keeps them")
+        past = past_key_values
+        if use_cache and past is None:
+            past = DynamicCache()
+        logits = run_sequences(self.network, input_ids, hidden_states, attention_mask, position_ids, past)
+        if return_dict is None:
+            return_dict = bool(getattr(self.config, "use_return_dict", True))
+        if not return_dict:
+            return logits
+        return CausalLMOutputWithPast(
+            logits=cast("Any", logits), past_key_values=past if use_cache else None, attentions=None
+        )
+
+    # -- serving -----------------------------------------------------------------------------------------------------
+
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Proposer:
+        embedding = verifier_model.get_input_embeddings()
+        self.check_shape(tuple(embedding.weight.shape))
+        parts = verifier_parts(verifier_model)
+        network = self.network_with(embedding, parts.head, parts.final_norm).snapshot(embedding.weight)
+        return EagleProposer(
+            network, network.lm_head.out_features, max_batch_size=max_batch_size, max_length=max_length
+        )
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        do_sample: bool = False,
+        num_speculative_tokens: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Prompts and what the verifier says to them, [B, T], right padded; drafted by this model. Greedy, or sampled
+        with `do_sample` (temperature, top_k, top_p, min_p, seed)."""
+        if self.is_attached_for_loading and self.recorded_verifier is not None:
+            self.attach_verifier(self.recorded_verifier)
+        if self.verifier_attachment_mode != FULL:
+            raise ValueError(
+                f"generate needs the whole verifier and this drafter is {self.verifier_attachment_mode!r}; call "
+                "attach_verifier(verifier) (mode 'full')"
+            )
+        return generate(
+            self, input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length, do_sample=do_sample,
+            num_speculative_tokens=num_speculative_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+            **sampling,
+        )  # fmt: skip
+
+
+def recorded(verifier: str, trust_remote_code: bool) -> SpeculatorsConfig:
+    return SpeculatorsConfig(
+        algorithm="eagle",
+        proposal_methods=[GreedyTokenProposalConfig()],
+        default_proposal_method="greedy",
+        verifier=VerifierConfig.from_pretrained(verifier, trust_remote_code=trust_remote_code),
+    )
+
+
+def weighted_losses(
+    config: Any,
+    distillation_weight: float = default_of("distillation_weight"),
+    top_k_weight: float = default_of("top_k_weight"),
+    top_k: int = default_of("top_k"),
+) -> dict[str, Any]:
+    """The distribution losses of a step under their weights."""
+    weighted = {name: (function, weight * distillation_weight) for name, (function, weight) in config.items()}
+    if top_k_weight:
+        weighted["top_k"] = (TopKCrossEntropy(top_k), top_k_weight)
+    return weighted
+
+
+def objective(
+    loss_config: Any = None,
+    loss_fn: Any = None,
+    ttt_steps: int = default_of("ttt_steps"),
+    detach_steps: bool = default_of("detach_steps"),
+    regression_weight: float = default_of("regression_weight"),
+    feature_noise: float = default_of("feature_noise"),
+    **_: Any,
+) -> Objective:
+    """What a forward was told; `loss_config` is weighed already, `loss_fn` gets the default weights."""
+    if loss_config is None:
+        loss_config = weighted_losses(choose_loss_config(None, loss_fn, default="kl_div"))
+    return Objective(loss_config, regression_weight, ttt_steps, detach_steps, feature_noise)
+
+
+def padded(draft_ids_T: Tensor, input_ids: Tensor) -> Tensor:
+    """[1, S] as the batch came; -1 where nothing was drafted (padding, columns without loss)."""
+    out = torch.full_like(input_ids, -1)
+    out[0, : len(draft_ids_T)] = draft_ids_T
+    return out

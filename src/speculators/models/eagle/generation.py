@@ -1,0 +1,77 @@
+"""`generate`: tokens in, tokens out, drafted here and verified by the attached verifier, through the decoding engine.
+
+The engine is found by name when somebody generates. Algorithms may not import decoding (it is above them: it finds
+algorithms through the registry), and nothing here needs it otherwise; a name is what the registries use in the other
+direction (`SpeculatorModel.auto_package`). A subclass may name another module with an `Engine` and `SamplingParams`.
+
+Shapes: B prompts, P prompt columns, T = P + new columns.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from speculators.models.eagle.core import EagleSpeculator
+
+SAMPLED = ("temperature", "top_k", "top_p", "min_p")
+ALWAYS = ("repetition_penalty", "seed")
+
+
+def generate(
+    model: EagleSpeculator,
+    input_ids_BP: Tensor,
+    attention_mask_BP: Tensor | None,
+    *,
+    max_new_tokens: int | None,
+    max_length: int | None,
+    do_sample: bool,
+    num_speculative_tokens: int | None,
+    eos_token_id: int | list[int] | None,
+    pad_token_id: int | None,
+    **sampling: Any,
+) -> Tensor:
+    unknown = sorted(sampling.keys() - {*SAMPLED, *ALWAYS})
+    if unknown:
+        raise ValueError(f"generate does not know {unknown}; it knows {sorted((*SAMPLED, *ALWAYS))}")
+    decoding: Any = importlib.import_module(model.decoding_module)
+    verifier: Any = model.verifier
+    num_prompt = input_ids_BP.shape[1]
+    if max_new_tokens is None:
+        max_new_tokens = DEFAULT_NEW_TOKENS if max_length is None else max_length - num_prompt
+    if max_new_tokens < 1:
+        raise ValueError(f"max_length={max_length} leaves no room behind a prompt of {num_prompt} tokens")
+    if eos_token_id is None:
+        eos_token_id = getattr(verifier.generation_config, "eos_token_id", None)
+    stops = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    chosen = {name: sampling[name] for name in ALWAYS if sampling.get(name) is not None}
+    if do_sample:
+        chosen |= {"temperature": 1.0} | {name: sampling[name] for name in SAMPLED if sampling.get(name) is not None}
+    params = decoding.SamplingParams(max_tokens=max_new_tokens, stop_token_ids=tuple(stops), ignore_eos=True, **chosen)
+    if num_speculative_tokens is None:
+        num_speculative_tokens = model.num_speculative_tokens
+    if attention_mask_BP is None:
+        attention_mask_BP = torch.ones_like(input_ids_BP)
+    prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids_BP, attention_mask_BP, strict=True)]
+    batch_size, length = len(prompts), num_prompt + max_new_tokens + num_speculative_tokens
+    proposer = model.make_proposer(verifier, max_batch_size=batch_size, max_length=length)
+    engine = decoding.Engine(
+        verifier, proposer, num_speculative_tokens=num_speculative_tokens, max_batch_size=batch_size, max_length=length
+    )
+    outputs = [output.token_ids for output in engine.generate(prompts, params)]
+    return padded(input_ids_BP, outputs, stops[0] if pad_token_id is None and stops else pad_token_id or 0)
+
+
+DEFAULT_NEW_TOKENS = 20
+"""As transformers has it."""
+
+
+def padded(input_ids_BP: Tensor, outputs: list[list[int]], pad_token_id: int) -> Tensor:
+    """Prompts as given, then what was generated, right padded."""
+    width = max(len(output) for output in outputs)
+    rows = [output + [pad_token_id] * (width - len(output)) for output in outputs]
+    return torch.cat((input_ids_BP, torch.tensor(rows, dtype=input_ids_BP.dtype, device=input_ids_BP.device)), dim=1)

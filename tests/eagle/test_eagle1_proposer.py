@@ -1,0 +1,166 @@
+"""Drafting equals the formulas and drafting from scratch, whatever was accepted; engine and `generate` equal plain."""
+
+import pytest
+import torch
+from eagle1_toys import HIDDEN, VOCAB
+from naive_eagle1 import NaiveEagle
+
+from speculators.decoding import Engine, SamplingParams
+from speculators.interfaces import Committed, DraftSampling
+from speculators.models.eagle.training import Objective, PackedBatch, unroll
+
+CASES = {
+    "eagle": {},
+    "layernorms, qwen3": {"layernorms": True, "fusion_bias": True, "arch": "qwen3"},
+    "biases": {"nested": {"attention_bias": True}},
+}
+
+
+class Sequence:
+    """Tokens and last states of one request, made up as it grows."""
+
+    def __init__(self, seed, length):
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+        self.states = torch.randn(200, HIDDEN, generator=generator)
+        self.num_seen = 0
+
+    def unseen(self):
+        start, self.num_seen = self.num_seen, len(self.tokens)
+        states = [self.states[i - 1] if i else torch.zeros(HIDDEN) for i in range(start, len(self.tokens))]
+        return self.tokens[start:], states
+
+
+def commit(sequences, active=None):
+    """A `Committed` of what each sequence emitted since; right padded with noise that must not matter."""
+    fresh = [s.unseen() if active is None or active[b] else ([], []) for b, s in enumerate(sequences)]
+    width = max(len(tokens) for tokens, _ in fresh)
+    token_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+    states = torch.randn(len(sequences), width, HIDDEN) * 9
+    for b, (tokens, rows) in enumerate(fresh):
+        if tokens:
+            token_ids[b, : len(tokens)] = torch.tensor(tokens)
+            states[b, : len(rows)] = torch.stack(rows)
+    counts = torch.tensor([len(tokens) for tokens, _ in fresh])
+    return Committed(token_ids, states, counts, torch.tensor([len(s.tokens) for s in sequences]))
+
+
+def sampling(num_rows):
+    return DraftSampling(torch.ones(num_rows), torch.Generator().manual_seed(0), probabilistic=True)
+
+
+def trained(model, sequence, drafts):
+    """q of each draft by the training forward, the drafts forced."""
+    tokens = torch.tensor([*sequence.tokens[1:], *drafts])[None]
+    states = torch.zeros(1, tokens.shape[1], HIDDEN)
+    column = len(sequence.tokens) - 2
+    states[0, : column + 1] = sequence.states[: column + 1]
+    batch = PackedBatch.of(states, tokens, None, None, None, states)
+    objective = Objective({}, 0.0, len(drafts), False, 0.0)
+    with torch.no_grad():
+        features = model.network.combine(batch.states_TH)
+        steps = unroll(model.network, batch, features, torch.arange(tokens.shape[1]), objective, "eager")
+        return model.lm_head(torch.stack([step.normed_RH[column] for step in steps])).softmax(-1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_draft_step_equals_the_training_step_whatever_was_accepted(make_drafter, verifier, case):
+    model = make_drafter(**CASES[case])
+    proposer = model.make_proposer(verifier, max_batch_size=3, max_length=128)
+    sequences = [Sequence(seed, length) for seed, length in enumerate((5, 2, 40))]
+    for num_accepted in ((0, 2, 4), (3, 0, 1), (4, 4, 4), (1, 1, 1)):
+        proposal = proposer.propose(commit(sequences), 4, sampling(3))
+        for b, sequence in enumerate(sequences):
+            expected = trained(model, sequence, proposal.token_ids_BK[b].tolist())
+            torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
+            sequence.tokens += [*proposal.token_ids_BK[b, : num_accepted[b]].tolist(), 7]
+
+
+def test_drafts_equal_loops_over_the_formulas(make_drafter, verifier):
+    """Independent of the training code: entries on true features, then on predicted ones."""
+    model = make_drafter(layernorms=True)
+    sequence = Sequence(4, 5)
+    proposal = model.make_proposer(verifier, max_batch_size=1, max_length=64).propose(
+        commit([sequence]), 3, sampling(1)
+    )
+    naive = NaiveEagle(
+        model.state_dict(), model.config.transformer_layer_config, verifier.model.embed_tokens.weight,
+        verifier.lm_head.weight, verifier.model.norm.weight,
+    )  # fmt: skip
+    tokens = [*sequence.tokens[1:], *proposal.token_ids_BK[0].tolist()]
+    features = [naive.feature(state) for state in sequence.states[:4]]
+    entries, q = [], []
+    for t in range(6):
+        h = naive.entry(tokens[t], features[t])
+        entries.append(naive.key_value(h, t))
+        if t >= 3:
+            features.append(naive.layer(h, t, entries))
+            q.append(naive.logits(features[-1]).softmax(-1).float().detach())
+    torch.testing.assert_close(proposal.probs_BKV[0], torch.stack(q), atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_wait_or_are_replaced_do_not_disturb_each_other(make_drafter, verifier):
+    model = make_drafter()
+    proposer = model.make_proposer(verifier, max_batch_size=3, max_length=128)
+    sequences = [Sequence(seed, length) for seed, length in enumerate((6, 20, 1))]
+    proposer.propose(commit(sequences), 3, sampling(3))
+    sequences[0].tokens += [1, 2]
+    sequences[2].tokens += [3]
+    assert proposer.propose(commit(sequences, [True, False, True]), 3, sampling(3)).token_ids_BK[1].tolist() == [-1] * 3
+    sequences[1].tokens += [4, 5, 6]
+    sequences[2] = Sequence(9, 12)
+    sequences[0].tokens += [8]
+    proposal = proposer.propose(commit(sequences), 3, sampling(3))
+    for b, sequence in enumerate(sequences):
+        expected = trained(model, sequence, proposal.token_ids_BK[b].tolist())
+        torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_proposer_is_a_snapshot_in_the_verifiers_precision(make_drafter, verifier):
+    model = make_drafter().bfloat16()
+    proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
+    before = proposer.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(-1.5)
+    assert torch.equal(proposer.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV, before)
+    assert proposer.dtype == torch.float32 and model.fusion_fc.weight.dtype == torch.bfloat16
+
+
+PROMPTS = [[3, 5, 7], [11] * 40, [2], [9, 8, 7, 6, 5, 4]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_greedy_text_is_the_verifiers_with_a_random_drafter(make_drafter, verifier, batch_size):
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    proposer = make_drafter().make_proposer(verifier, max_batch_size=batch_size, max_length=128)
+    plain = Engine(verifier, max_batch_size=batch_size).generate(PROMPTS, params)
+    drafted = Engine(verifier, proposer, num_speculative_tokens=3, max_batch_size=batch_size).generate(PROMPTS, params)
+    assert [output.token_ids for output in drafted] == [output.token_ids for output in plain]
+    assert sum(output.stats.num_drafted for output in drafted) > 0
+
+
+def test_generate_is_the_verifiers_own_greedy_text(make_drafter, verifier):
+    model = make_drafter()
+    model.attach_verifier(verifier)
+    for prompt in PROMPTS[:1] + PROMPTS[3:]:
+        ids = torch.tensor([prompt])
+        expected = verifier.generate(ids, max_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert torch.equal(model.generate(ids, max_new_tokens=15, eos_token_id=[]), expected)
+        assert torch.equal(model.generate(ids, max_length=len(prompt) + 15, eos_token_id=[]), expected)
+
+
+def test_generate_takes_left_padded_batches_stops_and_samples(make_drafter, verifier):
+    model = make_drafter()
+    model.attach_verifier(verifier)
+    ids, mask = torch.tensor([[0, 0, 3, 5], [9, 8, 7, 6]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=8, eos_token_id=[])
+    alone = model.generate(torch.tensor([[3, 5]]), max_new_tokens=8, eos_token_id=[])
+    assert out.shape == (2, 12) and torch.equal(out[0, 4:], alone[0, 2:])
+    stop = int(out[1, 6])
+    stopped = model.generate(ids[1:], max_new_tokens=8, eos_token_id=stop, pad_token_id=0)
+    assert stopped[0, -1] == stop and stop not in stopped[0, 4:-1]
+    sampled = [model.generate(ids[1:], max_new_tokens=8, do_sample=True, seed=1, eos_token_id=[]) for _ in range(2)]
+    assert torch.equal(*sampled)
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generate(ids, num_beams=2)
