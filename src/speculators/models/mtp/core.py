@@ -27,6 +27,7 @@ from speculators.models.mtp.layer import MTPLayer, decoder_shape
 from speculators.models.mtp.native import read_native
 from speculators.models.mtp.network import MTPNetwork
 from speculators.models.mtp.proposer import MTPProposer
+from speculators.models.mtp.stitch import stitch
 from speculators.models.mtp.training import (
     HARD_LABELS,
     NUM_STEPS,
@@ -55,6 +56,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     training_defaults = TRAINING_DEFAULTS
     checkpoint_formats = ("speculators", "native")
     align = staticmethod(shift_batch_mtp)
+    stitch = staticmethod(stitch)
     _keys_to_ignore_on_save = [*VERIFIERS_OWN, *DraftVocabMixin._keys_to_ignore_on_save]
 
     def __init__(self, config: MTPSpeculatorConfig, **kwargs: Any):
