@@ -10,6 +10,7 @@ from mtp_toys import HIDDEN, MIMO_LAYER, make_drafter, save_verifier
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from speculators.cli import app
 from speculators.models.mtp.families import FAMILIES, family_of
 from speculators.models.mtp.native import export_native, import_native
 from speculators.models.mtp.stitch import stitch
@@ -151,6 +152,16 @@ def test_only_the_mtp_tensors_of_the_copy_differ(mimo, tmp_path, sharded):
     for name in result.files:
         with safe_open(tmp_path / "out" / name, framework="pt") as file:
             assert file.metadata() == {"format": "pt", "note": "kept"}
+
+
+def test_the_command_line_stitches(mimo, tmp_path, capsys):
+    path, trained, _ = mimo
+    assert app.main(["stitch-mtp", str(trained), str(path), "--output-path", str(tmp_path / "out")]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["verb"] == "stitch-mtp" and record["path"] == str(tmp_path / "out")
+    assert len(record["tensors"]) == 16 and record["files"] == ["model.safetensors"]
+    assert app.main(["stitch-mtp", str(trained), str(path), "--output-path", str(tmp_path / "out")]) == 1
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_training_again_starts_from_the_stitched_layer(mimo, tmp_path):

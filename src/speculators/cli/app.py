@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "regenerate-responses": "Replace the answers of a dataset by the verifier's own.",
     "train": "Train a speculator for a verifier.",
     "generate": "Decode prompts with draft-and-verify and show what was accepted.",
+    "stitch-mtp": "Write a trained MTP layer into a copy of its verifier, where engines look for it.",
     "evaluate": "Measure drafting methods against plain decoding on held-out prompts.",
 }
 """Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`."""

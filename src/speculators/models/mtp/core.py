@@ -224,7 +224,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
                 f"the verifier's embedding is {tuple(source.shape)} and this drafter was trained for {expected} "
                 "(vocabulary, hidden size); decode with the verifier it was trained for"
             )
-        weight = self.mtp_layers[0].input_proj.weight
+        weight = self.network.layer.input_proj.weight
         if weight.dtype == source.dtype and weight.device == source.device:
             return self
         model = copy.deepcopy(self)  # training keeps its own

@@ -55,7 +55,7 @@ def stitch(
     source = local_directory(verifier)
     output = Path(output_path) if output_path is not None else Path(f"{source.name}-stitched")
     if output.exists():
-        raise ValueError(f"--output-path {output} exists already; name a new directory")
+        raise ValueError(f"output path {output} exists already; name a new directory")
     file_of = weight_map(source)
     native = native_layer(layer, config, source, set(file_of))
     entries = {name: read_header(source / name) for name in sorted({file_of[key] for key in native})}

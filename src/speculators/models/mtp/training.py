@@ -42,7 +42,9 @@ HARD_LABELS = "ce"
 
 def shift_batch_mtp(sample: dict[str, Any]) -> dict[str, Any]:
     """No shift: the layer reads the verifier's last states in place of aux states."""
-    kept = {key: sample[key] for key in ("input_ids", "loss_mask", "lengths", "position_ids") if key in sample}
+    kept: dict[str, Any] = {
+        key: sample[key] for key in ("input_ids", "loss_mask", "lengths", "position_ids") if key in sample
+    }
     return {**kept, "hidden_states": sample["verifier_last_hidden_states"]}
 
 
@@ -166,7 +168,7 @@ def train_forward(
     documents = documents_of(input_ids, document_ids, attention_mask, positions)
     columns = Columns.of(input_ids, documents, positions, loss_mask, num_steps)
     if columns is None:
-        nothing = model.mtp_layers[0].input_proj.weight.sum() * 0.0
+        nothing = model.network.layer.input_proj.weight.sum() * 0.0
         return [], nothing, {"loss": nothing.detach(), **counted("loss", 0.0, 1.0)}
     if hidden_states.shape[-1] == 0:  # a batch of which no sample could be had
         hidden_states = hidden_states.new_zeros(*input_ids.shape, nested.hidden_size)
