@@ -6,7 +6,7 @@ import pytest
 import torch
 import toys
 
-from speculators.decoding import DecodeStats, Engine, SamplingParams
+from speculators.decoding import DecodeStats, Engine, HFVerifier, SamplingParams
 from speculators.interfaces import CaptureSpec
 
 V = toys.VOCAB
@@ -154,6 +154,24 @@ def test_prompts_in_chunks_equal_prompts_at_once(name):
     )
     outputs = engine.generate(prompts, SamplingParams(max_tokens=10))
     assert [output.token_ids for output in outputs] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
+def test_a_shared_prompt_start_is_computed_once(name):
+    model = toys.tiny_model(name)
+    start = toys.prompts(1, shortest=40, longest=40)[0]
+    prompts = [start + own for own in toys.prompts(5, seed=1, longest=9)] + [start]
+    scored = []
+
+    class Counting(HFVerifier):
+        def score(self, token_ids_BT, num_valid_B, parents_K=None, *, first_row=0, last_only=False):
+            scored.append(int(num_valid_B.sum()) if last_only else 0)
+            return super().score(token_ids_BT, num_valid_B, parents_K, first_row=first_row, last_only=last_only)
+
+    engine = Engine(Counting(model, 3), max_batch_size=3)
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=8))
+    assert [output.token_ids for output in outputs] == [toys.generated(model, prompt, 8) for prompt in prompts]
+    assert sum(scored) == sum(map(len, prompts)) - 5 * 40 + 1  # the last prompt is all prefix: one token is scored
 
 
 def test_the_proposer_is_given_the_states_that_predicted_each_token():

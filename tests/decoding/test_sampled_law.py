@@ -17,7 +17,7 @@ import toys
 from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.verification import resolve_rule
 
-V, NUM_TOKENS, NUM_REQUESTS, FALSE_ALARM = 4, 4, 3000, 1e-5
+V, NUM_TOKENS, NUM_REQUESTS, FALSE_ALARM = 4, 4, 2000, 1e-5
 PROMPT = [1, 3]
 
 
@@ -138,7 +138,7 @@ def test_a_rule_that_accepts_a_little_too_much_is_caught():
         lossless, reads_logits = True, False
 
         def __call__(self, proposal, target_probs_BK1V, generator):
-            flattened = 0.9 * target_probs_BK1V + 0.1 / V
+            flattened = 0.75 * target_probs_BK1V + 0.25 / V
             return standard(proposal, flattened, generator)
 
     sampling = SamplingParams(max_tokens=NUM_TOKENS, **PARAMS["temperature"])

@@ -19,18 +19,26 @@ import torch
 from torch import Tensor
 
 from speculators.decoding.hf_verifier import HFVerifier
-from speculators.decoding.intake import Intake, Prompts, Samplings, end_of_sequence_ids
+from speculators.decoding.intake import Intake, Prompts, Samplings, end_of_sequence_ids, usable_length
+from speculators.decoding.prefill import score_chunk, shared_prefix
 from speculators.decoding.proposers import Drafting, build_drafting
 from speculators.decoding.request import RequestOutput, StreamEvent
-from speculators.decoding.round import Accepted, drafted_tokens, logprobs_of, no_drafts, on_host, to_score
+from speculators.decoding.round import (
+    Accepted,
+    argmax_of,
+    drafted_tokens,
+    logprobs_of,
+    neighbours,
+    no_drafts,
+    on_host,
+    to_score,
+)
 from speculators.decoding.rows import ActiveRequest, Batch
 from speculators.decoding.sampling import BatchSampling
 from speculators.decoding.stats import DecodeStats
 from speculators.decoding.verification import DRAFT_STREAM, GreedyRule, keyed_draws, keyed_uniform, resolve_rule
 from speculators.interfaces import CaptureSpec, DraftSampling, Proposal, Verification
 
-DEFAULT_MAX_LENGTH = 4096
-"""Prompt plus output of one request when neither the caller nor the model says less; memory grows only when used."""
 PREFILL_CHUNK = 512
 """Prompt tokens a forward: bounds the memory of a prefill and how long it keeps the other rows waiting."""
 
@@ -38,16 +46,6 @@ PLAIN_RULE = resolve_rule("strict")
 """Without drafts it only draws the next token."""
 
 OnToken = Callable[[StreamEvent], Any]
-
-
-def usable_length(verifier: Any, max_length: int | None) -> int:
-    """Prompt plus output, at most: the caller's wish, within what the model's positions allow."""
-    wish = max_length if max_length is not None else DEFAULT_MAX_LENGTH
-    if not isinstance(verifier, torch.nn.Module):
-        return wish
-    config: Any = verifier.config
-    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return min(wish, most) if most is not None else wish
 
 
 class Engine:
@@ -169,25 +167,20 @@ class Engine:
         self.verifier.keep(*accepted.to_keep(batch.width))
         for row, request in batch.decoding().items():
             request.output.stats.record(*accepted.offered_by_row[row], len(accepted.token_ids_by_row[row]) - 1)
-        batch.tell(accepted.token_ids_by_row, accepted.states(output.states_BTD))
+        if self.drafting is not None:
+            batch.tell(accepted.token_ids_by_row, accepted.states(output.states_BTD))
         events = self._commit(batch, accepted, output.logits_BTV)
         self._account(requests, accepted, drafted - start, scored - drafted, perf_counter() - scored)
         return events
 
-    def _account(
-        self, requests: list[ActiveRequest], accepted: Accepted, draft_s: float, verify_s: float, overhead_s: float
-    ) -> None:
-        """Split the times of a round over its requests; tell the adaptive draft length what the round did."""
+    def _account(self, requests: list[ActiveRequest], accepted: Accepted, *times_s: float) -> None:
+        """Split a round's times (draft, verify, overhead) over its requests; tell the adaptive draft length of it."""
         for request in requests:
-            stats, share = request.output.stats, 1 / len(requests)
-            stats.draft_s += draft_s * share
-            stats.verify_s += verify_s * share
-            stats.overhead_s += overhead_s * share
+            request.output.stats.spend(*(seconds / len(requests) for seconds in times_s))
         if self.drafting is not None and self.drafting.adaptive is not None:
-            num_drafted = [drafted for drafted, _ in accepted.offered_by_row.values()]
-            num_accepted = [len(token_ids) - 1 for token_ids in accepted.token_ids_by_row.values()]
+            draft_s, verify_s, overhead_s = times_s
             self.drafting.adaptive.observe(
-                num_drafted, num_accepted, draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s
+                accepted.num_drafted, accepted.num_accepted, draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s
             )
 
     def _propose(self, batch: Batch) -> Proposal:
@@ -212,7 +205,7 @@ class Engine:
         sampling = batch.sampling(first_row, last_row)
         rule = self.drafting.rule if self.drafting is not None else PLAIN_RULE
         if sampling.is_argmax and rule.lossless:
-            return GreedyRule()(proposal, logits_BTV)
+            return GreedyRule()(proposal, logits_BTV) if proposal.token_ids_BK.shape[1] else argmax_of(logits_BTV)
         if sampling.has_penalties:
             assert batch.seen is not None
             seen = batch.seen.rows(first_row, last_row)
@@ -241,40 +234,38 @@ class Engine:
     def _prefill(self, batch: Batch) -> list[StreamEvent]:
         """One chunk of every unfinished prompt (neighbouring rows together); prompts that end here emit a token."""
         start = perf_counter()
-        requests = batch.prefilling()
+        requests = {row: request for row, request in batch.prefilling().items() if not self._waits(batch, row, request)}
         events: list[StreamEvent] = []
-        for rows in _neighbours(list(requests)):
+        for rows in neighbours(list(requests)):
             events += self._prefill_rows(batch, {row: requests[row] for row in rows})
         for request in requests.values():
             request.output.stats.prefill_s += (perf_counter() - start) / len(requests)
         return events
 
+    def _waits(self, batch: Batch, row: int, request: ActiveRequest) -> bool:
+        """Copy what another row computed of this prompt; True: another row is about to compute it."""
+        # a proposer that reads states needs those of every prompt token, and copied tokens leave none
+        if request.num_prefilled or (self.drafting is not None and self.drafting.proposer.capture != CaptureSpec()):
+            return False
+        shared = shared_prefix(row, batch.rows)
+        if shared is not None and shared.is_ready:
+            self.verifier.share_prefix(shared.from_row, row, shared.num_tokens)
+            request.num_prefilled = shared.num_tokens
+        return shared is not None and not shared.is_ready
+
     def _prefill_rows(self, batch: Batch, requests: dict[int, ActiveRequest]) -> list[StreamEvent]:
         first_row, num_rows = next(iter(requests)), len(requests)
-        chunks = [q.prompt[q.num_prefilled : q.num_prefilled + self.prefill_chunk] for q in requests.values()]
-        num_valid_B = torch.tensor([len(chunk) for chunk in chunks])
-        T = max(len(chunk) for chunk in chunks)
-        token_ids_BT = torch.tensor([chunk + [0] * (T - len(chunk)) for chunk in chunks], device=batch.device)
-        output = self.verifier.score(token_ids_BT, num_valid_B, first_row=first_row, last_only=True)
-        self.verifier.keep(torch.arange(T).expand(num_rows, T), num_valid_B)
-        for i, request in enumerate(requests.values()):
-            request.num_prefilled += len(chunks[i])
-            if output.states_BTD is not None:
-                request.prompt_states.append(output.states_BTD[i, : len(chunks[i])])
+        output = score_chunk(self.verifier, requests, self.prefill_chunk)
         ended = {row: request for row, request in requests.items() if request.is_prefilled}
         if not ended:
             return []
         nothing = no_drafts(num_rows, batch.device)
         verification = self._verify(batch, nothing, output.logits_BTV, first_row)
         accepted = on_host(verification, nothing, ended, first_row)
-        # the proposer learns the prompt together with its first token
-        told = {row: request.prompt + accepted.token_ids_by_row[row] for row, request in ended.items()}
-        batch.tell(
-            told,
-            {row: request.take_prompt_states() for row, request in ended.items()}
-            if output.states_BTD is not None
-            else None,
-        )
+        if self.drafting is not None:  # the proposer learns the prompt together with its first token
+            told = {row: request.prompt + accepted.token_ids_by_row[row] for row, request in ended.items()}
+            has_states = output.states_BTD is not None
+            batch.tell(told, {r: q.take_prompt_states() for r, q in ended.items()} if has_states else None)
         return self._commit(batch, accepted, output.logits_BTV, first_row)
 
     def _cancel(self, batch: Batch) -> Iterator[StreamEvent]:
@@ -312,14 +303,3 @@ class Engine:
         position_B = batch.lengths(0, batch.width)
         uniform_B = keyed_uniform(sampling.seed_B, DRAFT_STREAM, position_B)
         self._generator.manual_seed(hash(tuple(uniform_B.tolist())) & (2**63 - 1))
-
-
-def _neighbours(rows: list[int]) -> list[list[int]]:
-    """Split ascending rows into runs without gaps."""
-    runs: list[list[int]] = []
-    for row in rows:
-        if runs and runs[-1][-1] == row - 1:
-            runs[-1].append(row)
-        else:
-            runs.append([row])
-    return runs

@@ -44,6 +44,7 @@ class HFVerifier:
         self._is_grouped = _can_replace_attention(model, self.parts.config)
         self._masks = MaskBuilder(_attention_windows(model, self.parts.config), parameter.dtype, self.device)  # type: ignore[arg-type]
         self._num_groups = _uniform_groups(self.parts.config) if self._is_grouped else 1
+        self._position_S = torch.arange(0, device=self.device)
         self._packed = PackedLinears(model)
         self._exit = ExitStack()
         self._depth = 0
@@ -144,12 +145,16 @@ class HFVerifier:
     ) -> tuple[Tensor, Tensor | dict[str, Tensor] | None]:
         num_slots = max(lengths) + num_tokens
         groups = self._num_groups if num_tokens <= MAX_GROUPED_TOKENS else 1
-        length_B1 = torch.tensor(lengths, device=self.device)[:, None]
         if parents_K is not None:
             tree = self._masks.tree_shape(parents_K)
-            position_BT = length_B1 + tree.depth_T
-            return position_BT, self._as_given(self._masks.tree(tree, length_B1[:, 0], num_slots, groups))
-        position_BT = length_B1 + torch.arange(num_tokens, device=self.device)
+            length_B = torch.tensor(lengths, device=self.device)
+            position_BT = length_B[:, None] + tree.depth_T
+            return position_BT, self._as_given(self._masks.tree(tree, length_B, num_slots, groups))
+        if len(set(lengths)) == 1:
+            position_BT = self._positions(num_slots)[lengths[0] :].expand(len(lengths), -1)
+        else:
+            length_B1 = torch.tensor(lengths, device=self.device)[:, None]
+            position_BT = length_B1 + self._positions(num_tokens)
         if self._is_grouped and self._nothing_to_hide(lengths, num_tokens):
             return position_BT, None
         if len(lengths) == 1 and num_tokens <= MAX_GROUPED_TOKENS:
@@ -157,6 +162,12 @@ class HFVerifier:
         else:
             masks = self._masks.chain(position_BT, num_slots, groups)
         return position_BT, self._as_given(masks)
+
+    def _positions(self, end: int) -> Tensor:
+        """0 .. end - 1: a view of one table."""
+        if len(self._position_S) < end:
+            self._position_S = torch.arange(2 * end, device=self.device)
+        return self._position_S[:end]
 
     def _nothing_to_hide(self, lengths: list[int], num_tokens: int) -> bool:
         """One new token that sees everything, or a prompt from its start (plain causal)."""
@@ -173,7 +184,7 @@ class HFVerifier:
         if len(set(lengths)) == 1:
             return WriteSpan(first_row, B, num_tokens, num_slots, lengths[0], None)
         row_B1 = torch.arange(first_row, first_row + B, device=self.device)[:, None]
-        slot_BT = position_BT[:, :1] + torch.arange(num_tokens, device=self.device)  # a tree lies flat
+        slot_BT = position_BT[:, :1] + self._positions(num_tokens)  # a tree lies flat
         slots_M = (row_B1 * self._cache.capacity + slot_BT).flatten()
         return WriteSpan(first_row, B, num_tokens, num_slots, None, slots_M)
 

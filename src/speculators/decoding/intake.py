@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from speculators.decoding.request import RequestOutput
 from speculators.decoding.rows import ActiveRequest
 from speculators.decoding.sampling import SamplingParams
@@ -13,6 +15,10 @@ from speculators.decoding.text import IncrementalText
 
 Prompts = Sequence[str | Sequence[int]]
 Samplings = SamplingParams | Sequence[SamplingParams] | None
+
+
+DEFAULT_MAX_LENGTH = 4096
+"""Prompt plus output of one request when neither the caller nor the model says less; memory grows only when used."""
 
 
 class Intake:
@@ -72,3 +78,13 @@ def end_of_sequence_ids(verifier: Any, tokenizer: Any) -> frozenset[int]:
             break
     flat = [i for entry in found for i in (entry if isinstance(entry, (list, tuple)) else [entry])]
     return frozenset(i for i in flat if i is not None)
+
+
+def usable_length(verifier: Any, max_length: int | None) -> int:
+    """Prompt plus output, at most: the caller's wish, within what the model's positions allow."""
+    wish = max_length if max_length is not None else DEFAULT_MAX_LENGTH
+    if not isinstance(verifier, torch.nn.Module):
+        return wish
+    config: Any = verifier.config
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(wish, most) if most is not None else wish

@@ -30,6 +30,14 @@ class Accepted:
     """(drafts, deepest draft) of each row."""
     is_chain: bool
 
+    @property
+    def num_drafted(self) -> list[int]:
+        return [num_drafted for num_drafted, _ in self.offered_by_row.values()]
+
+    @property
+    def num_accepted(self) -> list[int]:
+        return [len(token_ids) - 1 for token_ids in self.token_ids_by_row.values()]
+
     def to_keep(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """`columns_BT` and `num_kept_B` of `Verifier.keep`."""
         num_kept = [len(self.columns_by_row.get(row, ())) for row in range(num_rows)]
@@ -48,13 +56,21 @@ def no_drafts(num_rows: int, device: torch.device) -> Proposal:
     return Proposal(torch.empty(num_rows, 0, dtype=torch.int64, device=device))
 
 
+def argmax_of(logits_B1V: Tensor) -> Verification:
+    """The greedy rule where nothing was drafted, without its arithmetic on empty drafts."""
+    next_token_B = logits_B1V[:, 0].argmax(-1)
+    return Verification(next_token_B.new_empty(len(next_token_B), 0), torch.zeros_like(next_token_B), next_token_B)
+
+
 def to_score(batch: Batch, proposal: Proposal) -> tuple[Tensor, Tensor]:
     """Each row's last committed token followed by its drafts [B, K1], and how many of them count [B]."""
     rows = batch.rows[: batch.width]
     is_decoding = [row is not None and row.is_prefilled for row in rows]
     last = [row.last_token_id if row is not None and ok else 0 for row, ok in zip(rows, is_decoding, strict=True)]
-    last_B = torch.tensor(last, dtype=torch.int64, device=batch.device)
-    token_ids_BK1 = torch.cat([last_B[:, None], proposal.token_ids_BK.clamp_min(0)], dim=1)
+    last_B1 = torch.tensor(last, dtype=torch.int64, device=batch.device)[:, None]
+    if proposal.token_ids_BK.shape[1] == 0:
+        return last_B1, torch.tensor(is_decoding, device=batch.device).long()
+    token_ids_BK1 = torch.cat([last_B1, proposal.token_ids_BK.clamp_min(0)], dim=1)
     num_valid_B = (proposal.token_ids_BK >= 0).sum(1) + 1
     if not all(is_decoding):
         num_valid_B = num_valid_B * torch.tensor(is_decoding, device=batch.device)
@@ -112,3 +128,14 @@ def logprobs_of(
         )
         for i, token_id in enumerate(token_ids)
     ]
+
+
+def neighbours(rows: list[int]) -> list[list[int]]:
+    """Split ascending rows into runs without gaps."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and runs[-1][-1] == row - 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs

@@ -27,6 +27,11 @@ class DecodeStats:
     def record(self, num_drafted: int, depth: int, num_accepted: int) -> None:
         self.rounds[num_drafted, depth, num_accepted] += 1
 
+    def spend(self, draft_s: float, verify_s: float, overhead_s: float) -> None:
+        self.draft_s += draft_s
+        self.verify_s += verify_s
+        self.overhead_s += overhead_s
+
     def __add__(self, other: DecodeStats) -> DecodeStats:
         return DecodeStats(
             self.rounds + other.rounds,

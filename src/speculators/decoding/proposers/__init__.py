@@ -111,6 +111,7 @@ def resolve(
 
 def build_proposer(config: SpeculativeConfig, place: Workplace) -> Proposer:
     """The proposer that a config asks for."""
+    refuse_what_no_proposer_does(config)
     if config.model is not None and is_speculator(config.model):
         speculator = SpeculatorModel.from_pretrained(config.model)
         return speculator.make_proposer(
@@ -122,6 +123,20 @@ def build_proposer(config: SpeculativeConfig, place: Workplace) -> Proposer:
             f"with speculators_model_type); convert it with `speculators convert`, or use one of {sorted(BUILDERS)}"
         )
     return BUILDERS[config.method](config, place)
+
+
+def refuse_what_no_proposer_does(config: SpeculativeConfig) -> None:
+    """Settings that would otherwise be passed over in silence."""
+    tree = config.given.get("speculative_token_tree")
+    if tree is not None and not TokenTree.parse(tree).is_chain:
+        raise ValueError(
+            f"speculative_token_tree={tree}: the built-in proposers draft chains; leave the tree out, or give the "
+            "engine a proposer that returns Proposal.parents_K"
+        )
+    if config.method == "draft_model" and config.given.get("parallel_drafting"):
+        raise ValueError("parallel_drafting with method='draft_model' (PARD) is served by vLLM only; leave it out here")
+    if config.quantization is not None:
+        raise ValueError(f"quantization={config.quantization!r} of the draft is served by vLLM only; leave it out here")
 
 
 def is_speculator(path: str) -> bool:
