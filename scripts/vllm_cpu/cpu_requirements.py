@@ -7,7 +7,8 @@ import zipfile
 from packaging.requirements import Requirement
 
 CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}
-INSTALLED_APART = {"torch", "xgrammar"}  # torch is pinned by us; xgrammar's wheel asks for triton, which CPU does not need
+# torch is pinned by us; the wheel of xgrammar asks for triton, which CPU does not need.
+INSTALLED_APART = {"torch", "xgrammar"}
 
 with zipfile.ZipFile(sys.argv[1]) as wheel:
     metadata_name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))

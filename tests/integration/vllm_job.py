@@ -1,8 +1,8 @@
 """One vLLM run in its own environment.   usage: VLLM_PYTHON vllm_job.py JOB.json RESULT.json
 
 JOB: {"model", "speculative_config" | null, "prompts": [[token ids]], "max_tokens", "temperature", "seed"}
-RESULT: {"token_ids": [[...]], "accepted": [...], "drafted": [...], "rounds": [...]}  one entry a prompt; counts are empty
-without speculation. Counts come from the per-request metrics.
+RESULT: {"token_ids": [[...]], "accepted": [...], "drafted": [...], "rounds": [...]}  one entry a prompt; counts
+are empty without speculation. Counts come from the per-request metrics.
 """
 
 import json
@@ -19,7 +19,9 @@ def main(job_path: str, result_path: str) -> None:
 
     with open(job_path) as file:
         job = json.load(file)
-    kwargs = {} if job.get("speculative_config") is None else {"speculative_config": job["speculative_config"]}
+    kwargs = {}
+    if job.get("speculative_config") is not None:  # vLLM refuses the per-request metrics without it
+        kwargs = {"speculative_config": job["speculative_config"], "per_request_spec_decode_metrics": "summary"}
     llm = LLM(
         job["model"],
         dtype="float32",
@@ -30,7 +32,6 @@ def main(job_path: str, result_path: str) -> None:
         max_num_seqs=8,
         seed=0,
         enable_prefix_caching=False,
-        per_request_spec_decode_metrics="summary",
         **kwargs,
     )
     sampling = SamplingParams(

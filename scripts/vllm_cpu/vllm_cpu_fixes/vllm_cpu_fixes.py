@@ -1,8 +1,9 @@
 """Repairs of vLLM 0.32 on CPU, loaded by vLLM itself as a general plugin, or by calling `apply()` before `LLM()`.
 
-1. Sampled verification: the CPU twin of `expand_batch_to_tokens` drops its result for float tensors, so temperature, top-k
-   and top-p of the draft positions are uninitialised memory (vLLM issue 55005). Greedy decoding is not affected.
-2. Hidden-state extraction: `ExampleHiddenStatesConnector` pins memory and records CUDA events; both kill the CPU worker.
+1. Sampled verification: the CPU twin of `expand_batch_to_tokens` drops its result for float tensors, so temperature,
+   top-k and top-p of the draft positions are uninitialised memory (vLLM issue 55005). Greedy decoding is right.
+2. Hidden-state extraction: `ExampleHiddenStatesConnector` pins memory and records CUDA events; both kill the
+   CPU worker.
 
 Switch off with VLLM_PLUGINS=none.
 """
