@@ -106,7 +106,7 @@ def test_attach_and_detach(make_drafter, verifier, verifier_path):
     features = torch.zeros(1, 2, HIDDEN)
     assert model.verifier_attachment_mode == "detached"
     assert model.verifier is model.embed_tokens is model.rotary_emb is model.lm_head is None
-    with pytest.raises(ValueError, match="Verifier model layers not initialized. Call `attach_verifier`"):
+    with pytest.raises(ValueError, match=r"Verifier model layers not initialized\. Call `attach_verifier`"):
         model(torch.tensor([[1, 2]]), features)
     with pytest.raises(RuntimeError):
         model.detach_verifier()

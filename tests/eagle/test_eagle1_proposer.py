@@ -2,65 +2,16 @@
 
 import pytest
 import torch
-from eagle1_toys import HIDDEN, VOCAB
+from eagle1_drafting import PROMPTS, Sequence, commit, sampling, trained
 from naive_eagle1 import NaiveEagle
 
 from speculators.decoding import Engine, SamplingParams
-from speculators.interfaces import Committed, DraftSampling
-from speculators.models.eagle.training import Objective, PackedBatch, unroll
 
 CASES = {
     "eagle": {},
     "layernorms, qwen3": {"layernorms": True, "fusion_bias": True, "arch": "qwen3"},
     "biases": {"nested": {"attention_bias": True}},
 }
-
-
-class Sequence:
-    """Tokens and last states of one request, made up as it grows."""
-
-    def __init__(self, seed, length):
-        generator = torch.Generator().manual_seed(seed)
-        self.tokens = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
-        self.states = torch.randn(200, HIDDEN, generator=generator)
-        self.num_seen = 0
-
-    def unseen(self):
-        start, self.num_seen = self.num_seen, len(self.tokens)
-        states = [self.states[i - 1] if i else torch.zeros(HIDDEN) for i in range(start, len(self.tokens))]
-        return self.tokens[start:], states
-
-
-def commit(sequences, active=None):
-    """A `Committed` of what each sequence emitted since; right padded with noise that must not matter."""
-    fresh = [s.unseen() if active is None or active[b] else ([], []) for b, s in enumerate(sequences)]
-    width = max(len(tokens) for tokens, _ in fresh)
-    token_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    states = torch.randn(len(sequences), width, HIDDEN) * 9
-    for b, (tokens, rows) in enumerate(fresh):
-        if tokens:
-            token_ids[b, : len(tokens)] = torch.tensor(tokens)
-            states[b, : len(rows)] = torch.stack(rows)
-    counts = torch.tensor([len(tokens) for tokens, _ in fresh])
-    return Committed(token_ids, states, counts, torch.tensor([len(s.tokens) for s in sequences]))
-
-
-def sampling(num_rows):
-    return DraftSampling(torch.ones(num_rows), torch.Generator().manual_seed(0), probabilistic=True)
-
-
-def trained(model, sequence, drafts):
-    """q of each draft by the training forward, the drafts forced."""
-    tokens = torch.tensor([*sequence.tokens[1:], *drafts])[None]
-    states = torch.zeros(1, tokens.shape[1], HIDDEN)
-    column = len(sequence.tokens) - 2
-    states[0, : column + 1] = sequence.states[: column + 1]
-    batch = PackedBatch.of(states, tokens, None, None, None, states)
-    objective = Objective({}, 0.0, len(drafts), False, 0.0)
-    with torch.no_grad():
-        features = model.network.combine(batch.states_TH)
-        steps = unroll(model.network, batch, features, torch.arange(tokens.shape[1]), objective, "eager")
-        return model.lm_head(torch.stack([step.normed_RH[column] for step in steps])).softmax(-1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,9 +76,6 @@ def test_a_proposer_is_a_snapshot_in_the_verifiers_precision(make_drafter, verif
             weight.mul_(-1.5)
     assert torch.equal(proposer.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV, before)
     assert proposer.dtype == torch.float32 and model.fusion_fc.weight.dtype == torch.bfloat16
-
-
-PROMPTS = [[3, 5, 7], [11] * 40, [2], [9, 8, 7, 6, 5, 4]]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

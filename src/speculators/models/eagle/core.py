@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
-from speculators.interfaces import CaptureSpec, Proposer
+from speculators.interfaces import CaptureSpec
 from speculators.losses.registry import choose_loss_config, resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.eagle.arguments import TRAINING_DEFAULTS, EagleTrainingArgs
@@ -34,6 +34,7 @@ from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
 from speculators.models.eagle.proposer import EagleProposer
 from speculators.models.eagle.sequence import run_sequences
 from speculators.models.eagle.training import Objective, PackedBatch, TopKCrossEntropy, align, train_forward
+from speculators.models.tree_drafting import TreeDrafter
 from speculators.nn.attention import FAMILIES, layer_window
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
@@ -280,7 +281,11 @@ class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Proposer:
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
+        """What grows EAGLE-2's trees with this model: give it to `decoding.proposers.dynamic_tree`."""
+        return TreeDrafter(self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length))
+
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> EagleProposer:
         embedding = verifier_model.get_input_embeddings()
         self.check_shape(tuple(embedding.weight.shape))
         parts = verifier_parts(verifier_model)
