@@ -5,16 +5,20 @@ Shapes: B rows, T positions in, R positions answered (see `Attend.rows`), H hidd
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from speculators.models.mtp.families import MtpFamily
 from speculators.nn.attention import Attend, Attention
-from speculators.nn.decoder import DecoderLayer
-from speculators.nn.norms import RMSNorm
+from speculators.nn.decoder import MLP, DecoderLayer
+from speculators.nn.experts import SparseMLP
+from speculators.nn.gated_attention import GatedAttention
+from speculators.nn.norms import RMSNorm, RMSNormPlusOne
 from speculators.nn.rope import RopeTables, head_dim
 
 
@@ -25,6 +29,9 @@ class DecoderShape(NamedTuple):
     """The shape of `nn.attention` it comes closest to: llama, or qwen3 with its norms on q and k."""
     always_biased: bool = False
     """q, k and v have a bias whatever the config says, and the output has none."""
+    is_gated: bool = False
+    """Attention's output is gated, and norms multiply by 1 + w."""
+    has_experts: bool = False
 
 
 DECODERS = {
@@ -32,6 +39,9 @@ DECODERS = {
     "qwen2": DecoderShape("llama", always_biased=True),
     "mimo": DecoderShape("llama", always_biased=True),
     "qwen3": DecoderShape("qwen3"),
+    "qwen3_next": DecoderShape("qwen3", is_gated=True, has_experts=True),
+    "qwen3_5_text": DecoderShape("qwen3", is_gated=True),
+    "qwen3_5_moe_text": DecoderShape("qwen3", is_gated=True, has_experts=True),
 }
 """Verifiers (model_type of the text config) whose decoder layer exists here."""
 
@@ -43,16 +53,22 @@ class MTPLayer(DecoderLayer):
         shape = decoder_shape(config)
         view = decoder_view(config, shape)
         super().__init__(view)
+        if shape.is_gated:
+            self.self_attn = GatedAttention(view)
         if shape.always_biased:
             assert isinstance(self.self_attn, Attention)
             o_proj = self.self_attn.o_proj
             self.self_attn.o_proj = nn.Linear(o_proj.in_features, o_proj.out_features, bias=False)
+        if shape.has_experts:
+            self.mlp = SparseMLP(config)  # type: ignore[assignment]
         size, eps = config.hidden_size, config.rms_norm_eps
         self.token_layernorm = RMSNorm(size, eps)
         self.hidden_layernorm = RMSNorm(size, eps)
         self.input_proj = nn.Linear(2 * size, size, bias=False)
         self.final_layernorm = RMSNorm(size, eps)
         self.feeds_back_raw = family.feeds_back_raw
+        if shape.is_gated:
+            use_unit_offset_norms(self)
 
     def forward(  # type: ignore[override]
         self, embeds_BTH: Tensor, hidden_BTH: Tensor, rope: RopeTables, attend: Attend
@@ -62,6 +78,25 @@ class MTPLayer(DecoderLayer):
         raw_BRH = super().forward(self.input_proj(both_BT2H), rope, attend)
         normed_BRH = self.final_layernorm(raw_BRH)
         return normed_BRH, raw_BRH if self.feeds_back_raw else normed_BRH
+
+    def fused(self) -> Self:
+        """A copy for decoding whose products are fused where they can be."""
+        twin = copy.deepcopy(self).requires_grad_(False)
+        for name in ("self_attn", "mlp"):
+            module = getattr(twin, name)
+            if isinstance(module, Attention | MLP):
+                twin._modules[name] = module.fused()
+        return twin
+
+
+def use_unit_offset_norms(layer: nn.Module) -> None:
+    """Gain 1 + w in place of w, in every norm of the layer; weights start at zero and stay so when others are drawn."""
+    for parent in list(layer.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is RMSNorm:
+                norm = RMSNormPlusOne(len(child.weight), child.variance_epsilon)
+                norm._is_hf_initialized = True  # type: ignore[assignment]
+                setattr(parent, name, norm)
 
 
 def decoder_shape(config: Any) -> DecoderShape:
@@ -78,7 +113,7 @@ def decoder_view(config: Any, shape: DecoderShape) -> SimpleNamespace:
     return SimpleNamespace(
         model_type=shape.like,
         hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=1 if shape.has_experts else config.intermediate_size,  # no dense MLP to be made
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=head_dim(config),
