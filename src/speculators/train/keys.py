@@ -66,6 +66,9 @@ class DataKeys(Keys):
     cache_hidden_states: bool = Field(
         False, description="Keep computed verifier states under DATA_PATH/hidden_states; default: compute, use, forget."
     )
+    hidden_states_memory_gb: float = Field(
+        1.0, ge=0.0, description="Keep computed verifier states in memory up to this, for later epochs. 0: never."
+    )
     on_missing: Literal["generate", "skip", "warn", "raise"] = Field(
         "generate",
         description="A row has no stored states: compute them in process, skip it (quietly or not), or stop.",

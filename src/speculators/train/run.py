@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from speculators.model import SpeculatorModel
@@ -143,7 +143,7 @@ def build_model(config: TrainConfig, verifier_config: Any) -> SpeculatorModel:
     return model.float()
 
 
-def load_checked_verifier(config: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> nn.Module:
+def load_checked_verifier(config: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> PreTrainedModel:
     """The verifier, whose captured states were shown to give its logits."""
     keys = config.verifier
     model = load_verifier(
@@ -185,7 +185,7 @@ def trainer_config(config: TrainConfig, model: SpeculatorModel) -> TrainerConfig
 
 
 def estimate(
-    config: TrainConfig, model: SpeculatorModel, verifier_model: nn.Module | None, hidden_size: int
+    config: TrainConfig, model: SpeculatorModel, verifier_model: PreTrainedModel | None, hidden_size: int
 ) -> MemoryEstimate:
     methods = model.config.speculators_config.proposal_methods if model.config.speculators_config else []
     num_unrolls = max([getattr(method, "speculative_tokens", 1) for method in methods], default=1)

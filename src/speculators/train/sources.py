@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from speculators.data_generation import CachedSource, HiddenStateStore, LocalSource, PreparedData
 from speculators.interfaces import CaptureSpec, HiddenStateSource, VerifierStates
 from speculators.train.keys import DataKeys
+from speculators.train.state_cache import KeptInMemory
 
 HIDDEN_STATES_NAME = "hidden_states"
 MAX_STORED_DIFFERENCE = 0.15
@@ -63,7 +65,7 @@ def rows_to_use(keys: DataKeys, store: HiddenStateStore | None, note: Callable[[
 
 
 def make_source(
-    keys: DataKeys, capture: CaptureSpec, store: HiddenStateStore | None, verifier_model: nn.Module | None
+    keys: DataKeys, capture: CaptureSpec, store: HiddenStateStore | None, verifier_model: PreTrainedModel | None
 ) -> HiddenStateSource:
     """`verifier_model=None`: every row that is used has a file."""
     if verifier_model is None:
@@ -71,9 +73,25 @@ def make_source(
         return store
     local = LocalSource(verifier_model, capture)
     if store is None:
-        return local
+        return kept_in_memory(keys, local, verifier_model)
     check_stored_states(store, local, Path(keys.data_path))
     return CachedSource(local, store) if keys.cache_hidden_states else StoredOrComputed(store, local)
+
+
+def kept_in_memory(keys: DataKeys, local: LocalSource, verifier_model: PreTrainedModel) -> HiddenStateSource:
+    """Only where later epochs can use them: `--hidden-states-memory-gb 0` computes them anew each time."""
+    if keys.hidden_states_memory_gb == 0:
+        return local
+    hidden_size = verifier_model.config.get_text_config(decoder=True).hidden_size
+    num_states = len(local.capture.aux_layer_ids) + local.capture.last_hidden
+    data = PreparedData.open(keys.data_path).dataset()
+    return KeptInMemory(
+        local,
+        [min(int(length), keys.total_seq_len) for length in data["seq_len"]],
+        lambda row: data[row]["input_ids"][: keys.total_seq_len],
+        bytes_a_token=num_states * hidden_size * verifier_model.dtype.itemsize,
+        budget_bytes=int(keys.hidden_states_memory_gb * 1e9),
+    )
 
 
 def check_stored_states(store: HiddenStateStore, local: LocalSource, datapath: Path) -> None:
