@@ -15,7 +15,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.models import MTPDraftModel, MTPSpeculatorConfig
-from speculators.train.config import TrainConfig
+from speculators.train.config import ConfigError, TrainConfig
 from speculators.train.events import StepDone
 from speculators.train.run import train
 
@@ -181,3 +181,10 @@ def test_the_command_line_trains_it_with_the_verifiers_shape(tmp_path, verifier_
     config = SpeculatorModelConfig.from_pretrained(result.checkpoint)
     nested = config.transformer_layer_config
     assert isinstance(nested, LlamaConfig) and nested.num_hidden_layers == 3 and config.num_speculative_steps == 3
+
+
+@pytest.mark.parametrize("flag", ["--num-layers=1", "--draft-arch=llama", "--sliding-window=8", "--draft-config=x"])
+def test_flags_that_shape_a_drafter_do_not_fit_a_layer_of_the_verifiers_shape(flag):
+    argv = ["--speculator-type", "mtp", "--verifier-name-or-path", "x", *flag.split("=")]
+    with pytest.raises(ConfigError, match=f"{flag.split('=')[0]}.*verifier's own shape"):
+        TrainConfig.resolve(argv)

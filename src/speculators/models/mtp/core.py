@@ -117,20 +117,20 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         verifier_name_or_path: str | None = None,
         num_speculative_steps: int = NUM_STEPS,
         draft_vocab_size: int | None = None,
-        draft_arch: str | None = None,
+        speculator_type: str | None = None,
         draft_attn_impl: str | None = None,
         trust_remote_code: bool = False,
         **_: Any,
     ) -> MTPDraftModel:
         """A new drafter: the MTP layer the verifier ships with, else one of random weights.
 
-        `verifier_config` is the verifier's. The command line (which says `draft_arch`) hands over a shape made for
+        `verifier_config` is the verifier's. A training run (which says `speculator_type`) hands over a shape made for
         drafters with layers of their own choosing instead: then the verifier's config is read where it lies."""
         if verifier_name_or_path is None:
             raise ValueError(
                 "verifier_name_or_path is required: the embedding, the head and the final norm are the verifier's"
             )
-        if draft_arch is not None:
+        if speculator_type is not None:
             verifier_config = get_verifier_config(verifier_name_or_path, trust_remote_code)
         nested = layer_config_of(getattr(verifier_config, "text_config", None) or verifier_config)
         if draft_vocab_size not in (None, nested.vocab_size):
