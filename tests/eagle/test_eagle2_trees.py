@@ -39,7 +39,7 @@ def paths_of(proposal, row):
 def test_trees_are_those_of_the_algorithm_whatever_was_accepted(make_drafter, verifier):
     """Two rows of different lengths, three rounds; tokens and structure compared as paths."""
     model = make_drafter(layernorms=True)
-    shape = DynamicTreeShape(total_tokens=9, depth=2, top_k=3)
+    shape = DynamicTreeShape(total_tokens=19, depth=2, top_k=3)  # room for nodes of every depth
     drafter = model.make_tree_drafter(verifier, max_batch_size=2, max_length=64)
     proposer = DynamicTreeProposer(drafter, shape)
     sequences = [Sequence(0, 4), Sequence(1, 7)]
@@ -47,6 +47,7 @@ def test_trees_are_those_of_the_algorithm_whatever_was_accepted(make_drafter, ve
         proposal = proposer.propose(commit(sequences), 5, GREEDY)
         for b, sequence in enumerate(sequences):
             assert paths_of(proposal, b) == best_paths(model, sequence, shape)
+            assert {len(path) for path in paths_of(proposal, b)} == {1, 2, 3}
             sequence.tokens += grown[b]
 
 

@@ -6,6 +6,8 @@ HASS               --ttt-steps 3 --detach-steps --top-k-weight 1
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 TRAINING_DEFAULTS = {"draft_arch": "llama"}
@@ -29,3 +31,7 @@ class EagleTrainingArgs(BaseModel):
         ge=0.0,
         description="Width of uniform noise on the features in training; times 512 / length in longer rows.",
     )
+
+
+def default_of(name: str) -> Any:
+    return EagleTrainingArgs.model_fields[name].default

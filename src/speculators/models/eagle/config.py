@@ -6,8 +6,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from transformers import LlamaConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from speculators.config import SpeculatorModelConfig
+from speculators.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from speculators.nn.attention import FAMILIES
+from speculators.proposals import GreedyTokenProposalConfig
 
 AUTO = "auto"
 
@@ -58,3 +61,29 @@ class EagleSpeculatorConfig(SpeculatorModelConfig):
     def target_vocab_size(self) -> int:
         """Tokens of the verifier."""
         return self.transformer_layer_config.vocab_size
+
+
+def layer_architecture(config: EagleSpeculatorConfig) -> str:
+    """The decoder layer's class name: the config's, or the one of its nested config's family."""
+    nested = config.transformer_layer_config
+    if type(nested) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise TypeError(f"transformer_layer_config is a {type(nested).__name__}, which is of no causal language model")
+    known = {f"{family.capitalize()}DecoderLayer": family for family in FAMILIES}
+    name = config.transformer_layer_architecture
+    if name == AUTO:
+        name = type(nested).__name__.removesuffix("Config") + "DecoderLayer"
+    if known.get(name) != nested.model_type:
+        raise ValueError(
+            f"transformer_layer_architecture={name!r} with model_type={nested.model_type!r} has no draft layer here; "
+            f"known are {sorted(known)}, each with a config of its own family"
+        )
+    return name
+
+
+def recorded(verifier: str, trust_remote_code: bool) -> SpeculatorsConfig:
+    return SpeculatorsConfig(
+        algorithm="eagle",
+        proposal_methods=[GreedyTokenProposalConfig()],
+        default_proposal_method="greedy",
+        verifier=VerifierConfig.from_pretrained(verifier, trust_remote_code=trust_remote_code),
+    )

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.interfaces import CaptureSpec
-from speculators.losses.registry import choose_loss_config, resolve_loss_config
+from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
-from speculators.models.eagle.arguments import TRAINING_DEFAULTS, EagleTrainingArgs
+from speculators.models.eagle.arguments import TRAINING_DEFAULTS, EagleTrainingArgs, default_of
 from speculators.models.eagle.attachment import (
     DETACHED,
     FULL,
@@ -28,41 +26,26 @@ from speculators.models.eagle.attachment import (
     no_grad_weight,
 )
 from speculators.models.eagle.checkpoint import complete_eagle_config, expected_keys, read_native, save_native
-from speculators.models.eagle.config import AUTO, EagleSpeculatorConfig
+from speculators.models.eagle.config import EagleSpeculatorConfig, layer_architecture, recorded
 from speculators.models.eagle.generation import generate
 from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
 from speculators.models.eagle.proposer import EagleProposer
 from speculators.models.eagle.sequence import run_sequences
-from speculators.models.eagle.training import Objective, PackedBatch, TopKCrossEntropy, align, train_forward
+from speculators.models.eagle.training import (
+    OBJECTIVE_KEYS,
+    PackedBatch,
+    align,
+    objective,
+    padded,
+    train_forward,
+    weighted_losses,
+)
 from speculators.models.tree_drafting import TreeDrafter
-from speculators.nn.attention import FAMILIES, layer_window
+from speculators.nn.attention import layer_window
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.proposals import GreedyTokenProposalConfig
 from speculators.verifier import verifier_parts
-
-OBJECTIVE_KEYS = ("ttt_steps", "detach_steps", "regression_weight", "feature_noise")
-
-
-def default_of(name: str) -> Any:
-    return EagleTrainingArgs.model_fields[name].default
-
-
-def layer_architecture(config: EagleSpeculatorConfig) -> str:
-    """The decoder layer's class name: the config's, or the one of its nested config's family."""
-    nested = config.transformer_layer_config
-    if type(nested) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise TypeError(f"transformer_layer_config is a {type(nested).__name__}, which is of no causal language model")
-    known = {f"{family.capitalize()}DecoderLayer": family for family in FAMILIES}
-    name = config.transformer_layer_architecture
-    if name == AUTO:
-        name = type(nested).__name__.removesuffix("Config") + "DecoderLayer"
-    if known.get(name) != nested.model_type:
-        raise ValueError(
-            f"transformer_layer_architecture={name!r} with model_type={nested.model_type!r} has no draft layer here; "
-            f"known are {sorted(known)}, each with a config of its own family"
-        )
-    return name
 
 
 @SpeculatorModel.register("eagle")
@@ -322,47 +305,3 @@ class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc
             num_speculative_tokens=num_speculative_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
             **sampling,
         )  # fmt: skip
-
-
-def recorded(verifier: str, trust_remote_code: bool) -> SpeculatorsConfig:
-    return SpeculatorsConfig(
-        algorithm="eagle",
-        proposal_methods=[GreedyTokenProposalConfig()],
-        default_proposal_method="greedy",
-        verifier=VerifierConfig.from_pretrained(verifier, trust_remote_code=trust_remote_code),
-    )
-
-
-def weighted_losses(
-    config: Any,
-    distillation_weight: float = default_of("distillation_weight"),
-    top_k_weight: float = default_of("top_k_weight"),
-    top_k: int = default_of("top_k"),
-) -> dict[str, Any]:
-    """The distribution losses of a step under their weights."""
-    weighted = {name: (function, weight * distillation_weight) for name, (function, weight) in config.items()}
-    if top_k_weight:
-        weighted["top_k"] = (TopKCrossEntropy(top_k), top_k_weight)
-    return weighted
-
-
-def objective(
-    loss_config: Any = None,
-    loss_fn: Any = None,
-    ttt_steps: int = default_of("ttt_steps"),
-    detach_steps: bool = default_of("detach_steps"),
-    regression_weight: float = default_of("regression_weight"),
-    feature_noise: float = default_of("feature_noise"),
-    **_: Any,
-) -> Objective:
-    """What a forward was told; `loss_config` is weighed already, `loss_fn` gets the default weights."""
-    if loss_config is None:
-        loss_config = weighted_losses(choose_loss_config(None, loss_fn, default="kl_div"))
-    return Objective(loss_config, regression_weight, ttt_steps, detach_steps, feature_noise)
-
-
-def padded(draft_ids_T: Tensor, input_ids: Tensor) -> Tensor:
-    """[1, S] as the batch came; -1 where nothing was drafted (padding, columns without loss)."""
-    out = torch.full_like(input_ids, -1)
-    out[0, : len(draft_ids_T)] = draft_ids_T
-    return out

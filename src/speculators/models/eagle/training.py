@@ -24,7 +24,8 @@ from torch import Tensor
 
 from speculators.losses.chunked import HeadTargets, RowLosses, row_losses
 from speculators.losses.metrics import counted
-from speculators.losses.registry import MASK_EPSILON, LossConfig
+from speculators.losses.registry import MASK_EPSILON, LossConfig, choose_loss_config
+from speculators.models.eagle.arguments import default_of
 from speculators.models.eagle.network import EagleNetwork
 from speculators.nn.masks import PackedRow
 from speculators.nn.unrolled import unrolled_attends
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 NOISE_LENGTH = 512
 """Noise of the given width is for rows of this length; longer rows get less (EAGLE's), shorter ones no more."""
+OBJECTIVE_KEYS = ("ttt_steps", "detach_steps", "regression_weight", "feature_noise")
+"""Training keys that reach the forward as they are."""
 FAST = ("cpu", "cuda")
 """Devices with an attention route that answers chosen columns."""
 
@@ -202,3 +205,38 @@ def reduce(
         metrics |= counted(f"full_acc_{s}", chain_R.sum(), counts_S[s])
         metrics |= counted(f"cond_acc_{s}", chain_R.sum(), judged_R.sum())
     return loss, metrics
+
+
+def weighted_losses(
+    config: Any,
+    distillation_weight: float = default_of("distillation_weight"),
+    top_k_weight: float = default_of("top_k_weight"),
+    top_k: int = default_of("top_k"),
+) -> dict[str, Any]:
+    """The distribution losses of a step under their weights."""
+    weighted = {name: (function, weight * distillation_weight) for name, (function, weight) in config.items()}
+    if top_k_weight:
+        weighted["top_k"] = (TopKCrossEntropy(top_k), top_k_weight)
+    return weighted
+
+
+def objective(
+    loss_config: Any = None,
+    loss_fn: Any = None,
+    ttt_steps: int = default_of("ttt_steps"),
+    detach_steps: bool = default_of("detach_steps"),
+    regression_weight: float = default_of("regression_weight"),
+    feature_noise: float = default_of("feature_noise"),
+    **_: Any,
+) -> Objective:
+    """What a forward was told; `loss_config` is weighed already, `loss_fn` gets the default weights."""
+    if loss_config is None:
+        loss_config = weighted_losses(choose_loss_config(None, loss_fn, default="kl_div"))
+    return Objective(loss_config, regression_weight, ttt_steps, detach_steps, feature_noise)
+
+
+def padded(draft_ids_T: Tensor, input_ids: Tensor) -> Tensor:
+    """[1, S] as the batch came; -1 where nothing was drafted (padding, columns without loss)."""
+    out = torch.full_like(input_ids, -1)
+    out[0, : len(draft_ids_T)] = draft_ids_T
+    return out
