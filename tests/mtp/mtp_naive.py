@@ -24,13 +24,13 @@ def rotate(vector, position, theta):
 
 
 class NaiveMTP:
-    def __init__(self, weights, verifier, nested, *, zero_first):
+    def __init__(self, weights, verifier, nested, *, zero_first, raw_states):
         """`verifier`: embed, head, norm of the verifier."""
         self.w = {name: w.double().detach().requires_grad_() for name, w in weights.items()}
         self.embed, self.head, self.final_norm = (verifier[name].double() for name in ("embed", "head", "norm"))
         self.nested, self.eps = nested, nested.rms_norm_eps
         self.theta = nested.rope_parameters["rope_theta"]
-        self.zero_first = zero_first
+        self.zero_first, self.raw_states = zero_first, raw_states
 
     def norm(self, name, x):
         return rms_norm(x, self.w[f"mtp_layers.0.{name}.weight"], self.eps)
@@ -62,6 +62,9 @@ class NaiveMTP:
         return torch.cat(out)
 
     def verifier_state(self, y):
+        return y.double() if self.raw_states else self.normed(y)
+
+    def normed(self, y):
         return rms_norm(y.double(), self.final_norm, self.eps)
 
     def entry(self, token, hidden, position, zeroed):
@@ -107,7 +110,7 @@ class NaiveMTP:
                 goal = t + k + 2
                 if documents[t] == documents[goal] != -1 and mask[goal]:
                     logits = self.head @ hidden[t]
-                    target = self.head @ states[goal - 1]
+                    target = self.head @ self.normed(batch["hidden_states"][0, goal - 1])
                     if row_loss is None:
                         losses.append(-(logits - logits.logsumexp(0))[tokens[goal]])
                         correct[k, t] = bool(logits.argmax() == tokens[goal])

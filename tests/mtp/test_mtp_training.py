@@ -19,7 +19,8 @@ def naive_of(model, verifier):
         "norm": verifier.model.norm.weight,
     }  # fmt: skip
     nested = model.config.transformer_layer_config
-    return NaiveMTP(weights, parts, nested, zero_first=nested.model_type == "qwen2")
+    is_mimo = nested.model_type == "qwen2"
+    return NaiveMTP(weights, parts, nested, zero_first=is_mimo, raw_states=is_mimo)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

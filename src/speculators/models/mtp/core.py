@@ -81,7 +81,8 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     def network(self) -> MTPNetwork:
         return MTPNetwork(
             self.embed_tokens, self.verifier_norm, cast("MTPLayer", self.mtp_layers[0]), self.lm_head,
-            Rope(self.config.transformer_layer_config), self.family.zeroes_first_embedding,
+            Rope(self.config.transformer_layer_config), self.family.reads_raw_states,
+            self.family.zeroes_first_embedding,
         )  # fmt: skip
 
     @property

@@ -3,12 +3,12 @@
 Ours is one graph for all: input_proj reads [embedding ; hidden]. `hidden_first` families store the two halves of
 input_proj the other way round; they are swapped on import and back on export (see `native`).
 
-    family        serves (vLLM 0.32)        concat            fed back            embedding at position 0
-    qwen          qwen3_next, qwen3_5       emb ; hidden      normed              kept
-    deepseek_v3   deepseek_v3, _v32         emb ; hidden      normed              zeroed
-    glm4_moe      glm4_moe                  emb ; hidden      before the norm     zeroed
-    mimo          MiMoForCausalLM           hidden ; emb      normed              zeroed
-    plain         none: no engine has one   emb ; hidden      normed              kept
+    family        serves (vLLM 0.32)        concat        reads           fed back           embedding at position 0
+    qwen          qwen3_next, qwen3_5       emb ; hidden  normed state    normed             kept
+    deepseek_v3   deepseek_v3, _v32         emb ; hidden  normed state    normed             zeroed
+    glm4_moe      glm4_moe                  emb ; hidden  normed state    before the norm    zeroed
+    mimo          MiMoForCausalLM           hidden ; emb  before norm     normed             zeroed
+    plain         none: no engine has one   emb ; hidden  normed state    normed             kept
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class MtpFamily:
     copies: tuple[str, ...] = ()
     """Native tensors that repeat the verifier's embedding and head: neither imported nor rewritten."""
     hidden_first: bool = False
+    reads_raw_states: bool = False
+    """The verifier's last state comes before its final norm: vLLM's MiMoModel applies the norm with the head only."""
     feeds_back_raw: bool = False
     """The next step reads the state before the final norm."""
     zeroes_first_embedding: bool = False
@@ -98,6 +100,7 @@ FAMILIES = (
         prefix="model.mtp_layers.0.",
         renamed={name: name for name in OWN_NAMES},
         hidden_first=True,
+        reads_raw_states=True,
         zeroes_first_embedding=True,
     ),
     MtpFamily("plain", ("llama", "qwen3")),

@@ -3,7 +3,7 @@ call the same step.
 
 Shapes: B rows, T positions in, R positions answered, H hidden size, V vocabulary.
 
-    f_t = final norm of the verifier's state y_t             what engines feed (vLLM: the model's output), not y_t
+    f_t = final norm of the verifier's state y_t             what engines feed: the model's output (MiMo: y_t itself)
     step:  (token x_{t+1}, f_t) --> layer --> out --> final_layernorm --> lm_head --> predicts x_{t+2}
            fed back as the next f: the normed state (GLM: the state before the norm)
 """
@@ -36,6 +36,7 @@ class MTPNetwork:
     layer: MTPLayer
     lm_head: nn.Linear
     rope: Rope
+    reads_raw_states: bool
     zeroes_first_embedding: bool
 
     @property
@@ -51,7 +52,7 @@ class MTPNetwork:
         return [self.layer.input_proj, self.lm_head]
 
     def combine(self, states_BTH: Tensor) -> Tensor:
-        return self.verifier_norm(states_BTH)
+        return states_BTH if self.reads_raw_states else self.verifier_norm(states_BTH)
 
     def tokens_at(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """The tokens as `step` takes them: engines zero the embedding at position 0 in some families."""

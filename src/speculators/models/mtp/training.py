@@ -4,7 +4,7 @@ Shapes: B rows (1 when packed), S columns, K steps, L = S - K - 1 columns that t
 pairs, H hidden size, V vocabulary.
 
     token      x0   x1   x2   x3   x4       nothing is shifted: column t holds token x[t] and state y[t]
-    state      y0   y1   y2   y3   y4       f[t] = the verifier's final norm of y[t]
+    state      y0   y1   y2   y3   y4       f[t] = the verifier's final norm of y[t] (MiMo: y[t])
 
     step 0 at column t   reads x[t+1] and f[t]                      is taught x[t+2]
     step k at column t   reads x[t+1+k] and the state of step k-1   is taught x[t+2+k]
@@ -174,12 +174,11 @@ def train_forward(
         hidden_states = hidden_states.new_zeros(*input_ids.shape, nested.hidden_size)
 
     network = model.network
-    states_BSH = network.combine(hidden_states)
-    steps = unroll(network, columns, states_BSH, getattr(nested, "_attn_implementation", None))
+    steps = unroll(network, columns, network.combine(hidden_states), getattr(nested, "_attn_implementation", None))
     counts_KR = torch.stack([columns.counts_at(k).flatten() for k in range(columns.num_steps)])
     step_N, row_N = counts_KR.nonzero().unbind(1)
     config = loss_config or resolve_loss_config(HARD_LABELS)
-    targets, index_N = targets_of(model, config, states_BSH, input_ids, columns.target_columns(row_N, step_N))
+    targets, index_N = targets_of(model, config, hidden_states, input_ids, columns.target_columns(row_N, step_N))
     losses = row_losses(torch.stack(steps)[step_N, row_N], model.lm_head.weight, targets, index_N, config)
     loss, metrics = reduce(losses, counts_KR, step_N, row_N, weights)
     if not bool(counts_KR.any()):
@@ -189,14 +188,15 @@ def train_forward(
 
 
 def targets_of(
-    model: MTPDraftModel, config: LossConfig, states_BSH: Tensor, input_ids: Tensor, target_N: Tensor
+    model: MTPDraftModel, config: LossConfig, hidden_states: Tensor, input_ids: Tensor, target_N: Tensor
 ) -> tuple[Targets, Tensor]:
     """(targets, which of them each pair is taught): the data's tokens, or the distributions of the verifier's states
     one column to the left of them."""
     if set(config) == {HARD_LABELS}:
         return TokenTargets(input_ids.flatten()), target_N
     scale, softcap = model.target_transform
-    return HeadTargets(states_BSH.flatten(0, 1), model.lm_head.weight, scale, softcap), target_N - 1
+    normed_BSH = model.verifier_norm(hidden_states)
+    return HeadTargets(normed_BSH.flatten(0, 1), model.lm_head.weight, scale, softcap), target_N - 1
 
 
 def full_logits(model: MTPDraftModel, steps: list[Tensor], shape: torch.Size, num_steps: int) -> list[Tensor]:
