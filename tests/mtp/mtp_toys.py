@@ -34,9 +34,10 @@ def save_verifier(arch, path):
 
 def add_mimo_layer(path):
     tensors, layer = load_file(path / "model.safetensors"), "model.layers.0."
+    size = tensors["model.norm.weight"].shape[0]
     ours = {MIMO_LAYER + k.removeprefix(layer): torch.randn_like(w) for k, w in tensors.items() if k.startswith(layer)}
-    ours |= {MIMO_LAYER + f"{name}_layernorm.weight": torch.randn(HIDDEN) for name in ("token", "hidden", "final")}
-    ours[MIMO_LAYER + "input_proj.weight"] = torch.randn(HIDDEN, 2 * HIDDEN)
+    ours |= {MIMO_LAYER + f"{name}_layernorm.weight": torch.randn(size) for name in ("token", "hidden", "final")}
+    ours[MIMO_LAYER + "input_proj.weight"] = torch.randn(size, 2 * size)
     save_file({**tensors, **ours}, path / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((path / "config.json").read_text())
     values |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}

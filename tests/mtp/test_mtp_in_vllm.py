@@ -43,8 +43,8 @@ def make_verifier(path):
     return model
 
 
-def train_on_its_own_text(drafter, verifier, num_steps=60):
-    """Enough for some drafts to be accepted and some not."""
+def train_on_its_own_text(drafter, verifier, num_steps=120):
+    """Enough for some drafts to be accepted and some not. Returns the text."""
     torch.manual_seed(1)
     for parameter in drafter.mtp_layers.parameters():
         parameter.data = (
@@ -55,13 +55,14 @@ def train_on_its_own_text(drafter, verifier, num_steps=60):
         ids = verifier.generate(prompts, max_new_tokens=90, do_sample=False, pad_token_id=0)
         with capture_states(verifier, CaptureSpec(last_hidden=True)) as states:
             verifier(ids)
-    optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=6e-3)
     for _ in range(num_steps):
         rows = torch.randint(0, len(ids), (8,))
         loss = drafter(ids[rows], states.last_hidden[rows], return_logits=False)[1]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    return ids
 
 
 @pytest.mark.vllm
@@ -72,14 +73,13 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path):
     drafter = MTPDraftModel.from_training_args(
         AutoConfig.from_pretrained(tmp_path / "mimo"), verifier_name_or_path=str(tmp_path / "mimo")
     )
-    train_on_its_own_text(drafter, verifier)
+    text = train_on_its_own_text(drafter, verifier)
     drafter.save_pretrained(tmp_path / "trained")
     stitched = MTPDraftModel.stitch(tmp_path / "trained", tmp_path / "mimo", tmp_path / "stitched").path
     before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "mimo", stitched))
     assert all(torch.equal(before[key], after[key]) for key in before if ".mtp_layers." not in key)
 
-    generator = torch.Generator().manual_seed(7)
-    prompts = [torch.randint(0, VOCAB, (3 + n,), generator=generator).tolist() for n in range(6)]
+    prompts = [text[row, : 4 + row].tolist() for row in range(6)]
     sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     plain = Engine(verifier, max_batch_size=1).generate(prompts, sampling)
     proposer = drafter.make_proposer(verifier, max_batch_size=1, max_length=256)
