@@ -1,0 +1,158 @@
+"""What drafters that read the verifier's last state alone share: the verifier's final norm and head, for inputs and
+targets, and the hooks of training.
+
+A config of theirs has `hidden_size`, `vocab_size` and `rms_norm_eps`, all the verifier's.
+Shapes: H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speculators.config import SpeculatorsConfig, VerifierConfig
+from speculators.draft_vocab import VERIFIER_ONLY_KEYS, norm_is_unit_offset
+from speculators.interfaces import CaptureSpec
+from speculators.losses.registry import choose_loss_config, resolve_loss_config
+from speculators.model import SpeculatorModel
+from speculators.models.last_state_proposer import LastStateNetwork
+from speculators.models.last_state_training import Places, align, all_logits, targets_of, train_losses
+from speculators.models.utils import target_logit_transform
+from speculators.nn.norms import RMSNorm
+from speculators.proposals import GreedyTokenProposalConfig
+from speculators.utils.loading import find_key, list_checkpoint_keys, load_model_layers
+
+DEFAULT_LOSS = "kl_div"
+
+
+class LastStateModel(SpeculatorModel):
+    """Subclasses define `network` and say in `trained_keys` what is on disk."""
+
+    align = staticmethod(align)
+    _keys_to_ignore_on_save = list(VERIFIER_ONLY_KEYS)
+    _keys_to_ignore_on_load_missing = list(VERIFIER_ONLY_KEYS)
+
+    def add_verifier_tail(self) -> None:
+        """Frozen copies, never saved. The head is NaN until loaded, so that it cannot pass for one."""
+        config: Any = self.config
+        self.verifier_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.verifier_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        nn.init.constant_(self.verifier_lm_head.weight, math.nan)
+        self.verifier_lm_head._is_hf_initialized = True  # type: ignore[assignment]
+        for module in (self.verifier_norm, self.verifier_lm_head):
+            module.requires_grad_(False)
+        self.target_transform: tuple[float, float | None] = (1.0, None)
+        """(scale, softcap) the verifier applies to what its head gives."""
+
+    @property
+    def network(self) -> LastStateNetwork:
+        raise NotImplementedError
+
+    @property
+    def trained_keys(self) -> set[str]:
+        raise NotImplementedError
+
+    @property
+    def capture(self) -> CaptureSpec:
+        return CaptureSpec(last_hidden=True)
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        return []
+
+    def load_verifier_weights(self) -> None:
+        """Final norm and head; nothing to do when the config names no verifier."""
+        recorded = self.config.speculators_config
+        path = recorded.verifier.name_or_path if recorded is not None else None
+        if path is None:
+            return
+        is_tied = find_key("lm_head.weight", list_checkpoint_keys(path)) is None
+        head_name = "embed_tokens.weight" if is_tied else "lm_head.weight"
+        weights = load_model_layers([head_name, "model.norm.weight"], path)
+        head_VH = weights[head_name]
+        if head_VH.shape != self.verifier_lm_head.weight.shape:
+            raise ValueError(
+                f"the head of verifier '{path}' is {tuple(head_VH.shape)}; this drafter's vocabulary and hidden size "
+                f"are {tuple(self.verifier_lm_head.weight.shape)}. Use the verifier it was made for"
+            )
+        norm_H = weights["model.norm.weight"]
+        with torch.no_grad():
+            self.verifier_lm_head.weight.copy_(head_VH)
+            self.verifier_norm.weight.copy_(1.0 + norm_H.float() if norm_is_unit_offset(path) else norm_H)
+        self.target_transform = target_logit_transform(path)
+
+    def check_fits(self, verifier_model: Any) -> Tensor:
+        """The verifier's embedding, if it is of the verifier this was trained for."""
+        weight = verifier_model.get_input_embeddings().weight
+        config: Any = self.config
+        expected = (config.vocab_size, config.hidden_size)
+        if tuple(weight.shape) != expected:
+            raise ValueError(
+                f"the verifier's embedding is {tuple(weight.shape)} and this drafter was trained for {expected} "
+                "(vocabulary, hidden size); decode with the verifier it was trained for"
+            )
+        return weight
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        missing = self.trained_keys - set(kwargs.get("state_dict") or self.state_dict())
+        assert not missing, f"a checkpoint without {sorted(missing)} would be incomplete"
+        super().save_pretrained(save_directory, **kwargs)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        spec = kwargs.get("loss_fn") or DEFAULT_LOSS
+        loss_config = resolve_loss_config(spec, kwargs.get("loss_implementation", "fused"))
+        shared = {"loss_config": loss_config, "return_logits": False}
+        if kwargs.get("head_weight_decay") is not None:
+            shared["head_weight_decay"] = kwargs["head_weight_decay"]
+        return shared, dict(shared)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        hidden_states: Tensor,
+        loss_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        *,
+        head_weight_decay: float = 1.0,
+        loss_config: Any = None,
+        loss_fn: Any = None,
+        return_logits: bool = True,
+        **_: Any,
+    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        """(logits [B, T - K, V] of each head, loss, metrics). `hidden_states` are the verifier's last states, before
+        its final norm. `return_logits=False` (what the trainer gives): the list is empty."""
+        network, config = self.network, choose_loss_config(loss_config, loss_fn, DEFAULT_LOSS)
+        if hidden_states.shape[-1] == 0:  # a batch of which no sample could be had
+            hidden_states = hidden_states.new_zeros(*input_ids.shape, self.verifier_norm.weight.shape[0])
+        states_RH = hidden_states.flatten(0, 1)
+        targets = targets_of(
+            config, input_ids, self.verifier_norm(states_RH), self.verifier_lm_head.weight, self.target_transform
+        )
+        weights = [head_weight_decay**k for k in range(len(network.heads))]
+        places = Places.of(input_ids, document_ids, loss_mask)
+        loss, metrics = train_losses(network, states_RH, places, targets, config, weights)
+        logits = all_logits(network, hidden_states, input_ids) if return_logits else []
+        return logits, loss, metrics
+
+
+def check_whole_vocabulary(draft_vocab_size: int | None, vocab_size: int) -> None:
+    if draft_vocab_size not in (None, vocab_size):
+        raise ValueError(
+            f"draft_vocab_size={draft_vocab_size}: this drafter's heads are over the verifier's {vocab_size} tokens; "
+            "leave draft_vocab_size out"
+        )
+
+
+def recorded(algorithm: str, num_tokens: int, verifier: str, trust_remote_code: bool) -> SpeculatorsConfig:
+    return SpeculatorsConfig(
+        algorithm=algorithm,
+        proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_tokens)],
+        default_proposal_method="greedy",
+        verifier=VerifierConfig.from_pretrained(verifier, trust_remote_code=trust_remote_code),
+    )

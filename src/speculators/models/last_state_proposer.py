@@ -1,0 +1,92 @@
+"""How drafters that read the verifier's last state alone draft: no cache, nothing kept between rounds.
+
+Shapes: B rows, T committed columns, K draft tokens, H hidden size, R width of what a head reads, V vocabulary.
+
+    sequence   x0   x1   x2   x3            committed: token x[i] with the state y[i-1] that predicted it
+    read       (x3, y2) alone               f = final norm of y2
+    drafts     head 0 -> x4'   head 1 -> x5'   ...
+
+Every call brings at least one new token with its state, so a row that starts, waits or is replaced needs no care.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
+from speculators.nn.draft_sampling import draft_probs, draw
+from speculators.packed_linear import PackedLinears
+
+NO_DRAFT = -1
+
+
+class LastStateNetwork(Protocol):
+    """What training and drafting ask of a network; shapes are [..., H] and [..., R] for any leading axes."""
+
+    @property
+    def heads(self) -> Sequence[nn.Linear]:
+        """One for each token drafted a round, over the verifier's vocabulary."""
+        ...
+
+    def start(self, states: Tensor, /) -> Tensor:
+        """Verifier states, before the final norm, to what is carried from head to head."""
+        ...
+
+    def step(self, k: int, carried: Tensor, token_ids: Tensor, /) -> tuple[Tensor, Tensor]:
+        """(what head k reads, what is carried on). `token_ids` is the token before the one that head k predicts."""
+        ...
+
+
+class LastStateProposer:
+    """Snapshot of a drafter, made to draft. Drafts at most as many tokens as there are heads; further slots stay -1."""
+
+    capture = CaptureSpec(last_hidden=True)
+
+    def __init__(self, network: LastStateNetwork, modules: Sequence[nn.Module]):
+        self.network = network
+        weight = network.heads[0].weight
+        self.dtype, self.device = weight.dtype, weight.device
+        self.packed = PackedLinears(*modules)
+
+    @torch.inference_mode()
+    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+        states_BH, token_ids_B, drafts_B = self.last_of(committed)
+        shape = (len(token_ids_B), num_tokens)
+        draft_ids_BK = torch.full(shape, NO_DRAFT, dtype=torch.int64, device=self.device)
+        probs: list[Tensor] = []
+        with self.packed:
+            carried = self.network.start(states_BH)
+            for k in range(min(num_tokens, len(self.network.heads))):
+                features, carried = self.network.step(k, carried, token_ids_B)
+                logits_BV = self.network.heads[k](features)
+                if sampling.probabilistic:
+                    probs.append(draft_probs(logits_BV, sampling.temperature_B))
+                    token_ids_B = draw(probs[-1], sampling.generator)
+                else:
+                    token_ids_B = logits_BV.argmax(-1)
+                draft_ids_BK[:, k] = token_ids_B
+        draft_ids_BK.masked_fill_(~drafts_B[:, None], NO_DRAFT)
+        if not probs:
+            return Proposal(draft_ids_BK)
+        probs += [torch.zeros_like(probs[0])] * (num_tokens - len(probs))
+        return Proposal(draft_ids_BK, torch.stack(probs, 1))
+
+    def last_of(self, committed: Committed) -> tuple[Tensor, Tensor, Tensor]:
+        """(state [B, H] and token [B] of each row's last column, rows that draft [B])."""
+        assert committed.states_BTD is not None
+        last_B = (committed.num_new_B - 1).clamp_min(0).to(self.device)
+        rows_B = torch.arange(len(last_B), device=self.device)
+        states_BH = committed.states_BTD[rows_B, last_B].to(self.dtype)
+        # a row that waits, or whose only token has no state yet, drafts nothing
+        drafts_B = ((committed.num_new_B > 0) & (committed.num_committed_B > 1)).to(self.device)
+        return states_BH, committed.token_ids_BT[rows_B, last_B], drafts_B
+
+
+def snapshot(module: Any, like: Tensor) -> Any:
+    """A frozen copy in the verifier's dtype, on its device."""
+    return copy.deepcopy(module).requires_grad_(False).to(device=like.device, dtype=like.dtype)

@@ -1,0 +1,29 @@
+"""Config of a Medusa speculator (`speculators_model_type` "medusa")."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from speculators.config import SpeculatorModelConfig
+
+
+@SpeculatorModelConfig.register("medusa")
+class MedusaSpeculatorConfig(SpeculatorModelConfig):
+    speculators_model_type: Literal["medusa"] = "medusa"  # type: ignore[assignment]
+    architectures: list[str] = Field(default_factory=lambda: ["MedusaDraftModel"], description="Model classes")
+    hidden_size: int = Field(default=4096, ge=1, description="The verifier's hidden size")
+    vocab_size: int = Field(default=32000, ge=1, description="The verifier's vocabulary")
+    num_heads: int = Field(default=4, ge=1, description="Heads: tokens drafted a round")
+    num_hidden_layers: int = Field(default=1, ge=1, description="Residual blocks of each head")
+    rms_norm_eps: float = Field(default=1e-6, gt=0.0, description="Of the verifier's final norm")
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Every head is over the verifier's whole vocabulary."""
+        return self.vocab_size
+
+    @property
+    def target_vocab_size(self) -> int:
+        return self.vocab_size

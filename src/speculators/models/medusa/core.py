@@ -1,0 +1,117 @@
+"""`MedusaDraftModel`: the weights under the names of the checkpoint, and the hooks of training and serving.
+
+Shapes: H hidden size, V vocabulary. What is computed with the weights is in `network`; the alignment of training in
+`models.last_state_training`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from speculators.model import SpeculatorModel
+from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, recorded
+from speculators.models.last_state_proposer import LastStateProposer, snapshot
+from speculators.models.medusa.arguments import TRAINING_DEFAULTS, MedusaTrainingArgs
+from speculators.models.medusa.checkpoint import expected_keys, read_native, save_native
+from speculators.models.medusa.config import MedusaSpeculatorConfig
+from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
+from speculators.models.medusa.proposer import MedusaTreeProposer, StaticTree
+from speculators.models.utils import get_verifier_config
+from speculators.verifier import verifier_parts
+
+
+@SpeculatorModel.register("medusa")
+class MedusaDraftModel(LastStateModel):
+    config_class = MedusaSpeculatorConfig  # type: ignore[assignment]
+    config: MedusaSpeculatorConfig
+    training_args = MedusaTrainingArgs
+    training_defaults = TRAINING_DEFAULTS
+    checkpoint_formats = ("speculators", "medusa")
+
+    def __init__(self, config: MedusaSpeculatorConfig, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        heads = range(config.num_heads)
+        self.blocks = nn.ModuleList([MedusaBlock(config.hidden_size, config.num_hidden_layers) for _ in heads])
+        self.lm_heads = nn.ModuleList([nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in heads])
+        self.add_verifier_tail()
+        self.post_init()
+        for parameter in self.blocks.parameters():
+            nn.init.zeros_(parameter)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.blocks
+
+    @property
+    def network(self) -> MedusaNetwork:
+        return MedusaNetwork(self.verifier_norm, self.blocks, self.lm_heads)  # type: ignore[arg-type]
+
+    @property
+    def trained_keys(self) -> set[str]:
+        return expected_keys(self.config)
+
+    @classmethod
+    def from_training_args(  # type: ignore[override]
+        cls,
+        verifier_config: Any,
+        *,
+        verifier_name_or_path: str,
+        num_heads: int = MedusaTrainingArgs.model_fields["num_heads"].default,
+        num_layers: int = 1,
+        draft_vocab_size: int | None = None,
+        trust_remote_code: bool = False,
+        **_: Any,
+    ) -> MedusaDraftModel:
+        """A new drafter: every head starts as the verifier's own."""
+        verifier = get_verifier_config(verifier_name_or_path, trust_remote_code)
+        check_whole_vocabulary(draft_vocab_size, verifier.vocab_size)
+        config = MedusaSpeculatorConfig(
+            hidden_size=verifier.hidden_size,
+            vocab_size=verifier.vocab_size,
+            num_heads=num_heads,
+            num_hidden_layers=num_layers,
+            rms_norm_eps=getattr(verifier, "rms_norm_eps", MedusaSpeculatorConfig.model_fields["rms_norm_eps"].default),
+            speculators_config=recorded("medusa", num_heads, verifier_name_or_path, trust_remote_code),
+        )
+        model = cls(config)
+        model.load_verifier_weights()
+        model.start_from_verifier_head()
+        return model
+
+    @torch.no_grad()
+    def start_from_verifier_head(self) -> None:
+        scale, _ = self.target_transform
+        for head in self.lm_heads:
+            head.weight.copy_(scale * self.verifier_lm_head.weight)  # type: ignore[union-attr, operator]
+
+    # -- serving -----------------------------------------------------------------------------------------------------
+
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> LastStateProposer:
+        weight = self.check_fits(verifier_model)
+        blocks, heads = snapshot(self.blocks, weight), snapshot(self.lm_heads, weight)
+        norm = verifier_parts(verifier_model).final_norm
+        return LastStateProposer(MedusaNetwork(norm, blocks, heads), [blocks, heads])
+
+    def make_tree_proposer(
+        self, verifier_model: Any, tree: StaticTree, *, max_batch_size: int, max_length: int
+    ) -> MedusaTreeProposer:
+        """Drafts a static tree (`decoding.tree.MEDUSA_63`, or any `TokenTree`) in place of a chain."""
+        chain = self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
+        return MedusaTreeProposer(chain, tree)
+
+    def save_native(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """The directory that vLLM serves with `{"method": "medusa", "model": path}`."""
+        return save_native(self.config, {k: t.to(dtype or t.dtype) for k, t in self.state_dict().items()}, path)
+
+    @classmethod
+    def from_native(cls, path: str | Path, verifier: str | None = None) -> MedusaDraftModel:
+        """The drafter of a directory in vLLM's format or the Medusa repository's."""
+        fields, tensors = read_native(path)
+        if verifier is not None:
+            fields["rms_norm_eps"] = get_verifier_config(verifier).rms_norm_eps
+            fields["speculators_config"] = recorded("medusa", fields["num_heads"], verifier, trust_remote_code=False)
+        return cls.from_pretrained(None, config=MedusaSpeculatorConfig(**fields), state_dict=tensors)
