@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from speculators.cli import app
+from speculators.assets import tiny_verifier_path
+from speculators.cli import app, inspect_mask
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], *([verb, "--help"] for verb in app.VERBS)])
@@ -76,6 +77,28 @@ def test_an_error_is_one_message_and_an_exit_code(
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
+
+
+def test_ctrl_c_inside_a_verb_says_what_the_verb_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inspect_mask, "inspect_mask", stopped_verb)
+    assert app.main(["inspect-mask"]) == 130
+    assert capsys.readouterr().err == "error: stopped, run again to continue\n"
+
+
+def stopped_verb() -> None:
+    raise KeyboardInterrupt("stopped, run again to continue")
+
+
+def test_a_refused_setting_is_named_without_the_machinery_behind_it(capsys: pytest.CaptureFixture[str], tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hello"}\n')
+    command = ["evaluate", "--verifier", str(tiny_verifier_path()), "--data", str(prompts), "--method", "nosuchmethod"]
+    assert app.main(command) == 2
+    printed = capsys.readouterr().err
+    assert "method" in printed and "nosuchmethod" in printed
+    assert "pydantic" not in printed and "input_value" not in printed
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -41,6 +41,7 @@ class PlainAlgo(SpeculatorModel):
 @pytest.fixture(autouse=True)
 def toy_algorithms(monkeypatch):
     toys = {"toy_algo": ToyAlgo, "other_algo": OtherAlgo, "plain_algo": PlainAlgo}
+    SpeculatorModel.registered_classes()  # built-ins imported under the patch would register into it and vanish with it
     monkeypatch.setattr(SpeculatorModel, "registry", {**(SpeculatorModel.registry or {}), **toys})
 
 

@@ -129,12 +129,17 @@ def rows(lengths, mask=1, token=3):
     )
 
 
+def supervised_late():
+    return Dataset.from_list([{"input_ids": [3] * 50, "loss_mask": [0] * 45 + [1] * 5, "seq_len": 50}] * 5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"verifier_name_or_path": "/no/such/model"}, "--verifier-name-or-path /no/such/model"),
         ({"data_path": "/no/such/data"}, "not a prepared dataset"),
         ({"data_path": rows([9] * 5, mask=0)}, "every loss_mask is 0"),
+        ({"data_path": supervised_late(), "total_seq_len": 32}, "within total_seq_len=32"),
         ({"data_path": rows([9] * 5, token=99)}, r"token 99 but the verifier knows 0\.\.63"),
         ({"data_path": rows([9])}, "train split is empty"),
         ({"draft_arch": "lama"}, "--draft-arch lama"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from training_toys import random_batch
 
+from speculators.train.checkpointer import Checkpointer
 from speculators.train.events import Saved, StepDone, Stopped, Validated
 from speculators.train.graceful_shutdown import TrainingInterrupted
 from speculators.train.loader import ListLoader
@@ -60,7 +61,7 @@ def test_stopped_anywhere_and_continued_it_ends_with_the_same_bits(tmp_path, mak
     Trainer(whole, config(tmp_path / "whole", **settings), BATCHES, BATCHES[:2]).run_training()
 
     stopped_at = []
-    for attempt, stop_step in enumerate((3, 5, 9, None)):  # inside an epoch, at its end, inside the next, to the end
+    for attempt, stop_step in enumerate((3, 5, 9, None)):  # inside an epoch, at its end, inside another, to the end
         model = make_model(seed=100 + attempt)  # whatever it starts from, the checkpoint must replace it
         torch.manual_seed(7 if attempt == 0 else 50 + attempt)
         if attempt == 0:
@@ -79,8 +80,26 @@ def test_stopped_anywhere_and_continued_it_ends_with_the_same_bits(tmp_path, mak
         else:
             with pytest.raises(TrainingInterrupted, match="SIGTERM"):
                 trainer.run_training()
-    assert stopped_at == [0, 3, 5, 9]
+    assert stopped_at == [0, 3, 6, 9]  # asked at the end of epoch 0: its validation and checkpoint come first
     assert_same_bits(weights(model), weights(whole))
+
+
+def test_starting_anew_where_a_run_lies_is_refused(tmp_path, make_model):
+    Trainer(make_model(), config(tmp_path), BATCHES).run_training()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"holds a run \(1 at step 10\).*another --save-path"):
+        Trainer(make_model(), config(tmp_path), BATCHES)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_result_has_the_metrics_of_the_checkpoint_it_names(tmp_path, make_model):
+    finished = config(tmp_path, num_epochs=1)
+    trained = Trainer(make_model(), finished, BATCHES, BATCHES[:2]).run_training()
+    nothing_left = Trainer(
+        make_model(), config(tmp_path, num_epochs=1, resume_from_checkpoint=True), BATCHES, BATCHES[:2]
+    )
+    assert nothing_left.run_training() == trained
+    assert trained.metrics["loss"] == Checkpointer(tmp_path).best_loss()
 
 
 def test_a_killed_run_continues_from_the_last_epoch(tmp_path, make_model):

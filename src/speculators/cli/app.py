@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the work failed, 2 the command or the configuration is wro
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -39,6 +40,10 @@ FLAGS_READ_ELSEWHERE = {"allow_extra_args": True, "ignore_unknown_options": True
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
+class Interrupted(Exception):
+    """Ctrl-C in a verb, with what the verb had to say of it. typer would swallow a KeyboardInterrupt and its words."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns the exit code; the last line of stdout is the result as one JSON object."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -49,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run(args)
     except SystemExit as end:  # argparse's --help, --dump-config
         return int(end.code or 0)
-    except (KeyboardInterrupt, typer.Abort) as stop:  # typer raises its Abort from Ctrl-C
-        say_error(str(stop if isinstance(stop, KeyboardInterrupt) else stop.__cause__ or "") or "interrupted")
+    except (KeyboardInterrupt, typer.Abort, Interrupted) as stop:
+        say_error(str(stop) or "interrupted")
         return 130
     except Exception as error:
         if debug:
@@ -80,8 +85,21 @@ def command_of(verb: str) -> Any:
     function: Callable[..., Any] = getattr(importlib.import_module(f"speculators.cli.{name}"), name)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     settings = FLAGS_READ_ELSEWHERE if verb == "train" else {}
-    app.command(verb, epilog="--debug shows the traceback of an error.", context_settings=settings)(function)
+    app.command(verb, epilog="--debug shows the traceback of an error.", context_settings=settings)(
+        saying_why_it_stopped(function)
+    )
     return get_command(app)
+
+
+def saying_why_it_stopped(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def verb(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(str(stop)) from stop
+
+    return verb
 
 
 def listing() -> Any:
@@ -116,13 +134,25 @@ def exit_code_of(error: BaseException) -> int:
 
 def message_of(error: BaseException) -> str:
     """One message a user can act on: no class names for errors that are already written for users."""
+    from pydantic import ValidationError
+
     if isinstance(error, UsageError):
         return str(error.format_message())  # type: ignore[attr-defined]
+    if isinstance(error, ValidationError):
+        return "\n".join(validation_line(detail) for detail in error.errors(include_url=False))
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, ValueError | OSError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def validation_line(detail: Any) -> str:
+    """`key: rule (got value)`; rules of our own say their value themselves."""
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "value_error":
+        return (f"{where}: " if where else "") + detail["msg"].removeprefix("Value error, ")
+    return f"{where}: {detail['msg']}, got {detail['input']!r}"
 
 
 def hint_of(error: BaseException) -> str | None:

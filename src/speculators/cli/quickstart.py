@@ -21,7 +21,7 @@ NUM_SPECULATIVE_TOKENS = 4
 MARKER = "made-by-quickstart"
 """Only a directory with this file in it is ever replaced."""
 
-REGENERATION = ("--limit", "400", "--max-tokens", "128", "--batch-size", "64")
+REGENERATION = ("--limit", "600", "--max-tokens", "128", "--batch-size", "64")
 RECIPE = ("--draft-vocab-size", "2048", "--total-seq-len", "512", "--lr", "3e-3", "--epochs", "4")
 EVALUATION = ("--num-prompts", "20", "--max-tokens", "128")
 """Sized for about five minutes on two cores. A narrow drafter takes a larger learning rate than the default, and short

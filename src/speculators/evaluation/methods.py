@@ -13,6 +13,13 @@ PLAIN = "none"
 PATH_KEYS = ("speculators_model_type", "model_type")
 """Where a checkpoint's config.json says what it is: ours first."""
 
+COMPARISON_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ngram": {"num_speculative_tokens": 4},
+    # Its cache of earlier answers would hold the very answers of a prompt that is decoded again (warm-up, repeats).
+    "suffix": {"suffix_decoding_max_cached_requests": 0},
+}
+"""What a method's bare name stands for in a comparison, where its own configuration leaves it open."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -58,6 +65,8 @@ def parse_method(text: str, num_speculative_tokens: int | None) -> Method:
         config = {"method": text}
     if num_speculative_tokens is not None:
         config.setdefault("num_speculative_tokens", num_speculative_tokens)
+    for key, value in COMPARISON_DEFAULTS.get(config.get("method", ""), {}).items():
+        config.setdefault(key, value)
     return Method(name_of(config), config)
 
 
@@ -66,7 +75,13 @@ def name_of(config: dict[str, Any]) -> str:
         return str(config["method"])
     path = Path(str(config.get("model", "")))
     if (path / "config.json").is_file():
-        written = json.loads((path / "config.json").read_text())
+        try:
+            written = json.loads((path / "config.json").read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{path / 'config.json'} cannot be read as JSON ({error}): the checkpoint is damaged; copy or train "
+                "it again"
+            ) from error
         for key in PATH_KEYS:
             if written.get(key):
                 return str(written[key])

@@ -32,7 +32,9 @@ TARGET_SHIFT = 2
 
 def align(sample: dict[str, Any]) -> dict[str, Any]:
     """No shift: the drafter reads the verifier's last states in place of aux states."""
-    kept = {key: sample[key] for key in ("input_ids", "loss_mask", "lengths", "position_ids") if key in sample}
+    kept: dict[str, Any] = {
+        key: sample[key] for key in ("input_ids", "loss_mask", "lengths", "position_ids") if key in sample
+    }
     return {**kept, "hidden_states": sample["verifier_last_hidden_states"]}
 
 

@@ -101,8 +101,21 @@ class Checkpointer:
 
     def best_loss(self) -> float:
         """Validation loss of `checkpoint_best`; infinity when there is none."""
-        path = self.root / "checkpoint_best" / METRICS_FILE
-        return json.loads(path.read_text()).get("loss", math.inf) if path.exists() else math.inf
+        return self.val_metrics(self.root / "checkpoint_best").get("loss", math.inf)
+
+    def val_metrics(self, path: Path) -> dict[str, float]:
+        """What validation found when this checkpoint was saved; empty when nothing was validated then."""
+        file = path / METRICS_FILE
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def refuse_other_runs(self) -> None:
+        """A run that starts anew must not mix its checkpoints with an earlier run's: the better one would win."""
+        if (newest := self.newest()) is not None:
+            raise ValueError(
+                f"{self.root} holds a run ({newest.name} at step {read_position(newest).global_step}) and this one is "
+                "to start anew: name another --save-path, delete that directory, or continue it by leaving "
+                "--no-resume-from-checkpoint out"
+            )
 
     def mark_best(self, path: Path) -> None:
         """Point `checkpoint_best` at it; with `save_best`, remove the other epochs we wrote, and nothing else."""

@@ -96,15 +96,16 @@ class ArrowDataset(Dataset[Sample]):
         self.lengths = [self.lengths[index] for index in kept]
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """All values of a list column, end to end."""
-        return pc.list_flatten(self.rows.with_format("arrow")[:][name])
+        """All values of a list column, rows clipped as they are trained on, end to end."""
+        return pc.list_flatten(pc.list_slice(self.rows.with_format("arrow")[:][name], 0, self.max_len))
 
 
 def check_supervised(dataset: ArrowDataset, datapath: str | Path) -> None:
     if not pc.sum(dataset.column("loss_mask")).as_py():
         raise ValueError(
-            f"not one of the {len(dataset)} rows in {datapath} has a supervised token: every loss_mask is 0. Look at "
-            "them with `speculators inspect-mask`; a chat template that does not match the verifier is the usual reason"
+            f"not one of the {len(dataset)} rows in {datapath} has a supervised token within total_seq_len="
+            f"{dataset.max_len}: every loss_mask is 0 there. Look at them with `speculators inspect-mask`; a chat "
+            "template that does not match the verifier, or prompts longer than total_seq_len, is the usual reason"
         )
 
 

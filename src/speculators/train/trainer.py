@@ -62,7 +62,7 @@ class TrainResult:
     checkpoint: Path
     """The speculator directory to use: the best by validation loss, or the last when nothing was validated."""
     metrics: dict[str, float]
-    """Of the last validation, or of the last training steps."""
+    """Of the validation of that checkpoint; of the last training steps when nothing was validated."""
     acceptance_length: float | None
     num_steps: int
 
@@ -112,9 +112,12 @@ class Trainer:
         self.recent_since = (0, time.perf_counter())  # tokens, and the time they are counted from
         self.last_metrics: dict[str, float] = {}
         self.last_saved: tuple[Path, int] | None = None
-        self.best_loss = self.checkpointer.best_loss()
         if config.resume_from_checkpoint:
+            self.best_loss = self.checkpointer.best_loss()
             self.resume()
+        else:
+            self.best_loss = math.inf
+            self.checkpointer.refuse_other_runs()
 
     def resume(self) -> None:
         path = self.checkpointer.newest()
@@ -150,7 +153,8 @@ class Trainer:
             lr = self.step(batch)
             self.position = Position(epoch, local_step, self.position.global_step + 1)
             self.report(lr)
-            if self.ranks.any(shutdown.requested is not None):
+            # At the end of an epoch its validation and checkpoint come first; the next step stops.
+            if self.ranks.any(shutdown.requested is not None) and local_step < len(self.train_loader):
                 self.stop(shutdown.requested or "a signal on another rank")
             if self.is_finished():
                 break
@@ -257,7 +261,7 @@ class Trainer:
     def result(self) -> TrainResult:
         best = self.checkpointer.root / "checkpoint_best"
         path = best if best.exists() else (self.last_saved or (self.checkpointer.root, 0))[0]
-        metrics = self.last_metrics
+        metrics = self.checkpointer.val_metrics(path) or self.last_metrics
         return TrainResult(path.resolve(), metrics, expected_acceptance_length(metrics), self.position.global_step)
 
 
