@@ -1,0 +1,100 @@
+"""`MLPSpeculator`: the weights under the names of the released checkpoints, and the hooks of training and serving.
+
+Shapes: H hidden size, D width of the state, V vocabulary. What is computed with the weights is in `network`; the
+alignment of training in `models.last_state_training`.
+
+    emb.{i}.weight [V, D]   proj.{i}.weight [D, H] (i = 0) / [D, D]   ln.{i}.weight, .bias [D]   head.{i}.weight [V, D]
+    tie_weights: emb.0, ln.0, head.0, proj.0, proj.1 are all there is
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from speculators.model import SpeculatorModel
+from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, recorded
+from speculators.models.last_state_proposer import LastStateProposer, snapshot
+from speculators.models.mlp.arguments import TRAINING_DEFAULTS, MLPTrainingArgs, default_of
+from speculators.models.mlp.config import MLPSpeculatorConfig
+from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
+from speculators.models.utils import get_verifier_config
+from speculators.verifier import verifier_parts
+
+
+@SpeculatorModel.register("mlp")
+class MLPSpeculator(LastStateModel):
+    config_class = MLPSpeculatorConfig  # type: ignore[assignment]
+    config: MLPSpeculatorConfig
+    training_args = MLPTrainingArgs
+    training_defaults = TRAINING_DEFAULTS
+
+    def __init__(self, config: MLPSpeculatorConfig, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        size, vocab_size, num_steps = config.intermediate_size, config.vocab_size, config.num_layers
+        num_own = 1 if config.tie_weights else num_steps
+        widths = [config.hidden_size] + [size] * (min(num_steps, 2) - 1 if config.tie_weights else num_steps - 1)
+        self.emb = nn.ModuleList([nn.Embedding(vocab_size, size) for _ in range(num_own)])
+        self.proj = nn.ModuleList([nn.Linear(width, size, bias=False) for width in widths])
+        self.ln = nn.ModuleList([BiasedRMSNorm(size) for _ in range(num_own)])
+        self.head = nn.ModuleList([nn.Linear(size, vocab_size, bias=False) for _ in range(num_own)])
+        self.add_verifier_tail()
+        self.post_init()
+        for module in (*self.emb, *self.proj, *self.head):
+            nn.init.normal_(module.weight, std=size**-0.5)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.proj
+
+    @property
+    def network(self) -> MLPNetwork:
+        return MLPNetwork(
+            self.verifier_norm, self.emb, self.proj, self.ln, self.head,  # type: ignore[arg-type]
+            self.config.num_layers, self.config.scale_input,
+        )  # fmt: skip
+
+    @property
+    def trained_keys(self) -> set[str]:
+        own = range(len(self.emb))
+        keys = {f"{kind}.{i}.weight" for kind in ("emb", "ln", "head") for i in own} | {f"ln.{i}.bias" for i in own}
+        return keys | {f"proj.{i}.weight" for i in range(len(self.proj))}
+
+    @classmethod
+    def from_training_args(  # type: ignore[override]
+        cls,
+        verifier_config: Any,
+        *,
+        verifier_name_or_path: str,
+        n_predict: int = default_of("n_predict"),
+        inner_dim: int = default_of("inner_dim"),
+        tie_weights: bool = default_of("tie_weights"),
+        scale_input: bool = default_of("scale_input"),
+        draft_vocab_size: int | None = None,
+        trust_remote_code: bool = False,
+        **_: Any,
+    ) -> MLPSpeculator:
+        verifier = get_verifier_config(verifier_name_or_path, trust_remote_code)
+        check_whole_vocabulary(draft_vocab_size, verifier.vocab_size)
+        config = MLPSpeculatorConfig(
+            hidden_size=verifier.hidden_size,
+            intermediate_size=inner_dim or verifier.hidden_size,
+            vocab_size=verifier.vocab_size,
+            num_layers=n_predict,
+            tie_weights=tie_weights,
+            scale_input=scale_input,
+            rms_norm_eps=getattr(verifier, "rms_norm_eps", MLPSpeculatorConfig.model_fields["rms_norm_eps"].default),
+            speculators_config=recorded("mlp", n_predict, verifier_name_or_path, trust_remote_code),
+        )
+        model = cls(config)
+        model.load_verifier_weights()
+        return model
+
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> LastStateProposer:
+        weight: torch.Tensor = self.check_fits(verifier_model)
+        emb, proj, ln, head = (snapshot(part, weight) for part in (self.emb, self.proj, self.ln, self.head))
+        norm = verifier_parts(verifier_model).final_norm
+        network = MLPNetwork(norm, emb, proj, ln, head, self.config.num_layers, self.config.scale_input)
+        return LastStateProposer(network, [proj, head])
