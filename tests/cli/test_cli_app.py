@@ -64,7 +64,13 @@ def raise_it(error: BaseException):
     ("error", "code", "message"),
     [
         (ValueError("hidden sizes differ: 64 and 128"), 1, "error: hidden sizes differ: 64 and 128"),
-        (OSError(28, "No space left on device", "/data/hs_3.safetensors"), 1, "No space left on device: /data/hs_3"),
+        (
+            OSError(28, "No space left on device", "/data/hs_3.safetensors"),
+            1,
+            "the disk is full (/data/hs_3.safetensors)",
+        ),
+        (OSError(28, "No space left on device"), 1, "error: the disk is full: free some space"),
+        (OSError(13, "Permission denied", "/data"), 1, "Permission denied: /data"),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

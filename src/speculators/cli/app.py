@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the work failed, 2 the command or the configuration is wro
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import json
@@ -140,6 +141,9 @@ def message_of(error: BaseException) -> str:
         return str(error.format_message())  # type: ignore[attr-defined]
     if isinstance(error, ValidationError):
         return "\n".join(validation_line(detail) for detail in error.errors(include_url=False))
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" ({error.filename})" if error.filename is not None else ""
+        return f"the disk is full{where}: free some space, then run the same command again"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, ValueError | OSError) and str(error):
