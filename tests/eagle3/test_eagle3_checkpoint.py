@@ -211,3 +211,13 @@ def test_unknown_aux_layers_are_an_error_that_says_what_to_do(make_drafter):
     model.config.eagle_aux_hidden_state_layer_ids = None
     with pytest.raises(ValueError, match="n // 2, n - 3"):
         _ = model.target_layer_ids
+
+
+def test_training_and_drafting_read_the_layers_that_config_json_names(make_drafter, verifier, tmp_path):
+    make_drafter().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["eagle_aux_hidden_state_layer_ids"]
+    model = SpeculatorModel.from_pretrained(tmp_path)
+    proposer = model.make_proposer(verifier, max_batch_size=1, max_length=32)
+    assert written == sorted(set(written)) and len(written) == 3
+    # an engine reads config.json alone: a shift made alike in training and drafting would only show when served
+    assert list(model.capture.aux_layer_ids) == list(proposer.capture.aux_layer_ids) == written
