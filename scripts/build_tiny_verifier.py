@@ -46,7 +46,9 @@ def make_tokenizer(work: Path) -> None:
 
 def train_model(work: Path, config: train.TrainConfig) -> None:
     words = tokenizer.load(Path(config.init) if config.init else work / "tokenizer")
-    train_NT = train.pack(words, corpus.read_lines(work / "train.jsonl"), config.row_length)
+    documents = corpus.read_lines(work / "train.jsonl")
+    train_NT = train.pack(words, documents, config.row_length)
+    prompts = tokenizer.first_prompts(words, documents)
     heldout_NT = train.pack(words, corpus.read_lines(work / "heldout.jsonl"), config.row_length)
     columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -57,7 +59,9 @@ def train_model(work: Path, config: train.TrainConfig) -> None:
             if step % 20 == 0 or line.startswith("held-out"):
                 progress.console.print(f"{step}/{num_steps}  {line}", highlight=False)
 
-        made, figures = train.train(train_NT, heldout_NT, words, SHAPE, config, show, checkpoint=work / "checkpoint")
+        made, figures = train.train(
+            train_NT, heldout_NT, prompts, words, SHAPE, config, show, checkpoint=work / "checkpoint"
+        )
     target = work / "model"
     made.to(torch.bfloat16).save_pretrained(target)
     words.save_pretrained(target)

@@ -51,6 +51,13 @@ def render(tokenizer: PreTrainedTokenizerFast, document: str | list[dict[str, st
     return tokenizer.apply_chat_template(document, tokenize=False)
 
 
+def first_prompts(tokenizer: PreTrainedTokenizerFast, documents: list[str | list[dict[str, str]]]) -> list[str]:
+    """The text of each conversation up to where its first answer begins."""
+    chats = [document for document in documents if not isinstance(document, str)]
+    openings = [chat[: [message["role"] for message in chat].index("assistant")] for chat in chats]
+    return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in openings]
+
+
 def tokenizer_texts(documents: list[str | list[dict[str, str]]]) -> Iterator[str]:
     for document in documents:
         if isinstance(document, str):

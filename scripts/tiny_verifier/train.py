@@ -8,6 +8,7 @@ fraction of the cost of training all layers from the first step. Weights are hel
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from tiny_verifier.repetition import repetition_loss
 from tiny_verifier.tokenizer import PreTrainedTokenizerFast, render
 
 
@@ -52,6 +54,10 @@ class TrainConfig:
     warmup_steps: int = 40
     decay_share: float = 0.4
     """The last share of the tokens, over which the learning rate falls to zero."""
+    repetition_weight: float = 0.0
+    """Of the penalty on loops in the model's own greedy text (repetition.py); for a last phase, it costs generation."""
+    num_repetition_prompts: int = 16
+    num_repetition_tokens: int = 120
     num_evaluation_rows: int = 64
     steps_between_checkpoints: int = 200
     seed: int = 20
@@ -121,6 +127,22 @@ def grown(model: LlamaForCausalLM, deep: LlamaForCausalLM) -> LlamaForCausalLM:
     return deep
 
 
+Penalty = Callable[[LlamaForCausalLM], torch.Tensor | None]
+
+
+def loop_penalty(prompts: list[str], tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> Penalty | None:
+    """The penalty over other prompts each time it is called; None if it is not wanted."""
+    if not config.repetition_weight:
+        return None
+    rng = random.Random(config.seed)
+
+    def penalty(model: LlamaForCausalLM) -> torch.Tensor | None:
+        drawn = rng.sample(prompts, config.num_repetition_prompts)
+        return repetition_loss(model, tokenizer, drawn, config.num_repetition_tokens)
+
+    return penalty
+
+
 class Stepper:
     """A bfloat16 model for the arithmetic, float32 copies of its weights for the optimisers."""
 
@@ -146,9 +168,13 @@ class Stepper:
         labels_NT[(labels_NT == pad) & (ids_NT[:, :-1] == pad)] = -100
         return functional.cross_entropy(logits, labels_NT.flatten())
 
-    def step(self, ids_NT: torch.Tensor, learning_rate: float) -> float:
+    def step(self, ids_NT: torch.Tensor, learning_rate: float, penalty: Penalty | None = None) -> tuple[float, float]:
+        """One update; returns the language-model loss and the penalty on loops."""
         loss = self.loss(ids_NT)
         loss.backward()
+        extra = penalty(self.model) if penalty else None
+        if extra is not None:
+            (self.config.repetition_weight * extra).backward()
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
@@ -157,7 +183,7 @@ class Stepper:
             optimiser.step()
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.masters)
-        return loss.item()
+        return loss.item(), 0.0 if extra is None else extra.item()
 
     @torch.no_grad()
     def full_precision_model(self) -> LlamaForCausalLM:
@@ -192,6 +218,7 @@ def evaluate(model: LlamaForCausalLM, tokens_NT: torch.Tensor, rows_per_step: in
 def train(
     train_NT: np.ndarray,
     heldout_NT: np.ndarray,
+    prompts: list[str],
     tokenizer: PreTrainedTokenizerFast,
     shape: ModelShape,
     config: TrainConfig,
@@ -207,6 +234,7 @@ def train(
     rows = torch.from_numpy(train_NT.astype(np.int64))
     order, begin, average = torch.randperm(len(rows)), time.monotonic(), math.nan
     heldout = torch.from_numpy(heldout_NT[: config.num_evaluation_rows].astype(np.int64))
+    penalty, penalties = loop_penalty(prompts, tokenizer, config), 0.0
     used, joined = 0, config.rows_joined if config.init else 1
     for step in range(num_steps):
         if step == grow_step:
@@ -217,10 +245,12 @@ def train(
             order, used = torch.randperm(len(rows)), 0
         batch = rows[order[used : used + config.rows_per_step]].to(device).view(-1, joined * config.row_length)
         used += config.rows_per_step
-        loss = stepper.step(batch, learning_rate(step, num_steps, config))
+        loss, extra = stepper.step(batch, learning_rate(step, num_steps, config), penalty)
+        penalties = 0.9 * penalties + 0.1 * extra
         average = loss if math.isnan(average) else 0.98 * average + 0.02 * loss
         rate = (step + 1) * batch.numel() / (time.monotonic() - begin)
-        report(step + 1, num_steps, f"loss {average:.3f}  {rate:,.0f} tok/s  {len(stepper.model.model.layers)} layers")
+        line = f"loss {average:.3f}  {rate:,.0f} tok/s  {len(stepper.model.model.layers)} layers"
+        report(step + 1, num_steps, line + (f"  loops {penalties:.3f}" if penalty else ""))
         if (step + 1) % config.steps_between_checkpoints == 0:
             stepper.model.save_pretrained(checkpoint)
             heldout_loss = evaluate(stepper.model, heldout, config.rows_per_step)

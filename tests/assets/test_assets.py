@@ -96,7 +96,7 @@ def test_an_unknown_split_is_an_error_that_names_the_known_ones():
         prompts_path("test")
 
 
-def test_greedy_answers_to_heldout_prompts_end_and_do_not_loop(model, tokenizer):
+def test_most_greedy_answers_to_heldout_prompts_end_and_do_not_loop(model, tokenizer):
     chats = read_chats(prompts_path("heldout"))[:NUM_GREEDY_PROMPTS]
     prompts = [chat[: [m["role"] for m in chat].index("assistant")] for chat in chats]
     texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
@@ -105,7 +105,11 @@ def test_greedy_answers_to_heldout_prompts_end_and_do_not_loop(model, tokenizer)
         output = model.generate(**batch, max_new_tokens=160, do_sample=False)
     answers = output[:, batch["input_ids"].shape[1] :].tolist()
     ended = [ids[: ids.index(tokenizer.eos_token_id)] for ids in answers if tokenizer.eos_token_id in ids]
+    all_ids = [ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids for ids in answers]
     assert len(ended) >= 0.8 * len(answers)
     assert sum(map(len, ended)) / len(ended) >= 20
-    most_repeated = [max(Counter(zip(*(ids[i:] for i in range(8)), strict=False)).values(), default=0) for ids in ended]
-    assert sum(times >= 4 for times in most_repeated) <= 0.1 * len(answers)
+    # Over all answers: those that loop mostly never end. The card tells how many do; this bound catches a model gone wrong.
+    most_repeated = [
+        max(Counter(zip(*(ids[i:] for i in range(8)), strict=False)).values(), default=0) for ids in all_ids
+    ]
+    assert sum(times >= 4 for times in most_repeated) <= 0.3 * len(answers)

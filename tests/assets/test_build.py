@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from tiny_verifier.conversations import FORMS, cut, forms_for
 from tiny_verifier.corpus import CorpusConfig, InventedNames, training_documents
+from tiny_verifier.repetition import closes_repetition, repetition_loss
 from tiny_verifier.report import loops, repeated_share
 from tiny_verifier.stdlib import module_entities, normal, read_entities, tidy
 from tiny_verifier.tokenizer import render, train_tokenizer
@@ -87,10 +88,10 @@ def test_nothing_held_out_is_shown_in_training():
     assert not leaked
 
 
-def tiny_llama(num_layers: int) -> LlamaForCausalLM:
+def tiny_llama(num_layers: int, vocab_size: int = 64) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=num_layers, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=num_layers,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -115,3 +116,34 @@ def test_packing_keeps_every_document_whole_and_once():
 def test_repetition_is_measured_as_counted_by_hand():
     assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4], 4) == pytest.approx(1 / 5)  # 1234 2341 3412 4123 1234
     assert loops([1, 2, 3, 4] * 8) and not loops(list(range(40)))
+
+
+def test_tokens_that_close_a_repeated_ngram_are_found():
+    row = torch.tensor([[1, 2, 3, 1, 2, 3, 9, 2, 3]])
+    # 2-grams: 12 23 31 12* 23* 39 92 23*
+    assert closes_repetition(row, n=2).tolist() == [[0, 0, 0, 0, 1, 1, 0, 0, 1]]
+
+
+def test_the_penalty_on_loops_lowers_the_probability_of_repeated_tokens():
+    torch.manual_seed(0)
+    model, tokenizer = looping_model()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+    penalties = []
+    for _ in range(30):
+        penalty = repetition_loss(model, tokenizer, ["a b", "c"], num_new_tokens=24)
+        if penalty is None:
+            break
+        penalties.append(penalty.item())
+        optimiser.zero_grad()
+        penalty.backward()
+        optimiser.step()
+    assert penalties, "the model was to loop at first"
+    assert len(penalties) < 30 or penalties[-1] < 0.5 * penalties[0]
+
+
+def looping_model() -> tuple[LlamaForCausalLM, object]:
+    """An untrained model with a large embedding: its greedy text is one token again and again."""
+    tokenizer = train_tokenizer(iter(["a b c d e f"]), vocab_size=270, max_length=64)
+    model = tiny_llama(2, vocab_size=len(tokenizer))
+    model.get_input_embeddings().weight.data.mul_(20)
+    return model, tokenizer
