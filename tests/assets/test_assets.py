@@ -108,7 +108,7 @@ def test_most_greedy_answers_to_heldout_prompts_end_and_do_not_loop(model, token
     all_ids = [ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids for ids in answers]
     assert len(ended) >= 0.8 * len(answers)
     assert sum(map(len, ended)) / len(ended) >= 20
-    # Over all answers: those that loop mostly never end. The card tells how many do; this bound catches a model gone wrong.
+    # Of all answers: those that loop rarely end. The card tells how many do; the bound catches a model gone wrong.
     most_repeated = [
         max(Counter(zip(*(ids[i:] for i in range(8)), strict=False)).values(), default=0) for ids in all_ids
     ]
