@@ -235,6 +235,27 @@ def test_the_turns_of_a_conversation_stay_together(model_dir, tmp_path):
         assert second[: len(first)] == first
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_regenerated_turns_of_a_conversation_stay_together(model_dir, tmp_path, kind):
+    """Three turns a conversation in two files whose ids are the same; the first token tells the conversation."""
+    for part, base in (("one", 10), ("two", 50)):
+        rows = [
+            {"primary_id": str(i), "input_ids": [base + i] + [4] * turn + [5], "loss_mask": [0] * (turn + 1) + [1]}
+            for turn in (1, 2, 3)
+            for i in range(20)
+        ]
+        if kind == "jsonl":
+            write_jsonl(tmp_path / f"{part}.jsonl", rows)
+        else:
+            datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{part}.parquet")
+    sources = [tmp_path / f"{part}.{kind}" for part in ("one", "two")]
+    prepared = prepare_data(model=model_dir, data=sources, output=tmp_path / "out", seq_length=200)
+    firsts = [row["input_ids"][0].item() for row in prepared.dataset()]
+    assert len(firsts) == 120
+    assert firsts[::3] == firsts[1::3] == firsts[2::3]
+    assert firsts[::3] != sorted(firsts[::3])
+
+
 def test_minimum_valid_tokens_drops_short_answers(model_dir, tmp_path):
     data = write_jsonl(tmp_path / "chats.jsonl", [chat("a", "b"), chat("a", "a much longer answer")])
     manifest = prepare_data(

@@ -7,7 +7,7 @@ than memory is fine. JSON is read by us, not by Arrow: tool calls with differing
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,14 @@ class RawRows(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
+
+    def conversation_ids(self) -> Iterable[Any]:
+        """One a row: its `primary_id`, which regenerated turns of a conversation share, or else its index."""
+        if len(self) == 0 or not isinstance(first := self[0], Mapping) or "primary_id" not in first:
+            return range(len(self))
+        if isinstance(self.rows, datasets.Dataset):
+            return self.rows["primary_id"]  # one column, in place of all tokens
+        return (row.get("primary_id", index) if isinstance(row, Mapping) else index for index, row in enumerate(self))
 
 
 def load_raw_dataset(source: str | Path) -> RawRows:

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -101,12 +101,18 @@ def prepare_data(
         num_workers=num_workers,
         progress=progress,
     )
+    prepared = PreparedData(path, write_prepared(path, chunks, recipe, allow_empty_output))
+    export_token_freq(prepared, token_freq_path)
+    return prepared
+
+
+def write_prepared(path: Path, chunks: Iterable[Tokenized], recipe: Recipe, allow_empty_output: bool) -> Manifest:
     with atomic_directory(path) as directory:
         done, token_freq, lengths = write_rows(chunks, directory)
         warn_about(done)
         num_tokens, num_supervised = sum(lengths), sum(token_freq.values())
         if not lengths and not allow_empty_output:
-            raise ValueError(explain_no_rows(done, sources))
+            raise ValueError(explain_no_rows(done, recipe.sources))
         refuse_all_supervised(num_tokens, num_supervised)
         manifest = Manifest(
             recipe=recipe,
@@ -122,12 +128,10 @@ def prepare_data(
         )
         save_token_freq(token_freq, directory / TOKEN_FREQ_NAME)
         (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    prepared = PreparedData(path, manifest)
-    export_token_freq(prepared, token_freq_path)
-    return prepared
+    return manifest
 
 
-def write_rows(chunks: Any, directory: Path) -> tuple[Tokenized, Counter[int], list[int]]:
+def write_rows(chunks: Iterable[Tokenized], directory: Path) -> tuple[Tokenized, Counter[int], list[int]]:
     """Stream the rows to disk as they come, then save them as a dataset: (counts, frequencies, row lengths)."""
     done, token_freq, lengths = Tokenized(), Counter[int](), list[int]()
     stream_path = directory / "stream" / "rows.arrow"  # a dataset cannot be saved into the directory it is read from

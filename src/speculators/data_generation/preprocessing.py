@@ -1,6 +1,6 @@
 """Sources of raw rows -> tokenised training rows: the order of rows, the cut, the in-memory functions of the contract.
 
-Conversations are shuffled, their turns stay together: a split at any row parts at most one conversation.
+Conversations are shuffled, the rows made of one stay together: a split at any row parts at most one conversation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from speculators.data_generation.conversations import TokenRow
-from speculators.data_generation.datasets import Chain, load_raw_dataset
+from speculators.data_generation.datasets import Chain, RawRows, load_raw_dataset
 from speculators.data_generation.tokenizing import (
     RowTokenizer,
     Tokenized,
@@ -68,8 +68,9 @@ def tokenize_sources(
     """Training rows of all sources, in a seeded order of conversations, chunk by chunk, at most `max_samples` rows."""
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples={max_samples}; keep at least 1 row, or None for all")
-    raw_rows = Chain([load_raw_dataset(source) for source in sources])
-    order = np.random.default_rng(seed).permutation(len(raw_rows)).tolist()
+    opened = [load_raw_dataset(source) for source in sources]
+    raw_rows = Chain(opened)
+    order = shuffled(conversations_of(opened), seed)
     num_read = num_rows = 0
     for chunk in tokenize_chunks(raw_rows, order, row_tokenizer, num_workers):
         if max_samples is not None:
@@ -81,6 +82,26 @@ def tokenize_sources(
         yield chunk
         if num_rows == max_samples:
             return
+
+
+def conversations_of(sources: Sequence[RawRows]) -> list[list[int]]:
+    """Rows by conversation, as indices into the chained sources.
+
+    A conversation is one row, or the rows that share a `primary_id`: regenerated turns, each with those before it.
+    """
+    conversations: list[list[int]] = []
+    num_before = 0
+    for source in sources:
+        rows_of: dict[Any, list[int]] = {}
+        for index, conversation_id in enumerate(source.conversation_ids()):
+            rows_of.setdefault(conversation_id, []).append(num_before + index)
+        conversations += rows_of.values()
+        num_before += len(source)
+    return conversations
+
+
+def shuffled(conversations: Sequence[Sequence[int]], seed: int) -> list[int]:
+    return [row for i in np.random.default_rng(seed).permutation(len(conversations)) for row in conversations[i]]
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
