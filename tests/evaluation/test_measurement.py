@@ -13,7 +13,7 @@ from speculators.decoding.stats import DecodeStats
 from speculators.evaluation.acceptance import summarise
 from speculators.evaluation.latency import measure_interleaved
 from speculators.evaluation.losslessness import NotLosslessError, count_identical, first_difference
-from speculators.evaluation.records import EvaluationReport
+from speculators.evaluation.records import EvaluationReport, Measurement
 from speculators.evaluation.report import report_table, save_report
 from speculators.evaluation.statistics import bootstrap
 
@@ -31,12 +31,13 @@ class Clock:
 def decoder(
     clock: Clock, rounds: dict[tuple[int, int, int], int], time_s: float, tokens: Sequence[int], log: list[str]
 ):
-    """Gives the same answer to every prompt; `rounds` counts (drafted, depth, accepted)."""
+    """Gives the same answer to every prompt; `rounds` counts (drafted, depth, accepted). Drafting takes a fifth."""
 
     def generate(prompts: Sequence[Sequence[int]]) -> list[RequestOutput]:
         clock.now_s += time_s
         log.append(f"{len(prompts)} x {time_s:g} s")
-        stats = DecodeStats(Counter(rounds), num_tokens=len(tokens))
+        draft_s = time_s / 5 if any(drafted for drafted, _, _ in rounds) else 0.0
+        stats = DecodeStats(Counter(rounds), num_tokens=len(tokens), draft_s=draft_s, verify_s=time_s - draft_s)
         return [RequestOutput(list(prompt), list(tokens), stats=stats) for prompt in prompts]
 
     return generate
@@ -69,8 +70,16 @@ def test_a_row_holds_the_hand_computed_figures():
     assert toy.plain_tokens_per_s == pytest.approx(7 / 0.6)
     assert toy.speedup.value == pytest.approx(1.5)
     assert toy.speedup_per_token == pytest.approx(1.5 / (7 / 3))
+    assert toy.draft_cost == pytest.approx(0.08 / 3 / 0.1)  # rounds of 0.4 / 3 s, plain steps of 0.6 / 6 s
+    assert toy.verify_cost == pytest.approx(0.32 / 3 / 0.1)
     assert (toy.num_identical, toy.num_prompts) == (4, 4)
     assert toy.warnings == ()
+
+
+def test_costs_are_left_open_when_every_answer_is_one_token():
+    one = [Measurement(((7,),), 0.1, DecodeStats(num_tokens=1, prefill_s=0.1))]
+    toy = summarise("toy", one, one, num_speculative_tokens=3, temperature=0.0)
+    assert toy.draft_cost is None and toy.verify_cost is None
 
 
 def test_conditional_acceptance_rebuilds_the_acceptance_length():

@@ -8,6 +8,7 @@ from operator import add
 
 import numpy as np
 
+from speculators.decoding.stats import DecodeStats
 from speculators.evaluation.losslessness import count_identical
 from speculators.evaluation.records import Measurement, MethodRow
 from speculators.evaluation.statistics import Estimate, bootstrap
@@ -47,9 +48,22 @@ def summarise(
         speedup_per_token=speedup.value / length.value,
         num_identical=count_identical(plain_ids, ids) if temperature == 0 else None,
         draft_share=stats.draft_s / time_s,
+        **costs(reduce(add, (m.stats for m in plain)), stats),
         sampling_p_value=sampling_p_value,
         warnings=doubts(speedup, length),
     )
+
+
+def costs(plain: DecodeStats, speculative: DecodeStats) -> dict[str, float | None]:
+    """Drafting, and the rest of a round, in units of a plain step. Prefill is in neither."""
+    plain_s = plain.draft_s + plain.verify_s + plain.overhead_s
+    if not plain_s:  # every answer was one token
+        return {"draft_cost": None, "verify_cost": None}
+    units = plain_s / plain.num_rounds * max(speculative.num_rounds, 1)
+    return {
+        "draft_cost": speculative.draft_s / units,
+        "verify_cost": (speculative.verify_s + speculative.overhead_s) / units,
+    }
 
 
 def acceptance_length(measurements: Sequence[Measurement]) -> Estimate:

@@ -52,6 +52,10 @@ class MethodRow:
     """prompts whose tokens equal plain decoding's; None where sampling makes the question meaningless"""
     draft_share: float
     """share of the time spent making drafts"""
+    draft_cost: float | None
+    """seconds of drafting a round, over seconds of a plain step; None when no plain step was taken"""
+    verify_cost: float | None
+    """seconds of the rest of a round (scoring the drafts, keeping books), over seconds of a plain step"""
     sampling_p_value: float | None = None
     """two-sample test of sampled answers against plain decoding's; None when it was not made"""
     warnings: tuple[str, ...] = ()
