@@ -1,0 +1,54 @@
+"""What a directory given to `serve` is, from its config.json alone: a speculator, or a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SpeculatorFacts:
+    """What a speculator's config.json says about serving it."""
+
+    path: str
+    """Absolute: the server may run elsewhere."""
+    speculators_model_type: str
+    verifier: str | None
+    num_speculative_tokens: int | None
+
+
+def absolute_if_directory(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def speculator_facts(model: str) -> SpeculatorFacts | None:
+    """None: not a local speculator (a hub id, or a directory of something else)."""
+    values = local_config(model)
+    if values is None or "speculators_model_type" not in values:
+        return None
+    settings = values.get("speculators_config") or {}
+    methods = settings.get("proposal_methods") or [{}]
+    return SpeculatorFacts(
+        path=absolute_if_directory(model),
+        speculators_model_type=values["speculators_model_type"],
+        verifier=(settings.get("verifier") or {}).get("name_or_path"),
+        num_speculative_tokens=methods[0].get("speculative_tokens"),
+    )
+
+
+def local_config(model: str) -> dict[str, Any] | None:
+    """config.json of a local directory; None for what is no directory (a hub id)."""
+    path = Path(model)
+    if not path.is_dir():
+        looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+        if looks_local:
+            raise ValueError(f"{model} is no directory; give a checkpoint's directory or a model's hub id")
+        return None
+    try:
+        return dict(json.loads((path / "config.json").read_text()))
+    except FileNotFoundError as error:
+        raise ValueError(f"{model} has no config.json: it is neither a speculator nor a model") from error
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is not JSON ({error}): the checkpoint is damaged") from error

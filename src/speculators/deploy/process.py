@@ -1,0 +1,182 @@
+"""One server process: started in a group of its own, watched until it is healthy, stopped with everything it started.
+
+vLLM's front end starts engine and worker processes. They share the front end's process group, so that whatever happens
+to it (a crash, a kill -9) the rest can be found and ended: no `VLLM::EngineCore` outlives the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+POLL_S = 0.5
+GRACE_S = 20.0
+"""From the request to stop until everything left is killed. Kubernetes allows 30 s in all."""
+NUM_KEPT_LINES = 400
+NUM_SHOWN_LINES = 25
+SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec one must not
+
+
+class ServerFailedError(RuntimeError):
+    """The server ended, or never became healthy. The message carries its last words."""
+
+
+def ignore(*_: object) -> None:
+    pass
+
+
+class ServerProcess:
+    """A context manager. `on_line` receives each line the server prints, from a thread."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        on_line: Callable[[str], None] = ignore,
+    ) -> None:
+        self.command = list(command)
+        self.env = None if env is None else {**os.environ, **env}
+        self.on_line = on_line
+        self.lines: deque[str] = deque(maxlen=NUM_KEPT_LINES)
+
+    def __enter__(self) -> ServerProcess:
+        # The kernel sends the signal when the starting THREAD ends: only the main one lives as long as the process.
+        is_main = threading.current_thread() is threading.main_thread()
+        try:
+            self.process = subprocess.Popen(
+                self.command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                preexec_fn=end_with_parent if is_main and LIBC is not None else None,
+            )
+        except OSError as error:
+            raise ServerFailedError(f"{self.command[0]} cannot be started: {error}") from error
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        return self
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            self.on_line(line.rstrip("\n"))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_until_healthy(
+        self, health_url: str, timeout_s: float, on_wait: Callable[[float, str], None] = ignore
+    ) -> float:
+        """Seconds until `health_url` answered 200. `on_wait(seconds, last line)` is called at each poll."""
+        start = time.monotonic()
+        with httpx.Client(timeout=5.0, trust_env=False) as client:
+            while True:
+                waited_s = time.monotonic() - start
+                if not self.is_running:
+                    raise ServerFailedError(f"the server ended with {self.describe_end()}{self.last_words()}")
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get(health_url).status_code == 200:
+                        return waited_s
+                if waited_s > timeout_s:
+                    raise ServerFailedError(
+                        f"the server was not healthy after {timeout_s:.0f} s ({health_url}); large models need longer: "
+                        f"--ready-timeout{self.last_words()}"
+                    )
+                on_wait(waited_s, self.lines[-1] if self.lines else "")
+                time.sleep(POLL_S)
+
+    def wait(self) -> None:
+        """Until the server ends by itself, which is a failure."""
+        self.process.wait()
+        raise ServerFailedError(f"the server ended with {self.describe_end()}{self.last_words()}")
+
+    def describe_end(self) -> str:
+        code = self.process.poll()
+        assert code is not None
+        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+    def last_words(self) -> str:
+        """The end of the log: from its last traceback or error on, when that is near."""
+        self.reader.join(timeout=2.0)  # what is still in the pipe
+        lines = list(self.lines)
+        if not lines:
+            return "; it printed nothing"
+        shown = lines[-NUM_SHOWN_LINES:]
+        return f". Its last {len(shown)} lines:\n" + "\n".join(f"  {line}" for line in shown)
+
+    def stop(self, grace_s: float = GRACE_S) -> None:
+        """Ask the front end to end, wait, then end what is left of its group. Interrupted: the group dies at once."""
+        try:
+            if self.is_running:
+                self.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(grace_s)
+            deadline = time.monotonic() + min(grace_s, 5.0)
+            while group_members(self.pid) and time.monotonic() < deadline:
+                signal_group(self.pid, signal.SIGTERM)
+                time.sleep(0.1)
+        finally:
+            if group_members(self.pid):
+                signal_group(self.pid, signal.SIGKILL)
+            self.process.wait()
+            self.reader.join(timeout=2.0)
+
+
+def end_with_parent() -> None:
+    """In the child, before it becomes the server: be told when whoever started it dies, however it dies."""
+    assert LIBC is not None
+    LIBC.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def signal_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def group_members(group: int) -> list[int]:
+    """Processes of a group that are alive: zombies that nobody has reaped do not count."""
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.killpg(group, 0)
+        except (ProcessLookupError, PermissionError):
+            return []
+        return [group]
+    members = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            # pid (comm) state ppid pgrp ...; comm may hold spaces and parentheses
+            state, _, process_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                members.append(int(entry.name))
+    return members

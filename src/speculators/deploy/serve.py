@@ -1,0 +1,149 @@
+"""Commands that start vLLM, and running one until it is told to stop.
+
+command_to_serve        a verifier with a drafter (or plainly)
+command_to_extract      a verifier that writes its hidden states to files, for training
+run_server              start, wait for health, forward the log, stop with everything it started
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from speculators.deploy.process import ServerProcess, ignore
+from speculators.utils.extraction import ExtractionNote
+
+DEFAULT_PORT = 8000
+"""vLLM's."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SPECULATIVE_FLAGS = ("--speculative-config", "--speculative_config", "-sc")
+TRANSFER_FLAGS = ("--kv-transfer-config", "--kv_transfer_config")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command, and where the server it starts will answer."""
+
+    command: tuple[str, ...]
+    base_url: str | None
+    """None: this command starts no front end (a further node of several), so there is nothing to ask."""
+
+    @property
+    def endpoint(self) -> str | None:
+        """What OpenAI clients call the base URL."""
+        return None if self.base_url is None else f"{self.base_url}/v1"
+
+
+def command_to_serve(
+    vllm: Sequence[str],
+    verifier: str,
+    speculative_config: Mapping[str, Any] | None,
+    vllm_args: Sequence[str] = (),
+) -> Launch:
+    """`vllm`: how vLLM is called (`VllmEnvironment.command`). `vllm_args` are passed on as they are."""
+    refuse(vllm_args, SPECULATIVE_FLAGS, "the drafter is named by the command itself; use its --speculative-config")
+    drafting = () if speculative_config is None else ("--speculative-config", json.dumps(speculative_config))
+    return Launch((*vllm, "serve", verifier, *drafting, *vllm_args), base_url_of(vllm_args))
+
+
+def command_to_extract(
+    vllm: Sequence[str], note: ExtractionNote, directory: Path, vllm_args: Sequence[str] = ()
+) -> Launch:
+    """vLLM's own way to hidden states: the method that drafts nothing, and the connector that writes files."""
+    refuse(vllm_args, (*SPECULATIVE_FLAGS, *TRANSFER_FLAGS), "extraction needs its own setting there; leave it out")
+    speculative = {
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(note.layer_ids)}},
+    }
+    transfer = {
+        "kv_connector": "ExampleHiddenStatesConnector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": str(directory)},
+    }
+    extraction = ("--speculative_config", json.dumps(speculative), "--kv_transfer_config", json.dumps(transfer))
+    return Launch((*vllm, "serve", note.model, *extraction, *vllm_args), base_url_of(vllm_args))
+
+
+def refuse(vllm_args: Sequence[str], flags: Sequence[str], reason: str) -> None:
+    given = next((arg for arg in vllm_args if arg.split("=")[0] in flags), None)
+    if given is not None:
+        raise ValueError(f"{given.split('=')[0]} after --: {reason}")
+
+
+def base_url_of(vllm_args: Sequence[str]) -> str | None:
+    """Where to ask for health, from vLLM's own flags."""
+    if "--headless" in vllm_args:
+        return None
+    host = value_of(vllm_args, "--host") or "0.0.0.0"
+    port = value_of(vllm_args, "--port") or str(DEFAULT_PORT)
+    if not port.isdigit():
+        raise ValueError(f"--port {port}: a port is a number")
+    if host in ("0.0.0.0", "::"):  # every address, of which this is one
+        host = "127.0.0.1"
+    scheme = "https" if value_of(vllm_args, "--ssl-certfile") else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def value_of(args: Sequence[str], flag: str) -> str | None:
+    """Value of `--flag value` or `--flag=value`; the last one counts, as in argparse."""
+    value = None
+    for index, arg in enumerate(args):
+        if arg == flag and index + 1 < len(args):
+            value = args[index + 1]
+        elif arg.startswith(f"{flag}="):
+            value = arg.removeprefix(f"{flag}=")
+    return value
+
+
+class StopRequested(BaseException):
+    """A signal asked the server to stop. No `Exception`: nothing on the way may swallow it."""
+
+    def __init__(self, signal_name: str) -> None:
+        super().__init__(signal_name)
+        self.signal_name = signal_name
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Inside, Ctrl-C, SIGTERM and SIGHUP raise `StopRequested`. Only the main thread can be told."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StopRequested(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_server(
+    launch: Launch,
+    *,
+    ready_timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] = ignore,
+    on_wait: Callable[[float, str], None] = ignore,
+    on_ready: Callable[[float], None] = ignore,
+) -> str:
+    """Serve until a signal asks to stop; returns its name. `ServerFailedError` when the server ends by itself."""
+    try:
+        with stopping_on_signals(), ServerProcess(launch.command, env=env, on_line=on_line) as server:
+            if launch.base_url is not None:
+                on_ready(server.wait_until_healthy(f"{launch.base_url}/health", ready_timeout_s, on_wait))
+            server.wait()
+    except StopRequested as request:
+        return request.signal_name
+    raise AssertionError("ServerProcess.wait always raises")
