@@ -11,19 +11,21 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from speculators.checkpoint_contract import SPECULATORS, CheckpointContract
 from speculators.config import SpeculatorModelConfig
 from speculators.draft_vocab import DraftVocabMixin
-from speculators.interfaces import CaptureSpec
+from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.model_loading import LoadOptions, cast_parameters, copy_tensors, load_tensors
 from speculators.utils.registry import ClassRegistryMixin
 from speculators.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from speculators.interfaces import Proposer
+    from speculators.interfaces import Proposer, TreeDrafter
 
 __all__ = ["DraftVocabMixin", "NoTrainingArgs", "SpeculatorModel"]
 
@@ -55,8 +57,14 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
     """Keys the algorithm adds to the training command line and YAML; they reach `from_training_args`."""
     training_defaults: ClassVar[Mapping[str, Any]] = {}
     """Generic training keys for which this algorithm wants another default."""
-    checkpoint_formats: ClassVar[tuple[str, ...]] = ("speculators",)
-    """Names of the checkpoint formats the algorithm reads and writes."""
+    contract: ClassVar[CheckpointContract] = CheckpointContract()
+    """What a checkpoint must hold, what vLLM makes of it, and the formats of other projects."""
+    checkpoint_formats: ClassVar[tuple[str, ...]] = (SPECULATORS,)
+    """Names of the checkpoint formats the algorithm reads or writes: ours and those of its contract."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.checkpoint_formats = (SPECULATORS, *(known.name for known in cls.contract.formats))
 
     def __init__(self, config: SpeculatorModelConfig, **kwargs: Any) -> None:
         if not config:
@@ -134,9 +142,36 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
         """Shift one sample's columns as `forward` expects them, before samples are packed."""
         return sample
 
+    def make_tree_drafter(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> TreeDrafter:
+        """What draft trees are grown with at decode time."""
+        raise ValueError(f"{type(self).__name__} drafts chains only; leave out speculative_token_tree and dynamic_tree")
+
     def make_proposer(self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int) -> Proposer:
         """What drafts with this model at decode time."""
         raise NotImplementedError(f"{type(self).__name__} does not implement make_proposer: it can only be trained")
+
+    def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor | None:
+        """What the training forward answers in the places of the last `num_drafts` tokens, each on the tokens before
+        it: [K, V] logits over the verifier's vocabulary, -inf for tokens that cannot be drafted. States are zeros from
+        the last token before the drafts on: nobody knows them when drafting. The parity gate compares this with what
+        the proposer drafted; None: the algorithm has no such answer, and the gate says that nothing was compared."""
+        return None
+
+    def training_row(self, states: VerifierStates) -> dict[str, Tensor]:
+        """One sequence as the trainer hands it to `forward`: aligned, packed alone, without padding."""
+        num_tokens, last_TH = len(states.token_ids_T), states.last_hidden_TH
+        assert last_TH is not None
+        sample = self.align({
+            "hidden_states": last_TH[:, :0] if states.aux_TD is None else states.aux_TD,
+            "verifier_last_hidden_states": last_TH,
+            "input_ids": states.token_ids_T,
+            "loss_mask": torch.ones_like(states.token_ids_T),
+            "position_ids": torch.arange(num_tokens, device=last_TH.device),
+        })  # fmt: skip
+        row = {"document_ids": torch.zeros_like(sample["input_ids"]), **sample}
+        return {key: values[None] for key, values in row.items()}
 
     def load_vocab_mappings(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
         """Set the draft vocabulary; nothing to do for a model without one."""

@@ -63,6 +63,10 @@ class DFlashSpeculatorConfig(SpeculatorModelConfig):
         return sights
 
     @property
+    def sights_causal(self) -> list[bool]:
+        return [sight.causal for sight in self.sights]
+
+    @property
     def served_causal(self) -> list[bool]:
         """Whether vLLM serves each layer causal (qwen3_dflash.py, speculators/algos.py): one answer for all layers."""
         nested = self.transformer_layer_config

@@ -30,6 +30,7 @@ from speculators.models.dflash.checkpoint import (
 from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
 from speculators.models.dflash.network import BlockDecoderLayer, DFlashNetwork
 from speculators.models.dflash.proposer import DFlashProposer
+from speculators.models.dflash.serving import DFlashContract
 from speculators.models.dflash.training import (
     DEFAULT_MAX_ANCHORS,
     DPACE_ALPHA,
@@ -54,6 +55,7 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     """Owns the weights under the names of the checkpoint."""
 
     config_class: type[DFlashSpeculatorConfig] = DFlashSpeculatorConfig  # type: ignore[assignment]
+    contract = DFlashContract()
     training_args: ClassVar[type[BaseModel]] = DFlashTrainingArgs
     training_defaults = TRAINING_DEFAULTS
     anchor_may_draft = False

@@ -18,6 +18,7 @@ from speculators.models.dspark.checkpoint import expected_keys, pin_causality, w
 from speculators.models.dspark.config import DSparkSpeculatorConfig
 from speculators.models.dspark.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
 from speculators.models.dspark.proposer import DSparkProposer
+from speculators.models.dspark.serving import DSparkContract
 from speculators.models.dspark.training import (
     CONFIDENCE_ALPHA,
     CONFIDENCE_TARGET,
@@ -33,6 +34,7 @@ DEFAULT_MAX_ANCHORS = 3072
 @SpeculatorModel.register("dspark")
 class DSparkDraftModel(DFlashDraftModel):
     config_class = DSparkSpeculatorConfig
+    contract = DSparkContract()
     training_args = DSparkTrainingArgs
     training_defaults = TRAINING_DEFAULTS
     anchor_may_draft = True

@@ -31,6 +31,7 @@ from speculators.models.eagle.generation import generate
 from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
 from speculators.models.eagle.proposer import EagleProposer
 from speculators.models.eagle.sequence import run_sequences
+from speculators.models.eagle.serving import EagleContract
 from speculators.models.eagle.training import (
     OBJECTIVE_KEYS,
     PackedBatch,
@@ -55,7 +56,7 @@ class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc
     config_class = EagleSpeculatorConfig  # type: ignore[assignment]
     training_args = EagleTrainingArgs
     training_defaults = TRAINING_DEFAULTS
-    checkpoint_formats = ("speculators", "eagle")
+    contract = EagleContract()
     align = staticmethod(align)
     decoding_module: ClassVar[str] = "speculators.decoding"
     """Where `generate` finds an engine; see `generation`."""

@@ -21,6 +21,7 @@ from speculators.models.eagle3.checkpoint import complete_transformer_layer_conf
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.eagle3.proposer import Eagle3Proposer
+from speculators.models.eagle3.serving import Eagle3Contract
 from speculators.models.eagle3.training import shift_batch, train_forward
 from speculators.models.utils import resolve_target_layer_ids, target_logit_transform
 from speculators.nn.attention import layer_window
@@ -36,6 +37,7 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     """Owns the weights under the names of the checkpoint."""
 
     config_class = Eagle3SpeculatorConfig  # type: ignore[assignment]
+    contract = Eagle3Contract()
     training_args = Eagle3TrainingArgs
     training_defaults = TRAINING_DEFAULTS
     align = staticmethod(shift_batch)

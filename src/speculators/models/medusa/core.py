@@ -19,6 +19,7 @@ from speculators.models.medusa.arguments import TRAINING_DEFAULTS, MedusaTrainin
 from speculators.models.medusa.checkpoint import expected_keys, read_native, save_native
 from speculators.models.medusa.config import MedusaSpeculatorConfig
 from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
+from speculators.models.medusa.serving import MedusaContract
 from speculators.models.medusa.proposer import MedusaTreeProposer, StaticTree
 from speculators.models.utils import get_verifier_config
 from speculators.verifier import verifier_parts
@@ -30,7 +31,7 @@ class MedusaDraftModel(LastStateModel):
     config: MedusaSpeculatorConfig
     training_args = MedusaTrainingArgs
     training_defaults = TRAINING_DEFAULTS
-    checkpoint_formats = ("speculators", "medusa")
+    contract = MedusaContract()
 
     def __init__(self, config: MedusaSpeculatorConfig, **kwargs: Any):
         super().__init__(config, **kwargs)

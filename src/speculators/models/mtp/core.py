@@ -27,6 +27,7 @@ from speculators.models.mtp.layer import MTPLayer, decoder_shape
 from speculators.models.mtp.native import read_native
 from speculators.models.mtp.network import MTPNetwork
 from speculators.models.mtp.proposer import MTPProposer
+from speculators.models.mtp.serving import MTPContract
 from speculators.models.mtp.stitch import stitch
 from speculators.models.mtp.training import (
     HARD_LABELS,
@@ -54,7 +55,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     config_class = MTPSpeculatorConfig  # type: ignore[assignment]
     training_args = MTPTrainingArgs
     training_defaults = TRAINING_DEFAULTS
-    checkpoint_formats = ("speculators", "native")
+    contract = MTPContract()
     align = staticmethod(shift_batch_mtp)
     stitch = staticmethod(stitch)
     _keys_to_ignore_on_save = [*VERIFIERS_OWN, *DraftVocabMixin._keys_to_ignore_on_save]

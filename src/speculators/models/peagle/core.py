@@ -19,6 +19,7 @@ from speculators.models.peagle.arguments import TRAINING_DEFAULTS, PEagleTrainin
 from speculators.models.peagle.checkpoint import expected_keys, write_fc_norm
 from speculators.models.peagle.config import PEagleSpeculatorConfig, default_of
 from speculators.models.peagle.proposer import PEagleProposer
+from speculators.models.peagle.serving import PEagleContract
 from speculators.models.peagle.training import Sampling, train_forward
 from speculators.models.utils import resolve_mask_token_id
 
@@ -28,6 +29,7 @@ class PEagleDraftModel(Eagle3DraftModel):
     """Owns the weights under the names of the checkpoint."""
 
     config_class = PEagleSpeculatorConfig  # type: ignore[assignment]
+    contract = PEagleContract()
     training_args = PEagleTrainingArgs  # type: ignore[assignment]
     training_defaults = TRAINING_DEFAULTS
     # The embedding is trained: a checkpoint without it is incomplete, and loading says so.

@@ -1,0 +1,128 @@
+"""How vLLM serves DSpark: by our directory, or by one in the dense format of its authors; and what it misreads.
+
+The dense format has our tensors; its config is the draft layers' with the drafter's keys beside them, and
+`target_layer_ids` j counts outputs: our j + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from speculators.checkpoint_contract import SPECULATORS
+from speculators.checkpoint_format import (
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    Serving,
+    num_speculative_tokens,
+    write_config,
+)
+from speculators.config import SpeculatorsConfig, VerifierConfig
+from speculators.findings import Finding, error
+from speculators.models.dflash.checkpoint import complete_block_config
+from speculators.models.dflash.config import is_sliding
+from speculators.models.dflash.serving import NOT_THE_LAYERS, DFlashContract, check_names
+from speculators.models.dspark.checkpoint import SERVED_HEAD, expected_keys
+from speculators.models.dspark.config import DSparkSpeculatorConfig
+from speculators.proposals import GreedyTokenProposalConfig
+
+DENSE = "dspark"
+SERVED_CLASS, OTHER_CLASS = "Qwen3DSparkModel", "DSparkDraftModel"
+OWN_KEYS = ("block_size", "mask_token_id", "markov_rank", "markov_head_type", "enable_confidence_head",
+            "confidence_head_with_markov", "sample_from_anchor")  # fmt: skip
+OLD_PREFIX, PREFIX = "logit_head.", "markov_head."
+
+
+class DenseFormat(CheckpointFormat):
+    name: ClassVar[str] = DENSE
+
+    def recognises(self, source: ForeignCheckpoint) -> bool:
+        return bool({SERVED_CLASS, OTHER_CLASS} & set(source.values.get("architectures") or []))
+
+    def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
+        values = {**source.values, **(source.values.get("dflash_config") or {})}
+        own = {key: values[key] for key in OWN_KEYS if values.get(key) is not None}
+        ids = options.get("aux_hidden_state_layer_ids") or [layer + 1 for layer in values.get("target_layer_ids") or []]
+        if not ids or "block_size" not in own:
+            raise ValueError(f"{source.path / 'config.json'} must say target_layer_ids and block_size")
+        left_out = {*NOT_THE_LAYERS, *OWN_KEYS, "target_layer_ids", "dspark_bonus_anchor"}
+        nested = complete_block_config(
+            AutoConfig.for_model(**{
+                "model_type": "qwen3", **{key: value for key, value in source.values.items() if key not in left_out}
+            })
+        )  # fmt: skip
+        drafts_at_anchor = own.setdefault("sample_from_anchor", not source.values.get("dspark_bonus_anchor", False))
+        tensors = {name.replace(OLD_PREFIX, PREFIX): tensor for name, tensor in source.tensors().items()}
+        own.setdefault("enable_confidence_head", "confidence_head.proj.weight" in tensors)
+        recorded = None
+        if verifier is not None:
+            num_tokens = own["block_size"] - (not drafts_at_anchor)
+            recorded = SpeculatorsConfig(
+                algorithm="dspark",
+                proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_tokens)],
+                default_proposal_method="greedy",
+                verifier=VerifierConfig.from_pretrained(verifier),
+            )
+        slides = any(is_sliding(nested, i) for i in range(nested.num_hidden_layers))
+        config = DSparkSpeculatorConfig(
+            transformer_layer_config=nested,
+            draft_vocab_size=values.get("draft_vocab_size") or nested.vocab_size,
+            aux_hidden_state_layer_ids=ids,
+            sliding_window_non_causal=not slides,
+            speculators_config=recorded,
+            **own,
+        )
+        is_whole = config.draft_vocab_size == nested.vocab_size
+        copies = {"embed_tokens.weight", "lm_head.weight"} if is_whole else {"embed_tokens.weight"}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
+        check_names(set(tensors), expected_keys(config), source.path)
+        return Converted(config, tensors)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        config: Any = checkpoint.config
+        tensors = {name: checkpoint.tensors[name].contiguous() for name in sorted(expected_keys(config))}
+        nested = config.transformer_layer_config
+        values = {key: value for key, value in nested.to_dict().items() if key != "_name_or_path"}
+        if config.sights_causal != config.served_causal:
+            values["is_causal"] = config.sights_causal[0]
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        write_config(directory, {
+            **values, **{key: getattr(config, key) for key in OWN_KEYS}, "architectures": [SERVED_CLASS],
+            "model_type": "qwen3", "draft_vocab_size": config.draft_vocab_size,
+            "dspark_bonus_anchor": not config.sample_from_anchor,
+            "target_layer_ids": [layer - 1 for layer in config.aux_hidden_state_layer_ids],
+            "dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
+        })  # fmt: skip
+
+    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
+        method = {"method": "dspark", "model": directory, "num_speculative_tokens": num_speculative_tokens(config)}
+        return Serving(verifier, method)
+
+
+class DSparkContract(DFlashContract):
+    formats: ClassVar[tuple[CheckpointFormat, ...]] = (DenseFormat(),)
+    served_format: ClassVar[str | None] = SPECULATORS
+    absent_means: ClassVar[Mapping[str, str]] = {
+        "aux_hidden_state_layer_ids": "does not load the checkpoint",
+        "mask_token_id": "has no token for masked slots",
+        "sample_from_anchor": "takes it for false: every draft would be one token late",
+        "markov_rank": "builds no Markov head",
+        "markov_head_type": "takes it for vanilla",
+    }
+
+    def own_findings(self, config: Any) -> list[Finding]:
+        if config.markov_head_type == SERVED_HEAD and config.markov_rank > 0:
+            return []
+        return [
+            error(
+                "not-servable", "markov_head_type", f"{config.markov_head_type!r} of rank {config.markov_rank}",
+                f"vLLM loads a {SERVED_HEAD!r} head with a rank above 0, nothing else",
+                f"train with --markov-head-type {SERVED_HEAD}, or decode here",
+            )
+        ]  # fmt: skip

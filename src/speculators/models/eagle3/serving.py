@@ -1,0 +1,204 @@
+"""How vLLM serves EAGLE-3: by our directory, or by one of the EAGLE repository; and what it misreads.
+
+EAGLE repository, SpecForge             ours
+midlayer.*                              layers.0.*
+d2t, t2d, fc, norm, lm_head             the same
+embed_tokens (often absent)             the same
+config: that of the draft layer, with   top level beside transformer_layer_config
+draft_vocab_size, eagle_config, flags
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from speculators.checkpoint_contract import SPECULATORS, CheckpointContract
+from speculators.checkpoint_format import (
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    Serving,
+    num_speculative_tokens,
+    write_config,
+)
+from speculators.config import SpeculatorsConfig, VerifierConfig
+from speculators.findings import Finding, error, missing_keys
+from speculators.models.eagle3.checkpoint import complete_transformer_layer_config
+from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
+from speculators.models.utils import get_verifier_config, resolve_target_layer_ids
+from speculators.proposals import GreedyTokenProposalConfig
+from speculators.utils.loading import load_model_layers
+
+NATIVE = "eagle3"
+IDS = "eagle_aux_hidden_state_layer_ids"
+THEIR_LAYER, OUR_LAYER = "midlayer.", "layers.0."
+SERVED_FAMILIES = ("llama", "qwen3")
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+NOT_THE_LAYERS = (*FLAGS, IDS, "architectures", "auto_map", "eagle_config", "draft_vocab_size", "target_hidden_size",
+                  "dtype", "torch_dtype", "transformers_version")  # fmt: skip
+CONVERTED_TOKENS = 3
+"""Draft tokens a round of a converted checkpoint, whose own config does not say."""
+# What the authors' code assumes where an old config.json is silent.
+SILENT = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+SILENT_DRAFT_VOCAB = 32000
+
+
+class Eagle3Format(CheckpointFormat):
+    name: ClassVar[str] = NATIVE
+
+    def recognises(self, source: ForeignCheckpoint) -> bool:
+        names = source.tensor_names
+        return "fc.weight" in names and bool({"midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"} & names)
+
+    def findings(self, source: ForeignCheckpoint) -> list[Finding]:
+        values, found = source.values, []
+        nested = (values.get("eagle_config") or {}).get(IDS)
+        if nested and not values.get(IDS):
+            found.append(ids_nested("eagle_config." + IDS, nested))
+        if values.get("draft_vocab_size") is None and "d2t" in source.tensor_names:
+            found += missing_keys(values, {"draft_vocab_size": "takes the verifier's, and ignores d2t"})
+        return found
+
+    def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
+        tensors = {name.replace(THEIR_LAYER, OUR_LAYER): tensor for name, tensor in source.tensors().items()}
+        values, own = source.values, source.values.get("eagle_config") or {}
+        nested = nested_config(values, tensors, verifier)
+        flags: dict[str, Any] = {
+            flag: options[flag] if options.get(flag) is not None else values.get(flag) for flag in FLAGS
+        }
+        flags["norm_before_fc"] = flags["norm_before_fc"] or "input_norm.weight" in tensors
+        flags["fc_norm"] = flags["fc_norm"] or "fc_norm.0.weight" in tensors
+        num_aux = tensors["fc.weight"].shape[1] // (values.get("target_hidden_size") or nested.hidden_size)
+        ids = options.get(IDS) or values.get(IDS) or own.get(IDS)
+        notes = []
+        if ids is None and verifier is not None and num_aux == DEFAULT_NUM_AUX:
+            ids = resolve_target_layer_ids(None, verifier)
+            notes.append(f"the checkpoint names no layers to read: {ids}, the default of engines, was written down")
+        nested = complete_transformer_layer_config(nested, num_aux)
+        if "embed_tokens.weight" not in tensors and verifier is not None:
+            tensors |= load_model_layers(["embed_tokens.weight"], verifier)
+        config = Eagle3SpeculatorConfig(
+            transformer_layer_config=nested,
+            draft_vocab_size=values.get("draft_vocab_size") or tensors["lm_head.weight"].shape[0],
+            target_hidden_size=values.get("target_hidden_size"),
+            eagle_aux_hidden_state_layer_ids=ids,
+            speculators_config=None if verifier is None else recorded(verifier),
+            **{flag: bool(value) for flag, value in flags.items()},  # type: ignore[arg-type]
+        )
+        return Converted(config, without_whole_map(tensors, config), notes)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        config: Any = checkpoint.config
+        nested = config.transformer_layer_config
+        tensors = {name.replace(OUR_LAYER, THEIR_LAYER): t.contiguous() for name, t in checkpoint.tensors.items()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        values = {key: value for key, value in nested.to_dict().items() if key != "_name_or_path"}
+        write_config(directory, {
+            **values, **{flag: getattr(config, flag) for flag in FLAGS}, IDS: config.eagle_aux_hidden_state_layer_ids,
+            "eagle_config": {IDS: config.eagle_aux_hidden_state_layer_ids},
+            "architectures": ["LlamaForCausalLMEagle3" if nested.model_type == "llama" else "Eagle3Qwen3ForCausalLM"],
+            "draft_vocab_size": config.draft_vocab_size,
+            "dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
+        })  # fmt: skip
+
+    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
+        method = {"method": "eagle3", "model": directory, "num_speculative_tokens": num_speculative_tokens(config)}
+        return Serving(verifier, method)
+
+
+class Eagle3Contract(CheckpointContract):
+    formats: ClassVar[tuple[CheckpointFormat, ...]] = (Eagle3Format(),)
+    served_format: ClassVar[str | None] = SPECULATORS
+    absent_means: ClassVar[Mapping[str, str]] = {
+        "norm_before_residual": "takes it for true (a config of ours without it means false)",
+        "draft_vocab_size": "takes the verifier's",
+    }
+
+    def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
+        return [
+            *missing_keys(values, self.absent_means),
+            *layer_findings(values, config.transformer_layer_config, config.num_aux),
+        ]
+
+    def completed(self, config: Any) -> Any:
+        config = copy.deepcopy(config)
+        nested = config.transformer_layer_config
+        ids = config.eagle_aux_hidden_state_layer_ids or (getattr(nested, "eagle_config", None) or {}).get(IDS)
+        config.eagle_aux_hidden_state_layer_ids = ids
+        config.transformer_layer_config = complete_transformer_layer_config(nested, config.num_aux)
+        return config
+
+
+def layer_findings(values: Mapping[str, Any], nested: Any, num_aux: int) -> Iterator[Finding]:
+    """What vLLM reads of the draft layers and of the verifier's that feed them."""
+    if nested.model_type not in SERVED_FAMILIES:
+        yield error(
+            "not-servable", "transformer_layer_config.model_type", repr(nested.model_type),
+            f"vLLM has draft layers for {SERVED_FAMILIES}", "train with --draft-arch llama or qwen3",
+        )  # fmt: skip
+    inside = (getattr(nested, "eagle_config", None) or values.get("eagle_config") or {}).get(IDS)
+    if not values.get(IDS) and inside:
+        yield ids_nested("eagle_config." + IDS, inside)
+    elif not values.get(IDS):
+        yield error(
+            "aux-ids-missing", IDS, repr(values.get(IDS)), "vLLM then reads the layers 2, n // 2 and n - 3",
+            "write the ids that the drafter was trained with",
+        )  # fmt: skip
+    written = getattr(nested, "num_aux_hidden_states", None)
+    if nested.model_type == "llama" and (written or DEFAULT_NUM_AUX) != num_aux:
+        yield error(
+            "num-aux-missing", "transformer_layer_config.num_aux_hidden_states", repr(written),
+            f"vLLM's llama drafts size fc by this key alone, {DEFAULT_NUM_AUX} without it", f"write {num_aux} there",
+        )  # fmt: skip
+
+
+def ids_nested(where: str, ids: Any) -> Finding:
+    return error(
+        "aux-ids-nested", where, repr(ids), "vLLM's newer model runner reads the top level only, and falls back to the "
+        "layers 2, n // 2 and n - 3", f"write {IDS} at the top level of config.json",
+    )  # fmt: skip
+
+
+def nested_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor], verifier: str | None) -> Any:
+    """The draft layers' config. Its vocabulary is the verifier's, whatever the file says."""
+    verifier_config = None if verifier is None else get_verifier_config(verifier)
+    nested = AutoConfig.for_model(**{
+        "model_type": "llama", **SILENT, **{key: value for key, value in values.items() if key not in NOT_THE_LAYERS}
+    })  # fmt: skip
+    if "t2d" in tensors:
+        nested.vocab_size = tensors["t2d"].shape[0]
+    elif verifier_config is not None:
+        nested.vocab_size = verifier_config.vocab_size
+    if verifier_config is not None:
+        longest = getattr(verifier_config, "max_position_embeddings", 0)
+        nested.max_position_embeddings = max(nested.max_position_embeddings, longest)
+    return nested
+
+
+def without_whole_map(tensors: dict[str, Tensor], config: Eagle3SpeculatorConfig) -> dict[str, Tensor]:
+    """A map of the whole vocabulary onto itself is no map: neither we nor vLLM have a place for it."""
+    if config.draft_vocab_size != config.target_vocab_size:
+        return tensors
+    if bool(tensors["d2t"].any()) if "d2t" in tensors else False:
+        raise ValueError("d2t moves tokens although the draft vocabulary is the verifier's: one of them is wrong")
+    return {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+
+
+def recorded(verifier: str) -> SpeculatorsConfig:
+    return SpeculatorsConfig(
+        algorithm="eagle3",
+        proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=CONVERTED_TOKENS)],
+        default_proposal_method="greedy",
+        verifier=VerifierConfig.from_pretrained(verifier),
+    )

@@ -1,0 +1,81 @@
+"""How vLLM serves an MTP layer: inside its verifier's own checkpoint, with method "mtp"."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+from speculators.checkpoint_contract import CheckpointContract
+from speculators.checkpoint_format import (
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    Serving,
+    num_speculative_tokens,
+)
+from speculators.config import SpeculatorsConfig, VerifierConfig
+from speculators.models.mtp.checkpoint import expected_keys, layer_config_of
+from speculators.models.mtp.config import MTPSpeculatorConfig
+from speculators.models.mtp.families import family_of
+from speculators.models.mtp.native import native_keys, read_native
+from speculators.models.mtp.stitch import stitch
+from speculators.models.mtp.training import NUM_STEPS
+from speculators.models.utils import get_verifier_config
+from speculators.proposals import GreedyTokenProposalConfig
+
+STITCHED = "stitched"
+
+
+class StitchedFormat(CheckpointFormat):
+    name: ClassVar[str] = STITCHED
+    needs_verifier: ClassVar[bool] = True
+
+    def recognises(self, source: ForeignCheckpoint) -> bool:
+        """A whole verifier that ships an MTP layer, or the layer's tensors with the verifier's config."""
+        if not source.values.get("model_type"):
+            return False
+        try:
+            config = get_verifier_config(str(source.path))
+            return bool(native_keys(source.tensor_names, family_of(config), config))
+        except ValueError:  # a family without MTP layers, or no language model
+            return False
+
+    def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
+        nested = layer_config_of(get_verifier_config(verifier or str(source.path)))
+        family = family_of(nested)
+        tensors = read_native(str(source.path), family, nested)
+        if not tensors:
+            raise ValueError(f"'{source.path}' has no tensors under {family.native_prefix(nested)}: there is no layer")
+        config = MTPSpeculatorConfig(
+            transformer_layer_config=nested,
+            speculators_config=SpeculatorsConfig(
+                algorithm="mtp",
+                proposal_methods=[
+                    GreedyTokenProposalConfig(speculative_tokens=options.get("num_speculative_steps", NUM_STEPS))
+                ],
+                default_proposal_method="greedy",
+                verifier=VerifierConfig.from_pretrained(verifier or str(source.path)),
+            ),
+        )
+        odd = sorted(expected_keys(config) ^ tensors.keys())
+        if odd:
+            raise ValueError(f"the MTP layer of '{source.path}' is not of its family: {odd} do not belong or lack")
+        return Converted(config, tensors)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        if verifier is None:
+            raise ValueError("the layer is written into a copy of its verifier: name it with --verifier")
+        stitched = stitch(checkpoint.path, verifier, directory / "stitched")
+        for file in stitched.path.iterdir():  # `stitch` makes its directory itself
+            shutil.move(str(file), directory / file.name)
+        stitched.path.rmdir()
+
+    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
+        return Serving(directory, {"method": "mtp", "num_speculative_tokens": num_speculative_tokens(config)})
+
+
+class MTPContract(CheckpointContract):
+    formats = (StitchedFormat(),)
+    served_format = STITCHED
