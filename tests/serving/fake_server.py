@@ -2,7 +2,7 @@
 
 usage: fake_server.py STATE_DIR [serve MODEL] [--port P] ...
 
-STATE_DIR/faults.json  {"faults": [...]}: one fault is taken from the list for each completion request. Written by tests.
+STATE_DIR/faults.json  {"faults": [...]}: written by tests; each completion request takes one fault off the list.
 STATE_DIR/log.txt      a line a request: its fault.
 
 States are a function of the token, its position and the slot, so a test can say what it must receive:

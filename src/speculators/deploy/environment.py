@@ -48,10 +48,10 @@ def find_vllm(python: str | None = None) -> VllmEnvironment:
             origin = "--python" if python else f"${PYTHON_VARIABLE}"
             raise ValueError(f"{origin} {named}: that Python has no vllm; install it there, or name another Python")
         return VllmEnvironment(path, version)
-    for path in (Path(sys.executable), python_behind_the_command()):
-        version = None if path is None else version_in(path)
-        if path is not None and version is not None:
-            return VllmEnvironment(path, version)
+    for candidate in (Path(sys.executable), python_behind_the_command()):
+        version = None if candidate is None else version_in(candidate)
+        if candidate is not None and version is not None:
+            return VllmEnvironment(candidate, version)
     raise ValueError(
         f"no vLLM was found: neither {sys.executable} nor a `vllm` command on PATH has it; install it "
         f"(https://docs.vllm.ai), or name the Python that has it with --python or ${PYTHON_VARIABLE}"
