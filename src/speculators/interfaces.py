@@ -101,6 +101,33 @@ class Proposer(Protocol):
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal: ...
 
 
+class TreeDrafter(Protocol):
+    """A drafter that continues many nodes at once: static, sampled and dynamic draft trees are grown with it.
+
+    Its vocabulary may be smaller than the verifier's. One tree lives from `start` to the next `start`.
+    Shapes beside those above: F nodes of the frontier (the same number at every depth), N nodes so far.
+    """
+
+    capture: CaptureSpec
+    max_depth: int | None
+    """Drafts are never deeper; None: as deep as one likes."""
+
+    def start(self, committed: Committed, depth: int) -> Tensor:
+        """Take in what was committed; log-probabilities [B, V_draft] of what follows. The tree gets `depth` deep."""
+        ...
+
+    def expand(self, token_ids_BF: Tensor, parent_BF: Tensor, visible_BFN: Tensor) -> Tensor:
+        """Log-probabilities [B, F, V_draft] after each node of the next depth: verifier ids, the node of the frontier
+        before that each continues (0: the root, at the first), and the nodes so far that each attends to."""
+        ...
+
+    def to_verifier_ids(self, draft_ids: Tensor) -> Tensor: ...
+
+    def to_verifier_probs(self, draft_probs: Tensor) -> Tensor:
+        """[..., V_draft] to [..., V]"""
+        ...
+
+
 @dataclass(frozen=True)
 class VerifierOutput:
     """Scores of the tokens just given to the verifier. Row j scores what follows the j-th given token."""

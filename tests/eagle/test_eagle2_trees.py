@@ -23,7 +23,7 @@ def best_paths(model, sequence, shape):
                 children[(*path, token)] = score + log_probs[token].item()
         seen |= children
         frontier = dict(sorted(children.items(), key=lambda item: -item[1])[: shape.top_k])
-    return set(sorted(seen, key=lambda path: -seen[path])[: shape.total_tokens - 1])
+    return set(sorted(seen, key=lambda path: -seen[path])[: shape.total_token - 1])
 
 
 def paths_of(proposal, row):
@@ -39,7 +39,7 @@ def paths_of(proposal, row):
 def test_trees_are_those_of_the_algorithm_whatever_was_accepted(make_drafter, verifier):
     """Two rows of different lengths, three rounds; tokens and structure compared as paths."""
     model = make_drafter(layernorms=True)
-    shape = DynamicTreeShape(total_tokens=19, depth=2, top_k=3)  # room for nodes of every depth
+    shape = DynamicTreeShape(total_token=19, depth=2, top_k=3)  # room for nodes of every depth
     drafter = model.make_tree_drafter(verifier, max_batch_size=2, max_length=64)
     proposer = DynamicTreeProposer(drafter, shape)
     sequences = [Sequence(0, 4), Sequence(1, 7)]
@@ -53,7 +53,7 @@ def test_trees_are_those_of_the_algorithm_whatever_was_accepted(make_drafter, ve
 
 def test_the_depth_is_bounded_by_the_tokens_asked(make_drafter, verifier):
     drafter = make_drafter().make_tree_drafter(verifier, max_batch_size=2, max_length=64)
-    proposer = DynamicTreeProposer(drafter, DynamicTreeShape(total_tokens=30, depth=4, top_k=3))
+    proposer = DynamicTreeProposer(drafter, DynamicTreeShape(total_token=30, depth=4, top_k=3))
     sequences = [Sequence(0, 4), Sequence(1, 1)]
     proposal = proposer.propose(commit(sequences), 2, GREEDY)
     assert max(len(path) for path in paths_of(proposal, 0)) == 2
@@ -67,7 +67,7 @@ def test_the_depth_is_bounded_by_the_tokens_asked(make_drafter, verifier):
 def test_greedy_text_is_the_verifiers(make_drafter, verifier, batch_size):
     params = SamplingParams(max_tokens=14, ignore_eos=True)
     drafter = make_drafter().make_tree_drafter(verifier, max_batch_size=batch_size, max_length=128)
-    proposer = DynamicTreeProposer(drafter, DynamicTreeShape(total_tokens=12, depth=2, top_k=4))
+    proposer = DynamicTreeProposer(drafter, DynamicTreeShape(total_token=12, depth=2, top_k=4))
     plain = Engine(verifier, max_batch_size=batch_size).generate(PROMPTS, params)
     engine = Engine(verifier, proposer, num_speculative_tokens=4, max_batch_size=batch_size)
     assert [o.token_ids for o in engine.generate(PROMPTS, params)] == [o.token_ids for o in plain]

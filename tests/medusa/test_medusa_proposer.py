@@ -6,6 +6,7 @@ from medusa_toys import VOCAB, NaiveMedusa, Request, commit, packed_batch, sampl
 from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
+from speculators.decoding.proposers.static_tree import StaticTreeProposer
 from speculators.decoding.tree import MEDUSA_63, TokenTree
 from speculators.interfaces import DraftSampling
 
@@ -86,7 +87,7 @@ def test_a_proposer_is_a_snapshot_in_the_verifiers_dtype(make_drafter, verifier)
 def test_a_tree_has_each_heads_best_tokens_below_all_parents(make_drafter, verifier):
     model = make_drafter()
     naive, request = NaiveMedusa(model), Request(3, 7)
-    proposer = model.make_tree_proposer(verifier, MEDUSA_63, **SIZES)
+    proposer = StaticTreeProposer(model.make_tree_drafter(verifier, **SIZES), MEDUSA_63)
     proposal = proposer.propose(commit([request]), 3, DraftSampling(torch.zeros(1)))
     paths = [path for path in MEDUSA_63.paths if len(path) <= 3]
     best = [naive.logits(k, request.states[5]).argsort(descending=True).tolist() for k in range(3)]
@@ -103,7 +104,9 @@ def test_the_engine_gives_plain_greedy_text(make_drafter, verifier, tree, random
     plain = Engine(verifier, max_batch_size=2).generate(prompts, greedy)
     model = make_drafter(random)
     proposer = (
-        model.make_proposer(verifier, **SIZES) if tree is None else model.make_tree_proposer(verifier, tree, **SIZES)
+        model.make_proposer(verifier, **SIZES)
+        if tree is None
+        else StaticTreeProposer(model.make_tree_drafter(verifier, **SIZES), tree)
     )
     engine = Engine(verifier, proposer, num_speculative_tokens=3, max_batch_size=2)
     assert [o.token_ids for o in engine.generate(prompts, greedy)] == [o.token_ids for o in plain]

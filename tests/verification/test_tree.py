@@ -99,7 +99,7 @@ def naive_dynamic_tree(table, shape):
             children += [((*path, t), score + float(row[t])) for t in ranked]
         candidates += children
         frontier = sorted(children, key=lambda c: -c[1])[: shape.top_k]
-    return sorted(candidates, key=lambda c: -c[1])[: shape.total_tokens - 1]
+    return sorted(candidates, key=lambda c: -c[1])[: shape.total_token - 1]
 
 
 @pytest.mark.parametrize(("depth", "top_k", "total"), [(0, 2, 3), (1, 2, 5), (3, 2, 8), (3, 3, 20), (2, 5, 31)])
@@ -129,7 +129,7 @@ def test_dynamic_trees_equal_a_naive_search(depth, top_k, total):
             rows.append(torch.stack([table_of(b)(path) for path in paths]))
         return torch.stack(rows)
 
-    shape = DynamicTreeShape(total_tokens=total, depth=depth, top_k=top_k)
+    shape = DynamicTreeShape(total_token=total, depth=depth, top_k=top_k)
     root = torch.stack([table_of(b)(()) for b in range(B)])
     proposal, scores = grow_dynamic_tree(root, expand, shape)
     for b in range(B):

@@ -11,13 +11,16 @@ from speculators.cli.console import WorkProgress, out, say
 from speculators.cli.options import (
     Device,
     Dtype,
+    DynamicTree,
     MaxTokens,
     NumSpeculativeTokens,
     Temperature,
+    TokenTree,
     TopK,
     TopP,
     TrustRemoteCode,
     Verifier,
+    parse_json_object,
 )
 
 METHOD_HELP = 'none, ngram, a speculator\'s directory, or JSON such as {"method": "ngram"}. Repeatable.'
@@ -28,6 +31,8 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Held-out conversations: file, directory, hf:<id> or preset.")],
     method: Annotated[list[str], typer.Option(help=METHOD_HELP)],
     num_speculative_tokens: NumSpeculativeTokens = None,
+    speculative_token_tree: TokenTree = None,
+    dynamic_tree: DynamicTree = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to decode.")] = 32,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
@@ -51,6 +56,8 @@ def evaluate(
         data=data,
         methods=tuple(method),
         num_speculative_tokens=num_speculative_tokens,
+        speculative_token_tree=speculative_token_tree,
+        dynamic_tree=parse_json_object("--dynamic-tree", dynamic_tree),
         num_prompts=num_prompts,
         max_tokens=max_tokens,
         temperature=temperature,

@@ -11,13 +11,16 @@ from speculators.cli.console import out, print_facts
 from speculators.cli.options import (
     Device,
     Dtype,
+    DynamicTree,
     MaxTokens,
     NumSpeculativeTokens,
     Temperature,
+    TokenTree,
     TopK,
     TopP,
     TrustRemoteCode,
     Verifier,
+    parse_json_object,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="What to ask; '-' reads stdin. Repeatable.")],
     method: Annotated[str, typer.Option(help="A speculator's directory, a method's name, JSON, or none.")] = "none",
     num_speculative_tokens: NumSpeculativeTokens = None,
+    speculative_token_tree: TokenTree = None,
+    dynamic_tree: DynamicTree = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -41,9 +46,14 @@ def generate(
 ) -> dict[str, Any]:
     """Decode prompts with draft-and-verify; greedy output is the verifier's own, token for token."""
     from speculators.decoding import SamplingParams
-    from speculators.evaluation import load_decodable, parse_method, render_question
+    from speculators.evaluation import load_decodable, parse_methods, render_question
 
-    chosen = parse_method(method, num_speculative_tokens)
+    trees = {
+        "speculative_token_tree": speculative_token_tree,
+        "dynamic_tree": parse_json_object("--dynamic-tree", dynamic_tree),
+    }
+    trees = {name: tree for name, tree in trees.items() if tree is not None}
+    chosen = parse_methods([method], num_speculative_tokens, trees)[0]
     decodable = load_decodable(verifier, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     tokenizer = decodable.tokenizer
     texts = [sys.stdin.read() if text == "-" else text for text in prompt]

@@ -12,6 +12,18 @@ NumSpeculativeTokens = Annotated[
     int | None,
     typer.Option("-k", "--num-speculative-tokens", min=1, help="Draft tokens a round (K). Default: the method's own."),
 ]
+TokenTree = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative-token-tree", help='Tree that a speculator drafts, as paths of ranks: "[(0,), (1,), (0, 0)]".'
+    ),
+]
+DynamicTree = Annotated[
+    str | None,
+    typer.Option(
+        "--dynamic-tree", help='EAGLE-2\'s tree instead: JSON such as {"total_token": 60, "depth": 7, "top_k": 10}.'
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens. 0: off.")]

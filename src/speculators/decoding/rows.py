@@ -188,7 +188,10 @@ class _Emitted:
     states: dict[int, Tensor] | Tensor | None
 
     def without(self, row: int) -> _Emitted:
-        return _Emitted({r: ids for r, ids in self.token_ids_by_row.items() if r != row}, self.states)
+        states = self.states
+        if isinstance(states, dict):
+            states = {r: states_TD for r, states_TD in states.items() if r != row} or None
+        return _Emitted({r: ids for r, ids in self.token_ids_by_row.items() if r != row}, states)
 
     def states_of(self, row: int) -> Tensor:
         assert self.states is not None

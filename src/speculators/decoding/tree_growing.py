@@ -32,9 +32,11 @@ class Frontier:
 
 @dataclass(frozen=True)
 class DynamicTreeShape:
-    """Defaults of EAGLE-2's public interface."""
+    """Names and defaults of EAGLE-2's public interface."""
 
-    total_tokens: int = 60
+    __pydantic_config__ = {"extra": "forbid"}  # a SpeculativeConfig holds one
+
+    total_token: int = 60
     """Size of the tree, the root included."""
     depth: int = 7
     """Drafter passes after the first: nodes get up to depth + 1 deep."""
@@ -42,8 +44,13 @@ class DynamicTreeShape:
     """Nodes a pass continues, and children each of them gets."""
 
     def __post_init__(self) -> None:
-        if self.total_tokens < 2 or self.depth < 0 or self.top_k < 1:
-            raise ValueError(f"{self} must have total_tokens >= 2 (root and one draft), depth >= 0 and top_k >= 1")
+        if self.total_token < 2 or self.depth < 0 or self.top_k < 1:
+            raise ValueError(f"{self} must have total_token >= 2 (root and one draft), depth >= 0 and top_k >= 1")
+
+    @property
+    def max_depth(self) -> int:
+        """Of its nodes."""
+        return self.depth + 1
 
 
 def grow_dynamic_tree(
@@ -80,7 +87,7 @@ def grow_dynamic_tree(
         flat_BF, parent_BF = num_before + best_BF, best_BF // k
         inherited_BFN = visible_BFN.gather(1, parent_BF[..., None].expand(-1, -1, visible_BFN.shape[-1]))
         visible_BFN = torch.cat([inherited_BFN, torch.eye(k, dtype=torch.bool, device=device).expand(B, k, k)], -1)
-    return _keep_best(torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), shape.total_tokens - 1)
+    return _keep_best(torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), shape.total_token - 1)
 
 
 def _best_first(score_BC: Tensor) -> Tensor:
@@ -97,18 +104,38 @@ def _keep_best(token_BC: Tensor, parent_BC: Tensor, score_BC: Tensor, num_nodes:
     return Proposal(token_BC.gather(1, kept_BK), None, parent_slot_BK), score_BC.gather(1, kept_BK)
 
 
+Law = Callable[[list[int], Tensor], Tensor]
+"""`law(slots, token_ids_BK)`: [B, len(slots), V], what follows each of the slots (-1: the root), which are all of one
+depth and filled in `token_ids_BK`. Called once a depth, downwards."""
+
+
+def rank_tree(tree: TokenTree, law: Law, num_rows: int, device: torch.device) -> Proposal:
+    """A fixed shape filled with each node's likeliest tokens: a function of the context, so point masses."""
+    depth_K, rank_K = depths(tree.parents), tree.ranks
+    token_ids_BK = torch.full((num_rows, len(tree.paths)), -1, dtype=torch.int64, device=device)
+    for depth in range(1, tree.depth + 1):
+        level = [slot for slot, slot_depth in enumerate(depth_K) if slot_depth == depth]
+        sources = sorted({tree.parents[slot] for slot in level})
+        law_BSV = law(sources, token_ids_BK)
+        best_BSR = law_BSV.topk(min(max(rank_K[slot] for slot in level) + 1, law_BSV.shape[-1]), -1).indices
+        for slot in level:
+            if rank_K[slot] < best_BSR.shape[-1]:  # a vocabulary may be smaller than a node has children
+                token_ids_BK[:, slot] = best_BSR[:, sources.index(tree.parents[slot]), rank_K[slot]]
+    return Proposal(_without_orphans(token_ids_BK, tree.parents), None, torch.tensor(tree.parents, device=device))
+
+
 def sample_tree(
     parents: Sequence[int],
-    law: Callable[[list[int], Tensor], Tensor],
+    law: Law,
     uniform_BK: Tensor,
     *,
     replacement: bool = False,
+    is_greedy_B: Tensor | None = None,
 ) -> Proposal:
     """Tokens drawn for a fixed shape, each with the law it was really drawn from: what `StandardRule` needs.
 
-    `law(slots, token_ids_BK)` gives q [B, len(slots), V] after each of the slots (-1: after the root), all of one depth
-    and already filled in `token_ids_BK`. Siblings are drawn without replacement unless asked otherwise: once q has no
-    token left, the remaining siblings hold -1.
+    Siblings are drawn without replacement unless asked otherwise: once q has no token left, the remaining siblings
+    hold -1. Rows of `is_greedy_B` take the likeliest token left each time, a point mass.
     """
     B, K = uniform_BK.shape
     depth_K = depths(parents)
@@ -124,12 +151,33 @@ def sample_tree(
             total_B1 = q_BV.sum(-1, keepdim=True)
             q_BV = torch.where(total_B1 > 0, q_BV / total_B1.clamp_min(torch.finfo(q_BV.dtype).tiny), 0.0)
             drawn_B = inverse_cdf(q_BV[:, None], uniform_BK[:, slot, None])[:, 0]
-            token_ids_BK[:, slot] = torch.where(total_B1[:, 0] > 0, drawn_B, -1)
             probs[slot] = q_BV
+            if is_greedy_B is not None:
+                drawn_B = torch.where(is_greedy_B, q_BV.argmax(-1), drawn_B)
+                point_BV = torch.zeros_like(q_BV).scatter(1, drawn_B[:, None], 1.0)
+                probs[slot] = torch.where(is_greedy_B[:, None], point_BV, q_BV)
+            token_ids_BK[:, slot] = torch.where(total_B1[:, 0] > 0, drawn_B, -1)
             if not replacement:
                 left[parents[slot]] = q_BV.scatter(1, drawn_B[:, None], 0.0)
     probs_BKV = torch.stack([probs[slot] for slot in range(K)], 1) if K else None
+    token_ids_BK = _without_orphans(token_ids_BK, parents)
     return Proposal(token_ids_BK, probs_BKV, torch.tensor(list(parents), device=uniform_BK.device))
+
+
+def _without_orphans(token_ids_BK: Tensor, parents: Sequence[int]) -> Tensor:
+    """Nothing is drafted below an empty slot."""
+    if bool((token_ids_BK >= 0).all()):
+        return token_ids_BK
+    for slot, parent in enumerate(parents):
+        if parent >= 0:
+            token_ids_BK[:, slot].masked_fill_(token_ids_BK[:, parent] < 0, -1)
+    return token_ids_BK
+
+
+def draw_uniforms(num_rows: int, num_slots: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """float64 [B, K], made where the generator lives."""
+    made_on = generator.device if generator is not None else device
+    return torch.rand(num_rows, num_slots, dtype=torch.float64, generator=generator, device=made_on).to(device)
 
 
 def share_shape(proposal: Proposal) -> Proposal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
@@ -33,14 +33,20 @@ class Method:
         return 0 if self.speculative_config is None else self.speculative_config.get("num_speculative_tokens")
 
 
-def parse_methods(texts: Sequence[str], num_speculative_tokens: int | None) -> list[Method]:
-    """The methods of a comparison, with names that differ. `num_speculative_tokens`: for texts that do not say K."""
+def parse_methods(
+    texts: Sequence[str], num_speculative_tokens: int | None, tree: Mapping[str, Any] | None = None
+) -> list[Method]:
+    """The methods of a comparison, with names that differ; see `parse_method`."""
     methods: list[Method] = []
     for text in texts:
-        method = parse_method(text, num_speculative_tokens)
+        method = parse_method(text, num_speculative_tokens, tree)
         taken = {other.name for other in methods}
         name = next(name for name in chain([method.name], numbered(method.name)) if name not in taken)
         methods.append(replace(method, name=name))
+    if tree and not any(
+        method.speculative_config and tree.keys() <= method.speculative_config.keys() for method in methods
+    ):
+        raise ValueError(f"{', '.join(tree)}: none of the methods {list(texts)} is a speculator's directory")
     return methods
 
 
@@ -48,8 +54,12 @@ def numbered(name: str) -> Iterator[str]:
     return (f"{name}-{number}" for number in count(2))
 
 
-def parse_method(text: str, num_speculative_tokens: int | None) -> Method:
-    """`none`, `ngram`, `path/to/speculator` or '{"method": "ngram", "num_speculative_tokens": 3, ...}'."""
+def parse_method(text: str, num_speculative_tokens: int | None, tree: Mapping[str, Any] | None = None) -> Method:
+    """`none`, `ngram`, `path/to/speculator` or '{"method": "ngram", "num_speculative_tokens": 3, ...}'.
+
+    `num_speculative_tokens`: for texts that do not say K. `tree`: what a speculator's directory is to draft (a
+    `speculative_token_tree` or a `dynamic_tree`); JSON says so itself.
+    """
     if text == PLAIN:
         return Method(PLAIN, None)
     if text.lstrip().startswith("{"):
@@ -58,7 +68,7 @@ def parse_method(text: str, num_speculative_tokens: int | None) -> Method:
         except json.JSONDecodeError as error:
             raise ValueError(f"--method {text} looks like JSON but is not: {error}") from error
     elif Path(text).is_dir():
-        config = {"model": text}
+        config = {"model": text, **(tree or {})}
     elif "/" in text:
         raise ValueError(f"--method {text}: no such directory; give a speculator's directory, a method's name or JSON")
     else:

@@ -33,6 +33,9 @@ class EvaluateConfig:
     """Plain decoding is always measured; it is what the others are compared with."""
     num_speculative_tokens: int | None = None
     """Draft tokens a round; None: what each method's own configuration says."""
+    speculative_token_tree: str | None = None
+    dynamic_tree: dict[str, Any] | None = None
+    """What speculators' directories draft in place of a chain: one of the two."""
     num_prompts: int = 32
     max_tokens: int = 128
     temperature: float = 0.0
@@ -56,7 +59,9 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] | None = None) -> EvaluationReport:
     """Measure every method on the same prompts. `on_progress(done, total)` counts prompts."""
-    methods = parse_methods(config.methods, config.num_speculative_tokens)
+    trees = {"speculative_token_tree": config.speculative_token_tree, "dynamic_tree": config.dynamic_tree}
+    trees = {name: tree for name, tree in trees.items() if tree is not None}
+    methods = parse_methods(config.methods, config.num_speculative_tokens, trees)
     methods = [Method(PLAIN, None), *(method for method in methods if method.speculative_config is not None)]
     decodable = load_decodable(
         config.verifier, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code

@@ -76,6 +76,18 @@ class LastStateProposer:
         probs += [torch.zeros_like(probs[0])] * (num_tokens - len(probs))
         return Proposal(draft_ids_BK, torch.stack(probs, 1))
 
+    @torch.inference_mode()
+    def head_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
+        """[B, K, V] of the first K heads, for networks whose heads do not read tokens."""
+        states_BH, token_ids_B, _ = self.last_of(committed)
+        with self.packed:
+            carried = self.network.start(states_BH)
+            logits = []
+            for k in range(num_tokens):
+                features, carried = self.network.step(k, carried, token_ids_B)
+                logits.append(self.network.heads[k](features))
+        return torch.stack(logits, 1).float().log_softmax(-1)
+
     def last_of(self, committed: Committed) -> tuple[Tensor, Tensor, Tensor]:
         """(state [B, H] and token [B] of each row's last column, rows that draft [B])."""
         assert committed.states_BTD is not None

@@ -1,30 +1,35 @@
-"""Expanding draft trees with a drafter that is fed its own states: any tree grower may drive it (EAGLE-2's does).
+"""Drafters as `interfaces.TreeDrafter`: fed their own states, in parallel slots, or carrying a state.
 
-Shapes: B rows, F nodes of the frontier, N nodes so far, H hidden size, V draft vocabulary.
+Shapes: B rows, F nodes of the frontier, N nodes so far, K depths, H hidden size, R width of what a head reads,
+V draft vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from speculators.interfaces import Committed
+from speculators.interfaces import CaptureSpec, Committed
 from speculators.models.feedback_proposer import FeedbackProposer
-from speculators.nn.draft_vocab import draft_to_verifier_ids
+from speculators.models.last_state_proposer import LastStateProposer
+from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
 from speculators.nn.slot_cache import slot_attends
 from speculators.nn.tree_cache import TreeSpan
 
 
-class TreeDrafter:
-    """Wraps a proposer: its network and its cache. A tree lives from `start` to the next `start`."""
+class FeedbackTreeDrafter:
+    """Wraps a chain's proposer: its network and its cache."""
+
+    max_depth: int | None = None
 
     def __init__(self, chain: FeedbackProposer):
         self.chain, self.capture = chain, chain.capture
         self.attends = slot_attends(chain.cache, chain.network.windows)
 
     @torch.inference_mode()
-    def start(self, committed: Committed) -> Tensor:
-        """Take in what was committed; log-probabilities [B, V] of what follows each row's last token."""
+    def start(self, committed: Committed, depth: int) -> Tensor:
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
         with self.chain.packed:
             output = self.chain.commit(committed, num_new, num_committed)
@@ -34,8 +39,7 @@ class TreeDrafter:
 
     @torch.inference_mode()
     def expand(self, token_ids_BF: Tensor, parent_BF: Tensor, visible_BFN: Tensor) -> Tensor:
-        """Log-probabilities [B, F, V] after each node of the next depth: a verifier token, on the state of node
-        `parent` of the depth before (0: the root), seeing the prefix and the nodes of `visible`, itself the last."""
+        """Each node reads its parent's state, and sees the prefix and the nodes of `visible`."""
         num_frontier, num_nodes = visible_BFN.shape[1:]
         depth = num_nodes // num_frontier
         first = num_nodes - num_frontier
@@ -59,3 +63,71 @@ class TreeDrafter:
 
     def to_verifier_ids(self, draft_ids: Tensor) -> Tensor:
         return draft_to_verifier_ids(draft_ids, self.chain.d2t)
+
+    def to_verifier_probs(self, draft_probs: Tensor) -> Tensor:
+        return scatter_to_verifier(draft_probs, self.chain.d2t, self.chain.verifier_vocab_size)
+
+
+class SlotTreeDrafter:
+    """A drafter whose depths do not see each other's tokens: what follows a node depends on its depth alone.
+
+    `log_probs(committed, depth)` gives [B, depth, V] in one pass.
+    """
+
+    def __init__(
+        self,
+        log_probs: Callable[[Committed, int], Tensor],
+        capture: CaptureSpec,
+        *,
+        max_depth: int | None = None,
+        d2t: Tensor | None = None,
+        verifier_vocab_size: int = 0,
+    ):
+        self.log_probs, self.capture, self.max_depth = log_probs, capture, max_depth
+        self.d2t, self.verifier_vocab_size = d2t, verifier_vocab_size
+
+    def start(self, committed: Committed, depth: int) -> Tensor:
+        self.log_probs_BKV = self.log_probs(committed, max(depth, 1))
+        return self.log_probs_BKV[:, 0]
+
+    def expand(self, token_ids_BF: Tensor, parent_BF: Tensor, visible_BFN: Tensor) -> Tensor:
+        num_frontier, num_nodes = visible_BFN.shape[1:]
+        return self.log_probs_BKV[:, num_nodes // num_frontier, None].expand(-1, num_frontier, -1)
+
+    def to_verifier_ids(self, draft_ids: Tensor) -> Tensor:
+        return draft_to_verifier_ids(draft_ids, self.d2t)
+
+    def to_verifier_probs(self, draft_probs: Tensor) -> Tensor:
+        return scatter_to_verifier(draft_probs, self.d2t, self.verifier_vocab_size)
+
+
+class CarriedTreeDrafter:
+    """Wraps the proposer of a drafter that carries a state from token to token: each node continues its parent's."""
+
+    def __init__(self, chain: LastStateProposer):
+        self.chain, self.capture = chain, chain.capture
+        self.max_depth: int | None = len(chain.network.heads)
+
+    @torch.inference_mode()
+    def start(self, committed: Committed, depth: int) -> Tensor:
+        states_BH, last_B, _ = self.chain.last_of(committed)
+        with self.chain.packed:
+            carried_B1H = self.chain.network.start(states_BH)[:, None]
+            return self.step(0, carried_B1H, last_B[:, None])[:, 0]
+
+    @torch.inference_mode()
+    def expand(self, token_ids_BF: Tensor, parent_BF: Tensor, visible_BFN: Tensor) -> Tensor:
+        num_frontier, num_nodes = visible_BFN.shape[1:]
+        index_BFR = parent_BF[..., None].expand(-1, -1, self.carried.shape[-1])
+        with self.chain.packed:
+            return self.step(num_nodes // num_frontier, self.carried.gather(1, index_BFR), token_ids_BF)
+
+    def step(self, k: int, carried: Tensor, token_ids: Tensor) -> Tensor:
+        features, self.carried = self.chain.network.step(k, carried, token_ids)
+        return self.chain.network.heads[k](features).float().log_softmax(-1)
+
+    def to_verifier_ids(self, draft_ids: Tensor) -> Tensor:
+        return draft_ids
+
+    def to_verifier_probs(self, draft_probs: Tensor) -> Tensor:
+        return draft_probs

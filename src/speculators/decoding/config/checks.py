@@ -89,6 +89,23 @@ def _check_our_rules(config: SpeculativeConfig, num_tokens: int) -> None:
         check_batch_size_ranges(config.num_speculative_tokens_per_batch_size)
     if config.dspark_draft_topk is not None and config.method != "dspark":
         raise ValueError(f"dspark_draft_topk is only supported with method='dspark', not {config.method!r}")
+    _check_trees(config, num_tokens)
+
+
+def _check_trees(config: SpeculativeConfig, num_tokens: int) -> None:
+    rule = config.rejection_sample_method
+    if config.dynamic_tree is not None:
+        if "speculative_token_tree" in config.given:
+            raise ValueError("speculative_token_tree and dynamic_tree are both given; drop one of them")
+        if rule in ("block", "synthetic"):
+            raise ValueError(
+                f"rejection_sample_method={rule!r} verifies chains only; drop dynamic_tree or use 'standard'"
+            )
+        if config.draws_drafts:
+            raise ValueError(
+                "dynamic_tree keeps the draft's likeliest tokens and cannot draw them (drawn tokens that are chosen by "
+                "their own probability would change the output); drop draft_sample_method='probabilistic'"
+            )
     if config.speculative_token_tree is not None:
         tree = TokenTree.parse(config.speculative_token_tree)
         if tree.depth > num_tokens:
@@ -96,8 +113,7 @@ def _check_our_rules(config: SpeculativeConfig, num_tokens: int) -> None:
                 f"speculative_token_tree is {tree.depth} tokens deep but num_speculative_tokens={num_tokens}; raise "
                 f"it or cut the tree"
             )
-        if config.rejection_sample_method in ("block", "synthetic") and not tree.is_chain:
+        if rule in ("block", "synthetic") and not tree.is_chain:
             raise ValueError(
-                f"rejection_sample_method={config.rejection_sample_method!r} verifies chains only; drop "
-                f"speculative_token_tree or use 'standard'"
+                f"rejection_sample_method={rule!r} verifies chains only; drop speculative_token_tree or use 'standard'"
             )

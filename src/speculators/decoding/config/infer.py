@@ -32,6 +32,7 @@ DEFAULT_LOOKUP = 5
 def infer(config: SpeculativeConfig) -> None:
     """Fill in everything that follows from what was given."""
     is_explicit = config.method is not None
+    _take_depth_from_tree(config)
     _name_the_method(config)
     if config.model is None and config.num_speculative_tokens is not None:
         _name_the_model(config)
@@ -51,6 +52,16 @@ def infer(config: SpeculativeConfig) -> None:
         config.draft_model_config = config.target_model_config
         config.draft_parallel_config = config.target_parallel_config
     _share_index(config)
+
+
+def _take_depth_from_tree(config: SpeculativeConfig) -> None:
+    """A tree says how deep it is; a number of tokens cuts it."""
+    if config.num_speculative_tokens is not None:
+        return
+    if config.dynamic_tree is not None:
+        config.num_speculative_tokens = config.dynamic_tree.max_depth
+    elif config.speculative_token_tree is not None:
+        config.num_speculative_tokens = TokenTree.parse(config.speculative_token_tree).depth
 
 
 def _name_the_method(config: SpeculativeConfig) -> None:

@@ -24,6 +24,8 @@ from speculators.decoding.config.infer import infer
 from speculators.decoding.config.methods import METHODS, Method
 from speculators.decoding.config.schedule import BatchSizeRange, scheduled_num_tokens
 from speculators.decoding.config.vllm_json import vllm_settings
+from speculators.decoding.tree import TokenTree
+from speculators.decoding.tree_growing import DynamicTreeShape
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule
 
@@ -69,7 +71,10 @@ class SpeculativeConfig(BaseModel):
     synthetic_acceptance_length: float | None = None
     """Mean acceptance length instead, in [1, K + 1]; turned into rates of least variance."""
     speculative_token_tree: str | None = None
-    """Tree of draft tokens as a Python literal: paths of child ranks. None: a chain."""
+    """Tree of draft tokens as a Python literal: paths of child ranks. None: a chain. It gives `num_speculative_tokens`
+    where that is left out: its depth."""
+    dynamic_tree: DynamicTreeShape | None = None
+    """EAGLE-2: grow the tree anew each round from what the draft finds likely. true: its defaults. Ours alone."""
     verifier_accept_k: int | None = Field(default=None, ge=1)
     accept_tolerance: float | None = Field(default=None, ge=0)
     """Leniency of greedy decoding, NOT lossless (unless k = 1 or tolerance = 0): accept drafts among the verifier's k
@@ -109,6 +114,13 @@ class SpeculativeConfig(BaseModel):
     draft_parallel_config: Any = Field(default=None, repr=False, exclude=True)
 
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @field_validator("dynamic_tree", mode="before")
+    @classmethod
+    def _parse_dynamic_tree(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return DynamicTreeShape() if value else None
+        return value
 
     @field_validator("attention_backend", mode="before")
     @classmethod
@@ -175,12 +187,27 @@ class SpeculativeConfig(BaseModel):
             return self.rejection_sample_method == "probabilistic"
         return self.draft_sample_method == "probabilistic"
 
+    @property
+    def token_tree(self) -> TokenTree | None:
+        """The tree that was asked for; None: a chain."""
+        tree = self.given.get("speculative_token_tree")
+        tree = TokenTree.parse(tree) if tree is not None else None
+        return None if tree is None or tree.is_chain else tree
+
+    @property
+    def max_depth(self) -> int:
+        """Draft tokens on the longest path of a round."""
+        assert self.num_speculative_tokens is not None
+        if self.dynamic_tree is not None:
+            return min(self.num_speculative_tokens, self.dynamic_tree.max_depth)
+        tree = self.given.get("speculative_token_tree")
+        return min(self.num_speculative_tokens, TokenTree.parse(tree).depth) if tree else self.num_speculative_tokens
+
     def num_tokens_at(self, batch_size: int) -> int:
         """K at a batch size, by the schedule if there is one."""
-        assert self.num_speculative_tokens is not None
         if self.num_speculative_tokens_per_batch_size is None:
-            return self.num_speculative_tokens
-        return scheduled_num_tokens(self.num_speculative_tokens_per_batch_size, batch_size, self.num_speculative_tokens)
+            return self.max_depth
+        return scheduled_num_tokens(self.num_speculative_tokens_per_batch_size, batch_size, self.max_depth)
 
     hf_config_override = staticmethod(mtp_families.hf_config_override)
 

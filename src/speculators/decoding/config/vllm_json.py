@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 OURS_ALONE = {
     "early_exit_layer": "early exit is a drafter of this library",
+    "dynamic_tree": "vLLM 0.32 drafts chains only",
     "verifier_accept_k": "vLLM has no lenient verification",
     "accept_tolerance": "vLLM has no lenient verification",
 }

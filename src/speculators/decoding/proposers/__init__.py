@@ -15,12 +15,13 @@ from transformers import AutoTokenizer
 from speculators.decoding.adaptive import AdaptiveLength
 from speculators.decoding.config import ModelInfo, SpeculativeConfig
 from speculators.decoding.proposers.draft_model import DraftModelProposer
+from speculators.decoding.proposers.dynamic_tree import DynamicTreeProposer
 from speculators.decoding.proposers.early_exit import first_layers
 from speculators.decoding.proposers.ngram import NgramProposer
+from speculators.decoding.proposers.static_tree import StaticTreeProposer
 from speculators.decoding.proposers.suffix import SuffixProposer
 from speculators.decoding.proposers.tree_draft_model import TreeDraftModelProposer
 from speculators.decoding.proposers.vocabulary import TokenIntersection
-from speculators.decoding.tree import TokenTree
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule, CaptureSpec, Proposer
 from speculators.model import SpeculatorModel
@@ -74,8 +75,7 @@ def build_drafting(
         proposer = build_proposer(config, Workplace(verifier, tokenizer, max_batch_size, max_length))
         adaptive = None
         if config.enable_adaptive_verification:
-            assert config.num_speculative_tokens is not None
-            adaptive = AdaptiveLength(config.num_speculative_tokens)
+            adaptive = AdaptiveLength(config.max_depth)
         return Drafting(
             proposer,
             adaptive.num_tokens if adaptive is not None else config.num_tokens_at,
@@ -113,10 +113,7 @@ def build_proposer(config: SpeculativeConfig, place: Workplace) -> Proposer:
     """The proposer that a config asks for."""
     refuse_what_no_proposer_does(config)
     if config.model is not None and is_speculator(config.model):
-        speculator = SpeculatorModel.from_pretrained(config.model)
-        return speculator.make_proposer(
-            place.verifier, max_batch_size=place.max_batch_size, max_length=place.max_length
-        )
+        return build_from_checkpoint(config, place)
     if config.method not in BUILDERS:
         raise ValueError(
             f"method={config.method!r} needs a speculators checkpoint and {config.model!r} is not one (no config.json "
@@ -125,13 +122,30 @@ def build_proposer(config: SpeculativeConfig, place: Workplace) -> Proposer:
     return BUILDERS[config.method](config, place)
 
 
+def build_from_checkpoint(config: SpeculativeConfig, place: Workplace) -> Proposer:
+    """A trained drafter, and the tree it is to draft."""
+    assert config.model is not None
+    speculator = SpeculatorModel.from_pretrained(config.model)
+    sizes = {"max_batch_size": place.max_batch_size, "max_length": place.max_length}
+    if config.dynamic_tree is not None:
+        return DynamicTreeProposer(speculator.make_tree_drafter(place.verifier, **sizes), config.dynamic_tree)
+    if config.token_tree is not None:
+        return StaticTreeProposer(speculator.make_tree_drafter(place.verifier, **sizes), config.token_tree)
+    return speculator.make_proposer(place.verifier, **sizes)
+
+
 def refuse_what_no_proposer_does(config: SpeculativeConfig) -> None:
     """Settings that would otherwise be passed over in silence."""
-    tree = config.given.get("speculative_token_tree")
-    if tree is not None and not TokenTree.parse(tree).is_chain:
+    is_checkpoint = config.model is not None and is_speculator(config.model)
+    if config.token_tree is not None and not is_checkpoint and config.method not in STATIC_TREE_METHODS:
         raise ValueError(
-            f"speculative_token_tree={tree}: the built-in proposers draft chains; leave the tree out, or give the "
-            "engine a proposer that returns Proposal.parents_K"
+            f"speculative_token_tree={config.token_tree}: method={config.method!r} drafts chains only; leave the tree "
+            f"out, or draft with a speculators checkpoint or one of {STATIC_TREE_METHODS}"
+        )
+    if config.dynamic_tree is not None and not is_checkpoint:
+        raise ValueError(
+            f"dynamic_tree: method={config.method!r} cannot grow one; leave it out, or draft with a speculators "
+            "checkpoint"
         )
     if config.method == "draft_model" and config.given.get("parallel_drafting"):
         raise ValueError("parallel_drafting with method='draft_model' (PARD) is served by vLLM only; leave it out here")
@@ -180,8 +194,9 @@ def build_early_exit(config: SpeculativeConfig, place: Workplace) -> Proposer:
 
 def with_tree(config: SpeculativeConfig, proposer: DraftModelProposer) -> Proposer:
     """The same drafter drafting the config's tree, if that is more than a chain."""
-    tree = TokenTree.parse(config.speculative_token_tree) if config.speculative_token_tree is not None else None
-    return proposer if tree is None or tree.is_chain else TreeDraftModelProposer(proposer, tree)
+    if config.token_tree is not None and config.use_heterogeneous_vocab:
+        raise ValueError("use_heterogeneous_vocab drafts chains only; leave out speculative_token_tree")
+    return proposer if config.token_tree is None else TreeDraftModelProposer(proposer, config.token_tree)
 
 
 def build_custom_class(config: SpeculativeConfig, place: Workplace) -> Proposer:
@@ -214,3 +229,5 @@ BUILDERS: dict[str, Callable[[SpeculativeConfig, Workplace], Proposer]] = {
     "custom_class": build_custom_class,
 }
 """Methods that need no speculators checkpoint."""
+STATIC_TREE_METHODS = ("draft_model", "early_exit")
+"""Those that draft a `speculative_token_tree`."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from speculators.decoding.proposers.draft_model import DraftModelProposer
-from speculators.decoding.tree import TokenTree, depths
-from speculators.decoding.tree_growing import sample_tree
+from speculators.decoding.tree import TokenTree
+from speculators.decoding.tree_growing import Law, draw_uniforms, rank_tree, sample_tree
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 
 
@@ -54,39 +54,18 @@ class TreeDraftModelProposer:
             if sampling.probabilistic:
                 proposal = self._sampled(tree, logits_after, sampling)
             else:
-                proposal = self._ranked(tree, logits_after, len(last_B1), last_B1.device)
+                proposal = rank_tree(tree, logits_after, len(last_B1), last_B1.device)
             self.chain.lm.length_by_row[:] = lengths
         token_ids_BK = proposal.token_ids_BK.masked_fill(~takes_part_B[:, None], -1)
         return Proposal(token_ids_BK, proposal.probs_BKV, proposal.parents_K)
 
     @staticmethod
-    def _ranked(tree: TokenTree, logits_after, num_rows: int, device: torch.device) -> Proposal:
-        depth_K, rank_K = depths(tree.parents), tree.ranks
-        token_ids_BK = torch.full((num_rows, len(tree.paths)), -1, dtype=torch.int64, device=device)
-        for depth in range(1, tree.depth + 1):
-            level = [slot for slot, slot_depth in enumerate(depth_K) if slot_depth == depth]
-            sources = sorted({tree.parents[slot] for slot in level})
-            best_BSR = logits_after(sources, token_ids_BK).topk(max(rank_K[slot] for slot in level) + 1, -1).indices
-            for slot in level:
-                token_ids_BK[:, slot] = best_BSR[:, sources.index(tree.parents[slot]), rank_K[slot]]
-        return Proposal(token_ids_BK, None, torch.tensor(tree.parents, device=device))
-
-    @staticmethod
-    def _sampled(tree: TokenTree, logits_after, sampling: DraftSampling) -> Proposal:
-        temperature_B11 = sampling.temperature_B[:, None, None]
-
-        def law(slots: list[int], token_ids_BK: Tensor) -> Tensor:
-            logits_BSV = logits_after(slots, token_ids_BK)
-            greedy_BSV = torch.nn.functional.one_hot(logits_BSV.argmax(-1), logits_BSV.shape[-1]).float()
-            drawn_BSV = torch.softmax(logits_BSV / temperature_B11.clamp_min(1e-6), -1)
-            return torch.where(temperature_B11 > 0, drawn_BSV, greedy_BSV)
-
-        made_on = sampling.generator.device if sampling.generator is not None else sampling.temperature_B.device
-        uniform_BK = torch.rand(
-            len(sampling.temperature_B),
-            len(tree.paths),
-            dtype=torch.float64,
-            generator=sampling.generator,
-            device=made_on,
+    def _sampled(tree: TokenTree, logits_after: Law, sampling: DraftSampling) -> Proposal:
+        temperature_B = sampling.temperature_B
+        scale_B11 = temperature_B.masked_fill(temperature_B == 0, 1.0)[:, None, None]
+        return sample_tree(
+            tree.parents,
+            lambda slots, token_ids_BK: (logits_after(slots, token_ids_BK) / scale_B11).softmax(-1),
+            draw_uniforms(len(temperature_B), len(tree.paths), sampling.generator, temperature_B.device),
+            is_greedy_B=temperature_B == 0,
         )
-        return sample_tree(tree.parents, law, uniform_BK.to(sampling.temperature_B.device))

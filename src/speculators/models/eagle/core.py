@@ -41,7 +41,7 @@ from speculators.models.eagle.training import (
     train_forward,
     weighted_losses,
 )
-from speculators.models.tree_drafting import TreeDrafter
+from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.nn.attention import layer_window
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
@@ -265,9 +265,10 @@ class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
-        """What grows EAGLE-2's trees with this model: give it to `decoding.proposers.dynamic_tree`."""
-        return TreeDrafter(self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length))
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackTreeDrafter:
+        return FeedbackTreeDrafter(
+            self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
+        )
 
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> EagleProposer:
         embedding = verifier_model.get_input_embeddings()

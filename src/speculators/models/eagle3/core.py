@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
-from speculators.interfaces import Proposer
+from speculators.interfaces import TreeDrafter, VerifierStates
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.eagle3.arguments import TRAINING_DEFAULTS, Eagle3TrainingArgs
@@ -22,7 +22,8 @@ from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorCo
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.eagle3.proposer import Eagle3Proposer
 from speculators.models.eagle3.serving import Eagle3Contract
-from speculators.models.eagle3.training import shift_batch, train_forward
+from speculators.models.eagle3.training import PackedBatch, drafts_read, shift_batch, train_forward
+from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.models.utils import resolve_target_layer_ids, target_logit_transform
 from speculators.nn.attention import layer_window
 from speculators.nn.decoder import DecoderLayer, FusionDecoderLayer
@@ -170,7 +171,7 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Proposer:
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Eagle3Proposer:
         model = self.beside(verifier_model)
         return Eagle3Proposer(
             model.network.fused(), model.target_layer_ids, model.d2t, model.verifier_vocab_size,
@@ -186,6 +187,11 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             model = copy.deepcopy(self)  # training keeps its own
             model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
         if was_never_loaded(model.embed_tokens.weight):
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
+        return FeedbackTreeDrafter(
+            self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
+        )
+
             model.embed_tokens.weight.data.copy_(source)
         if was_never_loaded(model.lm_head.weight):
             model.lm_head.weight.data.copy_(select_rows(verifier_model.get_output_embeddings().weight, model.t2d))

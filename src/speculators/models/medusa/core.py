@@ -20,7 +20,7 @@ from speculators.models.medusa.checkpoint import expected_keys, read_native, sav
 from speculators.models.medusa.config import MedusaSpeculatorConfig
 from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
 from speculators.models.medusa.serving import MedusaContract
-from speculators.models.medusa.proposer import MedusaTreeProposer, StaticTree
+from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.models.utils import get_verifier_config
 from speculators.verifier import verifier_parts
 
@@ -97,12 +97,10 @@ class MedusaDraftModel(LastStateModel):
         norm = verifier_parts(verifier_model).final_norm
         return LastStateProposer(MedusaNetwork(norm, blocks, heads), [blocks, heads])
 
-    def make_tree_proposer(
-        self, verifier_model: Any, tree: StaticTree, *, max_batch_size: int, max_length: int
-    ) -> MedusaTreeProposer:
-        """Drafts a static tree (`decoding.tree.MEDUSA_63`, or any `TokenTree`) in place of a chain."""
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> SlotTreeDrafter:
+        """Heads do not see each other's tokens: below all parents stand the same best tokens."""
         chain = self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
-        return MedusaTreeProposer(chain, tree)
+        return SlotTreeDrafter(chain.head_log_probs, chain.capture, max_depth=len(chain.network.heads))
 
     def save_native(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
         """The directory that vLLM serves with `{"method": "medusa", "model": path}`."""

@@ -20,6 +20,7 @@ from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.mlp.arguments import TRAINING_DEFAULTS, MLPTrainingArgs, default_of
 from speculators.models.mlp.config import MLPSpeculatorConfig
 from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
+from speculators.models.tree_drafting import CarriedTreeDrafter
 from speculators.models.utils import get_verifier_config
 from speculators.verifier import verifier_parts
 
@@ -98,3 +99,8 @@ class MLPSpeculator(LastStateModel):
         norm = verifier_parts(verifier_model).final_norm
         network = MLPNetwork(norm, emb, proj, ln, head, self.config.num_layers, self.config.scale_input)
         return LastStateProposer(network, [proj, head])
+
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> CarriedTreeDrafter:
+        return CarriedTreeDrafter(
+            self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
+        )

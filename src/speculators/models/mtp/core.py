@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.draft_vocab import DraftVocabMixin
-from speculators.interfaces import CaptureSpec, Proposer
+from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.mtp.arguments import TRAINING_DEFAULTS, MTPTrainingArgs
@@ -38,6 +38,7 @@ from speculators.models.mtp.training import (
     train_forward,
 )
 from speculators.models.utils import get_verifier_config, target_logit_transform
+from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.proposals import GreedyTokenProposalConfig
@@ -205,7 +206,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Proposer:
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> MTPProposer:
         model = self.beside(verifier_model)
         network = dataclasses.replace(
             model.network,
@@ -223,6 +224,11 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         expected = (self.verifier_vocab_size, self.hidden_size)
         if tuple(source.shape) != expected:
             raise ValueError(
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackTreeDrafter:
+        return FeedbackTreeDrafter(
+            self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
+        )
+
                 f"the verifier's embedding is {tuple(source.shape)} and this drafter was trained for {expected} "
                 "(vocabulary, hidden size); decode with the verifier it was trained for"
             )

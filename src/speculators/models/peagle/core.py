@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speculators.interfaces import Proposer
+from speculators.interfaces import TreeDrafter
 from speculators.losses.registry import choose_loss_config, resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.eagle3.core import Eagle3DraftModel
@@ -20,7 +20,8 @@ from speculators.models.peagle.checkpoint import expected_keys, write_fc_norm
 from speculators.models.peagle.config import PEagleSpeculatorConfig, default_of
 from speculators.models.peagle.proposer import PEagleProposer
 from speculators.models.peagle.serving import PEagleContract
-from speculators.models.peagle.training import Sampling, train_forward
+from speculators.models.peagle.training import Sampling, drafts_read, train_forward
+from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.models.utils import resolve_mask_token_id
 
 
@@ -127,7 +128,7 @@ class PEagleDraftModel(Eagle3DraftModel):
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Proposer:
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> PEagleProposer:
         model = self.beside(verifier_model)
         return PEagleProposer(
             model.network.fused(), model.mask_token_id, model.mask_hidden, model.target_layer_ids, model.d2t,
@@ -136,5 +137,11 @@ class PEagleDraftModel(Eagle3DraftModel):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         missing = expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
+        chain = self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
+        return SlotTreeDrafter(
+            chain.slot_log_probs, chain.capture, d2t=chain.d2t, verifier_vocab_size=chain.verifier_vocab_size
+        )
+
         assert not missing, f"a checkpoint without {sorted(missing)} would be served from uninitialised memory"
         super().save_pretrained(save_directory, **kwargs)

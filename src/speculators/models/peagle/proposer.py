@@ -57,6 +57,14 @@ class PEagleProposer(Eagle3Proposer):
             draft_ids_BK[~torch.tensor(drafts_B, device=self.device)] = NO_DRAFT
         return Proposal(draft_ids_BK, probs_BKV)
 
+    @torch.inference_mode()
+    def slot_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
+        """[B, K, V_draft]: what each slot says, whatever the others draft."""
+        num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
+        with self.packed:
+            normed_BKH = self.fill(committed, num_new, num_committed, num_tokens)
+            return self.network.lm_head(normed_BKH).float().log_softmax(-1)
+
     def fill(self, committed: Committed, num_new: list[int], num_committed: list[int], num_tokens: int) -> Tensor:
         """Write the new entries and the slots behind them; what the head reads at the last entry and the slots."""
         starts, counts, skips = self.places(num_new, num_committed)

@@ -1,0 +1,112 @@
+"""A fixed draft tree, filled each round by any drafter that can expand nodes: its likeliest tokens, or drawn ones.
+
+Shapes: B rows, K slots, S source nodes of one depth, F = the most sources at any depth, N nodes run so far,
+V vocabulary of the drafter.
+
+    slots      0 1 | 2 3 | 4         depth 1 | 2 | 3, parents -1 -1 | 0 1 | 2
+    run        0 1 | 2 2             what has children, filled up to F = 2 with copies that nobody looks at
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from speculators.decoding.tree import TokenTree, ancestor_mask, depths
+from speculators.decoding.tree_growing import Law, draw_uniforms, rank_tree, sample_tree
+from speculators.interfaces import Committed, DraftSampling, Proposal, TreeDrafter
+
+
+@dataclass(frozen=True)
+class Expansions:
+    """Which nodes of a tree the drafter runs, a depth at a time."""
+
+    tree: TokenTree
+
+    @cached_property
+    def slots_by_depth(self) -> list[list[int]]:
+        """F slots for each depth (from 1) that has children below it."""
+        depth_K, parents = depths(self.tree.parents), set(self.tree.parents)
+        inner = [
+            [slot for slot, of_slot in enumerate(depth_K) if of_slot == depth and slot in parents]
+            for depth in range(1, self.tree.depth)
+        ]
+        width = max(map(len, inner), default=0)
+        return [slots + slots[:1] * (width - len(slots)) for slots in inner]
+
+    def parents_at(self, depth: int) -> list[int]:
+        """Of each node run at a depth: where in the frontier before it its parent stands."""
+        if depth == 1:
+            return [0] * len(self.slots_by_depth[0])
+        above = self.slots_by_depth[depth - 2]
+        return [above.index(self.tree.parents[slot]) for slot in self.slots_by_depth[depth - 1]]
+
+    def visible_at(self, depth: int) -> Tensor:
+        """bool [F, N]: each node sees itself and the first copy of each of its ancestors."""
+        is_ancestor = ancestor_mask(self.tree.parents)[1:, 1:]
+        above = self.slots_by_depth[: depth - 1]
+        frontier = self.slots_by_depth[depth - 1]
+        is_first = torch.tensor(
+            [slots.index(slot) == i for slots in above for i, slot in enumerate(slots)], dtype=torch.bool
+        )
+        sees_above = is_ancestor[frontier][:, [slot for slots in above for slot in slots]] & is_first
+        return torch.cat([sees_above, torch.eye(len(frontier), dtype=torch.bool)], 1)
+
+
+class StaticTreeProposer:
+    """Drafts `tree`, as deep as it is asked to; drawn without replacement where the engine wants drafts drawn."""
+
+    def __init__(self, drafter: TreeDrafter, tree: TokenTree):
+        self.drafter, self.tree, self.capture = drafter, tree, drafter.capture
+        self._by_depth: dict[int, Expansions | None] = {}
+
+    @torch.inference_mode()
+    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+        depth = min(num_tokens, self.tree.depth, self.drafter.max_depth or num_tokens)
+        root_BV = self.drafter.start(committed, depth)
+        expansions = self._cut_at(depth)
+        if expansions is None:
+            return Proposal(committed.token_ids_BT[:, :0])
+
+        def log_probs(slots: list[int], draft_ids_BK: Tensor) -> Tensor:
+            return root_BV[:, None] if slots == [-1] else self._expand(expansions, slots, draft_ids_BK)
+
+        if sampling.probabilistic:
+            drafts = self._sampled(expansions.tree, log_probs, sampling)
+        else:
+            drafts = rank_tree(expansions.tree, log_probs, len(root_BV), root_BV.device)
+        # a row that waits, or whose only token has no state yet, drafts nothing
+        drafts_B1 = ((committed.num_new_B > 0) & (committed.num_committed_B > 1))[:, None]
+        token_ids_BK = self.drafter.to_verifier_ids(drafts.token_ids_BK.clamp_min(0))
+        probs_BKV = None if drafts.probs_BKV is None else self.drafter.to_verifier_probs(drafts.probs_BKV)
+        return Proposal(token_ids_BK.where((drafts.token_ids_BK >= 0) & drafts_B1, -1), probs_BKV, drafts.parents_K)
+
+    @staticmethod
+    def _sampled(tree: TokenTree, log_probs: Law, sampling: DraftSampling) -> Proposal:
+        temperature_B = sampling.temperature_B
+        scale_B11 = temperature_B.masked_fill(temperature_B == 0, 1.0)[:, None, None]
+        return sample_tree(
+            tree.parents,
+            lambda slots, draft_ids_BK: (log_probs(slots, draft_ids_BK) / scale_B11).softmax(-1),
+            draw_uniforms(len(temperature_B), len(tree.paths), sampling.generator, temperature_B.device),
+            is_greedy_B=temperature_B == 0,
+        )
+
+    def _cut_at(self, depth: int) -> Expansions | None:
+        if depth not in self._by_depth:
+            paths = [path for path in self.tree.paths if len(path) <= depth]
+            self._by_depth[depth] = Expansions(TokenTree.of(paths)) if paths else None
+        return self._by_depth[depth]
+
+    def _expand(self, expansions: Expansions, slots: list[int], draft_ids_BK: Tensor) -> Tensor:
+        """[B, S, V] after the given slots: all those of one depth that have children."""
+        depth = len(expansions.tree.paths[slots[0]])
+        frontier, device = expansions.slots_by_depth[depth - 1], draft_ids_BK.device
+        token_ids_BF = self.drafter.to_verifier_ids(draft_ids_BK[:, frontier].clamp_min(0))
+        parent_BF = torch.tensor(expansions.parents_at(depth), device=device).expand(len(token_ids_BF), -1)
+        visible_BFN = expansions.visible_at(depth).to(device).expand(len(token_ids_BF), -1, -1)
+        log_probs_BFV = self.drafter.expand(token_ids_BF, parent_BF, visible_BFN)
+        return log_probs_BFV[:, [frontier.index(slot) for slot in slots]]
