@@ -2,7 +2,7 @@
 
     raw data -> datasets -> conversations -> masks -> prepare -> <directory>   (tokens, loss masks, manifest)
     prompts -> regenerate -> on-policy rows that prepare takes as they are
-    tokens -> sources -> VerifierStates                                        (in process, or cached on disk)
+    tokens -> sources -> VerifierStates                                        (in process, from a server, from disk)
 
 Names are imported on first use, so that `import speculators` stays fast.
 """
@@ -32,6 +32,10 @@ EXPORTS = {
     "CorruptHiddenStatesError": "sources",
     "HiddenStateStore": "sources",
     "LocalSource": "sources",
+    "VllmSource": "sources",
+    "InvalidResponseError": "vllm_client",
+    "ServerUnavailableError": "vllm_client",
+    "generate_hidden_states": "vllm_client",
     "estimate_bytes": "sources",
     "check_hidden_states": "offline",
     "find_corrupt_hidden_state_indices": "offline",

@@ -1,0 +1,222 @@
+"""VllmSource: verifier states from a vLLM server that extracts them (`speculators launch-vllm`). Threads may share it.
+
+    tokens -> request -> path of a file -> wait for its writer -> read, check, delete -> VerifierStates
+
+The server holds `<path>.lock` exclusively while it writes and never deletes anything; whoever reads does.
+Shapes: T tokens, S slots (layers in the file), H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from speculators.data_generation.offline import check_hidden_states
+from speculators.data_generation.sources.codec import num_slots
+from speculators.data_generation.vllm_client import (
+    DEFAULT_MAX_RETRIES,
+    DEFAULT_TIMEOUT_S,
+    InvalidResponseError,
+    ServedModel,
+    ServerUnavailableError,
+    generate_hidden_states,
+    make_client,
+    served_model,
+)
+from speculators.interfaces import CaptureSpec, VerifierStates
+from speculators.utils.extraction import ExtractionNote
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONCURRENCY = 32
+DEFAULT_VALIDATION_RETRIES = 2
+POLL_S = 0.01
+
+
+class DamagedStatesError(ValueError):
+    """The server announced states, but its file is missing, cut off or of something else. Worth another request."""
+
+
+@dataclass
+class Counts:
+    """What a source asked for, so that nothing fails unseen."""
+
+    num_read: int = 0
+    num_retried: int = 0
+    """Requests made again because the file was damaged."""
+    num_failed: int = 0
+
+
+class VllmSource:
+    """A `HiddenStateSource`. Asks the server once when made, so that a wrong address is known at once."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        capture: CaptureSpec,
+        *,
+        model: str | None = None,
+        layer_ids: Sequence[int] | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        max_retries: int = DEFAULT_MAX_RETRIES,
+        validation_retries: int = DEFAULT_VALIDATION_RETRIES,
+    ) -> None:
+        """`layer_ids`: what a server extracts that was not started by `launch-vllm` (which leaves a note of it)."""
+        if concurrency < 1:
+            raise ValueError(f"concurrency={concurrency}; at least one request at a time is needed")
+        self.endpoint = endpoint
+        self.capture = capture
+        self.layer_ids = None if layer_ids is None else tuple(layer_ids)
+        self.timeout_s, self.max_retries, self.validation_retries = timeout_s, max_retries, validation_retries
+        self.counts = Counts()
+        self.client: httpx.Client = make_client(endpoint, timeout_s=timeout_s, num_connections=concurrency)
+        self.served: ServedModel = served_model(self.client, max_retries=max_retries)
+        self.model = model or self.served.name
+        self.pool = ThreadPoolExecutor(concurrency, thread_name_prefix="extract")
+        self.lock = threading.Lock()
+        self.slots: list[int] | None = None
+        """Where the wanted layers are in a file; known once the first file showed where the server's note is."""
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        self.client.close()
+
+    def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
+        if any(len(ids) == 0 for ids in token_ids):
+            raise ValueError("a sequence without tokens has no states; leave it out")
+        futures = [self.pool.submit(self.read_one, ids) for ids in token_ids]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    def read_one(self, token_ids: Tensor) -> VerifierStates:
+        """States of one sequence. A damaged file is asked for again; a server that is gone was waited for already."""
+        ids_T = token_ids.to("cpu", torch.int64)
+        for attempt in range(self.validation_retries + 1):
+            try:
+                states = self.request(ids_T)
+            except DamagedStatesError as error:
+                if attempt == self.validation_retries:
+                    self.count(num_failed=1)
+                    raise ServerUnavailableError(f"{error}: {attempt + 1} requests of {len(ids_T)} tokens") from error
+                logger.warning("%s; asking again", error)
+                self.count(num_retried=1)
+            except (ServerUnavailableError, InvalidResponseError):
+                self.count(num_failed=1)
+                raise
+            else:
+                self.count(num_read=1)
+                return states
+        raise AssertionError("the last request returns or raises")
+
+    def count(self, *, num_read: int = 0, num_retried: int = 0, num_failed: int = 0) -> None:
+        with self.lock:
+            self.counts.num_read += num_read
+            self.counts.num_retried += num_retried
+            self.counts.num_failed += num_failed
+
+    def request(self, ids_T: Tensor) -> VerifierStates:
+        handle, _ = generate_hidden_states(
+            self.client, self.model, {"input_ids": ids_T.tolist()}, timeout=self.timeout_s, max_retries=self.max_retries
+        )
+        path = Path(handle)
+        states_TSH = read_and_delete(path, ids_T, self.timeout_s)
+        slots = self.find_slots(path.parent, states_TSH.shape[1])
+        num_aux = len(self.capture.aux_layer_ids)
+        return VerifierStates(
+            token_ids_T=ids_T,
+            aux_TD=states_TSH[:, slots[:num_aux]].flatten(1) if num_aux else None,
+            last_hidden_TH=states_TSH[:, slots[-1]] if self.capture.last_hidden else None,
+        )
+
+    def find_slots(self, directory: Path, num_slots_in_file: int) -> list[int]:
+        """Which slots of a file hold what the drafter reads, in its order."""
+        with self.lock:
+            if self.slots is None:
+                note = ExtractionNote.read(directory)
+                if note is None and self.layer_ids is not None:
+                    note = ExtractionNote(self.served.root, self.layer_ids, max(self.layer_ids))
+                self.slots = slots_of(self.capture, note, num_slots_in_file)
+                self.num_slots_in_file = num_slots_in_file if note is None else len(note.layer_ids)
+        if num_slots_in_file != self.num_slots_in_file:
+            raise InvalidResponseError(
+                f"the server's files hold {num_slots_in_file} layers, its note in {directory} says "
+                f"{self.num_slots_in_file}: another server wrote there; give each its own --hidden-states-path"
+            )
+        return self.slots
+
+
+def slots_of(capture: CaptureSpec, note: ExtractionNote | None, num_slots_in_file: int) -> list[int]:
+    """By the server's note; without one the file must hold exactly what is wanted, in order."""
+    if note is None:
+        if num_slots_in_file != num_slots(capture):
+            raise InvalidResponseError(
+                f"the server extracts {num_slots_in_file} layers, the drafter reads {num_slots(capture)} ({capture}), "
+                "and the server left no note which they are; start it with `speculators launch-vllm`"
+            )
+        return list(range(num_slots_in_file))
+    wanted = [*capture.aux_layer_ids, *([note.num_layers] if capture.last_hidden else [])]
+    missing = [layer for layer in wanted if layer not in note.layer_ids]
+    if missing:
+        asked = " ".join(map(str, capture.aux_layer_ids))
+        raise InvalidResponseError(
+            f"the server extracts layers {list(note.layer_ids)} of {note.num_layers}, the drafter reads {missing}: "
+            f"start it with --target-layer-ids {asked or '0'} --include-last-layer"
+        )
+    return [note.layer_ids.index(layer) for layer in wanted]
+
+
+def read_and_delete(path: Path, ids_T: Tensor, timeout_s: float) -> Tensor:
+    """The states of these tokens, [T, S, H], checked. The file and its lock are gone afterwards, whatever they held."""
+    lock = path.with_name(path.name + ".lock")
+    try:
+        wait_for_writer(path, lock, timeout_s)
+        tensors = load(path.read_bytes())
+        check_hidden_states(tensors, ids_T)
+        states_TSH = tensors["hidden_states"]
+        if states_TSH.dim() != 3:
+            raise ValueError(f"hidden_states has shape {tuple(states_TSH.shape)}, not [tokens, layers, hidden size]")
+    except FileNotFoundError as error:
+        raise DamagedStatesError(
+            f"the server wrote no {path}, or it is not on this machine: server and reader must share the directory "
+            "(launch-vllm --hidden-states-path)"
+        ) from error
+    except (ValueError, SafetensorError) as error:
+        raise DamagedStatesError(f"{path}: {error}") from error
+    finally:
+        path.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+    return states_TSH
+
+
+def wait_for_writer(path: Path, lock: Path, timeout_s: float) -> None:
+    """Until the writer lets go of its lock. It holds it before the path is announced; a dead writer holds nothing."""
+    import fcntl  # there on POSIX only, and so is vLLM
+
+    if not lock.exists():
+        return  # a server that writes without locks has finished before it answers
+    deadline = time.monotonic() + timeout_s
+    with lock.open("rb") as handle:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DamagedStatesError(f"{path} was still being written after {timeout_s:.0f} s") from None
+                time.sleep(POLL_S)

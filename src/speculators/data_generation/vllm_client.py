@@ -1,0 +1,190 @@
+"""Asking a vLLM server for the hidden states of token sequences: requests, answers, retries. No tensors here.
+
+    POST <endpoint>/completions  {"prompt": [ids], "max_tokens": 1, "return_token_ids": true}
+    answer                       choices[0].prompt_token_ids, kv_transfer_params.hidden_states_path
+
+What may pass (a dropped connection, a busy or restarting server) is tried again; what was answered wrongly is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ENDPOINT = "http://localhost:8000/v1"
+DEFAULT_TIMEOUT_S = 120.0
+DEFAULT_MAX_RETRIES = 3
+BACKOFF_S = 1.0
+"""First wait before trying again; each further one is twice as long."""
+PASSING_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""HTTP codes of a server that may answer in a moment."""
+
+
+class InvalidResponseError(ValueError):
+    """The server answered, but not what was asked. Asking again would not help."""
+
+
+class ServerUnavailableError(ConnectionError):
+    """The server could not be reached, or failed, as often as was allowed."""
+
+
+class PassingError(Exception):
+    """A failure worth another try."""
+
+
+def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `max_retries=3`: another try after 1, 2, 4, ... s when one failed in passing. Plain and async functions."""
+
+    def gave_up(error: Exception, max_retries: int) -> ServerUnavailableError:
+        waited_s = BACKOFF_S * (2**max_retries - 1)
+        return ServerUnavailableError(
+            f"{describe(error)}: {max_retries + 1} tries in {waited_s:.0f} s. Look at the server's log and start it "
+            "again; more retries wait longer (7: about two minutes)"
+        )
+
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def retried(*args: Any, max_retries: int = DEFAULT_MAX_RETRIES, **kwargs: Any) -> Any:
+            for attempt in range(max_retries + 1):
+                try:
+                    return await function(*args, **kwargs)
+                except (PassingError, httpx.TransportError) as error:
+                    if attempt == max_retries:
+                        raise gave_up(error, max_retries) from error
+                    note_retry(error, attempt)
+                    await asyncio.sleep(BACKOFF_S * 2**attempt)
+            raise AssertionError("the last try returns or raises")
+
+        return retried
+
+    @functools.wraps(function)
+    def retried_plainly(*args: Any, max_retries: int = DEFAULT_MAX_RETRIES, **kwargs: Any) -> Any:
+        for attempt in range(max_retries + 1):
+            try:
+                return function(*args, **kwargs)
+            except (PassingError, httpx.TransportError) as error:
+                if attempt == max_retries:
+                    raise gave_up(error, max_retries) from error
+                note_retry(error, attempt)
+                time.sleep(BACKOFF_S * 2**attempt)
+        raise AssertionError("the last try returns or raises")
+
+    return retried_plainly
+
+
+def note_retry(error: Exception, attempt: int) -> None:
+    logger.warning("%s; trying again in %.0f s", describe(error), BACKOFF_S * 2**attempt)
+
+
+def describe(error: Exception) -> str:
+    if isinstance(error, httpx.TransportError):  # its own text is about sockets
+        return f"no answer from {error.request.url} ({error or type(error).__name__})"
+    return str(error)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model a server serves."""
+
+    name: str
+    """What requests call it."""
+    root: str
+    """What it was loaded from."""
+    max_model_len: int | None
+
+
+def make_client(endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, num_connections: int = 32) -> httpx.Client:
+    """For one server: paths are relative to `endpoint` (which ends in /v1)."""
+    if not endpoint.startswith(("http://", "https://")):
+        raise ValueError(f"endpoint {endpoint!r}: an address begins with http://, e.g. {DEFAULT_ENDPOINT}")
+    limits = httpx.Limits(max_connections=num_connections, max_keepalive_connections=num_connections)
+    return httpx.Client(base_url=endpoint.rstrip("/") + "/", timeout=timeout_s, limits=limits)
+
+
+@with_retries
+def served_model(client: httpx.Client) -> ServedModel:
+    """The first model of the server."""
+    body = checked_json(client.get("models"))
+    models = body.get("data") or []
+    if not models:
+        raise InvalidResponseError(f"{client.base_url} serves no model")
+    first = models[0]
+    return ServedModel(first["id"], first.get("root") or first["id"], first.get("max_model_len"))
+
+
+def checked_json(response: httpx.Response) -> dict[str, Any]:
+    """The body of a good answer; codes that pass are worth another try, others are final."""
+    if response.status_code in PASSING_CODES:
+        raise PassingError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
+    if response.status_code != 200:
+        raise InvalidResponseError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
+    try:
+        body = response.json()
+    except ValueError as error:
+        raise InvalidResponseError(f"{response.url} answered no JSON: {response.text[:300]}") from error
+    if not isinstance(body, dict):
+        raise InvalidResponseError(f"{response.url} answered {type(body).__name__}, not an object")
+    return body
+
+
+def completion_request(model: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    if "messages" in item and "input_ids" not in item:
+        raise ValueError("rows of messages have no token ids; prepare them with prepare-data")
+    return {
+        "model": model,
+        "prompt": [int(token) for token in item["input_ids"]],
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "return_token_ids": True,
+    }
+
+
+@with_retries
+def generate_hidden_states(
+    client: httpx.Client, model: str, item: Mapping[str, Any], *, timeout: float = DEFAULT_TIMEOUT_S
+) -> tuple[str, dict[str, Any]]:
+    """(handle of the states, all transfer parameters) for `item["input_ids"]`."""
+    request = completion_request(model, item)
+    return extract_output(checked_json(client.post("completions", json=request, timeout=timeout)), request["prompt"])
+
+
+@with_retries
+async def generate_hidden_states_async(
+    client: httpx.AsyncClient, model: str, item: Mapping[str, Any], *, timeout: float = DEFAULT_TIMEOUT_S
+) -> tuple[str, dict[str, Any]]:
+    request = completion_request(model, item)
+    response = await client.post("completions", json=request, timeout=timeout)
+    return extract_output(checked_json(response), request["prompt"])
+
+
+def extract_output(response: Mapping[str, Any], token_ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """(handle, transfer parameters) of an answer to these tokens."""
+    choices = response.get("choices") or [{}]
+    seen = choices[0].get("prompt_token_ids")
+    if seen is None:
+        raise InvalidResponseError("the answer has no prompt_token_ids: the server is older than return_token_ids")
+    if list(seen) != list(token_ids):
+        raise InvalidResponseError(
+            f"the server read {len(seen)} tokens, not the {len(token_ids)} that were sent: it cuts or changes prompts"
+        )
+    transfer = response.get("kv_transfer_params")
+    if not transfer:
+        raise InvalidResponseError(
+            "the answer has no kv_transfer_params: this server does not extract hidden states; start one with "
+            "`speculators launch-vllm`"
+        )
+    handle = transfer.get("hidden_states_path") or transfer.get("handle")
+    if not handle:
+        raise InvalidResponseError(f"kv_transfer_params has neither hidden_states_path nor handle: {dict(transfer)}")
+    return str(handle), dict(transfer)
