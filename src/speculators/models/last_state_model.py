@@ -11,11 +11,12 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.draft_vocab import VERIFIER_ONLY_KEYS, norm_is_unit_offset
-from speculators.interfaces import CaptureSpec
+from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import choose_loss_config, resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.last_state_proposer import LastStateNetwork
@@ -139,6 +140,14 @@ class LastStateModel(SpeculatorModel):
         loss, metrics = train_losses(network, states_RH, places, targets, config, weights)
         logits = all_logits(network, hidden_states, input_ids) if return_logits else []
         return logits, loss, metrics
+
+    def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
+        """As many rows as there are heads, at most K."""
+        row, num_heads = self.training_row(states), len(self.network.heads)
+        column = len(states.token_ids_T) - num_drafts - 2
+        padded_ids = F.pad(row["input_ids"], (0, num_heads))  # every head answers up to the last column
+        logits = all_logits(self.network, row["hidden_states"], padded_ids)
+        return torch.stack([of_head[0, column] for of_head in logits[:num_drafts]])
 
 
 def check_whole_vocabulary(draft_vocab_size: int | None, vocab_size: int) -> None:

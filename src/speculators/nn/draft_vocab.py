@@ -36,6 +36,15 @@ def select_rows(weight_VH: Tensor, t2d: Tensor | None) -> Tensor:
     return weight_VH if t2d is None else weight_VH[t2d.to(weight_VH.device)]
 
 
+def logits_over_verifier(logits_D: Tensor, t2d: Tensor | None) -> Tensor:
+    """[..., D] to [..., V] by the mask training chooses its targets with; -inf outside the draft vocabulary."""
+    if t2d is None:
+        return logits_D
+    out = logits_D.new_full((*logits_D.shape[:-1], t2d.shape[0]), float("-inf"))
+    out[..., t2d] = logits_D
+    return out
+
+
 def offsets_of(kept_ids_D: Tensor) -> Tensor:
     """`d2t` of an ascending list of verifier ids."""
     return kept_ids_D - torch.arange(kept_ids_D.shape[0], device=kept_ids_D.device)

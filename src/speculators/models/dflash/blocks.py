@@ -116,6 +116,15 @@ def choose_blocks(
     return Blocks(layout, slot_columns(anchors_P, block_size), counts_PS, first_slot)
 
 
+def last_block(row: PackedRow, num_drafts: int, first_slot: int) -> Blocks:
+    """The block whose slots draft the last K tokens of the row; as many slots as that takes."""
+    anchors_P = row.token_ids_T.new_tensor([len(row.token_ids_T) - num_drafts - 1])
+    block_size = num_drafts + first_slot
+    layout = BlockLayout(anchors_P, document_starts(row.document_ids_T)[anchors_P], block_size)
+    columns_PS = slot_columns(anchors_P, block_size)
+    return Blocks(layout, columns_PS, torch.ones_like(columns_PS, dtype=torch.bool), first_slot)
+
+
 def slot_columns(anchors_P: Tensor, block_size: int) -> Tensor:
     return anchors_P[:, None] + torch.arange(block_size, device=anchors_P.device)
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
-from speculators.interfaces import Proposer
+from speculators.interfaces import Proposer, VerifierStates
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.arguments import TRAINING_DEFAULTS, DFlashTrainingArgs
-from speculators.models.dflash.blocks import PackedRow
+from speculators.models.dflash.blocks import PackedRow, last_block
 from speculators.models.dflash.checkpoint import (
     complete_block_config,
     expected_keys,
@@ -38,11 +38,13 @@ from speculators.models.dflash.training import (
     GAMMA,
     Objective,
     check_weighting,
+    drafts_logits,
+    fill,
     train_forward,
 )
 from speculators.models.utils import resolve_mask_token_id, resolve_target_layer_ids, target_logit_transform
 from speculators.nn.decoder import DecoderLayer
-from speculators.nn.draft_vocab import select_rows
+from speculators.nn.draft_vocab import logits_over_verifier, select_rows
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.proposals import GreedyTokenProposalConfig
@@ -226,6 +228,18 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             dpace_alpha=dpace_alpha,
         )  # fmt: skip
         return train_forward(self, row, objective, max_anchors, generator)
+
+    def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
+        batch = self.training_row(states)
+        row = PackedRow.of(
+            batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"],
+            batch["document_ids"], batch["position_ids"],
+        )  # fmt: skip
+        first_slot = self.config.first_slot
+        filled = fill(self, row, last_block(row, num_drafts, first_slot))
+        return logits_over_verifier(self.drafts_logits(self, filled)[first_slot:], self.t2d)
+
+    drafts_logits: ClassVar[Any] = staticmethod(drafts_logits)
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

@@ -102,9 +102,17 @@ def fill_blocks(
     if generator is None and not model.training:
         generator = validation_generator()
     most = max_anchors or config.max_anchors or DEFAULT_MAX_ANCHORS
-    blocks = choose_blocks(row, config.block_size, config.first_slot, most, generator)
-    attention = getattr(config.transformer_layer_config, "_attn_implementation", None)
+    return fill(model, row, choose_blocks(row, config.block_size, config.first_slot, most, generator))
+
+
+def fill(model: DFlashDraftModel, row: PackedRow, blocks: Blocks) -> Filled:
+    attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)
     return Filled(row, blocks, run_blocks(model.network, row, blocks, attention))
+
+
+def drafts_logits(model: DFlashDraftModel, filled: Filled) -> Tensor:
+    """[S, D] of the slots of a single block."""
+    return model.lm_head(filled.hidden_PSH[0])
 
 
 def run_blocks(network: DFlashNetwork, row: PackedRow, blocks: Blocks, attention: str | None) -> Tensor:

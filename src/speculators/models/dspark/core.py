@@ -24,6 +24,7 @@ from speculators.models.dspark.training import (
     CONFIDENCE_TARGET,
     TV,
     ConfidenceObjective,
+    drafts_logits,
     train_forward,
 )
 
@@ -40,6 +41,7 @@ class DSparkDraftModel(DFlashDraftModel):
     anchor_may_draft = True
     pin_causality = staticmethod(pin_causality)
     expected_keys = staticmethod(expected_keys)
+    drafts_logits = staticmethod(drafts_logits)
 
     def __init__(self, config: DSparkSpeculatorConfig, **kwargs: Any):
         reads_markov = config.enable_confidence_head and config.confidence_head_with_markov

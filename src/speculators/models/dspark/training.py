@@ -83,6 +83,15 @@ def markov_features(model: DSparkDraftModel, filled: Filled) -> tuple[Tensor | N
     return embedded_PSR, F.pad(phi, (0, 0, first, 0))
 
 
+def drafts_logits(model: DSparkDraftModel, filled: Filled) -> Tensor:
+    """[S, D] of the slots of a single block, the tokens before them known."""
+    logits_SD = model.lm_head(filled.hidden_PSH[0])
+    _, features_PSR = markov_features(model, filled)
+    if model.markov_head is None or features_PSR is None:
+        return logits_SD
+    return logits_SD + model.markov_head.markov_w2(features_PSR[0])
+
+
 def slot_losses(
     model: DSparkDraftModel,
     filled: Filled,

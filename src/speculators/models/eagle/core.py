@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from speculators.interfaces import CaptureSpec
+from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.eagle.arguments import TRAINING_DEFAULTS, EagleTrainingArgs, default_of
@@ -36,6 +36,7 @@ from speculators.models.eagle.training import (
     OBJECTIVE_KEYS,
     PackedBatch,
     align,
+    drafts_read,
     objective,
     padded,
     train_forward,
@@ -262,6 +263,14 @@ class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc
         return CausalLMOutputWithPast(
             logits=cast("Any", logits), past_key_values=past if use_cache else None, attentions=None
         )
+
+    def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
+        row = self.training_row(states)
+        batch = PackedBatch.of(
+            row["hidden_states"], row["input_ids"], row["document_ids"], row["loss_mask"], row["position_ids"],
+            row["verifier_last_hidden_states"],
+        )  # fmt: skip
+        return self.network.lm_head(drafts_read(self, batch, num_drafts))
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

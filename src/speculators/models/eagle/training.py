@@ -149,6 +149,16 @@ def with_noise(features_TH: Tensor, width: float) -> Tensor:
     return features_TH + noise_TH * (width * min(1.0, NOISE_LENGTH / len(features_TH)))
 
 
+def drafts_read(model: EagleSpeculator, batch: PackedBatch, num_drafts: int) -> Tensor:
+    """What the head reads in the places of the last K tokens of the batch: [K, H]."""
+    network = model.network
+    attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)
+    columns_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
+    nothing_learnt = Objective({}, 0.0, num_drafts, detach_steps=True, feature_noise=0.0)
+    steps = unroll(network, batch, network.combine(batch.states_TH), columns_T, nothing_learnt, attention)
+    return torch.stack([step.normed_RH[-num_drafts - 1] for step in steps])
+
+
 def train_forward(model: EagleSpeculator, batch: PackedBatch, objective: Objective) -> Any:
     network = model.network
     attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)

@@ -6,7 +6,7 @@ Shapes: D = aux layers * H, H hidden size, V verifier vocabulary. What is comput
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -27,7 +27,7 @@ from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.models.utils import resolve_target_layer_ids, target_logit_transform
 from speculators.nn.attention import layer_window
 from speculators.nn.decoder import DecoderLayer, FusionDecoderLayer
-from speculators.nn.draft_vocab import select_rows
+from speculators.nn.draft_vocab import logits_over_verifier, select_rows
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.proposals import GreedyTokenProposalConfig
@@ -169,6 +169,15 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             self, hidden_states, input_ids, document_ids, loss_mask, position_ids, verifier_last_hidden_states, **kwargs
         )
 
+    def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
+        row = self.training_row(states)
+        batch = PackedBatch.of(
+            row["hidden_states"], row["input_ids"], row["document_ids"], row["loss_mask"], row["position_ids"], None
+        )
+        return logits_over_verifier(self.lm_head(self.drafts_read(self, batch, num_drafts)), self.t2d)
+
+    drafts_read: ClassVar[Any] = staticmethod(drafts_read)
+
     # -- serving -----------------------------------------------------------------------------------------------------
 
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Eagle3Proposer:
@@ -177,6 +186,11 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             model.network.fused(), model.target_layer_ids, model.d2t, model.verifier_vocab_size,
             max_batch_size=max_batch_size, max_length=max_length,
         )  # fmt: skip
+
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
+        return FeedbackTreeDrafter(
+            self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
+        )
 
     def beside(self, verifier_model: Any) -> Self:
         """This drafter in the verifier's dtype, on its device, complete with its embedding and head."""
@@ -187,11 +201,6 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             model = copy.deepcopy(self)  # training keeps its own
             model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
         if was_never_loaded(model.embed_tokens.weight):
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
-        return FeedbackTreeDrafter(
-            self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
-        )
-
             model.embed_tokens.weight.data.copy_(source)
         if was_never_loaded(model.lm_head.weight):
             model.lm_head.weight.data.copy_(select_rows(verifier_model.get_output_embeddings().weight, model.t2d))

@@ -128,6 +128,14 @@ def unroll(
     return out
 
 
+def drafts_read(model: Eagle3DraftModel, batch: PackedBatch, num_drafts: int) -> Tensor:
+    """What the head reads in the places of the last K tokens of the batch: [K, H]."""
+    attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)
+    columns_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
+    steps = unroll(model.network, batch, columns_T, num_drafts, attention)
+    return torch.stack([normed_TH[-num_drafts - 1] for normed_TH in steps])
+
+
 def train_forward(
     model: Eagle3DraftModel,
     hidden_states: Tensor,

@@ -34,11 +34,12 @@ from speculators.models.mtp.training import (
     NUM_STEPS,
     STEP_WEIGHT_BETA,
     compute_step_weights,
+    drafts_read,
     shift_batch_mtp,
     train_forward,
 )
-from speculators.models.utils import get_verifier_config, target_logit_transform
 from speculators.models.tree_drafting import FeedbackTreeDrafter
+from speculators.models.utils import get_verifier_config, target_logit_transform
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.proposals import GreedyTokenProposalConfig
@@ -204,6 +205,11 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             self, input_ids, hidden_states, attention_mask, position_ids, loss_mask, document_ids, **kwargs
         )
 
+    def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
+        """The first draft is a step of training; see `training.drafts_read` for the others."""
+        row = self.training_row(states)
+        return self.lm_head(drafts_read(self, row["input_ids"], row["hidden_states"], num_drafts))
+
     # -- serving -----------------------------------------------------------------------------------------------------
 
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> MTPProposer:
@@ -218,17 +224,17 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             network.fused(), self.verifier_vocab_size, max_batch_size=max_batch_size, max_length=max_length
         )
 
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackTreeDrafter:
+        return FeedbackTreeDrafter(
+            self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
+        )
+
     def beside(self, verifier_model: Any) -> Self:
         """This drafter in the verifier's dtype, on its device."""
         source = verifier_model.get_input_embeddings().weight
         expected = (self.verifier_vocab_size, self.hidden_size)
         if tuple(source.shape) != expected:
             raise ValueError(
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackTreeDrafter:
-        return FeedbackTreeDrafter(
-            self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
-        )
-
                 f"the verifier's embedding is {tuple(source.shape)} and this drafter was trained for {expected} "
                 "(vocabulary, hidden size); decode with the verifier it was trained for"
             )

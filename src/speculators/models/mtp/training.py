@@ -103,19 +103,35 @@ class Columns:
         return row * self.token_ids_BS.shape[1] + column + step_N + 2
 
 
-def unroll(network: MTPNetwork, columns: Columns, hidden_BSH: Tensor, attention: str | None) -> list[Tensor]:
-    """What the head reads at each step: [B * columns, H] a step."""
+def unroll(
+    network: MTPNetwork, columns: Columns, hidden_BSH: Tensor, attention: str | None, *, as_served: bool = False
+) -> list[Tensor]:
+    """What the head reads at each step: [B * columns, H] a step. Steps of training have keys of their own; a layer
+    that is served sees the keys of step 0 and, after them, those of the tokens it drafted."""
     documents_R = columns.flat(columns.documents_BS, 0)[0]
     hidden = columns.at(hidden_BSH, 0).reshape(1, -1, hidden_BSH.shape[-1])
-    out = []
+    out: list[Tensor] = []
     for k in range(columns.num_steps):
         positions = columns.flat(columns.positions_BS, 0) + k
-        attends = unrolled_attends(attention, PackedRow(documents_R), [None])  # each step has its own keys
+        if k == 0 or not as_served:
+            attends = unrolled_attends(attention, PackedRow(documents_R), [None])
         rope = network.rope.at(positions[0], torch.float32)
         tokens = network.tokens_at(columns.flat(columns.token_ids_BS, k + 1), positions)
         normed, hidden = network.step(tokens, hidden, rope, attends)
         out.append(normed[0])
     return out
+
+
+def drafts_read(model: MTPDraftModel, input_ids: Tensor, hidden_states: Tensor, num_drafts: int) -> Tensor:
+    """What the head reads in the places of the last K tokens: [K, H]. The first is a step of training; the others are
+    that step continued as engines serve it."""
+    nested, network = model.config.transformer_layer_config, model.network
+    positions = positions_of(input_ids, None, nested.model_type)
+    columns = Columns.of(input_ids, torch.zeros_like(input_ids), positions, None, num_drafts)
+    assert columns is not None and columns.num_steps == num_drafts, "a draft needs two tokens before it"
+    attention = getattr(nested, "_attn_implementation", None)
+    steps = unroll(network, columns, network.combine(hidden_states), attention, as_served=True)
+    return torch.stack([normed_RH[-1] for normed_RH in steps])
 
 
 def documents_of(

@@ -126,6 +126,8 @@ class PEagleDraftModel(Eagle3DraftModel):
         losses = choose_loss_config(loss_config, loss_fn, default="kl_div")
         return train_forward(self, batch, sampling, losses, generator)
 
+    drafts_read = staticmethod(drafts_read)
+
     # -- serving -----------------------------------------------------------------------------------------------------
 
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> PEagleProposer:
@@ -135,13 +137,13 @@ class PEagleDraftModel(Eagle3DraftModel):
             model.verifier_vocab_size, max_batch_size=max_batch_size, max_length=max_length,
         )  # fmt: skip
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        missing = expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())
     def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
         chain = self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
         return SlotTreeDrafter(
             chain.slot_log_probs, chain.capture, d2t=chain.d2t, verifier_vocab_size=chain.verifier_vocab_size
         )
 
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        missing = expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())
         assert not missing, f"a checkpoint without {sorted(missing)} would be served from uninitialised memory"
         super().save_pretrained(save_directory, **kwargs)

@@ -84,6 +84,15 @@ def run_elements(model: PEagleDraftModel, batch: PackedBatch, supervision: Super
     return network.step(token_ids_E[None], hidden_1EH, rope, attends).normed_BRH[0]
 
 
+def drafts_read(model: PEagleDraftModel, batch: PackedBatch, num_drafts: int) -> Tensor:
+    """What the head reads in the places of the last K tokens of the batch: [K, H]. A column and its chain of slots."""
+    column = batch.token_ids_T.new_tensor([len(batch.token_ids_T) - num_drafts - 1])
+    depths = torch.arange(1, num_drafts, device=column.device)
+    chains = Chains(column.expand_as(depths), depths)
+    answered = torch.cat((column, column + depths))
+    return run_elements(model, batch, Supervision(column, chains, torch.ones_like(answered), answered, answered))
+
+
 def train_forward(
     model: PEagleDraftModel,
     batch: PackedBatch,

@@ -1,0 +1,241 @@
+"""The parity gate: a checkpoint drafts the same tokens where it is trained, measured and served.
+
+    prompts -> engine, speculative and plain              text equal: decoding is lossless
+            -> every round again by the training forward  drafts equal: what was trained is what drafts
+            -> vLLM, speculative and plain                text equal, as many accepted: what drafts is what serves
+
+All greedy. The training forward is `SpeculatorModel.draft_logits`; see `parity_rounds` for how a round is asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from speculators import assets
+from speculators.data_generation.sources import LocalSource
+from speculators.decoding import Engine, RequestOutput, SamplingParams
+from speculators.evaluation.environment import environment
+from speculators.evaluation.parity_checks import (
+    Check,
+    accepted_check,
+    drafts_check,
+    drafts_tokens,
+    text_check,
+    vocabulary_check,
+)
+from speculators.evaluation.parity_rounds import RecordingProposer, RoundsCompared, compare_rounds, tie_tolerance
+from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm
+from speculators.evaluation.prompts import load_prompts
+from speculators.evaluation.setup import default_device
+from speculators.interfaces import CaptureSpec, Proposer
+from speculators.model import SpeculatorModel
+from speculators.utils.files import atomic_write
+from speculators.verifier import load_verifier, verifier_parts
+
+REPORT_NAME = "parity.json"
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    checkpoint: str
+    verifier: str | None = None
+    """None: the one the checkpoint names."""
+    data: str | None = None
+    """Conversations to take prompts from; None: prompts that come with the package."""
+    num_prompts: int = 6
+    max_tokens: int = 48
+    num_speculative_tokens: int | None = None
+    """None: what the checkpoint says."""
+    max_prompt_tokens: int = 256
+    """Longer prompts lose their beginning."""
+    batch_size: int = 3
+    """Prompts decoded together: rows of different lengths, and rows that are taken over, are part of the proof."""
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    vllm_python: str | None = None
+    """Python of an environment with vLLM; None: without vLLM."""
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    checkpoint: str
+    verifier: str
+    num_prompts: int
+    num_tokens: int
+    """Longest answer."""
+    num_speculative_tokens: int
+    acceptance_length: float | None
+    """Of the engine; None when nothing could be replayed."""
+    checks: tuple[Check, ...]
+    time_s: float
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+    @property
+    def failures(self) -> list[str]:
+        return [f"{check.name}: {check.detail}" for check in self.checks if check.passed is False]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed, "environment": environment()}
+
+    def save(self, path: str | Path) -> Path:
+        path = Path(path)
+        with atomic_write(path) as file:
+            file.write(json.dumps(self.to_dict(), indent=2) + "\n")
+        return path
+
+
+class ParityError(RuntimeError):
+    """Training, engine and server do not draft the same tokens, or do not give the verifier's text."""
+
+    def __init__(self, report: ParityReport) -> None:
+        super().__init__(f"{report.checkpoint} fails the parity gate: " + "; ".join(report.failures))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What the engine did, and what training says of it."""
+
+    verifier: PreTrainedModel
+    prompts: list[list[int]]
+    plain: list[RequestOutput]
+    speculative: list[RequestOutput]
+    rounds: RoundsCompared
+
+    @property
+    def acceptance_length(self) -> float:
+        return reduce(add, (output.stats for output in self.speculative)).acceptance_length
+
+    @torch.no_grad()
+    def is_tie(self, number: int, at: int, other: int) -> bool:
+        """Whether the verifier cannot tell `other` from what plain decoding says at a position."""
+        expected = self.plain[number].token_ids
+        ids = torch.tensor([[*self.prompts[number], *expected[:at]]], device=self.verifier.device)
+        logits_V = self.verifier(input_ids=ids, use_cache=False).logits[0, -1]
+        gap = abs(float(logits_V[expected[at]] - logits_V[other]))
+        return gap <= tie_tolerance(logits_V.dtype) * max(1.0, float(logits_V.abs().max()))
+
+
+def verify(
+    config: ParityConfig,
+    prompts: Sequence[Sequence[int]] | None = None,
+    *,
+    on_progress: Callable[[str], Any] = lambda text: None,
+) -> ParityReport:
+    """Replay prompts (token ids; else those `config` names) through training, engine and, if asked for, vLLM."""
+    begun_s = time.perf_counter()
+    model = SpeculatorModel.from_pretrained(config.checkpoint, verifier=config.verifier).float()
+    verifier_path = config.verifier or recorded_verifier(model, config.checkpoint)
+    verifier = load_verifier(
+        verifier_path,
+        dtype=getattr(torch, config.dtype),
+        device=default_device() if config.device == "auto" else config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model.to(verifier.device)
+    if prompts is None:
+        tokenizer = AutoTokenizer.from_pretrained(verifier_path, trust_remote_code=config.trust_remote_code)
+        data = config.data or str(assets.prompts_path("heldout"))
+        prompts = load_prompts(data, tokenizer, limit=config.num_prompts).token_ids
+    cut_prompts = [list(prompt)[-config.max_prompt_tokens :] for prompt in prompts]
+    num_drafts = config.num_speculative_tokens or recorded_num_tokens(model)
+
+    checks, replayed = [vocabulary_check(model)], None
+    if drafts_tokens(model):
+        on_progress("replaying in the engine")
+        replayed = replay(model, verifier, cut_prompts, num_drafts, config)
+        checks += engine_checks(replayed)
+        if config.vllm_python is not None:
+            on_progress("replaying in vLLM")
+            checks += vllm_checks(config, verifier_path, num_drafts, replayed)
+    return ParityReport(
+        checkpoint=str(config.checkpoint),
+        verifier=verifier_path,
+        num_prompts=len(cut_prompts),
+        num_tokens=config.max_tokens,
+        num_speculative_tokens=num_drafts,
+        acceptance_length=None if replayed is None else replayed.acceptance_length,
+        checks=tuple(checks),
+        time_s=time.perf_counter() - begun_s,
+    )
+
+
+def replay(
+    model: SpeculatorModel,
+    verifier: PreTrainedModel,
+    prompts: list[list[int]],
+    num_drafts: int,
+    config: ParityConfig,
+    proposer: Proposer | None = None,
+) -> Replayed:
+    """Decode plainly and with drafts, then ask the training forward about every round. `proposer`: in place of the
+    model's own."""
+    batch_size, max_length = min(config.batch_size, len(prompts)), max(map(len, prompts)) + config.max_tokens
+    if proposer is None:
+        proposer = model.make_proposer(verifier, max_batch_size=batch_size, max_length=max_length)
+    recorder = RecordingProposer(proposer, verifier_parts(verifier).config.vocab_size)
+    sampling = SamplingParams(max_tokens=config.max_tokens, temperature=0.0, ignore_eos=True)
+    plain = Engine(verifier, max_batch_size=batch_size, max_length=max_length).generate(prompts, sampling)
+    engine = Engine(
+        verifier, recorder, num_speculative_tokens=num_drafts, max_batch_size=batch_size, max_length=max_length
+    )
+    speculative = engine.generate(prompts, sampling)
+    source = LocalSource(verifier, CaptureSpec(model.capture.aux_layer_ids, last_hidden=True))
+    states = source.read([torch.tensor(text.token_ids, device=verifier.device) for text in recorder.texts])
+    rounds = compare_rounds(model, recorder.texts, states, verifier.dtype)
+    return Replayed(verifier, prompts, plain, speculative, rounds)
+
+
+def engine_checks(replayed: Replayed) -> list[Check]:
+    plain = [output.token_ids for output in replayed.plain]
+    speculative = [output.token_ids for output in replayed.speculative]
+    return [
+        drafts_check(replayed.rounds),
+        text_check("engine text = plain text", plain, speculative, replayed.is_tie),
+    ]
+
+
+def vllm_checks(config: ParityConfig, verifier: str, num_drafts: int, replayed: Replayed) -> list[Check]:
+    assert config.vllm_python is not None
+    shared: dict[str, Any] = {
+        "prompts": replayed.prompts,
+        "max_tokens": config.max_tokens,
+        "engine": {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code},
+    }
+    served = VllmRun(config.checkpoint, speculative_config={"num_speculative_tokens": num_drafts}, **shared)
+    plain, speculative = decode_in_vllm(config.vllm_python, [VllmRun(verifier, **shared), served])
+    for name, run in (("vLLM serves the verifier", plain), ("vLLM serves the checkpoint", speculative)):
+        if run.error is not None:
+            return [Check(name, False, run.error)]
+    ours = [output.stats.num_accepted for output in replayed.speculative]
+    return [
+        text_check("vLLM text = vLLM plain text", plain.token_ids, speculative.token_ids, replayed.is_tie),
+        accepted_check("accepted: vLLM = engine", ours, speculative.accepted, num_drafts),
+    ]
+
+
+def recorded_verifier(model: SpeculatorModel, checkpoint: str) -> str:
+    recorded = model.config.speculators_config
+    path = recorded.verifier.name_or_path if recorded is not None else None
+    if path is None:
+        raise ValueError(f"{checkpoint} names no verifier; say which with --verifier")
+    return path
+
+
+def recorded_num_tokens(model: SpeculatorModel) -> int:
+    recorded = model.config.speculators_config
+    methods = recorded.proposal_methods if recorded is not None else []
+    return max([getattr(method, "speculative_tokens", 0) or 0 for method in methods], default=0) or 1

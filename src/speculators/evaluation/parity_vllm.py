@@ -1,0 +1,80 @@
+"""Decoding with the real vLLM, in the environment it lives in: one process, several engines one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+JOB = Path(__file__).with_name("vllm_job.py")
+KV_CACHE_BYTES = 256 << 20
+TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class VllmRun:
+    """One engine and what it decodes; see `vllm_job`."""
+
+    model: str
+    prompts: Sequence[Sequence[int]]
+    max_tokens: int
+    speculative_config: dict[str, Any] | None = None
+    sampling: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `LLM`."""
+
+
+@dataclass(frozen=True)
+class VllmResult:
+    """A list has one entry a prompt; counts are empty without speculation."""
+
+    token_ids: list[list[int]] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    time_s: float = 0.0
+    error: str | None = None
+
+
+def decode_in_vllm(
+    python: str | Path, runs: Sequence[VllmRun], *, env: dict[str, str] | None = None, timeout_s: float = TIMEOUT_S
+) -> list[VllmResult]:
+    """Results in order. A run that fails says so in `error`; the others go on."""
+    if not Path(python).is_file():
+        raise ValueError(f"{python} is no Python: name the one of an environment with vLLM, e.g. .venv-vllm/bin/python")
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder, "job.json"), Path(folder, "result.json")
+        job.write_text(json.dumps([{**asdict(run), "engine": engine_arguments(run)} for run in runs]))
+        environment = {**os.environ, **(env or {})}
+        environment.pop("PYTHONPATH", None)  # ours would shadow packages of theirs
+        if env and "PYTHONPATH" in env:
+            environment["PYTHONPATH"] = env["PYTHONPATH"]
+        finished = subprocess.run(
+            [str(python), str(JOB), str(job), str(result)], capture_output=True, text=True, timeout=timeout_s,
+            env=environment, check=False,
+        )  # fmt: skip
+        if not result.is_file():
+            said = (finished.stdout[-2000:] + finished.stderr[-4000:]).strip()
+            raise RuntimeError(f"{python} did not get to decode with vLLM (exit {finished.returncode}):\n{said}")
+        return [VllmResult(**values) for values in json.loads(result.read_text())]
+
+
+def engine_arguments(run: VllmRun) -> dict[str, Any]:
+    """Small, eager, without a prefix cache: what is compared is arithmetic, not memory."""
+    longest = max(map(len, run.prompts)) + run.max_tokens
+    defaults = {
+        "dtype": "float32",
+        "max_model_len": longest + 64,
+        "enforce_eager": True,
+        "disable_log_stats": False,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "max_num_seqs": 8,
+        "seed": 0,
+        "enable_prefix_caching": False,
+    }
+    return {**defaults, **run.engine}
