@@ -194,3 +194,43 @@ def test_help_imports_neither_torch_nor_transformers():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "False False"
+
+
+@pytest.fixture
+def broken_algorithm(tmp_path, monkeypatch):
+    """An installed distribution whose algorithm cannot be imported."""
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[speculators.models]\nbroken = no_module_of_this_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "broken" in SpeculatorModel.available_names()
+
+
+def test_an_algorithm_that_cannot_be_imported_does_not_stop_another(broken_algorithm):
+    assert resolve("--toy-depth", "5").flatten()["toy_depth"] == 5
+    with pytest.warns(UserWarning, match="other_size"):
+        assert resolve("--other-size", "9").flatten()["other_size"] == 9
+
+
+def test_whose_keys_are_unknown_is_said_where_it_matters(broken_algorithm):
+    reason = r"those of 'broken' \(ModuleNotFoundError: .*no_module_of_this_name"
+    with pytest.raises(ConfigError, match=f"unknown flag --toy-dept.*'--toy-depth'.*{reason}"):
+        resolve("--toy-dept", "5")
+    with pytest.raises(ConfigError, match=f"unknown key 'toy_dept'.*{reason}"):
+        TrainConfig.from_flat({"speculator_type": "toy_algo", "verifier_name_or_path": "m", "toy_dept": 5})
+    with pytest.warns(UserWarning, match=reason):
+        TrainConfig.resolve(["--speculator-type", "plain_algo", "--verifier-name-or-path", "m"])
+    with pytest.raises(ModuleNotFoundError, match="no_module_of_this_name"):
+        TrainConfig.resolve(["--speculator-type", "broken", "--verifier-name-or-path", "m"])
+
+
+def test_only_the_algorithm_that_is_trained_is_imported():
+    code = (
+        "import sys; from speculators.train.config import TrainConfig\n"
+        "TrainConfig.resolve(['--speculator-type', 'mlp', '--verifier-name-or-path', 'm', '--n-predict', '2'])\n"
+        "print(sorted({name.split('.')[2] for name in sys.modules if name.startswith('speculators.models.')}\n"
+        "    & {'eagle', 'eagle3', 'peagle', 'dflash', 'dspark', 'mtp', 'mlp', 'medusa'}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "['mlp']"

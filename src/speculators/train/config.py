@@ -7,18 +7,16 @@ which keys it adds.
 
 from __future__ import annotations
 
-import importlib
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-import speculators
+from speculators.train.algorithm import Algorithm, validate
 from speculators.train.errors import ConfigError
-from speculators.train.flags import build_parser, flag_of, parse
+from speculators.train.flags import build_parser, flag_of
 from speculators.train.keys import (
     GROUPS,
     SHAPING_KEYS,
@@ -35,7 +33,6 @@ from speculators.train.keys import (
     group_of,
 )
 from speculators.utils.files import atomic_write
-from speculators.utils.suggest import did_you_mean
 
 __all__ = ["ConfigError", "TrainConfig"]
 
@@ -84,7 +81,7 @@ class TrainConfig(RunKeys):
         if given.get("help"):
             print(help_text(algorithm))
             raise SystemExit(0)
-        cli = parse(algorithm.parser(), argv)
+        cli = algorithm.parse(argv)
         dump, path = cli.pop("dump_config", False), cli.pop("config", None)
         config = cls.from_sources(cli=cli, config_path=path, argv=argv)
         if dump:
@@ -104,13 +101,13 @@ class TrainConfig(RunKeys):
         from_yaml, headings = read_yaml(config_path) if config_path is not None else ({}, [])
         given = {**from_yaml, **cli}
         algorithm = Algorithm.find(given)
-        check_known("key", given, {key for keys in algorithm.groups().values() for key in keys.model_fields})
-        check_known("heading", headings, algorithm.groups())
+        algorithm.check_keys(given)
+        algorithm.check_headings(headings)
         check_conflicts(given)
 
         generic = group_of()
         values = {**algorithm.defaults, **given}
-        own = validate(algorithm.keys, {key: values[key] for key in algorithm.keys.model_fields if key in values})
+        own = dict(validate(algorithm.keys, {key: values[key] for key in algorithm.keys.model_fields if key in values}))
         foreign = algorithm.read_foreign({key: given[key] for key in given if key not in generic and key not in own})
         grouped: dict[str, Any] = {group: {} for group in GROUPS}
         for key, group in generic.items():
@@ -160,61 +157,6 @@ class TrainConfig(RunKeys):
             file.write(self.dump_yaml())
 
 
-class Algorithm:
-    """What the registered class says about its own keys."""
-
-    def __init__(self, name: str) -> None:
-        base = speculators.SpeculatorModel
-        cls = base.get_class(name)
-        base.registered_classes()  # imports every algorithm: their keys must be known to tell them from typing errors
-        self.name = name
-        self.keys: type[BaseModel] = cls.training_args
-        self.defaults: dict[str, Any] = dict(cls.training_defaults)
-        self.others: dict[str, type[BaseModel]] = {
-            other: model.training_args for other, model in (base.registry or {}).items() if other != name
-        }
-        self.unset: dict[str, Any] = {}
-        """Defaults of other algorithms' keys, for a class that declares none: it was written to receive all flags."""
-        if not self.keys.model_fields:
-            fields = {key: field for keys in self.others.values() for key, field in keys.model_fields.items()}
-            self.unset = {
-                key: field.get_default(call_default_factory=True)
-                for key, field in fields.items()
-                if not field.is_required() and key not in group_of()
-            }
-
-    @classmethod
-    def find(cls, given: Mapping[str, Any]) -> Algorithm:
-        plugins = given.get("plugins") or []
-        for module in [plugins] if isinstance(plugins, str) else plugins:
-            try:
-                importlib.import_module(module)
-            except ModuleNotFoundError as error:
-                raise ConfigError(f"plugins: cannot import '{module}' ({error}); is it on PYTHONPATH?") from error
-        try:
-            return cls(given.get("speculator_type", RunKeys.model_fields["speculator_type"].default))
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    def read_foreign(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Validate keys that only other algorithms have; warn unless this one was written to receive them."""
-        if values and self.keys.model_fields:
-            warnings.warn(
-                f"{', '.join(sorted(values))}: keys of other algorithms, '{self.name}' has none of them; "
-                "they are passed on, and ignored unless the model asks for them",
-                stacklevel=3,
-            )
-        owner = {key: keys for keys in self.others.values() for key in keys.model_fields}
-        return {key: validate(owner[key], {key: value})[key] for key, value in values.items()}
-
-    def groups(self) -> dict[str, type[BaseModel]]:
-        """The algorithm's own keys come first: where it redefines a generic key, its definition counts."""
-        return {self.name: self.keys, "": RunKeys, **GROUPS, **self.others}
-
-    def parser(self) -> Any:
-        return build_parser(self.groups(), self.defaults)
-
-
 def help_text(algorithm: Algorithm | None = None) -> str:
     """`--help`. Without an algorithm nothing heavy is imported."""
     if algorithm is not None:
@@ -250,12 +192,6 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     return flat, headings
 
 
-def check_known(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"unknown {kind} '{name}'.{did_you_mean(name, known)} `train --help` lists all keys")
-
-
 def check_conflicts(given: Mapping[str, Any]) -> None:
     """A shaping key counts as soon as it is given, at its default value too, by flag or by YAML."""
     for source in ("from_pretrained", "draft_config"):
@@ -269,22 +205,3 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
                     f"{', '.join(map(flag_of, others))}, or {flag_of(source)}"
                 )
             return
-
-
-def validate(model: type[Any], values: Any) -> Any:
-    """pydantic's verdict as one sentence a user can act on. For a group of an algorithm: its values as a dict."""
-    try:
-        instance = model.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(map(sentence, error.errors()))) from error
-    return instance if isinstance(instance, TrainConfig) else dict(instance)
-
-
-def sentence(error: Any) -> str:
-    key = next((str(part) for part in reversed(error["loc"]) if isinstance(part, str)), "")
-    for part in error["loc"]:
-        if part in group_of():
-            key = str(part)
-    if error["type"] == "missing":
-        return f"{flag_of(key)} is required"
-    return f"{flag_of(key)}: {error['msg']}, not {error['input']!r}"

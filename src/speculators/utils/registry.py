@@ -72,6 +72,17 @@ class ClassRegistryMixin:
         return (cls.registry or {}).get(name)
 
     @classmethod
+    def find_all(cls) -> tuple[dict[str, Any], dict[str, Exception]]:
+        """(name -> class, name -> why it cannot be imported). One that is broken does not hide the others."""
+        errors: dict[str, Exception] = {}
+        for name in cls.available_names():
+            try:
+                cls.find(name)
+            except Exception as error:  # whatever a module does when it is imported
+                errors[name] = error
+        return dict(cls.registry or {}), errors
+
+    @classmethod
     def available_names(cls) -> list[str]:
         """Registered names and those that could be imported (sorted); imports nothing but the package itself."""
         names = set(cls.registry or {})

@@ -1,0 +1,140 @@
+"""What the algorithm of a run says about its keys. Other algorithms are imported only where their keys matter: one of
+them that cannot be imported must not stop the training of this one.
+
+They matter when something was given that is neither a generic key nor the algorithm's own, and to a class that declares
+no keys, which was written to receive all flags.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+import speculators
+from speculators.train.errors import ConfigError
+from speculators.train.flags import build_parser, flag_of, parse
+from speculators.train.keys import GROUPS, RunKeys, group_of
+from speculators.utils.suggest import did_you_mean
+
+
+class Algorithm:
+    """A registered class, by name."""
+
+    def __init__(self, name: str) -> None:
+        cls = speculators.SpeculatorModel.get_class(name)
+        self.name = name
+        self.keys: type[BaseModel] = cls.training_args
+        self.defaults: dict[str, Any] = dict(cls.training_defaults)
+        self.broken: dict[str, Exception] = {}
+        """Algorithms whose keys are not known because importing them failed."""
+
+    @classmethod
+    def find(cls, given: Mapping[str, Any]) -> Algorithm:
+        plugins = given.get("plugins") or []
+        for module in [plugins] if isinstance(plugins, str) else plugins:
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                raise ConfigError(f"plugins: cannot import '{module}' ({error}); is it on PYTHONPATH?") from error
+        try:
+            return cls(given.get("speculator_type", RunKeys.model_fields["speculator_type"].default))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    # -- its own keys, and those of the others -----------------------------------------------------------------------
+
+    @property
+    def own_groups(self) -> dict[str, type[BaseModel]]:
+        """The algorithm's own keys come first: where it redefines a generic key, its definition counts."""
+        return {self.name: self.keys, "": RunKeys, **GROUPS}
+
+    @cached_property
+    def others(self) -> dict[str, type[BaseModel]]:
+        """Keys of every other algorithm that can be imported."""
+        classes, self.broken = speculators.SpeculatorModel.find_all()
+        return {name: model.training_args for name, model in classes.items() if name != self.name}
+
+    @property
+    def groups(self) -> dict[str, type[BaseModel]]:
+        return {**self.own_groups, **self.others}
+
+    @cached_property
+    def unset(self) -> dict[str, Any]:
+        """Defaults of other algorithms' keys, for a class that declares none."""
+        if self.keys.model_fields:
+            return {}
+        fields = {key: field for keys in self.others.values() for key, field in keys.model_fields.items()}
+        if self.broken:
+            warnings.warn(f"'{self.name}' receives the keys of every algorithm,{self.unread()}", stacklevel=4)
+        return {
+            key: field.get_default(call_default_factory=True)
+            for key, field in fields.items()
+            if not field.is_required() and key not in group_of()
+        }
+
+    def unread(self) -> str:
+        """The end of a sentence about keys, when some could not be read."""
+        reasons = [f"'{name}' ({type(error).__name__}: {error})" for name, error in self.broken.items()]
+        return f" but those of {', '.join(reasons)} are unknown: it cannot be imported" if reasons else ""
+
+    # -- reading what was given --------------------------------------------------------------------------------------
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        parser = build_parser(self.own_groups, self.defaults)
+        _, unknown = parser.parse_known_args(list(argv))
+        if unknown:
+            parser = build_parser(self.groups, self.defaults)
+        try:
+            return parse(parser, argv)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{self.unread()}") from error
+
+    def check_keys(self, given: Iterable[str]) -> None:
+        self._check_known("key", given, lambda groups: {key for keys in groups.values() for key in keys.model_fields})
+
+    def check_headings(self, headings: Iterable[str]) -> None:
+        self._check_known("heading", headings, set)
+
+    def _check_known(self, kind: str, given: Iterable[str], names_of: Any) -> None:
+        unknown = [name for name in given if name not in names_of(self.own_groups)]
+        for name in unknown:
+            known = names_of(self.groups)
+            if name not in known:
+                hint = did_you_mean(name, known)
+                raise ConfigError(f"unknown {kind} '{name}'.{hint} `train --help` lists all keys{self.unread()}")
+
+    def read_foreign(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Validate keys that only other algorithms have; warn unless this one was written to receive them."""
+        if not values:
+            return {}
+        if self.keys.model_fields:
+            warnings.warn(
+                f"{', '.join(sorted(values))}: keys of other algorithms, '{self.name}' has none of them; "
+                "they are passed on, and ignored unless the model asks for them",
+                stacklevel=3,
+            )
+        owner = {key: keys for keys in self.others.values() for key in keys.model_fields}
+        return {key: dict(validate(owner[key], {key: value}))[key] for key, value in values.items()}
+
+
+def validate(model: type[Any], values: Any) -> Any:
+    """pydantic's verdict as one sentence a user can act on."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(map(sentence, error.errors()))) from error
+
+
+def sentence(error: Any) -> str:
+    key = next((str(part) for part in reversed(error["loc"]) if isinstance(part, str)), "")
+    for part in error["loc"]:
+        if part in group_of():
+            key = str(part)
+    if error["type"] == "missing":
+        return f"{flag_of(key)} is required"
+    return f"{flag_of(key)}: {error['msg']}, not {error['input']!r}"
