@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from speculators import assets
 from speculators.data_generation.sources import LocalSource
 from speculators.decoding import Engine, RequestOutput, SamplingParams
 from speculators.evaluation.environment import environment
@@ -34,7 +33,7 @@ from speculators.evaluation.parity_checks import (
     vocabulary_check,
 )
 from speculators.evaluation.parity_rounds import RecordingProposer, RoundsCompared, compare_rounds, tie_tolerance
-from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm
+from speculators.evaluation.parity_vllm import VllmRun, VllmTarget, decode_in_vllm
 from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.setup import default_device
 from speculators.interfaces import CaptureSpec, Proposer
@@ -50,8 +49,8 @@ class ParityConfig:
     checkpoint: str
     verifier: str | None = None
     """None: the one the checkpoint names."""
-    data: str | None = None
-    """Conversations to take prompts from; None: prompts that come with the package."""
+    data: str = ""
+    """Conversations to take prompts from, when none are given."""
     num_prompts: int = 6
     max_tokens: int = 48
     num_speculative_tokens: int | None = None
@@ -63,8 +62,8 @@ class ParityConfig:
     dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
-    vllm_python: str | None = None
-    """Python of an environment with vLLM; None: without vLLM."""
+    vllm: VllmTarget | str | None = None
+    """What vLLM serves of the checkpoint, and where vLLM is. Text: why it cannot be asked; None: it is not to be."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,11 @@ class ParityReport:
     @property
     def passed(self) -> bool:
         return all(check.passed is not False for check in self.checks)
+
+    def facts(self) -> dict[str, str]:
+        """For people: each check with its verdict."""
+        verdicts = {True: "pass", False: "FAIL", None: "not checked"}
+        return {check.name: f"{verdicts[check.passed]}: {check.detail}" for check in self.checks}
 
     @property
     def failures(self) -> list[str]:
@@ -148,19 +152,22 @@ def verify(
     model.to(verifier.device)
     if prompts is None:
         tokenizer = AutoTokenizer.from_pretrained(verifier_path, trust_remote_code=config.trust_remote_code)
-        data = config.data or str(assets.prompts_path("heldout"))
-        prompts = load_prompts(data, tokenizer, limit=config.num_prompts).token_ids
+        prompts = load_prompts(config.data, tokenizer, limit=config.num_prompts).token_ids
     cut_prompts = [list(prompt)[-config.max_prompt_tokens :] for prompt in prompts]
     num_drafts = config.num_speculative_tokens or recorded_num_tokens(model)
 
     checks, replayed = [vocabulary_check(model)], None
-    if drafts_tokens(model):
+    if type(model).make_proposer is SpeculatorModel.make_proposer:
+        checks.append(Check("engine", None, "the algorithm has no make_proposer: it can only be trained"))
+    elif drafts_tokens(model):
         on_progress("replaying in the engine")
         replayed = replay(model, verifier, cut_prompts, num_drafts, config)
         checks += engine_checks(replayed)
-        if config.vllm_python is not None:
+        if isinstance(config.vllm, str):
+            checks.append(Check("vLLM", None, config.vllm))
+        elif config.vllm is not None:
             on_progress("replaying in vLLM")
-            checks += vllm_checks(config, verifier_path, num_drafts, replayed)
+            checks += vllm_checks(config, config.vllm, verifier_path, num_drafts, replayed)
     return ParityReport(
         checkpoint=str(config.checkpoint),
         verifier=verifier_path,
@@ -208,15 +215,17 @@ def engine_checks(replayed: Replayed) -> list[Check]:
     ]
 
 
-def vllm_checks(config: ParityConfig, verifier: str, num_drafts: int, replayed: Replayed) -> list[Check]:
-    assert config.vllm_python is not None
+def vllm_checks(
+    config: ParityConfig, target: VllmTarget, verifier: str, num_drafts: int, replayed: Replayed
+) -> list[Check]:
     shared: dict[str, Any] = {
         "prompts": replayed.prompts,
         "max_tokens": config.max_tokens,
         "engine": {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code},
     }
-    served = VllmRun(config.checkpoint, speculative_config={"num_speculative_tokens": num_drafts}, **shared)
-    plain, speculative = decode_in_vllm(config.vllm_python, [VllmRun(verifier, **shared), served])
+    plain, speculative = decode_in_vllm(
+        target.python, [VllmRun(verifier, **shared), target.run(num_drafts, **shared)], env=target.env
+    )
     for name, run in (("vLLM serves the verifier", plain), ("vLLM serves the checkpoint", speculative)):
         if run.error is not None:
             return [Check(name, False, run.error)]

@@ -41,6 +41,23 @@ class VllmResult:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class VllmTarget:
+    """What is served, and by whom."""
+
+    python: str
+    """Python of an environment with vLLM."""
+    model: str
+    """What `vllm serve` is given: the verifier, or a directory that names it."""
+    speculative_config: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    """Further environment variables."""
+
+    def run(self, num_speculative_tokens: int, **shared: Any) -> VllmRun:
+        drafting = {**self.speculative_config, "num_speculative_tokens": num_speculative_tokens}
+        return VllmRun(self.model, speculative_config=drafting, **shared)
+
+
 def decode_in_vllm(
     python: str | Path, runs: Sequence[VllmRun], *, env: dict[str, str] | None = None, timeout_s: float = TIMEOUT_S
 ) -> list[VllmResult]:
@@ -50,13 +67,10 @@ def decode_in_vllm(
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder, "job.json"), Path(folder, "result.json")
         job.write_text(json.dumps([{**asdict(run), "engine": engine_arguments(run)} for run in runs]))
-        environment = {**os.environ, **(env or {})}
-        environment.pop("PYTHONPATH", None)  # ours would shadow packages of theirs
-        if env and "PYTHONPATH" in env:
-            environment["PYTHONPATH"] = env["PYTHONPATH"]
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # ours would shadow theirs
         finished = subprocess.run(
             [str(python), str(JOB), str(job), str(result)], capture_output=True, text=True, timeout=timeout_s,
-            env=environment, check=False,
+            env={**own, **(env or {})}, check=False,
         )  # fmt: skip
         if not result.is_file():
             said = (finished.stdout[-2000:] + finished.stderr[-4000:]).strip()
