@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "evaluate": "Measure drafting methods against plain decoding on held-out prompts.",
 }
 """Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`."""
+    "verify": "Check that training, the engine and vLLM draft the same tokens with a checkpoint.",
 
 FLAGS_READ_ELSEWHERE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """For `train`, whose flags are the keys of `TrainConfig` and of the algorithm: they are parsed there."""
