@@ -31,6 +31,9 @@ class CheckpointContract:
     served_format: ClassVar[str | None] = None
     """The format of the directory that vLLM serves (`findings.VLLM_PROFILE`); None: it serves no such drafter."""
 
+    training_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of config.json that only training reads."""
+
     def expected_tensors(self, model_class: type[SpeculatorModel], config: SpeculatorModelConfig) -> dict[str, Tensor]:
         """Name, shape and kind of every tensor on disk, without data."""
         with torch.device("meta"):

@@ -35,6 +35,7 @@ def test_the_directory_is_a_bf16_speculator_with_exact_masters_beside_it(tmp_pat
     assert names == {
         "config.json",
         "model.safetensors",
+        "training_record.json",
         "master_weights.safetensors",
         "optimizer_state_dict.pt",
         "scheduler_state_dict.pt",

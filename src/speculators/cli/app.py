@@ -29,6 +29,7 @@ VERBS: dict[str, str] = {
     "regenerate-responses": "Replace the answers of a dataset by the verifier's own.",
     "train": "Train a speculator for a verifier.",
     "generate": "Decode prompts with draft-and-verify and show what was accepted.",
+    "export": "Write the directory an engine needs, in its format, with a card that says how to serve it.",
     "stitch-mtp": "Write a trained MTP layer into a copy of its verifier, where engines look for it.",
     "evaluate": "Measure drafting methods against plain decoding on held-out prompts.",
 }

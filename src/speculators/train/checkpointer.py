@@ -1,6 +1,7 @@
 """The run directory: what is saved, where, and what a run continues from.
 
     <save_path>/<epoch>/     config.json model.safetensors        the speculator, bf16: load, serve, publish this
+                             training_record.json                 what it was trained with: `speculators check`
                              master_weights.safetensors           the same weights as trained, fp32: only for resuming
                              optimizer_state_dict.pt scheduler_state_dict.pt training_state.json val_metrics.json
     <save_path>/epoch<N>_end, epoch<N>_step<K>, checkpoint_best   symlinks to <N>
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from speculators.model import SpeculatorModel
 from speculators.train.optimizers import Optimizers
+from speculators.training_record import write_training_record
 from speculators.utils.files import atomic_directory
 
 STATE_FILE = "training_state.json"
@@ -167,6 +169,7 @@ def save_speculator(model: SpeculatorModel, path: Path) -> None:
     model.save_pretrained(path, state_dict=state)
     config = json.loads((path / "config.json").read_text())  # transformers writes the type of the masters there
     (path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2, sort_keys=True) + "\n")
+    write_training_record(path, model.contract.training_keys)
 
 
 def masters(model: SpeculatorModel) -> dict[str, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,12 @@ ALIASES = {
     "lm_head.weight": ("output.weight", "llm.unembed.weight"),
     "model.norm.weight": ("llm.norm.weight", "backbone.norm_f.weight", "norm.weight"),
 }
+
+
+class Rows(NamedTuple):
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    rows: Tensor
 
 
 def is_config_only_dir(path: str | os.PathLike) -> bool:
@@ -56,6 +62,35 @@ def load_model_layers(names: Iterable[str], model_path: str | os.PathLike, **hub
             logger.warning("'%s' has no tensor '%s'", model_path, name)
     found = read_tensors({key: files[key] for key in keys.values()})
     return {name: found[key] for name, key in keys.items()}
+
+
+def load_rows(name: str, model_path: str | os.PathLike, rows: Sequence[int] | None = None, **hub_kwargs: Any) -> Rows:
+    """Some rows of a checkpoint's matrix, without reading the rest (of a vector: all of it). `rows` None: evenly spaced
+    ones. The name is found as in `load_model_layers`; KeyError when it is not there."""
+    files = _locate_tensors(model_path, **hub_kwargs)
+    key = find_key(name, files)
+    if key is None:
+        raise KeyError(f"'{model_path}' has no tensor '{name}' under any name known here")
+    if files[key].suffix != ".safetensors":
+        whole = read_tensors({key: files[key]})[key]
+        return Rows(tuple(whole.shape), whole if whole.ndim == 1 else whole[_rows_of(whole.shape[0], rows)])
+    with safe_open(files[key], framework="pt") as reader:
+        lazy = reader.get_slice(key)
+        shape = tuple(lazy.get_shape())
+        if len(shape) == 1:
+            return Rows(shape, lazy[:])
+        return Rows(shape, torch.cat([lazy[i : i + 1] for i in _rows_of(shape[0], rows)]))
+
+
+def _rows_of(count: int, rows: Sequence[int] | None) -> list[int]:
+    return list(rows) if rows is not None else spaced(count)
+
+
+def spaced(count: int, wanted: int = 64) -> list[int]:
+    """Evenly spaced ids of `count` things, first and last among them."""
+    if count <= wanted:
+        return list(range(count))
+    return [i * (count - 1) // (wanted - 1) for i in range(wanted)]
 
 
 def find_key(name: str, keys: Iterable[str]) -> str | None:

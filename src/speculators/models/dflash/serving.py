@@ -115,6 +115,7 @@ class ZLabFormat(CheckpointFormat):
 class DFlashContract(CheckpointContract):
     formats: ClassVar[tuple[CheckpointFormat, ...]] = (ZLabFormat(),)
     served_format: ClassVar[str | None] = SPECULATORS
+    training_keys: ClassVar[frozenset[str]] = frozenset({"max_anchors"})
     absent_means: ClassVar[Mapping[str, str]] = {
         "aux_hidden_state_layer_ids": "does not load the checkpoint",
         "mask_token_id": "does not load the checkpoint",

@@ -120,6 +120,7 @@ class Eagle3Format(CheckpointFormat):
 class Eagle3Contract(CheckpointContract):
     formats: ClassVar[tuple[CheckpointFormat, ...]] = (Eagle3Format(),)
     served_format: ClassVar[str | None] = SPECULATORS
+    training_keys: ClassVar[frozenset[str]] = frozenset({"embed_requires_grad"})
     absent_means: ClassVar[Mapping[str, str]] = {
         "norm_before_residual": "takes it for true (a config of ours without it means false)",
         "draft_vocab_size": "takes the verifier's",

@@ -9,10 +9,12 @@ from speculators.checkpoint_format import CheckpointFormat
 from speculators.findings import Finding, error
 from speculators.models.eagle3.serving import Eagle3Contract
 from speculators.models.peagle.checkpoint import write_fc_norm
+from speculators.models.peagle.config import PEagleSpeculatorConfig
 
 
 class PEagleContract(Eagle3Contract):
     formats: ClassVar[tuple[CheckpointFormat, ...]] = ()
+    training_keys: ClassVar[frozenset[str]] = Eagle3Contract.training_keys | set(PEagleSpeculatorConfig.training_fields)
     absent_means: ClassVar[Mapping[str, str]] = {
         "mask_token_id": "does not load the checkpoint",
         "draft_vocab_size": "takes the verifier's",

@@ -1,0 +1,83 @@
+"""The model card (README.md) of an exported directory: how to serve it, what made it, how well it drafts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from speculators.checkpoint_format import Serving
+from speculators.config import SpeculatorModelConfig
+from speculators.findings import VLLM_PROFILE
+from speculators.provenance import package_versions
+
+REPORT_NAMES = ("report.json", "evaluation.json")
+CARD_FILE = "README.md"
+
+
+def model_card(
+    config: SpeculatorModelConfig,
+    *,
+    name: str,
+    format_name: str,
+    serving: Serving | None,
+    verifier: str | None,
+    report: Mapping[str, Any] | None,
+) -> str:
+    """Markdown with the metadata the hub reads."""
+    versions = ", ".join(f"{package} {version}" for package, version in package_versions().items() if version)
+    how = f"    {serving.command}\n" if serving is not None else "vLLM does not serve this kind of drafter.\n"
+    return f"""---
+library_name: speculators
+tags: [speculative-decoding, {config.speculators_model_type}]
+{metadata_of(verifier)}---
+
+# {name}
+
+A drafter of type `{config.speculators_model_type}` for `{verifier or "an unnamed verifier"}`, in the format \
+`{format_name}`. It makes the verifier answer faster and never changes what it answers.
+
+## Serve
+
+Written for {VLLM_PROFILE.replace("-", " ")}:
+
+{how}
+{measured(config.speculators_model_type, report)}
+## Made with
+
+{versions}
+"""
+
+
+def metadata_of(verifier: str | None) -> str:
+    """A verifier of the hub is named; a path would mean nothing there."""
+    is_hub_id = verifier is not None and verifier.count("/") == 1 and not verifier.startswith((".", "/"))
+    return f"base_model: {verifier}\n" if is_hub_id else ""
+
+
+def measured(algorithm: str, report: Mapping[str, Any] | None) -> str:
+    rows = [row for row in (report or {}).get("rows", []) if row.get("method") == algorithm]
+    if report is None or not rows:
+        return "## Acceptance\n\nNot measured: run `speculators evaluate` and export again with its report.\n"
+    cells = [
+        (row["num_speculative_tokens"], f"{row['acceptance_length']['value']:.2f}", f"{row['speedup']['value']:.2f}",
+         row["num_prompts"]) for row in rows
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in cells]
+    table = ["| K | acceptance length | speedup | prompts |", "|---|---|---|---|", *lines]
+    where = f"Local engine, verifier `{report['verifier']}`, prompts of `{report['dataset']}`."
+    return "\n".join(["## Acceptance", "", *table, "", where, ""])
+
+
+def find_report(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
+    """The evaluation report named, or one lying beside the checkpoint or its run."""
+    if given is not None:
+        return json.loads(given.read_text())
+    for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
+        for name in REPORT_NAMES:
+            if (folder / name).is_file():
+                found = json.loads((folder / name).read_text())
+                if isinstance(found, dict) and "rows" in found:
+                    return found
+    return None

@@ -1,0 +1,127 @@
+"""`export_checkpoint`: write what a given engine needs from one and the same checkpoint.
+
+profile         what is written
+vllm-0.32       the format in which vLLM 0.32 serves the algorithm (the default)
+native          the algorithm's format beside ours, if it has one
+<format>        that format: "speculators", or one of the algorithm's own
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from speculators.checkpoint_format import SPECULATORS, OurCheckpoint, Serving, write_config
+from speculators.config import VerifierConfig
+from speculators.deploy.card import CARD_FILE, find_report, model_card
+from speculators.deploy.opening import Opened, open_checkpoint
+from speculators.findings import VLLM_PROFILE
+from speculators.training_record import RECORD_FILE
+from speculators.utils.files import atomic_directory
+
+NATIVE = "native"
+NOT_WRITTEN = ("auto_map",)
+"""Keys of older writers that make loaders ask for remote code."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    path: Path
+    speculators_model_type: str
+    format: str
+    serving: Serving | None
+    """None: no vLLM serves this."""
+    notes: tuple[str, ...] = ()
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    profile: str = VLLM_PROFILE,
+    verifier: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    report: Path | None = None,
+) -> Exported:
+    """Write a directory that `profile` can be given. `verifier`: the name to record in place of the one there, such as
+    the hub id under which the serving machine knows it. `report`: an evaluation to quote in the card."""
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists already: name another --output, or replace it with --overwrite")
+    opened = open_checkpoint(checkpoint, verifier=verifier)
+    format_name = chosen_format(opened, profile)
+    ours = prepared(opened, verifier, dtype)
+    named = ours.verifier
+    if named is None:
+        raise ValueError(f"{checkpoint} names no verifier, and engines ask for it: give --verifier")
+    contract = opened.model_class.contract
+    serving = contract.serving(ours.config, format_name, str(output.resolve()), named)
+    with atomic_directory(output) as folder:
+        if format_name == SPECULATORS:
+            write_ours(ours, opened, folder)
+        else:
+            known = contract.format_named(format_name)
+            known.write(ours, folder, named)
+        if (opened.path / RECORD_FILE).is_file():
+            shutil.copy(opened.path / RECORD_FILE, folder / RECORD_FILE)
+        card = model_card(
+            ours.config, name=output.name, format_name=format_name, serving=serving, verifier=named,
+            report=find_report(opened.path, report),
+        )  # fmt: skip
+        (folder / CARD_FILE).write_text(card)
+    return Exported(output.resolve(), ours.config.speculators_model_type, format_name, serving, opened.notes)
+
+
+def chosen_format(opened: Opened, profile: str) -> str:
+    contract, algorithm = opened.model_class.contract, opened.config.speculators_model_type
+    own = [known.name for known in contract.formats]
+    if profile == VLLM_PROFILE:
+        if contract.served_format is None:
+            raise ValueError(
+                f"{VLLM_PROFILE} serves no '{algorithm}' drafter; --profile {SPECULATORS} keeps it for here"
+            )
+        return contract.served_format
+    if profile == NATIVE:
+        if not own:
+            raise ValueError(f"'{algorithm}' has no format but ours: use --profile {SPECULATORS}")
+        return own[0]
+    if profile not in (SPECULATORS, *own):
+        raise ValueError(f"profile {profile!r}: '{algorithm}' can be written as {[VLLM_PROFILE, SPECULATORS, *own]}")
+    return profile
+
+
+def prepared(opened: Opened, verifier: str | None, dtype: str | None) -> OurCheckpoint:
+    """The checkpoint as it is to be written: complete config, tensors of the wanted type."""
+    config = opened.model_class.contract.completed(opened.config)
+    if verifier is not None and config.speculators_config is not None:
+        config.speculators_config.verifier = VerifierConfig.from_pretrained(verifier)
+    tensors = dict(opened.tensors)
+    if dtype is not None:
+        wanted = getattr(torch, dtype, None)
+        if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+            raise ValueError(f"dtype={dtype!r} is no floating type; use bfloat16, float16 or float32")
+        tensors = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
+    return OurCheckpoint(config, tensors, opened.path)
+
+
+def write_ours(ours: OurCheckpoint, opened: Opened, folder: Path) -> None:
+    config = ours.config
+    expected = opened.model_class.contract.expected_tensors(opened.model_class, config)
+    optional = opened.model_class.contract.shared_tensors(config)
+    missing = sorted(expected.keys() - ours.tensors.keys() - optional)
+    if missing:
+        raise ValueError(f"{opened.path} lacks {missing}: engines would serve them from uninitialised memory")
+    kept = {name: tensor.contiguous() for name, tensor in sorted(ours.tensors.items()) if name in expected}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    floating = next(tensor.dtype for tensor in kept.values() if tensor.is_floating_point())
+    config.architectures = [opened.model_class.__name__]
+    values = json.loads(config.to_json_string())
+    for key in NOT_WRITTEN:
+        values.pop(key, None)
+    write_config(folder, {**values, "dtype": str(floating).removeprefix("torch."), "tie_word_embeddings": False})

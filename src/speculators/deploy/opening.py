@@ -1,0 +1,91 @@
+"""Opening a checkpoint of any format: ours by its config.json, another project's by what an algorithm recognises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from speculators.checkpoint_format import SPECULATORS, CheckpointFormat, ForeignCheckpoint, OurCheckpoint
+from speculators.config import SpeculatorModelConfig
+from speculators.model import SpeculatorModel
+
+WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint in our terms, whatever it was."""
+
+    path: Path
+    format: str
+    values: dict[str, Any]
+    """config.json as it lies there."""
+    model_class: type[SpeculatorModel]
+    config: SpeculatorModelConfig
+    tensors: dict[str, Tensor]
+    """Under our names."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> ForeignCheckpoint:
+        return ForeignCheckpoint(self.path)
+
+    def as_ours(self, config: SpeculatorModelConfig, tensors: dict[str, Tensor]) -> OurCheckpoint:
+        return OurCheckpoint(config, tensors, self.path)
+
+
+def open_checkpoint(
+    checkpoint: str | Path, *, verifier: str | None = None, algorithm: str | None = None, **options: Any
+) -> Opened:
+    """`verifier`: the one to record for a checkpoint that names none. `algorithm`: for one that could be of several.
+    `options` go to the format's reader."""
+    path = local_directory(checkpoint)
+    source = ForeignCheckpoint(path)
+    if "speculators_model_type" in source.values:
+        config = SpeculatorModelConfig.from_pretrained(path)
+        model_class = SpeculatorModel.registered_model_class_from_config(config)
+        return Opened(path, SPECULATORS, source.values, model_class, config, source.tensors())
+    model_class, known = recognise(source, algorithm)
+    converted = known.read(source, verifier, **options)
+    return Opened(
+        path, known.name, source.values, model_class, converted.config, converted.tensors, tuple(converted.notes)
+    )
+
+
+def local_directory(checkpoint: str | Path) -> Path:
+    """A directory as it is, else the hub's copy."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint).resolve()
+    try:
+        return Path(snapshot_download(str(checkpoint), allow_patterns=list(WEIGHTS_AND_CONFIG)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as problem:
+        raise FileNotFoundError(
+            f"Checkpoint not found: '{checkpoint}' is no directory here and no repository of the hub that can be "
+            "reached; name a directory with config.json and the weights"
+        ) from problem
+
+
+def recognise(
+    source: ForeignCheckpoint, algorithm: str | None = None
+) -> tuple[type[SpeculatorModel], CheckpointFormat]:
+    """Whose format a directory is in."""
+    names = [algorithm] if algorithm is not None else SpeculatorModel.available_names()
+    found = []
+    for name in names:
+        model_class = SpeculatorModel.get_class(name)
+        found += [(model_class, known) for known in model_class.contract.formats if known.recognises(source)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        whose = f"'{algorithm}' reads" if algorithm else "is known here"
+        raise ValueError(
+            f"{source.path} is in no checkpoint format that {whose}: config.json has no speculators_model_type, and "
+            f"its tensors start like {sorted(source.tensor_names)[:4]}"
+        )
+    several = [f"{known.name} ({model_class.__name__})" for model_class, known in found]
+    raise ValueError(f"{source.path} could be {' or '.join(several)}; say which with --algorithm")

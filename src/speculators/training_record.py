@@ -1,0 +1,217 @@
+"""`training_record.json`: what a drafter was trained with, written beside its weights, so that later edits are seen.
+
+    config      every value of config.json that shapes what is computed, flat: "transformer_layer_config.head_dim"
+    tensors     a fingerprint of each tensor on disk
+    verifier    sizes, tokenizer and some rows of embedding and head of the verifier it learned from
+
+A fingerprint is a hash, exact, and a sketch, which survives rounding to another type: for fixed random signs s and t,
+
+    sketch = s' W t / |W|          about N(0, 1) for unrelated weights; rounding to bf16 moves it by some 0.002
+
+Matrices whose columns are several states of the verifier side by side also have a sketch for each of these chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoTokenizer, PretrainedConfig
+
+from speculators.config import installed_version
+from speculators.utils.files import atomic_write
+from speculators.utils.loading import load_checkpoint, load_rows
+
+RECORD_FILE = "training_record.json"
+RECORD_VERSION = 1
+NUM_SKETCHES = 4
+ROWS_AT_ONCE = 8192
+MAX_CHUNKS = 64
+
+# Keys of config.json that change nothing in what is computed from given weights.
+NOT_COMPUTED = {
+    "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "speculators_config",
+    "speculators_version", "tie_word_embeddings",
+}  # fmt: skip
+NOT_COMPUTED_BY_LAYERS = NOT_COMPUTED | {
+    "attention_dropout", "bos_token_id", "eos_token_id", "initializer_range", "max_position_embeddings",
+    "max_window_layers", "pad_token_id", "pretraining_tp", "use_cache",
+}  # fmt: skip
+LAYERS = "transformer_layer_config"
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+VERIFIER_TENSORS = ("embed_tokens.weight", "lm_head.weight", "model.norm.weight")
+
+
+def write_training_record(directory: str | Path, training_keys: frozenset[str] = frozenset()) -> Path:
+    """Describe the checkpoint in `directory` as it now lies there. `training_keys`: top-level keys of config.json that
+    only training reads."""
+    directory = Path(directory)
+    values = json.loads((directory / "config.json").read_text())
+    hidden_size = hidden_size_of(values)
+    record = {
+        "record_version": RECORD_VERSION,
+        "speculators_version": installed_version(),
+        "speculators_model_type": values.get("speculators_model_type"),
+        "config": {key: value for key, value in computed_config(values).items() if key not in training_keys},
+        "tensors": {name: fingerprint(t, hidden_size) for name, t in sorted(load_checkpoint(directory).items())},
+        "verifier": recorded_verifier(values),
+    }
+    file = directory / RECORD_FILE
+    with atomic_write(file) as writer:
+        writer.write(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return file
+
+
+def read_training_record(directory: str | Path) -> dict[str, Any] | None:
+    """None: the checkpoint has none (it was not trained or converted here)."""
+    file = Path(directory) / RECORD_FILE
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_text())
+    if record.get("record_version") != RECORD_VERSION:
+        raise ValueError(f"{file} is of version {record.get('record_version')}; this release reads {RECORD_VERSION}")
+    return record
+
+
+# -- config ------------------------------------------------------------------------------------------------------------
+
+
+def computed_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that shape what is computed, by dotted key. Rope is spelled one way, whichever way it was written."""
+    layers = values.get(LAYERS)
+    top = {key: value for key, value in values.items() if key not in NOT_COMPUTED and key != LAYERS}
+    flat = flattened(top)
+    if isinstance(layers, Mapping):
+        kept = {key: v for key, v in layers.items() if key not in NOT_COMPUTED_BY_LAYERS and key not in ROPE_KEYS}
+        flat |= flattened({**kept, "rope_parameters": rope_of(layers)}, LAYERS + ".")
+    return flat
+
+
+def rope_of(layers: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(layers.get("rope_parameters") or layers.get("rope_scaling") or {})
+    if any(isinstance(value, Mapping) for value in found.values()):
+        return found  # one set for each kind of layer
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key not in found and layers.get(key) is not None:
+            found[key] = layers[key]
+    found["rope_type"] = found.pop("type", None) or found.get("rope_type") or "default"
+    return found
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def hidden_size_of(values: Mapping[str, Any]) -> int | None:
+    layers = values.get(LAYERS) or {}
+    return layers.get("hidden_size") or values.get("hidden_size")
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(tensor: Tensor, chunk_width: int | None = None) -> dict[str, Any]:
+    """Shape, type, hash; of floats also the sketch, and one for each chunk of columns that wide."""
+    found: dict[str, Any] = {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "sha256": sha256(tensor),
+    }
+    if tensor.is_floating_point() and tensor.numel():
+        matrix = as_matrix(tensor)
+        found["sketch"] = sketch(matrix)
+        if tensor.ndim == 2 and chunk_width and is_chunked(matrix.shape[1], chunk_width):
+            found["chunks"] = [sketch(chunk) for chunk in matrix.split(chunk_width, dim=1)]
+    return found
+
+
+def is_chunked(width: int, chunk_width: int) -> bool:
+    return width % chunk_width == 0 and 1 < width // chunk_width <= MAX_CHUNKS
+
+
+def sha256(tensor: Tensor) -> str:
+    digest = hashlib.sha256()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor[None] if tensor.ndim < 2 else tensor.reshape(tensor.shape[0], -1)
+
+
+def sketch(matrix_RC: Tensor) -> list[float]:
+    num_rows, num_columns = matrix_RC.shape
+    rows_RK, columns_CK = signs(num_rows, 1), signs(num_columns, 2)
+    total_K, square = torch.zeros(NUM_SKETCHES, dtype=torch.float64), 0.0
+    for start in range(0, num_rows, ROWS_AT_ONCE):
+        block = matrix_RC[start : start + ROWS_AT_ONCE].float()
+        total_K += ((block @ columns_CK) * rows_RK[start : start + ROWS_AT_ONCE]).sum(0).double()
+        square += float(block.square().sum(dtype=torch.float64))
+    norm = square**0.5
+    return [round(float(value) / norm, 6) if norm else 0.0 for value in total_K]
+
+
+@lru_cache(maxsize=32)
+def signs(count: int, salt: int) -> Tensor:
+    """Random signs [count, NUM_SKETCHES]: numpy's old generator, whose numbers are promised never to change."""
+    drawn = np.random.RandomState(salt).randint(0, 2, size=(NUM_SKETCHES, count))
+    return torch.from_numpy(drawn.T * 2 - 1).float()
+
+
+# -- verifier ----------------------------------------------------------------------------------------------------------
+
+
+def recorded_verifier(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    recorded = values.get("speculators_config") or {}
+    name = (recorded.get("verifier") or {}).get("name_or_path")
+    return None if name is None else verifier_facts(name)
+
+
+@lru_cache(maxsize=4)
+def verifier_facts(name: str) -> dict[str, Any]:
+    """What tells one verifier from another, without loading it. What cannot be had here is null."""
+    facts: dict[str, Any] = {"name_or_path": name, "tokenizer": tokenizer_facts(name)}
+    try:
+        values, _ = PretrainedConfig.get_config_dict(name)
+    except (OSError, ValueError):
+        return facts
+    text = values.get("text_config") or values
+    facts |= {key: text.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size", "model_type")}
+    facts["tensors"] = {tensor: rows_fingerprint(tensor, name) for tensor in VERIFIER_TENSORS}
+    return facts
+
+
+def rows_fingerprint(tensor: str, verifier: str) -> dict[str, Any] | None:
+    """Of some rows; None when there is no such tensor (a tied head)."""
+    try:
+        shape, rows = load_rows(tensor, verifier)
+    except (KeyError, OSError, ValueError, SafetensorError):
+        return None
+    return {**fingerprint(rows), "shape": list(shape)}
+
+
+def tokenizer_facts(name: str) -> dict[str, Any] | None:
+    """A hash of token -> id. None: there is none to be read here."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    text = json.dumps(vocabulary, ensure_ascii=True)
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "num_tokens": len(vocabulary)}
