@@ -4,6 +4,8 @@
    top-k and top-p of the draft positions are uninitialised memory (vLLM issue 55005). Greedy decoding is right.
 2. Hidden-state extraction: `ExampleHiddenStatesConnector` pins memory and records CUDA events; both kill the
    CPU worker.
+3. Triton's interpreter (TRITON_INTERPRET=1, see ../triton_interpreter) wants masks of bools where compilers take any
+   integer.
 
 Switch off with VLLM_PLUGINS=none.
 """
@@ -55,7 +57,29 @@ def _submit_write_on_cpu(self, pending):
     future.add_done_callback(partial(self._on_write_done, pending.req_id))
 
 
+def _with_bool_masks():
+    import numpy
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def as_bool(mask):
+        return mask if mask is None or mask.data.dtype == numpy.bool_ else TensorHandle(mask.data != 0, tl.int1)
+
+    load, store, update = (
+        getattr(InterpreterBuilder, name) for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw")
+    )
+    InterpreterBuilder.create_masked_load = lambda self, pointer, mask, *rest: load(self, pointer, as_bool(mask), *rest)
+    InterpreterBuilder.create_masked_store = lambda self, pointer, value, mask, *rest: store(
+        self, pointer, value, as_bool(mask), *rest
+    )
+    InterpreterBuilder.create_atomic_rmw = lambda self, op, pointer, value, mask, *rest: update(
+        self, op, pointer, value, as_bool(mask), *rest
+    )
+
+
 def apply():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _with_bool_masks()
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
