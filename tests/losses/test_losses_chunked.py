@@ -72,6 +72,33 @@ def test_a_trained_head_gets_its_gradient(pairing):
     compare(hidden, head, targets, index, weight, "jsd", (hidden, head), 16 * V)
 
 
+class CountedTargets(HeadTargets):
+    """Counts how often rows are asked for."""
+
+    calls = 0
+
+    def at(self, rows_C, dtype):
+        type(self).calls += 1
+        return super().at(rows_C, dtype)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, "other weights"])
+def test_a_trained_head_needs_one_walk_when_weights_are_known_and_is_right_when_they_were_not(factor):
+    """One target row is used once and three of them thrice; rows that only fill up a group must count nothing."""
+    hidden, head, targets, index, weight = case("some targets, any order")
+    head.requires_grad_()
+    counted = CountedTargets(targets.hidden_TH, targets.weight_VH)
+    expected = weight.flip(0) if factor == "other weights" else weight * factor
+    config = resolve_loss_config("kl_div")
+    CountedTargets.calls = 0
+    known = row_losses(hidden, head, counted, index, config, expected_weight_N=expected)
+    grads = torch.autograd.grad((known.loss_N * weight).sum(), (hidden, head))
+    assert CountedTargets.calls == (2 if factor == "other weights" else 1)
+    reference = row_losses(hidden, head, targets, index, resolve_loss_config("kl_div", "eager"))
+    expected_grads = torch.autograd.grad((reference.loss_N * weight).sum(), (hidden, head))
+    torch.testing.assert_close(grads, expected_grads, atol=1e-12, rtol=1e-10)
+
+
 def test_token_targets_are_cross_entropy():
     hidden, head, _, index, weight = case("three steps of shared targets")
     tokens = torch.randint(0, V, (R,), generator=torch.Generator().manual_seed(4))
@@ -88,9 +115,9 @@ def test_token_targets_are_cross_entropy():
 
 def test_what_the_verifier_does_to_its_logits_is_done_to_the_targets():
     hidden, head, targets, index, _ = case("one to one")
-    capped = HeadTargets(targets.hidden_RH, targets.weight_VH, scale=0.25, softcap=2.0)
+    capped = HeadTargets(targets.hidden_TH, targets.weight_VH, scale=0.25, softcap=2.0)
     losses = row_losses(hidden, head, capped, index, resolve_loss_config("kl_div"))
-    target_logits = 2.0 * torch.tanh(0.25 * targets.hidden_RH @ targets.weight_VH.T / 2.0)
+    target_logits = 2.0 * torch.tanh(0.25 * targets.hidden_TH @ targets.weight_VH.T / 2.0)
     p, q = target_logits.softmax(-1), (hidden @ head.T).log_softmax(-1)
     torch.testing.assert_close(losses.loss_N, (p * (p.log() - q)).sum(-1))
 
@@ -103,7 +130,7 @@ def test_a_loss_of_ones_own_is_differentiated_chunk_by_chunk():
 
     hidden, head, targets, index, weight = case("three steps of shared targets")
     losses = row_losses(hidden, head, targets, index, resolve_loss_config(squared), chunk_elements=16 * V)
-    expected = squared(hidden @ head.T, targets.hidden_RH[index] @ targets.weight_VH.T)
+    expected = squared(hidden @ head.T, targets.hidden_TH[index] @ targets.weight_VH.T)
     torch.testing.assert_close(losses.loss_N, expected)
     grads = [torch.autograd.grad((x * weight).sum(), hidden, retain_graph=True)[0] for x in (losses.loss_N, expected)]
     torch.testing.assert_close(grads[0], grads[1])

@@ -1,71 +1,40 @@
 """Losses from hidden rows and heads: [rows, V] logits exist for one small chunk at a time, never for a sequence.
 
-Shapes: N draft rows, R target rows, H hidden size, V draft vocabulary, C rows of a chunk, M loss terms.
+Shapes: N draft rows, T target rows, H hidden size, R features, X = H, R or H + R, V draft vocabulary, C rows of a
+chunk, M loss terms.
 
 A head is linear and the loss of a row depends on that row alone. So forward can compute, chunk by chunk, the loss of
 each row and its gradient with respect to the hidden row, and drop the logits. What is returned are losses a row: masks,
 decays, D-PACE and denominators are ordinary autograd on top. Draft rows that share a target row (unroll steps, anchors)
 share its logits and softmax.
 
-A head that is trained needs the incoming gradient of each row before it can be accumulated: then backward walks over
-the chunks a second time.
+The gradient of a head that is trained is a sum over rows, each weighed by the gradient that reaches its loss. Who knows
+these weights beforehand says so (`expected_weight_N`), and forward adds the gradient up as well; otherwise, or when
+other weights arrive, backward walks over the chunks a second time. The trained head may be one part of a head: logits =
+hidden @ frozen.T + features @ trained.T is one head [V, H + R] on rows [hidden ; features].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from speculators.losses.gradients import DraftRows, LossKernel, LossRows, TargetRows, first_argmax
-from speculators.losses.registry import KERNELS, LossConfig, LossFunction, is_reference
+from speculators.losses.gradients import TokenRows
+from speculators.losses.registry import LossConfig, is_reference
+from speculators.losses.targets import HeadTargets, Targets, TokenTargets
+from speculators.losses.walking import Chunk, Pairing, Terms, kernel_of, walk
+
+__all__ = ["HeadTargets", "RowLosses", "SplitHead", "Targets", "TokenTargets", "row_losses"]
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits of a chunk, by device: a CPU wants them in its cache, a GPU wants products worth launching."""
-MIN_FILL = 0.5
-"""A group of draft rows that covers at least this share of the chunk's target rows is padded rather than gathered."""
-
-
-class Targets(Protocol):
-    """Makes target distributions of chosen rows."""
-
-    def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows: ...
-
-
-@dataclass(frozen=True)
-class HeadTargets:
-    """The verifier's own distributions: its head on its (normed) hidden rows, and what it does to logits."""
-
-    hidden_RH: Tensor
-    weight_VH: Tensor
-    scale: float = 1.0
-    """Logits are multiplied by it (`logit_scale`; 1 / `logits_scaling`)."""
-    softcap: float | None = None
-    """`final_logit_softcapping`: cap * tanh(logits / cap)."""
-
-    def logits(self, rows_C: Tensor, dtype: torch.dtype) -> Tensor:
-        logits_CV = F.linear(self.hidden_RH[rows_C].to(dtype), self.weight_VH.to(dtype))
-        if self.scale != 1.0:
-            logits_CV = logits_CV * self.scale
-        return logits_CV if self.softcap is None else self.softcap * torch.tanh(logits_CV / self.softcap)
-
-    def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows:
-        return TargetRows.from_logits(self.logits(rows_C, dtype))
-
-
-@dataclass(frozen=True)
-class TokenTargets:
-    """Hard labels; only `ce` makes sense with them."""
-
-    token_ids_R: Tensor
-
-    def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows:
-        return TargetRows(self.token_ids_R[rows_C])
+ROUNDING = 1e-5
+"""Weights of rows that differ by less, relatively, are the expected ones."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +60,42 @@ def row_losses(
     target_index_N: Tensor,
     loss_config: LossConfig,
     *,
+    expected_weight_N: Tensor | None = None,
     chunk_elements: int | None = None,
 ) -> RowLosses:
     """Loss of each draft row against target row `target_index_N`. Losses of `losses.eager` take the reference route:
-    all logits at once, plain autograd."""
-    if any(is_reference(function) for function, _ in loss_config.values()):
+    all logits at once, plain autograd. `expected_weight_N`: what each loss will be weighed by, up to a common factor
+    (only a head that is trained has use for it)."""
+    if is_reference_config(loss_config):
         return reference_row_losses(hidden_NH, head_VH, targets, target_index_N, loss_config)
+    head = SplitHead(None, head_VH) if head_VH.requires_grad else SplitHead(head_VH, None)
+    return head_losses(hidden_NH, head, targets, target_index_N, loss_config, expected_weight_N, chunk_elements)
+
+
+class SplitHead(NamedTuple):
+    """A head in two parts, side by side; at least one is there."""
+
+    frozen_VH: Tensor | None
+    trained_VR: Tensor | None
+
+
+def head_losses(
+    rows_NX: Tensor,
+    head: SplitHead,
+    targets: Targets,
+    target_index_N: Tensor,
+    loss_config: LossConfig,
+    expected_weight_N: Tensor | None,
+    chunk_elements: int | None,
+) -> RowLosses:
     terms = [(kernel_of(function), weight) for function, weight in loss_config.values()]
-    budget = chunk_elements or CHUNK_ELEMENTS.get(hidden_NH.device.type, CHUNK_ELEMENTS["cuda"])
-    pairing = Pairing.of(target_index_N, chunk_rows=max(16, budget // head_VH.shape[0]))
-    loss_N, terms_MN, draft_ids_N, target_ids_N = ChunkedRows.apply(hidden_NH, head_VH, targets, pairing, terms)
+    budget = chunk_elements or CHUNK_ELEMENTS.get(rows_NX.device.type, CHUNK_ELEMENTS["cuda"])
+    vocab_size = next(part.shape[0] for part in head if part is not None)
+    pairing = Pairing.of(target_index_N, chunk_rows=max(16, budget // vocab_size))
+    frozen_VH = None if head.frozen_VH is None else head.frozen_VH.detach()
+    loss_N, terms_MN, draft_ids_N, target_ids_N = ChunkedRows.apply(
+        rows_NX, frozen_VH, head.trained_VR, targets, pairing, terms, expected_weight_N
+    )
     return RowLosses(loss_N, dict(zip(loss_config, terms_MN, strict=True)), draft_ids_N, target_ids_N)
 
 
@@ -109,155 +104,82 @@ def reference_row_losses(
 ) -> RowLosses:
     logits_NV = F.linear(hidden_NH, head_VH)
     target = targets.at(target_index_N, logits_NV.dtype)
-    if target.log_probs_NV is None:
+    if isinstance(target, TokenRows):
         labels = F.cross_entropy(logits_NV.float(), target.token_ids_N, reduction="none")
         losses = dict.fromkeys(loss_config, labels)
     else:
-        losses = {name: function(logits_NV, target.log_probs_NV) for name, (function, _) in loss_config.items()}
+        losses = {name: function(logits_NV, target.logits_NV) for name, (function, _) in loss_config.items()}
     total = sum((weight * losses[name] for name, (_, weight) in loss_config.items()), start=logits_NV.new_zeros(()))
     assert isinstance(total, Tensor)
     terms = {name: loss_N.detach() for name, loss_N in losses.items()}
     return RowLosses(total, terms, logits_NV.argmax(-1), target.token_ids_N)
 
 
-def kernel_of(function: LossFunction) -> LossKernel:
-    """The closed form of a known loss; any other function of two distributions is differentiated within the chunk."""
-    return KERNELS[function] if function in KERNELS else AutogradKernel(function)
+def is_reference_config(loss_config: LossConfig) -> bool:
+    return any(is_reference(function) for function, _ in loss_config.values())
 
 
-@dataclass(frozen=True)
-class AutogradKernel:
-    function: LossFunction
+@dataclass
+class Gradients:
+    """Of sum(weight * loss) with respect to the rows and the trained part of the head, added up chunk by chunk."""
 
-    def __call__(self, draft: DraftRows, target: TargetRows) -> LossRows:
-        if target.log_probs_NV is None:
-            raise ValueError(f"loss {self.function!r} needs target distributions, but the targets are tokens; use 'ce'")
-        with torch.enable_grad():
-            logits_NV = draft.log_probs_NV.detach().requires_grad_()
-            loss_N = self.function(logits_NV, target.log_probs_NV)
-            (grad_NV,) = torch.autograd.grad(loss_N.sum(), logits_NV)
-        # Log-probabilities stood in for logits; a function of the distribution has a gradient that sums to 0 a row.
-        return loss_N.detach(), grad_NV
-
-
-class Group(NamedTuple):
-    """Draft rows of a chunk, at most one for each target row of the chunk."""
-
-    draft_rows: Tensor
-    """As computed: one for each target row (missing ones repeat a row) or only those that exist."""
-    kept: Tensor | None
-    """Places of the real ones among them; None = all."""
-    take: Tensor | None
-    """Target rows of the chunk to gather; None = all, in order."""
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """Which draft rows share which target rows, cut into chunks of target rows."""
-
-    target_rows_U: Tensor
-    table_UK: Tensor
-    """Draft row of the k-th use of a target row, -1 = none."""
-    counts: list[list[int]]
-    """[chunk][k]: how many rows of the column exist. The only thing the host must know."""
-    chunk_rows: int
-    num_rows: int
+    rows_NX: Tensor
+    head_VX: Tensor
+    weight_N: Tensor | None
+    """None: gradients of the rows' own losses."""
+    grad_rows_NX: Tensor
+    grad_trained_VR: Tensor | None
 
     @classmethod
-    def of(cls, target_index_N: Tensor, chunk_rows: int) -> Pairing:
-        order_N = target_index_N.argsort(stable=True)
-        sorted_N = target_index_N[order_N]
-        target_rows_U, group_N, uses_U = sorted_N.unique_consecutive(return_inverse=True, return_counts=True)
-        first_U = uses_U.cumsum(0) - uses_U
-        use_N = torch.arange(len(order_N), device=order_N.device) - first_U[group_N]
-        num_uses = int(uses_U.max()) if len(uses_U) else 0
-        table_UK = order_N.new_full((len(target_rows_U), num_uses), -1)
-        table_UK[group_N, use_N] = order_N
-        exists = F.pad((table_UK >= 0).long(), (0, 0, 0, -len(target_rows_U) % chunk_rows))
-        counts = exists.unflatten(0, (-1, chunk_rows)).sum(1).tolist() if num_uses else []
-        return cls(target_rows_U, table_UK, counts, chunk_rows, len(order_N))
+    def zeros(cls, rows_NX: Tensor, head_VX: Tensor, trained_VR: Tensor | None, weight_N: Tensor | None) -> Gradients:
+        trained = None if trained_VR is None else torch.zeros_like(trained_VR)
+        return cls(rows_NX, head_VX, weight_N, torch.zeros_like(rows_NX), trained)
 
-    def chunks(self) -> Iterator[tuple[Tensor, list[Group]]]:
-        for i, counts in enumerate(self.counts):
-            span = slice(i * self.chunk_rows, (i + 1) * self.chunk_rows)
-            target_rows_C = self.target_rows_U[span]
-            columns = self.table_UK[span].unbind(1)
-            size = len(target_rows_C)
-            yield target_rows_C, [group_of(rows, n, size) for rows, n in zip(columns, counts, strict=True) if n]
-
-
-def group_of(draft_rows_C: Tensor, count: int, size: int) -> Group:
-    if count == size:
-        return Group(draft_rows_C, None, None)
-    kept = (draft_rows_C >= 0).nonzero().squeeze(1)
-    if count >= MIN_FILL * size:
-        return Group(draft_rows_C.clamp_min(0), kept, None)
-    return Group(draft_rows_C[kept], None, kept)
-
-
-class Chunk(NamedTuple):
-    """What one group of draft rows came to."""
-
-    draft_rows: Tensor
-    losses: list[Tensor]
-    grad_logits: Tensor
-    """Of the weighted sum of the terms."""
-    draft_ids: Tensor
-    target_ids: Tensor
-
-
-Terms = list[tuple[LossKernel, float]]
-
-
-def walk(hidden_NH: Tensor, head_VH: Tensor, targets: Targets, pairing: Pairing, terms: Terms) -> Iterator[Chunk]:
-    """Chunk by chunk: target logits once, then the draft rows that share them."""
-    for target_rows_C, groups in pairing.chunks():
-        target = targets.at(target_rows_C, head_VH.dtype)
-        for group in groups:
-            logits = F.linear(hidden_NH[group.draft_rows].to(head_VH.dtype), head_VH)
-            own_target = target if group.take is None else target.take(group.take)
-            yield score(group, logits, own_target, terms)
-
-
-def score(group: Group, logits: Tensor, target: TargetRows, terms: Terms) -> Chunk:
-    draft = DraftRows.from_logits(logits)
-    losses, grad_logits = [], None
-    for kernel, weight in terms:
-        loss, grad = kernel(draft, target)
-        losses.append(loss)
-        if weight != 0.0:
-            grad = grad if weight == 1.0 else grad * weight
-            grad_logits = grad if grad_logits is None else grad_logits + grad
-    if grad_logits is None:
-        grad_logits = torch.zeros_like(draft.probs_NV)
-    draft_ids, target_ids, rows = first_argmax(logits), target.token_ids_N, group.draft_rows
-    if group.kept is not None:
-        losses = [loss[group.kept] for loss in losses]
-        rows, grad_logits = rows[group.kept], grad_logits[group.kept]
-        draft_ids, target_ids = draft_ids[group.kept], target_ids[group.kept]
-    return Chunk(rows, losses, grad_logits, draft_ids, target_ids)
+    def add(self, chunk: Chunk) -> None:
+        assert chunk.grad_logits is not None
+        rows, kept = chunk.group.draft_rows, chunk.group.kept
+        grad_logits = chunk.grad_logits.to(self.head_VX.dtype)
+        grad_rows = grad_logits @ self.head_VX
+        if self.weight_N is None:
+            chunk.put(self.grad_rows_NX, grad_rows)
+            return
+        weights = self.weight_N[rows, None]  # fp32: rounding them would scale whole rows
+        chunk.put(self.grad_rows_NX, (grad_rows * weights).to(grad_rows.dtype))
+        if self.grad_trained_VR is not None:
+            if kept is not None:  # rows that only fill up count nothing
+                weights = torch.zeros_like(weights).index_copy(0, kept, weights[kept])
+            features = (self.rows_NX[rows, -self.grad_trained_VR.shape[1] :] * weights).to(grad_logits.dtype)
+            self.grad_trained_VR += (grad_logits.T @ features).to(self.grad_trained_VR.dtype)
 
 
 class ChunkedRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH: Tensor, head_VH: Tensor, targets: Targets, pairing: Pairing, terms: Terms):
-        device = hidden_NH.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head_VH.dtype
+    def forward(
+        ctx, rows_NX, frozen_VH, trained_VR, targets: Targets, pairing: Pairing, terms: Terms, expected_N
+    ):  # fmt: skip
+        device = rows_NX.device
+        parts = [part.detach() for part in (frozen_VH, trained_VR) if part is not None]
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else parts[0].dtype
         accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-        hidden, head = hidden_NH.detach(), head_VH.detach().to(dtype)
-        losses_MN = torch.zeros(len(terms), len(hidden), dtype=accumulate, device=device)
-        draft_ids_N, target_ids_N = torch.zeros(2, len(hidden), dtype=torch.int64, device=device).unbind(0)
-        grad_hidden_NH = None if head_VH.requires_grad else torch.zeros(hidden.shape, dtype=dtype, device=device)
+        rows, parts = rows_NX.detach().to(dtype), [part.to(dtype) for part in parts]
+        head = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        losses_MN = torch.zeros(len(terms), len(rows), dtype=accumulate, device=device)
+        draft_ids_N, target_ids_N = torch.zeros(2, len(rows), dtype=torch.int64, device=device).unbind(0)
+        gradients = None
+        if any(ctx.needs_input_grad) and (trained_VR is None or expected_N is not None):
+            gradients = Gradients.zeros(rows, head, trained_VR, None if trained_VR is None else expected_N)
         with torch.autocast(device.type, enabled=False):  # products are cast by hand; sums stay fp32
-            for chunk in walk(hidden, head, targets, pairing, terms):
+            for chunk in walk(rows, head, targets, pairing, terms, gradients is not None):
                 for loss_N, loss in zip(losses_MN, chunk.losses, strict=True):
-                    loss_N[chunk.draft_rows] = loss
-                draft_ids_N[chunk.draft_rows] = chunk.draft_ids
-                target_ids_N[chunk.draft_rows] = chunk.target_ids
-                if grad_hidden_NH is not None:
-                    grad_hidden_NH[chunk.draft_rows] = chunk.grad_logits.to(dtype) @ head
-        ctx.save_for_backward(*((hidden_NH, head_VH) if grad_hidden_NH is None else (grad_hidden_NH,)))
-        ctx.rest = targets, pairing, terms, dtype, hidden_NH.dtype
+                    chunk.put(loss_N, loss)
+                chunk.put(draft_ids_N, chunk.draft_ids)
+                chunk.put(target_ids_N, chunk.target_ids)
+                if gradients is not None:
+                    gradients.add(chunk)
+        known = (None, None) if gradients is None else (gradients.grad_rows_NX, gradients.grad_trained_VR)
+        again = (rows, head) if trained_VR is not None else (None, None)
+        ctx.save_for_backward(*known, *again, trained_VR, expected_N)
+        ctx.rest = targets, pairing, terms, rows_NX.dtype
         weights_M = torch.tensor([weight for _, weight in terms], dtype=accumulate, device=device)
         loss_N = (weights_M[:, None] * losses_MN).sum(0)  # not a matmul: autocast would make it bf16
         ids = draft_ids_N.clone(), target_ids_N.clone()
@@ -267,16 +189,26 @@ class ChunkedRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss_N: Tensor, *_):
-        targets, pairing, terms, dtype, hidden_dtype = ctx.rest
-        if len(ctx.saved_tensors) == 1:
-            (grad_hidden_NH,) = ctx.saved_tensors
-            return (grad_hidden_NH * grad_loss_N[:, None]).to(hidden_dtype), None, None, None, None
-        hidden_NH, head_VH = ctx.saved_tensors
-        head = head_VH.detach().to(dtype)
-        grad_hidden_NH, grad_head_VH = torch.zeros_like(hidden_NH), torch.zeros_like(head_VH)
-        for chunk in walk(hidden_NH, head, targets, pairing, terms):
-            rows = chunk.draft_rows
-            grad_logits = (chunk.grad_logits * grad_loss_N[rows, None]).to(dtype)
-            grad_hidden_NH[rows] = (grad_logits @ head).to(hidden_dtype)
-            grad_head_VH += grad_logits.T @ hidden_NH[rows].to(dtype)
-        return grad_hidden_NH, grad_head_VH, None, None, None
+        grad_rows_NX, grad_trained_VR, rows, head, trained_VR, expected_N = ctx.saved_tensors
+        targets, pairing, terms, rows_dtype = ctx.rest
+        if trained_VR is None:
+            grad_rows_NX = grad_rows_NX * grad_loss_N[:, None]
+        else:
+            factor = None if expected_N is None else common_factor(grad_loss_N, expected_N)
+            if factor is not None:
+                grad_rows_NX, grad_trained_VR = grad_rows_NX * factor, grad_trained_VR * factor
+            else:
+                gradients = Gradients.zeros(rows, head, trained_VR, grad_loss_N)
+                with torch.autocast(rows.device.type, enabled=False):
+                    for chunk in walk(rows, head, targets, pairing, terms, True):
+                        gradients.add(chunk)
+                grad_rows_NX, grad_trained_VR = gradients.grad_rows_NX, gradients.grad_trained_VR
+        return grad_rows_NX.to(rows_dtype), None, grad_trained_VR, None, None, None, None
+
+
+def common_factor(values_N: Tensor, of_N: Tensor) -> Tensor | None:
+    """c with values = c * of in every row, to rounding; None when there is none."""
+    factor = values_N.sum() / of_N.sum().clamp_min(torch.finfo(of_N.dtype).tiny)
+    expected_N = factor * of_N
+    is_close_N = (values_N - expected_N).abs() <= ROUNDING * expected_N.abs()
+    return factor if bool(is_close_N.all()) else None

@@ -11,8 +11,9 @@ Shapes: N rows, V draft vocabulary. All tensors fp32 (or fp64). With p, q and th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,35 +21,55 @@ from torch import Tensor
 from speculators.losses.divergence import LK_HYBRID_ETA, MIN_ACCEPTANCE, wide
 
 
+class Rows:
+    """Logits of rows and what follows from them, each computed when it is first asked for: a loss rarely needs all."""
+
+    def __init__(self, logits_NV: Tensor):
+        self.logits_NV = wide(logits_NV)
+
+    @cached_property
+    def token_ids_N(self) -> Tensor:
+        """argmax, the smallest id on ties."""
+        return first_argmax(self.logits_NV)
+
+    @cached_property
+    def probs_NV(self) -> Tensor:
+        return self.logits_NV.softmax(-1)
+
+    @cached_property
+    def log_norm_N(self) -> Tensor:
+        """log sum exp, read off the largest entry: logits and probabilities are at hand, a pass over V is not free."""
+        index = self.token_ids_N[:, None]
+        return (self.logits_NV.gather(1, index) - self.probs_NV.gather(1, index).log()).squeeze(1)
+
+    @cached_property
+    def log_probs_NV(self) -> Tensor:
+        return self.logits_NV - self.log_norm_N[:, None]
+
+    @cached_property
+    def negative_entropy_N(self) -> Tensor:
+        return row_dot(self.probs_NV, self.logits_NV) - self.log_norm_N
+
+    def take(self, index: Tensor) -> Rows:
+        """Some of the rows, with what is known of them."""
+        taken = Rows(self.logits_NV[index])
+        for name in ("token_ids_N", "probs_NV", "log_norm_N", "negative_entropy_N"):
+            if name in self.__dict__:
+                setattr(taken, name, getattr(self, name)[index])
+        return taken
+
+
 @dataclass(frozen=True)
-class TargetRows:
-    """A target distribution a row. Log-probabilities are None for targets that are tokens (hard labels)."""
+class TokenRows:
+    """Targets that are tokens (hard labels)."""
 
     token_ids_N: Tensor
-    """argmax p, the smallest id on ties."""
-    log_probs_NV: Tensor | None = None
-    probs_NV: Tensor | None = None
 
-    @classmethod
-    def from_logits(cls, logits_NV: Tensor) -> TargetRows:
-        log_probs_NV = wide(logits_NV).log_softmax(-1)
-        return cls(first_argmax(logits_NV), log_probs_NV, log_probs_NV.exp())
-
-    def take(self, index: Tensor) -> TargetRows:
-        if self.log_probs_NV is None or self.probs_NV is None:
-            return TargetRows(self.token_ids_N[index])
-        return TargetRows(self.token_ids_N[index], self.log_probs_NV[index], self.probs_NV[index])
+    def take(self, index: Tensor) -> TokenRows:
+        return TokenRows(self.token_ids_N[index])
 
 
-@dataclass(frozen=True)
-class DraftRows:
-    log_probs_NV: Tensor
-    probs_NV: Tensor
-
-    @classmethod
-    def from_logits(cls, logits_NV: Tensor) -> DraftRows:
-        log_probs_NV = wide(logits_NV).log_softmax(-1)
-        return cls(log_probs_NV, log_probs_NV.exp())
+TargetRows = Rows | TokenRows
 
 
 ARGMAX_BLOCK = 64
@@ -70,65 +91,75 @@ def first_argmax(values_NV: Tensor) -> Tensor:
     return torch.where(rest > best, rest_N + whole, index_N)
 
 
-LossRows = tuple[Tensor, Tensor]
-"""(loss [N], gradient with respect to the draft logits [N, V])"""
-LossKernel = Callable[[DraftRows, TargetRows], LossRows]
+LossRows = tuple[Tensor, Tensor | None]
+"""(loss [N], gradient with respect to the draft logits [N, V] if it was wanted)"""
+
+
+class LossKernel(Protocol):
+    def __call__(self, draft: Rows, target: Any, wants_grad: bool, /) -> LossRows:
+        """`target`: `Rows`, or `TokenRows` where the loss asks for no more than tokens. The gradient is a new tensor,
+        the caller's to change."""
+        ...
 
 
 def row_dot(left_NV: Tensor, right_NV: Tensor) -> Tensor:
-    return torch.einsum("nv,nv->n", left_NV, right_NV)
+    return torch.linalg.vecdot(left_NV, right_NV)
 
 
-def kl_div(draft: DraftRows, target: TargetRows) -> LossRows:
-    assert target.probs_NV is not None and target.log_probs_NV is not None
+def kl_div(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
     # Entropy and cross entropy apart: no [N, V] tensor for log p - log q. Rounding may leave -1e-7 where KL is 0.
-    loss_N = row_dot(target.probs_NV, target.log_probs_NV) - row_dot(target.probs_NV, draft.log_probs_NV)
-    return loss_N, draft.probs_NV - target.probs_NV
+    cross_entropy_N = draft.log_norm_N - row_dot(target.probs_NV, draft.logits_NV)
+    return target.negative_entropy_N + cross_entropy_N, draft.probs_NV - target.probs_NV if wants_grad else None
 
 
-def reverse_kl(draft: DraftRows, target: TargetRows) -> LossRows:
-    assert target.log_probs_NV is not None
+def reverse_kl(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
     ratio_NV = draft.log_probs_NV - target.log_probs_NV
     loss_N = row_dot(draft.probs_NV, ratio_NV)
-    return loss_N, (ratio_NV - loss_N[:, None]) * draft.probs_NV
+    return loss_N, ratio_NV.sub_(loss_N[:, None]).mul_(draft.probs_NV) if wants_grad else None
 
 
-def js_div(draft: DraftRows, target: TargetRows) -> LossRows:
-    assert target.probs_NV is not None and target.log_probs_NV is not None
+def js_div(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
     middle_NV = torch.logaddexp(draft.log_probs_NV, target.log_probs_NV) - math.log(2.0)
     ratio_NV = draft.log_probs_NV - middle_NV
     draft_part_N = row_dot(draft.probs_NV, ratio_NV)
-    target_part_N = row_dot(target.probs_NV, target.log_probs_NV - middle_NV)
-    return 0.5 * (draft_part_N + target_part_N), 0.5 * (ratio_NV - draft_part_N[:, None]) * draft.probs_NV
+    loss_N = 0.5 * (draft_part_N + row_dot(target.probs_NV, target.log_probs_NV - middle_NV))
+    return loss_N, ratio_NV.sub_(draft_part_N[:, None]).mul_(0.5 * draft.probs_NV) if wants_grad else None
 
 
-def ce(draft: DraftRows, target: TargetRows) -> LossRows:
+def ce(draft: Rows, target: TargetRows, wants_grad: bool) -> LossRows:
     index = target.token_ids_N[:, None]
-    loss_N = -draft.log_probs_NV.gather(1, index).squeeze(1)
+    loss_N = draft.log_norm_N - draft.logits_NV.gather(1, index).squeeze(1)
+    if not wants_grad:
+        return loss_N, None
     grad_NV = draft.probs_NV.clone()
     return loss_N, grad_NV.scatter_add_(1, index, grad_NV.new_full(index.shape, -1.0))
 
 
-def tv(draft: DraftRows, target: TargetRows) -> LossRows:
-    assert target.probs_NV is not None
-    # Where q = p the loss has a kink; torch.minimum splits the gradient there, the closed form counts q <= p.
-    below_NV = draft.probs_NV * (draft.probs_NV <= target.probs_NV)
+def tv(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
     loss_N = 1.0 - torch.minimum(draft.probs_NV, target.probs_NV).sum(-1)
-    return loss_N, draft.probs_NV * below_NV.sum(-1, keepdim=True) - below_NV
+    if not wants_grad:
+        return loss_N, None
+    # Where q = p the loss has a kink; torch.minimum splits the gradient there, the closed form counts q <= p.
+    # The comparison as numbers: as a mask it costs several times more on a CPU.
+    below_NV = torch.le(draft.probs_NV, target.probs_NV, out=torch.empty_like(draft.probs_NV)).mul_(draft.probs_NV)
+    return loss_N, torch.addcmul(below_NV.neg_(), draft.probs_NV, -below_NV.sum(-1, keepdim=True))
 
 
-def neg_log_acceptance(draft: DraftRows, target: TargetRows) -> LossRows:
-    rejected_N, grad_NV = tv(draft, target)
+def neg_log_acceptance(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
+    rejected_N, grad_NV = tv(draft, target, wants_grad)
     accepted_N = 1.0 - rejected_N
     floored_N = accepted_N.clamp_min(MIN_ACCEPTANCE)
-    return -floored_N.log(), grad_NV * ((accepted_N >= MIN_ACCEPTANCE) / floored_N)[:, None]
+    if grad_NV is not None:
+        grad_NV.mul_(((accepted_N >= MIN_ACCEPTANCE) / floored_N)[:, None])
+    return -floored_N.log(), grad_NV
 
 
-def lk_hybrid(draft: DraftRows, target: TargetRows, eta: float = LK_HYBRID_ETA) -> LossRows:
-    rejected_N, tv_grad_NV = tv(draft, target)
-    kl_N, kl_grad_NV = kl_div(draft, target)
+def lk_hybrid(draft: Rows, target: Rows, wants_grad: bool, eta: float = LK_HYBRID_ETA) -> LossRows:
+    rejected_N, grad_NV = tv(draft, target, wants_grad)
+    kl_N, kl_grad_NV = kl_div(draft, target, wants_grad)
     share_N = (-eta * (1.0 - rejected_N)).exp()
-    grad_NV = tv_grad_NV.mul_((1.0 - share_N)[:, None]).add_(kl_grad_NV.mul_(share_N[:, None]))
+    if grad_NV is not None and kl_grad_NV is not None:
+        grad_NV.mul_((1.0 - share_N)[:, None]).addcmul_(kl_grad_NV, share_N[:, None])
     return share_N * kl_N + (1.0 - share_N) * rejected_N, grad_NV
 
 
@@ -137,10 +168,10 @@ class ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel: LossKernel, logits: Tensor, targets: Tensor) -> Tensor:
-        draft = DraftRows.from_logits(logits.detach().reshape(-1, logits.shape[-1]))
-        target = TargetRows.from_logits(targets.detach().reshape(-1, targets.shape[-1]))
+        draft = Rows(logits.detach().reshape(-1, logits.shape[-1]))
+        target = Rows(targets.detach().reshape(-1, targets.shape[-1]))
         with torch.autocast(logits.device.type, enabled=False):
-            loss_N, grad_NV = kernel(draft, target)
+            loss_N, grad_NV = kernel(draft, target, ctx.needs_input_grad[1])
         ctx.save_for_backward(grad_NV)
         ctx.like = logits.shape, logits.dtype
         return loss_N.view(logits.shape[:-1])

@@ -50,8 +50,8 @@ def neg_log_acceptance_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def lk_hybrid_loss(logits: Tensor, targets: Tensor, eta: float = LK_HYBRID_ETA) -> Tensor:
-    def kernel(draft, target):
-        return gradients.lk_hybrid(draft, target, eta)
+    def kernel(draft, target, wants_grad):
+        return gradients.lk_hybrid(draft, target, wants_grad, eta)
 
     return ClosedForm.apply(kernel, logits, targets)
 

@@ -53,10 +53,17 @@ class Objective:
         check_weighting(per_position_loss_weight, dpace_alpha, config)
         return cls(config, gamma, per_position_loss_weight, dpace_alpha)
 
+    def fixed_weights(self, blocks: Blocks) -> Tensor | None:
+        """[P, S] weights that do not depend on the losses, if they do not."""
+        if self.per_position_loss_weight != FIXED_DECAY:
+            return None
+        return dflash_loss_decay(blocks.slot_index_PS, self.gamma, blocks.first_slot == 0)
+
     def weights(self, blocks: Blocks, loss_PS: Tensor) -> Tensor:
         """[P, S]; never carries gradient."""
-        if self.per_position_loss_weight == FIXED_DECAY:
-            return dflash_loss_decay(blocks.slot_index_PS, self.gamma, blocks.first_slot == 0)
+        fixed_PS = self.fixed_weights(blocks)
+        if fixed_PS is not None:
+            return fixed_PS
         weights = dpace_loss_decay(
             blocks.slot_index_PS.flatten(), blocks.counts_PS.flatten(), blocks.layout.block_size, self.dpace_alpha,
             loss_PS.detach().flatten(),

@@ -106,8 +106,12 @@ def slot_losses(
     if features_PSR is None or model.markov_head is None:
         return row_losses(filled.hidden_NH, model.lm_head.weight, targets, filled.target_index_N, config)
     head = SplitHead(model.lm_head.weight, model.markov_head.markov_w2.weight)
-    features_NR = features_PSR[filled.blocks.counts_PS]
-    return split_row_losses(filled.hidden_NH, features_NR, head, targets, filled.target_index_N, config)
+    counts_PS = filled.blocks.counts_PS
+    fixed_PS = objective.fixed_weights(filled.blocks)
+    return split_row_losses(
+        filled.hidden_NH, features_PSR[counts_PS], head, targets, filled.target_index_N, config,
+        expected_weight_N=None if fixed_PS is None else fixed_PS[counts_PS],
+    )  # fmt: skip
 
 
 def confidence_loss_of(kappa_PS: Tensor, losses: RowLosses, filled: Filled, gamma: float, target: str) -> Tensor:

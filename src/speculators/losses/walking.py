@@ -1,0 +1,142 @@
+"""Walking over draft rows and the target rows they are compared with, chunk by chunk: what one chunk needs and gives.
+
+Shapes: N draft rows, U target rows in use, K uses of a target row, C rows of a chunk, X width of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speculators.losses.gradients import LossKernel, LossRows, Rows, TargetRows, TokenRows
+from speculators.losses.registry import KERNELS, LossFunction
+from speculators.losses.targets import Targets
+
+MIN_FILL = 0.5
+"""A group of draft rows that covers at least this share of the chunk's target rows is padded rather than gathered."""
+
+
+class Group(NamedTuple):
+    """Draft rows of a chunk, at most one for each target row of the chunk."""
+
+    draft_rows: Tensor
+    """As computed: one for each target row (missing ones repeat a row) or only those that exist."""
+    kept: Tensor | None
+    """Places of the real ones among them; None = all."""
+    take: Tensor | None
+    """Target rows of the chunk to gather; None = all, in order."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which draft rows share which target rows, cut into chunks of target rows."""
+
+    target_rows_U: Tensor
+    table_UK: Tensor
+    """Draft row of the k-th use of a target row, -1 = none."""
+    counts: list[list[int]]
+    """[chunk][k]: how many rows of the column exist. The only thing the host must know."""
+    chunk_rows: int
+    num_rows: int
+
+    @classmethod
+    def of(cls, target_index_N: Tensor, chunk_rows: int) -> Pairing:
+        order_N = target_index_N.argsort(stable=True)
+        sorted_N = target_index_N[order_N]
+        target_rows_U, group_N, uses_U = sorted_N.unique_consecutive(return_inverse=True, return_counts=True)
+        first_U = uses_U.cumsum(0) - uses_U
+        use_N = torch.arange(len(order_N), device=order_N.device) - first_U[group_N]
+        num_uses = int(uses_U.max()) if len(uses_U) else 0
+        table_UK = order_N.new_full((len(target_rows_U), num_uses), -1)
+        table_UK[group_N, use_N] = order_N
+        exists = F.pad((table_UK >= 0).long(), (0, 0, 0, -len(target_rows_U) % chunk_rows))
+        counts = exists.unflatten(0, (-1, chunk_rows)).sum(1).tolist() if num_uses else []
+        return cls(target_rows_U, table_UK, counts, chunk_rows, len(order_N))
+
+    def chunks(self) -> Iterator[tuple[Tensor, list[Group]]]:
+        for i, counts in enumerate(self.counts):
+            span = slice(i * self.chunk_rows, (i + 1) * self.chunk_rows)
+            target_rows_C = self.target_rows_U[span]
+            columns = self.table_UK[span].unbind(1)
+            size = len(target_rows_C)
+            yield target_rows_C, [group_of(rows, n, size) for rows, n in zip(columns, counts, strict=True) if n]
+
+
+def group_of(draft_rows_C: Tensor, count: int, size: int) -> Group:
+    if count == size:
+        return Group(draft_rows_C, None, None)
+    kept = (draft_rows_C >= 0).nonzero().squeeze(1)
+    if count >= MIN_FILL * size:
+        return Group(draft_rows_C.clamp_min(0), kept, None)
+    return Group(draft_rows_C[kept], None, kept)
+
+
+class Chunk(NamedTuple):
+    """What one group of draft rows came to."""
+
+    group: Group
+    losses: list[Tensor]
+    grad_logits: Tensor | None
+    """Of the weighted sum of the terms."""
+    draft_ids: Tensor
+    target_ids: Tensor
+
+    def put(self, out_N: Tensor, values: Tensor) -> None:
+        rows, kept = self.group.draft_rows, self.group.kept
+        if kept is None:
+            out_N[rows] = values
+        else:
+            out_N[rows[kept]] = values[kept]
+
+
+Terms = list[tuple[LossKernel, float]]
+
+
+def walk(
+    rows_NX: Tensor, head_VX: Tensor, targets: Targets, pairing: Pairing, terms: Terms, wants_grad: bool
+) -> Iterator[Chunk]:
+    """Chunk by chunk: target logits once, then the draft rows that share them."""
+    for target_rows_C, groups in pairing.chunks():
+        target = targets.at(target_rows_C, head_VX.dtype)
+        for group in groups:
+            draft = Rows(F.linear(rows_NX[group.draft_rows], head_VX))
+            yield score(group, draft, target if group.take is None else target.take(group.take), terms, wants_grad)
+
+
+def score(group: Group, draft: Rows, target: TargetRows, terms: Terms, wants_grad: bool) -> Chunk:
+    losses, grad_logits = [], None
+    for kernel, weight in terms:
+        loss, grad = kernel(draft, target, wants_grad and weight != 0.0)
+        losses.append(loss)
+        if grad is not None:
+            grad = grad if weight == 1.0 else grad.mul_(weight)
+            grad_logits = grad if grad_logits is None else grad_logits.add_(grad)
+    if wants_grad and grad_logits is None:
+        grad_logits = torch.zeros_like(draft.probs_NV)
+    return Chunk(group, losses, grad_logits, draft.token_ids_N, target.token_ids_N)
+
+
+def kernel_of(function: LossFunction) -> LossKernel:
+    """The closed form of a known loss; any other function of two distributions is differentiated within the chunk."""
+    return KERNELS[function] if function in KERNELS else AutogradKernel(function)
+
+
+@dataclass(frozen=True)
+class AutogradKernel:
+    function: LossFunction
+
+    def __call__(self, draft: Rows, target: TargetRows, wants_grad: bool) -> LossRows:
+        if isinstance(target, TokenRows):
+            raise ValueError(f"loss {self.function!r} needs target distributions, but the targets are tokens; use 'ce'")
+        if not wants_grad:
+            return self.function(draft.logits_NV, target.logits_NV), None
+        with torch.enable_grad():
+            logits_NV = draft.logits_NV.detach().requires_grad_()
+            loss_N = self.function(logits_NV, target.logits_NV)
+            (grad_NV,) = torch.autograd.grad(loss_N.sum(), logits_NV)
+        return loss_N.detach(), grad_NV
