@@ -29,18 +29,19 @@ HIDDEN_SIZE = 4
 LOCK = threading.Lock()
 
 
-def states_of(token_ids: list[int], num_slots: int) -> np.ndarray:
+def states_of(token_ids: list[int], num_slots: int, hidden_size: int = HIDDEN_SIZE) -> np.ndarray:
     tokens = np.asarray(token_ids, dtype=np.float32)
     position = np.arange(len(tokens), dtype=np.float32) / 4
     slot = 100 * np.arange(num_slots, dtype=np.float32)
-    feature = np.arange(HIDDEN_SIZE, dtype=np.float32) / 16
+    feature = np.arange(hidden_size, dtype=np.float32) / 16
     return (tokens + position)[:, None, None] + slot[None, :, None] + feature[None, None]
 
 
 class Fake:
     """What the server knows between requests."""
 
-    def __init__(self, directory: Path, model: str, num_slots: int, drafts: bool) -> None:
+    def __init__(self, directory: Path, model: str, num_slots: int, hidden_size: int, drafts: bool) -> None:
+        self.hidden_size = hidden_size
         self.directory, self.model, self.num_slots, self.drafts = directory, model, num_slots, drafts
         self.num_requests = 0
         self.counters = dict.fromkeys(["drafts", "draft_tokens", "accepted", "pos0", "pos1", "pos2", "generated"], 0)
@@ -116,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
         directory.mkdir(exist_ok=True)
         path = directory / f"{os.getpid()}-{self.fake.num_requests}-{time.monotonic_ns()}.safetensors"
         lock = os.open(f"{path}.lock", os.O_CREAT | os.O_WRONLY)
-        states = states_of(token_ids, self.fake.num_slots)
+        states = states_of(token_ids, self.fake.num_slots, self.fake.hidden_size)
         saved = [token + 1 for token in token_ids] if fault == "other tokens in file" else token_ids
         if fault == "nan":
             states[1, 0, 2] = np.nan
@@ -181,7 +182,13 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "--never-healthy" in sys.argv:
         time.sleep(600)
-    fake = Fake(directory, flag("--model", "fake"), int(flag("--slots", "3")), "--drafts" in sys.argv)
+    fake = Fake(
+        directory,
+        flag("--model", "fake"),
+        int(flag("--slots", "3")),
+        int(flag("--hidden", "4")),
+        "--drafts" in sys.argv,
+    )
     Handler.fake = fake
     ThreadingHTTPServer.allow_reuse_address = True
     server = ThreadingHTTPServer(("127.0.0.1", int(flag("--port", "0"))), Handler)

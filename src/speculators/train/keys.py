@@ -64,16 +64,31 @@ class DataKeys(Keys):
         "bfloat16", description="Type of verifier states and of autocast. float32 turns autocast off."
     )
     cache_hidden_states: bool = Field(
-        False, description="Keep computed verifier states under DATA_PATH/hidden_states; default: compute, use, forget."
+        False, description="Keep computed verifier states in --hidden-states-path; default: compute, use, forget."
+    )
+    hidden_states_path: str | None = Field(
+        None, description="Where stored verifier states are. None: DATA_PATH/hidden_states."
+    )
+    vllm_endpoint: str | None = Field(
+        None,
+        description="Compute verifier states on this server (launch-vllm), e.g. http://localhost:8000/v1. "
+        "None: in process.",
+    )
+    request_timeout: float = Field(120.0, gt=0.0, description="Seconds the server may take for one row.")
+    max_retries: int = Field(3, ge=0, description="Tries after a failed request, 1, 2, 4, ... seconds apart.")
+    generation_validation_retries: int = Field(
+        2, ge=0, description="Further requests for a row whose states came damaged."
     )
     hidden_states_memory_gb: float = Field(
         1.0, ge=0.0, description="Keep computed verifier states in memory up to this, for later epochs. 0: never."
     )
     on_missing: Literal["generate", "skip", "warn", "raise"] = Field(
         "generate",
-        description="A row has no stored states: compute them in process, skip it (quietly or not), or stop.",
+        description="A row has no stored states: compute them, skip it (quietly or not), or stop.",
     )
-    num_workers: int = Field(12, ge=0, description="Threads that read stored states ahead. Unused in process.")
+    num_workers: int = Field(
+        12, ge=0, description="Threads that read stored or served states ahead. Unused in process."
+    )
     prefetch_factor: int = Field(4, ge=1, description="Packed rows read ahead by these threads.")
     max_anchors: int = Field(512, ge=1, description="Training positions sampled in a packed row, where sampled.")
 
@@ -113,6 +128,7 @@ class TrainerKeys(Keys):
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     log_freq: int = Field(1, ge=1, description="Steps between reports.")
     save_path: str = Field("./output/checkpoints", description="Run directory.")
+    parity_gate: bool = Field(True, description="At the end, check that the checkpoint drafts what it was trained to.")
 
 
 class LoggingKeys(Keys):

@@ -85,3 +85,17 @@ class ListLoader:
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
         return iter(self.ready[first:])
+
+
+def as_loader(loader: BatchLoader | Sequence[Batch]) -> BatchLoader:
+    return ListLoader(loader) if isinstance(loader, Sequence) else loader
+
+
+def num_steps_of(loader: BatchLoader, num_epochs: int) -> int:
+    """Steps of all epochs; rows are packed anew each epoch, so their number varies a little."""
+    total = 0
+    for epoch in range(num_epochs):
+        loader.set_epoch(epoch)
+        total += len(loader)
+    loader.set_epoch(0)
+    return total

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from speculators.data_generation import LocalSource
 from speculators.model import SpeculatorModel
 from speculators.provenance import find_package_repo, git_diff, git_sha, package_versions
 from speculators.train.collate import CollateFn
@@ -27,7 +28,7 @@ from speculators.train.events import Event, Listener, Note, ignore
 from speculators.train.loader import PackedLoader
 from speculators.train.logger import make_trackers
 from speculators.train.memory import MemoryEstimate, check_disk_space, estimate_memory
-from speculators.train.sources import make_source, open_store, rows_to_use
+from speculators.train.sources import ask_server, make_source, open_store, rows_to_use
 from speculators.train.trainer import Trainer, TrainerConfig, TrainResult
 from speculators.train.vocab_mapping import resolve_vocab_mapping
 from speculators.utils.files import atomic_write
@@ -78,9 +79,14 @@ def build(config: TrainConfig, ranks: Ranks, on_event: Listener) -> tuple[Traine
 
     store = open_store(data, model.capture, name)
     usable = rows_to_use(data, store, note)
-    verifier_model = load_checked_verifier(config, ranks, dtype) if usable is None else None
-    source = make_source(data, model.capture, store, verifier_model)
     hidden_size = text_config(verifier_config).hidden_size
+    verifier_model, computing = None, None
+    if usable is None and data.vllm_endpoint is not None:
+        computing = ask_server(data, model.capture, name, hidden_size, note)
+    elif usable is None:
+        verifier_model = load_checked_verifier(config, ranks, dtype)
+        computing = LocalSource(verifier_model, model.capture)
+    source = make_source(data, store, computing, hidden_size)
     loaders = []
     for dataset in (train_set, val_set):
         if dataset is not None:

@@ -1,8 +1,9 @@
-"""Which source the trainer asks for verifier states: in process, from files that exist, or both.
+"""Which source the trainer asks for verifier states: computed (in process, or by a server), from files, or both.
 
-no files, no --cache-hidden-states     computed in process, forgotten
+no files, no --cache-hidden-states     computed, kept in memory while they fit, forgotten
 files                                  read; what is missing: --on-missing
 --cache-hidden-states                  read, or computed once and kept
+--vllm-endpoint URL                    computed means: by that server
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from speculators.data_generation import CachedSource, HiddenStateStore, LocalSource, PreparedData
+from speculators.data_generation import CachedSource, HiddenStateStore, LocalSource, PreparedData, VllmSource
 from speculators.interfaces import CaptureSpec, HiddenStateSource, VerifierStates
 from speculators.train.keys import DataKeys
 from speculators.train.state_cache import KeptInMemory
 
 HIDDEN_STATES_NAME = "hidden_states"
+SERVER_ITEMSIZE = 4
+"""Bytes of a server's values, before the first is seen: fp32 at most."""
 MAX_STORED_DIFFERENCE = 0.15
 """Relative. fp8 storage of bf16 states differs by about 0.03, other layers or models by 1."""
 
@@ -37,9 +39,13 @@ class StoredOrComputed:
         return [next(stored) if from_store else next(computed) for from_store in is_stored]
 
 
+def directory_of(keys: DataKeys) -> Path:
+    return Path(keys.hidden_states_path or Path(keys.data_path) / HIDDEN_STATES_NAME)
+
+
 def open_store(keys: DataKeys, capture: CaptureSpec, verifier: str) -> HiddenStateStore | None:
     """The files beside the prepared data; None when there are none and none are to be made."""
-    directory = Path(keys.data_path) / HIDDEN_STATES_NAME
+    directory = directory_of(keys)
     if not keys.cache_hidden_states and not directory.is_dir():
         return None
     rows = PreparedData.open(keys.data_path).dataset()["input_ids"]
@@ -56,7 +62,7 @@ def rows_to_use(keys: DataKeys, store: HiddenStateStore | None, note: Callable[[
     num_missing = num_rows - len(present)
     if num_missing and (keys.on_missing == "raise" or not present):
         raise ValueError(
-            f"{num_missing} of {num_rows} rows have no file in {Path(keys.data_path) / HIDDEN_STATES_NAME}: compute "
+            f"{num_missing} of {num_rows} rows have no file in {directory_of(keys)}: compute "
             "them as training goes with --on-missing generate, or leave them out with --on-missing warn"
         )
     if num_missing and keys.on_missing == "warn":
@@ -65,42 +71,73 @@ def rows_to_use(keys: DataKeys, store: HiddenStateStore | None, note: Callable[[
 
 
 def make_source(
-    keys: DataKeys, capture: CaptureSpec, store: HiddenStateStore | None, verifier_model: PreTrainedModel | None
+    keys: DataKeys, store: HiddenStateStore | None, computing: LocalSource | VllmSource | None, hidden_size: int
 ) -> HiddenStateSource:
-    """`verifier_model=None`: every row that is used has a file."""
-    if verifier_model is None:
+    """`computing=None`: every row that is used has a file."""
+    if computing is None:
         assert store is not None
         return store
-    local = LocalSource(verifier_model, capture)
     if store is None:
-        return kept_in_memory(keys, local, verifier_model)
-    check_stored_states(store, local, Path(keys.data_path))
-    return CachedSource(local, store) if keys.cache_hidden_states else StoredOrComputed(store, local)
+        return kept_in_memory(keys, computing, hidden_size)
+    check_stored_states(store, computing, Path(keys.data_path))
+    return CachedSource(computing, store) if keys.cache_hidden_states else StoredOrComputed(store, computing)
 
 
-def kept_in_memory(keys: DataKeys, local: LocalSource, verifier_model: PreTrainedModel) -> HiddenStateSource:
+def ask_server(
+    keys: DataKeys, capture: CaptureSpec, verifier: str, hidden_size: int, note: Callable[[str], None]
+) -> VllmSource:
+    """The server behind `--vllm-endpoint`, asked once: it is there, and no row is too long for it."""
+    assert keys.vllm_endpoint is not None
+    source = VllmSource(
+        keys.vllm_endpoint,
+        capture,
+        hidden_size=hidden_size,
+        timeout_s=keys.request_timeout,
+        max_retries=keys.max_retries,
+        validation_retries=keys.generation_validation_retries,
+    )
+    limit = source.served.max_model_len
+    longest = max(lengths_of(keys))
+    if limit is not None and longest >= limit:  # vLLM extracts while it generates one token
+        raise ValueError(
+            f"the longest row has {longest} tokens, the server at {keys.vllm_endpoint} takes {limit - 1}: start it "
+            f"with --max-model-len {longest + 1}, or clip rows with --total-seq-len {limit - 1}"
+        )
+    if source.served.root != verifier:
+        note(f"the server at {keys.vllm_endpoint} serves {source.served.root}; the verifier is {verifier}")
+    return source
+
+
+def lengths_of(keys: DataKeys) -> list[int]:
+    """Tokens of each row, as it is trained on."""
+    return [min(int(length), keys.total_seq_len) for length in PreparedData.open(keys.data_path).dataset()["seq_len"]]
+
+
+def kept_in_memory(keys: DataKeys, computing: LocalSource | VllmSource, hidden_size: int) -> HiddenStateSource:
     """Only where later epochs can use them: `--hidden-states-memory-gb 0` computes them anew each time."""
     if keys.hidden_states_memory_gb == 0:
-        return local
-    hidden_size = verifier_model.config.get_text_config(decoder=True).hidden_size
-    num_states = len(local.capture.aux_layer_ids) + local.capture.last_hidden
+        return computing
+    num_states = len(computing.capture.aux_layer_ids) + computing.capture.last_hidden
+    itemsize = SERVER_ITEMSIZE
+    if isinstance(computing, LocalSource):
+        itemsize = next(computing.model.parameters()).element_size()
     data = PreparedData.open(keys.data_path).dataset()
     return KeptInMemory(
-        local,
-        [min(int(length), keys.total_seq_len) for length in data["seq_len"]],
+        computing,
+        lengths_of(keys),
         lambda row: data[row]["input_ids"][: keys.total_seq_len],
-        bytes_a_token=num_states * hidden_size * verifier_model.dtype.itemsize,
+        bytes_a_token=num_states * hidden_size * itemsize,
         budget_bytes=int(keys.hidden_states_memory_gb * 1e9),
     )
 
 
-def check_stored_states(store: HiddenStateStore, local: LocalSource, datapath: Path) -> None:
+def check_stored_states(store: HiddenStateStore, computing: HiddenStateSource, datapath: Path) -> None:
     """Compare the first stored row with what the verifier says now: states of another model train a useless drafter."""
     row = min(store.present, default=None)
     if row is None:
         return
     token_ids = PreparedData.open(datapath).dataset()[row]["input_ids"][: store.lengths[row]]
-    [stored], [computed] = store.read([token_ids]), local.read([token_ids])
+    [stored], [computed] = store.read([token_ids]), computing.read([token_ids])
     for ours, theirs in ((computed.aux_TD, stored.aux_TD), (computed.last_hidden_TH, stored.last_hidden_TH)):
         if ours is None or theirs is None:
             continue

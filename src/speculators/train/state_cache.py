@@ -7,6 +7,7 @@ alone: never from the order in which they are asked for.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -38,16 +39,21 @@ class KeptInMemory:
         self.row_of = {key_of(ids): index for index, ids in self.rows.items()}
         self.group_of = {index: group for group in self.groups for index in group}
         self.kept: dict[int, VerifierStates] = {}
+        self.lock = threading.Lock()
 
     def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
         wanted = [self.row_of.get(key_of(ids)) for ids in token_ids]
         for row in wanted:
-            if row is not None and row not in self.kept:
-                group = self.group_of[row]
-                computed = self.inner.read([self.rows[member] for member in group])
-                self.kept |= {member: detached(states) for member, states in zip(group, computed, strict=True)}
+            if row is not None:
+                self.keep(self.group_of[row], row)
         rest = iter(self.inner.read([ids for ids, row in zip(token_ids, wanted, strict=True) if row is None]))
         return [next(rest) if row is None else self.kept[row] for row in wanted]
+
+    def keep(self, group: list[int], row: int) -> None:
+        with self.lock:  # threads that read ahead: a second one asking for this group waits for the first
+            if row not in self.kept:
+                computed = self.inner.read([self.rows[member] for member in group])
+                self.kept |= {member: detached(states) for member, states in zip(group, computed, strict=True)}
 
 
 def groups_of(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

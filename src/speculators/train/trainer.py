@@ -10,16 +10,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
+from speculators.data_generation import InvalidResponseError, ServerUnavailableError
 from speculators.model import SpeculatorModel
 from speculators.train.checkpointer import Checkpointer, Position
 from speculators.train.distributed import Ranks, pick_device
 from speculators.train.events import Listener, Note, Saved, Started, StepDone, Stopped, Validated, ignore
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
-from speculators.train.loader import Batch, BatchLoader, ListLoader
+from speculators.train.loader import Batch, BatchLoader, as_loader, num_steps_of
 from speculators.train.metrics import MetricSums, expected_acceptance_length
 from speculators.train.optimizers import OptimizerConfig, make_optimizers
 from speculators.train.schedulers import make_schedule
@@ -136,7 +137,11 @@ class Trainer:
         self.on_event(Started(self.num_steps, self.position.global_step, num_trainable, *self.sizes))
         with GracefulShutdown() as shutdown:
             while self.position.epoch < config.num_epochs and not self.is_finished():
-                self.train_epoch(shutdown)
+                first_step = self.position.global_step
+                try:
+                    self.train_epoch(shutdown)
+                except (ServerUnavailableError, InvalidResponseError) as error:
+                    self.save_what_was_trained(first_step, error)
         if self.last_saved is None or (self.last_saved[1] < self.position.global_step and not config.save_best):
             self.save()
         return self.result()
@@ -252,6 +257,19 @@ class Trainer:
         self.on_event(Saved(path, self.position.global_step))
         self.ranks.wait()
 
+    def save_what_was_trained(self, first_step_of_epoch: int, error: Exception) -> NoReturn:
+        """The verifier states stopped coming: lose no step, and say how to go on."""
+        position = self.position
+        if position.global_step == first_step_of_epoch and position.local_step == 0:
+            self.position = Position(position.epoch - 1, 0, position.global_step)  # on disk: that epoch is finished
+        is_saved = self.last_saved is not None and self.last_saved[1] == position.global_step
+        if position.global_step == 0 or is_saved or self.ranks.world_size > 1:  # other ranks would wait for ever
+            raise error
+        self.save(name="interrupted")
+        where = self.checkpointer.root / "interrupted"
+        goes_on = f"Saved {where}: the same command continues from step {position.global_step}"
+        raise type(error)(f"{error}. {goes_on}") from error
+
     def stop(self, signal_name: str) -> None:
         self.save(name="interrupted")
         path = self.checkpointer.root / "interrupted"
@@ -276,20 +294,6 @@ def optimizer_config(config: TrainerConfig) -> OptimizerConfig:
         muon_ns_steps=config.muon_ns_steps,
         muon_adjust_lr_fn=config.muon_adjust_lr_fn,
     )
-
-
-def as_loader(loader: BatchLoader | Sequence[Batch]) -> BatchLoader:
-    return ListLoader(loader) if isinstance(loader, Sequence) else loader
-
-
-def num_steps_of(loader: BatchLoader, num_epochs: int) -> int:
-    """Steps of all epochs; rows are packed anew each epoch, so their number varies a little."""
-    total = 0
-    for epoch in range(num_epochs):
-        loader.set_epoch(epoch)
-        total += len(loader)
-    loader.set_epoch(0)
-    return total
 
 
 def mid_epoch_saves(checkpoint_freq: float, num_steps: int) -> set[int]:

@@ -68,16 +68,19 @@ class VllmSource:
         *,
         model: str | None = None,
         layer_ids: Sequence[int] | None = None,
+        hidden_size: int | None = None,
         concurrency: int = DEFAULT_CONCURRENCY,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_retries: int = DEFAULT_MAX_RETRIES,
         validation_retries: int = DEFAULT_VALIDATION_RETRIES,
     ) -> None:
-        """`layer_ids`: what a server extracts that was not started by `launch-vllm` (which leaves a note of it)."""
+        """`layer_ids`: what a server extracts that was not started by `launch-vllm` (which leaves a note of it),
+        ascending, the last layer's included. `hidden_size`: the verifier's, to tell another model by."""
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency}; at least one request at a time is needed")
         self.endpoint = endpoint
         self.capture = capture
+        self.hidden_size = hidden_size
         self.layer_ids = None if layer_ids is None else tuple(layer_ids)
         self.timeout_s, self.max_retries, self.validation_retries = timeout_s, max_retries, validation_retries
         self.counts = Counts()
@@ -136,6 +139,11 @@ class VllmSource:
         )
         path = Path(handle)
         states_TSH = read_and_delete(path, ids_T, self.timeout_s)
+        if self.hidden_size is not None and states_TSH.shape[2] != self.hidden_size:
+            raise InvalidResponseError(
+                f"{self.endpoint} serves {self.served.root} with states {states_TSH.shape[2]} wide, the verifier's are "
+                f"{self.hidden_size}: it is another model"
+            )
         slots = self.find_slots(path.parent, states_TSH.shape[1])
         num_aux = len(self.capture.aux_layer_ids)
         return VerifierStates(
