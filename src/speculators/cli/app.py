@@ -29,15 +29,19 @@ VERBS: dict[str, str] = {
     "regenerate-responses": "Replace the answers of a dataset by the verifier's own.",
     "train": "Train a speculator for a verifier.",
     "generate": "Decode prompts with draft-and-verify and show what was accepted.",
+    "serve": "Serve a speculator by vLLM, with its verifier, method and number of draft tokens.",
+    "launch-vllm": "Start a vLLM server that writes a verifier's hidden states, for training.",
+    "check": "Check that a checkpoint is what was trained and what vLLM will serve, before it is served.",
     "export": "Write the directory an engine needs, in its format, with a card that says how to serve it.",
     "stitch-mtp": "Write a trained MTP layer into a copy of its verifier, where engines look for it.",
+    "verify": "Check that training, the engine and vLLM draft the same tokens with a checkpoint.",
     "evaluate": "Measure drafting methods against plain decoding on held-out prompts.",
 }
 """Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`."""
-    "verify": "Check that training, the engine and vLLM draft the same tokens with a checkpoint.",
 
+VERBS_READING_THEIR_FLAGS = ("train", "launch-vllm")
 FLAGS_READ_ELSEWHERE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""For `train`, whose flags are the keys of `TrainConfig` and of the algorithm: they are parsed there."""
+"""For `train`, whose flags are the keys of `TrainConfig` and of the algorithm, and for a flag of several values."""
 
 # Every parsing error of typer derives from this one; typer does not export it under its own name.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -76,7 +80,8 @@ def run(args: Sequence[str]) -> Any:
     """Run one verb in this process and return what it returns. Errors travel to the caller."""
     if args and args[0] in VERBS:
         verb = args[0]
-        return command_of(verb).main(list(args[1:]), prog_name=f"speculators {verb}", standalone_mode=False)
+        untouched = ["--"] if verb in VERBS_READING_THEIR_FLAGS else []  # click eats the first one
+        return command_of(verb).main([*untouched, *args[1:]], prog_name=f"speculators {verb}", standalone_mode=False)
     if args and not args[0].startswith("-"):
         raise UsageError(f"unknown command '{args[0]}'; `speculators --help` lists them.{did_you_mean(args[0], VERBS)}")
     return listing().main(list(args) or ["--help"], prog_name="speculators", standalone_mode=False)
@@ -87,7 +92,7 @@ def command_of(verb: str) -> Any:
     name = verb.replace("-", "_")
     function: Callable[..., Any] = getattr(importlib.import_module(f"speculators.cli.{name}"), name)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    settings = FLAGS_READ_ELSEWHERE if verb == "train" else {}
+    settings = FLAGS_READ_ELSEWHERE if verb in VERBS_READING_THEIR_FLAGS else {}
     app.command(verb, epilog="--debug shows the traceback of an error.", context_settings=settings)(
         saying_why_it_stopped(function)
     )

@@ -1,0 +1,203 @@
+"""Which vLLM is found, and which command is built: read back from the command itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speculators import assets
+from speculators.cli.app import run
+from speculators.cli.launch_vllm import split
+from speculators.deploy.environment import find_vllm, version_in
+from speculators.deploy.serve import base_url_of, command_to_extract, command_to_serve, value_of
+from speculators.utils.extraction import ExtractionNote
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def fake_environment(tmp_path, monkeypatch) -> Path:
+    """A Python that has a distribution named vllm 0.32.0+cpu, and nothing else of it."""
+    monkeypatch.delenv("SPECULATORS_VLLM_PYTHON", raising=False)
+    folder = tmp_path / "environment"
+    metadata = folder / "site" / "vllm-0.32.0+cpu.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    (folder / "bin").mkdir()
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder / "site"} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def verifier() -> str:
+    return str(assets.tiny_verifier_path())
+
+
+@pytest.fixture
+def speculator(tmp_path, verifier) -> str:
+    """What `serve` reads of a checkpoint: its config.json."""
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.models.eagle3 import Eagle3SpeculatorConfig
+    from speculators.proposals import GreedyTokenProposalConfig
+
+    config = Eagle3SpeculatorConfig(
+        speculators_config=SpeculatorsConfig(
+            algorithm="eagle3",
+            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=5)],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig.from_pretrained(verifier),
+        )
+    )
+    config.save_pretrained(tmp_path / "speculator")
+    return str(tmp_path / "speculator")
+
+
+def speculative_config(result: dict) -> dict:
+    command = result["command"]
+    return json.loads(command[command.index("--speculative-config") + 1])
+
+
+def test_vllm_is_found_in_a_named_environment_or_interpreter_or_by_the_variable(fake_environment, monkeypatch):
+    found = find_vllm(str(fake_environment))
+    assert (found.version, found.is_tested_version) == ("0.32.0+cpu", True)
+    assert found.command == [str(found.python), "-m", "vllm.entrypoints.cli.main"]
+    assert find_vllm(str(fake_environment / "bin" / "python")) == found
+    monkeypatch.setenv("SPECULATORS_VLLM_PYTHON", str(fake_environment))
+    assert find_vllm() == found
+    script = fake_environment / "bin" / "vllm"
+    script.write_text("")
+    assert found.command == [str(script)]
+
+
+def test_vllm_is_found_behind_the_command_on_path(fake_environment, monkeypatch):
+    if version_in(Path(sys.executable)) is not None:
+        pytest.skip("this environment has vLLM itself, which comes first")
+    script = fake_environment / "bin" / "vllm"
+    script.write_text(f"#!{fake_environment / 'bin' / 'python'}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    assert find_vllm().command == [str(script)]
+
+
+def test_a_python_without_vllm_and_a_path_without_python_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECULATORS_VLLM_PYTHON", "")
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # -S: no site-packages
+    bare.chmod(0o755)
+    with pytest.raises(ValueError, match="that Python has no vllm"):
+        find_vllm(str(bare))
+    with pytest.raises(ValueError, match="/no/where is no Python"):
+        find_vllm("/no/where")
+
+
+def test_looking_for_vllm_imports_no_torch():
+    code = (
+        "import sys; from speculators.deploy.environment import find_vllm\n"
+        "try: find_vllm()\nexcept ValueError: pass\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_serving_a_speculator_takes_verifier_method_and_k_from_its_checkpoint(speculator, verifier, fake_environment):
+    result = run(["serve", speculator, "--python", str(fake_environment), "--dry-run", "--", "--port", "8123"])
+    python = str(fake_environment / "bin" / "python")
+    assert result["command"][:5] == [python, "-m", "vllm.entrypoints.cli.main", "serve", verifier]
+    assert speculative_config(result) == {"method": "eagle3", "num_speculative_tokens": 5, "model": speculator}
+    assert result["command"][-2:] == ["--port", "8123"]
+    assert result["endpoint"] == "http://127.0.0.1:8123/v1"
+    assert result["vllm"] == "0.32.0+cpu"
+
+
+def test_what_is_given_wins_over_the_checkpoint(speculator, tmp_path):
+    result = run(["serve", speculator, "-k", "2", "--verifier", "org/other", "--dry-run"])
+    assert result["command"][1:3] == ["serve", "org/other"]
+    assert speculative_config(result)["num_speculative_tokens"] == 2
+
+
+def test_drafting_without_a_speculator(verifier):
+    more = ["--speculative-config", '{"prompt_lookup_max": 3}']
+    result = run(["serve", verifier, "--method", "ngram", "-k", "4", *more, "--dry-run"])
+    assert speculative_config(result) == {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    plain = run(["serve", verifier, "--dry-run"])
+    assert "--speculative-config" not in plain["command"]
+
+
+def test_what_vllm_cannot_serve_is_refused_before_it_starts(verifier, speculator, tmp_path):
+    with pytest.raises(ValueError, match="early_exit"):
+        run(["serve", verifier, "--method", "early_exit", "-k", "2", "--dry-run"])
+    with pytest.raises(ValueError, match="--speculative-config after --"):
+        run(["serve", speculator, "--dry-run", "--", "--speculative-config={}"])
+    config = json.loads((Path(speculator) / "config.json").read_text())
+    (Path(speculator) / "config.json").write_text(json.dumps({**config, "speculators_model_type": "mlp"}))
+    with pytest.raises(ValueError, match="no drafter of type 'mlp'"):
+        run(["serve", speculator, "--dry-run"])
+    with pytest.raises(ValueError, match="is no directory"):
+        run(["serve", str(tmp_path / "nowhere"), "--dry-run"])
+
+
+def test_an_export_is_what_vllm_serves_for_algorithms_with_a_layout_of_their_own(speculator):
+    config = json.loads((Path(speculator) / "config.json").read_text())
+    (Path(speculator) / "config.json").write_text(json.dumps({**config, "speculators_model_type": "medusa"}))
+    with pytest.raises(ValueError, match="speculators export"):
+        run(["serve", speculator, "--dry-run"])
+
+
+def test_extraction_follows_the_layers_that_are_asked_for(verifier, tmp_path):
+    result = run(["launch-vllm", verifier, "--hidden-states-path", str(tmp_path), "--target-layer-ids", "4", "2",
+                  "--dry-run", "--", "--port", "8124"])  # fmt: skip
+    command = result["command"]
+    assert result["layer_ids"] == [2, 4, 12]
+    assert json.loads(command[command.index("--speculative_config") + 1]) == {
+        "method": "extract_hidden_states", "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 12]}},
+    }  # fmt: skip
+    assert json.loads(command[command.index("--kv_transfer_config") + 1]) == {
+        "kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }  # fmt: skip
+    assert command[-2:] == ["--port", "8124"]
+    assert not any(tmp_path.iterdir())  # a dry run writes nothing
+
+
+def test_default_layers_and_leaving_the_last_one_out(verifier):
+    assert run(["launch-vllm", verifier, "--dry-run"])["layer_ids"] == [2, 6, 9, 12]
+    assert run(["launch-vllm", verifier, "--no-include-last-layer", "--dry-run"])["layer_ids"] == [2, 6, 9]
+
+
+def test_the_script_of_the_guides_is_the_verb(verifier):
+    script = [sys.executable, str(ROOT / "scripts" / "launch_vllm.py"), verifier, "--dry-run", "--", "--port", "9"]
+    printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed.splitlines()[-1])["command"][-2:] == ["--port", "9"]
+
+
+def test_the_note_beside_the_states_comes_back_as_written(tmp_path):
+    note = ExtractionNote("org/model", (2, 4, 8), 8)
+    assert ExtractionNote.read(tmp_path) is None
+    note.write(tmp_path)
+    assert ExtractionNote.read(tmp_path) == note
+    (tmp_path / "extraction.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        ExtractionNote.read(tmp_path)
+
+
+def test_addresses_are_read_from_vllms_flags():
+    assert base_url_of([]) == "http://127.0.0.1:8000"
+    assert base_url_of(["--port=1", "--port", "2", "--host", "::"]) == "http://127.0.0.1:2"
+    assert base_url_of(["--host", "fd00::1", "--ssl-certfile", "x.pem"]) == "https://[fd00::1]:8000"
+    assert base_url_of(["--headless"]) is None
+    assert value_of(["--port"], "--port") is None
+    assert split(["m", "--", "--a", "--", "b"]) == (["m"], ["--a", "--", "b"])
+
+
+def test_commands_are_built_of_what_they_are_given():
+    assert command_to_serve(["vllm"], "v", None, ["--x"]).command == ("vllm", "serve", "v", "--x")
+    note = ExtractionNote("v", (1, 2), 2)
+    with pytest.raises(ValueError, match="--kv-transfer-config after --"):
+        command_to_extract(["vllm"], note, Path("/x"), ["--kv-transfer-config", "{}"])
