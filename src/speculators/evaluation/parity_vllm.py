@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -65,11 +66,13 @@ def decode_in_vllm(
     if not Path(python).is_file():
         raise ValueError(f"{python} is no Python: name the one of an environment with vLLM, e.g. .venv-vllm/bin/python")
     with tempfile.TemporaryDirectory() as folder:
+        # from a copy: the script's own directory comes first on sys.path, and ours has modules of common names
+        script = shutil.copy(JOB, folder)
         job, result = Path(folder, "job.json"), Path(folder, "result.json")
         job.write_text(json.dumps([{**asdict(run), "engine": engine_arguments(run)} for run in runs]))
         own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # ours would shadow theirs
         finished = subprocess.run(
-            [str(python), str(JOB), str(job), str(result)], capture_output=True, text=True, timeout=timeout_s,
+            [str(python), script, str(job), str(result)], capture_output=True, text=True, timeout=timeout_s,
             env={**own, **(env or {})}, check=False,
         )  # fmt: skip
         if not result.is_file():
