@@ -17,6 +17,8 @@ from transformers import Cache
 
 GROWTH_SLOTS = 256
 """Capacity is a multiple of this: growing copies, so it must be rare."""
+MAX_GROWTH_SLOTS = 4096
+"""It doubles, but by no more than this."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,13 @@ class WriteSpan:
     """The slot of the first new token when it is the same for all rows of the forward."""
     slots_M: Tensor | None
     """Otherwise int64 [num_rows * num_tokens]: flat slots, row * capacity + position."""
+    is_chain: bool = True
+    """False: a tree; its slots are no positions."""
+
+
+def grown_capacity(old_capacity: int, num_slots: int) -> int:
+    rounded_up = -(-num_slots // GROWTH_SLOTS) * GROWTH_SLOTS
+    return max(rounded_up, min(2 * old_capacity, old_capacity + MAX_GROWTH_SLOTS))
 
 
 class RowCache(Cache):
@@ -49,7 +58,7 @@ class RowCache(Cache):
         if num_slots <= self.capacity:
             return
         old_capacity = self.capacity
-        self.capacity = max(-(-num_slots // GROWTH_SLOTS) * GROWTH_SLOTS, min(2 * old_capacity, old_capacity + 4096))
+        self.capacity = grown_capacity(old_capacity, num_slots)
         for store in (self.keys_by_layer, self.values_by_layer):
             for layer, old_RSND in store.items():
                 R, _, N, D = old_RSND.shape

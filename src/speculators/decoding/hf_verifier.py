@@ -4,11 +4,13 @@ Shapes: B rows of the forward (first_row .. first_row + B - 1), T tokens, V voca
 
 Lengths are host integers. `score` writes behind a row's length, `keep` moves the length: rollback is free.
 Use it as a context manager around a run of forwards; that is where the model is set up for decoding and restored.
+
+Two forwards do the work: `LeanForward` for Llama-shaped models whose logits it is shown to reproduce when the verifier
+is made, `HFForward` (the model's own) for all others. `forward_reason` says which it is and why.
 """
 
 from __future__ import annotations
 
-import inspect
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,55 +18,62 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speculators.decoding.attention import IMPLEMENTATION
-from speculators.decoding.cache import RowCache, WriteSpan
+from speculators.decoding.cache import WriteSpan
+from speculators.decoding.hf_forward import HFForward
+from speculators.decoding.lean_forward import LeanForward
+from speculators.decoding.lean_weights import LeanWeights, NotLlamaShaped
 from speculators.decoding.masks import MaskBuilder
 from speculators.interfaces import CaptureSpec, VerifierOutput
-from speculators.packed_linear import PackedLinears
-from speculators.verifier import CapturedStates, capture_states, verifier_parts
+from speculators.verifier import VerifierParts, capture_states, verifier_parts
 
 MAX_GROUPED_TOKENS = 32
 """Up to here a forward is decoding (heads grouped, masks sliced from a strip); beyond, it is prefill."""
+NUM_PROVEN_TOKENS = 16
+"""Tokens on which the lean forward is compared with the model's own."""
+TOLERANCE_BY_DTYPE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Largest difference that is rounding, as a share of the largest value."""
 
 
 class HFVerifier:
-    """Keys and values of `num_rows` sequences under one model."""
+    """Keys and values of `num_rows` sequences under one model. `lean=False` leaves it to the model's own forward."""
 
-    def __init__(self, model: PreTrainedModel, num_rows: int, capture: CaptureSpec | None = None):
-        self.model = model
-        self.parts = verifier_parts(model)
-        self.capture = capture or CaptureSpec()
-        self.num_rows = num_rows
-        self.length_by_row = [0] * num_rows
-        self.vocab_size: int = self.parts.config.vocab_size
-        self.max_position: int | None = getattr(self.parts.config, "max_position_embeddings", None)
-        parameter = self.parts.head.weight
+    def __init__(self, model: PreTrainedModel, num_rows: int, capture: CaptureSpec | None = None, *, lean: bool = True):
+        parts = verifier_parts(model)
+        capture = capture or CaptureSpec()
+        refuse_unknown_layers(capture, parts)
+        forward, self.forward_reason = lean_forward(model, parts, num_rows, capture) if lean else (None, "asked for")
+        self._set_up(model, parts, num_rows, forward or HFForward(model, parts, num_rows, capture))
+
+    def _set_up(
+        self, model: PreTrainedModel, parts: VerifierParts, num_rows: int, forward: LeanForward | HFForward
+    ) -> None:
+        parameter = parts.head.weight
+        self.num_rows, self.length_by_row = num_rows, [0] * num_rows
+        self.vocab_size: int = parts.config.vocab_size
         self.device: torch.device = parameter.device  # type: ignore[assignment]
-        self._cache = RowCache(num_rows)
-        self._is_grouped = _can_replace_attention(model, self.parts.config)
-        self._masks = MaskBuilder(_attention_windows(model, self.parts.config), parameter.dtype, self.device)  # type: ignore[arg-type]
-        self._num_groups = _uniform_groups(self.parts.config) if self._is_grouped else 1
+        self._forward, self._cache = forward, forward.cache
+        self._masks = MaskBuilder(_attention_windows(model, parts.config), parameter.dtype, self.device)  # type: ignore[arg-type]
         self._position_S = torch.arange(0, device=self.device)
-        self._packed = PackedLinears(model)
         self._exit = ExitStack()
         self._depth = 0
-        self._states: CapturedStates | None = None
         self._last_rows: tuple[int, bool] = (0, False)
-        self._has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    # -- setting the model up
+    @classmethod
+    def around(cls, forward: LeanForward, model: PreTrainedModel, parts: VerifierParts, num_rows: int) -> HFVerifier:
+        """On a forward that is there already."""
+        verifier = cls.__new__(cls)
+        verifier._set_up(model, parts, num_rows, forward)
+        return verifier
+
+    @property
+    def is_lean(self) -> bool:
+        return isinstance(self._forward, LeanForward)
 
     def __enter__(self) -> HFVerifier:
         self._depth += 1
         if self._depth == 1:
             self._exit.enter_context(torch.inference_mode())
-            self._exit.enter_context(self._packed)
-            if self.capture != CaptureSpec():
-                self._states = self._exit.enter_context(capture_states(self.model, self.capture))
-            if self._is_grouped:
-                config, before = self.parts.config, self.parts.config._attn_implementation_internal
-                self._exit.callback(setattr, config, "_attn_implementation_internal", before)
-                config._attn_implementation_internal = IMPLEMENTATION
+            self._exit.enter_context(self._forward)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -87,30 +96,11 @@ class HFVerifier:
         B, T = token_ids_BT.shape
         lengths = self.length_by_row[first_row : first_row + B]
         self._cache.reserve(max(lengths) + T)
-        positions_BT, masks = self._positions_and_masks(lengths, T, parents_K)
-        self._cache.span = self._span(lengths, first_row, T, positions_BT)
+        position_BT, masks = self._positions_and_masks(lengths, T, parents_K)
+        span = self._span(lengths, first_row, T, position_BT, parents_K is None)
         self._last_rows = (first_row, parents_K is not None)
-        kwargs: dict[str, Any] = {}
-        if last_only and self._has_logits_to_keep:
-            last_B = (num_valid_B - 1).clamp(min=0)
-            columns_C = last_B.unique()
-            kwargs["logits_to_keep"] = columns_C.to(self.device)
-        if self.max_position is not None and max(lengths) + T > self.max_position:
-            positions_BT = positions_BT.clamp(max=self.max_position - 1)  # drafts past the end are never kept
-        output = self.model(
-            input_ids=token_ids_BT,
-            attention_mask=masks,
-            position_ids=positions_BT,
-            past_key_values=self._cache,
-            use_cache=True,
-            **kwargs,
-        )
-        logits = output.logits
-        if last_only:
-            row_B = torch.arange(B)
-            column_B = torch.searchsorted(columns_C, last_B) if kwargs else (num_valid_B - 1).clamp(min=0)
-            logits = logits[row_B, column_B.cpu()][:, None]
-        return VerifierOutput(logits, self._states.drafter_input if self._states is not None else None)
+        columns_B = (num_valid_B - 1).clamp(min=0).to(self.device) if last_only else None
+        return VerifierOutput(*self._forward(token_ids_BT, position_BT, masks, span, columns_B))
 
     def keep(self, columns_BT: Tensor, num_kept_B: Tensor) -> None:
         """See `interfaces.Verifier`. Give host tensors: lengths live on the host."""
@@ -144,7 +134,7 @@ class HFVerifier:
         self, lengths: list[int], num_tokens: int, parents_K: Tensor | None
     ) -> tuple[Tensor, Tensor | dict[str, Tensor] | None]:
         num_slots = max(lengths) + num_tokens
-        groups = self._num_groups if num_tokens <= MAX_GROUPED_TOKENS else 1
+        groups = self._forward.num_groups if num_tokens <= MAX_GROUPED_TOKENS else 1
         if parents_K is not None:
             tree = self._masks.tree_shape(parents_K)
             length_B = torch.tensor(lengths, device=self.device)
@@ -155,7 +145,7 @@ class HFVerifier:
         else:
             length_B1 = torch.tensor(lengths, device=self.device)[:, None]
             position_BT = length_B1 + self._positions(num_tokens)
-        if self._is_grouped and self._nothing_to_hide(lengths, num_tokens):
+        if self._forward.is_grouped and self._nothing_to_hide(lengths, num_tokens):
             return position_BT, None
         if len(lengths) == 1 and num_tokens <= MAX_GROUPED_TOKENS:
             masks = self._masks.chain_single_row(lengths[0], num_tokens, self._cache.capacity, groups)
@@ -179,25 +169,63 @@ class HFVerifier:
     def _as_given(self, masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _span(self, lengths: list[int], first_row: int, num_tokens: int, position_BT: Tensor) -> WriteSpan:
+    def _span(
+        self, lengths: list[int], first_row: int, num_tokens: int, position_BT: Tensor, is_chain: bool
+    ) -> WriteSpan:
         B, num_slots = len(lengths), max(lengths) + num_tokens
         if len(set(lengths)) == 1:
-            return WriteSpan(first_row, B, num_tokens, num_slots, lengths[0], None)
+            return WriteSpan(first_row, B, num_tokens, num_slots, lengths[0], None, is_chain)
         row_B1 = torch.arange(first_row, first_row + B, device=self.device)[:, None]
         slot_BT = position_BT[:, :1] + self._positions(num_tokens)  # a tree lies flat
         slots_M = (row_B1 * self._cache.capacity + slot_BT).flatten()
-        return WriteSpan(first_row, B, num_tokens, num_slots, None, slots_M)
+        return WriteSpan(first_row, B, num_tokens, num_slots, None, slots_M, is_chain)
 
 
-def _can_replace_attention(model: PreTrainedModel, config: Any) -> bool:
-    return bool(getattr(model, "_supports_attention_backend", False)) and config._attn_implementation == "sdpa"
+def refuse_unknown_layers(capture: CaptureSpec, parts: VerifierParts) -> None:
+    num_layers = len(parts.layers)
+    if any(not 0 <= i <= num_layers for i in capture.aux_layer_ids):
+        raise ValueError(
+            f"aux_layer_ids={list(capture.aux_layer_ids)} but the verifier has {num_layers} layers; ids count finished "
+            f"layers, so 0..{num_layers} are valid"
+        )
 
 
-def _uniform_groups(config: Any) -> int:
-    """Query heads a key/value head; 1 (masks stay plain, keys are repeated) where layers differ."""
-    differs = any("global" in key and "head" in key for key in config.to_dict())
-    num_key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 1 if differs else config.num_attention_heads // num_key_heads
+def lean_forward(
+    model: PreTrainedModel, parts: VerifierParts, num_rows: int, capture: CaptureSpec
+) -> tuple[LeanForward | None, str]:
+    """The lean forward of a model that it reproduces, or None; and the reason."""
+    try:
+        weights = LeanWeights(model, parts)
+        prove_same(weights, model, parts)
+    except NotLlamaShaped as reason:
+        return None, str(reason)
+    return LeanForward(weights, parts.config, num_rows, capture), "Llama-shaped: its logits are the model's own"
+
+
+def prove_same(weights: LeanWeights, model: PreTrainedModel, parts: VerifierParts) -> None:
+    """Logits and every layer's states of a few tokens, in two pieces behind a cache, against the model's forward."""
+    everything = CaptureSpec(tuple(range(len(parts.layers) + 1)))
+    trial = HFVerifier.around(LeanForward(weights, parts.config, 1, everything), model, parts, 1)
+    T, first = NUM_PROVEN_TOKENS, NUM_PROVEN_TOKENS - 5
+    token_ids_1T = (torch.arange(T, device=trial.device)[None] * 37 + 11) % trial.vocab_size
+    with torch.inference_mode(), capture_states(model, everything) as states:
+        logits = model(input_ids=token_ids_1T, use_cache=False).logits
+    with trial:
+        head = trial.score(token_ids_1T[:, :first], torch.tensor([first]))
+        trial.keep(torch.arange(first)[None], torch.tensor([first]))
+        tail = trial.score(token_ids_1T[:, first:], torch.tensor([T - first]))
+    assert states.aux is not None and head.states_BTD is not None and tail.states_BTD is not None
+    compare("logits", torch.cat((head.logits_BTV, tail.logits_BTV), 1), logits)
+    compare("states", torch.cat((head.states_BTD, tail.states_BTD), 1), states.aux)
+
+
+def compare(what: str, ours: Tensor, expected: Tensor) -> None:
+    if ours.shape != expected.shape:
+        raise NotLlamaShaped(f"its {what} have shape {tuple(expected.shape)}, read as Llama's {tuple(ours.shape)}")
+    difference = (ours.float() - expected.float()).abs().max().item()
+    difference /= max(expected.float().abs().max().item(), 1.0)
+    if not difference <= TOLERANCE_BY_DTYPE.get(expected.dtype, 0.0):
+        raise NotLlamaShaped(f"read as Llama's, its {what} differ by {difference:.1e} of the largest")
 
 
 def _attention_windows(model: PreTrainedModel, config: Any) -> dict[str, int | None]:

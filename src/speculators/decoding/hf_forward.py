@@ -1,0 +1,87 @@
+"""The forward of any Hugging Face causal LM, through its own modules, on a preallocated cache.
+
+Shapes: B rows, T tokens, V vocabulary, D width of captured states, C columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from speculators.decoding.attention import IMPLEMENTATION
+from speculators.decoding.cache import RowCache, WriteSpan
+from speculators.interfaces import CaptureSpec
+from speculators.packed_linear import PackedLinears
+from speculators.verifier import CapturedStates, VerifierParts, capture_states
+
+
+class HFForward:
+    """A context manager: inside, the model is set up for decoding (attention, packed linears, hooks), then restored."""
+
+    def __init__(self, model: PreTrainedModel, parts: VerifierParts, num_rows: int, capture: CaptureSpec):
+        self.model, self.config, self.capture = model, parts.config, capture
+        self.cache = RowCache(num_rows)
+        self.is_grouped = _can_replace_attention(model, parts.config)
+        self.num_groups = _uniform_groups(parts.config) if self.is_grouped else 1
+        self.max_position: int | None = getattr(parts.config, "max_position_embeddings", None)
+        self._packed = PackedLinears(model)
+        self._states: CapturedStates | None = None
+        self._has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._exit = ExitStack()
+
+    def __enter__(self) -> HFForward:
+        self._exit.enter_context(self._packed)
+        if self.capture != CaptureSpec():
+            self._states = self._exit.enter_context(capture_states(self.model, self.capture))
+        if self.is_grouped:
+            before = self.config._attn_implementation_internal
+            self._exit.callback(setattr, self.config, "_attn_implementation_internal", before)
+            self.config._attn_implementation_internal = IMPLEMENTATION
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._exit.close()
+
+    def __call__(
+        self,
+        token_ids_BT: Tensor,
+        position_BT: Tensor,
+        masks: Tensor | dict[str, Tensor] | None,
+        span: WriteSpan,
+        columns_B: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the states a drafter reads. `columns_B`: logits of this column of each row alone, [B, 1, V]."""
+        self.cache.span = span
+        kwargs: dict[str, Any] = {}
+        if columns_B is not None and self._has_logits_to_keep:
+            columns_C, columns_B = columns_B.unique(return_inverse=True)
+            kwargs["logits_to_keep"] = columns_C
+        if self.max_position is not None and span.num_slots_read > self.max_position:
+            position_BT = position_BT.clamp(max=self.max_position - 1)  # drafts past the end are never kept
+        logits = self.model(
+            input_ids=token_ids_BT,
+            attention_mask=masks,
+            position_ids=position_BT,
+            past_key_values=self.cache,
+            use_cache=True,
+            **kwargs,
+        ).logits
+        if columns_B is not None:
+            logits = logits[torch.arange(len(columns_B), device=logits.device), columns_B][:, None]
+        return logits, self._states.drafter_input if self._states is not None else None
+
+
+def _can_replace_attention(model: PreTrainedModel, config: Any) -> bool:
+    return bool(getattr(model, "_supports_attention_backend", False)) and config._attn_implementation == "sdpa"
+
+
+def _uniform_groups(config: Any) -> int:
+    """Query heads a key/value head; 1 (masks stay plain, keys are repeated) where layers differ."""
+    differs = any("global" in key and "head" in key for key in config.to_dict())
+    num_key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 1 if differs else config.num_attention_heads // num_key_heads

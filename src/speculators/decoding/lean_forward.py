@@ -1,0 +1,145 @@
+"""The forward of Llama-shaped verifiers without transformers' wrappers: a few products a layer, straight on the cache.
+
+Shapes: B rows, T tokens, N query heads, G key/value heads, d head size, H hidden size, V vocabulary, S slots.
+
+A decode step of a small model spends most of its time between the products. Here q, k, v come from one product and
+gate, up from another, rope tables are cut once a forward, and attention reads the preallocated cache in place. Which
+models qualify is decided by their parts (`lean_weights`), and then by their numbers: `hf_verifier` compares with the
+model's own forward. Hooks that are put on the model's modules later do not see this forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speculators.decoding.cache import WriteSpan
+from speculators.decoding.lean_cache import LayerSlots, LeanCache
+from speculators.decoding.lean_weights import LeanLayer, LeanWeights
+from speculators.interfaces import CaptureSpec
+from speculators.verifier import CapturedStates
+
+Masks = Tensor | dict[str, Tensor] | None
+
+
+class LeanForward:
+    """One cache on weights that others may share."""
+
+    is_grouped = True
+
+    def __init__(self, weights: LeanWeights, config: Any, num_rows: int, capture: CaptureSpec):
+        self.weights, self.capture = weights, capture
+        self.num_layers = len(weights.layers)
+        self.layer_types: list[str | None] = list(getattr(config, "layer_types", None) or [None] * self.num_layers)
+        shape, like = weights.shape, weights.embedding.weight
+        self.num_groups = shape.num_heads // shape.num_kv_heads
+        self.cache = LeanCache(self.num_layers, num_rows, shape.num_kv_heads, shape.head_dim, like)
+        self._rope = RopeTable(weights.rotary, like)
+
+    def __enter__(self) -> LeanForward:
+        self.weights.refresh()
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def __call__(
+        self, token_ids_BT: Tensor, position_BT: Tensor, masks: Masks, span: WriteSpan, columns_B: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the states a drafter reads. `columns_B`: logits of this column of each row alone, [B, 1, V]."""
+        states = CapturedStates(self.capture)
+        slots = self.cache.open(span)
+        rope = self._rope.slice(position_BT, span)
+        hidden_BTH = self.hidden(token_ids_BT, rope, masks, slots, states)
+        if columns_B is not None:
+            hidden_BTH = hidden_BTH[torch.arange(len(columns_B), device=hidden_BTH.device), columns_B][:, None]
+        logits = self.weights.head(self.weights.final_norm(hidden_BTH))
+        return logits, states.drafter_input if self.capture != CaptureSpec() else None
+
+    def hidden(
+        self, token_ids_BT: Tensor, rope: Rotation, masks: Masks, slots: LayerSlots, states: CapturedStates
+    ) -> Tensor:
+        """The residual stream before the final norm; on the way, what is to be captured."""
+        wanted, act = states.spec.aux_layer_ids, self.weights.act
+        hidden = F.embedding(token_ids_BT, self.weights.embedding.weight)
+        for i, layer in enumerate(self.weights.layers):
+            if i in wanted:
+                states.stream_by_id[i] = hidden
+            mask = masks[self.layer_types[i]] if isinstance(masks, dict) else masks  # type: ignore[index]
+            hidden = hidden + layer.output(self.attention(layer, i, hidden, rope, mask, slots))
+            gate, up = layer.gate_up(layer.norm_mlp(hidden)).chunk(2, -1)
+            hidden = hidden + layer.down(act(gate).mul_(up))
+        states.stream_by_id[self.num_layers] = hidden
+        states.last_hidden = hidden
+        return hidden
+
+    def attention(
+        self, layer: LeanLayer, index: int, hidden: Tensor, rope: Rotation, mask: Tensor | None, slots: LayerSlots
+    ) -> Tensor:
+        """[B, T, N * d], the keys and values stored on the way."""
+        N, G, d, scaling = self.weights.shape
+        B, T, _ = hidden.shape
+        heads_BTNd = layer.qkv(layer.norm_input(hidden)).view(B, T, N + 2 * G, d)
+        qk_BTNd = heads_BTNd.narrow(2, 0, N + G)
+        if layer.norm_heads is not None:
+            layer.norm_heads(qk_BTNd)
+        rope.rotate_(qk_BTNd)
+        slots.write(index, heads_BTNd.narrow(2, N, 2 * G))
+        keys, values = slots.keys_BGSd[index], slots.values_BGSd[index]
+        query_BTNd = heads_BTNd.narrow(2, 0, N)
+        if T == 1:  # heads that share a key are its query rows: no copy of the cache
+            out = F.scaled_dot_product_attention(
+                query_BTNd.view(B, G, N // G, d), keys, values, attn_mask=mask, scale=scaling
+            )
+            return out.reshape(B, 1, N * d)
+        if mask is not None and mask.shape[2] == N // G * T:
+            query = query_BTNd.unflatten(2, (G, N // G)).permute(0, 2, 3, 1, 4).reshape(B, G, N // G * T, d)
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+            return out.view(B, N, T, d).transpose(1, 2).reshape(B, T, N * d)
+        if N != G:  # a prompt: many queries, which pay for the copy
+            keys, values = (x.repeat_interleave(N // G, dim=1) for x in (keys, values))
+        out = F.scaled_dot_product_attention(
+            query_BTNd.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+        return out.transpose(1, 2).reshape(B, T, N * d)
+
+
+class Rotation:
+    """cos and sign-folded sin of the tokens of one forward, [B or 1, T, 1, r]."""
+
+    def __init__(self, cos: Tensor, sin: Tensor):
+        self.cos, self.sin = cos, sin
+        self.num_rotated = cos.shape[-1]
+
+    def rotate_(self, x_BTNd: Tensor) -> None:
+        """In place; features past r pass unrotated."""
+        if self.num_rotated < x_BTNd.shape[-1]:
+            x_BTNd = x_BTNd[..., : self.num_rotated]
+        rolled = x_BTNd.roll(self.num_rotated // 2, -1)
+        x_BTNd.mul_(self.cos).addcmul_(rolled, self.sin)
+
+
+class RopeTable:
+    """The model's own rotary embedding, computed once for every position and grown on demand."""
+
+    def __init__(self, rotary: Any, like: Tensor):
+        self.rotary, self.like = rotary, like
+        self.cos = self.sin = like.new_empty(0, 1, 0)
+
+    def slice(self, position_BT: Tensor, span: WriteSpan) -> Rotation:
+        self._reserve(span.num_slots_read)
+        if span.start is not None and span.is_chain:
+            end = span.start + span.num_tokens
+            return Rotation(self.cos[span.start : end], self.sin[span.start : end])
+        return Rotation(self.cos[position_BT], self.sin[position_BT])
+
+    def _reserve(self, num_positions: int) -> None:
+        if num_positions <= len(self.cos):
+            return
+        positions_1P = torch.arange(max(256, 2 * num_positions), device=self.like.device)[None]
+        cos, sin = self.rotary(self.like, positions_1P)
+        half = sin.shape[-1] // 2
+        self.cos = cos[0, :, None]
+        self.sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)[0, :, None]
