@@ -13,6 +13,7 @@ from torch import Tensor
 from speculators.checkpoint_format import SPECULATORS, CheckpointFormat, ForeignCheckpoint, OurCheckpoint
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
+from speculators.training_record import read_training_record
 
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
 
@@ -51,10 +52,16 @@ def open_checkpoint(
         model_class = SpeculatorModel.registered_model_class_from_config(config)
         return Opened(path, SPECULATORS, source.values, model_class, config, source.tensors())
     model_class, known = recognise(source, algorithm)
-    converted = known.read(source, verifier, **options)
+    converted = known.read(source, verifier or verifier_of_training(path), **options)
     return Opened(
         path, known.name, source.values, model_class, converted.config, converted.tensors, tuple(converted.notes)
     )
+
+
+def verifier_of_training(path: Path) -> str | None:
+    """For a directory whose own format names no verifier, but that was trained or converted here."""
+    record = read_training_record(path)
+    return ((record or {}).get("verifier") or {}).get("name_or_path")
 
 
 def local_directory(checkpoint: str | Path) -> Path:

@@ -76,7 +76,9 @@ class ZLabFormat(CheckpointFormat):
         if "causal" in own and getattr(nested, "is_causal", None) is None:
             nested.is_causal = bool(own["causal"])
         nested = complete_block_config(nested)
+        # vLLM would serve full layers causal if our config did not say otherwise
         slides = any(is_sliding(nested, i) for i in range(nested.num_hidden_layers))
+        sees_all = getattr(nested, "is_causal", None) is None and not slides
         ids = options.get("aux_hidden_state_layer_ids") or layer_ids(own, nested.num_hidden_layers, values, verifier)
         recorded = None
         if verifier is not None:
@@ -93,7 +95,7 @@ class ZLabFormat(CheckpointFormat):
             target_hidden_size=values.get("target_hidden_size"),
             aux_hidden_state_layer_ids=ids,
             mask_token_id=own.get("mask_token_id"),
-            sliding_window_non_causal=not slides,
+            sliding_window_non_causal=sees_all,
             speculators_config=recorded,
         )
         check_names(set(tensors), expected_keys(config), source.path)

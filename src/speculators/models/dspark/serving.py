@@ -26,7 +26,6 @@ from speculators.checkpoint_format import (
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.findings import Finding, error
 from speculators.models.dflash.checkpoint import complete_block_config
-from speculators.models.dflash.config import is_sliding
 from speculators.models.dflash.serving import NOT_THE_LAYERS, DFlashContract, check_names
 from speculators.models.dspark.checkpoint import SERVED_HEAD, expected_keys
 from speculators.models.dspark.config import DSparkSpeculatorConfig
@@ -69,12 +68,10 @@ class DenseFormat(CheckpointFormat):
                 default_proposal_method="greedy",
                 verifier=VerifierConfig.from_pretrained(verifier),
             )
-        slides = any(is_sliding(nested, i) for i in range(nested.num_hidden_layers))
         config = DSparkSpeculatorConfig(
             transformer_layer_config=nested,
             draft_vocab_size=values.get("draft_vocab_size") or nested.vocab_size,
             aux_hidden_state_layer_ids=ids,
-            sliding_window_non_causal=not slides,
             speculators_config=recorded,
             **own,
         )

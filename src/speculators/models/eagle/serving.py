@@ -17,7 +17,7 @@ from speculators.checkpoint_format import (
 )
 from speculators.findings import Finding, error, warning
 from speculators.models.eagle.checkpoint import check_servable, read_native, save_native
-from speculators.models.eagle.config import EagleSpeculatorConfig, recorded
+from speculators.models.eagle.config import EagleSpeculatorConfig, layer_architecture, recorded
 
 NATIVE = "eagle"
 FUSION = "fc.weight"
@@ -63,7 +63,9 @@ class EagleFormat(CheckpointFormat):
         fields, tensors = read_native(source.path)
         if verifier is not None:
             fields["speculators_config"] = recorded(verifier, trust_remote_code=False)
-        return Converted(EagleSpeculatorConfig(**fields), tensors)
+        config = EagleSpeculatorConfig(**fields)
+        config.transformer_layer_architecture = layer_architecture(config)
+        return Converted(config, tensors)
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         save_native(checkpoint.config, dict(checkpoint.tensors), directory)  # type: ignore[arg-type]

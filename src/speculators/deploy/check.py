@@ -1,0 +1,191 @@
+"""`check_checkpoint`: is this what was trained, and what vLLM will serve? Before anyone serves it, in seconds.
+
+    config.json -> tensors -> what the algorithm knows of vLLM -> verifier -> vocabulary map -> record of training
+
+vLLM's loaders do not report missing tensors, and its readers fill missing options with defaults of their own: a wrong
+checkpoint is served without a word, and drafts badly. So every rule is looked at here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speculators.checkpoint_format import SPECULATORS, ForeignCheckpoint
+from speculators.config import SpeculatorModelConfig
+from speculators.deploy import config_check, record_check, tensor_check, verifier_check
+from speculators.deploy.opening import Opened, local_directory, recognise, verifier_of_training
+from speculators.deploy.report import CheckReport
+from speculators.findings import error
+from speculators.model import SpeculatorModel
+from speculators.training_record import RECORD_FILE, hidden_size_of, read_training_record
+
+RECORD = "as it was trained"
+MAP = "vocabulary map"
+FIT = "fits the verifier"
+COPIES = "copies of the verifier's weights"
+
+
+def check_checkpoint(
+    checkpoint: str | Path, *, verifier: str | None = None, algorithm: str | None = None
+) -> CheckReport:
+    """`verifier`: the one to check against, if not the one recorded. `algorithm`: for a directory of another project
+    that could be of several."""
+    path = local_directory(checkpoint)
+    report = CheckReport(path)
+    try:
+        values = ForeignCheckpoint(path).values
+    except ValueError as problem:
+        report.add("config.json", [error("config-unreadable", "config.json", str(problem), "it is JSON", "mend it")])
+        return report
+    opened = opened_ours(values, report) if "speculators_model_type" in values else opened_foreign(
+        path, report, verifier, algorithm
+    )  # fmt: skip
+    if opened is not None:
+        check_opened(opened, report, verifier)
+    return report
+
+
+def opened_ours(values: dict[str, Any], report: CheckReport) -> Opened | None:
+    report.format = SPECULATORS
+    report.speculators_model_type = values["speculators_model_type"]
+    report.add("config.json", config_check.structure_findings(values))
+    if any(found.code == "type-unknown" for found in report.findings):
+        return None
+    config, invalid = config_check.read_config(values, report.path)
+    report.findings += invalid
+    if config is None:
+        return None
+    model_class = SpeculatorModel.registered_model_class_from_config(config)
+    is_served = model_class.contract.served_format == SPECULATORS
+    if is_served:
+        report.add("draft layers", config_check.layer_findings(values))
+    tensors = weights(report)
+    if tensors is None:
+        return None
+    report.findings += tensor_check.dtype_findings(values, tensors)
+    return Opened(report.path, SPECULATORS, values, model_class, config, tensors)
+
+
+def opened_foreign(path: Path, report: CheckReport, verifier: str | None, algorithm: str | None) -> Opened | None:
+    source = ForeignCheckpoint(path)
+    model_class, known = recognise(source, algorithm)
+    report.format = known.name
+    report.add("config.json", known.findings(source))
+    try:
+        converted = known.read(source, verifier or verifier_of_training(path))
+    except ValueError as problem:
+        rule = f"a directory in the format {known.name!r} can be read"
+        report.findings.append(error("unreadable", str(path), str(problem), rule, "take it from where it was made"))
+        return None
+    report.notes = tuple(converted.notes)
+    report.speculators_model_type = converted.config.speculators_model_type
+    config = json.loads(converted.config.to_json_string())
+    return Opened(path, known.name, config, model_class, converted.config, converted.tensors)
+
+
+def weights(report: CheckReport) -> dict[str, Tensor] | None:
+    try:
+        return ForeignCheckpoint(report.path).tensors()
+    except (OSError, ValueError) as problem:
+        report.add("weights", [
+            error("weights-unreadable", "model.safetensors", str(problem), "the weights lie beside config.json",
+                  "copy the checkpoint again")
+        ])  # fmt: skip
+        return None
+
+
+def check_opened(opened: Opened, report: CheckReport, verifier: str | None) -> None:
+    contract, config, tensors = opened.model_class.contract, opened.config, opened.tensors
+    is_served = contract.served_format == opened.format
+    report.add("what vLLM makes of the options", contract.findings(opened.values, config))
+    try:
+        expected = contract.expected_tensors(opened.model_class, config)
+        layer_ids = read_layers(opened)
+    except (ValueError, AttributeError) as problem:
+        report.findings.append(
+            error("config-invalid", "config.json", str(problem), "a drafter can be built from it", "correct the value")
+        )
+        return
+    shared = contract.shared_tensors(config)
+    report.add("tensors", tensor_check.tensor_findings(tensors, expected, shared, is_served=is_served))
+    if {tensor_check.MAP, tensor_check.KEPT} <= tensors.keys() & expected.keys():
+        report.add(MAP, tensor_check.map_findings(tensors, config.target_vocab_size))  # type: ignore[attr-defined]
+    record = record_of(report)
+    check_verifier(opened, report, verifier, layer_ids, record)
+    if record is not None:
+        hidden = hidden_size_of(opened.values)
+        is_ours = opened.format == SPECULATORS
+        report.add(RECORD, [
+            *record_check.config_findings(record, opened.values, contract.training_keys, is_ours=is_ours),
+            *record_check.tensor_findings(record, tensors, hidden),
+        ])  # fmt: skip
+    report.findings = without_echoes(report.findings)
+
+
+def read_layers(opened: Opened) -> tuple[int, ...]:
+    """The verifier's layers that the drafter reads; none where config.json does not say (which is a finding)."""
+    with torch.device("meta"):
+        model = opened.model_class.to_be_loaded(SpeculatorModelConfig.from_dict(opened.config.to_dict()))
+    try:
+        return model.capture.aux_layer_ids
+    except ValueError:
+        return ()
+
+
+def record_of(report: CheckReport) -> Mapping[str, Any] | None:
+    try:
+        record = read_training_record(report.path)
+    except ValueError as problem:
+        report.skip(RECORD, str(problem))
+        return None
+    if record is None:
+        report.skip(RECORD, f"there is no {RECORD_FILE}: edits of config.json or weights after training cannot be seen")
+    return record
+
+
+def check_verifier(
+    opened: Opened, report: CheckReport, verifier: str | None, layer_ids: tuple[int, ...],
+    record: Mapping[str, Any] | None,
+) -> None:  # fmt: skip
+    settings, contract = opened.config.speculators_config, opened.model_class.contract
+    name = verifier or (settings.verifier.name_or_path if settings is not None else None)
+    name = name or ((record or {}).get("verifier") or {}).get("name_or_path")
+    report.verifier = name
+    if name is None:
+        report.skip(FIT, "no verifier is recorded: name it with --verifier")
+        return
+    report.serving = contract.serving(opened.config, opened.format, str(report.path), name)
+    values, found = verifier_check.verifier_values(name)
+    report.add("verifier is there", found)
+    if values is None:
+        report.skip(FIT, "the verifier cannot be reached")
+        return
+    report.add(FIT, verifier_check.fit_findings(values, opened.config, layer_ids))
+    copies = contract.verifier_copies(opened.config)
+    if copies.keys() & opened.tensors.keys():
+        is_trained_here = record is not None
+        found = list(verifier_check.copy_findings(opened.tensors, copies, name, is_trained_here=is_trained_here))
+        report.add(COPIES, found)
+    if record is not None:
+        report.add("the verifier it learned from", record_check.verifier_findings(record, name))
+
+
+def without_echoes(findings: list[Any]) -> list[Any]:
+    """A key that is missing is reported once, by the rule that knows most about it."""
+    missing = {found.where for found in findings if found.code == "key-missing"}
+    changed = {found.where: found for found in findings if found.code == "config-changed" and found.where in missing}
+    kept = []
+    for found in findings:
+        if found.code == "config-changed" and found.where in missing:
+            continue
+        if found.code == "key-missing" and found.where in changed:
+            found = replace(found, rule=f"{found.rule}; {changed[found.where].rule}")
+        kept.append(found)
+    return kept

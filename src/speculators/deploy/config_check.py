@@ -1,0 +1,103 @@
+"""config.json by itself: what engines read there and have no defaults for, and what they would misread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from speculators.config import SpeculatorModelConfig
+from speculators.findings import Finding, error, warning
+from speculators.model import SpeculatorModel
+from speculators.training_record import LAYERS, ROPE_KEYS
+
+SETTINGS = "speculators_config"
+# vLLM builds a generic config of the draft layers from the dict: nothing stands behind a missing key.
+LAYER_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
+
+
+def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
+    """Of the parts every speculator has."""
+    name = values.get("speculators_model_type")
+    known = SpeculatorModel.available_names()
+    if name not in known:
+        yield error("type-unknown", "speculators_model_type", repr(name), f"known are {known}", "correct the name")
+    settings = values.get(SETTINGS)
+    if not isinstance(settings, Mapping):
+        yield absent(SETTINGS, "vLLM recognises a speculator by it")
+        return
+    methods = settings.get("proposal_methods") or [{}]
+    if methods[0].get("speculative_tokens") is None:
+        yield absent(f"{SETTINGS}.proposal_methods[0].speculative_tokens", "vLLM drafts so many tokens a round")
+    if (settings.get("verifier") or {}).get("name_or_path") is None:
+        yield absent(f"{SETTINGS}.verifier.name_or_path", "vLLM serves this model, with its tokenizer")
+    default, first = settings.get("default_proposal_method"), methods[0].get("proposal_type")
+    if default != first:
+        yield warning(
+            "proposal-not-first", f"{SETTINGS}.default_proposal_method", f"{default!r}, and the first method is "
+            f"{first!r}", "vLLM reads the first method only", f"put {default!r} first in proposal_methods",
+        )  # fmt: skip
+    if settings.get("algorithm") != name:
+        yield warning(
+            "algorithm-differs", f"{SETTINGS}.algorithm", repr(settings.get("algorithm")),
+            f"speculators_model_type is {name!r}, and decides", f"write {name!r}",
+        )  # fmt: skip
+    if "model_type" in values:
+        yield warning(
+            "stray-model-type", "model_type", repr(values["model_type"]),
+            "loaders of other libraries take the directory for such a model", "remove the key",
+        )  # fmt: skip
+    if "auto_map" in values:
+        yield warning("auto-map", "auto_map", repr(values["auto_map"]), "loaders ask for remote code", "remove the key")
+
+
+def layer_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
+    """Of the draft layers' config, for a drafter that vLLM builds from it."""
+    layers = values.get(LAYERS)
+    if not isinstance(layers, Mapping):
+        yield absent(LAYERS, "vLLM builds the draft layers from it")
+        return
+    for key in LAYER_KEYS:
+        if layers.get(key) is None:
+            yield absent(f"{LAYERS}.{key}", "vLLM has no default of the family behind it")
+    if not any(layers.get(key) for key in ROPE_KEYS[:3]):
+        yield absent(f"{LAYERS}.rope_parameters", "vLLM then takes a theta of its own, which differs by drafter type")
+    rope = layers.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        yield error(
+            "rope-nested", f"{LAYERS}.rope_parameters", f"one set for each of {sorted(rope)}",
+            "draft layers have one set", "write the set that was trained with, flat",
+        )  # fmt: skip
+    kinds, num_layers = layers.get("layer_types"), layers.get("num_hidden_layers")
+    if kinds is not None and len(kinds) != num_layers:
+        yield error(
+            "layer-types", f"{LAYERS}.layer_types", f"{len(kinds)} entries", f"there are {num_layers} draft layers",
+            "give one for each",
+        )  # fmt: skip
+    if kinds and "sliding_attention" in kinds and not layers.get("sliding_window"):
+        yield error(
+            "window-missing", f"{LAYERS}.sliding_window", repr(layers.get("sliding_window")),
+            "sliding layers need a window", "write the window that was trained with",
+        )  # fmt: skip
+
+
+def absent(where: str, meaning: str) -> Finding:
+    return error("key-missing", where, "not in config.json", meaning, f"write {where}")
+
+
+def read_config(values: Mapping[str, Any], path: Any) -> tuple[SpeculatorModelConfig | None, list[Finding]]:
+    """The config as we read it; None where it cannot be read, with the reasons."""
+    try:
+        return SpeculatorModelConfig.from_pretrained(path), []
+    except ValidationError as problem:
+        return None, [
+            error(
+                "config-invalid", ".".join(map(str, detail["loc"])) or "config.json", repr(detail["input"])[:80],
+                detail["msg"].removeprefix("Value error, "), "correct the value",
+            )
+            for detail in problem.errors(include_url=False)
+        ]  # fmt: skip

@@ -1,0 +1,57 @@
+"""What a check found, what it looked at, and what it could not look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speculators.checkpoint_format import Serving
+from speculators.findings import VLLM_PROFILE, Finding
+
+
+@dataclass
+class CheckReport:
+    """Filled while the check runs."""
+
+    path: Path
+    format: str = "unknown"
+    speculators_model_type: str | None = None
+    verifier: str | None = None
+    findings: list[Finding] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    not_done: dict[str, str] = field(default_factory=dict)
+    """What could not be checked -> why."""
+    serving: Serving | None = None
+    notes: tuple[str, ...] = ()
+
+    def add(self, what: str, found: Iterable[Finding]) -> None:
+        """One thing that was looked at."""
+        self.done.append(what)
+        self.findings += list(found)
+
+    def skip(self, what: str, why: str) -> None:
+        self.not_done[what] = why
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [found for found in self.findings if found.severity == "error"]
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "profile": VLLM_PROFILE,
+            "ok": self.ok,
+            "format": self.format,
+            "speculators_model_type": self.speculators_model_type,
+            "verifier": self.verifier,
+            "findings": [found.as_dict() for found in self.findings],
+            "checked": self.done,
+            "not_checked": self.not_done,
+            "serve_with": self.serving.command if self.serving is not None else None,
+        }

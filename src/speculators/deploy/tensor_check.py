@@ -1,0 +1,109 @@
+"""The tensors: names, shapes, kinds, values, and the draft vocabulary's map.
+
+Shapes: V verifier vocabulary, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speculators.findings import Finding, error, warning
+
+PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAP, KEPT = "d2t", "t2d"
+
+
+def tensor_findings(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], shared: frozenset[str], *, is_served: bool
+) -> Iterator[Finding]:
+    """`is_served`: vLLM loads this very directory, so that names it does not know stop it."""
+    for name in sorted(expected.keys() - tensors.keys() - shared):
+        served_as = "zeros: draft id i would stand for token i" if name == MAP else "whatever the memory holds"
+        yield error(
+            "tensor-missing", name, "not in the checkpoint", f"vLLM's loaders do not report it and serve {served_as}",
+            "take the checkpoint from where it was saved, or export it again",
+        )  # fmt: skip
+    for name in sorted(tensors.keys() - expected.keys()):
+        severity = error if is_served else warning
+        yield severity(
+            "tensor-unexpected", name, f"{shape_of(tensors[name])} that this drafter has no place for",
+            "vLLM refuses names it does not know", "remove the tensor, or correct the option in config.json it is for",
+        )  # fmt: skip
+    for name in sorted(tensors.keys() & expected.keys()):
+        yield from one_tensor(name, tensors[name], expected[name])
+
+
+def one_tensor(name: str, tensor: Tensor, expected: Tensor) -> Iterator[Finding]:
+    if tensor.shape != expected.shape:
+        yield error(
+            "tensor-shape", name, shape_of(tensor), f"by config.json it is {shape_of(expected)}",
+            "correct config.json, or take the tensor of this drafter",
+        )  # fmt: skip
+    if not expected.is_floating_point():
+        if tensor.dtype != expected.dtype:
+            yield error(
+                "tensor-type", name, type_of(tensor), f"it is {type_of(expected)}", f"store it as {type_of(expected)}"
+            )
+        return
+    if tensor.dtype not in PLAIN_TYPES:
+        yield error(
+            "tensor-type", name, type_of(tensor), f"weights are {', '.join(map(short, PLAIN_TYPES))}",
+            "export with --dtype bfloat16",
+        )  # fmt: skip
+    elif not bool(torch.isfinite(tensor).all()):
+        yield error(
+            "not-finite", name, f"{int((~torch.isfinite(tensor)).sum())} values are NaN or infinite",
+            "a weight that nobody loaded is NaN", "save the drafter again after load_verifier_weights",
+        )  # fmt: skip
+
+
+def dtype_findings(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    stored = sorted({short(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()})
+    written = values.get("dtype") or values.get("torch_dtype")
+    if written is not None and stored and [written] != stored:
+        yield warning(
+            "dtype-differs", "dtype", repr(written), f"the tensors are {', '.join(stored)}", f"write {stored[0]!r}"
+        )
+
+
+def map_findings(tensors: Mapping[str, Tensor], vocab_size: int) -> Iterator[Finding]:
+    """d2t as offsets to strictly increasing tokens, t2d as the same set."""
+    d2t_D, t2d_V = tensors[MAP], tensors[KEPT]
+    mend = "take d2t and t2d from the same vocabulary mapping the drafter was trained with"
+    targets_D = torch.arange(len(d2t_D)) + d2t_D
+    outside = int(((targets_D < 0) | (targets_D >= vocab_size)).sum())
+    if outside:
+        yield error(
+            "map-out-of-range", MAP, f"{outside} draft ids stand for tokens outside 0..{vocab_size - 1}",
+            "token = draft id + d2t[draft id] must be a token of the verifier", mend,
+        )  # fmt: skip
+        return
+    if not bool((targets_D[1:] > targets_D[:-1]).all()):
+        yield error(
+            "map-not-increasing", MAP, "two draft ids stand for the same token, or out of order",
+            "d2t holds offsets to strictly increasing tokens (a list of tokens is not a list of offsets)", mend,
+        )  # fmt: skip
+        return
+    kept_V = torch.zeros(vocab_size, dtype=torch.bool)
+    kept_V[targets_D] = True
+    if t2d_V.shape == kept_V.shape and not torch.equal(kept_V, t2d_V.bool()):
+        yield error(
+            "map-inconsistent", f"{MAP}, {KEPT}", f"they disagree on {int((kept_V ^ t2d_V.bool()).sum())} tokens",
+            "t2d marks the tokens that d2t reaches", mend,
+        )  # fmt: skip
+
+
+def shape_of(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def type_of(tensor: Tensor) -> str:
+    return short(tensor.dtype)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,131 @@
+"""The drafter and its verifier: is it there, does it fit, and are the weights that were copied from it still its own.
+
+Nothing of the verifier is loaded but config.json, some rows of its embedding and head, and its tokenizer.
+Shapes: V verifier vocabulary, D draft vocabulary, H hidden size, R sampled rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from speculators.deploy.tensor_check import MAP
+from speculators.findings import Finding, error, warning
+from speculators.utils.loading import Rows, load_rows, spaced
+
+WHERE = "speculators_config.verifier"
+SAME_DIRECTION = 0.9
+"""Median cosine between copied rows and the verifier's: 1 but for rounding; about 0 for other rows."""
+
+
+def verifier_values(name: str) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """The verifier's config.json (its language model's part), if it can be reached from here."""
+    mend = "write a hub id, or an absolute path that is there on the serving machine; or check with --verifier"
+    if name.startswith((".", "~", "/")) and not (Path(name).expanduser() / "config.json").is_file():
+        return None, [
+            error(
+                "verifier-unreachable", f"{WHERE}.name_or_path", repr(name),
+                "vLLM serves this model; it is no directory with a config.json here", mend,
+            )
+        ]  # fmt: skip
+    try:
+        values, _ = PretrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        return None, [error("verifier-unreachable", f"{WHERE}.name_or_path", repr(name), reason, mend)]
+    relative = Path(name).is_dir() and not Path(name).is_absolute()
+    found = [
+        warning(
+            "verifier-relative", f"{WHERE}.name_or_path", repr(name),
+            "a relative path means another directory wherever the server is started", "write the absolute path",
+        )
+    ]  # fmt: skip
+    text = values.get("text_config") or {}
+    return {**values, **text, "architectures": values.get("architectures")}, found if relative else []
+
+
+def fit_findings(values: Mapping[str, Any], config: Any, layer_ids: Sequence[int]) -> Iterator[Finding]:
+    """Sizes, layers and class. `values` are the verifier's; `layer_ids` those the drafter reads."""
+    layers = getattr(config, "transformer_layer_config", config)
+    mend = "use the verifier the drafter was trained for"
+    for what, ours in (("hidden_size", layers.hidden_size), ("vocab_size", config.target_vocab_size)):
+        theirs = values.get(what)
+        if theirs is not None and theirs != ours:
+            code = f"verifier-{what.replace('_', '-')}"
+            yield error(code, what, f"the drafter's is {ours}", f"the verifier's is {theirs}", mend)
+    num_layers = values.get("num_hidden_layers")
+    if list(layer_ids) != sorted(set(layer_ids)):
+        yield error(
+            "aux-ids-order", "aux layer ids", str(list(layer_ids)),
+            "vLLM sorts them and drops doubles, and the columns of fc follow them", "write them increasing, as trained",
+        )  # fmt: skip
+    outside = [layer for layer in layer_ids if num_layers is not None and not 0 <= layer <= num_layers]
+    if outside:
+        yield error(
+            "aux-ids-range", "aux layer ids", str(outside), f"the verifier has {num_layers} layers; ids count finished "
+            f"layers, so 0..{num_layers} are valid", "write the ids that the drafter was trained with",
+        )  # fmt: skip
+    recorded = config.speculators_config.verifier.architectures if config.speculators_config is not None else []
+    actual = values.get("architectures") or []
+    if recorded and actual and recorded != actual:
+        yield error("verifier-class", f"{WHERE}.architectures", str(recorded), f"the verifier is {actual}", mend)
+    longest, drafted = values.get("max_position_embeddings"), getattr(layers, "max_position_embeddings", None)
+    if longest and drafted and drafted < longest:
+        yield warning(
+            "positions-short", "max_position_embeddings", str(drafted), f"the verifier's is {longest}; vLLM raises it "
+            "for EAGLE's methods only", "write the verifier's",
+        )  # fmt: skip
+
+
+def copy_findings(
+    tensors: Mapping[str, Tensor], copies: Mapping[str, str], verifier: str, *, is_trained_here: bool
+) -> Iterator[Finding]:
+    """Rows that were the verifier's when the drafter was trained must still be the rows of the same tokens."""
+    for name, theirs in copies.items():
+        if name not in tensors or tensors[name].ndim != 2:
+            continue
+        rows_R, found = own_rows(tensors, name), None
+        if rows_R is None or (found := verifier_rows(theirs, verifier, rows_R)) is None:
+            continue
+        ours_RH = tensors[name][spaced(len(tensors[name]))]
+        if found.rows.shape != ours_RH.shape:
+            continue  # the sizes are compared elsewhere
+        cosine = float(torch.cosine_similarity(ours_RH.float(), found.rows.float(), dim=1).median())
+        if cosine < SAME_DIRECTION:
+            is_head = name != "embed_tokens.weight"
+            severity = warning if is_head and not is_trained_here else error
+            yield severity(
+                "head-rows-differ" if is_head else "embedding-differs", name,
+                f"rows are not the verifier's of the same tokens (median cosine {cosine:.2f})",
+                "they are copies of the verifier's" + (f", chosen by {MAP}" if is_head and MAP in tensors else ""),
+                "the verifier, its tokenizer or the vocabulary map is another one than in training; use that one"
+                if is_trained_here or not is_head else "as it should be for a head that was trained by itself",
+            )  # fmt: skip
+
+
+def own_rows(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:
+    """The verifier's row for each of our sampled rows; None where the map is not usable."""
+    rows = spaced(len(tensors[name]))
+    if name == "embed_tokens.weight" or MAP not in tensors:
+        return rows
+    if len(tensors[MAP]) != len(tensors[name]):
+        return None
+    return [i + int(tensors[MAP][i]) for i in rows]
+
+
+def verifier_rows(name: str, verifier: str, rows: list[int]) -> Rows | None:
+    """None when they cannot be read. A tied head is stored as the embedding."""
+    for stored in (name, "embed_tokens.weight"):
+        try:
+            return load_rows(stored, verifier, rows)
+        except KeyError:
+            continue
+        except (OSError, ValueError, IndexError, SafetensorError):
+            return None
+    return None

@@ -1,0 +1,1 @@
+"""Makes `deploy_toys` importable."""
