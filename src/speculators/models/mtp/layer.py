@@ -16,8 +16,9 @@ from typing_extensions import Self
 from speculators.models.mtp.families import MtpFamily
 from speculators.nn.attention import Attend, Attention
 from speculators.nn.decoder import MLP, DecoderLayer
-from speculators.nn.experts import SparseMLP
+from speculators.nn.experts import GroupRoutedMLP, SparseMLP
 from speculators.nn.gated_attention import GatedAttention
+from speculators.nn.latent_attention import LatentAttention
 from speculators.nn.norms import RMSNorm, RMSNormPlusOne
 from speculators.nn.rope import RopeTables, head_dim
 
@@ -28,22 +29,34 @@ class DecoderShape(NamedTuple):
     like: str
     """The shape of `nn.attention` it comes closest to: llama, or qwen3 with its norms on q and k."""
     always_biased: bool = False
-    """q, k and v have a bias whatever the config says, and the output has none."""
-    is_gated: bool = False
-    """Attention's output is gated, and norms multiply by 1 + w."""
-    has_experts: bool = False
+    """q, k and v have a bias whatever the config says."""
+    output_biased: bool | None = None
+    """Whether a biased attention has one on its output too; None: as `like` does."""
+    qk_norm_key: str | None = None
+    """The config's key that says whether q and k are normed; without, it comes closest to llama."""
+    attention: type[nn.Module] | None = None
+    """In place of plain attention."""
+    mlp: type[nn.Module] | None = None
+    """In place of one MLP that every token takes."""
+    unit_offset_norms: bool = False
+    """Norms multiply by 1 + w."""
 
 
+QWEN2 = DecoderShape("llama", always_biased=True, output_biased=False)
+QWEN_HYBRID = DecoderShape("qwen3", attention=GatedAttention, unit_offset_norms=True)
 DECODERS = {
     "llama": DecoderShape("llama"),
-    "qwen2": DecoderShape("llama", always_biased=True),
-    "mimo": DecoderShape("llama", always_biased=True),
+    "qwen2": QWEN2,
+    "mimo": QWEN2,
     "qwen3": DecoderShape("qwen3"),
-    "qwen3_next": DecoderShape("qwen3", is_gated=True, has_experts=True),
-    "qwen3_5_text": DecoderShape("qwen3", is_gated=True),
-    "qwen3_5_moe_text": DecoderShape("qwen3", is_gated=True, has_experts=True),
+    "qwen3_next": QWEN_HYBRID._replace(mlp=SparseMLP),
+    "qwen3_5_text": QWEN_HYBRID,
+    "qwen3_5_moe_text": QWEN_HYBRID._replace(mlp=SparseMLP),
+    "glm4_moe": DecoderShape("qwen3", output_biased=False, qk_norm_key="use_qk_norm", mlp=GroupRoutedMLP),
+    "deepseek_v3": DecoderShape("llama", attention=LatentAttention, mlp=GroupRoutedMLP),
 }
-"""Verifiers (model_type of the text config) whose decoder layer exists here."""
+"""Verifiers (model_type of the text config) whose decoder layer exists here. Of layers that differ by depth it is the
+last kind: full attention, experts."""
 
 
 class MTPLayer(DecoderLayer):
@@ -53,21 +66,20 @@ class MTPLayer(DecoderLayer):
         shape = decoder_shape(config)
         view = decoder_view(config, shape)
         super().__init__(view)
-        if shape.is_gated:
-            self.self_attn = GatedAttention(view)
-        if shape.always_biased:
-            assert isinstance(self.self_attn, Attention)
-            o_proj = self.self_attn.o_proj
+        o_proj = self.self_attn.o_proj
+        if shape.output_biased is False and o_proj.bias is not None:
             self.self_attn.o_proj = nn.Linear(o_proj.in_features, o_proj.out_features, bias=False)
-        if shape.has_experts:
-            self.mlp = SparseMLP(config)  # type: ignore[assignment]
+        if shape.attention is not None:
+            self.self_attn = shape.attention(view)  # type: ignore[assignment]
+        if shape.mlp is not None:
+            self.mlp = shape.mlp(config)  # type: ignore[assignment]
         size, eps = config.hidden_size, config.rms_norm_eps
         self.token_layernorm = RMSNorm(size, eps)
         self.hidden_layernorm = RMSNorm(size, eps)
         self.input_proj = nn.Linear(2 * size, size, bias=False)
         self.final_layernorm = RMSNorm(size, eps)
         self.feeds_back_raw = family.feeds_back_raw
-        if shape.is_gated:
+        if shape.unit_offset_norms:
             use_unit_offset_norms(self)
 
     def forward(  # type: ignore[override]
@@ -105,20 +117,31 @@ def decoder_shape(config: Any) -> DecoderShape:
             f"verifiers of model_type={config.model_type!r} have a decoder layer that does not exist here; an MTP "
             f"layer can be trained for {sorted(DECODERS)}"
         )
-    return DECODERS[config.model_type]
+    shape = DECODERS[config.model_type]
+    if shape.qk_norm_key is not None and not getattr(config, shape.qk_norm_key, False):
+        return shape._replace(like="llama")
+    return shape
+
+
+LATENT_KEYS = (
+    "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
+    "rope_parameters", "rope_scaling",
+)  # fmt: skip
 
 
 def decoder_view(config: Any, shape: DecoderShape) -> SimpleNamespace:
     """The verifier's config as the layers of `nn` read it."""
+    is_latent = shape.attention is LatentAttention
     return SimpleNamespace(
         model_type=shape.like,
         hidden_size=config.hidden_size,
-        intermediate_size=1 if shape.has_experts else config.intermediate_size,  # no dense MLP to be made
+        intermediate_size=config.intermediate_size if shape.mlp is None else 1,  # no dense MLP to be made
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
-        head_dim=head_dim(config),
+        head_dim=1 if is_latent else head_dim(config),  # no plain attention to be made
         rms_norm_eps=config.rms_norm_eps,
         hidden_act=config.hidden_act,
         attention_bias=shape.always_biased or bool(getattr(config, "attention_bias", False)),
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        **({key: getattr(config, key, None) for key in LATENT_KEYS} if is_latent else {}),
     )
