@@ -21,6 +21,8 @@ def train(context: typer.Context) -> dict[str, Any]:
     config = TrainConfig.resolve(context.args)
     say(f"training {config.speculator_type} for {config.verifier.verifier_name_or_path}")
 
+    from speculators.cli.verify import print_report
+    from speculators.evaluation.parity import ParityError
     from speculators.train.run import train as run_training
 
     with TrainingProgress() as progress:
@@ -29,6 +31,11 @@ def train(context: typer.Context) -> dict[str, Any]:
     if result.metrics:
         facts["metrics"] = describe(result.metrics, result.acceptance_length)
     print_facts("Trained", facts)
+    parity = result.parity
+    if parity is not None:
+        print_report(parity)
+        if not parity.passed:
+            raise ParityError(parity)
     return {
         "verb": "train",
         "speculator_type": config.speculator_type,
@@ -36,6 +43,7 @@ def train(context: typer.Context) -> dict[str, Any]:
         "num_steps": result.num_steps,
         "acceptance_length": result.acceptance_length,
         "metrics": result.metrics,
+        "parity": None if parity is None else {"passed": parity.passed, **parity.facts()},
     }
 
 

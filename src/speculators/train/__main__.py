@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error or "interrupted", file=sys.stderr)
         return 130
     print(result.checkpoint)
+    if result.parity is not None and not result.parity.passed:
+        print(f"error: the parity gate failed: {'; '.join(result.parity.failures)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,6 +1,6 @@
 """One training run from a config: look everything up, check it, build it, train it, leave a run directory.
 
-    config -> algorithm -> data -> draft vocabulary -> drafter -> verifier states -> rows -> Trainer -> checkpoint
+    config -> algorithm -> data -> draft vocabulary -> drafter -> verifier states -> rows -> Trainer -> parity gate
 
 What can be wrong is looked at in the order of its cost: names first, then files, then weights, then forwards.
 """
@@ -8,6 +8,7 @@ What can be wrong is looked at in the order of its cost: names first, then files
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from speculators.train.distributed import Ranks, ranks_from_environment
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.draft_shape import draft_config, load_verifier_config, text_config
 from speculators.train.events import Event, Listener, Note, ignore
+from speculators.train.gate import run_gate
 from speculators.train.loader import PackedLoader
 from speculators.train.logger import make_trackers
 from speculators.train.memory import MemoryEstimate, check_disk_space, estimate_memory
@@ -58,7 +60,15 @@ def train(config: TrainConfig, *, on_event: Listener = ignore) -> TrainResult:
             tell(Note(str(estimate)))
             trainer.save(name=DRY_RUN_NAME)
             return TrainResult(save_path / DRY_RUN_NAME, {}, None, 0)
-        return trainer.run_training()
+        result = trainer.run_training()
+        device, has_verifier = trainer.ranks.device, estimate.verifier_bytes > 0
+    if not (ranks.is_main and config.trainer.parity_gate):
+        return result
+    if not has_verifier:
+        how = f"speculators verify {result.checkpoint}"
+        on_event(Note(f"no parity gate: the verifier was not in this process; where it can be, run `{how}`"))
+        return result
+    return replace(result, parity=run_gate(config, verifier_name(config), result.checkpoint, device))
 
 
 def build(config: TrainConfig, ranks: Ranks, on_event: Listener) -> tuple[Trainer, MemoryEstimate]:

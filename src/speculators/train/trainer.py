@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
@@ -24,6 +24,9 @@ from speculators.train.loader import Batch, BatchLoader, as_loader, num_steps_of
 from speculators.train.metrics import MetricSums, expected_acceptance_length
 from speculators.train.optimizers import OptimizerConfig, make_optimizers
 from speculators.train.schedulers import make_schedule
+
+if TYPE_CHECKING:
+    from speculators.evaluation.parity import ParityReport
 
 MAX_GRAD_NORM = 1.0
 
@@ -66,6 +69,8 @@ class TrainResult:
     """Of the validation of that checkpoint; of the last training steps when nothing was validated."""
     acceptance_length: float | None
     num_steps: int
+    parity: ParityReport | None = None
+    """Of the gate at the end of a run; None when it was not made."""
 
 
 class Trainer:

@@ -1,0 +1,48 @@
+"""The parity gate at the end of a run: the checkpoint, on prompts of the run's own data, in seconds.
+
+Made where the run itself held the verifier; a run on stored states may be on a machine that cannot.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from speculators.data_generation import PreparedData
+from speculators.evaluation.parity import REPORT_NAME, ParityConfig, ParityReport, verify
+from speculators.train.config import TrainConfig
+
+NUM_PROMPTS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 64, 32
+"""A drafter that is wrong is wrong within a few rounds."""
+
+
+def run_gate(config: TrainConfig, verifier: str, checkpoint: Path, device: torch.device) -> ParityReport:
+    """Also written beside the checkpoint's weights. On an accelerator in the run's own precision: a second verifier in
+    fp32 may not fit."""
+    report = verify(
+        ParityConfig(
+            checkpoint=str(checkpoint),
+            verifier=verifier,
+            max_tokens=MAX_TOKENS,
+            max_prompt_tokens=MAX_PROMPT_TOKENS,
+            dtype="float32" if device.type == "cpu" else config.data.hidden_states_dtype,
+            device=str(device),
+            trust_remote_code=config.verifier.trust_remote_code,
+        ),
+        gate_prompts(config),
+    )
+    report.save(checkpoint / REPORT_NAME)
+    return report
+
+
+def gate_prompts(config: TrainConfig) -> list[list[int]]:
+    """The last rows of the data up to the first supervised token: held out, when anything was."""
+    rows = PreparedData.open(config.data.data_path).dataset()
+    last = rows.select(range(max(0, len(rows) - NUM_PROMPTS), len(rows)))
+    return [prompt_of(row["input_ids"], row["loss_mask"]) for row in last]
+
+
+def prompt_of(input_ids: list[int], loss_mask: list[int]) -> list[int]:
+    first = next((index for index, mask in enumerate(loss_mask) if mask), len(input_ids))
+    return list(input_ids[: max(first, 1)])
