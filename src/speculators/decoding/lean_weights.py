@@ -9,7 +9,6 @@ model, and `lean_forward.LeanForward` then proves on a few tokens that what was 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from speculators.nn.norms import rms_norm
 from speculators.packed_linear import MAX_PACKED_BYTES, Apply, apply_linear, can_pack, joined, version_of
 from speculators.verifier import VerifierParts
 
@@ -65,21 +65,26 @@ class LeanWeights:
         self.shape = same_for_all([shape_of(layer.self_attn) for layer in self.layer_modules], "attention shapes")
         modules = [self.embedding, self.head_module, self.final_norm_module, *self.layer_modules]
         refuse_hooks(modules)
-        self._sources = [parameter for module in modules for parameter in module.parameters()]
-        refuse_mixed(self._sources)
+        inner = [m for module in modules for m in module.modules()]
+        self._places = [(m._parameters, name) for m in inner for name, p in m._parameters.items() if p is not None]
+        refuse_mixed(self._sources())
         self._read_at: Any = None
         self.refresh()
 
     def refresh(self) -> None:
         """Read the weights again if they have changed."""
-        now = version_of(self._sources)
+        now = version_of(self._sources())
         if now == self._read_at:
             return
         self._bytes_left = MAX_PACKED_BYTES
         self.layers = [self._layer(layer) for layer in self.layer_modules]
         self.final_norm = norm_of(self.final_norm_module)
         self.head = self._linear(self.head_module)
-        self._read_at = version_of(self._sources)  # joining has moved them
+        self._read_at = version_of(self._sources())  # joining has moved them
+
+    def _sources(self) -> list[Any]:
+        # looked up each time: loading a state dict may put other parameters in their places
+        return [parameters[name] for parameters, name in self._places]
 
     def _layer(self, layer: Any) -> LeanLayer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -217,15 +222,3 @@ def eps_of(norm: Any) -> float:
         if isinstance(getattr(norm, name, None), float) and isinstance(getattr(norm, "weight", None), nn.Parameter):
             return getattr(norm, name)
     raise NotLlamaShaped(f"{type(norm).__name__} is no RMS norm with a weight and an eps")
-
-
-def rms_norm(weight: Tensor, eps: float) -> Apply:
-    """`weight` [d] or [N, d]; the norm is over the last axis."""
-    size = weight.shape[-1]
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        if weight.dim() == 1:
-            return lambda x: F.rms_norm(x, (size,), weight, eps)
-        return lambda x: F.rms_norm(x, (size,), None, eps) * weight
-    # torch has no kernel of its own for it on a CPU: half the time in four steps, sqrt(sum + c^2) being a hypotenuse
-    scaled_weight, root = weight * math.sqrt(size), torch.tensor(math.sqrt(size * eps))
-    return lambda x: x.div(torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), root)).mul_(scaled_weight)

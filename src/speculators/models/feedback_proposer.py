@@ -22,7 +22,7 @@ from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Propos
 from speculators.nn.attention import Attend
 from speculators.nn.cache import DraftCache, Span
 from speculators.nn.draft_sampling import draft_probs, draw
-from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
+from speculators.nn.draft_vocab import scatter_to_verifier, verifier_ids
 from speculators.nn.rope import Rope, RopeTables
 from speculators.packed_linear import PackedLinears
 
@@ -84,6 +84,7 @@ class FeedbackProposer:
     ):
         self.network: Any = network
         self.capture, self.d2t, self.verifier_vocab_size = capture, d2t, verifier_vocab_size
+        self.verifier_id_D = verifier_ids(d2t) if d2t is not None else None
         attention = network.layers[0].self_attn
         weight = network.linears[0].weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -186,7 +187,7 @@ class FeedbackProposer:
                 probs.append(scatter_to_verifier(probs_BV, self.d2t, self.verifier_vocab_size))
             else:
                 draft_ids_B = logits_BV.argmax(-1)
-            tokens.append(draft_to_verifier_ids(draft_ids_B, self.d2t))
+            tokens.append(draft_ids_B if self.verifier_id_D is None else self.verifier_id_D[draft_ids_B])
             if k == num_tokens - 1:
                 break
             span = Span(slice(0, len(lengths)), 1, end=longest + k + 1)

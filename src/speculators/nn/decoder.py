@@ -93,6 +93,8 @@ class DecoderLayer(nn.Module):
         twin = copy.deepcopy(self).requires_grad_(False)
         assert isinstance(twin.self_attn, Attention) and isinstance(twin.mlp, MLP)
         twin._modules |= {"self_attn": twin.self_attn.fused(), "mlp": twin.mlp.fused()}
+        norms = {name: norm.frozen() for name, norm in twin.named_children() if isinstance(norm, RMSNorm)}
+        twin._modules |= norms
         return twin
 
 

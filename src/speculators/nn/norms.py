@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +26,38 @@ class RMSNorm(nn.Module):
         wide = F.rms_norm(hidden_states.float(), weight.shape, weight.float(), self.variance_epsilon)
         return wide.to(hidden_states.dtype)
 
+    def frozen(self) -> RMSNorm | FrozenRMSNorm:
+        """A snapshot for decoding."""
+        weight = self.weight.detach()
+        if type(self) is RMSNorm and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            return FrozenRMSNorm(weight, self.variance_epsilon)
+        return copy.deepcopy(self).requires_grad_(False)
+
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class FrozenRMSNorm(nn.Module):
+    """Of what the weight is now."""
+
+    def __init__(self, weight: Tensor, eps: float):
+        super().__init__()
+        self.forward = rms_norm(weight.clone(), eps)
+
+    def frozen(self) -> FrozenRMSNorm:
+        return self
+
+
+def rms_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    """The norm over the last axis as a function. `weight` is [d], or [N, d] for N heads; it must not change."""
+    size = weight.shape[-1]
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        if weight.dim() == 1:
+            return lambda x: F.rms_norm(x, (size,), weight, eps)
+        return lambda x: F.rms_norm(x, (size,), None, eps) * weight
+    # torch has no kernel of its own for it on a CPU: half the time in four steps, sqrt(sum + c^2) being a hypotenuse
+    scaled_weight, root = weight * math.sqrt(size), torch.tensor(math.sqrt(size * eps))
+    return lambda x: x.div(torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), root)).mul_(scaled_weight)
 
 
 class RMSNormPlusOne(RMSNorm):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from speculators.models.feedback_proposer import StepOutput
 from speculators.nn.attention import Attend
 from speculators.nn.decoder import DecoderLayer
-from speculators.nn.norms import RMSNorm
+from speculators.nn.norms import FrozenRMSNorm, RMSNorm
 from speculators.nn.rope import Rope, RopeTables
 
 
@@ -29,11 +29,11 @@ class Eagle3Network:
     """The modules of a drafter and what is done with them. Owns nothing."""
 
     embed_tokens: nn.Embedding
-    input_norm: RMSNorm | None
+    input_norm: RMSNorm | FrozenRMSNorm | None
     fc_norm: nn.ModuleList | None
     fc: nn.Linear
     layers: Sequence[DecoderLayer]
-    norm: RMSNorm
+    norm: RMSNorm | FrozenRMSNorm
     lm_head: nn.Linear
     rope: Rope
     windows: list[int | None]
@@ -68,9 +68,13 @@ class Eagle3Network:
         return dataclasses.replace(
             self,
             embed_tokens=copy.deepcopy(embed_tokens) if embed_tokens.weight.requires_grad else embed_tokens,
-            input_norm=copy.deepcopy(self.input_norm),
-            fc_norm=copy.deepcopy(self.fc_norm),
+            input_norm=self.input_norm.frozen() if self.input_norm is not None else None,
+            fc_norm=frozen_norms(self.fc_norm) if self.fc_norm is not None else None,
             fc=copy.deepcopy(self.fc),
             layers=[layer.fused() for layer in self.layers],
-            norm=copy.deepcopy(self.norm),
+            norm=self.norm.frozen(),
         )
+
+
+def frozen_norms(norms: nn.ModuleList) -> nn.ModuleList:
+    return nn.ModuleList(norm.frozen() for norm in norms if isinstance(norm, RMSNorm | FrozenRMSNorm))
