@@ -31,6 +31,8 @@ def test_quickstart_ends_with_a_measured_lossless_drafter(toy_assets, tmp_path, 
         assert set(rows) == {"none", "eagle3"}
         assert rows["eagle3"]["num_identical"] == rows["eagle3"]["num_prompts"] == 3
         assert Path(result["checkpoint"], "model.safetensors").is_file()
+        assert result["parity"]["passed"] is True
+        assert result["parity"]["checks"]["drafts: training = engine"].startswith("pass: ")
         assert result["serve"] == f"vllm serve {result['checkpoint']}"
         assert printed.count("$ speculators ") == 5
 

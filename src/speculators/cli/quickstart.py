@@ -45,13 +45,16 @@ def quickstart(
     checkpoint = results["train"]["checkpoint"]
     serve = shlex.join(["vllm", "serve", checkpoint])
     times = ", ".join(f"{verb} {result['time_s']:.0f} s" for verb, result in results.items())
-    print_facts("Done", {"speculator": checkpoint, "serve it": serve, "time": times})
+    parity = results["train"]["parity"]
+    gate = "\n".join(f"{name}: {verdict}" for name, verdict in parity["checks"].items())
+    print_facts("Done", {"speculator": checkpoint, "parity gate": gate, "serve it": serve, "time": times})
     return {
         "verb": "quickstart",
         "checkpoint": checkpoint,
         "serve": serve,
         "time_s": time.perf_counter() - begun_s,
         "step_s": {verb: result["time_s"] for verb, result in results.items()},
+        "parity": parity,
         "evaluation": results["evaluate"],
     }
 

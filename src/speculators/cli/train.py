@@ -43,7 +43,7 @@ def train(context: typer.Context) -> dict[str, Any]:
         "num_steps": result.num_steps,
         "acceptance_length": result.acceptance_length,
         "metrics": result.metrics,
-        "parity": None if parity is None else {"passed": parity.passed, **parity.facts()},
+        "parity": None if parity is None else {"passed": parity.passed, "checks": parity.facts()},
     }
 
 

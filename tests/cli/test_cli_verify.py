@@ -1,0 +1,76 @@
+"""`speculators verify`: a table, a report, one JSON line; exit code 1 and the first differing round when it fails."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from speculators.cli.app import main, run
+from speculators.cli.verify import vllm_target
+from speculators.interfaces import CaptureSpec
+from speculators.model import SpeculatorModel
+
+
+@pytest.fixture(scope="session")
+def checkpoint(verifier, chats, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("verify")
+    run(["prepare-data", "--model", verifier, "--data", chats, "--output", str(folder / "data")])
+    trained = run(["train", "--verifier-name-or-path", verifier, "--data-path", str(folder / "data"), "--save-path",
+                   str(folder / "run"), "--max-steps", "1", "--total-seq-len", "128", "--target-layer-ids", "1", "3",
+                   "5"])  # fmt: skip
+    assert trained["parity"]["passed"] is True
+    return trained["checkpoint"]
+
+
+def command(checkpoint, chats, *more):
+    return ["verify", checkpoint, "--prompts", chats, "--num-prompts", "3", "--max-tokens", "10", "-k", "3", *more]
+
+
+def test_a_checkpoint_is_verified_and_the_report_written(checkpoint, chats, tmp_path, capsys):
+    assert main(command(checkpoint, chats, "--no-vllm", "--output", str(tmp_path / "report.json"))) == 0
+    printed = capsys.readouterr().out
+    assert "drafts: training = engine" in printed and "pass: " in printed
+    result = json.loads(printed.splitlines()[-1])
+    assert result["passed"] is True and result["num_speculative_tokens"] == 3
+    assert json.loads((tmp_path / "report.json").read_text())["checks"] == result["checks"]
+
+
+def test_a_drafter_that_drafts_something_else_fails_by_exit_code(checkpoint, chats, monkeypatch, capsys):
+    cls = SpeculatorModel.get_class("eagle3")
+    whole = cls.make_proposer
+
+    def other_layers(self, verifier, **sizes):
+        proposer = whole(self, verifier, **sizes)
+        proposer.capture = CaptureSpec(aux_layer_ids=(0, 4, 6))
+        return proposer
+
+    monkeypatch.setattr(cls, "make_proposer", other_layers)
+    assert main(command(checkpoint, chats, "--no-vllm")) == 1
+    printed = capsys.readouterr()
+    assert "FAIL: " in printed.out and "first: prompt " in printed.err
+
+
+def test_without_vllm_the_report_says_that_it_was_not_asked(checkpoint, chats, monkeypatch, capsys):
+    monkeypatch.setattr("speculators.deploy.environment.find_vllm", refuse)
+    assert main(command(checkpoint, chats)) == 0
+    assert "not checked: no vLLM here" in capsys.readouterr().out
+
+
+def refuse(python):
+    raise ValueError("no vLLM here")
+
+
+def test_a_python_that_has_no_vllm_is_refused(checkpoint, chats, capsys):
+    assert main(command(checkpoint, chats, "--vllm-python", "/bin/false")) == 1
+    assert "has no vllm" in capsys.readouterr().err
+
+
+def test_our_own_directory_is_what_vllm_gets_where_it_reads_it(checkpoint, tmp_path, monkeypatch):
+    class Here:
+        python = "/env/bin/python"
+
+    monkeypatch.setattr("speculators.deploy.environment.find_vllm", lambda python: Here)
+    target = vllm_target(checkpoint, None, None, tmp_path)
+    assert (target.python, target.model, target.speculative_config) == ("/env/bin/python", checkpoint, {})
+    assert list(tmp_path.iterdir()) == []
