@@ -13,7 +13,7 @@ ROWS: tuple[set[str], ...] = (
     {"utils"},
     {"proposals", "config", "interfaces", "provenance", "findings"},
     {"nn", "losses", "verifier", "packed_linear"},
-    {"model", "model_loading", "draft_vocab", "checkpoint_format", "checkpoint_contract", "training_record"},
+    {"model", "model_loading", "draft_vocab", "checkpoint_format", "checkpoint_contract", "checkpoint_io", "training_record"},
     {"models"},
     {"data_generation", "decoding", "convert", "deploy", "assets"},
     {"train", "evaluation"},

@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from speculators.utils.loading import load_checkpoint, load_rows
 
 RECORD_FILE = "training_record.json"
 RECORD_VERSION = 1
+Origin = Literal["training", "conversion"]
+"""Who wrote the checkpoint: after a conversion, nothing is known of its training."""
 NUM_SKETCHES = 4
 ROWS_AT_ONCE = 8192
 MAX_CHUNKS = 64
@@ -50,7 +52,9 @@ ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_fa
 VERIFIER_TENSORS = ("embed_tokens.weight", "lm_head.weight", "model.norm.weight")
 
 
-def write_training_record(directory: str | Path, training_keys: frozenset[str] = frozenset()) -> Path:
+def write_training_record(
+    directory: str | Path, training_keys: frozenset[str] = frozenset(), *, origin: Origin = "training"
+) -> Path:
     """Describe the checkpoint in `directory` as it now lies there. `training_keys`: top-level keys of config.json that
     only training reads."""
     directory = Path(directory)
@@ -58,6 +62,7 @@ def write_training_record(directory: str | Path, training_keys: frozenset[str] =
     hidden_size = hidden_size_of(values)
     record = {
         "record_version": RECORD_VERSION,
+        "origin": origin,
         "speculators_version": installed_version(),
         "speculators_model_type": values.get("speculators_model_type"),
         "config": {key: value for key, value in computed_config(values).items() if key not in training_keys},

@@ -42,7 +42,7 @@ def make_checkpoint(case: str, path: Path, verifier: str = VERIFIER, **changes) 
     arguments = {**CASES[case], **changes}
     arch, num_layers, window = (arguments.pop(key, None) for key in ("arch", "num_layers", "window"))
     source = AutoConfig.from_pretrained(verifier)
-    shape = {key: getattr(source, key) for key in (
+    shape = {key: getattr(source, key, None) for key in (
         "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
         "max_position_embeddings", "rope_parameters",
     )}  # fmt: skip

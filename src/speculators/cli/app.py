@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "launch-vllm": "Start a vLLM server that writes a verifier's hidden states, for training.",
     "check": "Check that a checkpoint is what was trained and what vLLM will serve, before it is served.",
     "export": "Write the directory an engine needs, in its format, with a card that says how to serve it.",
+    "convert": "Turn a checkpoint of another project into a speculator.",
     "stitch-mtp": "Write a trained MTP layer into a copy of its verifier, where engines look for it.",
     "verify": "Check that training, the engine and vLLM draft the same tokens with a checkpoint.",
     "evaluate": "Measure drafting methods against plain decoding on held-out prompts.",

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from speculators.checkpoint_format import SPECULATORS, ForeignCheckpoint
+from speculators.checkpoint_io import Opened, local_directory, recognise, verifier_of_training
 from speculators.config import SpeculatorModelConfig
 from speculators.deploy import config_check, record_check, tensor_check, verifier_check
-from speculators.deploy.opening import Opened, local_directory, recognise, verifier_of_training
 from speculators.deploy.report import CheckReport
 from speculators.findings import error
 from speculators.model import SpeculatorModel
@@ -170,8 +170,8 @@ def check_verifier(
     report.add(FIT, verifier_check.fit_findings(values, opened.config, layer_ids))
     copies = contract.verifier_copies(opened.config)
     if copies.keys() & opened.tensors.keys():
-        is_trained_here = record is not None
-        found = list(verifier_check.copy_findings(opened.tensors, copies, name, is_trained_here=is_trained_here))
+        origin = None if record is None else record["origin"]
+        found = list(verifier_check.copy_findings(opened.tensors, copies, name, origin))
         report.add(COPIES, found)
     if record is not None:
         report.add("the verifier it learned from", record_check.verifier_findings(record, name))

@@ -8,25 +8,23 @@ native          the algorithm's format beside ours, if it has one
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from speculators.checkpoint_format import SPECULATORS, OurCheckpoint, Serving, write_config
+from speculators.checkpoint_format import SPECULATORS, OurCheckpoint, Serving
+from speculators.checkpoint_io import Opened, open_checkpoint, write_ours
 from speculators.config import VerifierConfig
 from speculators.deploy.card import CARD_FILE, find_report, model_card
-from speculators.deploy.opening import Opened, open_checkpoint
+from speculators.deploy.check import check_checkpoint
+from speculators.deploy.report import CheckReport
 from speculators.findings import VLLM_PROFILE
 from speculators.training_record import RECORD_FILE
 from speculators.utils.files import atomic_directory
 
 NATIVE = "native"
-NOT_WRITTEN = ("auto_map",)
-"""Keys of older writers that make loaders ask for remote code."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def export_checkpoint(
     serving = contract.serving(ours.config, format_name, str(output.resolve()), named)
     with atomic_directory(output) as folder:
         if format_name == SPECULATORS:
-            write_ours(ours, opened, folder)
+            write_ours(ours, opened.model_class, folder)
         else:
             known = contract.format_named(format_name)
             known.write(ours, folder, named)
@@ -75,7 +73,17 @@ def export_checkpoint(
             report=find_report(opened.path, report),
         )  # fmt: skip
         (folder / CARD_FILE).write_text(card)
+        refuse_errors(
+            check_checkpoint(folder, verifier=named, algorithm=ours.config.speculators_model_type), checkpoint
+        )
     return Exported(output.resolve(), ours.config.speculators_model_type, format_name, serving, opened.notes)
+
+
+def refuse_errors(report: CheckReport, checkpoint: str | Path) -> None:
+    """An export mends what it can; what is left is wrong in the checkpoint itself."""
+    if not report.ok:
+        lines = "\n".join(f"  {found.where}: {found.found}; {found.rule}" for found in report.errors)
+        raise ValueError(f"{checkpoint} is not what was trained, or cannot be served; nothing was written:\n{lines}")
 
 
 def chosen_format(opened: Opened, profile: str) -> str:
@@ -108,20 +116,3 @@ def prepared(opened: Opened, verifier: str | None, dtype: str | None) -> OurChec
             raise ValueError(f"dtype={dtype!r} is no floating type; use bfloat16, float16 or float32")
         tensors = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
     return OurCheckpoint(config, tensors, opened.path)
-
-
-def write_ours(ours: OurCheckpoint, opened: Opened, folder: Path) -> None:
-    config = ours.config
-    expected = opened.model_class.contract.expected_tensors(opened.model_class, config)
-    optional = opened.model_class.contract.shared_tensors(config)
-    missing = sorted(expected.keys() - ours.tensors.keys() - optional)
-    if missing:
-        raise ValueError(f"{opened.path} lacks {missing}: engines would serve them from uninitialised memory")
-    kept = {name: tensor.contiguous() for name, tensor in sorted(ours.tensors.items()) if name in expected}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    floating = next(tensor.dtype for tensor in kept.values() if tensor.is_floating_point())
-    config.architectures = [opened.model_class.__name__]
-    values = json.loads(config.to_json_string())
-    for key in NOT_WRITTEN:
-        values.pop(key, None)
-    write_config(folder, {**values, "dtype": str(floating).removeprefix("torch."), "tie_word_embeddings": False})

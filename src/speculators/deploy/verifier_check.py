@@ -84,9 +84,10 @@ def fit_findings(values: Mapping[str, Any], config: Any, layer_ids: Sequence[int
 
 
 def copy_findings(
-    tensors: Mapping[str, Tensor], copies: Mapping[str, str], verifier: str, *, is_trained_here: bool
+    tensors: Mapping[str, Tensor], copies: Mapping[str, str], verifier: str, origin: str | None
 ) -> Iterator[Finding]:
-    """Rows that were the verifier's when the drafter was trained must still be the rows of the same tokens."""
+    """Rows that were the verifier's when the drafter was trained must still be the rows of the same tokens. `origin` is
+    that of the record: trained here, heads are copies; converted, they are what they are; None, unknown."""
     for name, theirs in copies.items():
         if name not in tensors or tensors[name].ndim != 2:
             continue
@@ -97,15 +98,16 @@ def copy_findings(
         if found.rows.shape != ours_RH.shape:
             continue  # the sizes are compared elsewhere
         cosine = float(torch.cosine_similarity(ours_RH.float(), found.rows.float(), dim=1).median())
-        if cosine < SAME_DIRECTION:
-            is_head = name != "embed_tokens.weight"
-            severity = warning if is_head and not is_trained_here else error
+        is_head = name != "embed_tokens.weight"
+        if cosine < SAME_DIRECTION and not (is_head and origin == "conversion"):
+            is_surely_copy = not is_head or origin == "training"
+            severity = error if is_surely_copy else warning
             yield severity(
                 "head-rows-differ" if is_head else "embedding-differs", name,
                 f"rows are not the verifier's of the same tokens (median cosine {cosine:.2f})",
                 "they are copies of the verifier's" + (f", chosen by {MAP}" if is_head and MAP in tensors else ""),
                 "the verifier, its tokenizer or the vocabulary map is another one than in training; use that one"
-                if is_trained_here or not is_head else "as it should be for a head that was trained by itself",
+                if is_surely_copy else "as it should be for a head that was trained by itself",
             )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from speculators.findings import Finding, error, missing_keys
 from speculators.models.dflash.checkpoint import complete_block_config, expected_keys
 from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
 from speculators.models.utils import get_verifier_config
-from speculators.nn.rope import head_dim
+from speculators.nn.rope import head_dim, rope_parameters
 from speculators.proposals import GreedyTokenProposalConfig
 
 ZLAB = "z-lab"
@@ -42,6 +42,7 @@ ARCHITECTURE = "DFlashDraftModel"
 NOT_THE_LAYERS = ("architectures", "auto_map", "block_size", "dflash_config", "num_target_layers", "dtype",
                   "torch_dtype", "transformers_version", "draft_vocab_size", "target_hidden_size")  # fmt: skip
 """Keys of a z-lab config.json that are not of the draft layers."""
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 FUSED = "self_attn.qkv_proj."
 OTHER_FUNCTION = ("g_proj", "aux_hidden_norms")
 """Tensors of variants that compute something else: leaving them out would change the drafts."""
@@ -75,7 +76,7 @@ class ZLabFormat(CheckpointFormat):
         })  # fmt: skip
         if "causal" in own and getattr(nested, "is_causal", None) is None:
             nested.is_causal = bool(own["causal"])
-        nested = complete_block_config(nested)
+        nested = reaching_as_far(complete_block_config(nested), verifier)
         # vLLM would serve full layers causal if our config did not say otherwise
         slides = any(is_sliding(nested, i) for i in range(nested.num_hidden_layers))
         sees_all = getattr(nested, "is_causal", None) is None and not slides
@@ -177,6 +178,14 @@ def zlab_values(config: Any, verifier: str | None, dtype: torch.dtype) -> dict[s
         **({} if verifier is None else {"num_target_layers": get_verifier_config(verifier).num_hidden_layers}),
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def reaching_as_far(nested: Any, verifier: str | None) -> Any:
+    """With the verifier's positions: vLLM raises them for EAGLE's methods only. Not where rope depends on them."""
+    longest = None if verifier is None else get_verifier_config(verifier).max_position_embeddings
+    if longest is not None and rope_parameters(nested)["rope_type"] in FIXED_ROPES:
+        nested.max_position_embeddings = max(nested.max_position_embeddings, longest)
+    return nested
 
 
 def layer_ids(own: Mapping[str, Any], num_draft: int, values: Mapping[str, Any], verifier: str | None) -> list[int]:

@@ -26,7 +26,7 @@ from speculators.checkpoint_format import (
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.findings import Finding, error
 from speculators.models.dflash.checkpoint import complete_block_config
-from speculators.models.dflash.serving import NOT_THE_LAYERS, DFlashContract, check_names
+from speculators.models.dflash.serving import NOT_THE_LAYERS, DFlashContract, check_names, reaching_as_far
 from speculators.models.dspark.checkpoint import SERVED_HEAD, expected_keys
 from speculators.models.dspark.config import DSparkSpeculatorConfig
 from speculators.proposals import GreedyTokenProposalConfig
@@ -56,6 +56,7 @@ class DenseFormat(CheckpointFormat):
                 "model_type": "qwen3", **{key: value for key, value in source.values.items() if key not in left_out}
             })
         )  # fmt: skip
+        nested = reaching_as_far(nested, verifier)
         drafts_at_anchor = own.setdefault("sample_from_anchor", not source.values.get("dspark_bonus_anchor", False))
         tensors = {name.replace(OLD_PREFIX, PREFIX): tensor for name, tensor in source.tensors().items()}
         own.setdefault("enable_confidence_head", "confidence_head.proj.weight" in tensors)

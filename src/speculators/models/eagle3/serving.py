@@ -56,10 +56,12 @@ SILENT_DRAFT_VOCAB = 32000
 
 class Eagle3Format(CheckpointFormat):
     name: ClassVar[str] = NATIVE
+    has_mask_hidden: ClassVar[bool] = False
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         names = source.tensor_names
-        return "fc.weight" in names and bool({"midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"} & names)
+        is_head = "fc.weight" in names and {"midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"} & names
+        return bool(is_head) and ("mask_hidden" in names) == self.has_mask_hidden
 
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         values, found = source.values, []
@@ -88,15 +90,19 @@ class Eagle3Format(CheckpointFormat):
         nested = complete_transformer_layer_config(nested, num_aux)
         if "embed_tokens.weight" not in tensors and verifier is not None:
             tensors |= load_model_layers(["embed_tokens.weight"], verifier)
-        config = Eagle3SpeculatorConfig(
+        config = self.config_of(
+            values,
             transformer_layer_config=nested,
             draft_vocab_size=values.get("draft_vocab_size") or tensors["lm_head.weight"].shape[0],
             target_hidden_size=values.get("target_hidden_size"),
             eagle_aux_hidden_state_layer_ids=ids,
-            speculators_config=None if verifier is None else recorded(verifier),
-            **{flag: bool(value) for flag, value in flags.items()},  # type: ignore[arg-type]
+            speculators_config=None if verifier is None else recorded(self.name, verifier),
+            **{flag: bool(value) for flag, value in flags.items()},
         )
         return Converted(config, without_whole_map(tensors, config), notes)
+
+    def config_of(self, values: Mapping[str, Any], **fields: Any) -> Eagle3SpeculatorConfig:
+        return Eagle3SpeculatorConfig(**fields)
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         config: Any = checkpoint.config
@@ -137,6 +143,8 @@ class Eagle3Contract(CheckpointContract):
         nested = config.transformer_layer_config
         ids = config.eagle_aux_hidden_state_layer_ids or (getattr(nested, "eagle_config", None) or {}).get(IDS)
         config.eagle_aux_hidden_state_layer_ids = ids
+        if hasattr(nested, "eagle_config"):
+            del nested.eagle_config  # said at the top level now
         config.transformer_layer_config = complete_transformer_layer_config(nested, config.num_aux)
         return config
 
@@ -196,9 +204,9 @@ def without_whole_map(tensors: dict[str, Tensor], config: Eagle3SpeculatorConfig
     return {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
 
 
-def recorded(verifier: str) -> SpeculatorsConfig:
+def recorded(algorithm: str, verifier: str) -> SpeculatorsConfig:
     return SpeculatorsConfig(
-        algorithm="eagle3",
+        algorithm=algorithm,
         proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=CONVERTED_TOKENS)],
         default_proposal_method="greedy",
         verifier=VerifierConfig.from_pretrained(verifier),

@@ -20,6 +20,7 @@ from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.mlp.arguments import TRAINING_DEFAULTS, MLPTrainingArgs, default_of
 from speculators.models.mlp.config import MLPSpeculatorConfig
 from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
+from speculators.models.mlp.serving import MLPContract
 from speculators.models.tree_drafting import CarriedTreeDrafter
 from speculators.models.utils import get_verifier_config
 from speculators.verifier import verifier_parts
@@ -29,6 +30,7 @@ from speculators.verifier import verifier_parts
 class MLPSpeculator(LastStateModel):
     config_class = MLPSpeculatorConfig  # type: ignore[assignment]
     config: MLPSpeculatorConfig
+    contract = MLPContract()
     training_args = MLPTrainingArgs
     training_defaults = TRAINING_DEFAULTS
 

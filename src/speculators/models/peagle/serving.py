@@ -3,17 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
-from speculators.checkpoint_format import CheckpointFormat
+from speculators.checkpoint_format import (
+    CheckpointFormat,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    Serving,
+    num_speculative_tokens,
+    write_config,
+)
 from speculators.findings import Finding, error
-from speculators.models.eagle3.serving import Eagle3Contract
+from speculators.models.eagle3.serving import Eagle3Contract, Eagle3Format
 from speculators.models.peagle.checkpoint import write_fc_norm
 from speculators.models.peagle.config import PEagleSpeculatorConfig
 
+MASK_TOKENS = ("mask_token_id", "pard_token", "ptd_token_id")
+
+
+class PEagleFormat(Eagle3Format):
+    """SpecForge's: the tensors of its EAGLE-3 and `mask_hidden`. The mask token has several names."""
+
+    name: ClassVar[str] = "peagle"
+    has_mask_hidden: ClassVar[bool] = True
+
+    def config_of(self, values: Mapping[str, Any], **fields: Any) -> PEagleSpeculatorConfig:
+        token = next((values[key] for key in MASK_TOKENS if values.get(key) is not None), None)
+        if token is None:
+            raise ValueError(f"config.json names no mask token under any of {MASK_TOKENS}: add mask_token_id")
+        write_fc_norm(fields["transformer_layer_config"], fields["fc_norm"])
+        return PEagleSpeculatorConfig(mask_token_id=token, **fields)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        super().write(checkpoint, directory, verifier)
+        config: Any = checkpoint.config
+        values = ForeignCheckpoint(directory).values
+        architecture = "PeagleLlamaForCausalLM" if values["model_type"] == "llama" else "PeagleQwen3ForCausalLM"
+        write_config(directory, {
+            **values, "architectures": [architecture], "mask_token_id": config.mask_token_id,
+            "pard_token": config.mask_token_id,
+        })  # fmt: skip
+
+    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
+        method = {
+            "method": "eagle3", "model": directory, "num_speculative_tokens": num_speculative_tokens(config),
+            "parallel_drafting": True,
+        }  # fmt: skip
+        return Serving(verifier, method)
+
 
 class PEagleContract(Eagle3Contract):
-    formats: ClassVar[tuple[CheckpointFormat, ...]] = ()
+    formats: ClassVar[tuple[CheckpointFormat, ...]] = (PEagleFormat(),)
     training_keys: ClassVar[frozenset[str]] = Eagle3Contract.training_keys | set(PEagleSpeculatorConfig.training_fields)
     absent_means: ClassVar[Mapping[str, str]] = {
         "mask_token_id": "does not load the checkpoint",

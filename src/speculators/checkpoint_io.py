@@ -1,20 +1,25 @@
-"""Opening a checkpoint of any format: ours by its config.json, another project's by what an algorithm recognises."""
+"""Checkpoints of any format: opened in our terms (ours by config.json, another project's by what an algorithm
+recognises), and written as ours."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from speculators.checkpoint_format import SPECULATORS, CheckpointFormat, ForeignCheckpoint, OurCheckpoint
+from speculators.checkpoint_format import SPECULATORS, CheckpointFormat, ForeignCheckpoint, OurCheckpoint, write_config
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 from speculators.training_record import read_training_record
 
+NOT_WRITTEN = ("auto_map",)
+"""Keys of older writers that make loaders ask for remote code."""
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
 
 
@@ -35,9 +40,6 @@ class Opened:
     @property
     def source(self) -> ForeignCheckpoint:
         return ForeignCheckpoint(self.path)
-
-    def as_ours(self, config: SpeculatorModelConfig, tensors: dict[str, Tensor]) -> OurCheckpoint:
-        return OurCheckpoint(config, tensors, self.path)
 
 
 def open_checkpoint(
@@ -64,12 +66,12 @@ def verifier_of_training(path: Path) -> str | None:
     return ((record or {}).get("verifier") or {}).get("name_or_path")
 
 
-def local_directory(checkpoint: str | Path) -> Path:
+def local_directory(checkpoint: str | Path, cache_dir: str | Path | None = None) -> Path:
     """A directory as it is, else the hub's copy."""
     if Path(checkpoint).is_dir():
         return Path(checkpoint).resolve()
     try:
-        return Path(snapshot_download(str(checkpoint), allow_patterns=list(WEIGHTS_AND_CONFIG)))
+        return Path(snapshot_download(str(checkpoint), allow_patterns=list(WEIGHTS_AND_CONFIG), cache_dir=cache_dir))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as problem:
         raise FileNotFoundError(
             f"Checkpoint not found: '{checkpoint}' is no directory here and no repository of the hub that can be "
@@ -96,3 +98,26 @@ def recognise(
         )
     several = [f"{known.name} ({model_class.__name__})" for model_class, known in found]
     raise ValueError(f"{source.path} could be {' or '.join(several)}; say which with --algorithm")
+
+
+def write_ours(ours: OurCheckpoint, model_class: type[SpeculatorModel], folder: Path) -> None:
+    """The directory that `from_pretrained` reads and, of the types it knows, vLLM."""
+    config, contract = ours.config, model_class.contract
+    expected = contract.expected_tensors(model_class, config)
+    missing = sorted(expected.keys() - ours.tensors.keys() - contract.shared_tensors(config))
+    if missing:
+        raise ValueError(f"{ours.path} lacks {missing}: engines would serve them from uninitialised memory")
+    kept = {name: tensor.contiguous() for name, tensor in sorted(ours.tensors.items()) if name in expected}
+    wrong = [
+        f"{name} is {list(tensor.shape)}, by config.json {list(expected[name].shape)}"
+        for name, tensor in kept.items() if tensor.shape != expected[name].shape
+    ]  # fmt: skip
+    if wrong:
+        raise ValueError(f"Architecture mismatch: the tensors of {ours.path} do not fit its config: {'; '.join(wrong)}")
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    floating = next(tensor.dtype for tensor in kept.values() if tensor.is_floating_point())
+    config.architectures = [model_class.__name__]
+    values = json.loads(config.to_json_string())
+    for key in NOT_WRITTEN:
+        values.pop(key, None)
+    write_config(folder, {**values, "dtype": str(floating).removeprefix("torch."), "tie_word_embeddings": False})

@@ -1,0 +1,10 @@
+"""The DFlash converter of earlier releases."""
+
+from __future__ import annotations
+
+from speculators.convert.converter import Converter
+
+
+class DFlashConverter(Converter):
+    algorithm = "dflash"
+    options = {"aux_hidden_state_layer_ids": None}

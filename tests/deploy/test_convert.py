@@ -1,0 +1,253 @@
+"""Conversion of checkpoints as other projects write them; names and errors are those of the public contract."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from deploy_toys import DRAFT_VOCAB, HIDDEN, VERIFIER, VOCAB, draft_map, edit_config, edit_tensors
+from safetensors.torch import load_file, save_file
+
+from speculators import SpeculatorModel, SpeculatorModelConfig
+from speculators.cli.app import run
+from speculators.convert import convert_checkpoint, convert_model, maybe_convert_external_checkpoint
+from speculators.convert.dflash import DFlashConverter
+from speculators.convert.eagle import Eagle3Converter
+from speculators.convert.eagle.utils import detect_fusion_bias_and_layernorms, find_vocab_size
+from speculators.convert.mtp import MTPConverter
+from speculators.convert.utils import ensure_checkpoint_is_local, load_checkpoint_config, load_checkpoint_weights
+from speculators.deploy.check import check_checkpoint
+from speculators.deploy.export import export_checkpoint
+from speculators.utils.loading import load_model_layers
+
+HEADS, WIDTH, MLP = 8, 32, 64
+
+
+def save(path: Path, values: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(values))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+def layer(prefix: str, width: int) -> dict[str, torch.Tensor]:
+    shapes = {
+        "self_attn.q_proj": (HEADS * WIDTH, width), "self_attn.k_proj": (2 * WIDTH, width),
+        "self_attn.v_proj": (2 * WIDTH, width), "self_attn.o_proj": (HIDDEN, HEADS * WIDTH),
+        "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN), "mlp.down_proj": (HIDDEN, MLP),
+        "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
+    }  # fmt: skip
+    return {f"{prefix}{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+
+
+LAYERS = {"hidden_size": HIDDEN, "intermediate_size": MLP, "num_attention_heads": HEADS, "num_key_value_heads": 2,
+          "head_dim": WIDTH, "num_hidden_layers": 1, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+          "max_position_embeddings": 512}  # fmt: skip
+
+
+@pytest.fixture
+def eagle3_head(tmp_path):
+    """As the EAGLE repository writes it: no embedding, no word on the layers it reads."""
+    torch.manual_seed(0)
+    t2d, d2t = draft_map()
+    tensors = layer("midlayer.", 2 * HIDDEN) | {
+        "midlayer.hidden_norm.weight": torch.randn(HIDDEN), "fc.weight": torch.randn(HIDDEN, 3 * HIDDEN),
+        "norm.weight": torch.randn(HIDDEN), "lm_head.weight": torch.randn(DRAFT_VOCAB, HIDDEN), "d2t": d2t, "t2d": t2d,
+    }  # fmt: skip
+    values = {**LAYERS, "model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"], "vocab_size": 99,
+              "draft_vocab_size": DRAFT_VOCAB, "rope_theta": 5e5, "torch_dtype": "float16"}  # fmt: skip
+    return save(tmp_path / "head", values, tensors)
+
+
+def test_an_eagle3_head_is_converted(eagle3_head, tmp_path):
+    written = convert_checkpoint(eagle3_head, tmp_path / "out", verifier=VERIFIER)
+    assert (written.speculators_model_type, written.source_format) == ("eagle3", "eagle3")
+    assert any("[2, 6, 9]" in note for note in written.notes)
+    config = SpeculatorModelConfig.from_pretrained(written.path)
+    nested = config.transformer_layer_config
+    assert (nested.vocab_size, nested.max_position_embeddings) == (VOCAB, 1024)  # of t2d; of the verifier
+    assert nested.rope_parameters["rope_theta"] == 5e5
+    assert config.eagle_aux_hidden_state_layer_ids == [2, 6, 9]
+    assert not any((config.norm_before_residual, config.norm_before_fc, config.fc_norm, config.norm_output))
+    assert config.speculators_config.proposal_methods[0].speculative_tokens == 3
+    source, tensors = load_file(eagle3_head / "model.safetensors"), load_file(written.path / "model.safetensors")
+    assert torch.equal(tensors["layers.0.self_attn.q_proj.weight"], source["midlayer.self_attn.q_proj.weight"])
+    assert torch.equal(tensors["d2t"], source["d2t"])
+    embedding = load_model_layers(["embed_tokens.weight"], VERIFIER)["embed_tokens.weight"]
+    assert torch.equal(tensors["embed_tokens.weight"], embedding)
+    report = check_checkpoint(written.path)
+    assert not [found for found in report.findings if found.code != "dtype-differs"]
+
+
+def test_what_the_source_does_not_say_can_be_said(eagle3_head, tmp_path):
+    edit_tensors(eagle3_head, lambda tensors: tensors.update({"input_norm.weight": torch.ones(3 * HIDDEN)}))
+    options = {"norm_before_residual": True, "eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+    Eagle3Converter().convert(eagle3_head, tmp_path / "out", VERIFIER, **options)
+    config = SpeculatorModelConfig.from_pretrained(tmp_path / "out")
+    assert config.norm_before_residual and config.norm_before_fc  # the second is inferred from its tensor
+    assert config.eagle_aux_hidden_state_layer_ids == [1, 2, 3]
+    with pytest.raises(TypeError, match="no argument 'norm_befor'"):
+        Eagle3Converter().convert(eagle3_head, tmp_path / "out", VERIFIER, norm_befor=True)
+
+
+def test_missing_and_unknown_tensors_of_a_head(eagle3_head, tmp_path):
+    edit_tensors(eagle3_head, lambda tensors: tensors.update(rotary=torch.ones(1)))
+    notes = convert_checkpoint(eagle3_head, tmp_path / "out", verifier=VERIFIER).notes
+    assert any("rotary" in note for note in notes)
+    edit_tensors(eagle3_head, lambda tensors: tensors.pop("norm.weight"))
+    with pytest.raises(ValueError, match=r"lacks \['norm.weight'\]"):
+        convert_checkpoint(eagle3_head, tmp_path / "two", verifier=VERIFIER)
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.fixture
+def zlab_drafter(tmp_path):
+    torch.manual_seed(0)
+    tensors = {name: tensor for i in range(2) for name, tensor in layer(f"layers.{i}.", HIDDEN).items()} | {
+        f"layers.{i}.self_attn.{kind}_norm.weight": torch.randn(WIDTH) for i in range(2) for kind in "qk"
+    }
+    tensors |= {"fc.weight": torch.randn(HIDDEN, 2 * HIDDEN), "hidden_norm.weight": torch.randn(HIDDEN),
+                "norm.weight": torch.randn(HIDDEN)}  # fmt: skip
+    values = {**LAYERS, "num_hidden_layers": 2, "model_type": "qwen3", "architectures": ["DFlashDraftModel"],
+              "vocab_size": VOCAB, "block_size": 6, "num_target_layers": 12, "rope_theta": 1e6,
+              "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+              "dflash_config": {"target_layer_ids": [1, 8], "mask_token_id": 7}}  # fmt: skip
+    return save(tmp_path / "zlab", values, tensors)
+
+
+def test_a_zlab_drafter_is_converted(zlab_drafter, tmp_path):
+    DFlashConverter().convert(zlab_drafter, tmp_path / "out", VERIFIER)
+    config = SpeculatorModelConfig.from_pretrained(tmp_path / "out")
+    assert config.aux_hidden_state_layer_ids == [2, 9] and config.mask_token_id == 7
+    assert (config.block_size, config.draft_vocab_size) == (6, VOCAB)
+    assert config.speculators_config.proposal_methods[0].speculative_tokens == 5
+    assert config.sliding_window_non_causal and config.served_causal == [False, False]
+    assert not check_checkpoint(tmp_path / "out").findings
+    export_checkpoint(tmp_path / "out", tmp_path / "back", profile="native")
+    before, after = (load_file(path / "model.safetensors") for path in (zlab_drafter, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_fused_projections_are_split(zlab_drafter, tmp_path):
+    whole = load_file(zlab_drafter / "model.safetensors")
+
+    def fuse(tensors):
+        for i in range(2):
+            parts = [tensors.pop(f"layers.{i}.self_attn.{kind}_proj.weight") for kind in "qkv"]
+            tensors[f"layers.{i}.self_attn.qkv_proj.weight"] = torch.cat(parts)
+
+    edit_tensors(zlab_drafter, fuse)
+    convert_checkpoint(zlab_drafter, tmp_path / "out", verifier=VERIFIER)
+    split = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(split[name], whole[name]) for name in split)
+    edit_tensors(zlab_drafter, lambda t: t.update({"layers.0.self_attn.q_proj.weight": torch.ones(1)}))
+    with pytest.raises(ValueError, match="both fused qkv_proj and q_proj"):
+        convert_checkpoint(zlab_drafter, tmp_path / "two", verifier=VERIFIER)
+
+
+def test_layers_not_named_are_the_formats_default(zlab_drafter, tmp_path):
+    edit_config(zlab_drafter, lambda values: values["dflash_config"].pop("target_layer_ids"))
+    convert_checkpoint(zlab_drafter, tmp_path / "out", verifier=VERIFIER)
+    # evenly from 1 to n - 3 = 9, as outputs of layers: one more as we count
+    assert SpeculatorModelConfig.from_pretrained(tmp_path / "out").aux_hidden_state_layer_ids == [2, 10]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("fc.weight"), "Draft weights missing"),
+        (lambda tensors: tensors.update(other=torch.ones(1)), "Unexpected keys"),
+        (lambda tensors: tensors.update({"layers.0.g_proj.weight": torch.ones(1)}), "computes something else"),
+        (lambda tensors: tensors.update({"fc.weight": torch.ones(HIDDEN, 9)}), "Architecture mismatch"),
+    ],
+)
+def test_other_drafters_than_the_formats_are_refused(change, message, zlab_drafter, tmp_path):
+    edit_tensors(zlab_drafter, change)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(zlab_drafter, tmp_path / "out", verifier=VERIFIER)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_size_is_needed(zlab_drafter, tmp_path):
+    edit_config(zlab_drafter, lambda values: values.pop("block_size"))
+    with pytest.raises(ValueError, match="block_size"):
+        convert_checkpoint(zlab_drafter, tmp_path / "out", verifier=VERIFIER)
+
+
+def test_a_specforge_dspark_is_converted(zlab_drafter, tmp_path):
+    def as_dspark(values):
+        values["architectures"] = ["DSparkDraftModel"]
+        values["dflash_config"] |= {"projector_type": "dspark", "markov_rank": 4, "markov_head_type": "vanilla"}
+
+    edit_config(zlab_drafter, as_dspark)
+    heads = {"logit_head.markov_w1.weight": torch.randn(VOCAB, 4), "logit_head.markov_w2.weight": torch.randn(VOCAB, 4)}
+    edit_tensors(zlab_drafter, lambda tensors: tensors.update(heads))
+    convert_checkpoint(zlab_drafter, tmp_path / "out", verifier=VERIFIER)
+    config = SpeculatorModelConfig.from_pretrained(tmp_path / "out")
+    assert config.speculators_model_type == "dspark" and config.aux_hidden_state_layer_ids == [2, 9]
+    assert config.sample_from_anchor and not config.enable_confidence_head
+    assert config.speculators_config.proposal_methods[0].speculative_tokens == 6
+    assert not check_checkpoint(tmp_path / "out").findings
+
+
+def test_an_mlp_speculator_is_converted(tmp_path, trained):
+    source = load_file(trained("mlp") / "model.safetensors")
+    config = SpeculatorModelConfig.from_pretrained(trained("mlp"))
+    values = {"model_type": "mlp_speculator", "architectures": ["MLPSpeculatorPreTrainedModel"], "vocab_size": VOCAB,
+              "emb_dim": HIDDEN, "inner_dim": 64, "n_predict": 3, "tie_weights": config.tie_weights}  # fmt: skip
+    path = save(tmp_path / "fms", values, {f"speculator.{name}": tensor for name, tensor in source.items()})
+    written = convert_checkpoint(path, tmp_path / "out", verifier=VERIFIER)
+    assert written.speculators_model_type == "mlp" and not check_checkpoint(written.path).findings
+    assert load_file(written.path / "model.safetensors").keys() == source.keys()
+
+
+def test_the_contracts_entry_points(eagle3_head, trained, tmp_path):
+    with pytest.raises(ValueError, match="Unsupported algorithm: 'mamba'"):
+        convert_model(str(eagle3_head), VERIFIER, "mamba", tmp_path / "out")
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        convert_model(str(eagle3_head), str(tmp_path / "none"), "eagle3", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="Checkpoint not found"):
+        convert_model(str(tmp_path / "none"), VERIFIER, "eagle3", tmp_path / "out")
+    with pytest.raises(ValueError, match="no checkpoint format that 'mtp' reads"):
+        MTPConverter().convert(eagle3_head, tmp_path / "out", VERIFIER)
+    convert_model(str(eagle3_head), VERIFIER, "eagle3", tmp_path / "out", validate_device="cpu")
+    assert SpeculatorModel.from_pretrained(tmp_path / "out").fc.in_features == 3 * HIDDEN
+    with pytest.raises(ValueError, match="is a speculator already"):
+        convert_model(str(tmp_path / "out"), VERIFIER, "eagle3", tmp_path / "two")
+    with pytest.raises(ValueError, match="exists already"):
+        convert_model(str(eagle3_head), VERIFIER, "eagle3", tmp_path / "out")
+
+
+def test_conversion_on_demand(eagle3_head, trained, tmp_path):
+    ours = str(trained("eagle3"))
+    assert maybe_convert_external_checkpoint(ours) == ours
+    with pytest.raises(ValueError, match="name it"):
+        maybe_convert_external_checkpoint(str(eagle3_head))
+    converted = maybe_convert_external_checkpoint(str(eagle3_head), VERIFIER)
+    assert SpeculatorModelConfig.from_pretrained(converted).speculators_model_type == "eagle3"
+    (tmp_path / "odd").mkdir()
+    save_file({"x": torch.ones(1)}, tmp_path / "odd" / "model.safetensors")
+    (tmp_path / "odd" / "config.json").write_text("{}")
+    with pytest.raises(NotImplementedError, match="Cannot auto-convert"):
+        maybe_convert_external_checkpoint(str(tmp_path / "odd"), VERIFIER)
+
+
+def test_the_helpers_of_earlier_releases(eagle3_head, tmp_path):
+    assert ensure_checkpoint_is_local(eagle3_head) == eagle3_head
+    assert load_checkpoint_config(eagle3_head)["draft_vocab_size"] == DRAFT_VOCAB
+    assert "midlayer.hidden_norm.weight" in load_checkpoint_weights(eagle3_head)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint_config(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(NotImplementedError, match="Sharded checkpoint detected"):
+        load_checkpoint_weights(tmp_path)
+    assert find_vocab_size({"a": {"vocab_size": 7}}) == 7 and find_vocab_size({"a": {}}) is None
+    assert detect_fusion_bias_and_layernorms(["fc.bias", "fc.weight"]) == (True, False)
+    assert detect_fusion_bias_and_layernorms(["embed_layernorm.weight"]) == (False, True)
+
+
+def test_the_command(eagle3_head, tmp_path):
+    result = run(["convert", str(eagle3_head), "--verifier", VERIFIER, "--output", str(tmp_path / "out"),
+                  "--algorithm-kwargs", '{"norm_before_residual": true}'])  # fmt: skip
+    assert result["speculators_model_type"] == "eagle3" and result["notes"]
+    assert SpeculatorModelConfig.from_pretrained(tmp_path / "out").norm_before_residual

@@ -1,0 +1,159 @@
+"""Exports: every format says the same drafter, nothing is half-written, nothing broken is passed on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from deploy_toys import CASES, VERIFIER, edit_config, make_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from speculators import SpeculatorModel
+from speculators.cli.app import run
+from speculators.convert import convert_checkpoint
+from speculators.deploy.check import check_checkpoint
+from speculators.deploy.export import export_checkpoint
+from speculators.training_record import RECORD_FILE, computed_config
+
+SERVED_AS = {"eagle": "eagle", "medusa": "medusa", "mtp": "stitched"}
+WITH_OTHER_FORMATS = [case for case in CASES if case not in ("mtp", "mlp")]
+
+
+def values_of(path: Path) -> dict:
+    return json.loads((path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("case", WITH_OTHER_FORMATS)
+def test_what_export_writes_has_no_findings_in_any_format(case, trained, tmp_path):
+    for profile in ("vllm-0.32", "native", "speculators"):
+        exported = export_checkpoint(trained(case), tmp_path / profile, profile=profile)
+        report = check_checkpoint(exported.path)
+        assert report.format == exported.format
+        assert not report.findings, [str(found) for found in report.findings]
+        assert "as it was trained" in report.done
+    assert check_checkpoint(tmp_path / "vllm-0.32").format == SERVED_AS.get(case, "speculators")
+
+
+@pytest.mark.parametrize("case", WITH_OTHER_FORMATS)
+def test_through_another_format_and_back_it_is_the_same_drafter(case, trained, tmp_path):
+    native = export_checkpoint(trained(case), tmp_path / "native", profile="native").path
+    back = convert_checkpoint(native, tmp_path / "back", verifier=VERIFIER).path
+    before, after = load_file(trained(case) / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    ours, again = computed_config(values_of(trained(case))), computed_config(values_of(back))
+    training_only = {"embed_requires_grad", "num_depths", "down_sample_ratio", "down_sample_ratio_min"}
+    assert {key: again.get(key) for key in ours if key not in training_only} == {
+        key: value for key, value in ours.items() if key not in training_only
+    }
+    assert type(SpeculatorModel.from_pretrained(back)) is type(SpeculatorModel.from_pretrained(trained(case)))
+
+
+def test_drafters_without_an_engine_or_another_format_are_refused(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"vllm-0\.32 serves no 'mlp' drafter"):
+        export_checkpoint(trained("mlp"), tmp_path / "out")
+    with pytest.raises(ValueError, match="only read, not written"):
+        export_checkpoint(trained("mlp"), tmp_path / "out", profile="native")
+    with pytest.raises(ValueError, match=r"'eagle3' can be written as .*speculators"):
+        export_checkpoint(trained("eagle3"), tmp_path / "out", profile="medusa")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten_unless_asked(trained, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("x")
+    with pytest.raises(ValueError, match="exists already"):
+        export_checkpoint(trained("eagle3"), output)
+    assert (output / "precious").is_file()
+    export_checkpoint(trained("eagle3"), output, overwrite=True)
+    assert not (output / "precious").exists() and (output / "model.safetensors").is_file()
+
+
+def test_what_is_not_as_trained_is_not_exported(copy_of, tmp_path):
+    path = copy_of("eagle")
+    edit_config(path, lambda v: v["transformer_layer_config"]["rope_parameters"].update(rope_theta=5.0))
+    with pytest.raises(ValueError, match=r"rope_theta: 5.0; it was 10000.0 in training"):
+        export_checkpoint(path, tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["eagle"]
+
+
+def test_small_mends_are_made(copy_of, tmp_path):
+    """Of a checkpoint that others wrote: layers to read where one runner looks, keys that have no default."""
+    path, ids = copy_of("eagle3-llama-two-aux"), "eagle_aux_hidden_state_layer_ids"
+    (path / RECORD_FILE).unlink()
+
+    def as_others_write(values):
+        layers = values["transformer_layer_config"]
+        layers["eagle_config"] = {ids: values.pop(ids)}
+        for key in ("num_aux_hidden_states", "layer_types", "mlp_bias"):
+            del layers[key]
+        values["auto_map"] = {"": "config.Eagle3SpeculatorConfig"}
+
+    edit_config(path, as_others_write)
+    assert {found.code for found in check_checkpoint(path).findings} >= {"aux-ids-nested", "auto-map"}
+    exported = export_checkpoint(path, tmp_path / "out")
+    values = values_of(exported.path)
+    assert values[ids] == [3, 9] and "auto_map" not in values
+    assert values["transformer_layer_config"]["num_aux_hidden_states"] == 2
+    assert not check_checkpoint(exported.path).findings
+
+
+def test_the_card_says_how_to_serve_and_what_was_measured(trained, tmp_path):
+    estimate = {"value": 3.05, "low": 2.7, "high": 3.4}
+    row = {"method": "eagle", "num_speculative_tokens": 4, "acceptance_length": estimate, "speedup": estimate,
+           "num_prompts": 20}  # fmt: skip
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"verifier": "v", "dataset": "d", "rows": [row]}))
+    exported = export_checkpoint(trained("eagle"), tmp_path / "out", report=report)
+    card = (exported.path / "README.md").read_text()
+    assert exported.serving.speculative_config["method"] == "eagle"
+    assert exported.serving.command in card and f"vllm serve {VERIFIER}" in card
+    assert "| 4 | 3.05 | 3.05 | 20 |" in card
+    assert "Not measured" in (export_checkpoint(trained("eagle"), tmp_path / "two").path / "README.md").read_text()
+
+
+def test_verifier_and_type_can_be_chosen(trained, tmp_path):
+    result = run(["export", str(trained("eagle3")), "--output", str(tmp_path / "out"), "--dtype", "float32",
+                  "--verifier", VERIFIER])  # fmt: skip
+    assert result["format"] == "speculators" and result["speculative_config"] is None
+    assert values_of(tmp_path / "out")["dtype"] == "float32"
+    assert load_file(tmp_path / "out" / "model.safetensors")["fc.weight"].dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype='int64' is no floating type"):
+        export_checkpoint(trained("eagle3"), tmp_path / "other", dtype="int64")
+
+
+def mimo_verifier(path: Path) -> Path:
+    """A tiny MiMo: Qwen2 whose checkpoint ships an MTP layer."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tensors, layer = load_file(path / "model.safetensors"), "model.layers.0."
+    native = {key.replace(layer, "model.mtp_layers.0."): t.clone() for key, t in tensors.items() if layer in key}
+    native |= {f"model.mtp_layers.0.{name}_layernorm.weight": torch.ones(16) for name in ("token", "hidden", "final")}
+    native["model.mtp_layers.0.input_proj.weight"] = torch.randn(16, 32)
+    save_file({**tensors, **native}, path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(path, lambda values: values.update(architectures=["MiMoForCausalLM"], num_nextn_predict_layers=1))
+    return path
+
+
+def test_an_mtp_layer_is_exported_inside_its_verifier(tmp_path):
+    verifier = str(mimo_verifier(tmp_path / "mimo"))
+    path = make_checkpoint("mtp", tmp_path / "mtp", verifier=verifier)
+    assert not check_checkpoint(path).findings
+    exported = export_checkpoint(path, tmp_path / "stitched")
+    assert exported.serving.model == str(tmp_path / "stitched")
+    assert exported.serving.speculative_config == {"method": "mtp", "num_speculative_tokens": 2}
+    before = load_file(tmp_path / "mimo" / "model.safetensors")
+    after = load_file(exported.path / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("model.mtp_layers.0.") for name in changed)
+    report = check_checkpoint(exported.path)
+    assert report.format == "stitched" and not report.findings, [str(found) for found in report.findings]
+    again = convert_checkpoint(exported.path, tmp_path / "again", verifier=verifier).path
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (path, again))
+    assert all(torch.allclose(ours[name].float(), theirs[name].float()) for name in ours)
