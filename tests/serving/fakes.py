@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +39,21 @@ class FakeServer:
         directory = self.folder / "states"
         return sorted(f.name for f in directory.iterdir() if f.name != "extraction.json") if directory.exists() else []
 
+    def when_it_dies(self, action: Callable[[], object]) -> threading.Thread:
+        """Wait for its end in a thread, then do that."""
+        thread = threading.Thread(target=lambda: (self.process.wait(), action()))
+        thread.start()
+        return thread
+
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def launch(folder: Path, *flags: str, port: int = 0) -> FakeServer:

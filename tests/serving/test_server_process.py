@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from fakes import free_port
 
 from speculators.deploy.process import ServerFailedError, ServerProcess, group_members
 from speculators.deploy.serve import Launch, run_server
 
 FAKE = str(Path(__file__).with_name("fake_server.py"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def command(folder: Path, *flags: str) -> list[str]:

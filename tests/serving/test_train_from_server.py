@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from datasets import Dataset
@@ -125,8 +123,7 @@ def test_a_server_that_comes_back_in_time_is_not_even_noticed(start_fake, settin
     monkeypatch.setattr(vllm_client, "BACKOFF_S", 0.05)
     server = start(start_fake)
     server.inject(*[""] * 5, "die")
-    restart = threading.Timer(0.6, lambda: start(start_fake, port=server.port))
-    restart.start()
+    restart = server.when_it_dies(lambda: start(start_fake, port=server.port))
     assert run(settings, server.endpoint, epochs=1, max_retries=8).num_steps > 0
     restart.join()
     assert "die" in server.log

@@ -147,8 +147,7 @@ def test_a_server_that_dies_and_comes_back_is_asked_on(start_fake, monkeypatch):
     source = VllmSource(server.endpoint, CAPTURE, concurrency=1, max_retries=8)
     monkeypatch.setattr(vllm_client, "BACKOFF_S", 0.05)
     server.inject("", "die")
-    restarted = threading.Timer(0.5, lambda: start_fake(port=server.port))
-    restarted.start()
+    restarted = server.when_it_dies(lambda: start_fake(port=server.port))
     for states, ids in zip(source.read(ROWS), ROWS, strict=True):
         assert_right(states, ids)
     restarted.join()

@@ -1,4 +1,4 @@
-"""`speculators evaluate`: the house table for any list of methods."""
+"""`speculators evaluate`: the house table for any list of methods, or of a running server."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from speculators.cli.console import WorkProgress, out, say
+from speculators.cli.evaluate_server import (
+    LOCAL_FLAGS,
+    SERVER_FLAGS,
+    evaluate_running_server,
+    parse_concurrency,
+    refuse_flags,
+)
 from speculators.cli.options import (
     Device,
     Dtype,
@@ -19,17 +26,23 @@ from speculators.cli.options import (
     TopK,
     TopP,
     TrustRemoteCode,
-    Verifier,
     parse_json_object,
 )
 
+OptionalVerifier = Annotated[str | None, typer.Option(help="Verifier: hub id or directory. Default: the server's.")]
 METHOD_HELP = 'none, ngram, a speculator\'s directory, or JSON such as {"method": "ngram"}. Repeatable.'
 
 
 def evaluate(
-    verifier: Verifier,
+    context: typer.Context,
     data: Annotated[str, typer.Option(help="Held-out conversations: file, directory, hf:<id> or preset.")],
-    method: Annotated[list[str], typer.Option(help=METHOD_HELP)],
+    verifier: OptionalVerifier = None,
+    method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP)] = None,
+    server: Annotated[str | None, typer.Option(help="Measure a running vLLM server instead, by its counters.")] = None,
+    baseline_server: Annotated[str | None, typer.Option(help="Plain server to compare that one with.")] = None,
+    concurrency: Annotated[str, typer.Option(help="With --server: numbers of clients, such as 1,4,8.")] = "1",
+    request_timeout: Annotated[float, typer.Option(min=1, help="With --server: seconds an answer may take.")] = 120.0,
+    max_retries: Annotated[int, typer.Option(min=0, help="With --server: tries after a failed request.")] = 3,
     num_speculative_tokens: NumSpeculativeTokens = None,
     speculative_token_tree: TokenTree = None,
     dynamic_tree: DynamicTree = None,
@@ -49,6 +62,32 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> dict[str, Any]:
     """Measure drafting methods against plain decoding on held-out prompts: paired, interleaved, in one process."""
+    if server is not None:
+        refuse_flags(context, LOCAL_FLAGS, "does not go with --server: it was decided when the server was started")
+        labels = {"label": method[0]} if method else {}
+        return evaluate_running_server(
+            server=server,
+            data=data,
+            baseline=baseline_server,
+            verifier=verifier,
+            num_clients=parse_concurrency(concurrency),
+            num_prompts=num_prompts,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            num_warmup=num_warmup,
+            timeout_s=request_timeout,
+            max_retries=max_retries,
+            trust_remote_code=trust_remote_code,
+            output=output,
+            lossless=lossless,
+            **labels,
+        )
+    refuse_flags(context, SERVER_FLAGS, "needs --server")
+    if verifier is None or not method:
+        raise typer.BadParameter("--verifier and --method are needed, or --server with a running server")
     from speculators import evaluation
 
     config = evaluation.EvaluateConfig(

@@ -1,0 +1,261 @@
+"""`evaluate --server`: the house table of a running server, for one or several numbers of clients.
+
+Prompts are asked in groups of as many as there are clients. Where a plain server (the same verifier without a drafter)
+is given, each group is asked of both, one after the other in an order that changes from group to group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from speculators.data_generation.vllm_client import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, ServerUnavailableError
+from speculators.evaluation.acceptance import acceptance_length, doubts, measured_speedup
+from speculators.evaluation.environment import environment
+from speculators.evaluation.latency import rotated
+from speculators.evaluation.losslessness import count_identical
+from speculators.evaluation.methods import PLAIN
+from speculators.evaluation.prompts import load_prompts
+from speculators.evaluation.records import Measurement
+from speculators.evaluation.server_client import Answering, MeasuredServer, ServerRestartedError
+from speculators.evaluation.server_metrics import ServerCounters
+from speculators.evaluation.statistics import Estimate
+
+SERVED = "served"
+"""The row's name where nobody gave one: a server does not say what drafts in it."""
+NO_BASELINE = "no plain server was given (--baseline-server), so speedup and losslessness were not measured"
+
+
+@dataclass(frozen=True)
+class ServerEvaluation:
+    """What to measure. Everything that changes a figure is here, and is written into the report."""
+
+    server: str
+    data: str
+    baseline: str | None = None
+    """A server of the same verifier that drafts nothing."""
+    verifier: str | None = None
+    """Whose tokenizer renders the prompts; None: what the server says it loaded."""
+    label: str = SERVED
+    num_clients: tuple[int, ...] = (1,)
+    num_prompts: int = 32
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    num_warmup: int = 2
+    """Groups asked before the clock counts."""
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    max_retries: int = DEFAULT_MAX_RETRIES
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class ServerRow:
+    """The columns of the house table, and the number of clients. None where no plain server was given."""
+
+    method: str
+    num_clients: int
+    num_speculative_tokens: int
+    temperature: float
+    num_prompts: int
+    num_tokens: int
+    acceptance_length: Estimate
+    acceptance_rate: float
+    """accepted / drafted"""
+    conditional_acceptance: tuple[float, ...]
+    tokens_per_s: float
+    plain_tokens_per_s: float | None
+    speedup: Estimate | None
+    speedup_per_token: float | None
+    num_identical: int | None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServerReport:
+    """The rows measured, all of them or those before the server went away."""
+
+    server: str
+    verifier: str
+    dataset: str
+    rows: tuple[ServerRow, ...]
+    interrupted: str | None = None
+    """Why the measurement ended early; None when it did not."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Level:
+    """What was measured with one number of clients."""
+
+    num_clients: int
+    served: list[Measurement] = field(default_factory=list)
+    plain: list[Measurement] = field(default_factory=list)
+    counted: list[ServerCounters] = field(default_factory=list)
+    num_restarts: int = 0
+
+
+def evaluate_server(
+    config: ServerEvaluation, *, on_progress: Callable[[str, int, int | None], None] | None = None
+) -> ServerReport:
+    """Measure a running server. One that goes away for good ends the measurement; what there is, is reported."""
+    if not config.num_clients or min(config.num_clients) < 1:
+        raise ValueError(f"concurrency {list(config.num_clients)}: at least one client is needed")
+    servers = {SERVED: connect(config, config.server)}
+    if config.baseline is not None:
+        servers[PLAIN] = connect(config, config.baseline)
+    refuse_wrong_roles(servers)
+    root = servers[SERVED].served.root
+    prompts = load_prompts(config.data, tokenizer_of(config, root), limit=config.num_prompts).token_ids
+    levels, interrupted = [], None
+    try:
+        for num_clients in config.num_clients:
+            levels.append(Level(num_clients))
+            measure_level(levels[-1], servers, prompts, config, on_progress)
+    except (ServerUnavailableError, ServerRestartedError) as error:
+        groups_done = len(levels[-1].served)
+        interrupted = f"{error}. {groups_done * levels[-1].num_clients} prompts of this level were measured"
+    finally:
+        for server in servers.values():
+            server.close()
+    return ServerReport(
+        server=config.server,
+        verifier=config.verifier or root,
+        dataset=config.data,
+        rows=tuple(row_of(level, config) for level in levels if level.served),
+        interrupted=interrupted,
+        settings=asdict(config),
+        environment=environment(),
+    )
+
+
+def connect(config: ServerEvaluation, url: str) -> MeasuredServer:
+    return MeasuredServer(
+        url, timeout_s=config.timeout_s, max_retries=config.max_retries, max_clients=max(config.num_clients)
+    )
+
+
+def refuse_wrong_roles(servers: dict[str, MeasuredServer]) -> None:
+    if not servers[SERVED].counters().speculates:
+        raise ValueError(
+            f"{servers[SERVED].base_url} drafts nothing: its /metrics has no vllm:spec_decode counters. Give a server "
+            "started with a drafter (`speculators serve`), and this one as --baseline-server"
+        )
+    if PLAIN in servers and servers[PLAIN].counters().speculates:
+        raise ValueError(f"--baseline-server {servers[PLAIN].base_url} drafts too; it must serve the verifier plainly")
+
+
+def tokenizer_of(config: ServerEvaluation, root: str) -> Any:
+    name = config.verifier or root
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer can be read from {name!r}: name the verifier with --verifier") from error
+
+
+def measure_level(
+    level: Level,
+    servers: dict[str, MeasuredServer],
+    prompts: Sequence[Sequence[int]],
+    config: ServerEvaluation,
+    on_progress: Callable[[str, int, int | None], None] | None,
+) -> None:
+    """Fill `level`, a group at a time; a group counts only when every server answered all of it."""
+    answering = Answering(config.max_tokens, config.temperature, config.top_k, config.top_p, config.seed)
+    groups = [prompts[i : i + level.num_clients] for i in range(0, len(prompts), level.num_clients)]
+    for group in groups[: config.num_warmup]:
+        for server in servers.values():
+            server.measure(group, answering)
+    num_done = 0
+    for index, group in enumerate(groups):
+        measured = {
+            name: measured_again(level, servers[name], group, answering) for name in rotated(list(servers), index)
+        }
+        level.served.append(measured[SERVED][0])
+        level.counted.append(measured[SERVED][1])
+        if PLAIN in measured:
+            level.plain.append(measured[PLAIN][0])
+        num_done += len(group)
+        if on_progress is not None:
+            on_progress(f"{level.num_clients} clients", num_done, len(prompts))
+
+
+def measured_again(
+    level: Level, server: MeasuredServer, group: Sequence[Sequence[int]], answering: Answering
+) -> tuple[Measurement, ServerCounters]:
+    """A server that was restarted under a group (requests were retried, counters began anew) is asked once more."""
+    try:
+        return server.measure(group, answering)
+    except ServerRestartedError:
+        level.num_restarts += 1
+        return server.measure(group, answering)
+
+
+def row_of(level: Level, config: ServerEvaluation) -> ServerRow:
+    stats = reduce(add, (measurement.stats for measurement in level.served))
+    num_tokens = sum(measurement.num_tokens for measurement in level.served)
+    length = acceptance_length(level.served)
+    answers = [ids for measurement in level.served for ids in measurement.token_ids]
+    speedup = measured_speedup(level.plain, level.served) if level.plain else None
+    plain_answers = [ids for measurement in level.plain for ids in measurement.token_ids]
+    is_comparable = bool(level.plain) and config.temperature == 0
+    return ServerRow(
+        method=config.label,
+        num_clients=level.num_clients,
+        num_speculative_tokens=len(level.counted[0].accepted_per_position),
+        temperature=config.temperature,
+        num_prompts=len(answers),
+        num_tokens=num_tokens,
+        acceptance_length=length,
+        acceptance_rate=stats.acceptance_rate,
+        conditional_acceptance=tuple(stats.conditional_rates),
+        tokens_per_s=num_tokens / sum(measurement.time_s for measurement in level.served),
+        plain_tokens_per_s=speed(level.plain),
+        speedup=speedup,
+        speedup_per_token=None if speedup is None else speedup.value / length.value,
+        num_identical=count_identical(plain_answers, answers) if is_comparable else None,
+        warnings=(*(() if speedup is None else doubts(speedup, length)), *doubts_about_counts(level, num_tokens)),
+    )
+
+
+def speed(measurements: Sequence[Measurement]) -> float | None:
+    """Tokens a second; None where nothing was measured."""
+    time_s = sum(measurement.time_s for measurement in measurements)
+    return sum(measurement.num_tokens for measurement in measurements) / time_s if measurements else None
+
+
+def doubts_about_counts(level: Level, num_tokens: int) -> tuple[str, ...]:
+    """What makes the figures mean something else than they seem to."""
+    found = []
+    num_generated = sum(counted.num_generated for counted in level.counted)
+    if num_generated > num_tokens:
+        found.append(
+            f"the server generated {num_generated} tokens while it was asked for {num_tokens}: somebody else uses it, "
+            "and the acceptance figures are of both"
+        )
+    num_cached = sum(counted.num_cached_prompt_tokens for counted in level.counted)
+    if num_cached:
+        found.append(
+            f"{num_cached} prompt tokens came from the prefix cache, which shortens the prompts' share of the time; "
+            "start the servers with --no-enable-prefix-caching to measure without"
+        )
+    depth = len(level.counted[0].accepted_per_position)
+    if sum(c.num_drafted for c in level.counted) < depth * sum(c.num_drafts for c in level.counted):
+        found.append(
+            "drafts were of different lengths and the server does not count them by length: conditional acceptance "
+            "takes a draft that ended for one that was rejected"
+        )
+    if level.num_restarts:
+        found.append(f"the server was restarted {level.num_restarts} times; those prompts were asked again")
+    return tuple(found)
