@@ -14,8 +14,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 VLLM_VENV ?= .venv-vllm
+VLLM_TRITON ?= .venv-vllm-triton
+VLLM_PYTEST := OMP_NUM_THREADS=1 SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm
+VLLM_TESTS ?= tests/integration tests/mtp
 
-.PHONY: help quickstart test test-vllm check lint types install install-dev clean
+.PHONY: help quickstart test test-vllm test-vllm-v2 check lint types install install-dev clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,8 +30,11 @@ test: install-dev  ## install with the development tools, then run the tests
 	$(PYTEST)
 
 test-vllm: install-dev $(VLLM_VENV)/.installed  ## the real vLLM, on CPU, serves what we train (its environment: 2.5 GB, made once)
-	SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm tests/integration
+	$(VLLM_PYTEST) $(VLLM_TESTS)
 	PYTHONPATH=src $(VLLM_VENV)/bin/python -m pytest -m vllm tests/speculative_config
+
+test-vllm-v2: install-dev $(VLLM_VENV)/.installed $(VLLM_TRITON)/.installed  ## DSpark in vLLM's model runner V2, interpreted on CPU (1 GB more, slow)
+	SPECULATORS_VLLM_TRITON=$(abspath $(VLLM_TRITON)) $(VLLM_PYTEST) tests/integration/test_vllm_dspark.py
 
 check: lint types test  ## everything that must pass before a change is finished
 
@@ -63,5 +69,9 @@ $(VLLM_VENV)/.installed: scripts/vllm_cpu/install.sh scripts/vllm_cpu/vllm_cpu_f
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet pytest
 	@touch $@
 
+$(VLLM_TRITON)/.installed: scripts/vllm_cpu/install_triton_interpreter.sh $(VLLM_VENV)/.installed
+	scripts/vllm_cpu/install_triton_interpreter.sh $(VLLM_VENV) $(VLLM_TRITON)
+	@touch $@
+
 clean:  ## remove the virtual environment and what quickstart wrote
-	rm -rf $(VENV) $(VLLM_VENV) quickstart-output
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_TRITON) quickstart-output

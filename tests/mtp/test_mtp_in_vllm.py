@@ -3,10 +3,7 @@
 Runs with `-m vllm` where SPECULATORS_VLLM_PYTHON names the Python of an environment with vLLM.
 """
 
-import json
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
+from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm
 from speculators.interfaces import CaptureSpec
 from speculators.models.mtp import MTPDraftModel
 from speculators.verifier import capture_states
 
 VLLM_PYTHON = os.environ.get("SPECULATORS_VLLM_PYTHON")
-JOB = Path(__file__).parents[1] / "integration" / "vllm_job.py"
 VOCAB, HIDDEN = 256, 128  # vLLM's CPU attention wants heads of 32 or more
 NUM_TOKENS, NUM_DRAFTS = 48, 3
 
@@ -87,12 +84,9 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path):
     ours = engine.generate(prompts, sampling)
     assert engine.stats.acceptance_length > 1.1
 
-    job = {
-        "model": str(stitched), "prompts": prompts, "max_tokens": NUM_TOKENS, "max_model_len": 256,
-        "speculative_config": {"method": "mtp", "num_speculative_tokens": NUM_DRAFTS},
-    }  # fmt: skip
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    subprocess.run([VLLM_PYTHON, JOB, tmp_path / "job.json", tmp_path / "result.json"], check=True)
-    theirs = json.loads((tmp_path / "result.json").read_text())
-    assert theirs["token_ids"] == [list(output.token_ids) for output in plain]
-    assert sum(theirs["accepted"]) == pytest.approx(sum(output.stats.num_accepted for output in ours), rel=0.03)
+    drafting = {"method": "mtp", "num_speculative_tokens": NUM_DRAFTS}
+    run = VllmRun(str(stitched), prompts, NUM_TOKENS, speculative_config=drafting, engine={"skip_tokenizer_init": True})
+    (theirs,) = decode_in_vllm(VLLM_PYTHON, [run])
+    assert theirs.error is None, theirs.error
+    assert theirs.token_ids == [list(output.token_ids) for output in plain]
+    assert sum(theirs.accepted) == pytest.approx(sum(output.stats.num_accepted for output in ours), rel=0.03)

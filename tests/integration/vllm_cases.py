@@ -1,0 +1,60 @@
+"""What is served: drafters trained a little by `train`, with the flags of their kind, and methods that need none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+NUM_DRAFTS = 4
+RECIPE = ("--lr", "3e-3", "--total-seq-len", "512", "--epochs", "2", "--no-parity-gate")
+BLOCK = ("--block-size", "5", "--num-layers", "2")
+FULL = ("--full-attention-indices", "0", "1")
+SLIDING = ("--sliding-window", "48")
+
+
+@dataclass(frozen=True)
+class Trained:
+    speculator_type: str
+    flags: tuple[str, ...] = ()
+    num_drafts: int = NUM_DRAFTS
+
+
+TRAINED = {
+    "eagle3 llama, reduced vocabulary": Trained("eagle3", ("--draft-arch", "llama", "--draft-vocab-size", "2048")),
+    "eagle3 qwen3, whole vocabulary": Trained("eagle3", ("--draft-arch", "qwen3")),
+    "peagle": Trained("peagle", ("--draft-vocab-size", "2048")),
+    "dflash, full": Trained("dflash", (*BLOCK, *FULL)),
+    "dflash, sliding causal": Trained("dflash", (*BLOCK, *SLIDING)),
+    "dflash, sliding not causal": Trained("dflash", (*BLOCK, *SLIDING, "--sliding-window-non-causal")),
+    "eagle": Trained("eagle"),
+    "medusa": Trained("medusa", num_drafts=3),
+}
+"""All of vLLM's model runner V1."""
+
+DSPARK = Trained("dspark", ("--block-size", "4", "--num-layers", "1", "--draft-vocab-size", "2048"), num_drafts=4)
+"""Model runner V2 alone."""
+
+UNTRAINED = {
+    "ngram": {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4},
+    "draft_model": {"method": "draft_model"},
+}
+
+
+@dataclass
+class Decoded:
+    """One method on the same prompts, here and there."""
+
+    plain: list[list[int]]
+    """Of vLLM."""
+    ours: list[list[int]] = field(default_factory=list)
+    theirs: list[list[int]] = field(default_factory=list)
+    our_accepted: list[int] = field(default_factory=list)
+    their_accepted: list[int] = field(default_factory=list)
+    error: str | None = None
+
+
+def train_flags(case: Trained, verifier: str, data: str, save_path: Any) -> list[str]:
+    return [
+        "train", "--speculator-type", case.speculator_type, "--verifier-name-or-path", verifier, "--data-path", data,
+        "--save-path", str(save_path), *RECIPE, *case.flags,
+    ]  # fmt: skip
