@@ -85,3 +85,26 @@ class DFlashSpeculatorConfig(SpeculatorModelConfig):
 def is_sliding(nested: PretrainedConfig, layer: int) -> bool:
     layer_types = getattr(nested, "layer_types", None)
     return layer_types is not None and layer_types[layer] == "sliding_attention"
+
+
+def check_buildable(config: DFlashSpeculatorConfig) -> None:
+    """What a config may leave open but a model cannot."""
+    if not isinstance(config, DFlashSpeculatorConfig):
+        return  # the base class says so
+    ids = config.aux_hidden_state_layer_ids
+    if not ids:
+        raise ValueError(
+            f"aux_hidden_state_layer_ids={ids}: its length sizes fc; list the verifier layers to read, e.g. "
+            "[2, n // 2, n - 3] of n layers"
+        )
+    nested = config.transformer_layer_config
+    if any(is_sliding(nested, i) for i in range(nested.num_hidden_layers)) and not nested.sliding_window:
+        raise ValueError(
+            f"layer_types has sliding layers but sliding_window={nested.sliding_window}: engines refuse that; set it, "
+            "and use_sliding_window=True (without which transformers drops the window of a qwen3 config)"
+        )
+    if config.num_drafts < 1:
+        raise ValueError(
+            f"block_size={config.block_size} drafts nothing: slot 0 holds the anchor; use 2 or more, or "
+            "sample_from_anchor"
+        )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
-from speculators.interfaces import Proposer, VerifierStates
+from speculators.interfaces import TreeDrafter, VerifierStates
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.arguments import TRAINING_DEFAULTS, DFlashTrainingArgs
@@ -27,7 +27,7 @@ from speculators.models.dflash.checkpoint import (
     pin_causality,
     warn_if_served_differently,
 )
-from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
+from speculators.models.dflash.config import DFlashSpeculatorConfig, check_buildable
 from speculators.models.dflash.network import BlockDecoderLayer, DFlashNetwork
 from speculators.models.dflash.proposer import DFlashProposer
 from speculators.models.dflash.serving import DFlashContract
@@ -42,6 +42,7 @@ from speculators.models.dflash.training import (
     fill,
     train_forward,
 )
+from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.models.utils import resolve_mask_token_id, resolve_target_layer_ids, target_logit_transform
 from speculators.nn.decoder import DecoderLayer
 from speculators.nn.draft_vocab import logits_over_verifier, select_rows
@@ -243,11 +244,19 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Proposer:
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> DFlashProposer:
         model = self.beside(verifier_model)
         return DFlashProposer(
             model.network, model.target_layer_ids, model.d2t, model.verifier_vocab_size, max_batch_size=max_batch_size,
             max_length=max_length,
+        )  # fmt: skip
+
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
+        """Slots do not see each other's tokens: the candidates of a slot are the same below all nodes before it."""
+        chain = self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
+        return SlotTreeDrafter(
+            chain.slot_log_probs, chain.capture, max_depth=self.config.num_drafts, d2t=chain.d2t,
+            verifier_vocab_size=chain.verifier_vocab_size,
         )  # fmt: skip
 
     def beside(self, verifier_model: Any) -> DFlashDraftModel:
@@ -277,26 +286,3 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
 
     expected_keys: ClassVar[Any] = staticmethod(expected_keys)
     warn_if_served_differently = staticmethod(warn_if_served_differently)
-
-
-def check_buildable(config: DFlashSpeculatorConfig) -> None:
-    """What a config may leave open but a model cannot."""
-    if not isinstance(config, DFlashSpeculatorConfig):
-        return  # the base class says so
-    ids = config.aux_hidden_state_layer_ids
-    if not ids:
-        raise ValueError(
-            f"aux_hidden_state_layer_ids={ids}: its length sizes fc; list the verifier layers to read, e.g. "
-            "[2, n // 2, n - 3] of n layers"
-        )
-    nested = config.transformer_layer_config
-    if any(is_sliding(nested, i) for i in range(nested.num_hidden_layers)) and not nested.sliding_window:
-        raise ValueError(
-            f"layer_types has sliding layers but sliding_window={nested.sliding_window}: engines refuse that; set it, "
-            "and use_sliding_window=True (without which transformers drops the window of a qwen3 config)"
-        )
-    if config.num_drafts < 1:
-        raise ValueError(
-            f"block_size={config.block_size} drafts nothing: slot 0 holds the anchor; use 2 or more, or "
-            "sample_from_anchor"
-        )

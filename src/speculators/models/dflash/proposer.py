@@ -66,9 +66,7 @@ class DFlashProposer:
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
         with self.packed:
-            self.commit(committed, num_new, num_committed)
-            last_column_B1 = (committed.num_new_B - 1).clamp_min(0)[:, None]
-            anchor_B = committed.token_ids_BT.gather(1, last_column_B1)[:, 0]
+            anchor_B = self.take_in(committed, num_new, num_committed)
             if num_tokens == 0:
                 return Proposal(anchor_B.new_empty(len(num_new), 0))
             hidden_BKH = self.fill(anchor_B, num_tokens)
@@ -77,6 +75,23 @@ class DFlashProposer:
         if not all(drafts_B):
             draft_ids_BK[~torch.tensor(drafts_B, device=self.device)] = NO_DRAFT
         return Proposal(draft_ids_BK, probs_BKV)
+
+    @torch.inference_mode()
+    def slots_after(self, committed: Committed, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """(logits [B, K, V_draft] of the head and what it read [B, K, H]) of the slots behind what was committed."""
+        num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
+        with self.packed:
+            hidden_BKH = self.fill(self.take_in(committed, num_new, num_committed), num_tokens)
+            return self.network.lm_head(hidden_BKH), hidden_BKH
+
+    def slot_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
+        """[B, K, V_draft]: what each slot says, whatever the others draft."""
+        return self.slots_after(committed, num_tokens)[0].float().log_softmax(-1)
+
+    def take_in(self, committed: Committed, num_new: list[int], num_committed: list[int]) -> Tensor:
+        """Commit; the last token of each row, [B]."""
+        self.commit(committed, num_new, num_committed)
+        return committed.token_ids_BT.gather(1, last_column(committed)[:, None])[:, 0]
 
     def commit(self, committed: Committed, num_new: list[int], num_committed: list[int]) -> None:
         """Write the context entries of the new states, of all rows and layers at once."""
@@ -112,3 +127,7 @@ class DFlashProposer:
         probs_BKV = draft_probs(logits_BKV, sampling.temperature_B[:, None])
         draft_ids_BK = draft_to_verifier_ids(draw(probs_BKV, sampling.generator), self.d2t)
         return draft_ids_BK, scatter_to_verifier(probs_BKV, self.d2t, self.verifier_vocab_size)
+
+
+def last_column(committed: Committed) -> Tensor:
+    return (committed.num_new_B - 1).clamp_min(0)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.interfaces import Proposer
+from speculators.interfaces import TreeDrafter
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.dflash import DFlashDraftModel
@@ -27,6 +27,7 @@ from speculators.models.dspark.training import (
     drafts_logits,
     train_forward,
 )
+from speculators.models.dspark.tree import DSparkTreeDrafter
 
 DEFAULT_MAX_ANCHORS = 3072
 """Of `get_trainer_kwargs` called by hand; the command line gives its own."""
@@ -119,13 +120,20 @@ class DSparkDraftModel(DFlashDraftModel):
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Proposer:
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> DSparkProposer:
         model = self.beside(verifier_model)
         assert isinstance(model, DSparkDraftModel)
         return DSparkProposer(
             model.network, model.target_layer_ids, model.d2t, model.verifier_vocab_size, model.markov_head,
             model.confidence_head, max_batch_size=max_batch_size, max_length=max_length,
         )  # fmt: skip
+
+    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
+        sizes = {"max_batch_size": max_batch_size, "max_length": max_length}
+        chain = self.make_proposer(verifier_model, **sizes)
+        if chain.markov_head is None:
+            return super().make_tree_drafter(verifier_model, **sizes)
+        return DSparkTreeDrafter(chain, chain.markov_head, self.config.num_drafts)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         warn_if_not_served(self.config)
