@@ -15,6 +15,7 @@ from speculators.findings import Finding, error, warning
 
 PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAP, KEPT = "d2t", "t2d"
+VALUES_AT_ONCE = 1 << 22
 
 
 def tensor_findings(
@@ -54,11 +55,17 @@ def one_tensor(name: str, tensor: Tensor, expected: Tensor) -> Iterator[Finding]
             "tensor-type", name, type_of(tensor), f"weights are {', '.join(map(short, PLAIN_TYPES))}",
             "export with --dtype bfloat16",
         )  # fmt: skip
-    elif not bool(torch.isfinite(tensor).all()):
+    elif not is_finite(tensor):
         yield error(
             "not-finite", name, f"{int((~torch.isfinite(tensor)).sum())} values are NaN or infinite",
             "a weight that nobody loaded is NaN", "save the drafter again after load_verifier_weights",
         )  # fmt: skip
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are. A sum of squares in blocks says so many times faster than a look at each."""
+    blocks = (block.float() for block in tensor.reshape(-1).split(VALUES_AT_ONCE))
+    return all(bool(torch.isfinite(torch.dot(block, block))) for block in blocks) or bool(torch.isfinite(tensor).all())
 
 
 def dtype_findings(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Finding]:

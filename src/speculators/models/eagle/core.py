@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from speculators.checkpoint_format import ForeignCheckpoint
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
@@ -25,7 +26,7 @@ from speculators.models.eagle.attachment import (
     head_of,
     no_grad_weight,
 )
-from speculators.models.eagle.checkpoint import complete_eagle_config, expected_keys, read_native, save_native
+from speculators.models.eagle.checkpoint import complete_eagle_config, expected_keys, save_native
 from speculators.models.eagle.config import EagleSpeculatorConfig, layer_architecture, recorded
 from speculators.models.eagle.generation import generate
 from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
@@ -160,11 +161,8 @@ class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc
     @classmethod
     def from_native(cls, path: str | Path, verifier: str | None = None) -> EagleSpeculator:
         """The drafter of a directory in the EAGLE repository's format."""
-        fields, tensors = read_native(path)
-        if verifier is not None:
-            fields["speculators_config"] = recorded(verifier, trust_remote_code=False)
-        config = EagleSpeculatorConfig(**fields)
-        return cls.from_pretrained(None, config=config, state_dict=tensors)
+        converted = cls.contract.format_named("eagle").read(ForeignCheckpoint(Path(path)), verifier)
+        return cls.from_pretrained(None, config=converted.config, state_dict=converted.tensors)
 
     def save_native(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
         """The directory that vLLM serves with `{"method": "eagle", "model": path}`. Refused where it would not be

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from speculators.checkpoint_format import ForeignCheckpoint
 from speculators.model import SpeculatorModel
 from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, recorded
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.medusa.arguments import TRAINING_DEFAULTS, MedusaTrainingArgs
-from speculators.models.medusa.checkpoint import expected_keys, read_native, save_native
+from speculators.models.medusa.checkpoint import expected_keys, save_native
 from speculators.models.medusa.config import MedusaSpeculatorConfig
 from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
 from speculators.models.medusa.serving import MedusaContract
@@ -109,8 +110,5 @@ class MedusaDraftModel(LastStateModel):
     @classmethod
     def from_native(cls, path: str | Path, verifier: str | None = None) -> MedusaDraftModel:
         """The drafter of a directory in vLLM's format or the Medusa repository's."""
-        fields, tensors = read_native(path)
-        if verifier is not None:
-            fields["rms_norm_eps"] = get_verifier_config(verifier).rms_norm_eps
-            fields["speculators_config"] = recorded("medusa", fields["num_heads"], verifier, trust_remote_code=False)
-        return cls.from_pretrained(None, config=MedusaSpeculatorConfig(**fields), state_dict=tensors)
+        converted = cls.contract.format_named("medusa").read(ForeignCheckpoint(Path(path)), verifier)
+        return cls.from_pretrained(None, config=converted.config, state_dict=converted.tensors)
