@@ -169,6 +169,19 @@ class VllmSource:
         return self.slots
 
 
+def what_the_server_extracts(
+    endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, max_retries: int = DEFAULT_MAX_RETRIES
+) -> ExtractionNote | None:
+    """The note of its starter, found by asking for the states of one token; None when there is none."""
+    with make_client(endpoint, timeout_s=timeout_s) as client:
+        model = served_model(client, max_retries=max_retries).name
+        handle, _ = generate_hidden_states(
+            client, model, {"input_ids": [0]}, timeout=timeout_s, max_retries=max_retries
+        )
+    read_and_delete(Path(handle), torch.tensor([0]), timeout_s)
+    return ExtractionNote.read(Path(handle).parent)
+
+
 def slots_of(capture: CaptureSpec, note: ExtractionNote | None, num_slots_in_file: int) -> list[int]:
     """By the server's note; without one the file must hold exactly what is wanted, in order."""
     if note is None:

@@ -1,0 +1,175 @@
+"""Verifier states of a prepared dataset to disk, from an extraction server: a file a row, what exists is kept.
+
+    <prepared>/hidden_states/hs_<row>.safetensors     read by `train`, also on machines without the verifier
+
+A run that ended early, however it ended, is continued by the same command: files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from speculators.data_generation.offline import find_corrupt_hidden_state_indices, get_indices_to_process
+from speculators.data_generation.prepared import HIDDEN_STATES_NAME, PreparedData
+from speculators.data_generation.preprocessing import Progress
+from speculators.data_generation.sources.store import HiddenStateStore
+from speculators.data_generation.sources.vllm import DEFAULT_CONCURRENCY, VllmSource, what_the_server_extracts
+from speculators.data_generation.vllm_client import (
+    DEFAULT_ENDPOINT,
+    DEFAULT_MAX_RETRIES,
+    DEFAULT_TIMEOUT_S,
+    InvalidResponseError,
+    ServerUnavailableError,
+)
+from speculators.interfaces import CaptureSpec, VerifierStates
+
+logger = logging.getLogger(__name__)
+
+NUM_AHEAD = 2
+"""Rows asked for ahead of the one being written, in units of `concurrency`: bounds what is held in memory."""
+
+
+@dataclass(frozen=True)
+class OfflineConfig:
+    """Where from, where to, and what to do when a row fails."""
+
+    preprocessed_data: str
+    endpoint: str = DEFAULT_ENDPOINT
+    output: str | None = None
+    """None: beside the prepared data, where `train` looks."""
+    model: str | None = None
+    """Only a check: the model that the server must serve."""
+    target_layer_ids: tuple[int, ...] | None = None
+    """What a server extracts that `launch-vllm` did not start, the last layer at the end."""
+    max_samples: int | None = None
+    concurrency: int = DEFAULT_CONCURRENCY
+    validate_outputs: bool = False
+    """Read files that exist in full, and make damaged ones again. Otherwise only their headers are looked at."""
+    request_timeout_s: float = DEFAULT_TIMEOUT_S
+    max_retries: int = DEFAULT_MAX_RETRIES
+    fail_on_error: bool = False
+    max_consecutive_errors: int | None = None
+    """So many rows failed one after the other end the run; None: `concurrency`."""
+    world_size: int = 1
+    rank: int = 0
+    """Several machines share the rows: this is number `rank` of `world_size`."""
+
+
+@dataclass
+class OfflineReport:
+    """What became of the rows of this rank."""
+
+    directory: Path
+    capture: CaptureSpec
+    num_kept: int = 0
+    """Files that were there and are whole."""
+    num_repaired: int = 0
+    """Of those written: files that were there, damaged."""
+    num_written: int = 0
+    num_tokens: int = 0
+    failed: dict[int, str] = field(default_factory=dict)
+    """Row -> why it has no file."""
+
+
+def generate_offline_data(config: OfflineConfig, progress: Progress | None = None) -> OfflineReport:
+    """Write what is missing. `ServerUnavailableError` when the server is gone; what was written stays."""
+    capture = capture_of(config)
+    source = VllmSource(
+        config.endpoint,
+        capture,
+        layer_ids=config.target_layer_ids,
+        concurrency=config.concurrency,
+        timeout_s=config.request_timeout_s,
+        max_retries=config.max_retries,
+    )
+    try:
+        if config.model is not None and config.model not in (source.served.root, source.served.name):
+            raise ValueError(f"{config.endpoint} serves {source.served.root}, not --model {config.model}")
+        rows = PreparedData.open(config.preprocessed_data).dataset()["input_ids"]
+        directory = Path(config.output or Path(config.preprocessed_data) / HIDDEN_STATES_NAME)
+        store = HiddenStateStore(directory, capture, rows, verifier=source.served.root)
+        report = OfflineReport(directory, capture)
+        todo = rows_to_make(config, store, report)
+        write_rows(config, source, store, rows, todo, report, progress)
+    finally:
+        source.close()
+    return report
+
+
+def capture_of(config: OfflineConfig) -> CaptureSpec:
+    """Everything the server extracts."""
+    ids, num_layers = config.target_layer_ids, max(config.target_layer_ids or (0,))
+    if ids is None:
+        note = what_the_server_extracts(
+            config.endpoint, timeout_s=config.request_timeout_s, max_retries=config.max_retries
+        )
+        if note is None:
+            raise ValueError(
+                f"{config.endpoint} left no note which layers it extracts; start it with `speculators launch-vllm`, or "
+                "give --target-layer-ids as it was started, the last layer at the end"
+            )
+        ids, num_layers = note.layer_ids, note.num_layers
+    return CaptureSpec(tuple(i for i in ids if i != num_layers), last_hidden=num_layers in ids)
+
+
+def rows_to_make(config: OfflineConfig, store: HiddenStateStore, report: OfflineReport) -> list[int]:
+    damaged = set(find_corrupt_hidden_state_indices(store.directory, store.present))
+    if config.validate_outputs:
+        damaged |= set(store.audit())
+    todo = get_indices_to_process(
+        len(store.lengths), config.max_samples, store.present - damaged, config.world_size, config.rank
+    )
+    mine = get_indices_to_process(len(store.lengths), config.max_samples, (), config.world_size, config.rank)
+    report.num_kept = len(mine) - len(todo)
+    report.num_repaired = len(damaged.intersection(todo))
+    return todo
+
+
+def write_rows(
+    config: OfflineConfig,
+    source: VllmSource,
+    store: HiddenStateStore,
+    rows: Sequence[torch.Tensor],
+    todo: Sequence[int],
+    report: OfflineReport,
+    progress: Progress | None,
+) -> None:
+    limit = config.max_consecutive_errors or config.concurrency
+    num_consecutive = 0
+    for num_done, (row, states) in enumerate(asked_ahead(source, rows, todo, config.concurrency * NUM_AHEAD), start=1):
+        try:
+            store.write_row(row, states.result())
+        except (ServerUnavailableError, InvalidResponseError) as error:
+            report.failed[row] = str(error)
+            num_consecutive += 1
+            logger.warning("row %d: %s", row, error)
+            if config.fail_on_error or num_consecutive >= limit:
+                raise type(error)(
+                    f"{error} ({num_consecutive} rows failed one after the other). {report.num_written} rows were "
+                    f"written to {store.directory}; the same command makes the others"
+                ) from error
+        else:
+            num_consecutive = 0
+            report.num_written += 1
+            report.num_tokens += store.lengths[row]
+        if progress is not None:
+            progress("hidden states", num_done, len(todo))
+
+
+def asked_ahead(
+    source: VllmSource, rows: Sequence[torch.Tensor], todo: Sequence[int], num_ahead: int
+) -> Iterator[tuple[int, Future[VerifierStates]]]:
+    """Each row in order, with the states it was asked for some rows ago."""
+    asked: deque[tuple[int, Future[VerifierStates]]] = deque()
+    for row in todo:
+        asked.append((row, source.pool.submit(source.read_one, torch.as_tensor(rows[row]))))
+        if len(asked) >= num_ahead:
+            yield asked.popleft()
+    yield from asked
