@@ -7,7 +7,7 @@ import pytest
 import torch
 from eagle3_toys import HIDDEN, VOCAB, draft_maps, packed_batch
 from safetensors import safe_open
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.losses import ce_loss, kl_div_loss, tv_loss
@@ -221,3 +221,21 @@ def test_training_and_drafting_read_the_layers_that_config_json_names(make_draft
     assert written == sorted(set(written)) and len(written) == 3
     # an engine reads config.json alone: a shift made alike in training and drafting would only show when served
     assert list(model.capture.aux_layer_ids) == list(proposer.capture.aux_layer_ids) == written
+
+
+def test_layers_to_read_that_a_config_leaves_open_are_chosen_by_its_verifier(make_drafter, tmp_path):
+    """[2, n // 2, n - 3] of 8 layers, as engines choose; written down when saved again."""
+    torch.manual_seed(0)
+    deep = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(deep).save_pretrained(tmp_path / "deep")
+    make_drafter(verifier_name_or_path=str(tmp_path / "deep")).save_pretrained(tmp_path / "drafter")
+    file = tmp_path / "drafter" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "eagle_aux_hidden_state_layer_ids": None}))
+    model = Eagle3DraftModel.from_pretrained(tmp_path / "drafter")
+    assert model.target_layer_ids == [2, 4, 5]
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]

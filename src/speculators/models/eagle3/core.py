@@ -75,7 +75,7 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         ids = self.config.eagle_aux_hidden_state_layer_ids
         if ids is None:
             raise ValueError(
-                "eagle_aux_hidden_state_layer_ids is null, so the verifier layers to read are unknown; set it in "
+                "eagle_aux_hidden_state_layer_ids is null and no verifier is recorded to choose them by; set it in "
                 f"config.json to {DEFAULT_NUM_AUX} ids, [2, n // 2, n - 3] for a verifier of n layers by convention"
             )
         return list(ids)
@@ -87,6 +87,9 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         verifier = speculators_config.verifier.name_or_path if speculators_config is not None else None
         if verifier is not None:
             self.target_scale, self.target_softcap = target_logit_transform(verifier)
+            if self.config.eagle_aux_hidden_state_layer_ids is None:
+                # what engines choose where a config is silent, written down from here on
+                self.config.eagle_aux_hidden_state_layer_ids = resolve_target_layer_ids(None, verifier)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
