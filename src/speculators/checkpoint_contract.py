@@ -34,6 +34,9 @@ class CheckpointContract:
     training_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of config.json that only training reads."""
 
+    borrows_from_verifier: ClassVar[bool] = False
+    """Whether `embed_tokens` and `lm_head` are the verifier's, as `DraftVocabMixin` has them."""
+
     def expected_tensors(self, model_class: type[SpeculatorModel], config: SpeculatorModelConfig) -> dict[str, Tensor]:
         """Name, shape and kind of every tensor on disk, without data."""
         with torch.device("meta"):
@@ -44,6 +47,8 @@ class CheckpointContract:
     def shared_tensors(self, config: SpeculatorModelConfig) -> frozenset[str]:
         """Tensors a checkpoint may leave out, because engines then use the verifier's: the embedding unless it is
         trained, the head unless it has rows of its own."""
+        if not self.borrows_from_verifier:
+            return frozenset()
         is_trained = getattr(config, "embed_requires_grad", False)
         is_whole = getattr(config, "draft_vocab_size", None) == getattr(config, "target_vocab_size", None)
         embedding = [] if is_trained else ["embed_tokens.weight"]
@@ -52,6 +57,8 @@ class CheckpointContract:
     def verifier_copies(self, config: SpeculatorModelConfig) -> Mapping[str, str]:
         """Tensors that are the verifier's, unchanged: name on disk -> name in the verifier (a head of fewer rows: its
         rows by `d2t`)."""
+        if not self.borrows_from_verifier:
+            return {}
         is_trained = getattr(config, "embed_requires_grad", False)
         names = ["lm_head.weight"] if is_trained else ["embed_tokens.weight", "lm_head.weight"]
         return {name: name for name in names}

@@ -1,5 +1,6 @@
 """The contract check: a clean checkpoint of every type gives no finding, and every seeded fault is caught by name."""
 
+import importlib
 import json
 import shutil
 import time
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from deploy_toys import CASES, HIDDEN, VERIFIER, draft_map, edit_config, edit_tensors
+from transformers import AutoConfig
 
 from speculators.cli.app import main
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.export import export_checkpoint
+from speculators.train.checkpointer import save_speculator
 from speculators.training_record import RECORD_FILE
 
 
@@ -255,6 +258,21 @@ def test_biases_that_vllm_would_drop_are_named(trained, tmp_path):
     edit_config(native, lambda values: values.pop("medusa_fc_bias"))
     report = check_checkpoint(native)
     assert [(found.code, found.where) for found in report.findings] == [("option-dropped", "medusa_fc_bias")]
+
+
+def test_an_algorithm_of_others_is_checked_as_far_as_it_says(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "fixtures")
+    algorithm = importlib.import_module("myalgo.core").MyAlgoDraftModel
+    model = algorithm.from_training_args(
+        AutoConfig.from_pretrained(VERIFIER), verifier_name_or_path=VERIFIER, draft_vocab_size=None,
+        target_layer_ids=[1, 2],
+    )  # fmt: skip
+    (tmp_path / "0").mkdir()
+    save_speculator(model, tmp_path / "0")
+    report = check_checkpoint(tmp_path / "0")
+    assert not report.findings and report.serving is None, [str(found) for found in report.findings]
+    edit_tensors(tmp_path / "0", lambda tensors: tensors.pop("fc.bias"))
+    assert [found.code for found in check_checkpoint(tmp_path / "0").findings] == ["tensor-missing"]
 
 
 def test_a_directory_of_no_format_is_an_error_that_says_so(tmp_path):

@@ -54,9 +54,9 @@ def fit_findings(values: Mapping[str, Any], config: Any, layer_ids: Sequence[int
     """Sizes, layers and class. `values` are the verifier's; `layer_ids` those the drafter reads."""
     layers = getattr(config, "transformer_layer_config", config)
     mend = "use the verifier the drafter was trained for"
-    for what, ours in (("hidden_size", layers.hidden_size), ("vocab_size", config.target_vocab_size)):
+    for what, ours in (("hidden_size", getattr(layers, "hidden_size", None)), ("vocab_size", vocab_size_of(config))):
         theirs = values.get(what)
-        if theirs is not None and theirs != ours:
+        if None not in (theirs, ours) and theirs != ours:
             code = f"verifier-{what.replace('_', '-')}"
             yield error(code, what, f"the drafter's is {ours}", f"the verifier's is {theirs}", mend)
     num_layers = values.get("num_hidden_layers")
@@ -81,6 +81,11 @@ def fit_findings(values: Mapping[str, Any], config: Any, layer_ids: Sequence[int
             "positions-short", "max_position_embeddings", str(drafted), f"the verifier's is {longest}; vLLM raises it "
             "for EAGLE's methods only", "write the verifier's",
         )  # fmt: skip
+
+
+def vocab_size_of(config: Any) -> int | None:
+    """Of the verifier, as the drafter's config has it; None: the config of an algorithm that does not say."""
+    return getattr(config, "target_vocab_size", None) or getattr(config, "vocab_size", None)
 
 
 def copy_findings(

@@ -118,6 +118,7 @@ class ZLabFormat(CheckpointFormat):
 class DFlashContract(CheckpointContract):
     formats: ClassVar[tuple[CheckpointFormat, ...]] = (ZLabFormat(),)
     served_format: ClassVar[str | None] = SPECULATORS
+    borrows_from_verifier: ClassVar[bool] = True
     training_keys: ClassVar[frozenset[str]] = frozenset({"max_anchors"})
     absent_means: ClassVar[Mapping[str, str]] = {
         "aux_hidden_state_layer_ids": "does not load the checkpoint",

@@ -79,12 +79,6 @@ class EagleContract(CheckpointContract):
     formats = (EagleFormat(),)
     served_format = NATIVE
 
-    def verifier_copies(self, config: Any) -> Mapping[str, str]:
-        return {}
-
-    def shared_tensors(self, config: Any) -> frozenset[str]:
-        return frozenset()
-
     def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
         try:
             check_servable(config)

@@ -126,6 +126,7 @@ class Eagle3Format(CheckpointFormat):
 class Eagle3Contract(CheckpointContract):
     formats: ClassVar[tuple[CheckpointFormat, ...]] = (Eagle3Format(),)
     served_format: ClassVar[str | None] = SPECULATORS
+    borrows_from_verifier: ClassVar[bool] = True
     training_keys: ClassVar[frozenset[str]] = frozenset({"embed_requires_grad"})
     absent_means: ClassVar[Mapping[str, str]] = {
         "norm_before_residual": "takes it for true (a config of ours without it means false)",
