@@ -78,7 +78,7 @@ def refuse_unservable(speculators_type: str, model: str) -> None:
     if contract.served_format != SPECULATORS:
         raise ValueError(
             f"{model}: vLLM serves a drafter of type {speculators_type!r} from a directory in its own layout; "
-            f"write one with `speculators export {model} OUTPUT` and serve what it says"
+            f"write one with `speculators export {model} --output DIRECTORY`, which says how to serve it"
         )
 
 
