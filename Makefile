@@ -16,15 +16,18 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 VLLM_VENV ?= .venv-vllm
 VLLM_TRITON ?= .venv-vllm-triton
 VLLM_PYTEST := OMP_NUM_THREADS=1 SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm
-VLLM_TESTS ?= tests/integration tests/mtp
+VLLM_TESTS ?= tests/integration tests/mtp tests/serving
 
-.PHONY: help quickstart test test-vllm test-vllm-v2 check lint types install install-dev clean
+.PHONY: help quickstart results test test-vllm test-vllm-v2 check lint types install install-dev clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: install  ## install, then train, decode and measure a drafter for the embedded verifier
 	$(BIN)/speculators quickstart
+
+results: install  ## train every drafter for the embedded verifier, measure them, rewrite the table of docs/results.md
+	$(BIN)/python benchmarks/results.py --output results-output --document docs/results.md
 
 test: install-dev  ## install with the development tools, then run the tests
 	$(PYTEST)
