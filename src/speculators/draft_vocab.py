@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from speculators.nn.draft_vocab import select_rows
 from speculators.nn.norms import RMSNormPlusOne
+from speculators.utils.files import refuse_missing_verifier
 from speculators.utils.loading import find_key, list_checkpoint_keys, load_model_layers
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class DraftVocabMixin(_Base):
         path = speculators_config.verifier.name_or_path if speculators_config is not None else None
         if path is None:
             return
+        refuse_missing_verifier(path)
         norm = getattr(self, "verifier_norm", None)
         names = ["embed_tokens.weight"] + (["model.norm.weight"] if norm is not None else [])
         if find_key("lm_head.weight", list_checkpoint_keys(path)) is not None:  # else it is tied to the embedding

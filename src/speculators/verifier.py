@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec
+from speculators.utils.files import refuse_missing_verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -49,11 +50,7 @@ def load_verifier(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name = str(name_or_path)
-    if _looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"no verifier at {name!r}: it is not a directory with a config.json; give the directory of a saved causal "
-            "LM, or a model id of the Hugging Face hub"
-        )
+    refuse_missing_verifier(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError, KeyError) as error:
@@ -211,10 +208,6 @@ def _head(model: nn.Module) -> nn.Module:
 
 def _text_config(config: PreTrainedConfig) -> dict[str, Any]:
     return config.get_text_config(decoder=True).to_dict()
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _first_line(error: BaseException) -> str:

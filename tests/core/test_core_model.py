@@ -404,7 +404,7 @@ def test_mappings_may_be_given_while_loading_and_are_saved_with_the_model(verifi
 
 def test_a_verifier_that_moved_can_be_pointed_at(verifier, mappings, tmp_path):
     loaded_model(mappings, speculators_config=speculators_config(tmp_path / "gone")).save_pretrained(tmp_path / "m")
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="no verifier at "):
         SpeculatorModel.from_pretrained(tmp_path / "m", local_files_only=True)
     model = SpeculatorModel.from_pretrained(tmp_path / "m", verifier=verifier[0])
     assert torch.equal(model.verifier_norm.weight, verifier[1]["model.norm.weight"])

@@ -57,7 +57,7 @@ def export_checkpoint(
     ours = prepared(opened, verifier, dtype)
     named = ours.verifier
     if named is None:
-        raise ValueError(f"{checkpoint} names no verifier, and engines ask for it: give --verifier")
+        raise ValueError(f"{checkpoint} names no verifier; give it with --verifier")
     contract = opened.model_class.contract
     serving = contract.serving(ours.config, format_name, str(output.resolve()), named)
     with atomic_directory(output) as folder:

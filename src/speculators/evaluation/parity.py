@@ -240,7 +240,7 @@ def recorded_verifier(model: SpeculatorModel, checkpoint: str) -> str:
     recorded = model.config.speculators_config
     path = recorded.verifier.name_or_path if recorded is not None else None
     if path is None:
-        raise ValueError(f"{checkpoint} names no verifier; say which with --verifier")
+        raise ValueError(f"{checkpoint} names no verifier; give it with --verifier")
     return path
 
 

@@ -24,6 +24,7 @@ from speculators.models.last_state_training import Places, align, all_logits, ta
 from speculators.models.utils import target_logit_transform
 from speculators.nn.norms import RMSNorm
 from speculators.proposals import GreedyTokenProposalConfig
+from speculators.utils.files import refuse_missing_verifier
 from speculators.utils.loading import find_key, list_checkpoint_keys, load_model_layers
 
 DEFAULT_LOSS = "kl_div"
@@ -70,6 +71,7 @@ class LastStateModel(SpeculatorModel):
         path = recorded.verifier.name_or_path if recorded is not None else None
         if path is None:
             return
+        refuse_missing_verifier(path)
         is_tied = find_key("lm_head.weight", list_checkpoint_keys(path)) is None
         head_name = "embed_tokens.weight" if is_tied else "lm_head.weight"
         weights = load_model_layers([head_name, "model.norm.weight"], path)

@@ -74,3 +74,13 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def refuse_missing_verifier(name: str) -> None:
+    """What is said of a verifier that is not where it should be, before the hub is asked for a model of that name."""
+    looks_like_a_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_a_path and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"no verifier at {name!r}: it is not a directory with a config.json; give the directory of a saved causal "
+            "LM, or a model id of the Hugging Face hub"
+        )

@@ -110,8 +110,9 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             nn.init.constant_(self.embed_tokens.weight, math.nan)
             if not self.use_draft_vocab:
                 nn.init.constant_(self.lm_head.weight, math.nan)
-            self.target_transform = target_logit_transform(path)
         super().load_verifier_weights()
+        if path is not None:
+            self.target_transform = target_logit_transform(path)
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from speculators.draft_vocab import norm_is_unit_offset
 from speculators.models.utils import target_logit_transform
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
+from speculators.utils.files import refuse_missing_verifier
 from speculators.utils.loading import find_key, list_checkpoint_keys, load_model_layers
 from speculators.verifier import load_verifier, verifier_parts
 
@@ -89,6 +90,7 @@ class VerifierAttachment(_Base):
 
     def attach_files(self, path: str) -> None:
         """What training needs from the verifier's files, as frozen modules of our own: the verifier is not loaded."""
+        refuse_missing_verifier(path)
         names = ["embed_tokens.weight", "model.norm.weight"]
         if find_key("lm_head.weight", list_checkpoint_keys(path)) is not None:  # else it is tied to the embedding
             names.append("lm_head.weight")
