@@ -186,6 +186,10 @@ FAULTS = {
     "not JSON": (
         "eagle3", lambda path: (path / "config.json").write_text("{"), ("config-unreadable", "config.json"), "no JSON",
     ),
+    "another weights file": (
+        "dflash", lambda path: shutil.copy(path / "model.safetensors", path / "old.safetensors"),
+        ("stray-weights", "old.safetensors"), "every *.safetensors",
+    ),
     "cut file": (
         "eagle3", lambda path: (path / "model.safetensors").write_bytes(b"123"),
         ("weights-unreadable", "model.safetensors"), "incomplete or damaged",

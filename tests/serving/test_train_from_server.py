@@ -81,7 +81,7 @@ def whole(tmp_path_factory, verifier, data):
 
 
 def masters(path):
-    return load_file(path / "2" / "master_weights.safetensors")
+    return load_file(path / "2" / "master_weights.fp32")
 
 
 def test_a_run_asks_for_each_row_once_and_leaves_no_file(start_fake, settings, tmp_path):

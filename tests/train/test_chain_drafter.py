@@ -68,5 +68,5 @@ def test_stopped_and_continued_it_ends_with_the_same_bits(tmp_path, verifier_pat
     with pytest.raises(TrainingInterrupted):
         train(run, on_event=stop)
     train(run)
-    left, right = (load_file(tmp_path / name / "1" / "master_weights.safetensors") for name in ("whole", "parts"))
+    left, right = (load_file(tmp_path / name / "1" / "master_weights.fp32") for name in ("whole", "parts"))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -36,7 +36,7 @@ def test_the_directory_is_a_bf16_speculator_with_exact_masters_beside_it(tmp_pat
         "config.json",
         "model.safetensors",
         "training_record.json",
-        "master_weights.safetensors",
+        "master_weights.fp32",
         "optimizer_state_dict.pt",
         "scheduler_state_dict.pt",
         "training_state.json",
@@ -49,7 +49,7 @@ def test_the_directory_is_a_bf16_speculator_with_exact_masters_beside_it(tmp_pat
         "global_step": 5,
     }
     published = load_file(tmp_path / "0" / "model.safetensors")
-    kept = load_file(tmp_path / "0" / "master_weights.safetensors")
+    kept = load_file(tmp_path / "0" / "master_weights.fp32")
     for name, param in model.named_parameters():
         assert published[name].dtype == torch.bfloat16
         assert torch.equal(published[name], param.to(torch.bfloat16))
@@ -118,7 +118,7 @@ def test_save_best_removes_only_what_we_wrote(tmp_path, model, optimizers):
     assert checkpointer.best_loss() == 1.0
 
 
-@pytest.mark.parametrize("name", ["master_weights.safetensors", "optimizer_state_dict.pt", "training_state.json"])
+@pytest.mark.parametrize("name", ["master_weights.fp32", "optimizer_state_dict.pt", "training_state.json"])
 def test_a_damaged_file_is_named_with_the_way_out(tmp_path, model, optimizers, name):
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(tmp_path / "0", model, optimizers, Position(0, 0, 1))

@@ -72,14 +72,14 @@ def test_a_run_continued_by_the_same_command_ends_with_the_same_bits(settings, t
     events = []
     run(settings, events.append, epochs=3)
     assert any("continuing from" in event.text for event in events if isinstance(event, Note))
-    left, right = (load_file(tmp_path / name / "2" / "master_weights.safetensors") for name in ("whole", "run"))
+    left, right = (load_file(tmp_path / name / "2" / "master_weights.fp32") for name in ("whole", "run"))
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def test_cached_states_train_like_computed_ones(settings, tmp_path):
     def masters(name, **changes):
         run(settings, save_path=str(tmp_path / name), **changes)
-        return load_file(tmp_path / name / "1" / "master_weights.safetensors")
+        return load_file(tmp_path / name / "1" / "master_weights.fp32")
 
     computed = masters("computed")
     cached = masters("cached", cache_hidden_states=True)

@@ -115,6 +115,7 @@ def check_opened(opened: Opened, report: CheckReport, verifier: str | None) -> N
         return
     shared = contract.shared_tensors(config)
     report.add("tensors", tensor_check.tensor_findings(tensors, expected, shared, is_served=is_served))
+    report.findings += tensor_check.file_findings(report.path)
     if {tensor_check.MAP, tensor_check.KEPT} <= tensors.keys() & expected.keys():
         report.add(MAP, tensor_check.map_findings(tensors, config.target_vocab_size))  # type: ignore[attr-defined]
     record = record_of(report)
@@ -159,7 +160,7 @@ def check_verifier(
     name = name or ((record or {}).get("verifier") or {}).get("name_or_path")
     report.verifier = name
     if name is None:
-        report.skip(FIT, "no verifier is recorded: name it with --verifier")
+        report.skip(FIT, f"{report.path} names no verifier; give it with --verifier")
         return
     report.serving = contract.serving(opened.config, opened.format, str(report.path), name)
     values, found = verifier_check.verifier_values(name)

@@ -6,12 +6,14 @@ Shapes: V verifier vocabulary, D draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from speculators.findings import Finding, error, warning
+from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX
 
 PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAP, KEPT = "d2t", "t2d"
@@ -60,6 +62,18 @@ def one_tensor(name: str, tensor: Tensor, expected: Tensor) -> Iterator[Finding]
             "not-finite", name, f"{int((~torch.isfinite(tensor)).sum())} values are NaN or infinite",
             "a weight that nobody loaded is NaN", "save the drafter again after load_verifier_weights",
         )  # fmt: skip
+
+
+def file_findings(path: Path) -> Iterator[Finding]:
+    """Without an index, vLLM loads every safetensors file of a directory, one over the other."""
+    if (path / SAFETENSORS_INDEX).is_file():
+        return
+    for file in sorted(path.glob("*.safetensors")):
+        if file.name != SAFETENSORS:
+            yield error(
+                "stray-weights", file.name, f"lies beside {SAFETENSORS}",
+                "vLLM loads every *.safetensors of the directory, in no certain order", "move the file away, or export",
+            )  # fmt: skip
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
     <save_path>/<epoch>/     config.json model.safetensors        the speculator, bf16: load, serve, publish this
                              training_record.json                 what it was trained with: `speculators check`
-                             master_weights.safetensors           the same weights as trained, fp32: only for resuming
+                             master_weights.fp32                  the same weights as trained, fp32: only for resuming
                              optimizer_state_dict.pt scheduler_state_dict.pt training_state.json val_metrics.json
     <save_path>/epoch<N>_end, epoch<N>_step<K>, checkpoint_best   symlinks to <N>
     <save_path>/interrupted/                                      saved on SIGINT or SIGTERM
@@ -33,7 +33,8 @@ from speculators.training_record import write_training_record
 from speculators.utils.files import atomic_directory
 
 STATE_FILE = "training_state.json"
-MASTERS_FILE = "master_weights.safetensors"
+MASTERS_FILE = "master_weights.fp32"
+"""A safetensors file by another name: vLLM loads every *.safetensors of the directory it serves."""
 OPTIMIZER_FILE = "optimizer_state_dict.pt"
 SCHEDULER_FILE = "scheduler_state_dict.pt"
 METRICS_FILE = "val_metrics.json"
