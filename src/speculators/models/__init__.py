@@ -37,7 +37,8 @@ Adding an algorithm
 
 4. What has a working default and may be said better (see `SpeculatorModel`): `target_layer_ids` and `capture` (which
    verifier states it reads), `training_args` and `training_defaults` (its own keys on the command line), `align`
-   (shifts before packing), `make_proposer` (drafting at decode time), `checkpoint_formats`.
+   (shifts before packing), `make_proposer` (drafting at decode time), `contract` (what its
+   checkpoints hold, what vLLM makes of them, formats of other projects).
 """
 
 from __future__ import annotations
