@@ -145,7 +145,7 @@ def test_a_custom_class_drafts(name):
         ({**custom("x"), "model": "no_such_module.Class"}, ImportError, "no_such_module"),
         ({"method": "ngram", "num_speculative_tokens": 0}, ValueError, "greater than 0"),
         ({"method": "ngrams", "num_speculative_tokens": 2}, ValueError, "ngram"),
-        ({**custom("GivenSeven"), "speculative_token_tree": "[(0,), (1,)]"}, ValueError, "draft chains"),
+        ({**custom("GivenSeven"), "speculative_token_tree": "[(0,), (1,)]"}, ValueError, "drafts chains"),
         (object(), ValueError, "speculative_config is a object"),
         (toys.ScriptedProposer(toys.at_random(0)), ValueError, "needs num_speculative_tokens"),
     ],

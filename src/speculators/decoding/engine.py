@@ -25,6 +25,8 @@ from speculators.decoding.proposers import Drafting, build_drafting
 from speculators.decoding.request import RequestOutput, StreamEvent
 from speculators.decoding.round import (
     Accepted,
+    RoundTimes,
+    account,
     argmax_of,
     drafted_tokens,
     logprobs_of,
@@ -157,35 +159,24 @@ class Engine:
     def _round(self, batch: Batch) -> list[StreamEvent]:
         """Draft, score, verify, keep, commit."""
         start = perf_counter()
-        requests = list(batch.decoding().values())
-        proposal = self._propose(batch)
+        requests = batch.decoding()
+        proposal = self._propose(batch, len(requests))
         drafted = perf_counter()
         output = self.verifier.score(*to_score(batch, proposal), proposal.parents_K)
         scored = perf_counter()
         verification = self._verify(batch, proposal, output.logits_BTV)
-        accepted = on_host(verification, proposal, batch.decoding())
+        accepted = on_host(verification, proposal, requests)
         self.verifier.keep(*accepted.to_keep(batch.width))
-        for row, request in batch.decoding().items():
-            request.output.stats.record(*accepted.offered_by_row[row], len(accepted.token_ids_by_row[row]) - 1)
         if self.drafting is not None:
             batch.tell(accepted.token_ids_by_row, accepted.states(output.states_BTD))
         events = self._commit(batch, accepted, output.logits_BTV)
-        self._account(requests, accepted, drafted - start, scored - drafted, perf_counter() - scored)
+        times = RoundTimes(drafted - start, scored - drafted, perf_counter() - scored)
+        account(requests, accepted, times, self.drafting.adaptive if self.drafting is not None else None)
         return events
 
-    def _account(self, requests: list[ActiveRequest], accepted: Accepted, *times_s: float) -> None:
-        """Split a round's times (draft, verify, overhead) over its requests; tell the adaptive draft length of it."""
-        for request in requests:
-            request.output.stats.spend(*(seconds / len(requests) for seconds in times_s))
-        if self.drafting is not None and self.drafting.adaptive is not None:
-            draft_s, verify_s, overhead_s = times_s
-            self.drafting.adaptive.observe(
-                accepted.num_drafted, accepted.num_accepted, draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s
-            )
-
-    def _propose(self, batch: Batch) -> Proposal:
+    def _propose(self, batch: Batch, num_running: int) -> Proposal:
         drafting = self.drafting
-        num_tokens = drafting.num_tokens(len(batch.decoding())) if drafting is not None else 0
+        num_tokens = drafting.num_tokens(num_running) if drafting is not None else 0
         if drafting is None or num_tokens == 0:
             return no_drafts(batch.width, batch.device)
         sampling = batch.sampling(0, batch.width)

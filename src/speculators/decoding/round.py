@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from speculators.decoding.adaptive import AdaptiveLength
 from speculators.decoding.request import TokenLogprobs
-from speculators.decoding.rows import Batch
+from speculators.decoding.rows import ActiveRequest, Batch
 from speculators.decoding.sampling import DraftedTokens, SamplingParams
 from speculators.decoding.tree import ancestor_mask, depths
 from speculators.interfaces import Proposal, Verification
@@ -50,6 +52,24 @@ class Accepted:
         if states_BTD is None or self.is_chain:
             return states_BTD
         return {row: states_BTD[row, columns] for row, columns in self.columns_by_row.items()}
+
+
+class RoundTimes(NamedTuple):
+    draft_s: float
+    verify_s: float
+    overhead_s: float
+
+
+def account(
+    requests: dict[int, ActiveRequest], accepted: Accepted, times: RoundTimes, adaptive: AdaptiveLength | None
+) -> None:
+    """Write a round into its requests' stats, its times split evenly; tell the adaptive draft length of it."""
+    share = [seconds / len(requests) for seconds in times]
+    for row, request in requests.items():
+        request.output.stats.record(*accepted.offered_by_row[row], len(accepted.token_ids_by_row[row]) - 1)
+        request.output.stats.spend(*share)
+    if adaptive is not None:
+        adaptive.observe(accepted.num_drafted, accepted.num_accepted, **times._asdict())
 
 
 def no_drafts(num_rows: int, device: torch.device) -> Proposal:

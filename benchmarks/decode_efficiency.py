@@ -1,0 +1,137 @@
+"""Measured against ideal speedup with an oracle of known acceptance: what is missing is overhead that we own.
+
+    ideal = tau / (c_draft + v(K + 1)), both costs measured around each pair of runs, in units of one plain forward
+
+A part of `decode.py`.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from speculators.decoding import Engine, HFVerifier, SamplingParams
+from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
+
+K = 4
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class Repeats:
+    """How often a comparison is repeated: as asked, or less when its share of the time is over; twice at least."""
+
+    def __init__(self, num_repeats: int, num_comparisons: int, budget_s: float):
+        self.num_repeats, self.num_left = num_repeats, num_comparisons
+        self.end_s = time.perf_counter() + budget_s
+
+    def __iter__(self) -> Iterator[int]:
+        start = time.perf_counter()
+        share_s = (self.end_s - start) / max(self.num_left, 1)
+        self.num_left -= 1
+        for i in range(self.num_repeats):
+            if i >= 2 and time.perf_counter() - start > share_s:
+                return
+            yield i
+
+
+def decode(engine: Engine, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
+    return [output.token_ids for output in outputs]
+
+
+class Oracle:
+    """Drafts the known continuation; each draft is right with the given probability. Costs next to nothing."""
+
+    def __init__(self, texts: list[list[int]], accuracy: float):
+        self.capture = CaptureSpec()
+        self.texts, self.accuracy, self.chooser = texts, accuracy, random.Random(0)
+        self.text_by_row: dict[int, list[int]] = {}
+
+    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+        token_ids = committed.token_ids_BT.tolist()
+        drafts = []
+        totals = committed.num_committed_B.tolist()
+        for row, new in enumerate(committed.num_new_B.tolist()):
+            if new and new == totals[row]:
+                self.text_by_row[row] = next(t for t in self.texts if t[:new] == token_ids[row][:new])
+            right = self.text_by_row[row][totals[row] : totals[row] + num_tokens]
+            right += [0] * (num_tokens - len(right))
+            drafts.append([t if self.chooser.random() < self.accuracy else t ^ 1 for t in right])
+        return Proposal(torch.tensor(drafts))
+
+
+class Forwards:
+    """Scores 1 or K + 1 tokens for every row behind texts of half the length the rows will reach."""
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], num_tokens: int):
+        self.verifier = HFVerifier(model, len(prompts))
+        self.lengths_B = torch.tensor([len(p) + num_tokens // 2 for p in prompts])
+        self.tokens_BT = torch.full((len(prompts), int(self.lengths_B.max())), 7)
+        with self.verifier:
+            self.verifier.score(self.tokens_BT, self.lengths_B, last_only=True)
+            self.verifier.keep(torch.arange(self.tokens_BT.shape[1]).expand(self.tokens_BT.shape), self.lengths_B)
+
+    def seconds(self, *widths: int, num_calls: int = 15) -> list[float]:
+        """Medians, the widths taking turns."""
+        times: list[list[float]] = [[] for _ in widths]
+        with self.verifier:
+            for _ in range(num_calls + 2):
+                for i, width in enumerate(widths):
+                    tokens = self.tokens_BT[:, :width].contiguous()
+                    valid_B = torch.full_like(self.lengths_B, width)
+                    times[i].append(seconds(lambda t=tokens, n=valid_B: self.verifier.score(t, n)))  # type: ignore[misc]
+        return [statistics.median(t[2:]) for t in times]
+
+
+def efficiency(
+    model: PreTrainedModel, prompts: list[list[int]], num_tokens: int, repeats: Repeats, accuracy: float
+) -> dict[str, float]:
+    plain = Engine(model, max_batch_size=len(prompts))
+    texts = [p + o for p, o in zip(prompts, decode(plain, prompts, num_tokens + K), strict=True)]
+    drafted = Engine(
+        model, Oracle(texts, accuracy), num_speculative_tokens=K, max_batch_size=len(prompts)
+    )  # fmt: skip
+    decode(drafted, prompts, 2 * K)
+    forwards = Forwards(model, prompts, num_tokens)
+    measured = [one_efficiency(plain, drafted, forwards, prompts, num_tokens) for _ in repeats]
+    names = ("acceptance_length", "speedup", "ideal", "efficiency", "verify_cost", "draft_cost")
+    medians = {name: statistics.median(row[name] for row in measured) for name in names}
+    return {"accuracy": accuracy, **medians, "num_pairs": len(measured)}
+
+
+def one_efficiency(
+    plain: Engine, drafted: Engine, forwards: Forwards, prompts: list[list[int]], num_tokens: int
+) -> dict[str, float]:
+    """The speedup of one pair of runs and, from costs measured around it, what it could have been."""
+    before = forwards.seconds(1, K + 1)
+    speedup = round_seconds(plain, prompts, num_tokens) / round_seconds(drafted, prompts, num_tokens)
+    after = forwards.seconds(1, K + 1)
+    one_s, all_s = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+    stats = drafted.stats
+    # times of a round are split over its requests, so rounds of single requests weigh in full
+    c_draft = stats.draft_s / (stats.num_rounds / len(prompts)) / one_s
+    # tokens kept a round: the last round of a request is cut at its limit, the first token comes from the prompt
+    tau = (stats.num_tokens - len(prompts)) / stats.num_rounds
+    ideal = tau / (c_draft + all_s / one_s)
+    return {
+        "acceptance_length": tau, "speedup": speedup, "ideal": ideal, "efficiency": speedup / ideal,
+        "verify_cost": all_s / one_s, "draft_cost": c_draft,
+    }  # fmt: skip
+
+
+def round_seconds(engine: Engine, prompts: list[list[int]], num_tokens: int) -> float:
+    """Seconds of a run, prompts aside."""
+    engine.reset_stats()
+    decode(engine, prompts, num_tokens)
+    return engine.stats.draft_s + engine.stats.verify_s + engine.stats.overhead_s
