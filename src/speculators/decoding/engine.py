@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.decoding.hf_verifier import HFVerifier
 from speculators.decoding.intake import Intake, Prompts, Samplings, end_of_sequence_ids, usable_length
 from speculators.decoding.prefill import score_chunk, shared_prefix
 from speculators.decoding.proposers import Drafting, build_drafting
+from speculators.decoding.recurrent_verifier import make_verifier
 from speculators.decoding.request import RequestOutput, StreamEvent
 from speculators.decoding.round import (
     Accepted,
@@ -83,7 +83,7 @@ class Engine:
             rule=rule,
         )
         capture = self.drafting.proposer.capture if self.drafting is not None else CaptureSpec()
-        self.verifier = HFVerifier(verifier, max_batch_size, capture) if is_model else verifier
+        self.verifier = make_verifier(verifier, max_batch_size, capture) if is_model else verifier
         self.max_batch_size = max_batch_size
         self.prefill_chunk = prefill_chunk
         self.stats = DecodeStats()

@@ -1,0 +1,242 @@
+"""Verifiers that fold the past into states (Mamba, linear attention, hybrids with attention): rolled back by snapshot.
+
+Shapes: B rows of the forward (first_row .. first_row + B - 1), T tokens, V vocabulary, D width of captured states.
+
+Keys and values of attention layers are dropped by moving a length, as in `hf_verifier`. A state has no past to drop, so
+the states before the scored tokens stay until `keep` says how many of them count:
+
+    before     state after x0 .. x[L-1]                        kept while the round is judged
+    scored     x[L] and K drafts, in one forward               its states are good where everything was accepted
+    kept       x[L] .. x[L+n-1], n < K + 1                     run again from the states before, equal n together
+
+Chains only: the nodes of a tree would each need a state of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from speculators.decoding.cache import WriteSpan
+from speculators.decoding.hf_verifier import HFVerifier
+from speculators.decoding.masks import MaskBuilder
+from speculators.decoding.recurrent_cache import HybridCache, States, tensors_of
+from speculators.decoding.round import neighbours
+from speculators.interfaces import CaptureSpec, Verifier, VerifierOutput
+from speculators.verifier import CapturedStates, capture_states, verifier_parts
+
+CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+HALF_PRECISION_TOLERANCE = 0.1
+"""Of the constructor's check, as a share of the largest value; a model that ignores its state is off by 50 %."""
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether some layer keeps a state in place of keys and values."""
+    if getattr(model, "_is_stateful", False):
+        return True
+    layers = DynamicCache(config=verifier_parts(model).config).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+def make_verifier(model: PreTrainedModel, num_rows: int, capture: CaptureSpec | None = None) -> Verifier:
+    """What decodes with a model, by how its layers keep the past."""
+    return (RecurrentVerifier if is_recurrent(model) else HFVerifier)(model, num_rows, capture)
+
+
+class RecurrentVerifier:
+    """A `Verifier` over transformers' own recurrent and hybrid models."""
+
+    def __init__(self, model: PreTrainedModel, num_rows: int, capture: CaptureSpec | None = None):
+        self.model, self.parts = model, verifier_parts(model)
+        self.capture = capture or CaptureSpec()
+        self.vocab_size: int = self.parts.config.vocab_size
+        parameter: Any = self.parts.head.weight
+        self.device: torch.device = parameter.device
+        kinds = DynamicCache(config=self.parts.config).layers
+        self._windows = attention_windows(model, self.parts.config, kinds)
+        self._cache = HybridCache(num_rows, kinds)
+        self._masks = MaskBuilder(self._windows, parameter.dtype, self.device) if self._windows else None
+        takes = inspect.signature(model.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
+        self._takes_positions, self._takes_logits_to_keep = "position_ids" in takes, "logits_to_keep" in takes
+        self._tokens_by_row: list[list[int]] = [[] for _ in range(num_rows)]
+        self._states_by_row: list[States | None] = [None] * num_rows
+        self._scored_first = 0
+        self._scored: list[tuple[list[int], States]] = []
+        self._exit, self._depth = ExitStack(), 0
+        self._captured: CapturedStates | None = None
+        with torch.inference_mode():
+            self._check_that_states_continue()
+
+    @property
+    def length_by_row(self) -> list[int]:
+        return [len(token_ids) for token_ids in self._tokens_by_row]
+
+    def __enter__(self) -> RecurrentVerifier:
+        self._depth += 1
+        if self._depth == 1:
+            self._exit.enter_context(torch.inference_mode())
+            if self.capture != CaptureSpec():
+                self._captured = self._exit.enter_context(capture_states(self.model, self.capture))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._exit.close()
+
+    # -- the seam
+
+    def score(
+        self,
+        token_ids_BT: Tensor,
+        num_valid_B: Tensor,
+        parents_K: Tensor | None = None,
+        *,
+        first_row: int = 0,
+        last_only: bool = False,
+    ) -> VerifierOutput:
+        """See `interfaces.Verifier`. Prompts of different lengths run one by one: a state must not see padding."""
+        if parents_K is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} folds the past into one state a layer, and the nodes of a draft tree "
+                "would each need their own; draft a chain: leave out speculative_token_tree and dynamic_tree"
+            )
+        self._scored_first, self._scored = first_row, []
+        num_valid = num_valid_B.tolist()
+        if not last_only or len(set(num_valid)) == 1:
+            output = self._run(token_ids_BT, first_row, last_only=last_only)
+            self._scored = [(row_T, self._cache.states_of(i)) for i, row_T in enumerate(token_ids_BT.tolist())]
+            return output
+        logits, states = [], []
+        for i, num_tokens in enumerate(num_valid):
+            output = self._run(token_ids_BT[i : i + 1, : max(num_tokens, 1)], first_row + i, last_only=True)
+            self._scored.append((token_ids_BT[i, :num_tokens].tolist(), self._cache.states_of(0)))
+            logits.append(output.logits_BTV)
+            states.append(output.states_BTD[0] if output.states_BTD is not None else None)
+        return VerifierOutput(torch.cat(logits), _padded(states))
+
+    def keep(self, columns_BT: Tensor, num_kept_B: Tensor) -> None:
+        """See `interfaces.Verifier`. States of partly kept rows are computed again from those before the round."""
+        rows_by_length: dict[int, list[int]] = {}
+        for i, num_kept in enumerate(num_kept_B.tolist()):
+            token_ids, states = self._scored[i]
+            if num_kept == len(token_ids):
+                self._accept(self._scored_first + i, token_ids, states)
+            elif num_kept:
+                rows_by_length.setdefault(num_kept, []).append(self._scored_first + i)
+        for num_kept, rows in rows_by_length.items():
+            for run in neighbours(rows):
+                self._advance(run, [self._scored[row - self._scored_first][0][:num_kept] for row in run])
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget a row's tokens from `length` on; what is left of a shortened row is computed again."""
+        kept = self._tokens_by_row[row][:length]
+        assert len(kept) == length
+        if length < len(self._tokens_by_row[row]):
+            self._tokens_by_row[row], self._states_by_row[row] = [], None
+            if kept:
+                self._advance([row], [kept])
+
+    def share_prefix(self, from_row: int, to_row: int, length: int) -> None:
+        """The other row's state is past `length`, so the tokens are run again."""
+        self._advance([to_row], [self._tokens_by_row[from_row][:length]])
+
+    # -- forwards
+
+    def _advance(self, rows: list[int], token_ids: list[list[int]]) -> None:
+        """Append tokens, the same number to each of some neighbouring rows."""
+        self._run(torch.tensor(token_ids, device=self.device), rows[0], last_only=True)
+        for i, row in enumerate(rows):
+            self._accept(row, token_ids[i], self._cache.states_of(i))
+
+    def _accept(self, row: int, token_ids: list[int], states: States) -> None:
+        self._tokens_by_row[row] += token_ids
+        self._states_by_row[row] = states
+
+    def _run(self, token_ids_BT: Tensor, first_row: int, *, last_only: bool) -> VerifierOutput:
+        B, T = token_ids_BT.shape
+        lengths = self.length_by_row[first_row : first_row + B]
+        self._cache.load(self._states_by_row[first_row : first_row + B])
+        self._cache.reserve(max(lengths) + T)
+        position_BT = torch.tensor(lengths, device=self.device)[:, None] + torch.arange(T, device=self.device)
+        self._cache.span = self._span(lengths, first_row, T, position_BT)
+        kwargs: dict[str, Any] = {self._cache_name: self._cache}
+        if self._masks is not None:
+            masks = self._masks.chain(position_BT, max(lengths) + T, 1)
+            kwargs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
+        if self._takes_positions:
+            kwargs["position_ids"] = position_BT
+        if last_only and self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = 1
+        logits_BTV = self.model(input_ids=token_ids_BT, use_cache=True, **kwargs).logits
+        states_BTD = self._captured.drafter_input if self._captured is not None else None
+        return VerifierOutput(logits_BTV[:, -1:] if last_only else logits_BTV, states_BTD)
+
+    def _span(self, lengths: list[int], first_row: int, num_tokens: int, position_BT: Tensor) -> WriteSpan:
+        B, num_slots = len(lengths), max(lengths) + num_tokens
+        if len(set(lengths)) == 1:
+            return WriteSpan(first_row, B, num_tokens, num_slots, lengths[0], None)
+        row_B1 = torch.arange(first_row, first_row + B, device=self.device)[:, None]
+        return WriteSpan(
+            first_row, B, num_tokens, num_slots, None, (row_B1 * self._cache.capacity + position_BT).flatten()
+        )
+
+    def _check_that_states_continue(self) -> None:
+        """Five tokens at once must leave and say what two and then three do: not every model reads its state for
+        several tokens. States are compared because they differ whatever the weights are."""
+        token_ids_15 = torch.arange(1, 6, device=self.device)[None] % self.vocab_size
+        whole = [self._run(token_ids_15, 0, last_only=True).logits_BTV, *tensors_of(self._cache.states_of(0))]
+        self._advance([0], token_ids_15[:, :2].tolist())
+        parts = [self._run(token_ids_15[:, 2:], 0, last_only=True).logits_BTV, *tensors_of(self._cache.states_of(0))]
+        self._tokens_by_row[0], self._states_by_row[0] = [], None
+        difference = max(relative_difference(*pair) for pair in zip(whole, parts, strict=True))
+        if not difference <= CHECK_TOLERANCE.get(self.model.dtype, HALF_PRECISION_TOLERANCE):
+            raise ValueError(
+                f"{type(self.model).__name__} does not continue its states over several tokens at once (they differ by "
+                f"{difference:.1%}), so drafts cannot be scored; decode it with transformers' generate"
+            )
+
+
+def relative_difference(whole: Tensor, parts: Tensor) -> float:
+    whole, parts = whole.float(), parts.float()
+    return ((whole - parts).abs().max() / whole.abs().max().clamp_min(1e-30)).item()
+
+
+def attention_windows(model: PreTrainedModel, config: Any, kinds: list[Any]) -> dict[str, int | None]:
+    """Sliding window by layer type of the layers that keep keys and values; refuses what is neither."""
+    if not any(isinstance(kind, LinearAttentionCacheLayerMixin) for kind in kinds):
+        raise ValueError(
+            f"{type(model).__name__} keeps its states outside transformers' cache, where they cannot be put back when "
+            "drafts are rejected; decode it with transformers' generate"
+        )
+    names = list(getattr(config, "layer_types", None) or [])
+    windows: dict[str, int | None] = {}
+    for i, kind in enumerate(kinds):
+        if isinstance(kind, DynamicSlidingWindowLayer):
+            windows[names[i] if names else "all"] = kind.sliding_window
+        elif type(kind) is DynamicLayer or (isinstance(kind, DynamicLayer) and isinstance(kind, LinearAttentionLayer)):
+            windows[names[i] if names else "all"] = None
+        elif not isinstance(kind, LinearAttentionLayer):
+            raise ValueError(
+                f"{type(model).__name__} has a cache layer of type {type(kind).__name__}, which cannot be rolled back "
+                "here; decode it with transformers' generate"
+            )
+    return windows if len(set(windows.values())) > 1 else dict(list(windows.items())[:1])
+
+
+def _padded(states: list[Tensor | None]) -> Tensor | None:
+    if states[0] is None:
+        return None
+    return torch.nn.utils.rnn.pad_sequence([state for state in states if state is not None], batch_first=True)
