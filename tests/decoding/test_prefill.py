@@ -1,4 +1,4 @@
-"""Prompts that end at, just before and just after the end of a chunk: tokens, states, and how many forwards it takes."""
+"""Prompts that end at, before and after the end of a chunk: tokens, states, and how many forwards it takes."""
 
 from __future__ import annotations
 
