@@ -204,9 +204,10 @@ def verifier_facts(name: str) -> dict[str, Any]:
 
 
 def rows_fingerprint(tensor: str, verifier: str) -> dict[str, Any] | None:
-    """Of some rows; None when there is no such tensor (a tied head)."""
+    """Of some rows; None when there is no such tensor (a tied head) or it is not on this machine: gigabytes are not
+    fetched to look at 64 rows."""
     try:
-        shape, rows = load_rows(tensor, verifier)
+        shape, rows = load_rows(tensor, verifier, local_files_only=True)
     except (KeyError, OSError, ValueError, SafetensorError):
         return None
     return {**fingerprint(rows), "shape": list(shape)}

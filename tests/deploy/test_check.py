@@ -246,6 +246,15 @@ def test_without_a_record_the_check_says_what_it_could_not_do(copy_of):
     assert [found.code for found in check_checkpoint(path).findings] == ["head-rows-differ"]
 
 
+def test_a_verifier_without_weights_or_tokenizer_is_checked_by_its_config(trained, tmp_path):
+    bare = tmp_path / "verifier"
+    bare.mkdir()
+    shutil.copy(Path(VERIFIER) / "config.json", bare)
+    report = check_checkpoint(trained("eagle3"), verifier=str(bare))
+    assert report.ok and "fits the verifier" in report.done
+    assert set(report.not_done) == {"the verifier's weights", "the verifier's tokenizer"}
+
+
 def test_a_foreign_directory_without_a_verifier_is_checked_as_far_as_it_goes(trained, tmp_path):
     native = export_checkpoint(trained("eagle"), tmp_path / "eagle-native").path
     (native / RECORD_FILE).unlink()

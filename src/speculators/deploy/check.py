@@ -24,12 +24,13 @@ from speculators.deploy import config_check, record_check, tensor_check, verifie
 from speculators.deploy.report import CheckReport
 from speculators.findings import error
 from speculators.model import SpeculatorModel
-from speculators.training_record import RECORD_FILE, hidden_size_of, read_training_record
+from speculators.training_record import RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
 
 RECORD = "as it was trained"
 MAP = "vocabulary map"
 FIT = "fits the verifier"
 COPIES = "copies of the verifier's weights"
+LEARNED_FROM = "the verifier it learned from"
 
 
 def check_checkpoint(
@@ -169,13 +170,15 @@ def check_verifier(
         report.skip(FIT, "the verifier cannot be reached")
         return
     report.add(FIT, verifier_check.fit_findings(values, opened.config, layer_ids))
-    copies = contract.verifier_copies(opened.config)
-    if copies.keys() & opened.tensors.keys():
+    if not verifier_check.weights_are_here(name):
+        report.skip("the verifier's weights", "they are not on this machine; put them in the cache, or name --verifier")
+    elif copies := {k: v for k, v in contract.verifier_copies(opened.config).items() if k in opened.tensors}:
         origin = None if record is None else record["origin"]
-        found = list(verifier_check.copy_findings(opened.tensors, copies, name, origin))
-        report.add(COPIES, found)
+        report.add(COPIES, verifier_check.copy_findings(opened.tensors, copies, name, origin))
     if record is not None:
-        report.add("the verifier it learned from", record_check.verifier_findings(record, name))
+        report.add(LEARNED_FROM, record_check.verifier_findings(record, name))
+        if verifier_facts(name)["tokenizer"] is None:
+            report.skip("the verifier's tokenizer", "it has none that can be read here")
 
 
 def without_echoes(findings: list[Any]) -> list[Any]:

@@ -116,6 +116,11 @@ def copy_findings(
             )  # fmt: skip
 
 
+def weights_are_here(verifier: str) -> bool:
+    """Whether rows of the verifier can be read without fetching gigabytes."""
+    return verifier_rows("embed_tokens.weight", verifier, [0]) is not None
+
+
 def own_rows(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:
     """The verifier's row for each of our sampled rows; None where the map is not usable."""
     rows = spaced(len(tensors[name]))
@@ -130,7 +135,7 @@ def verifier_rows(name: str, verifier: str, rows: list[int]) -> Rows | None:
     """None when they cannot be read. A tied head is stored as the embedding."""
     for stored in (name, "embed_tokens.weight"):
         try:
-            return load_rows(stored, verifier, rows)
+            return load_rows(stored, verifier, rows, local_files_only=True)
         except KeyError:
             continue
         except (OSError, ValueError, IndexError, SafetensorError):
