@@ -101,6 +101,15 @@ class Proposer(Protocol):
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal: ...
 
 
+@runtime_checkable
+class RemembersRequests(Protocol):
+    """A proposer that drafts from what earlier requests said."""
+
+    def reset(self) -> None:
+        """Forget them. Called between runs only."""
+        ...
+
+
 class TreeDrafter(Protocol):
     """A drafter that continues many nodes at once: static, sampled and dynamic draft trees are grown with it.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from speculators.decoding.proposers.suffix import ReferenceSuffixCache, SuffixProposer, make_cache
-from speculators.decoding.proposers.suffix_index import SuffixIndex
+from speculators.decoding.proposers.suffix_index import Limits, SuffixIndex
 from speculators.interfaces import Committed, DraftSampling
 
 
@@ -85,11 +85,91 @@ def test_children_are_ordered_by_count_and_move_as_the_rule_says(seed):
 def test_a_pattern_seen_once_before_has_probability_one_half():
     index = SuffixIndex(8)
     index.extend(0, [1, 2, 3, 9, 1, 2])
-    draft = index.speculate([1, 2, 3, 9, 1, 2], 8, max_spec_factor=1.0, min_token_prob=0.1)
+    limits = Limits(max_spec_factor=1.0, min_token_prob=0.1)
+    draft = index.speculate([1, 2, 3, 9, 1, 2], 8, limits)
     assert (draft.token_ids, draft.probs, draft.match_len) == ([3, 9], [0.5, 0.5], 2)
-    assert index.speculate([7, 8], 8, max_spec_factor=1.0, min_token_prob=0.1).token_ids == []
-    assert index.speculate([9, 1, 2], 1, max_spec_factor=1.0, min_token_prob=0.1).token_ids == [3]
-    assert index.speculate([9, 1, 2], 8, max_spec_factor=1.0, min_token_prob=0.6).token_ids == []
+    assert index.speculate_at_end(0, 6, 8, limits) == draft
+    assert index.speculate([7, 8], 8, limits).token_ids == []
+    assert index.speculate([9, 1, 2], 1, limits).token_ids == [3]
+    assert index.speculate([9, 1, 2], 8, Limits(max_spec_factor=1.0, min_token_prob=0.6)).token_ids == []
+
+
+def every_match(index: SuffixIndex, context: list[int], most: int, limits: Limits):
+    """By the definition: the continuation of each match, the best sum of probabilities, longer ones first."""
+    best, best_score = ([], 0), 0.0
+    for length in range(1, len(context)):
+        string, probs, prob = list(context[-length:]), [], 1.0
+        if index.count(string) == 0:
+            break
+        while len(probs) < limits.num_tokens(length, most) and len(string) < index.max_depth:
+            followers = {t: index.count([*string, t]) for t in range(20)}
+            token = max(followers, key=followers.get)
+            prob *= followers[token] / index.count(string)
+            if followers[token] == 0 or prob < limits.min_token_prob:
+                break
+            string.append(token)
+            probs.append(prob)
+        if sum(probs) >= best_score - 1e-6:
+            best, best_score = (string[length:], length), max(sum(probs), best_score)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drafts_equal_the_definition_searched_or_read_off_the_end(seed):
+    """Texts in which every string has one likeliest follower: ties would be broken by history."""
+    rng = random.Random(seed)
+    index = SuffixIndex(rng.choice([4, 8]))
+    loop = [rng.randrange(20) for _ in range(7)]
+    for _ in range(40):
+        index.extend(0, loop if rng.random() < 0.9 else [rng.randrange(20)])
+        context = index.sequences[0].tokens[-index.max_depth :]
+        limits = Limits(rng.choice([0.5, 1.0, 2.0]), 0.35)
+        draft = index.speculate(context, 6, limits)
+        assert (index.speculate_at_end(0, len(context), 6, limits)) == draft
+        if draft.token_ids:
+            token_ids, match_len = every_match(index, context, 6, limits)
+            assert (len(draft.token_ids), draft.match_len) == (len(token_ids), match_len)
+
+
+class Counting(dict):
+    """Children that count how often they are looked up."""
+
+    lookups = 0
+
+    def get(self, *key):
+        Counting.lookups += 1
+        return super().get(*key)
+
+
+def test_the_work_of_a_draft_does_not_grow_with_the_text():
+    work = []
+    for length in (500, 8000):
+        rng = random.Random(0)
+        index = SuffixIndex(24)
+        index.extend(0, [rng.randrange(50) for _ in range(length)])
+        index.root.children = Counting(index.root.children)
+        Counting.lookups = 0
+        for _ in range(50):
+            index.extend(0, [rng.randrange(50)])
+            index.speculate_at_end(0, 24, 8, Limits(1.0, 0.1))
+        work.append(Counting.lookups)
+        assert len(index.sequences[0].open_nodes) < 24
+    assert work == [50, 50]  # one a token, for the root's child; drafts look nothing up there
+
+
+def test_a_reset_proposer_drafts_as_a_new_one():
+    config = SimpleNamespace(
+        suffix_decoding_max_tree_depth=8, suffix_decoding_max_cached_requests=10, suffix_decoding_max_spec_factor=1.0,
+        suffix_decoding_min_token_prob=0.1,
+    )  # fmt: skip
+    proposer = SuffixProposer(config, max_batch_size=1, backend="reference")
+    sampling, prompt = DraftSampling(torch.zeros(1)), committed([([4, 5, 6], 3)])
+    assert proposer.propose(prompt, 4, sampling).token_ids_BK.shape[1] == 0
+    proposer.propose(committed([([7, 8, 9], 6)]), 4, sampling)
+    again = committed([([4, 5, 6, 7], 4)])
+    assert proposer.propose(again, 4, sampling).token_ids_BK.tolist() == [[8, 9]]  # what the first request said
+    proposer.reset()
+    assert proposer.propose(again, 4, sampling).token_ids_BK.shape[1] == 0
 
 
 def test_responses_are_evicted_first_in_first_out_and_requests_are_checked():

@@ -75,6 +75,8 @@ def facts_of(output: RequestOutput) -> dict[str, Any]:
     }
     if stats.num_drafted:
         facts["acceptance length"] = f"{stats.acceptance_length:.2f}"
+        if stats.num_drafts < stats.num_rounds:
+            facts["... when drafted"] = f"{stats.acceptance_length_when_drafted:.2f} in {stats.num_drafts} rounds"
         facts["accepted / drafted"] = f"{stats.num_accepted} / {stats.num_drafted}"
     return facts
 
@@ -88,5 +90,7 @@ def record_of(output: RequestOutput) -> dict[str, Any]:
         "num_rounds": stats.num_rounds,
         "num_drafted": stats.num_drafted,
         "num_accepted": stats.num_accepted,
+        "num_drafts": stats.num_drafts,
         "acceptance_length": stats.acceptance_length,
+        "acceptance_length_when_drafted": stats.acceptance_length_when_drafted,
     }

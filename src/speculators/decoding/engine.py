@@ -39,7 +39,7 @@ from speculators.decoding.rows import ActiveRequest, Batch
 from speculators.decoding.sampling import BatchSampling
 from speculators.decoding.stats import DecodeStats
 from speculators.decoding.verification import DRAFT_STREAM, GreedyRule, keyed_draws, keyed_uniform, resolve_rule
-from speculators.interfaces import CaptureSpec, DraftSampling, Proposal, Verification
+from speculators.interfaces import CaptureSpec, DraftSampling, Proposal, RemembersRequests, Verification
 
 PREFILL_CHUNK = 512
 """Prompt tokens a forward: bounds the memory of a prefill and how long it keeps the other rows waiting."""
@@ -130,6 +130,11 @@ class Engine:
     def cancel(self, request_index: int) -> None:
         """End a running request before the next round; its output so far stays."""
         self._cancelled.add(request_index)
+
+    def forget_requests(self) -> None:
+        """Make the proposer forget what earlier requests said: comparisons decode the same prompts again."""
+        if self.drafting is not None and isinstance(self.drafting.proposer, RemembersRequests):
+            self.drafting.proposer.reset()
 
     def reset_stats(self) -> None:
         self.stats = DecodeStats()

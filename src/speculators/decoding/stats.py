@@ -1,7 +1,10 @@
 """What a decode run did: one histogram of rounds, and times. Everything else is derived, so runs add with `+`.
 
-A round = one propose + verify for one request. Definitions are vLLM's (`vllm:spec_decode_*`), except that rounds
-without a draft count too: acceptance length is tokens emitted a verify step, whatever the proposer had to offer.
+A round = one propose + verify for one request. Definitions are vLLM's (`vllm:spec_decode_*`), but for the rounds in which
+nothing was drafted (a lookup found nothing, K = 0): vLLM leaves them out.
+
+    acceptance_length                1 + accepted / rounds      tokens a verify step emits: what speed follows from
+    acceptance_length_when_drafted   1 + accepted / drafts      vLLM's "mean acceptance length"; drafts = `num_drafts`
 """
 
 from __future__ import annotations
@@ -79,8 +82,13 @@ class DecodeStats:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens emitted a verify step, recovered or bonus token included."""
+        """Tokens emitted a verify step, recovered or bonus token included, whatever the proposer had to offer."""
         return 1.0 + self.num_accepted / self.num_rounds if self.num_rounds else 1.0
+
+    @property
+    def acceptance_length_when_drafted(self) -> float:
+        """The same over the rounds in which something was drafted: vLLM's mean acceptance length."""
+        return 1.0 + self.num_accepted / self.num_drafts if self.num_drafts else 1.0
 
     @property
     def acceptance_rate(self) -> float:

@@ -15,8 +15,6 @@ PATH_KEYS = ("speculators_model_type", "model_type")
 
 COMPARISON_DEFAULTS: dict[str, dict[str, Any]] = {
     "ngram": {"num_speculative_tokens": 4},
-    # Its cache of earlier answers would hold the very answers of a prompt that is decoded again (warm-up, repeats).
-    "suffix": {"suffix_decoding_max_cached_requests": 0},
 }
 """What a method's bare name stands for in a comparison, where its own configuration leaves it open."""
 

@@ -140,6 +140,7 @@ def sampling_p_values(
 
 def decoder(engine: Engine, sampling: SamplingParams) -> Generate:
     def generate(prompts: Sequence[Sequence[int]]) -> Any:
+        engine.forget_requests()  # the answer to a prompt that was decoded before must not be a draft
         params = [seeded_by_prompt(sampling, prompt) for prompt in prompts]
         return engine.generate([list(prompt) for prompt in prompts], params)
 

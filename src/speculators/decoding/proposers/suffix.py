@@ -13,12 +13,14 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from speculators.decoding.proposers.rows import new_tokens_by_row, proposal_of
-from speculators.decoding.proposers.suffix_index import SuffixDraft, SuffixIndex
+from speculators.decoding.proposers.suffix_index import Limits, SuffixDraft, SuffixIndex
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 
 if TYPE_CHECKING:
     from speculators.decoding.config import SpeculativeConfig
 
+UNKNOWN = -1
+"""No sequence has this id."""
 Backend = Literal["auto", "reference", "arctic"]
 
 
@@ -100,16 +102,12 @@ class ReferenceSuffixCache:
         use_tree_spec: bool = False,
     ) -> SuffixDraft:
         self._check_active(req_id)
+        limits = Limits(max_spec_factor, min_token_prob, max_spec_offset, use_tree_spec)
         own, past = (
-            index.speculate(
-                context,
-                max_spec_tokens,
-                max_spec_factor=max_spec_factor,
-                min_token_prob=min_token_prob,
-                max_spec_offset=max_spec_offset,
-                as_tree=use_tree_spec,
-            )
-            for index in (self._local[req_id], self._global)
+            index.speculate_at_end(sequence, len(context), max_spec_tokens, limits)
+            if index.ends_with(sequence, context)
+            else index.speculate(context, max_spec_tokens, limits)
+            for index, sequence in ((self._local[req_id], 0), (self._global, self._sequence_of.get(req_id, UNKNOWN)))
         )
         return own if own.score >= past.score else past
 
@@ -140,9 +138,15 @@ class SuffixProposer:
             "max_spec_factor": config.suffix_decoding_max_spec_factor,
             "min_token_prob": config.suffix_decoding_min_token_prob,
         }
-        self.cache = make_cache(self._depth, config.suffix_decoding_max_cached_requests, backend)
-        self._request_of_row: list[int | None] = [None] * max_batch_size
-        self._context_of_row: list[list[int]] = [[] for _ in range(max_batch_size)]
+        self._new_cache = lambda: make_cache(self._depth, config.suffix_decoding_max_cached_requests, backend)
+        self._num_rows = max_batch_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all requests, past responses included."""
+        self.cache = self._new_cache()
+        self._request_of_row: list[int | None] = [None] * self._num_rows
+        self._context_of_row: list[list[int]] = [[] for _ in range(self._num_rows)]
         self._next_request = itertools.count()
 
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:

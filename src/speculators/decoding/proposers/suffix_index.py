@@ -3,7 +3,7 @@
 cnt(s) = number of (sequence, start) pairs at which s, at most `max_depth` long, occurs completely. A trie would need a
 node for each of them; here a string that occurs once is a *leaf* that points into its sequence and becomes a node with
 children only when it occurs again. Appending a token touches one node for each suffix that has occurred before, so at
-most `max_depth` of them, whatever has been read.
+most `max_depth` of them, whatever has been read. These nodes are kept: they are what the text's end matches.
 
 Order of a node's children, which decides what is drafted: by decreasing count; a new one (count 1) goes after its
 equals, a decremented one before its new equals, an incremented one before them if it led the group it leaves, else
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import heapq
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from speculators.decoding.proposers.suffix_nodes import Node, Text
 
@@ -29,6 +30,23 @@ class SuffixDraft:
     probs: list[float] = field(default_factory=list)
     score: float = 0.0
     match_len: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far to draft."""
+
+    max_spec_factor: float
+    min_token_prob: float
+    max_spec_offset: float = 0.0
+    as_tree: bool = False
+
+    @cached_property
+    def min_prob(self) -> float:
+        return single(self.min_token_prob)
+
+    def num_tokens(self, match_len: int, most: int) -> int:
+        return max(0, min(int(match_len * self.max_spec_factor + self.max_spec_offset + 1e-6), most))
 
 
 class SuffixIndex:
@@ -111,27 +129,57 @@ class SuffixIndex:
         place = self.find(string)
         return 0 if place is None else place[0].count
 
-    def speculate(
-        self,
-        context: Sequence[int],
-        max_spec_tokens: int,
-        *,
-        max_spec_factor: float,
-        min_token_prob: float,
-        max_spec_offset: float = 0.0,
-        as_tree: bool = False,
-    ) -> SuffixDraft:
+    def ends_with(self, sequence_id: int, context: Sequence[int]) -> bool:
+        sequence = self.sequences.get(sequence_id)
+        return sequence is not None and sequence.tokens[-len(context) :] == list(context) != []
+
+    def speculate(self, context: Sequence[int], max_spec_tokens: int, limits: Limits) -> SuffixDraft:
         """The best-scoring continuation over all lengths of match, longer matches first among equals."""
-        context, min_token_prob = list(context[-self.max_depth :]), single(min_token_prob)
+        if not self.root.children:
+            return SuffixDraft()
+        context = list(context[-self.max_depth :])
+        most = self._longest_match(context)
+        return self._best((self.find(context[-n:]) for n in range(most, 0, -1)), most, max_spec_tokens, limits)
+
+    def speculate_at_end(self, sequence_id: int, context_len: int, max_spec_tokens: int, limits: Limits) -> SuffixDraft:
+        """The same where the context is the last `context_len` tokens of a sequence: its open nodes are the matches, so
+        nothing is searched. Longer suffixes occur at the end alone and nothing follows them."""
+        most = max(min(context_len, self.max_depth) - 1, 0)
+        node_by_depth = {node.depth: node for node in self.sequences[sequence_id].open_nodes}
+        longest = max((depth for depth in node_by_depth if depth <= most), default=0)
+        draft = self._best(
+            ((node_by_depth[n], 0) for n in range(longest, 0, -1)), longest, max_spec_tokens, limits
+        )  # fmt: skip
+        return draft if draft.token_ids else SuffixDraft(match_len=most)
+
+    def _longest_match(self, context: list[int]) -> int:
+        """Below len(context). What ends a string that occurs occurs too, so halving finds it."""
+        low, high = 0, 1
+        most = len(context) - 1
+        while high <= most and self.find(context[-high:]) is not None:
+            low, high = high, 2 * high
+        high = min(high, most + 1)  # low matches, high does not (or is too long)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.find(context[-middle:]) is not None:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _best(
+        self, places: Iterable[tuple[Node, int] | None], match_len: int, max_spec_tokens: int, limits: Limits
+    ) -> SuffixDraft:
+        """Of matches of `match_len`, `match_len - 1`, ... tokens. No token scores more than 1, which ends it early."""
+        grow = self._grow_tree if limits.as_tree else self._grow_chain
         best = SuffixDraft()
-        for match_len in range(1, len(context)):
-            place = self.find(context[-match_len:])
-            if place is None:
+        for length, place in zip(range(match_len, 0, -1), places, strict=False):
+            assert place is not None
+            limit = limits.num_tokens(length, max_spec_tokens)
+            if length < match_len and limit <= best.score:
                 break
-            limit = max(0, min(int(match_len * max_spec_factor + max_spec_offset + 1e-6), max_spec_tokens))
-            grow = self._grow_tree if as_tree else self._grow_chain
-            draft = grow(*place, limit, min_token_prob, match_len)
-            if draft.score >= best.score:
+            draft = grow(*place, limit, limits.min_prob, length)
+            if length == match_len or draft.score > best.score:
                 best = draft
         return best
 
@@ -150,7 +198,8 @@ class SuffixIndex:
             child = node.head
             if child is None:
                 break
-            prob = single(prob * single(child.count / node.count))
+            if child.count != node.count:
+                prob = single(prob * single(child.count / node.count))
             if prob < min_prob:
                 break
             token_ids.append(child.token)
@@ -203,6 +252,9 @@ def single(value: float) -> float:
 
 
 def single_sum(values: list[float]) -> float:
+    """In single precision throughout."""
+    if values and values[-1] == 1.0 == values[0]:  # probabilities along a chain only fall
+        return float(len(values))
     total = 0.0
     for value in values:
         total = single(total + value)
