@@ -22,11 +22,12 @@ ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = os.environ.get("SPECULATORS_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
 VERIFIER = str(assets.tiny_verifier_path())
 ENGINE = ["--", "--port", "8123", "--max-model-len", "256"]
+LAYERS = ["--target-layer-ids", "2", "6"]
 TRAINED = {
     # type: (flags of its own, what vLLM should make of it: method, architecture, parallel drafting)
     "eagle3": ([], ("eagle3", "Eagle3LlamaForCausalLM", False)),
     "eagle3-qwen3": (["--draft-arch", "qwen3"], ("eagle3", "Eagle3Qwen3ForCausalLM", False)),
-    "peagle": ([], ("eagle3", "PeagleLlamaForCausalLM", True)),
+    "peagle": ([], ("eagle3", "PeagleQwen3ForCausalLM", True)),
     "dflash": ([], ("dflash", "DFlashDraftModel", True)),
     "dspark": ([], ("dspark", "Qwen3DSparkModel", True)),
     "eagle": ([], ("eagle", "EagleLlamaForCausalLM", False)),
@@ -75,19 +76,7 @@ def read_by_vllm(data, stitched, tmp_path_factory) -> dict:
         "suffix": run(["serve", VERIFIER, "--method", "suffix", "--dry-run", *ENGINE]),
         "draft_model": run(["serve", VERIFIER, "--draft", VERIFIER, "-k", "2", "--dry-run", *ENGINE]),
         "mtp": run(["serve", stitched, "--method", "mtp", "-k", "2", "--dry-run", *ENGINE]),
-        "extract": run(
-            [
-                "launch-vllm",
-                VERIFIER,
-                "--hidden-states-path",
-                str(folder),
-                "--target-layer-ids",
-                "2",
-                "6",
-                "--dry-run",
-                *ENGINE,
-            ]
-        ),  # fmt: skip
+        "extract": run(["launch-vllm", VERIFIER, "--hidden-states-path", str(folder), *LAYERS, "--dry-run", *ENGINE]),
     }
     for case, (flags, _) in TRAINED.items():
         checkpoint = untrained(case, flags, data, folder)
@@ -125,6 +114,7 @@ def test_a_checkpoint_is_read_as_what_it_is(read_by_vllm, case):
     assert answer["draft_architectures"] == [architecture]
     assert answer["parallel_drafting"] == is_parallel
     assert answer["model"] == VERIFIER
+    assert answer["needs_runner_v2"] == (case == "dspark")
 
 
 def test_extraction_is_read_with_its_layers_and_connector(read_by_vllm):

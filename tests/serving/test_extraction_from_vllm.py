@@ -7,17 +7,12 @@ killing it loses nothing and leaves no process. One server serves all tests (30 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from fakes import free_port
+from real_servers import RealServer
 from transformers import AutoTokenizer
 
 from speculators import assets
@@ -32,55 +27,17 @@ from speculators.verifier import load_verifier
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
-VLLM_PYTHON = os.environ.get("SPECULATORS_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
 MAX_MODEL_LEN, MAX_BATCHED_TOKENS = 512, 128
-VLLM_ARGS = ["--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager", "--max-num-batched-tokens",
-             str(MAX_BATCHED_TOKENS), "--kv-cache-memory-bytes", str(256 << 20)]  # fmt: skip
+VLLM_ARGS = ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
 LAYERS = (2, 6, 9)
 VERIFIER = str(assets.tiny_verifier_path())
-READY_TIMEOUT_S = 420
-
-
-class Extraction:
-    """`speculators launch-vllm` as a process."""
-
-    def __init__(self, folder: Path, port: int | None = None) -> None:
-        self.port = port or free_port()
-        self.endpoint = f"http://127.0.0.1:{self.port}/v1"
-        self.folder, self.log = folder, folder / f"launch-{time.monotonic_ns()}.log"
-        command = [
-            sys.executable, "-m", "speculators", "launch-vllm", VERIFIER, "--python", VLLM_PYTHON,
-            "--hidden-states-path", str(folder / "states"), "--target-layer-ids", *map(str, LAYERS),
-            "--ready-timeout", str(READY_TIMEOUT_S), "--", "--port", str(self.port), *VLLM_ARGS,
-        ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # spinning threads cost several times the work itself
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-    def wait_until_ready(self) -> Extraction:
-        while "ready after" not in self.log.read_text():
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            time.sleep(0.5)
-        return self
-
-    @property
-    def front_end(self) -> int:
-        """vLLM's first process: the one child of the launcher."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0])
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(60)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    if not Path(VLLM_PYTHON).exists():
-        pytest.fail(f"{VLLM_PYTHON} does not exist; run `make test-vllm`, which makes vLLM's environment")
-    extraction = Extraction(tmp_path_factory.mktemp("extraction"))
+    folder = tmp_path_factory.mktemp("extraction")
+    states = ["--hidden-states-path", str(folder / "states"), "--target-layer-ids", *map(str, LAYERS)]
+    extraction = RealServer(folder, ["launch-vllm", VERIFIER, *states], VLLM_ARGS)
     try:
         yield extraction.wait_until_ready()
     finally:
@@ -183,7 +140,7 @@ def test_killed_in_the_middle_nothing_is_lost_and_no_process_stays(server, data,
         if isinstance(event, StepDone):
             steps.append(event.step)
             if event.step == 3:
-                os.kill(group, signal.SIGKILL)
+                server.kill_front_end()
 
     config = settings(data, tmp_path / "run", vllm_endpoint=server.endpoint, hidden_states_memory_gb=0,
                       max_retries=1, num_workers=0)  # fmt: skip
@@ -193,7 +150,7 @@ def test_killed_in_the_middle_nothing_is_lost_and_no_process_stays(server, data,
     assert "the server ended with signal SIGKILL" in server.log.read_text()
     assert group_members(group) == []
 
-    again = Extraction(server.folder, server.port)
+    again = server.again()
     try:
         retried = threading.Timer(0.0, again.wait_until_ready)
         retried.start()

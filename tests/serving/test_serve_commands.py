@@ -142,6 +142,20 @@ def test_what_vllm_cannot_serve_is_refused_before_it_starts(verifier, speculator
         run(["serve", str(tmp_path / "nowhere"), "--dry-run"])
 
 
+def test_a_speculator_on_the_hub_is_one_too(speculator, verifier, monkeypatch):
+    from transformers import PretrainedConfig
+
+    values = json.loads((Path(speculator) / "config.json").read_text())
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", classmethod(lambda cls, name: (values, {})))
+    result = run(["serve", "org/speculator", "--verifier", "org/verifier", "-k", "2", "--dry-run"])
+    assert result["command"][1:3] == ["serve", "org/verifier"]
+    expected = {"method": "eagle3", "num_speculative_tokens": 2, "model": "org/speculator"}
+    assert speculative_config(result) == expected
+    del values["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    without_k = run(["serve", "org/speculator", "--verifier", "org/verifier", "-k", "3", "--dry-run"])
+    assert speculative_config(without_k)["num_speculative_tokens"] == 3
+
+
 def test_an_export_is_what_vllm_serves_for_algorithms_with_a_layout_of_their_own(speculator):
     config = json.loads((Path(speculator) / "config.json").read_text())
     (Path(speculator) / "config.json").write_text(json.dumps({**config, "speculators_model_type": "medusa"}))

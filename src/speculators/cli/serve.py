@@ -12,6 +12,7 @@ from speculators.cli.console import err, out, say
 from speculators.cli.options import NumSpeculativeTokens, parse_json_object
 
 if TYPE_CHECKING:
+    from speculators.deploy.checkpoints import SpeculatorFacts
     from speculators.deploy.environment import VllmEnvironment
     from speculators.deploy.serve import Launch
 
@@ -52,6 +53,7 @@ def serve(
     else:
         refuse_unservable(facts.speculators_model_type, model)
         verifier, drafter = verifier or facts.verifier, facts.path
+        settings = {**said_by(facts), **settings}
         if verifier is None:
             raise ValueError(f"{model} names no verifier; give it with --verifier")
     if drafter is not None:
@@ -65,6 +67,14 @@ def serve(
     if not settings:
         say("no drafter was named: the verifier is served plainly")
     return start(launch, {"verb": "serve", "verifier": verifier}, found, dry_run, ready_timeout)
+
+
+def said_by(facts: SpeculatorFacts) -> dict[str, Any]:
+    """Method and K of a checkpoint, for one on the hub too, which the settings' own inference does not fetch."""
+    from speculators.decoding.config.methods import SPECULATORS_METHODS
+
+    said = dict(SPECULATORS_METHODS.get(facts.speculators_model_type, {}))
+    return {**said, "num_speculative_tokens": facts.num_speculative_tokens}
 
 
 def refuse_unservable(speculators_type: str, model: str) -> None:
@@ -121,7 +131,7 @@ def start(
         "dry_run": dry_run,
     }
     if dry_run:
-        out().print(shlex.join(launch.command), soft_wrap=True, markup=False)
+        out().print(shlex.join(launch.command), soft_wrap=True, markup=False, emoji=False)
         return result
     from speculators.deploy.serve import run_server
 
@@ -155,7 +165,7 @@ class WaitLine:
         self.status.stop()
 
     def forward(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False)
+        self.console.print(line, markup=False, emoji=False)
 
     def wait(self, seconds: float, last_line: str) -> None:
         if self.console.is_terminal:

@@ -1,4 +1,4 @@
-"""What a directory given to `serve` is, from its config.json alone: a speculator, or a model."""
+"""What a directory or hub id given to `serve` is, from its config.json alone: a speculator, or a model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def absolute_if_directory(name: str) -> str:
 
 
 def speculator_facts(model: str) -> SpeculatorFacts | None:
-    """None: not a local speculator (a hub id, or a directory of something else)."""
-    values = local_config(model)
+    """None: no speculator. So is a hub id that cannot be read here: the server may be able to."""
+    values = local_config(model) if Path(model).is_dir() or looks_local(model) else hub_config(model)
     if values is None or "speculators_model_type" not in values:
         return None
     settings = values.get("speculators_config") or {}
@@ -38,12 +38,25 @@ def speculator_facts(model: str) -> SpeculatorFacts | None:
     )
 
 
+def looks_local(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def hub_config(model: str) -> dict[str, Any] | None:
+    """config.json of a hub id, from the hub or its cache."""
+    from transformers import PretrainedConfig
+
+    try:
+        return dict(PretrainedConfig.get_config_dict(model)[0])
+    except OSError:
+        return None
+
+
 def local_config(model: str) -> dict[str, Any] | None:
     """config.json of a local directory; None for what is no directory (a hub id)."""
     path = Path(model)
     if not path.is_dir():
-        looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-        if looks_local:
+        if looks_local(model):
             raise ValueError(f"{model} is no directory; give a checkpoint's directory or a model's hub id")
         return None
     try:

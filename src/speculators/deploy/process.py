@@ -30,7 +30,7 @@ SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec one must not
 
 
-class ServerFailedError(RuntimeError):
+class ServerFailedError(OSError):
     """The server ended, or never became healthy. The message carries its last words."""
 
 
