@@ -8,16 +8,18 @@ over 20 prompts x 64 tokens are compared within 3 %.
 from __future__ import annotations
 
 import pytest
-from vllm_cases import NUM_DRAFTS, TRAINED, UNTRAINED, Decoded, train_flags
+from vllm_cases import NGRAM_SIZES, NUM_DRAFTS, TRAINED, UNTRAINED, Decoded, train_flags
 
 from speculators.cli.app import run
 from speculators.cli.verify import vllm_target
 from speculators.decoding import Engine, SamplingParams
+from speculators.decoding.proposers.ngram import NgramProposer
 from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 MAX_TOKENS = 64
+BATCH_SIZE = 4
 CASES = [*TRAINED, *UNTRAINED]
 
 
@@ -50,7 +52,15 @@ def decoded(request, vllm_python, verifier, verifier_model, prompts, checkpoints
             if case == "draft_model":
                 here["model"] = noisy_copy
             runs[case] = VllmRun(verifier, speculative_config=here, **shared)
-        engine = Engine(verifier_model, here, max_batch_size=4, max_length=512)
+        if case == "ngram":  # by itself ours looks at the latest match, which drafts better than vLLM's earliest
+            sizes = NGRAM_SIZES["prompt_lookup_min"], NGRAM_SIZES["prompt_lookup_max"]
+            drafting = NgramProposer(*sizes, pick="earliest", max_batch_size=BATCH_SIZE)
+        else:
+            drafting = here
+        engine = Engine(
+            verifier_model, drafting, num_speculative_tokens=here["num_speculative_tokens"], max_batch_size=BATCH_SIZE,
+            max_length=512,
+        )  # fmt: skip
         ours[case] = engine.generate(prompts, SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True))
     theirs = dict(zip(runs, decode_in_vllm(vllm_python, list(runs.values())), strict=True))
     assert theirs["plain"].error is None, theirs["plain"].error

@@ -34,10 +34,9 @@ TRAINED = {
 DSPARK = Trained("dspark", ("--block-size", "4", "--num-layers", "1", "--draft-vocab-size", "2048"), num_drafts=4)
 """Model runner V2 alone."""
 
-UNTRAINED = {
-    "ngram": {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4},
-    "draft_model": {"method": "draft_model"},
-}
+NGRAM_SIZES = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
+UNTRAINED = {"draft_model": {"method": "draft_model"}, "ngram": {"method": "ngram", **NGRAM_SIZES}}
+"""ngram last: it loads numba, after which vLLM 0.32 cannot set up draft_model in the same process."""
 
 
 @dataclass

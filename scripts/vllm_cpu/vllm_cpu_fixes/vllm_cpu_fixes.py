@@ -6,6 +6,8 @@
    CPU worker.
 3. Triton's interpreter (TRITON_INTERPRET=1, see ../triton_interpreter) wants masks of bools where compilers take any
    integer.
+4. DFlash and DSpark of more than one layer: the context keys of all layers are normed by one kernel call with a weight
+   for each layer, and the CPU kernel applies the first layer's to all. Drafts are slightly off what was trained.
 
 Switch off with VLLM_PLUGINS=none.
 """
@@ -57,6 +59,16 @@ def _submit_write_on_cpu(self, pending):
     future.add_done_callback(partial(self._on_write_done, pending.req_id))
 
 
+def _normalize_layer_by_layer(self, all_k):
+    """What the GPU kernel does with a [L, d] weight: layer i's keys by its own row."""
+    from vllm import _custom_ops as ops
+
+    normed = torch.empty_like(all_k)
+    for out, keys, weight in zip(normed, all_k, self._k_norm_weights, strict=True):
+        ops.rms_norm(out, keys, weight, self._rms_norm_eps)
+    return normed
+
+
 def _with_bool_masks():
     import numpy
     import triton.language as tl
@@ -87,7 +99,9 @@ def apply():
     from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
         ExampleHiddenStatesConnector,
     )
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
     from vllm.utils import cpu_triton_utils
 
     cpu_triton_utils._expand_kernel_impl = _expand_to_tokens
     ExampleHiddenStatesConnector._submit_async_write = _submit_write_on_cpu
+    DFlashQwen3Model._normalize_context_k = _normalize_layer_by_layer
