@@ -131,6 +131,14 @@ def resolve_loss_fn(name: str) -> LossFunction:
     return FUSED[_known(name, FUSED)]
 
 
+def loss_keywords(*, loss_fn: Any, loss_implementation: str = "fused", **_: Any) -> dict[str, Any]:
+    """What training keys say of the loss, as forwards take it: `loss_config`, and `loss_fn` (the function of the only
+    loss, or what was given)."""
+    config = resolve_loss_config(loss_fn, loss_implementation)
+    functions = [function for function, _ in config.values()]
+    return {"loss_config": config, "loss_fn": functions[0] if len(functions) == 1 else loss_fn}
+
+
 def choose_loss_config(loss_config: LossConfig | None, loss_fn: Any, default: str) -> LossConfig:
     """What a forward was told: `loss_config` wins over `loss_fn` (name, JSON, function), both may be absent."""
     return resolve_loss_config(loss_config or loss_fn or default)

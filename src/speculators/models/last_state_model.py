@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.draft_vocab import VERIFIER_ONLY_KEYS, norm_is_unit_offset
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import choose_loss_config, resolve_loss_config
@@ -23,7 +22,6 @@ from speculators.models.last_state_proposer import LastStateNetwork
 from speculators.models.last_state_training import Places, align, all_logits, targets_of, train_losses
 from speculators.models.utils import target_logit_transform
 from speculators.nn.norms import RMSNorm
-from speculators.proposals import GreedyTokenProposalConfig
 from speculators.utils.files import refuse_missing_verifier
 from speculators.utils.loading import find_key, list_checkpoint_keys, load_model_layers
 
@@ -158,12 +156,3 @@ def check_whole_vocabulary(draft_vocab_size: int | None, vocab_size: int) -> Non
             f"draft_vocab_size={draft_vocab_size}: this drafter's heads are over the verifier's {vocab_size} tokens; "
             "leave draft_vocab_size out"
         )
-
-
-def recorded(algorithm: str, num_tokens: int, verifier: str, trust_remote_code: bool) -> SpeculatorsConfig:
-    return SpeculatorsConfig(
-        algorithm=algorithm,
-        proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_tokens)],
-        default_proposal_method="greedy",
-        verifier=VerifierConfig.from_pretrained(verifier, trust_remote_code=trust_remote_code),
-    )

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.draft_vocab import norm_is_unit_offset
 from speculators.nn.norms import RMSNorm, RMSNormPlusOne
+from speculators.proposals import GreedyTokenProposalConfig
 
 logger = logging.getLogger(__name__)
 
@@ -123,3 +125,12 @@ def target_logit_transform(verifier: str) -> tuple[float, float | None]:
     scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
     softcap = values.get("final_logit_softcapping")
     return scale, None if softcap is None else float(softcap)
+
+
+def recorded(algorithm: str, num_tokens: int, verifier: str, trust_remote_code: bool) -> SpeculatorsConfig:
+    return SpeculatorsConfig(
+        algorithm=algorithm,
+        proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_tokens)],
+        default_proposal_method="greedy",
+        verifier=VerifierConfig.from_pretrained(verifier, trust_remote_code=trust_remote_code),
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speculators.nn.norms import RMSNorm
@@ -140,3 +141,9 @@ def dense_attention(query_BTNd: Tensor, key_BLGd: Tensor, value_BLGd: Tensor, vi
     scores = scores if scores.dtype == torch.float64 else scores.float()
     probs = scores.masked_fill(~visible_TL, float("-inf")).softmax(-1).to(value_BLGd.dtype)
     return torch.einsum("bgrtl,blgd->btgrd", probs, value_BLGd).reshape(B, T, N, d)
+
+
+def sdpa_attention(query_BTNd: Tensor, key_BLGd: Tensor, value_BLGd: Tensor, visible_TL: Tensor) -> Tensor:
+    """The same through `scaled_dot_product_attention`: any device, memory of the mask only."""
+    query, key, value = (x.transpose(1, 2) for x in (query_BTNd, key_BLGd, value_BLGd))
+    return F.scaled_dot_product_attention(query, key, value, visible_TL, enable_gqa=True).transpose(1, 2)

@@ -21,12 +21,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from speculators.nn.attention import dense_attention
+from speculators.nn.attention import dense_attention, sdpa_attention
 
 flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -135,18 +134,13 @@ class DenseBlockAttend:
     def rows(self, hidden_PSH: Tensor) -> Tensor:
         return hidden_PSH
 
-    @staticmethod
-    def attention(query_1QNd: Tensor, key_1LGd: Tensor, value_1LGd: Tensor, visible_QL: Tensor) -> Tensor:
-        return dense_attention(query_1QNd, key_1LGd, value_1LGd, visible_QL)
+    attention = staticmethod(dense_attention)
 
 
 class SdpaBlockAttend(DenseBlockAttend):
     """The same mask through `scaled_dot_product_attention`: any device, memory of the mask only."""
 
-    @staticmethod
-    def attention(query_1QNd: Tensor, key_1LGd: Tensor, value_1LGd: Tensor, visible_QL: Tensor) -> Tensor:
-        query, key, value = (x.transpose(1, 2) for x in (query_1QNd, key_1LGd, value_1LGd))
-        return F.scaled_dot_product_attention(query, key, value, visible_QL, enable_gqa=True).transpose(1, 2)
+    attention = staticmethod(sdpa_attention)
 
 
 class GroupedBlockAttend(DenseBlockAttend):

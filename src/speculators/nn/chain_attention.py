@@ -22,12 +22,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from speculators.nn.attention import dense_attention
+from speculators.nn.attention import dense_attention, sdpa_attention
 from speculators.nn.block_attention import additive, document_starts
 from speculators.nn.masks import PackedRow
 from speculators.nn.unrolled import TailAttention
@@ -134,18 +133,13 @@ class DenseChainAttend:
         visible = self.layout.sees(asking_R[:, None], every_E[None], self.window)
         return self.attention(self.rows(query_1ENd), key_1EGd, value_1EGd, visible)
 
-    @staticmethod
-    def attention(query_1RNd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor, visible_RE: Tensor) -> Tensor:
-        return dense_attention(query_1RNd, key_1EGd, value_1EGd, visible_RE)
+    attention = staticmethod(dense_attention)
 
 
 class SdpaChainAttend(DenseChainAttend):
     """The same mask through `scaled_dot_product_attention`: any device, memory of the mask only."""
 
-    @staticmethod
-    def attention(query_1RNd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor, visible_RE: Tensor) -> Tensor:
-        query, key, value = (x.transpose(1, 2) for x in (query_1RNd, key_1EGd, value_1EGd))
-        return F.scaled_dot_product_attention(query, key, value, visible_RE, enable_gqa=True).transpose(1, 2)
+    attention = staticmethod(sdpa_attention)
 
 
 class GroupedChainAttend(DenseChainAttend):

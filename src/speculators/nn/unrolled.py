@@ -18,12 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from speculators.nn.attention import dense_attention
+from speculators.nn.attention import dense_attention, sdpa_attention
 from speculators.nn.masks import Block, PackedRow, unrolled_mask
 
 flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -47,18 +46,13 @@ class DenseUnrolledAttend:
     def rows(self, hidden_BTH: Tensor) -> Tensor:
         return hidden_BTH
 
-    @staticmethod
-    def attention(query_BTNd: Tensor, key_BLGd: Tensor, value_BLGd: Tensor, visible_TL: Tensor) -> Tensor:
-        return dense_attention(query_BTNd, key_BLGd, value_BLGd, visible_TL)
+    attention = staticmethod(dense_attention)
 
 
 class SdpaUnrolledAttend(DenseUnrolledAttend):
     """The same mask through `scaled_dot_product_attention`: any device, memory of the mask only."""
 
-    @staticmethod
-    def attention(query_BTNd: Tensor, key_BLGd: Tensor, value_BLGd: Tensor, visible_TL: Tensor) -> Tensor:
-        query, key, value = (x.transpose(1, 2) for x in (query_BTNd, key_BLGd, value_BLGd))
-        return F.scaled_dot_product_attention(query, key, value, visible_TL, enable_gqa=True).transpose(1, 2)
+    attention = staticmethod(sdpa_attention)
 
 
 class TailUnrolledAttend:

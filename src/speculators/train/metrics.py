@@ -12,18 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speculators.losses.metrics import normalize_counted_metrics as divide_pairs
+
 
 def normalize_counted_metrics(metrics: Mapping[str, Any], world_size: int = 1) -> dict[str, float]:
-    """`X_sum / X_total -> X` (0 where nothing was counted); an orphan total is dropped; the rest over `world_size`."""
-    values: dict[str, float] = {}
-    for key, value in metrics.items():
-        name = key.removesuffix("_sum")
-        if key.endswith("_sum") and f"{name}_total" in metrics:
-            total = float(metrics[f"{name}_total"])
-            values[name] = float(value) / total if total else 0.0
-        elif not key.endswith("_total") and f"{key}_total" not in metrics:
-            values[key] = float(value) / world_size
-    return values
+    """`losses.metrics.normalize_counted_metrics`, as numbers."""
+    return {name: float(value) for name, value in divide_pairs(metrics, world_size).items()}
 
 
 def expected_acceptance_length(metrics: Mapping[str, float]) -> float | None:

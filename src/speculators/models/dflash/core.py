@@ -5,7 +5,6 @@ Shapes: D = aux layers * H, H hidden size, V verifier vocabulary. What is comput
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from typing import Any, ClassVar, cast
@@ -14,10 +13,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from speculators.config import SpeculatorsConfig, VerifierConfig
-from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
 from speculators.interfaces import TreeDrafter, VerifierStates
-from speculators.losses.registry import resolve_loss_config
+from speculators.losses.registry import loss_keywords
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.arguments import TRAINING_DEFAULTS, DFlashTrainingArgs
 from speculators.models.dflash.blocks import PackedRow, last_block
@@ -42,19 +39,24 @@ from speculators.models.dflash.training import (
     fill,
     train_forward,
 )
+from speculators.models.draft_model import DraftModel
 from speculators.models.tree_drafting import SlotTreeDrafter
-from speculators.models.utils import resolve_mask_token_id, resolve_target_layer_ids, target_logit_transform
+from speculators.models.utils import (
+    recorded,
+    resolve_mask_token_id,
+    resolve_target_layer_ids,
+    target_logit_transform,
+)
 from speculators.nn.decoder import DecoderLayer
-from speculators.nn.draft_vocab import logits_over_verifier, select_rows
+from speculators.nn.draft_vocab import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
-from speculators.proposals import GreedyTokenProposalConfig
 
 logger = logging.getLogger(__name__)
 
 
 @SpeculatorModel.register("dflash")
-class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
+class DFlashDraftModel(DraftModel):
     """Owns the weights under the names of the checkpoint."""
 
     config_class: type[DFlashSpeculatorConfig] = DFlashSpeculatorConfig  # type: ignore[assignment]
@@ -117,17 +119,7 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     # -- training ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_training_args(  # type: ignore[override]
-        cls, verifier_config: Any, t2d: Tensor | None = None, d2t: Tensor | None = None, **kwargs: Any
-    ) -> DFlashDraftModel:
-        config = cls.config_class(**cls.config_values(verifier_config, **kwargs))
-        model = cls(config)
-        model.load_vocab_mappings(t2d, d2t)
-        model.load_verifier_weights()
-        return model
-
-    @classmethod
-    def config_values(
+    def config_values(  # type: ignore[override]
         cls,
         verifier_config: Any,
         *,
@@ -164,13 +156,11 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             ),
             "sliding_window_non_causal": sliding_window_non_causal,
             "sample_from_anchor": sample_from_anchor,
-            "speculators_config": SpeculatorsConfig(
-                algorithm=fields["speculators_model_type"].default,
-                proposal_methods=[
-                    GreedyTokenProposalConfig(speculative_tokens=max(1, block_size - (not sample_from_anchor)))
-                ],
-                default_proposal_method="greedy",
-                verifier=VerifierConfig.from_pretrained(verifier_name_or_path, trust_remote_code=trust_remote_code),
+            "speculators_config": recorded(
+                fields["speculators_model_type"].default,
+                max(1, block_size - (not sample_from_anchor)),
+                verifier_name_or_path,
+                trust_remote_code,
             ),
         }
 
@@ -179,18 +169,15 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
 
     @staticmethod
     def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        config = resolve_loss_config(kwargs["loss_fn"], kwargs.get("loss_implementation", "fused"))
-        functions = [function for function, _ in config.values()]
         shared = {
-            "loss_config": config,
-            "loss_fn": functions[0] if len(functions) == 1 else kwargs["loss_fn"],
+            **loss_keywords(**kwargs),
             "gamma": kwargs.get("dflash_decay_gamma", GAMMA),
             "max_anchors": kwargs.get("max_anchors", DEFAULT_MAX_ANCHORS),
             "per_position_loss_weight": kwargs.get("per_position_loss_weight", FIXED_DECAY),
             "dpace_alpha": kwargs.get("dpace_alpha", DPACE_ALPHA),
         }
-        check_weighting(shared["per_position_loss_weight"], shared["dpace_alpha"], config)
-        return shared, {**shared, "loss_config": dict(config)}
+        check_weighting(shared["per_position_loss_weight"], shared["dpace_alpha"], shared["loss_config"])
+        return shared, {**shared, "loss_config": dict(shared["loss_config"])}
 
     def forward(  # type: ignore[override]
         self,
@@ -259,25 +246,6 @@ class DFlashDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             chain.slot_log_probs, chain.capture, max_depth=self.config.num_drafts, d2t=chain.d2t,
             verifier_vocab_size=chain.verifier_vocab_size,
         )  # fmt: skip
-
-    def beside(self, verifier_model: Any) -> DFlashDraftModel:
-        """This drafter in the verifier's dtype, on its device, complete with its embedding and head."""
-        source = verifier_model.get_input_embeddings().weight
-        expected = (self.verifier_vocab_size, self.hidden_size)
-        if tuple(source.shape) != expected:
-            raise ValueError(
-                f"the verifier's embedding is {tuple(source.shape)} and this drafter was trained for {expected} "
-                "(vocabulary, hidden size); decode with the verifier it was trained for"
-            )
-        model = self
-        if self.fc.weight.dtype != source.dtype or self.fc.weight.device != source.device:
-            model = copy.deepcopy(self)  # training keeps its own
-            model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
-        if was_never_loaded(model.embed_tokens.weight):
-            model.embed_tokens.weight.data.copy_(source)
-        if was_never_loaded(model.lm_head.weight):
-            model.lm_head.weight.data.copy_(select_rows(verifier_model.get_output_embeddings().weight, model.t2d))
-        return model
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         missing = self.expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,12 @@ from speculators.model import SpeculatorModel
 from speculators.models.eagle.arguments import TRAINING_DEFAULTS, EagleTrainingArgs, default_of
 from speculators.models.eagle.attachment import (
     DETACHED,
-    FULL,
-    VerifierAttachment,
     head_of,
     no_grad_weight,
 )
 from speculators.models.eagle.checkpoint import complete_eagle_config, expected_keys, save_native
 from speculators.models.eagle.config import EagleSpeculatorConfig, layer_architecture, recorded
-from speculators.models.eagle.generation import generate
+from speculators.models.eagle.generation import Generating
 from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
 from speculators.models.eagle.proposer import EagleProposer
 from speculators.models.eagle.sequence import run_sequences
@@ -52,7 +50,7 @@ from speculators.verifier import verifier_parts
 
 
 @SpeculatorModel.register("eagle")
-class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc]
+class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
     """Owns the drafter's weights under the names of the checkpoint; embedding, head and norm are borrowed."""
 
     config_class = EagleSpeculatorConfig  # type: ignore[assignment]
@@ -60,8 +58,6 @@ class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc
     training_defaults = TRAINING_DEFAULTS
     contract = EagleContract()
     align = staticmethod(align)
-    decoding_module: ClassVar[str] = "speculators.decoding"
-    """Where `generate` finds an engine; see `generation`."""
 
     def __init__(
         self, config: EagleSpeculatorConfig, verifier: Any = None, verifier_attachment_mode: str | None = None, **_: Any
@@ -85,11 +81,6 @@ class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc
             verifier = self.recorded_verifier
         if verifier is not None and verifier_attachment_mode != DETACHED:
             self.attach_verifier(verifier, verifier_attachment_mode)
-
-    @property
-    def recorded_verifier(self) -> str | None:
-        recorded = self.config.speculators_config
-        return None if recorded is None else recorded.verifier.name_or_path
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -285,32 +276,3 @@ class EagleSpeculator(VerifierAttachment, SpeculatorModel):  # type: ignore[misc
         return EagleProposer(
             network, network.lm_head.out_features, max_batch_size=max_batch_size, max_length=max_length
         )
-
-    @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        do_sample: bool = False,
-        num_speculative_tokens: int | None = None,
-        eos_token_id: int | list[int] | None = None,
-        pad_token_id: int | None = None,
-        **sampling: Any,
-    ) -> Tensor:
-        """Prompts and what the verifier says to them, [B, T], right padded; drafted by this model. Greedy, or sampled
-        with `do_sample` (temperature, top_k, top_p, min_p, seed)."""
-        if self.is_attached_for_loading and self.recorded_verifier is not None:
-            self.attach_verifier(self.recorded_verifier)
-        if self.verifier_attachment_mode != FULL:
-            raise ValueError(
-                f"generate needs the whole verifier and this drafter is {self.verifier_attachment_mode!r}; call "
-                "attach_verifier(verifier) (mode 'full')"
-            )
-        return generate(
-            self, input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length, do_sample=do_sample,
-            num_speculative_tokens=num_speculative_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
-            **sampling,
-        )  # fmt: skip

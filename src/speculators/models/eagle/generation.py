@@ -10,20 +10,55 @@ Shapes: B prompts, P prompt columns, T = P + new columns.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from speculators.models.eagle.core import EagleSpeculator
+from speculators.models.eagle.attachment import FULL, VerifierAttachment
 
 SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 ALWAYS = ("repetition_penalty", "seed")
 
 
+class Generating(VerifierAttachment):
+    """`generate`, for a drafter that has its whole verifier attached."""
+
+    decoding_module: ClassVar[str] = "speculators.decoding"
+    """Where `generate` finds an engine; see `generation`."""
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        do_sample: bool = False,
+        num_speculative_tokens: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Prompts and what the verifier says to them, [B, T], right padded; drafted by this model. Greedy, or sampled
+        with `do_sample` (temperature, top_k, top_p, min_p, seed)."""
+        if self.is_attached_for_loading and self.recorded_verifier is not None:
+            self.attach_verifier(self.recorded_verifier)
+        if self.verifier_attachment_mode != FULL:
+            raise ValueError(
+                f"generate needs the whole verifier and this drafter is {self.verifier_attachment_mode!r}; call "
+                "attach_verifier(verifier) (mode 'full')"
+            )
+        return generate(
+            self, input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length, do_sample=do_sample,
+            num_speculative_tokens=num_speculative_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+            **sampling,
+        )  # fmt: skip
+
+
 def generate(
-    model: EagleSpeculator,
+    model: Any,
     input_ids_BP: Tensor,
     attention_mask_BP: Tensor | None,
     *,

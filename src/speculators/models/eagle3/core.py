@@ -5,17 +5,14 @@ Shapes: D = aux layers * H, H hidden size, V verifier vocabulary. What is comput
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from speculators.config import SpeculatorsConfig, VerifierConfig
-from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
 from speculators.interfaces import TreeDrafter, VerifierStates
-from speculators.losses.registry import resolve_loss_config
+from speculators.losses.registry import loss_keywords
 from speculators.model import SpeculatorModel
+from speculators.models.draft_model import DraftModel
 from speculators.models.eagle3.arguments import TRAINING_DEFAULTS, Eagle3TrainingArgs
 from speculators.models.eagle3.checkpoint import complete_transformer_layer_config, expected_keys
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
@@ -24,17 +21,16 @@ from speculators.models.eagle3.proposer import Eagle3Proposer
 from speculators.models.eagle3.serving import Eagle3Contract
 from speculators.models.eagle3.training import PackedBatch, drafts_read, shift_batch, train_forward
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.utils import resolve_target_layer_ids, target_logit_transform
+from speculators.models.utils import recorded, resolve_target_layer_ids, target_logit_transform
 from speculators.nn.attention import layer_window
 from speculators.nn.decoder import DecoderLayer, FusionDecoderLayer
-from speculators.nn.draft_vocab import logits_over_verifier, select_rows
+from speculators.nn.draft_vocab import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
-from speculators.proposals import GreedyTokenProposalConfig
 
 
 @SpeculatorModel.register("eagle3")
-class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
+class Eagle3DraftModel(DraftModel):
     """Owns the weights under the names of the checkpoint."""
 
     config_class = Eagle3SpeculatorConfig  # type: ignore[assignment]
@@ -94,17 +90,7 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     # -- training ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_training_args(  # type: ignore[override]
-        cls, verifier_config: Any, t2d: Tensor | None = None, d2t: Tensor | None = None, **kwargs: Any
-    ) -> Eagle3DraftModel:
-        config = cls.config_class(**cls.config_values(verifier_config, **kwargs))
-        model = cls(config)
-        model.load_vocab_mappings(t2d, d2t)
-        model.load_verifier_weights()
-        return model
-
-    @classmethod
-    def config_values(
+    def config_values(  # type: ignore[override]
         cls,
         verifier_config: Any,
         *,
@@ -136,25 +122,17 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             "fc_norm": fc_norm,
             "norm_output": norm_output,
             "embed_requires_grad": embed_requires_grad,
-            "speculators_config": SpeculatorsConfig(
-                algorithm=algorithm,
-                proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=ttt_steps)],
-                default_proposal_method="greedy",
-                verifier=VerifierConfig.from_pretrained(verifier_name_or_path, trust_remote_code=trust_remote_code),
-            ),
+            "speculators_config": recorded(algorithm, ttt_steps, verifier_name_or_path, trust_remote_code),
         }
 
     @staticmethod
     def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        config = resolve_loss_config(kwargs["loss_fn"], kwargs.get("loss_implementation", "fused"))
-        functions = [function for function, _ in config.values()]
         shared = {
+            **loss_keywords(**kwargs),
             "ttt_steps": kwargs["ttt_steps"],
             "ttt_step_loss_decay": kwargs["ttt_step_loss_decay"],
-            "loss_config": config,
-            "loss_fn": functions[0] if len(functions) == 1 else kwargs["loss_fn"],
         }
-        return shared, {**shared, "loss_config": dict(config)}
+        return shared, {**shared, "loss_config": dict(shared["loss_config"])}
 
     def forward(  # type: ignore[override]
         self,
@@ -194,28 +172,6 @@ class Eagle3DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         return FeedbackTreeDrafter(
             self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
         )
-
-    def beside(self, verifier_model: Any) -> Self:
-        """This drafter in the verifier's dtype, on its device, complete with its embedding and head."""
-        source = verifier_model.get_input_embeddings().weight
-        self.check_verifier(verifier_model, source)
-        model = self
-        if self.fc.weight.dtype != source.dtype or self.fc.weight.device != source.device:
-            model = copy.deepcopy(self)  # training keeps its own
-            model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
-        if was_never_loaded(model.embed_tokens.weight):
-            model.embed_tokens.weight.data.copy_(source)
-        if was_never_loaded(model.lm_head.weight):
-            model.lm_head.weight.data.copy_(select_rows(verifier_model.get_output_embeddings().weight, model.t2d))
-        return model
-
-    def check_verifier(self, verifier_model: Any, embedding_VH: Tensor) -> None:
-        expected = (self.verifier_vocab_size, self.hidden_size)
-        if tuple(embedding_VH.shape) != expected:
-            raise ValueError(
-                f"the verifier's embedding is {tuple(embedding_VH.shape)} and this drafter was trained for {expected} "
-                "(vocabulary, hidden size); decode with the verifier it was trained for"
-            )
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         missing = expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())

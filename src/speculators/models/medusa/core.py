@@ -14,7 +14,7 @@ from torch import nn
 
 from speculators.checkpoint_format import ForeignCheckpoint
 from speculators.model import SpeculatorModel
-from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, recorded
+from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.medusa.arguments import TRAINING_DEFAULTS, MedusaTrainingArgs
 from speculators.models.medusa.checkpoint import expected_keys, save_native
@@ -22,7 +22,7 @@ from speculators.models.medusa.config import MedusaSpeculatorConfig
 from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
 from speculators.models.medusa.serving import MedusaContract
 from speculators.models.tree_drafting import SlotTreeDrafter
-from speculators.models.utils import get_verifier_config
+from speculators.models.utils import get_verifier_config, recorded
 from speculators.verifier import verifier_parts
 
 

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 from speculators.checkpoint_contract import CheckpointContract
 from speculators.checkpoint_format import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint, Serving
 from speculators.findings import Finding, error
-from speculators.models.last_state_model import recorded
 from speculators.models.medusa.checkpoint import read_native, save_native, to_our_name
 from speculators.models.medusa.config import MedusaSpeculatorConfig
-from speculators.models.utils import get_verifier_config
+from speculators.models.utils import get_verifier_config, recorded
 
 NATIVE = "medusa"
 

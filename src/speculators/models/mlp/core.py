@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from speculators.model import SpeculatorModel
-from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, recorded
+from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.mlp.arguments import TRAINING_DEFAULTS, MLPTrainingArgs, default_of
 from speculators.models.mlp.config import MLPSpeculatorConfig
 from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
 from speculators.models.mlp.serving import MLPContract
 from speculators.models.tree_drafting import CarriedTreeDrafter
-from speculators.models.utils import get_verifier_config
+from speculators.models.utils import get_verifier_config, recorded
 from speculators.verifier import verifier_parts
 
 

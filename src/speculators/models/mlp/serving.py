@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 from speculators.checkpoint_contract import CheckpointContract
 from speculators.checkpoint_format import CheckpointFormat, Converted, ForeignCheckpoint
-from speculators.models.last_state_model import recorded
 from speculators.models.mlp.config import OLD_NAMES, MLPSpeculatorConfig
-from speculators.models.utils import get_verifier_config
+from speculators.models.utils import get_verifier_config, recorded
 
 PREFIX = "speculator."
 THEIR_DEFAULTS = {"tie_weights": False, "scale_input": False}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.interfaces import TreeDrafter
-from speculators.losses.registry import choose_loss_config, resolve_loss_config
+from speculators.losses.registry import choose_loss_config, loss_keywords
 from speculators.model import SpeculatorModel
 from speculators.models.eagle3.core import Eagle3DraftModel
 from speculators.models.eagle3.training import PackedBatch
@@ -84,15 +84,12 @@ class PEagleDraftModel(Eagle3DraftModel):
 
     @staticmethod
     def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        config = resolve_loss_config(kwargs["loss_fn"], kwargs.get("loss_implementation", "fused"))
-        functions = [function for function, _ in config.values()]
         shared = {
-            "loss_config": config,
-            "loss_fn": functions[0] if len(functions) == 1 else kwargs["loss_fn"],
+            **loss_keywords(**kwargs),
             "max_anchors": kwargs.get("max_anchors"),
             **{name: kwargs.get(name, default_of(name)) for name in PEagleSpeculatorConfig.training_fields},
         }
-        return shared, {**shared, "loss_config": dict(config)}
+        return shared, {**shared, "loss_config": dict(shared["loss_config"])}
 
     def forward(  # type: ignore[override]
         self,

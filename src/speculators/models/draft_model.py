@@ -1,0 +1,56 @@
+"""What drafters share that have an embedding, a head and perhaps a vocabulary of their own (`DraftVocabMixin`).
+
+Shapes: V verifier vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
+from speculators.model import SpeculatorModel
+from speculators.nn.draft_vocab import select_rows
+
+
+class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
+    """Subclasses define `config_values`, and `fc`, which reads the verifier's states."""
+
+    fc: nn.Linear
+
+    @classmethod
+    def config_values(cls, verifier_config: Any, **kwargs: Any) -> dict[str, Any]:
+        """Config fields of a new drafter from what the command line knows."""
+        raise NotImplementedError(f"{cls.__name__} does not implement config_values")
+
+    @classmethod
+    def from_training_args(  # type: ignore[override]
+        cls, verifier_config: Any, t2d: Tensor | None = None, d2t: Tensor | None = None, **kwargs: Any
+    ) -> Self:
+        config = cls.config_class(**cls.config_values(verifier_config, **kwargs))
+        model = cls(config)
+        model.load_vocab_mappings(t2d, d2t)
+        model.load_verifier_weights()
+        return model
+
+    def beside(self, verifier_model: Any) -> Self:
+        """This drafter in the verifier's dtype, on its device, complete with its embedding and head."""
+        source = verifier_model.get_input_embeddings().weight
+        expected = (self.verifier_vocab_size, self.hidden_size)
+        if tuple(source.shape) != expected:
+            raise ValueError(
+                f"the verifier's embedding is {tuple(source.shape)} and this drafter was trained for {expected} "
+                "(vocabulary, hidden size); decode with the verifier it was trained for"
+            )
+        model = self
+        if self.fc.weight.dtype != source.dtype or self.fc.weight.device != source.device:
+            model = copy.deepcopy(self)  # training keeps its own
+            model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
+        if was_never_loaded(model.embed_tokens.weight):
+            model.embed_tokens.weight.data.copy_(source)
+        if was_never_loaded(model.lm_head.weight):
+            model.lm_head.weight.data.copy_(select_rows(verifier_model.get_output_embeddings().weight, model.t2d))
+        return model
