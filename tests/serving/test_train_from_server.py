@@ -94,7 +94,7 @@ def test_a_run_asks_for_each_row_once_and_leaves_no_file(start_fake, settings, t
     assert any("serves fake; the verifier is" in note for note in notes)
 
 
-@pytest.mark.parametrize("after", [8, 18, 48])  # inside an epoch; in its validation; at the start of another
+@pytest.mark.parametrize("after", [8, 18, 42])  # inside an epoch; in its validation; at the start of another
 def test_a_server_that_dies_costs_no_step_and_the_same_command_goes_on(start_fake, settings, whole, tmp_path, after):
     dying = start(start_fake)
     dying.inject(*[""] * after, "die")
