@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from counting import BUILT_IN, THIRD_PARTY, counted_text, counting_verifier, train_config, wandering_verifier
+from counting import BUILT_IN, FIXTURES, THIRD_PARTY, counted_text, counting_verifier, train_config, wandering_verifier
 from transformers import AutoModelForCausalLM
 
 from speculators.train.events import StepDone
 from speculators.train.run import train
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @dataclass(frozen=True)

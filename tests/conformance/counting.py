@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import speculators.models
 from speculators.train.config import TrainConfig
+from speculators.train.run import build_model
 
 VOCAB, HIDDEN, NUM_LAYERS = 32, 32, 8
 MASK_TOKEN = 31
@@ -26,7 +27,8 @@ SUCCESSOR = dict(zip(RING, RING[1:] + RING[:1], strict=True))
 
 BUILT_IN = sorted(module.name for module in pkgutil.iter_modules(speculators.models.__path__) if module.ispkg)
 THIRD_PARTY = "myalgo"
-"""Lies in tests/fixtures, outside the package."""
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+"""Where it lies: outside the package."""
 
 
 def count_from(token: int, length: int) -> list[int]:
@@ -71,7 +73,7 @@ def counted_text(path: Path) -> Path:
     generator = torch.Generator().manual_seed(1)
     rows = []
     for _ in range(60):
-        start, extra = torch.randint(20, (2,), generator=generator).tolist()
+        start, extra = torch.randint(30, (2,), generator=generator).tolist()
         ids = count_from(RING[start], 8 + extra)
         rows.append({"input_ids": ids, "loss_mask": [0] * 2 + [1] * (len(ids) - 2), "seq_len": len(ids)})
     Dataset.from_list(rows).save_to_disk(path)
@@ -85,6 +87,18 @@ def train_config(name: str, verifier: Path, data: Path, save_path: Path, **chang
         "speculator_type": name, "verifier_name_or_path": str(verifier), "data_path": str(data),
         "save_path": str(save_path), "mask_token_id": MASK_TOKEN, "total_seq_len": 64, "lr": 0.01, "block_size": 4,
         "max_anchors": 48, "optimizer": "adamw", "hidden_states_dtype": "float32", "train_data_ratio": 0.9,
-        "epochs": 10, "checkpoint_freq": 1000,
+        "epochs": 9, "checkpoint_freq": 1000,
     }  # fmt: skip
     return TrainConfig.from_flat({**settings, **changes})
+
+
+def untrained(name, verifier_path, data_path, save_path, **changes):
+    """A new drafter as `train` builds it, every trained weight random, so that each of them matters."""
+    config = train_config(name, verifier_path, data_path, save_path, **changes)
+    model = build_model(config, AutoConfig.from_pretrained(verifier_path))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+            parameter.data.copy_(1 + noise if parameter.ndim == 1 else noise)
+    return model.eval()

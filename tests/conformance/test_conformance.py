@@ -7,28 +7,31 @@ Shapes: B rows, T tokens, K drafts, V vocabulary.
 from __future__ import annotations
 
 import json
+import shutil
 import types
 from typing import get_args
 
 import pytest
 import torch
 from counting import (
+    BUILT_IN,
     HIDDEN,
     RING,
     SUCCESSOR,
     VOCAB,
     count_from,
     train_config,
+    untrained,
 )
-from safetensors.torch import load_file
-from transformers import AutoConfig
+from golden import golden_path, what_is_written
+from safetensors.torch import load_file, save_file
 
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.data_generation.sources import LocalSource
 from speculators.decoding import Engine, SamplingParams
+from speculators.deploy.check import check_checkpoint
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling
 from speculators.train.collate import CollateFn
-from speculators.train.run import build_model
 
 PROMPTS = [count_from(RING[start], length) for start, length in ((0, 3), (7, 6), (20, 2), (11, 4))]
 REDUCED = 20
@@ -36,18 +39,6 @@ REDUCED = 20
 
 ORACLE_DRAFTS = 4
 """Deeper drafts are learnt too, but not in so few steps."""
-
-
-def untrained(name, verifier_path, data_path, save_path, **changes):
-    """A new drafter as `train` builds it, every trained weight random, so that each of them matters."""
-    config = train_config(name, verifier_path, data_path, save_path, **changes)
-    model = build_model(config, AutoConfig.from_pretrained(verifier_path))
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
-            parameter.data.copy_(1 + noise if parameter.ndim == 1 else noise)
-    return model.eval()
 
 
 def generate(verifier, drafting, max_tokens=32, prompts=PROMPTS, **options):
@@ -97,6 +88,28 @@ def test_a_checkpoint_is_loaded_and_saved_to_the_same_bits(name, trained, tmp_pa
     assert (path / "config.json").read_text() == (tmp_path / "config.json").read_text()
     state = SpeculatorModel.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", BUILT_IN, ids=BUILT_IN)
+def test_files_hold_what_the_golden_ones_hold(name, counting_path, data_path, tmp_path):
+    """Every option and every tensor. After a change on purpose: `python tests/conformance/golden.py`."""
+    untrained(name, counting_path, data_path, tmp_path / "run").save_pretrained(tmp_path / "saved")
+    path = golden_path(name)
+    assert path.exists(), "a new folder: write its golden file with `python tests/conformance/golden.py`, and read it"
+    assert what_is_written(tmp_path / "saved", counting_path) == json.loads(path.read_text())
+
+
+def test_the_check_before_serving_passes_it_and_misses_what_is_taken_away(name, trained, tmp_path):
+    """vLLM's readers do not say that a tensor is missing; the contract of the algorithm must."""
+    path = trained(name).checkpoint
+    report = check_checkpoint(path)
+    assert report.ok, report.errors
+    tensors = load_file(path / "model.safetensors")
+    missing = next((key for key in sorted(tensors) if "layers." in key), min(tensors))
+    shutil.copytree(path, tmp_path / "damaged")
+    kept = {key: tensor for key, tensor in tensors.items() if key != missing}
+    save_file(kept, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    assert any(missing in str(found) for found in check_checkpoint(tmp_path / "damaged").errors)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
