@@ -220,6 +220,19 @@ def test_a_clean_checkpoint_has_no_findings(case, trained):
     assert time.perf_counter() - start < 5.0
 
 
+def test_rope_in_the_older_spelling_is_the_same_rope(copy_of):
+    path = copy_of("eagle3")
+
+    def older(values):
+        layers = values["transformer_layer_config"]
+        layers["rope_theta"] = layers.pop("rope_parameters")["rope_theta"]
+
+    edit_config(path, older)
+    assert not check_checkpoint(path).findings
+    edit_config(path, lambda values: values["transformer_layer_config"].update(rope_theta=7.0))
+    assert [found.code for found in check_checkpoint(path).findings] == ["config-changed"]
+
+
 def test_stored_in_another_type_it_is_still_what_was_trained(trained, tmp_path):
     exported = export_checkpoint(trained("eagle3"), tmp_path / "half", dtype="float16")
     assert not check_checkpoint(exported.path).findings

@@ -100,6 +100,17 @@ def test_small_mends_are_made(copy_of, tmp_path):
     assert not check_checkpoint(exported.path).findings
 
 
+def test_full_layers_are_written_as_engines_must_serve_them(copy_of, tmp_path):
+    """Upstream's config says nothing: vLLM would serve causal what was trained to see its whole block."""
+    path = copy_of("dflash")
+    (path / RECORD_FILE).unlink()
+    edit_config(path, lambda values: values["transformer_layer_config"].pop("is_causal"))
+    assert [found.code for found in check_checkpoint(path).findings] == ["mask-differs"]
+    exported = export_checkpoint(path, tmp_path / "out")
+    assert values_of(exported.path)["transformer_layer_config"]["is_causal"] is False
+    assert not check_checkpoint(exported.path).findings
+
+
 def test_the_card_says_how_to_serve_and_what_was_measured(trained, tmp_path):
     estimate = {"value": 3.05, "low": 2.7, "high": 3.4}
     row = {"method": "eagle", "num_speculative_tokens": 4, "acceptance_length": estimate, "speedup": estimate,
