@@ -60,9 +60,12 @@ class FusedMLP(nn.Module):
         self.gate_up_proj = concatenated(source.gate_proj, source.up_proj)
         self.down_proj, self.act = source.down_proj, source.act
 
+    def __call__(self, hidden_BTH: Tensor) -> Tensor:
+        return self.forward(hidden_BTH)  # nobody hooks a snapshot
+
     def forward(self, hidden_BTH: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(hidden_BTH).chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up)
+        gate, up = self.gate_up_proj.forward(hidden_BTH).chunk(2, dim=-1)
+        return self.down_proj.forward(self.act(gate) * up)
 
 
 class DecoderLayer(nn.Module):

@@ -44,6 +44,9 @@ class FrozenRMSNorm(nn.Module):
         super().__init__()
         self.forward = rms_norm(weight.clone(), eps)
 
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        return self.forward(hidden_states)  # nobody hooks a snapshot
+
     def frozen(self) -> FrozenRMSNorm:
         return self
 

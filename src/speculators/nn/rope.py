@@ -30,7 +30,9 @@ class RopeTables(NamedTuple):
 
     def rotate(self, x_BTNd: Tensor) -> Tensor:
         """Tables [..., T, r] for x [B, T, N, d]; features past r pass unrotated."""
-        cos, sin = (table.unsqueeze(-2).to(x_BTNd.dtype) for table in self)
+        cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
+        if cos.dtype != x_BTNd.dtype:
+            cos, sin = cos.to(x_BTNd.dtype), sin.to(x_BTNd.dtype)
         rotary_dim = cos.shape[-1]
         if rotary_dim == x_BTNd.shape[-1]:
             return torch.addcmul(x_BTNd * cos, x_BTNd.roll(rotary_dim // 2, -1), sin)
