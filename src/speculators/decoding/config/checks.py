@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from speculators.decoding.config.draft import lookup, text_config_of
-from speculators.decoding.config.methods import AUX_STATE_TARGETS, WHITELISTED_METHODS
+from speculators.decoding.config.methods import METHODS_THAT_NEED_AUX_STATES, TARGETS_WITH_AUX_STATES
+from speculators.decoding.config.qwen3_omni import check_qwen3_omni_dspark, is_qwen3_omni
 from speculators.decoding.config.schedule import check_batch_size_ranges, synthetic_rates
 from speculators.decoding.tree import TokenTree
 
@@ -32,6 +33,9 @@ def check(config: SpeculativeConfig) -> None:
         if verify is not None:
             verify(config.draft_parallel_config)
     _check_target_gives_aux_states(config)
+    target, draft = lookup(config.target_model_config, "hf_config"), lookup(config.draft_model_config, "hf_config")
+    if config.method == "dspark" and draft is not None and is_qwen3_omni(target):
+        check_qwen3_omni_dspark(target, draft, config.num_speculative_tokens)
     _check_vocabularies(config)
     _check_our_rules(config, config.num_speculative_tokens)
 
@@ -51,11 +55,13 @@ def _resolve_synthetic(config: SpeculativeConfig, num_tokens: int) -> None:
 def _check_target_gives_aux_states(config: SpeculativeConfig) -> None:
     """Serving engines return intermediate states for some model types only; our own engine for all."""
     target = config.target_model_config
-    if config.method not in WHITELISTED_METHODS or target is None or lookup(target, "gives_aux_states", False):
+    if config.method not in METHODS_THAT_NEED_AUX_STATES or target is None or lookup(target, "gives_aux_states", False):
         return
     target_type = lookup(text_config_of(target.hf_config), "model_type", "")
-    if not any(part in target_type for part in AUX_STATE_TARGETS):
-        raise ValueError(f"{config.method} is only supported for {list(AUX_STATE_TARGETS)} models. Got {target_type=}")
+    if not any(part in target_type for part in TARGETS_WITH_AUX_STATES):
+        raise ValueError(
+            f"{config.method} is only supported for {list(TARGETS_WITH_AUX_STATES)} models. Got {target_type=}"
+        )
 
 
 def _check_vocabularies(config: SpeculativeConfig) -> None:

@@ -16,7 +16,12 @@ from speculators.decoding.config.draft import (
     lookup,
     read_hf_config,
 )
-from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, NAMED_BY_MODEL_TYPE, SPECULATORS_METHODS
+from speculators.decoding.config.methods import (
+    METHODS,
+    METHODS_WITH_A_MODEL_TYPE,
+    MTP_TYPE_NAMES,
+    SPECULATORS_METHODS,
+)
 from speculators.decoding.config.mtp_families import hf_config_override
 from speculators.decoding.tree import TokenTree
 
@@ -33,25 +38,25 @@ def infer(config: SpeculativeConfig) -> None:
     """Fill in everything that follows from what was given."""
     is_explicit = config.method is not None
     _take_depth_from_tree(config)
-    _name_the_method(config)
+    _infer_method(config)
     if config.model is None and config.num_speculative_tokens is not None:
-        _name_the_model(config)
-    _choose_rule(config)
+        _infer_model(config)
+    _infer_rejection_rule(config)
     assert config.method is not None
     if config.method in ("ngram", "ngram_gpu"):
-        _complete_lookup(config)
+        _fill_in_ngram(config)
     elif config.method == "suffix":
-        _complete_suffix(config)
+        _fill_in_suffix(config)
     else:
         config.prompt_lookup_max = config.prompt_lookup_min = 0
         if config.method == "extract_hidden_states":
-            _extract_hidden_states(config)
+            _fill_in_extraction(config)
         elif METHODS[config.method].has_network and config.model is not None:
-            _complete_network(config, is_explicit)
+            _fill_in_network(config, is_explicit)
     if config.method in ("ngram", "ngram_gpu", "custom_class"):
         config.draft_model_config = config.target_model_config
         config.draft_parallel_config = config.target_parallel_config
-    _share_index(config)
+    _pass_on_index_sharing(config)
 
 
 def _take_depth_from_tree(config: SpeculativeConfig) -> None:
@@ -64,7 +69,7 @@ def _take_depth_from_tree(config: SpeculativeConfig) -> None:
         config.num_speculative_tokens = TokenTree.parse(config.speculative_token_tree).depth
 
 
-def _name_the_method(config: SpeculativeConfig) -> None:
+def _infer_method(config: SpeculativeConfig) -> None:
     if config.method is None and is_import_path(config.model):
         config.method = "custom_class"
     elif config.method is None:
@@ -82,12 +87,12 @@ def is_import_path(model: str | None) -> bool:
     return len(parts) >= 2 and all(part.isidentifier() for part in parts)
 
 
-def _name_the_model(config: SpeculativeConfig) -> None:
+def _infer_model(config: SpeculativeConfig) -> None:
     assert config.method is not None
     facts, target = METHODS[config.method], config.target_model_config
-    if facts.own_name_is_model:
+    if facts.model_defaults_to_method:
         config.model = config.method
-    elif facts.target_is_model:
+    elif facts.model_defaults_to_target:
         if target is None:
             raise ValueError(f"target_model_config must be present for {config.method}")
         if lookup(target.hf_config, "model_type") == "deepseek_v32":
@@ -103,13 +108,13 @@ def _name_the_model(config: SpeculativeConfig) -> None:
         raise ValueError("num_speculative_tokens was provided but without speculative model.")
 
 
-def _choose_rule(config: SpeculativeConfig) -> None:
+def _infer_rejection_rule(config: SpeculativeConfig) -> None:
     """Drafts that are drawn are worth testing against their law, unless the user asked for another rule."""
     if "rejection_sample_method" not in config.given and config.draft_sample_method == "probabilistic":
         config.rejection_sample_method = "standard"
 
 
-def _complete_lookup(config: SpeculativeConfig) -> None:
+def _fill_in_ngram(config: SpeculativeConfig) -> None:
     low, high = config.prompt_lookup_min, config.prompt_lookup_max
     config.prompt_lookup_min = low or high or DEFAULT_LOOKUP
     config.prompt_lookup_max = high or low or DEFAULT_LOOKUP
@@ -119,7 +124,7 @@ def _complete_lookup(config: SpeculativeConfig) -> None:
         )
 
 
-def _complete_suffix(config: SpeculativeConfig) -> None:
+def _fill_in_suffix(config: SpeculativeConfig) -> None:
     if config.num_speculative_tokens is None:
         config.num_speculative_tokens = config.suffix_decoding_max_tree_depth
         logger.warning("num_speculative_tokens=%d: the suffix tree's depth", config.num_speculative_tokens)
@@ -133,7 +138,7 @@ def _complete_suffix(config: SpeculativeConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be {rule}")
 
 
-def _extract_hidden_states(config: SpeculativeConfig) -> None:
+def _fill_in_extraction(config: SpeculativeConfig) -> None:
     """Not a drafter: a way to read the target's states. Its config is the target's, overlaid with the user's."""
     config.model = "extract_hidden_states"
     target, given = config.target_model_config, config.draft_model_config
@@ -149,7 +154,7 @@ def _extract_hidden_states(config: SpeculativeConfig) -> None:
     config.draft_model_config, config.draft_parallel_config = draft, config.target_parallel_config
 
 
-def _complete_network(config: SpeculativeConfig, is_explicit: bool) -> None:
+def _fill_in_network(config: SpeculativeConfig, is_explicit: bool) -> None:
     """Read the draft's config where that is possible, recognise the method, and take over what the draft says."""
     hf_config = _draft_hf_config(config)
     speculators_type = lookup(hf_config, "speculators_model_type")
@@ -158,14 +163,14 @@ def _complete_network(config: SpeculativeConfig, is_explicit: bool) -> None:
     else:
         if hf_config is not None and config.method != "medusa" and architectures_of(hf_config):
             hf_config = hf_config_override(hf_config)
-        _recognise(config, hf_config, is_explicit)
+        _detect_method(config, hf_config, is_explicit)
     assert config.method is not None
     if METHODS[config.method].is_parallel:
         config.parallel_drafting = True
     if hf_config is not None:
         _apply_n_predict(config, hf_config)
-    _complete_tree(config)
-    _complete_draft_model_config(config, hf_config)
+    _fill_in_tree(config)
+    _make_draft_model_config(config, hf_config)
 
 
 def _draft_hf_config(config: SpeculativeConfig) -> Any:
@@ -205,12 +210,12 @@ def _take_from_speculators_checkpoint(
         )  # fmt: skip
 
 
-def _recognise(config: SpeculativeConfig, hf_config: Any, is_explicit: bool) -> None:
+def _detect_method(config: SpeculativeConfig, hf_config: Any, is_explicit: bool) -> None:
     """First match wins; a method that the user named stays, if the draft can be one."""
     assert config.model is not None and config.method is not None
     model_type, architectures = lookup(hf_config, "model_type", ""), set(architectures_of(hf_config))
     if is_explicit:
-        is_wrong = config.method in NAMED_BY_MODEL_TYPE and hf_config is not None
+        is_wrong = config.method in METHODS_WITH_A_MODEL_TYPE and hf_config is not None
         is_wrong = is_wrong and model_type and model_type not in METHODS[config.method].detect_by_model_type
         if is_wrong:
             raise NotImplementedError(
@@ -242,7 +247,7 @@ def _apply_n_predict(config: SpeculativeConfig, hf_config: Any) -> None:
         raise ValueError(f"num_speculative_tokens:{config.num_speculative_tokens} must be divisible by {n_predict=}")
 
 
-def _complete_tree(config: SpeculativeConfig) -> None:
+def _fill_in_tree(config: SpeculativeConfig) -> None:
     if config.speculative_token_tree is not None:
         config.speculative_token_tree = str(TokenTree.parse(config.speculative_token_tree))
     elif config.num_speculative_tokens is None:
@@ -254,7 +259,7 @@ def _complete_tree(config: SpeculativeConfig) -> None:
         config.speculative_token_tree = str(TokenTree.chain(config.num_speculative_tokens))
 
 
-def _complete_draft_model_config(config: SpeculativeConfig, hf_config: Any) -> None:
+def _make_draft_model_config(config: SpeculativeConfig, hf_config: Any) -> None:
     target, target_parallel = config.target_model_config, config.target_parallel_config
     if target_parallel is not None:
         config.draft_tensor_parallel_size = draft_tensor_parallel_size(
@@ -271,7 +276,7 @@ def _complete_draft_model_config(config: SpeculativeConfig, hf_config: Any) -> N
     config.draft_model_config = ModelInfo(config.model, hf_config, length, config.quantization)
 
 
-def _share_index(config: SpeculativeConfig) -> None:
+def _pass_on_index_sharing(config: SpeculativeConfig) -> None:
     if config.index_share_for_mtp_iteration is None:
         return
     if config.method != "mtp" or config.draft_model_config is None:

@@ -28,9 +28,9 @@ class MethodFacts:
 
     has_network: bool = True
     """Drafts with its own weights: a draft model config is made for it."""
-    own_name_is_model: bool = False
+    model_defaults_to_method: bool = False
     """`model` may be left out and becomes the method's name."""
-    target_is_model: bool = False
+    model_defaults_to_target: bool = False
     """`model` may be left out and becomes the target checkpoint."""
     reads_states: bool = False
     """Drafts from the verifier's hidden states (vLLM: "eagle-like")."""
@@ -46,12 +46,12 @@ class MethodFacts:
 
 
 METHODS: dict[str, MethodFacts] = {
-    "ngram": MethodFacts(has_network=False, own_name_is_model=True),
-    "ngram_gpu": MethodFacts(has_network=False, own_name_is_model=True),
-    "suffix": MethodFacts(has_network=False, own_name_is_model=True),
+    "ngram": MethodFacts(has_network=False, model_defaults_to_method=True),
+    "ngram_gpu": MethodFacts(has_network=False, model_defaults_to_method=True),
+    "suffix": MethodFacts(has_network=False, model_defaults_to_method=True),
     "custom_class": MethodFacts(has_network=False),
-    "early_exit": MethodFacts(has_network=False, own_name_is_model=True, in_vllm=False),
-    "extract_hidden_states": MethodFacts(has_network=False, own_name_is_model=True, reads_aux_states=True),
+    "early_exit": MethodFacts(has_network=False, model_defaults_to_method=True, in_vllm=False),
+    "extract_hidden_states": MethodFacts(has_network=False, model_defaults_to_method=True, reads_aux_states=True),
     # In the order in which a draft checkpoint is recognised.
     "eagle": MethodFacts(reads_states=True, detect_by_name=("eagle-",)),
     "eagle3": MethodFacts(reads_states=True, reads_aux_states=True, detect_by_name=("eagle3",)),
@@ -63,7 +63,7 @@ METHODS: dict[str, MethodFacts] = {
         detect_by_architecture=frozenset({"MuseGlimmerAssistantModel"}),
     ),
     "dspark": MethodFacts(
-        target_is_model=True,
+        model_defaults_to_target=True,
         reads_states=True,
         reads_aux_states=True,
         is_parallel=True,
@@ -72,11 +72,11 @@ METHODS: dict[str, MethodFacts] = {
     ),
     "medusa": MethodFacts(detect_by_model_type=frozenset({"medusa"})),
     "mlp_speculator": MethodFacts(detect_by_model_type=frozenset({"mlp_speculator"})),
-    "mtp": MethodFacts(target_is_model=True, reads_states=True, detect_by_model_type=MTP_TYPE_NAMES | {"mtp"}),
+    "mtp": MethodFacts(model_defaults_to_target=True, reads_states=True, detect_by_model_type=MTP_TYPE_NAMES | {"mtp"}),
     "draft_model": MethodFacts(),
 }
 
-NAMED_BY_MODEL_TYPE = frozenset({"medusa", "mlp_speculator", "mtp"})
+METHODS_WITH_A_MODEL_TYPE = frozenset({"medusa", "mlp_speculator", "mtp"})
 """Given explicitly, these need a draft of their own `model_type`."""
 
 SPECULATORS_METHODS: dict[str, dict[str, object]] = {
@@ -92,9 +92,21 @@ SPECULATORS_METHODS: dict[str, dict[str, object]] = {
 }
 """`speculators_model_type` of a checkpoint -> how it is drafted with."""
 
-AUX_STATE_TARGETS = (
+ATTENTION_BACKENDS = (
+    "FLASH_ATTN", "FLASH_ATTN_DIFFKV", "TRITON_ATTN", "TRITON_ATTN_DIFFKV", "TRITON_FLASH_ATTN", "ROCM_ATTN",
+    "ROCM_SEGMENTED_ATTN", "ROCM_AITER_MLA", "ROCM_AITER_TRITON_MLA", "ROCM_AITER_FA", "ROCM_AITER_MLA_SPARSE",
+    "XPU_MLA_SPARSE", "TORCH_SDPA", "FLASHINFER", "TRITON_FLASHINFER", "FLASHINFER_MLA", "TOKENSPEED_MLA",
+    "FLASHINFER_MLA_SPARSE", "FLASHINFER_MLA_SPARSE_SM120", "FLASHINFER_MLA_SPARSE_SM90", "TRITON_MLA", "CUTLASS_MLA",
+    "FLASHMLA", "FLASHMLA_SPARSE", "FLASHMLA_SPARSE_DSV4", "FLASHINFER_MLA_SPARSE_DSV4", "ROCM_FLASHMLA_SPARSE_DSV4",
+    "FLASHMLA_SPARSE_DSV41", "FLASHINFER_MLA_SPARSE_DSV41", "FLASHMLA_MEGA_ATTN_DSV41", "B12X", "FLASH_ATTN_MLA",
+    "FLASH_ATTN_MLA_SPARSE", "MINIMAX_M3_SPARSE", "CUTLASS_MSA", "TRITON_MSA", "NO_ATTENTION", "FLEX_ATTENTION",
+    "HPC_ATTN", "ROCM_AITER_UNIFIED_ATTN", "CPU_ATTN", "CPU_MLA", "AMX_MLA", "TURBOQUANT", "ULTRAQUANT", "CUSTOM",
+)  # fmt: skip
+"""Names that vLLM 0.32 knows; ours ignores the setting."""
+
+TARGETS_WITH_AUX_STATES = (
     "llama", "qwen", "minicpm", "gpt_oss", "hunyuan_vl", "hunyuan_v1_dense", "afmoe", "nemotron_h", "deepseek_v2",
     "deepseek_v3", "kimi_k2", "kimi_k25", "minimax_m2", "gemma4",
 )  # fmt: skip
 """Target model types (parts of them) whose implementation in the serving engine returns intermediate states."""
-WHITELISTED_METHODS = ("eagle3", "extract_hidden_states", "dflash")
+METHODS_THAT_NEED_AUX_STATES = ("eagle3", "extract_hidden_states", "dflash")

@@ -21,7 +21,7 @@ from speculators.decoding.config import mtp_families
 from speculators.decoding.config.checks import check
 from speculators.decoding.config.draft import lookup
 from speculators.decoding.config.infer import infer
-from speculators.decoding.config.methods import METHODS, Method
+from speculators.decoding.config.methods import ATTENTION_BACKENDS, METHODS, Method
 from speculators.decoding.config.schedule import BatchSizeRange, scheduled_num_tokens
 from speculators.decoding.config.vllm_json import vllm_settings
 from speculators.decoding.tree import TokenTree
@@ -125,9 +125,13 @@ class SpeculativeConfig(BaseModel):
     @field_validator("attention_backend", mode="before")
     @classmethod
     def _parse_attention_backend(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return None if value.lower() == "auto" else value.upper()
-        return value
+        if not isinstance(value, str) or value.lower() == "auto":
+            return value if not isinstance(value, str) else None
+        if value.upper() not in ATTENTION_BACKENDS:
+            raise ValueError(
+                f"attention_backend={value!r} is unknown; use auto or one of {', '.join(ATTENTION_BACKENDS)}"
+            )
+        return value.upper()
 
     def model_post_init(self, context: Any) -> None:
         given = {name: getattr(self, name) for name in self.model_fields_set}
