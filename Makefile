@@ -15,10 +15,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 VLLM_VENV ?= .venv-vllm
 VLLM_TRITON ?= .venv-vllm-triton
-VLLM_PYTEST := OMP_NUM_THREADS=1 SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm
+VLLM_PYTEST := OMP_NUM_THREADS=1 SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest
 VLLM_TESTS ?= tests/integration tests/mtp tests/serving
 
-.PHONY: help quickstart results test test-vllm test-vllm-v2 check lint types install install-dev clean
+.PHONY: help quickstart results test test-vllm test-vllm-smallest test-vllm-v2 check lint types install install-dev clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,11 +33,14 @@ test: install-dev  ## install with the development tools, then run the tests
 	$(PYTEST)
 
 test-vllm: install-dev $(VLLM_VENV)/.installed  ## the real vLLM, on CPU, serves what we train (its environment: 2.5 GB, made once)
-	$(VLLM_PYTEST) $(VLLM_TESTS)
+	$(VLLM_PYTEST) -m vllm $(VLLM_TESTS)
 	PYTHONPATH=src $(VLLM_VENV)/bin/python -m pytest -m vllm tests/speculative_config
 
+test-vllm-smallest: install-dev $(VLLM_VENV)/.installed  ## the same with each method once
+	$(VLLM_PYTEST) -m "vllm and not slow" $(VLLM_TESTS)
+
 test-vllm-v2: install-dev $(VLLM_VENV)/.installed $(VLLM_TRITON)/.installed  ## DSpark in vLLM's model runner V2, interpreted on CPU (1 GB more, slow)
-	SPECULATORS_VLLM_TRITON=$(abspath $(VLLM_TRITON)) $(VLLM_PYTEST) tests/integration/test_vllm_dspark.py
+	SPECULATORS_VLLM_TRITON=$(abspath $(VLLM_TRITON)) $(VLLM_PYTEST) -m vllm tests/integration/test_vllm_dspark.py
 
 check: lint types test  ## everything that must pass before a change is finished
 

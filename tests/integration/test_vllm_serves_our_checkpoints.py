@@ -8,7 +8,7 @@ over 20 prompts x 64 tokens are compared within 3 %.
 from __future__ import annotations
 
 import pytest
-from vllm_cases import NGRAM_SIZES, NUM_DRAFTS, TRAINED, UNTRAINED, Decoded, train_flags
+from vllm_cases import NGRAM_SIZES, NUM_DRAFTS, TRAINED, UNTRAINED, VARIANTS, Decoded, train_flags
 
 from speculators.cli.app import run
 from speculators.cli.verify import vllm_target
@@ -16,7 +16,7 @@ from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.proposers.ngram import NgramProposer
 from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 
 MAX_TOKENS = 64
 BATCH_SIZE = 4
@@ -77,7 +77,9 @@ def decoded(request, vllm_python, verifier, verifier_model, prompts, checkpoints
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in VARIANTS else case for case in CASES]
+)
 def test_vllm_and_our_engine_decode_alike(case, decoded):
     found: Decoded = decoded[case]
     assert found.error is None, found.error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NUM_DRAFTS = 4
-RECIPE = ("--lr", "3e-3", "--total-seq-len", "512", "--epochs", "2", "--no-parity-gate")
+RECIPE = ("--lr", "3e-3", "--total-seq-len", "512", "--epochs", "2", "--max-steps", "40", "--no-parity-gate")
 BLOCK = ("--block-size", "5", "--num-layers", "2")
 FULL = ("--full-attention-indices", "0", "1")
 SLIDING = ("--sliding-window", "48")
@@ -30,6 +30,8 @@ TRAINED = {
     "medusa": Trained("medusa", num_drafts=3),
 }
 """All of vLLM's model runner V1."""
+VARIANTS = ("eagle3 qwen3, whole vocabulary", "dflash, full", "dflash, sliding not causal")
+"""Of methods that another case covers: slow, so that the smallest set has each method once."""
 
 DSPARK = Trained("dspark", ("--block-size", "4", "--num-layers", "1", "--draft-vocab-size", "2048"), num_drafts=4)
 """Model runner V2 alone."""

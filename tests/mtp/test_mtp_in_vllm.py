@@ -63,7 +63,6 @@ def train_on_its_own_text(drafter, verifier, num_steps=120):
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
 @pytest.mark.skipif(VLLM_PYTHON is None, reason="SPECULATORS_VLLM_PYTHON is not set")
 def test_vllm_accepts_what_our_engine_accepts(tmp_path):
     verifier = make_verifier(tmp_path / "mimo")
