@@ -80,6 +80,8 @@ class Proposal:
     parents_K: Tensor | None = None
     """Draft tree: index of each node's parent draft, -1 = the last committed token; parents come first. None = chain.
     The topology is shared by all rows; rows use fewer nodes by writing -1 tokens."""
+    confidence_BK: Tensor | None = None
+    """Of a chain: the drafter's own estimate that each slot is accepted, given that those before it are."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class DraftSampling:
     generator: torch.Generator | None = None
     probabilistic: bool = False
     """True: draw from softmax(draft logits / temperature) and return `probs_BKV`. False: argmax, a point mass."""
+    wants_confidence: bool = False
+    """Whether anybody reads `Proposal.confidence_BK`, if it can be had."""
 
 
 @runtime_checkable

@@ -18,7 +18,6 @@ from speculators.decoding.adaptive import (
     best_num_tokens,
     expected_tokens,
     interpolate,
-    is_worth_drafting,
     lengths_within_budget,
 )
 from speculators.decoding.verification import resolve_rule
@@ -48,17 +47,6 @@ def test_the_best_k_includes_none_at_all():
     compute_bound = CostModel(draft_s=(0.0,) * 4, verify_s={1: 1.0, 8: 1.0, 64: 8.0})
     assert best_num_tokens([0.7] * 3, compute_bound, batch_size=1) == 3
     assert best_num_tokens([0.7] * 3, compute_bound, batch_size=16) == 0
-
-
-def test_drafting_on_while_it_pays_finds_the_scans_optimum_for_convex_costs():
-    rng = random.Random(0)
-    for _ in range(200):
-        rates = [rng.random() for _ in range(5)]
-        cost = CostModel(tuple(0.2 * k for k in range(6)), {1: 1.0, 6: 1.0 + rng.random()})
-        survivals: list[float] = []
-        while len(survivals) < 5 and is_worth_drafting(survivals, rates[len(survivals)], cost):
-            survivals.append((survivals[-1] if survivals else 1.0) * rates[len(survivals)])
-        assert len(survivals) == best_num_tokens(rates, cost)
 
 
 def test_budgets_equal_the_best_of_all_combinations_of_lengths():

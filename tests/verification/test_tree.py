@@ -14,7 +14,6 @@ from speculators.decoding.tree import (
     ancestor_mask,
     depths,
     expected_tokens,
-    retrieve_paths,
 )
 from speculators.decoding.tree_growing import DynamicTreeShape, grow_dynamic_tree, sample_tree, share_shape
 from speculators.decoding.verification import resolve_rule
@@ -53,7 +52,7 @@ def test_known_trees_have_their_published_sizes():
     assert (len(MEDUSA_63.paths), MEDUSA_63.depth) == (63, 4)
 
 
-def test_masks_and_retrieved_paths_of_a_tree_you_can_see():
+def test_the_mask_of_a_tree_you_can_see():
     parents = [-1, -1, 0, 0, 3]
     assert depths(parents) == [1, 1, 2, 2, 3]
     assert ancestor_mask(parents).long().tolist() == [
@@ -64,8 +63,6 @@ def test_masks_and_retrieved_paths_of_a_tree_you_can_see():
         [1, 1, 0, 0, 1, 0],
         [1, 1, 0, 0, 1, 1],
     ]
-    assert retrieve_paths(parents).tolist() == [[0, 2, -1, -1], [0, 1, 3, -1], [0, 1, 4, 5]]
-    assert retrieve_paths([]).tolist() == [[0]]
     with pytest.raises(ValueError, match="parents come first"):
         depths([-1, 2, -1])
 

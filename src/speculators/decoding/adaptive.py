@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from speculators.interfaces import Proposal
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -64,16 +66,6 @@ def best_num_tokens(conditional_rates: Sequence[float], cost: CostModel, batch_s
         return tokens / cost.round_s(num_tokens, batch_size * (num_tokens + 1))
 
     return max(range(min(len(conditional_rates), len(cost.draft_s) - 1) + 1), key=lambda k: (speed(k), -k))
-
-
-def is_worth_drafting(survivals: Sequence[float], next_rate: float, cost: CostModel, batch_size: int = 1) -> bool:
-    """Whether slot len(survivals) pays, given the survivals before it and its own rate (from q, before the draw)."""
-    k = len(survivals)
-    if k + 1 >= len(cost.draft_s):
-        return False
-    tokens, reach = 1 + sum(survivals), (survivals[-1] if survivals else 1.0) * next_rate
-    now_s = cost.round_s(k, batch_size * (k + 1))
-    return (tokens + reach) * now_s > tokens * cost.round_s(k + 1, batch_size * (k + 2))
 
 
 def lengths_within_budget(confidence_BK: Tensor, cost: CostModel) -> Tensor:
@@ -207,6 +199,7 @@ class CostMeter:
 @dataclass
 class AdaptiveLength:
     """K for each round from what the rounds before it showed. Use as `num_tokens(batch_size)`; then `observe`.
+    Between the two, `shorten` drops drafts whose own confidence says that verifying them does not pay.
 
     It starts with one round of each K, and drafts at full length now and then (else a drafter that got better would
     never be noticed), so seldom that it costs `probe_share` of the time. A new K must be `margin` faster than the
@@ -218,6 +211,10 @@ class AdaptiveLength:
     margin: float = 0.02
     rates: AcceptanceRates = field(init=False)
     costs: CostMeter = field(default_factory=CostMeter)
+    fit: ConfidenceFit = field(default_factory=ConfidenceFit)
+    confidence_by_row: list[list[float]] | None = None
+    """What the drafter thought of this round's drafts."""
+    asked: int = 0
     num_rounds: int = 0
     last_probe: int = 0
     current: int = field(init=False)
@@ -227,6 +224,11 @@ class AdaptiveLength:
         self.current = self.most
 
     def num_tokens(self, batch_size: int) -> int:
+        self.confidence_by_row = None
+        self.asked = self._choose(batch_size)
+        return self.asked
+
+    def _choose(self, batch_size: int) -> int:
         self.num_rounds += 1
         if self.num_rounds <= self.most + 1:
             return self.most + 1 - self.num_rounds  # most, most - 1, ..., 0
@@ -246,21 +248,42 @@ class AdaptiveLength:
                 self.current = best
         return self.current
 
+    def shorten(self, proposal: Proposal) -> Proposal:
+        """Chains of point masses only: a draft that was drawn may not be dropped for what it is."""
+        is_point_mass_chain = proposal.probs_BKV is None and proposal.parents_K is None
+        if proposal.confidence_BK is None or not is_point_mass_chain:
+            return proposal
+        self.confidence_by_row = proposal.confidence_BK.tolist()
+        cost = self.costs.model(self.most)
+        if cost is None or self.num_rounds <= self.most + 1:
+            return proposal
+        rate_BK = torch.tensor([[self.fit.rate(prob) for prob in row] for row in self.confidence_by_row])
+        length_B = lengths_within_budget(rate_BK.masked_fill(proposal.token_ids_BK.cpu() < 0, -1.0), cost)
+        length_B1 = length_B[:, None].to(proposal.token_ids_BK.device)
+        slot_K = torch.arange(int(length_B.max()), device=length_B1.device)
+        token_ids_BK = proposal.token_ids_BK[:, : len(slot_K)].masked_fill(slot_K >= length_B1, -1)
+        return Proposal(token_ids_BK)
+
     def observe(
         self,
-        num_drafted: Sequence[int],
+        depths: Sequence[int],
         num_accepted: Sequence[int],
         *,
         draft_s: float,
         verify_s: float,
         overhead_s: float = 0.0,
+        rows: Sequence[int] = (),
     ) -> None:
-        """One round: per row the drafts verified and accepted, and what the round cost."""
-        self.rates.observe(num_drafted, num_accepted)
-        scored = sum(num_drafted) + len(num_drafted)
+        """One round: of each request how deep the drafts went that were verified, how many were accepted and which row
+        it has; and what the round cost. A tree counts as deep as it is: it costs the same whenever it is that deep."""
+        self.rates.observe(depths, num_accepted)
         self.costs.observe(
-            max(num_drafted, default=0), scored, draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s
+            self.asked, sum(depths) + len(depths), draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s
         )
+        if self.confidence_by_row is not None:
+            for row, depth, accepted in zip(rows, depths, num_accepted, strict=True):
+                for slot in range(min(depth, accepted + 1)):
+                    self.fit.observe(self.confidence_by_row[row][slot], slot < accepted)
 
 
 def logit(prob: float) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -188,13 +187,9 @@ class Engine:
         probabilistic = drafting.is_probabilistic and not sampling.all_greedy
         if probabilistic:
             self._seed_drafts(batch, sampling)
-        draft_sampling = DraftSampling(sampling.temperature_B, self._generator, probabilistic)
-        committed = batch.committed()
-        proposal = drafting.proposer.propose(committed, num_tokens, draft_sampling)
-        if drafting.max_length is not None:
-            is_too_long_B1 = (committed.num_committed_B > drafting.max_length)[:, None]
-            proposal = replace(proposal, token_ids_BK=proposal.token_ids_BK.masked_fill(is_too_long_B1, -1))
-        return proposal
+        wants_confidence = drafting.adaptive is not None
+        draft_sampling = DraftSampling(sampling.temperature_B, self._generator, probabilistic, wants_confidence)
+        return drafting.propose(batch.committed(), num_tokens, draft_sampling)
 
     def _verify(self, batch: Batch, proposal: Proposal, logits_BTV: Tensor, first_row: int = 0) -> Verification:
         last_row = first_row + len(logits_BTV)
@@ -240,13 +235,14 @@ class Engine:
 
     def _waits(self, batch: Batch, row: int, request: ActiveRequest) -> bool:
         """Copy what another row computed of this prompt; True: another row is about to compute it."""
-        # a proposer that reads states needs those of every prompt token, and copied tokens leave none
-        if request.num_prefilled or (self.drafting is not None and self.drafting.proposer.capture != CaptureSpec()):
+        if request.num_prefilled:
             return False
         shared = shared_prefix(row, batch.rows)
         if shared is not None and shared.is_ready:
             self.verifier.share_prefix(shared.from_row, row, shared.num_tokens)
-            request.num_prefilled = shared.num_tokens
+            donor = batch.rows[shared.from_row]
+            assert donor is not None
+            request.take_over(donor, shared.num_tokens)
         return shared is not None and not shared.is_ready
 
     def _prefill_rows(self, batch: Batch, requests: dict[int, ActiveRequest]) -> list[StreamEvent]:

@@ -33,10 +33,6 @@ class Accepted:
     is_chain: bool
 
     @property
-    def num_drafted(self) -> list[int]:
-        return [num_drafted for num_drafted, _ in self.offered_by_row.values()]
-
-    @property
     def num_accepted(self) -> list[int]:
         return [len(token_ids) - 1 for token_ids in self.token_ids_by_row.values()]
 
@@ -69,7 +65,8 @@ def account(
         request.output.stats.record(*accepted.offered_by_row[row], len(accepted.token_ids_by_row[row]) - 1)
         request.output.stats.spend(*share)
     if adaptive is not None:
-        adaptive.observe(accepted.num_drafted, accepted.num_accepted, **times._asdict())
+        depths = [depth for _, depth in accepted.offered_by_row.values()]
+        adaptive.observe(depths, accepted.num_accepted, **times._asdict(), rows=list(accepted.offered_by_row))
 
 
 def no_drafts(num_rows: int, device: torch.device) -> Proposal:

@@ -32,7 +32,7 @@ class ActiveRequest:
     text: IncrementalText | None
     num_prefilled: int = 0
     prompt_states: list[Tensor] = field(default_factory=list)
-    """Captured states of the prefilled part, [T, D] each."""
+    """Captured states of the prefilled part of the prompt, [T, D] each; none when nobody reads them."""
 
     @property
     def prompt(self) -> list[int]:
@@ -53,8 +53,14 @@ class ActiveRequest:
     def take_prompt_states(self) -> Tensor:
         """[prompt + 1, D] aligned like `interfaces.Committed`: column 0 has no state, column i has that of i - 1."""
         states_TD = torch.cat(self.prompt_states)
-        self.prompt_states = []
+        self.prompt_states = [states_TD]  # until the row is free: other prompts may begin alike
         return torch.cat([torch.zeros_like(states_TD[:1]), states_TD])
+
+    def take_over(self, donor: ActiveRequest, num_tokens: int) -> None:
+        """The start of the prompt is the donor's: so are its states, where a proposer reads them."""
+        self.num_prefilled = num_tokens
+        if donor.prompt_states:
+            self.prompt_states = [torch.cat(donor.prompt_states)[:num_tokens]]
 
     def take(self, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> StreamEvent:
         """Append an accepted run, cut after the first token that ends the request."""
@@ -135,6 +141,9 @@ class Batch:
         return taken
 
     def release(self, row: int) -> None:
+        request = self.rows[row]
+        assert request is not None
+        request.prompt_states = []
         self.rows[row] = None
         self._untold = [emitted.without(row) for emitted in self._untold]
         self._sampling.clear()

@@ -1,6 +1,6 @@
 """What a decode run did: one histogram of rounds, and times. Everything else is derived, so runs add with `+`.
 
-A round = one propose + verify for one request. Definitions are vLLM's (`vllm:spec_decode_*`), but for the rounds in which
+A round = one propose + verify for one request. Definitions are vLLM's (`vllm:spec_decode_*`), but for rounds in which
 nothing was drafted (a lookup found nothing, K = 0): vLLM leaves them out.
 
     acceptance_length                1 + accepted / rounds      tokens a verify step emits: what speed follows from

@@ -114,20 +114,6 @@ def ancestor_mask(parents: Sequence[int]) -> Tensor:
     return mask
 
 
-def retrieve_paths(parents: Sequence[int]) -> Tensor:
-    """int64 [L, depth + 1]: for each leaf the rows from the root (row 0) down, padded with -1; leaves by slot."""
-    has_children, leaves = set(parents), []
-    for slot in range(len(parents)):
-        if slot not in has_children:
-            rows, node = [], slot
-            while node >= 0:
-                rows.append(node + 1)
-                node = parents[node]
-            leaves.append([0, *reversed(rows)])
-    width = max((len(rows) for rows in leaves), default=1)
-    return torch.tensor([rows + [-1] * (width - len(rows)) for rows in leaves or [[0]]], dtype=torch.int64)
-
-
 def expected_tokens(parents: Sequence[int], conditional: Sequence[float]) -> float:
     """Tokens a round emits: 1 + sum over nodes of the chance that its whole path is accepted.
 

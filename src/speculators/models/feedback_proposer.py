@@ -101,11 +101,11 @@ class FeedbackProposer:
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
         with self.packed:
             output = self.commit(committed, num_new, num_committed)
-            draft_ids_BK, probs_BKV = self.draft(output, num_tokens, sampling)
+            draft_ids_BK, probs_BKV, confidence_BK = self.draft(output, num_tokens, sampling)
         drafts_B = [new > 0 and total > 1 for new, total in zip(num_new, num_committed, strict=True)]
         if not all(drafts_B):
             draft_ids_BK[~torch.tensor(drafts_B, device=self.device)] = NO_DRAFT
-        return Proposal(draft_ids_BK, probs_BKV)
+        return Proposal(draft_ids_BK, probs_BKV, confidence_BK=confidence_BK)
 
     # -- taking in what was committed --------------------------------------------------------------------------------
 
@@ -172,15 +172,21 @@ class FeedbackProposer:
 
     # -- drafting ----------------------------------------------------------------------------------------------------
 
-    def draft(self, output: StepOutput, num_tokens: int, sampling: DraftSampling) -> tuple[Tensor, Tensor | None]:
+    def draft(
+        self, output: StepOutput, num_tokens: int, sampling: DraftSampling
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Drafts, the laws they were drawn from, and the largest probability of each."""
         lengths = self.cache.lengths[: output.normed_BRH.shape[0]]
         longest, same_length = max(lengths), len(set(lengths)) == 1
         self.cache.reserve(longest + num_tokens)
         lengths_B = None if same_length else self.tensor(lengths)
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
+        confidence: list[Tensor] = []
         for k in range(num_tokens):
             logits_BV = self.network.lm_head(output.normed_BRH[:, -1])
+            if sampling.wants_confidence:
+                confidence.append(logits_BV.float().softmax(-1).amax(-1))
             if sampling.probabilistic:
                 probs_BV = draft_probs(logits_BV, sampling.temperature_B)
                 draft_ids_B = draw(probs_BV, sampling.generator)
@@ -197,5 +203,6 @@ class FeedbackProposer:
                 span.starts_B = lengths_B + k
             output = self.step(tokens[-1][:, None], output.fed_back_BRH, span)
         if not tokens:
-            return torch.empty(len(lengths), 0, dtype=torch.int64, device=self.device), None
-        return torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None
+            return torch.empty(len(lengths), 0, dtype=torch.int64, device=self.device), None, None
+        probs_BKV = torch.stack(probs, 1) if probs else None
+        return torch.stack(tokens, 1), probs_BKV, torch.stack(confidence, 1) if confidence else None

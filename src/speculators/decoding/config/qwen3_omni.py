@@ -40,7 +40,7 @@ def requirements(text: Any, draft: Any, num_tokens: int) -> list[tuple[bool, str
     are_ids = bool(layer_ids) and all(i == 0 or is_count(i) for i in layer_ids) and layer_ids[-1] < (layers or 0)
     rank, head = lookup(draft, "markov_rank"), lookup(draft, "markov_head_type")
     own_vocab, draft_vocab = lookup(draft, "vocab_size"), lookup(draft, "draft_vocab_size")
-    mask_id = said(draft, "mask_token_id", "dspark_noise_token_id")
+    mask_id = said(draft, "mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
     rope = lookup(draft, "rope_parameters") or lookup(draft, "rope_scaling") or {}
     return [
         (DRAFT_ARCHITECTURE in architectures, f"has {architectures=}; convert it to {DRAFT_ARCHITECTURE!r}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from speculators.decoding.proposers.suffix import SuffixProposer
 from speculators.decoding.proposers.tree_draft_model import TreeDraftModelProposer
 from speculators.decoding.proposers.vocabulary import TokenIntersection
 from speculators.decoding.verification import resolve_rule
-from speculators.interfaces import AcceptanceRule, CaptureSpec, Proposer
+from speculators.interfaces import AcceptanceRule, CaptureSpec, Committed, DraftSampling, Proposal, Proposer
 from speculators.model import SpeculatorModel
 from speculators.verifier import load_verifier, verifier_parts
 
@@ -45,6 +45,16 @@ class Drafting:
     """Rows longer than this are not drafted for."""
     adaptive: AdaptiveLength | None = None
     """Told what each round did, when K follows from that."""
+
+    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+        """What the proposer drafts, less what is not to be verified."""
+        proposal = self.proposer.propose(committed, num_tokens, sampling)
+        if self.adaptive is not None:
+            proposal = self.adaptive.shorten(proposal)
+        if self.max_length is not None:
+            is_too_long_B1 = (committed.num_committed_B > self.max_length)[:, None]
+            proposal = replace(proposal, token_ids_BK=proposal.token_ids_BK.masked_fill(is_too_long_B1, -1))
+        return proposal
 
 
 @dataclass(frozen=True)

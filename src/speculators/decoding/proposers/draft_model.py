@@ -41,17 +41,23 @@ class DraftModelProposer:
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         with self:
             logits_BV, takes_part_B = self.feed(committed)
-            tokens, probs = [], []
+            tokens, probs, confidence = [], [], []
             lengths = list(self.lm.length_by_row)
             for step in range(num_tokens):
                 token_B, probs_BV = self._draw(logits_BV, sampling)
+                if sampling.wants_confidence:
+                    confidence.append(logits_BV.float().softmax(-1).amax(-1))
                 tokens.append(token_B)
                 probs.append(probs_BV)
                 if step < num_tokens - 1:
                     logits_BV = self._step(token_B)
             self.lm.length_by_row[:] = lengths  # drafts are not committed: the next call writes over them
         token_ids_BK = torch.stack(tokens, 1).masked_fill(~takes_part_B[:, None], -1)
-        return Proposal(token_ids_BK, torch.stack(probs, 1) if sampling.probabilistic else None)  # type: ignore[arg-type]
+        return Proposal(
+            token_ids_BK,
+            torch.stack(probs, 1) if sampling.probabilistic else None,  # type: ignore[arg-type]
+            confidence_BK=torch.stack(confidence, 1) if confidence else None,
+        )
 
     def feed(self, committed: Committed) -> tuple[Tensor, Tensor]:
         """Bring every row's cache up to its committed tokens: logits after the last one [B, V], who takes part [B]."""

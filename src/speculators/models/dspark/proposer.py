@@ -64,7 +64,7 @@ class DSparkProposer(DFlashProposer):
         too_unlikely_BK = self.confidence_BK.cumprod(-1) < self.min_survival
         draft_ids_BK = proposal.token_ids_BK.masked_fill(too_unlikely_BK, NO_DRAFT)
         self.confidence_BK = self.confidence_BK.masked_fill(draft_ids_BK == NO_DRAFT, -1.0)
-        return Proposal(draft_ids_BK, proposal.probs_BKV)
+        return Proposal(draft_ids_BK, proposal.probs_BKV, confidence_BK=self.confidence_BK)
 
     def draft(self, hidden_BKH: Tensor, anchor_B: Tensor, sampling: DraftSampling) -> Drafts:
         if self.markov_head is None:
