@@ -18,11 +18,11 @@ from speculators.losses.registry import KERNELS, LossFunction
 from speculators.losses.targets import Targets
 
 MIN_FILL = 0.5
-"""A group of draft rows that covers at least this share of the chunk's target rows is padded rather than gathered."""
+"""The k-th uses of target rows that cover at least this share of a chunk are padded rather than gathered."""
 
 
 class Group(NamedTuple):
-    """Draft rows of a chunk, at most one for each target row of the chunk."""
+    """Draft rows of a chunk that are scored together."""
 
     draft_rows: Tensor
     """As computed: one for each target row (missing ones repeat a row) or only those that exist."""
@@ -64,16 +64,23 @@ class Pairing:
             target_rows_C = self.target_rows_U[span]
             columns = self.table_UK[span].unbind(1)
             size = len(target_rows_C)
-            yield target_rows_C, [group_of(rows, n, size) for rows, n in zip(columns, counts, strict=True) if n]
+            pairs = [(rows, n) for rows, n in zip(columns, counts, strict=True) if n]
+            groups = [dense_group(rows, n == size) for rows, n in pairs if n >= MIN_FILL * size]
+            sparse = [rows for rows, n in pairs if n < MIN_FILL * size]
+            yield target_rows_C, groups + (gathered_groups(torch.stack(sparse), self.chunk_rows) if sparse else [])
 
 
-def group_of(draft_rows_C: Tensor, count: int, size: int) -> Group:
-    if count == size:
+def dense_group(draft_rows_C: Tensor, is_full: bool) -> Group:
+    if is_full:
         return Group(draft_rows_C, None, None)
-    kept = (draft_rows_C >= 0).nonzero().squeeze(1)
-    if count >= MIN_FILL * size:
-        return Group(draft_rows_C.clamp_min(0), kept, None)
-    return Group(draft_rows_C[kept], None, kept)
+    return Group(draft_rows_C.clamp_min(0), (draft_rows_C >= 0).nonzero().squeeze(1), None)
+
+
+def gathered_groups(draft_rows_KC: Tensor, most: int) -> list[Group]:
+    """Those that exist, whichever use they are, together: a product of few rows costs as much as one of many."""
+    use_M, place_M = (draft_rows_KC >= 0).nonzero().unbind(1)
+    pieces = zip(draft_rows_KC[use_M, place_M].split(most), place_M.split(most), strict=True)
+    return [Group(rows, None, places) for rows, places in pieces]
 
 
 class Chunk(NamedTuple):
