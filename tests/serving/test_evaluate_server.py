@@ -128,8 +128,9 @@ def test_roles_and_flags_that_cannot_be_are_refused(start_fake):
         run(["evaluate", "--verifier", VERIFIER, "--data", DATA, "--method", "none", "--concurrency", "2"])
     with pytest.raises(Exception, match="or --server"):
         run(["evaluate", "--data", DATA])
-    with pytest.raises(ValueError, match="name the verifier with --verifier"):
-        run(["evaluate", "--server", server.endpoint, "--data", DATA])
+    elsewhere = start_fake("--drafts", "--model", "/on/the/servers/disk", name="elsewhere")
+    with pytest.raises(ValueError, match="'/on/the/servers/disk': name the verifier with --verifier"):
+        run(["evaluate", "--server", elsewhere.endpoint, "--data", DATA])
 
 
 def test_a_server_that_dies_leaves_what_was_measured_and_an_exit_code(start_fake, tmp_path, capsys):
