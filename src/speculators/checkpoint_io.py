@@ -18,8 +18,6 @@ from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 from speculators.training_record import read_training_record
 
-NOT_WRITTEN = ("auto_map",)
-"""Keys of older writers that make loaders ask for remote code."""
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
 
 
@@ -118,6 +116,4 @@ def write_ours(ours: OurCheckpoint, model_class: type[SpeculatorModel], folder: 
     floating = next(tensor.dtype for tensor in kept.values() if tensor.is_floating_point())
     config.architectures = [model_class.__name__]
     values = json.loads(config.to_json_string())
-    for key in NOT_WRITTEN:
-        values.pop(key, None)
     write_config(folder, {**values, "dtype": str(floating).removeprefix("torch."), "tie_word_embeddings": False})

@@ -50,6 +50,20 @@ def test_through_another_format_and_back_it_is_the_same_drafter(case, trained, t
     assert type(SpeculatorModel.from_pretrained(back)) is type(SpeculatorModel.from_pretrained(trained(case)))
 
 
+def test_a_dense_dspark_says_where_it_drafts_as_engines_read_it(trained, tmp_path):
+    """vLLM reads dspark_bonus_anchor; files of DSpark's authors have neither key and draft at the anchor."""
+    path = export_checkpoint(trained("dspark"), tmp_path / "dense", profile="native").path
+    assert values_of(path)["dspark_bonus_anchor"] is False
+    assert values_of(path)["target_layer_ids"] == [1, 5, 8]
+    for keys, drafts_at_anchor in (({}, True), ({"dspark_bonus_anchor": True}, False)):
+        edit_config(
+            path, lambda values: [values.pop(key, None) for key in ("sample_from_anchor", "dspark_bonus_anchor")]
+        )
+        edit_config(path, lambda values, keys=keys: values.update(keys))
+        back = convert_checkpoint(path, tmp_path / "back", verifier=VERIFIER, overwrite=True).path
+        assert values_of(back)["sample_from_anchor"] is drafts_at_anchor
+
+
 def test_drafters_without_an_engine_or_another_format_are_refused(trained, tmp_path):
     with pytest.raises(ValueError, match=r"vllm-0\.32 serves no 'mlp' drafter"):
         export_checkpoint(trained("mlp"), tmp_path / "out")
