@@ -183,6 +183,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)), help="of the proposers; empty: skip")
     options = parser.parse_args()
+    if options.tokens < 16:
+        parser.error(f"--tokens {options.tokens}: below 16 there are too few rounds to time; give 16 or more")
     if options.threads:
         torch.set_num_threads(options.threads)
     contexts = [int(context) for context in options.contexts.split(",") if context]

@@ -57,8 +57,12 @@ class Oracle:
         self.capture = CaptureSpec()
         self.texts, self.accuracy, self.chooser = texts, accuracy, random.Random(0)
         self.text_by_row: dict[int, list[int]] = {}
+        self.marks: list[tuple[float, int]] = []
+        """(clock, tokens committed so far) at the start of each round in which every row takes part."""
 
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+        if len(committed.num_new_B) == len(self.texts) and bool(committed.num_new_B.gt(0).all()):
+            self.marks.append((time.perf_counter(), int(committed.num_committed_B.sum())))
         token_ids = committed.token_ids_BT.tolist()
         drafts = []
         totals = committed.num_committed_B.tolist()
@@ -113,16 +117,24 @@ def efficiency(
 def one_efficiency(
     plain: Engine, drafted: Engine, forwards: Forwards, prompts: list[list[int]], num_tokens: int
 ) -> dict[str, float]:
-    """The speedup of one pair of runs and, from costs measured around it, what it could have been."""
+    """The speedup of one pair of runs and, from costs measured around it, what it could have been.
+
+    Rounds in which every row takes part count: rows that wait for the longest one say nothing about a round's cost.
+    """
+    oracle = drafted.drafting.proposer  # type: ignore[union-attr]
+    assert isinstance(oracle, Oracle)
+    oracle.marks.clear()
     before = forwards.seconds(1, K + 1)
-    speedup = round_seconds(plain, prompts, num_tokens) / round_seconds(drafted, prompts, num_tokens)
+    plain_s = round_seconds(plain, prompts, num_tokens) / (num_tokens - 1)
+    round_seconds(drafted, prompts, num_tokens)
     after = forwards.seconds(1, K + 1)
     one_s, all_s = ((a + b) / 2 for a, b in zip(before, after, strict=True))
-    stats = drafted.stats
-    # times of a round are split over its requests, so rounds of single requests weigh in full
-    c_draft = stats.draft_s / (stats.num_rounds / len(prompts)) / one_s
-    # tokens kept a round: the last round of a request is cut at its limit, the first token comes from the prompt
-    tau = (stats.num_tokens - len(prompts)) / stats.num_rounds
+    (start_s, start_tokens), (end_s, end_tokens) = oracle.marks[0], oracle.marks[-1]
+    num_rounds, num_kept = len(oracle.marks) - 1, (end_tokens - start_tokens) / len(prompts)
+    speedup = plain_s / ((end_s - start_s) / num_kept)
+    tau = num_kept / num_rounds
+    # times of a round are split over its requests
+    c_draft = drafted.stats.draft_s / (drafted.stats.num_rounds / len(prompts)) / one_s
     ideal = tau / (c_draft + all_s / one_s)
     return {
         "acceptance_length": tau, "speedup": speedup, "ideal": ideal, "efficiency": speedup / ideal,
