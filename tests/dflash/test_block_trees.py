@@ -78,6 +78,20 @@ def test_every_node_is_the_ranked_answer_of_the_training_forward(model, verifier
         assert token == int(order[path[-1]])
 
 
+def test_the_law_a_node_is_drawn_from_is_the_training_forwards(model, verifier):
+    """Of first siblings; those after them are drawn from what is left."""
+    proposer = StaticTreeProposer(model.make_tree_drafter(verifier, **SIZES), TREE)
+    sampling = DraftSampling(torch.ones(1), torch.Generator().manual_seed(5), probabilistic=True)
+    proposal = proposer.propose(committed(PROMPT), DEPTH, sampling)
+    token_of = dict(zip(TREE.paths, proposal.token_ids_BK[0].tolist(), strict=True))
+    first_siblings = [(slot, path) for slot, path in enumerate(TREE.paths) if path[-1] == 0]
+    assert [path for _, path in first_siblings if len(path) == DEPTH] == [(1, 1, 0), (3, 0, 0)]
+    for slot, path in first_siblings:
+        before = [token_of[path[:depth]] for depth in range(1, len(path))]
+        expected = trained_log_probs(model, before)[-1].exp()
+        torch.testing.assert_close(proposal.probs_BKV[0, slot], expected, atol=2e-6, rtol=1e-4)
+
+
 def test_a_dynamic_tree_keeps_the_likeliest_nodes_of_its_budget(model, verifier):
     """All paths over the best 3 tokens of each node written out; the tree must be the 9 likeliest of them (with 9
     nodes, paths that begin outside the 3 best frontier nodes of a depth are not among them: the sums are checked)."""
