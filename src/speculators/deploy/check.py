@@ -173,7 +173,7 @@ def check_verifier(
     if not verifier_check.weights_are_here(name):
         report.skip("the verifier's weights", "they are not on this machine; put them in the cache, or name --verifier")
     elif copies := {k: v for k, v in contract.verifier_copies(opened.config).items() if k in opened.tensors}:
-        origin = None if record is None else record["origin"]
+        origin = None if record is None else record.get("origin", "training")
         report.add(COPIES, verifier_check.copy_findings(opened.tensors, copies, name, origin))
     if record is not None:
         report.add(LEARNED_FROM, record_check.verifier_findings(record, name))
