@@ -30,11 +30,13 @@ def selected(session) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(request, verifier, data, tmp_path_factory) -> dict[str, str]:
+def checkpoints(request, verifier, tmp_path_factory) -> dict[str, str]:
+    cases = [case for case in selected(request.session) if case in TRAINED]
+    data = request.getfixturevalue("data") if cases else ""
     return {
         case: run(train_flags(TRAINED[case], verifier, data, tmp_path_factory.mktemp("run")))["checkpoint"]
-        for case in selected(request.session) if case in TRAINED
-    }  # fmt: skip
+        for case in cases
+    }
 
 
 @pytest.fixture(scope="module")
