@@ -78,7 +78,7 @@ def paired(baseline: Callable[[], Any], ours: Callable[[], Any], repeats: Repeat
     }
 
 
-def generate(model: PreTrainedModel, prompts: list[list[int]], num_tokens: int, **options: Any) -> list[list[int]]:
+def generate(model: Any, prompts: list[list[int]], num_tokens: int, **options: Any) -> list[list[int]]:
     """transformers' own loop, left-padded."""
     longest = max(map(len, prompts))
     token_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
