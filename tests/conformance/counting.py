@@ -77,7 +77,9 @@ def counted_text(path: Path) -> Path:
         ids = count_from(RING[start], 8 + extra)
         rows.append({"input_ids": ids, "loss_mask": [0] * 2 + [1] * (len(ids) - 2), "seq_len": len(ids)})
     Dataset.from_list(rows).save_to_disk(path)
-    torch.save({token: 100 - token for token in range(1, 31)}, path / "token_freq.pt")
+    # by place on the ring: what is kept of them is scattered over the ids
+    frequencies = {token: 1 + place for place, token in enumerate(RING)}
+    torch.save(frequencies, path / "token_freq.pt")
     return path
 
 
