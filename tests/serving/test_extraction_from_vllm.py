@@ -130,6 +130,19 @@ def test_train_from_the_server_is_train_in_process(server, data, tmp_path):
     assert served == pytest.approx(local, rel=1e-3)
 
 
+def test_states_on_disk_train_where_there_is_no_server(server, data, tmp_path):
+    stored = str(tmp_path / "states")
+    written = run(["generate-offline-data", "--preprocessed-data", data, "--endpoint", server.endpoint,
+                   "--output", stored, "--concurrency", "4"])  # fmt: skip
+    assert (written["num_written"], written["failed"]) == (60, {})
+    again = run(["generate-offline-data", "--preprocessed-data", data, "--endpoint", server.endpoint,
+                 "--output", stored, "--validate-outputs"])  # fmt: skip
+    assert (again["num_written"], again["num_kept"]) == (0, 60)
+    read = losses_of(settings(data, tmp_path / "read", hidden_states_path=stored, on_missing="raise", max_steps=4))
+    local = losses_of(settings(data, tmp_path / "local", max_steps=4))
+    assert read == pytest.approx(local, rel=1e-3)
+
+
 def test_killed_in_the_middle_nothing_is_lost_and_no_process_stays(server, data, tmp_path):
     """The last test: it ends the server. kill -9 of the front end; the launcher ends the engine and says why."""
     group = server.front_end
