@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,19 @@ def test_every_algorithm_drafts_what_it_was_trained_to(gate, case):
     assert checks[DRAFTS].passed is True and checks[TEXT].passed is True
     assert checks[VOCABULARY].passed is (True if "draft_vocab_size" in CASES[case] else None)
     assert json.loads(json.dumps(report.to_dict()))["passed"] is True
+
+
+@pytest.mark.parametrize("case", ["mtp", "eagle", "dflash", "mlp"])
+def test_a_checkpoint_in_bfloat16_passes_beside_a_verifier_that_is_not(gate, make_checkpoint, case):
+    """What `train` writes. Embedding, norm and head are the verifier's, which has more digits."""
+    flags = {key: value for key, value in CASES[case].items() if key != "draft_vocab_size"}
+    checkpoint = Path(make_checkpoint(case, **flags))
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**values, "dtype": "bfloat16"}))
+    report, _ = gate(case, str(checkpoint), max_tokens=40)
+    assert report.passed, report.failures
 
 
 def broken_proposers(monkeypatch, break_it):

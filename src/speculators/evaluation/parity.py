@@ -141,7 +141,8 @@ def verify(
 ) -> ParityReport:
     """Replay prompts (token ids; else those `config` names) through training, engine and, if asked for, vLLM."""
     begun_s = time.perf_counter()
-    model = SpeculatorModel.from_pretrained(config.checkpoint, verifier=config.verifier).float()
+    # fp32 while loading: what is the verifier's is then not rounded to the checkpoint's type on its way here
+    model = SpeculatorModel.from_pretrained(config.checkpoint, verifier=config.verifier, dtype=torch.float32)
     verifier_path = config.verifier or recorded_verifier(model, config.checkpoint)
     verifier = load_verifier(
         verifier_path,

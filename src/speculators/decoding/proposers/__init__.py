@@ -135,7 +135,8 @@ def build_proposer(config: SpeculativeConfig, place: Workplace) -> Proposer:
 def build_from_checkpoint(config: SpeculativeConfig, place: Workplace) -> Proposer:
     """A trained drafter, and the tree it is to draft."""
     assert config.model is not None
-    speculator = SpeculatorModel.from_pretrained(config.model)
+    # in the verifier's type: its embedding and head are not rounded to the checkpoint's type on their way here
+    speculator = SpeculatorModel.from_pretrained(config.model, dtype=place.verifier.dtype)
     sizes = {"max_batch_size": place.max_batch_size, "max_length": place.max_length}
     if config.dynamic_tree is not None:
         return DynamicTreeProposer(speculator.make_tree_drafter(place.verifier, **sizes), config.dynamic_tree)
