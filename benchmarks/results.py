@@ -208,7 +208,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=50, help="held-out prompts to decode")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument(
-        "--num-repeats", type=int, default=3, help="timings of each prompt, of which the fastest counts"
+        "--num-repeats", type=int, default=2, help="timings of each prompt, of which the fastest counts"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of the measurement; one suits narrow models")
     return parser.parse_args(argv)
