@@ -12,14 +12,16 @@ from exact import Drafted, chain_parents, emitted_law, independent_drafts, large
 from speculators.decoding.adaptive import (
     AcceptanceRates,
     AdaptiveLength,
-    ConfidenceFit,
     CostMeter,
     CostModel,
     best_num_tokens,
+    expected_columns,
     expected_tokens,
     interpolate,
     lengths_within_budget,
+    speeds_by_num_tokens,
 )
+from speculators.decoding.calibration import ConfidenceFit
 from speculators.decoding.verification import resolve_rule
 
 
@@ -36,20 +38,34 @@ def test_costs_are_linear_between_measured_points():
     assert interpolate({4: 2.0}, 100) == 2.0
 
 
+def best(rates, cost, *sizes):
+    return best_num_tokens(speeds_by_num_tokens(rates, cost, *sizes))
+
+
 def test_the_best_k_includes_none_at_all():
     free = CostModel(draft_s=(0.0,) * 5, verify_s={1: 1.0, 5: 1.0})
-    assert best_num_tokens([0.9, 0.5, 0.1, 0.01], free) == 4
-    assert best_num_tokens([0.0, 0.0], free) == 0  # the smallest of equals
+    assert best([0.9, 0.5, 0.1, 0.01], free) == 4
+    assert best([0.0, 0.0], free) == 0  # the smallest of equals
     dear = CostModel(draft_s=(0.0, 0.5, 1.0), verify_s={1: 1.0, 3: 1.0})
-    assert best_num_tokens([0.4, 0.4], dear) == 0
-    assert best_num_tokens([0.9, 0.1], dear) == 1
+    assert best([0.4, 0.4], dear) == 0
+    assert best([0.9, 0.1], dear) == 1
     # a batch that makes verification pay by the token
     compute_bound = CostModel(draft_s=(0.0,) * 4, verify_s={1: 1.0, 8: 1.0, 64: 8.0})
-    assert best_num_tokens([0.7] * 3, compute_bound, batch_size=1) == 3
-    assert best_num_tokens([0.7] * 3, compute_bound, batch_size=16) == 0
+    assert best([0.7] * 3, compute_bound, 1) == 3
+    assert best([0.7] * 3, compute_bound, 16) == 0
 
 
-def test_budgets_equal_the_best_of_all_combinations_of_lengths():
+def test_one_row_that_drafts_widens_the_forward_of_all():
+    assert expected_columns([0.5, 0.5], 1) == 2
+    assert expected_columns([0.5, 0.25], 2) == pytest.approx(1 + 3 / 4 + 7 / 16)
+    assert expected_columns([1.0] * 3, 5) == 4
+    by_the_token = CostModel(draft_s=(0.0,) * 5, verify_s={1: 1.0, 5: 1.5, 8: 1.5, 40: 3.0})
+    seldom_offered = [0.2, 1.0, 1.0, 1.0]  # a row that has a draft keeps it whole
+    assert best(seldom_offered, by_the_token, 1, [0.2] * 4) == 4
+    assert best(seldom_offered, by_the_token, 8, [0.2] * 4) == 0
+
+
+def test_widths_equal_the_best_of_all_combinations_of_lengths():
     generator = torch.Generator().manual_seed(0)
     cost = CostModel((0.1, 0.2, 0.3, 0.4), {2: 1.0, 4: 1.1, 8: 3.0})
     for _ in range(50):
@@ -58,10 +74,10 @@ def test_budgets_equal_the_best_of_all_combinations_of_lengths():
 
         def speed(lengths, survival=survival):
             tokens = 2 + sum(float(survival[row, :length].sum()) for row, length in enumerate(lengths))
-            return tokens / cost.round_s(3, 2 + sum(lengths))
+            return tokens / cost.round_s(3, 2 * (1 + max(lengths)))
 
-        best = max(map(speed, itertools.product(range(4), repeat=2)))
-        assert speed(lengths_within_budget(confidence, cost).tolist()) == pytest.approx(best)
+        most = max(map(speed, itertools.product(range(4), repeat=2)))
+        assert speed(lengths_within_budget(confidence, cost).tolist()) == pytest.approx(most)
     absent = torch.tensor([[0.9, -1.0, -1.0], [-1.0, -1.0, -1.0]])
     assert lengths_within_budget(absent, CostModel((0.0,) * 4, {2: 1.0, 8: 1.0})).tolist() == [1, 0]
 
@@ -69,12 +85,20 @@ def test_budgets_equal_the_best_of_all_combinations_of_lengths():
 def test_rates_are_conditional_and_forget():
     rates = AcceptanceRates(3, prior_tests=1e-9, memory_rounds=50)
     for _ in range(500):
-        rates.observe([3], [1])  # the first passes, the second fails, the third is never tested
+        rates.observe(3, [3], [1])  # the first passes, the second fails, the third is never tested
     assert rates.conditional()[:2] == pytest.approx([1.0, 0.0], abs=1e-6)
     assert rates.tested[2] == 0
     for _ in range(500):
-        rates.observe([3], [0])
+        rates.observe(3, [3], [0])
     assert rates.conditional()[0] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_draft_that_was_asked_for_and_not_offered_counts_as_refused():
+    rates = AcceptanceRates(3, prior_tests=1e-9, memory_rounds=1e9)
+    for _ in range(100):
+        rates.observe(2, [0, 0, 0, 2], [0, 0, 0, 2])
+    assert rates.conditional()[:2] == pytest.approx([0.25, 1.0])
+    assert rates.offers() == pytest.approx([0.25, 0.25, 1.0])  # nobody asked for the third
 
 
 def test_confidence_is_calibrated_by_what_is_accepted():

@@ -27,6 +27,9 @@ class Drafter:
 
     capture = CaptureSpec()
     num_right, is_lost_after_2, says_so, asked = 0, False, False, []
+    confidences = (0.02, 0.98)
+    """Where it is lost, and elsewhere."""
+    share_offered = 1.0
 
     def __init__(self, config):
         Drafter.asked = []
@@ -41,8 +44,14 @@ class Drafter:
         is_lost_B1 = (last_B1 == 2) & self.is_lost_after_2
         tokens_BK = (tokens_BK + is_lost_B1) % V
         if self.says_so and sampling.wants_confidence:
-            confidence_BK = torch.where(is_lost_B1, 0.02, 0.98).expand(tokens_BK.shape)
-        return Proposal(tokens_BK.masked_fill((committed.num_new_B == 0)[:, None], -1), confidence_BK=confidence_BK)
+            confidence_BK = torch.where(is_lost_B1, *self.confidences).expand(tokens_BK.shape)
+        # as if by chance, but a function of the row and its length
+        mixed_B = (committed.num_committed_B * 7919 + torch.arange(len(tokens_BK)) * 104729) * 2654435761 % 2**32
+        chance_B = (mixed_B ^ (mixed_B >> 15)) * 2246822519 % 2**32 / 2**32
+        is_absent_B = (committed.num_new_B == 0) | (chance_B >= self.share_offered)
+        if bool(is_absent_B.all()):
+            tokens_BK = tokens_BK[:, :0]
+        return Proposal(tokens_BK.masked_fill(is_absent_B[:, None], -1), confidence_BK=confidence_BK)
 
 
 class TimedVerifier(toys.MarkovVerifier):
@@ -94,6 +103,31 @@ def test_drafts_that_the_drafter_doubts_are_not_verified(monkeypatch):
         assert outputs[0].token_ids == [(i + 1) % V for i in range(2 * NUM_TOKENS)]
         num_wasted.append(stats.num_drafted - stats.num_accepted)
     assert num_wasted[1] < 0.4 * num_wasted[0]
+
+
+def test_confidence_is_read_by_what_was_accepted_and_not_by_its_face(monkeypatch):
+    """A drafter that is the surer where it is lost: at its word, all its lost drafts would be verified."""
+    monkeypatch.setattr(Drafter, "num_right", 3)
+    monkeypatch.setattr(Drafter, "is_lost_after_2", True)
+    monkeypatch.setattr(Drafter, "confidences", (0.98, 0.6))
+    params = SamplingParams(max_tokens=6 * NUM_TOKENS)
+    num_wasted = []
+    for says_so in (False, True):
+        monkeypatch.setattr(Drafter, "says_so", says_so)
+        _, stats = decode(CYCLE + 1e-9, [[0]], params)
+        num_wasted.append(stats.num_drafted - stats.num_accepted)
+    assert num_wasted[1] < 0.5 * num_wasted[0]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_rows_that_seldom_have_drafts_are_decoded_plainly(batch, monkeypatch):
+    """N-gram lookup on text without repetitions: drafting takes its time, and one row's draft widens all rows."""
+    monkeypatch.setattr(Drafter, "num_right", 4)
+    monkeypatch.setattr(Drafter, "share_offered", 0.05)
+    outputs, _ = decode(CYCLE + 1e-9, [[0]] * batch, SamplingParams(max_tokens=NUM_TOKENS), batch=batch)
+    assert all(output.token_ids == [(i + 1) % V for i in range(NUM_TOKENS)] for output in outputs)
+    plain_s = (1.0 + 0.05 * batch) * NUM_TOKENS
+    assert Clock.now < 1.06 * plain_s
 
 
 def test_the_law_of_sampled_output_stays_the_verifiers(monkeypatch):

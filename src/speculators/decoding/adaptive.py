@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from speculators.decoding.calibration import ConfidenceFit
 from speculators.interfaces import Proposal
 
 
@@ -31,14 +32,14 @@ class CostModel:
     draft_s: tuple[float, ...]
     """By K: draft_s[0] is what remains when nothing is drafted."""
     verify_s: Mapping[int, float]
-    """By tokens scored in one forward, over all rows; linear between the measured points, and beyond them."""
+    """By tokens scored in one forward, rows times columns; linear between the measured points, and beyond them."""
     overhead_s: float = 0.0
 
-    def round_s(self, num_drafted: int, num_scored: int) -> float:
+    def round_s(self, num_drafted: int, num_scored: float) -> float:
         return self.draft_s[num_drafted] + interpolate(self.verify_s, num_scored) + self.overhead_s
 
 
-def interpolate(points: Mapping[int, float], at: int) -> float:
+def interpolate(points: Mapping[int, float], at: float) -> float:
     """Linear through the neighbouring points; the outer segments go on; never below the smallest value seen."""
     known = sorted(points)
     if len(known) == 1:
@@ -58,37 +59,48 @@ def expected_tokens(conditional_rates: Sequence[float]) -> float:
     return total
 
 
-def best_num_tokens(conditional_rates: Sequence[float], cost: CostModel, batch_size: int = 1) -> int:
-    """The fastest K in 0..len(rates); the smallest of equals. A scan: measured costs need not be convex."""
+def expected_columns(offer_rates: Sequence[float], batch_size: int) -> float:
+    """Columns a forward scores on average: slot i is one of them when any of the rows has a draft there."""
+    return 1.0 + sum(1.0 - (1.0 - rate) ** batch_size for rate in offer_rates)
 
-    def speed(num_tokens: int) -> float:
-        tokens = expected_tokens(conditional_rates[:num_tokens])
-        return tokens / cost.round_s(num_tokens, batch_size * (num_tokens + 1))
 
-    return max(range(min(len(conditional_rates), len(cost.draft_s) - 1) + 1), key=lambda k: (speed(k), -k))
+def speeds_by_num_tokens(
+    conditional_rates: Sequence[float], cost: CostModel, batch_size: int = 1, offer_rates: Sequence[float] | None = None
+) -> list[float]:
+    """Tokens a second of each row, by K. `offer_rates`: P(a row has a draft in slot i, which was asked for), or 1."""
+    offer_rates = offer_rates if offer_rates is not None else [1.0] * len(conditional_rates)
+    most = min(len(conditional_rates), len(cost.draft_s) - 1)
+    return [
+        expected_tokens(conditional_rates[:k])
+        / cost.round_s(k, batch_size * expected_columns(offer_rates[:k], batch_size))
+        for k in range(most + 1)
+    ]
+
+
+def best_num_tokens(speeds: Sequence[float]) -> int:
+    """The fastest K, the smallest of equals. A scan: measured costs need not be convex."""
+    return max(range(len(speeds)), key=lambda k: (speeds[k], -k))
 
 
 def lengths_within_budget(confidence_BK: Tensor, cost: CostModel) -> Tensor:
     """int64 [B]: how many drafts of each row to verify, so that the batch is fastest. Point-mass drafts only.
 
-    Slots are ranked by survival (never above the slot before it, so each row keeps a prefix); all drafts are paid for,
-    verification by the token. A confidence below 0 marks a slot without a draft.
+    A forward is as wide as its longest row, so what is chosen is the width; all drafts are paid for. A confidence below
+    0 marks a slot without a draft.
     """
     B, K = confidence_BK.shape
     survival_BK = confidence_BK.double().clamp_min(0).cumprod(-1)
-    ranked_N, order_N = survival_BK.flatten().sort(descending=True, stable=True)
-    tokens = B + torch.cat([ranked_N.new_zeros(1), ranked_N.cumsum(0)])
+    emitted_K = B + survival_BK.sum(0).cumsum(0).cpu()
+    tokens = torch.cat([emitted_K.new_full((1,), B), emitted_K])
     num_drafted = min(K, len(cost.draft_s) - 1)
-    round_s = torch.tensor([cost.round_s(num_drafted, B + extra) for extra in range(B * K + 1)], dtype=torch.float64)
-    budget = int((tokens.cpu() / round_s).argmax())
-    kept_N = torch.zeros(B * K, dtype=torch.int64, device=confidence_BK.device)
-    kept_N[order_N[:budget]] = 1
-    return (kept_N.view(B, K) * (survival_BK > 0)).sum(-1)
+    round_s = torch.tensor([cost.round_s(num_drafted, B * (1 + width)) for width in range(K + 1)], dtype=torch.float64)
+    width = int((tokens / round_s).argmax())
+    return (survival_BK[:, :width] > 0).sum(-1)
 
 
 @dataclass
 class AcceptanceRates:
-    """Conditional rates per slot from the rounds so far, the past fading out.
+    """Conditional rates per slot from the rounds so far, the past fading out; and how often a slot had a draft.
 
     What is left is filled up by the prior, weighted as `prior_tests` tests: a slot that was not tried for long is
     judged by it again, so it will be tried if the prior makes it worth while.
@@ -101,19 +113,24 @@ class AcceptanceRates:
     """Rounds after which an observation counts 1/e."""
     tested: list[float] = field(init=False)
     accepted: list[float] = field(init=False)
+    asked: list[float] = field(init=False)
+    offered: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tested, self.accepted = [0.0] * self.num_slots, [0.0] * self.num_slots
+        self.tested, self.accepted, self.asked, self.offered = ([0.0] * self.num_slots for _ in range(4))
 
-    def observe(self, num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
-        """One round, by row: slots 0..accepted - 1 passed, the next one failed unless all passed."""
+    def observe(self, num_asked: int, num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
+        """One round, by row: slots 0..accepted - 1 passed, the next one failed (or had no draft) unless all passed."""
         keep = math.exp(-1 / self.memory_rounds)
-        self.tested = [tested * keep for tested in self.tested]
-        self.accepted = [accepted * keep for accepted in self.accepted]
+        for counts in (self.tested, self.accepted, self.asked, self.offered):
+            counts[:] = [count * keep for count in counts]
         for drafted, accepted in zip(num_drafted, num_accepted, strict=True):
-            for slot in range(min(drafted, accepted + 1, self.num_slots)):
-                self.tested[slot] += 1
-                self.accepted[slot] += slot < accepted
+            for slot in range(min(num_asked, self.num_slots)):
+                self.asked[slot] += 1
+                self.offered[slot] += slot < drafted
+                if slot <= accepted:
+                    self.tested[slot] += 1
+                    self.accepted[slot] += slot < accepted
 
     def conditional(self) -> list[float]:
         rates, rate = [], self.prior_rate
@@ -123,52 +140,17 @@ class AcceptanceRates:
             rates.append(rate)
         return rates
 
-
-@dataclass
-class ConfidenceFit:
-    """P(accepted) from the draft's log-odds: a logistic curve refitted to the last observations."""
-
-    slope: float = 0.5
-    bias: float = -0.2
-    refit_every: int = 100
-    window: int = 1000
-    log_odds: list[float] = field(default_factory=list)
-    outcomes: list[bool] = field(default_factory=list)
-
-    def rate(self, top_prob: float) -> float:
-        return _sigmoid(self.slope * logit(top_prob) + self.bias)
-
-    def observe(self, top_prob: float, accepted: bool) -> None:
-        self.log_odds.append(logit(top_prob))
-        self.outcomes.append(accepted)
-        if len(self.outcomes) % self.refit_every == 0:
-            del self.log_odds[: -self.window], self.outcomes[: -self.window]
-            self.slope, self.bias = fit_logistic(self.log_odds, self.outcomes, self.slope, self.bias)
-
-
-def fit_logistic(
-    inputs: Sequence[float], outcomes: Sequence[bool], slope: float, bias: float, *, ridge: float = 1.0, steps: int = 8
-) -> tuple[float, float]:
-    """Newton steps on the log-likelihood, pulled towards the starting values (so that it exists when all succeed)."""
-    start = (slope, bias)
-    for _ in range(steps):
-        rates = [_sigmoid(slope * x + bias) for x in inputs]
-        errors = [float(y) - rate for y, rate in zip(outcomes, rates, strict=True)]
-        weights = [rate * (1 - rate) for rate in rates]
-        gradient_slope = sum(e * x for e, x in zip(errors, inputs, strict=True)) - ridge * (slope - start[0])
-        gradient_bias = sum(errors) - ridge * (bias - start[1])
-        ss = sum(w * x * x for w, x in zip(weights, inputs, strict=True)) + ridge
-        sb = sum(w * x for w, x in zip(weights, inputs, strict=True))
-        bb = sum(weights) + ridge
-        determinant = ss * bb - sb * sb
-        slope += (bb * gradient_slope - sb * gradient_bias) / determinant
-        bias += (ss * gradient_bias - sb * gradient_slope) / determinant
-    return slope, bias
+    def offers(self) -> list[float]:
+        """P(a row has a draft in the slot, when asked for it); 1 before it was."""
+        return [
+            (offered + self.prior_tests) / (asked + self.prior_tests)
+            for offered, asked in zip(self.offered, self.asked, strict=True)
+        ]
 
 
 @dataclass
 class CostMeter:
-    """Running costs by K and by tokens scored."""
+    """Running costs by K and by tokens scored (rows times columns)."""
 
     weight: float = 0.2
     draft_s: dict[int, float] = field(default_factory=dict)
@@ -202,8 +184,9 @@ class AdaptiveLength:
     Between the two, `shorten` drops drafts whose own confidence says that verifying them does not pay.
 
     It starts with one round of each K, and drafts at full length now and then (else a drafter that got better would
-    never be noticed), so seldom that it costs `probe_share` of the time. A new K must be `margin` faster than the
-    current one, plain decoding excepted: noise is no reason to change.
+    never be noticed): at first after twice as many rounds each time, for its start says little, then so seldom that it
+    costs `probe_share` of the time. A new K must be `margin` faster than the current one, plain decoding excepted:
+    noise is no reason to change.
     """
 
     most: int
@@ -217,6 +200,7 @@ class AdaptiveLength:
     asked: int = 0
     num_rounds: int = 0
     last_probe: int = 0
+    is_probe: bool = False
     current: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -230,21 +214,19 @@ class AdaptiveLength:
 
     def _choose(self, batch_size: int) -> int:
         self.num_rounds += 1
+        self.is_probe = False
         if self.num_rounds <= self.most + 1:
             return self.most + 1 - self.num_rounds  # most, most - 1, ..., 0
         cost = self.costs.model(self.most)
         if cost is not None:
             extra = cost.round_s(self.most, batch_size * (self.most + 1)) / cost.round_s(0, batch_size)
-            if (self.num_rounds - self.last_probe) * self.probe_share > extra:
-                self.last_probe = self.num_rounds
+            since = self.num_rounds - self.last_probe
+            if since * self.probe_share > extra or since > max(self.last_probe, self.most + 1):
+                self.last_probe, self.is_probe = self.num_rounds, True
                 return self.most
-            rates = self.rates.conditional()
-            best = best_num_tokens(rates, cost, batch_size)
-
-            def speed(k: int) -> float:
-                return expected_tokens(rates[:k]) / cost.round_s(k, batch_size * (k + 1))
-
-            if best == 0 or speed(best) > speed(self.current) * (1 + self.margin):
+            speeds = speeds_by_num_tokens(self.rates.conditional(), cost, batch_size, self.rates.offers())
+            best = best_num_tokens(speeds)
+            if best == 0 or speeds[best] > speeds[self.current] * (1 + self.margin):
                 self.current = best
         return self.current
 
@@ -255,8 +237,8 @@ class AdaptiveLength:
             return proposal
         self.confidence_by_row = proposal.confidence_BK.tolist()
         cost = self.costs.model(self.most)
-        if cost is None or self.num_rounds <= self.most + 1:
-            return proposal
+        if cost is None or self.num_rounds <= self.most + 1 or self.is_probe:
+            return proposal  # verified as they are: what is never verified cannot be found to be better than it says
         rate_BK = torch.tensor([[self.fit.rate(prob) for prob in row] for row in self.confidence_by_row])
         length_B = lengths_within_budget(rate_BK.masked_fill(proposal.token_ids_BK.cpu() < 0, -1.0), cost)
         length_B1 = length_B[:, None].to(proposal.token_ids_BK.device)
@@ -276,20 +258,10 @@ class AdaptiveLength:
     ) -> None:
         """One round: of each request how deep the drafts went that were verified, how many were accepted and which row
         it has; and what the round cost. A tree counts as deep as it is: it costs the same whenever it is that deep."""
-        self.rates.observe(depths, num_accepted)
-        self.costs.observe(
-            self.asked, sum(depths) + len(depths), draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s
-        )
+        self.rates.observe(self.asked, depths, num_accepted)
+        num_scored = len(depths) * (1 + max(depths))
+        self.costs.observe(self.asked, num_scored, draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s)
         if self.confidence_by_row is not None:
             for row, depth, accepted in zip(rows, depths, num_accepted, strict=True):
                 for slot in range(min(depth, accepted + 1)):
                     self.fit.observe(self.confidence_by_row[row][slot], slot < accepted)
-
-
-def logit(prob: float) -> float:
-    prob = min(max(prob, 1e-6), 1 - 1e-6)
-    return math.log(prob / (1 - prob))
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
