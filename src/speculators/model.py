@@ -57,6 +57,9 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
     """Keys the algorithm adds to the training command line and YAML; they reach `from_training_args`."""
     training_defaults: ClassVar[Mapping[str, Any]] = {}
     """Generic training keys for which this algorithm wants another default."""
+    has_chosen_layers: ClassVar[bool] = True
+    """Whether it is made of decoder layers that the draft keys shape (how many, which architecture, what window):
+    `from_training_args` is then given their config, else the verifier's own."""
     contract: ClassVar[CheckpointContract] = CheckpointContract()
     """What a checkpoint must hold, what vLLM makes of it, and the formats of other projects."""
     checkpoint_formats: ClassVar[tuple[str, ...]] = (SPECULATORS,)
@@ -121,7 +124,7 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
 
     @classmethod
     def from_training_args(cls, verifier_config: Any, **kwargs: Any) -> SpeculatorModel:
-        """A new drafter from the decoder config the command line shaped and all its values."""
+        """A new drafter from a decoder config (see `has_chosen_layers`) and all values of the command line."""
         raise NotImplementedError(f"{cls.__name__} does not implement from_training_args")
 
     @staticmethod

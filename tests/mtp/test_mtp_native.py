@@ -11,6 +11,8 @@ from speculators.models.mtp import MTPDraftModel
 from speculators.models.mtp.checkpoint import expected_keys
 from speculators.models.mtp.families import LAYER
 from speculators.nn.experts import GroupRouter
+from speculators.train.config import TrainConfig
+from speculators.train.run import build_model
 
 COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 
@@ -55,6 +57,16 @@ def test_training_starts_from_the_verifiers_own_layer(native):
             assert torch.equal(own[LAYER + "mlp.experts.gate_up_proj"][1], both)
             down = on_disk[start + "3.down_proj.weight"]
             assert torch.equal(own[LAYER + "mlp.experts.down_proj"][3], down)
+
+
+def test_a_run_is_told_where_it_starts_and_nothing_of_layers_it_does_not_shape(native, caplog, recwarn):
+    """Its layer is the verifier's: there is no width to choose, though the verifier has experts."""
+    arch, path, _ = native
+    flags = {"speculator_type": "mtp", "verifier_name_or_path": str(path), "data_path": "", "save_path": ""}
+    model = build_model(TrainConfig.from_flat(flags), AutoConfig.from_pretrained(path))
+    assert model.config.transformer_layer_config.model_type == arch
+    assert f"training starts from the MTP layer of {path}" in caplog.text
+    assert not [warning for warning in recwarn if "MLP" in str(warning.message)]
 
 
 def test_training_starts_from_scratch_where_the_verifier_ships_no_layer(native, tmp_path):

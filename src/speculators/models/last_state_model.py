@@ -32,6 +32,7 @@ class LastStateModel(SpeculatorModel):
     """Subclasses define `network` and say in `trained_keys` what is on disk."""
 
     align = staticmethod(align)
+    has_chosen_layers = False
     _keys_to_ignore_on_save = list(VERIFIER_ONLY_KEYS)
     _keys_to_ignore_on_load_missing = list(VERIFIER_ONLY_KEYS)
 

@@ -1,6 +1,6 @@
 """One training run from a config: look everything up, check it, build it, train it, leave a run directory.
 
-    config -> algorithm -> data -> draft vocabulary -> drafter -> verifier states -> rows -> Trainer -> parity gate
+    config -> algorithm -> data -> draft vocabulary -> drafter -> verifier states -> rows -> Trainer -> contract check, parity gate
 
 What can be wrong is looked at in the order of its cost: names first, then files, then weights, then forwards.
 """
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from speculators.data_generation import LocalSource
+from speculators.deploy.check import check_checkpoint
 from speculators.model import SpeculatorModel
 from speculators.provenance import find_package_repo, git_diff, git_sha, package_versions
 from speculators.train.collate import CollateFn
@@ -33,7 +34,7 @@ from speculators.train.memory import MemoryEstimate, check_disk_space, estimate_
 from speculators.train.sources import ask_server, make_source, open_store, rows_to_use
 from speculators.train.trainer import Trainer, TrainerConfig, TrainResult
 from speculators.train.vocab_mapping import resolve_vocab_mapping
-from speculators.utils.files import atomic_write
+from speculators.utils.files import absolute_if_directory, atomic_write
 from speculators.verifier import check_reproduces_logits, load_verifier
 
 DRY_RUN_NAME = "dry_run"
@@ -62,7 +63,11 @@ def train(config: TrainConfig, *, on_event: Listener = ignore) -> TrainResult:
             return TrainResult(save_path / DRY_RUN_NAME, {}, None, 0)
         result = trainer.run_training()
         device, has_verifier = trainer.ranks.device, estimate.verifier_bytes > 0
-    if not (ranks.is_main and config.trainer.parity_gate):
+    if not ranks.is_main:
+        return result
+    if config.trainer.contract_check:
+        result = replace(result, check=check_checkpoint(result.checkpoint))
+    if not config.trainer.parity_gate:
         return result
     if not has_verifier:
         how = f"speculators verify {result.checkpoint}"
@@ -113,9 +118,8 @@ def build(config: TrainConfig, ranks: Ranks, on_event: Listener) -> tuple[Traine
 
 
 def verifier_name(config: TrainConfig) -> str:
-    """As given; a directory by its absolute path, since the checkpoint records it and is loaded from elsewhere."""
-    name = config.verifier.verifier_name_or_path
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    """As the checkpoint records it, and everything that is compared with it."""
+    return absolute_if_directory(config.verifier.verifier_name_or_path)
 
 
 def open_splits(config: TrainConfig, dtype: torch.dtype, vocab_size: int) -> tuple[ArrowDataset, ArrowDataset | None]:
@@ -152,7 +156,7 @@ def build_model(config: TrainConfig, verifier_config: Any) -> SpeculatorModel:
         )  # fmt: skip
     else:
         size = None if d2t is None else len(d2t)
-        shape = draft_config(verifier_config, keys)
+        shape = draft_config(verifier_config, keys) if cls.has_chosen_layers else text_config(verifier_config)
         model = cls.from_training_args(
             shape, **{**flat, "t2d": t2d, "d2t": d2t, "draft_vocab_size": size, "verifier_name_or_path": name}
         )

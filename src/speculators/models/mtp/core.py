@@ -39,7 +39,7 @@ from speculators.models.mtp.training import (
     train_forward,
 )
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.utils import get_verifier_config, target_logit_transform
+from speculators.models.utils import target_logit_transform
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.proposals import GreedyTokenProposalConfig
@@ -57,6 +57,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     config_class = MTPSpeculatorConfig  # type: ignore[assignment]
     training_args = MTPTrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    has_chosen_layers = False
     contract = MTPContract()
     align = staticmethod(shift_batch_mtp)
     stitch = staticmethod(stitch)
@@ -121,21 +122,16 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         verifier_name_or_path: str | None = None,
         num_speculative_steps: int = NUM_STEPS,
         draft_vocab_size: int | None = None,
-        speculator_type: str | None = None,
         draft_attn_impl: str | None = None,
         trust_remote_code: bool = False,
         **_: Any,
     ) -> MTPDraftModel:
-        """A new drafter: the MTP layer the verifier ships with, else one of random weights.
-
-        `verifier_config` is the verifier's. A training run (which says `speculator_type`) hands over a shape made for
-        drafters with layers of their own choosing instead: then the verifier's config is read where it lies."""
+        """A new drafter: the MTP layer the verifier ships with, else one of random weights. `verifier_config` is the
+        verifier's."""
         if verifier_name_or_path is None:
             raise ValueError(
                 "verifier_name_or_path is required: the embedding, the head and the final norm are the verifier's"
             )
-        if speculator_type is not None:
-            verifier_config = get_verifier_config(verifier_name_or_path, trust_remote_code)
         nested = layer_config_of(getattr(verifier_config, "text_config", None) or verifier_config)
         if draft_vocab_size not in (None, nested.vocab_size):
             raise ValueError(
@@ -162,7 +158,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         """Start from the MTP layer in the verifier's checkpoint, if there is one."""
         tensors = read_native(verifier, self.family, self.config.transformer_layer_config)
         if not tensors:
-            logger.info("'%s' has no MTP layer: training starts from random weights", verifier)
+            logger.warning("%s ships no MTP layer: training starts from random weights", verifier)
             return
         own = {key: tensor.shape for key, tensor in self.state_dict().items() if key.startswith(LAYER)}
         found = {key: tensor.shape for key, tensor in tensors.items()}
@@ -173,6 +169,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
                 f"{[(key, found.get(key), own.get(key)) for key in odd]} (name, shape there, shape by the config)"
             )
         self.load_state_dict(tensors, strict=False)
+        logger.warning("training starts from the MTP layer of %s", verifier)
 
     @staticmethod
     def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
