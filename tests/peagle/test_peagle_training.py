@@ -6,6 +6,8 @@ from naive_peagle import NaivePEagle, kl, mixed
 from peagle_toys import packed_batch
 
 from speculators.models.peagle.sampling import sample_chains
+from speculators.models.peagle.training import accuracy
+from speculators.train.metrics import expected_acceptance_length, normalize_counted_metrics
 
 CASES = {
     "qwen3, reduced vocabulary": {},
@@ -56,7 +58,22 @@ def test_loss_gradients_and_accuracy_equal_loops_over_the_formulas(make_drafter,
             judged = [right for (_, d), right in correct.items() if d == depth]
             assert metrics[f"position_{depth}_acc_sum"] == sum(judged)
             assert metrics[f"position_{depth}_acc_total"] == len(judged)
+            whole = [a for a, d in correct if d == depth and (a, 0) in correct]
+            right = [all(correct[a, d] for d in range(depth + 1)) for a in whole]
+            assert metrics[f"full_acc_{depth}_total"] == len(whole)
+            assert metrics[f"full_acc_{depth}_sum"] == sum(right)
         assert metrics["full_acc_total"] == len(correct) and metrics["full_acc_sum"] == sum(correct.values())
+
+
+def test_chains_count_as_far_as_all_of_them_is_right():
+    """Four anchors. The third's column is not supervised: its slot says nothing of a round's accepted drafts."""
+    judged_DT = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 0], [1, 0, 0, 0]])
+    correct_DT = torch.tensor([[1, 0, 0, 1], [1, 1, 1, 0], [1, 0, 0, 0]])
+    metrics = accuracy(correct_DT.float(), judged_DT.float())
+    pairs = [(metrics[f"full_acc_{d}_sum"].item(), metrics[f"full_acc_{d}_total"].item()) for d in range(3)]
+    assert pairs == [(2, 3), (1, 2), (1, 1)]
+    assert (metrics["position_1_acc_sum"], metrics["position_1_acc_total"]) == (3, 3)
+    assert expected_acceptance_length(normalize_counted_metrics(metrics)) == pytest.approx(1 + 2 / 3 + 1 / 2 + 1)
 
 
 def test_slots_follow_the_counts_the_chains_and_the_documents():

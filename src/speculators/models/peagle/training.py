@@ -15,7 +15,7 @@ A slot thus sees x up to a + 1 and drafts d tokens further than its anchor. Each
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,27 +111,45 @@ def train_forward(
         model.target_softcap,
     )  # fmt: skip
     counts_R = supervision.counts_R
-    losses = row_losses(
-        hidden_RH[counts_R], model.lm_head.weight, targets, supervision.target_R[counts_R], loss_config
-    )  # fmt: skip
-    return None, *reduce(losses, supervision.depth_R[counts_R], sampling.num_depths, loss_config)
+    depth_N, target_N = supervision.depth_R[counts_R], supervision.target_R[counts_R]
+    losses = row_losses(hidden_RH[counts_R], model.lm_head.weight, targets, target_N, loss_config)
+    places = Places(depth_N, target_N - depth_N, sampling.num_depths)
+    return None, *reduce(losses, places, loss_config)
 
 
-def reduce(
-    losses: RowLosses, depth_N: Tensor, num_depths: int, loss_config: LossConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
+class Places(NamedTuple):
+    """Where the supervised elements stand."""
+
+    depth_N: Tensor
+    anchor_N: Tensor
+    num_depths: int
+
+    def on_grid(self, values_N: Tensor) -> Tensor:
+        """[depths, columns] by depth and anchor, zeros elsewhere."""
+        num_columns = int(self.anchor_N.max()) + 1 if len(self.anchor_N) else 1
+        grid_DT = torch.zeros(self.num_depths, num_columns, device=values_N.device)
+        grid_DT[self.depth_N, self.anchor_N] = values_N.float()
+        return grid_DT
+
+
+def reduce(losses: RowLosses, places: Places, loss_config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """One mean over all supervised elements, whatever their depth."""
-    total = len(depth_N) + MASK_EPSILON
+    total = len(places.depth_N) + MASK_EPSILON
     loss = losses.loss_N.sum() / total
     metrics = {"loss": loss.detach(), **counted("loss", loss, 1.0)}
     if len(loss_config) > 1:
         for name in loss_config:
             metrics |= counted(f"{name}_loss", losses.terms[name].sum() / total, 1.0)
-    correct_D, judged_D = (
-        torch.zeros(num_depths, device=depth_N.device).index_add_(0, depth_N, counts_N.float())
-        for counts_N in (losses.correct_N, torch.ones_like(depth_N))
-    )
-    metrics |= counted("full_acc", correct_D.sum(), judged_D.sum())
-    for depth in range(num_depths):
-        metrics |= counted(f"position_{depth}_acc", correct_D[depth], judged_D[depth])
-    return loss, metrics
+    return loss, metrics | accuracy(places.on_grid(losses.correct_N), places.on_grid(torch.ones_like(places.depth_N)))
+
+
+def accuracy(correct_DT: Tensor, judged_DT: Tensor) -> dict[str, Tensor]:
+    """Greedy agreement with the verifier: of all elements, of a depth, and (`full_acc_d`) of whole chains from their
+    supervised column to depth d. Chains have no gaps, and which go on is drawn without regard to who is right, so that
+    `full_acc_d` estimates the chance of d + 1 accepted drafts."""
+    metrics = counted("full_acc", correct_DT.sum(), judged_DT.sum())
+    chain_D, begun_D = correct_DT.cumprod(0).sum(1), judged_DT.cumprod(0).sum(1)
+    for depth, (correct_T, judged_T) in enumerate(zip(correct_DT, judged_DT, strict=True)):
+        metrics |= counted(f"position_{depth}_acc", correct_T.sum(), judged_T.sum())
+        metrics |= counted(f"full_acc_{depth}", chain_D[depth], begun_D[depth])
+    return metrics
