@@ -136,13 +136,22 @@ def build_from_checkpoint(config: SpeculativeConfig, place: Workplace) -> Propos
     """A trained drafter, and the tree it is to draft."""
     assert config.model is not None
     # in the verifier's type: its embedding and head are not rounded to the checkpoint's type on their way here
-    speculator = SpeculatorModel.from_pretrained(config.model, dtype=place.verifier.dtype)
+    speculator = SpeculatorModel.from_pretrained(
+        config.model, dtype=place.verifier.dtype, verifier=directory_of(place.verifier)
+    )
     sizes = {"max_batch_size": place.max_batch_size, "max_length": place.max_length}
     if config.dynamic_tree is not None:
         return DynamicTreeProposer(speculator.make_tree_drafter(place.verifier, **sizes), config.dynamic_tree)
     if config.token_tree is not None:
         return StaticTreeProposer(speculator.make_tree_drafter(place.verifier, **sizes), config.token_tree)
     return speculator.make_proposer(place.verifier, **sizes)
+
+
+def directory_of(verifier: Any) -> str | None:
+    """Where the verifier at hand was loaded from: a drafter takes its share of weights there, wherever the verifier lay
+    when it was trained. None: made in memory or of the hub, so what the checkpoint recorded has to do."""
+    name = str(getattr(getattr(verifier, "config", None), "name_or_path", None) or "")
+    return name if name and (Path(name) / "config.json").is_file() else None
 
 
 def refuse_what_no_proposer_does(config: SpeculativeConfig) -> None:
