@@ -188,11 +188,10 @@ def check_reproduces_logits(model: nn.Module) -> None:
 
 
 def _final_norm(parent: nn.Module, model: nn.Module) -> nn.Module:
-    norms = [
-        child
-        for name, child in parent.named_children()
-        if "norm" in type(child).__name__.lower() and "embed" not in name and "embd" not in name
-    ]
+    named = [(name, child) for name, child in parent.named_children() if "norm" in type(child).__name__.lower()]
+    norms = [child for name, child in named if "embed" not in name and "embd" not in name]
+    if not norms and len(named) == 1:
+        norms = [named[0][1]]  # Lfm2 calls the norm before its head `embedding_norm`
     if len(norms) != 1:
         found = [type(norm).__name__ for norm in norms]
         raise ValueError(f"{type(model).__name__} has {len(norms)} candidates for the final norm {found}; expected one")

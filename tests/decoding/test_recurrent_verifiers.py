@@ -32,6 +32,7 @@ CONFIGS = {
         "vocab_size": toys.VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8,
         "state_size": 8, "n_groups": 2, "chunk_size": 16,
     },
+    "lfm2": {**SHAPE, "layer_types": ["conv", "full_attention"]},
     "falcon_h1": {**SHAPE, **MAMBA, "mamba_d_ssm": 32, "mamba_n_heads": 4, "head_dim": 8},
 }  # fmt: skip
 NUM_TOKENS = 11
@@ -60,8 +61,7 @@ def decode(model, prompts, proposer, batch):
     return [output.token_ids for output in engine.generate(prompts, GREEDY)], engine.stats
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("drafts", ["wrong", "half right", "right", "random, ragged"])
+@pytest.mark.parametrize(("drafts", "batch"), [("wrong", 1), ("half right", 8), ("right", 1), ("random, ragged", 8)])
 def test_greedy_text_is_transformers_own(case, drafts, batch):
     model, prompts, reference = case
     prompts, reference = (prompts, reference) if batch == 8 else (prompts[:2], reference[:2])
