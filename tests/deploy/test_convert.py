@@ -201,6 +201,19 @@ def test_an_mlp_speculator_is_converted(tmp_path, trained):
     assert load_file(written.path / "model.safetensors").keys() == source.keys()
 
 
+def test_tied_weights_that_a_file_repeats_are_taken_once_and_must_be_equal(tmp_path, trained):
+    path = export_checkpoint(trained("mlp"), tmp_path / "fms", profile="native").path
+    once = load_file(path / "model.safetensors")
+    again = {name.replace(".0.", ".2."): t.clone() for name, t in once.items() if not name.endswith("proj.0.weight")}
+    save_file({**once, **again}, path / "model.safetensors", metadata={"format": "pt"})
+    back = load_file(convert_checkpoint(path, tmp_path / "out", verifier=VERIFIER).path / "model.safetensors")
+    assert {f"speculator.{name}" for name in back} == set(once)
+    again["speculator.head.2.weight"] += 1
+    save_file({**once, **again}, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"says tie_weights, and head\.2\.weight is not head\.0\.weight"):
+        convert_checkpoint(path, tmp_path / "other", verifier=VERIFIER)
+
+
 def test_the_contracts_entry_points(eagle3_head, trained, tmp_path):
     with pytest.raises(ValueError, match="Unsupported algorithm: 'mamba'"):
         convert_model(str(eagle3_head), VERIFIER, "mamba", tmp_path / "out")

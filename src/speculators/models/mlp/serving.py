@@ -1,18 +1,33 @@
-"""MLP speculators of other projects (IBM, fms-fsdp): read, not written. No vLLM of today serves them."""
+"""MLP speculators of other projects (IBM, fms-fsdp): read and written. No vLLM of today serves them.
+
+ours                        theirs (names of tensors behind `speculator.`, or bare)
+hidden_size                 emb_dim
+intermediate_size           inner_dim         0 there: emb_dim
+num_layers                  n_predict
+tie_weights, scale_input    the same          false where the key is missing
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from speculators.checkpoint_contract import CheckpointContract
-from speculators.checkpoint_format import CheckpointFormat, Converted, ForeignCheckpoint
+from speculators.checkpoint_format import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint, write_config
 from speculators.models.mlp.config import OLD_NAMES, MLPSpeculatorConfig
 from speculators.models.utils import get_verifier_config, recorded
+from speculators.utils.loading import SAFETENSORS
 
 PREFIX = "speculator."
 THEIR_DEFAULTS = {"tie_weights": False, "scale_input": False}
 FIELDS = ("vocab_size", "tie_weights", "scale_input", *OLD_NAMES)
+WIDEST, NUM_CANDIDATES = 5, 5
+"""How their code drafts: so many tokens of the first head, one fewer of each further one; the best candidates."""
 
 
 class FmsFormat(CheckpointFormat):
@@ -27,8 +42,41 @@ class FmsFormat(CheckpointFormat):
         if verifier is not None:
             fields["speculators_config"] = recorded("mlp", values["n_predict"], verifier, trust_remote_code=False)
             fields["rms_norm_eps"] = get_verifier_config(verifier).rms_norm_eps
+        config = MLPSpeculatorConfig(**fields)
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in source.tensors().items()}
-        return Converted(MLPSpeculatorConfig(**fields), tensors)
+        return Converted(config, stored_once(tensors) if config.tie_weights else tensors)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        config: Any = checkpoint.config
+        tensors = {PREFIX + name: tensor.contiguous() for name, tensor in sorted(checkpoint.tensors.items())}
+        save_file(tensors, directory / SAFETENSORS, metadata={"format": "pt"})
+        dtype = str(tensors[f"{PREFIX}head.0.weight"].dtype).removeprefix("torch.")
+        write_config(directory, {**native_config(config), "torch_dtype": dtype})
+
+
+def native_config(config: MLPSpeculatorConfig) -> dict[str, Any]:
+    return {
+        "model_type": FmsFormat.name, "architectures": ["MLPSpeculatorPreTrainedModel"],
+        **{theirs: getattr(config, ours) for theirs, ours in OLD_NAMES.items()},
+        "vocab_size": config.vocab_size, "tie_weights": config.tie_weights, "scale_input": config.scale_input,
+        "top_k_tokens_per_head": [max(1, WIDEST - step) for step in range(config.num_layers)],
+        "n_candidates": NUM_CANDIDATES,
+    }  # fmt: skip
+
+
+def stored_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights under one name each. Some files repeat them for every step."""
+    kept = {}
+    for name, tensor in tensors.items():
+        kind, step, part = name.split(".")
+        first = f"{kind}.{min(int(step), 1 if kind == 'proj' else 0)}.{part}"
+        if name == first:
+            kept[name] = tensor
+        elif first not in tensors or not torch.equal(tensor, tensors[first]):
+            raise ValueError(
+                f'config.json says tie_weights, and {name} is not {first}: write "tie_weights": false, or mend the file'
+            )
+    return kept
 
 
 class MLPContract(CheckpointContract):
