@@ -85,7 +85,7 @@ def may_import(here: str, there: str, algorithm: str | None = None, other: str |
     if ROW_OF[here] > MODELS_ROW and there == "models":
         return False  # always the registry
     if here == "train":
-        return ROW_OF[there] < STAGES_ROW or there in ("data_generation", "evaluation")
+        return ROW_OF[there] < STAGES_ROW or there in ("data_generation", "deploy", "evaluation")
     if here == "evaluation":
         return ROW_OF[there] < STAGES_ROW or there in ("decoding", "data_generation")
     if ROW_OF[here] == ROW_OF[there]:
@@ -111,6 +111,7 @@ def test_the_table_itself():
     assert may_import("models", "models", "eagle3", None) and not may_import("models", "models", None, "eagle3")
     assert not may_import("decoding", "models") and not may_import("decoding", "data_generation")
     assert not may_import("train", "decoding") and may_import("train", "data_generation")
+    assert may_import("train", "deploy") and not may_import("deploy", "train")
     assert may_import("train", "evaluation") and not may_import("evaluation", "train")
     assert may_import("evaluation", "decoding") and not may_import("evaluation", "convert")
     assert may_import("cli", "train") and not may_import("train", "cli") and not may_import("cli", "models")

@@ -13,7 +13,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import save_file
 from torch import Tensor
 
-from speculators.checkpoint_format import SPECULATORS, CheckpointFormat, ForeignCheckpoint, OurCheckpoint, write_config
+from speculators.checkpoint_format import (
+    SPECULATORS,
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    write_config,
+)
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 from speculators.training_record import read_training_record
@@ -52,16 +59,21 @@ def open_checkpoint(
         model_class = SpeculatorModel.registered_model_class_from_config(config)
         return Opened(path, SPECULATORS, source.values, model_class, config, source.tensors())
     model_class, known = recognise(source, algorithm)
-    converted = known.read(source, verifier or verifier_of_training(path), **options)
+    converted = read_foreign(source, known, verifier, **options)
     return Opened(
         path, known.name, source.values, model_class, converted.config, converted.tensors, tuple(converted.notes)
     )
 
 
-def verifier_of_training(path: Path) -> str | None:
-    """For a directory whose own format names no verifier, but that was trained or converted here."""
-    record = read_training_record(path)
-    return ((record or {}).get("verifier") or {}).get("name_or_path")
+def read_foreign(source: ForeignCheckpoint, known: CheckpointFormat, verifier: str | None, **options: Any) -> Converted:
+    """Formats of other projects name neither the verifier nor the number of draft tokens. A directory that was trained
+    or converted here has them in its record."""
+    record = read_training_record(source.path) or {}
+    converted = known.read(source, verifier or (record.get("verifier") or {}).get("name_or_path"), **options)
+    settings, num_tokens = converted.config.speculators_config, record.get("num_speculative_tokens")
+    if settings is not None and num_tokens is not None:
+        settings.proposal_methods[0].speculative_tokens = num_tokens  # type: ignore[attr-defined]
+    return converted
 
 
 def local_directory(checkpoint: str | Path, cache_dir: str | Path | None = None) -> Path:

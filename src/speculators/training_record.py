@@ -2,6 +2,7 @@
 
     config      every value of config.json that shapes what is computed, flat: "transformer_layer_config.head_dim"
     tensors     a fingerprint of each tensor on disk
+    num_speculative_tokens      draft tokens a round
     verifier    sizes, tokenizer and some rows of embedding and head of the verifier it learned from
 
 A fingerprint is a hash, exact, and a sketch, which survives rounding to another type: for fixed random signs s and t,
@@ -68,6 +69,7 @@ def write_training_record(
         "speculators_model_type": values.get("speculators_model_type"),
         "config": {key: value for key, value in computed_config(values).items() if key not in training_keys},
         "tensors": {name: fingerprint(t, hidden_size) for name, t in sorted(load_checkpoint(directory).items())},
+        "num_speculative_tokens": recorded_num_tokens(values),
         "verifier": recorded_verifier(values),
     }
     file = directory / RECORD_FILE
@@ -125,6 +127,11 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def hidden_size_of(values: Mapping[str, Any]) -> int | None:
     layers = values.get(LAYERS) or {}
     return layers.get("hidden_size") or values.get("hidden_size")
+
+
+def recorded_num_tokens(values: Mapping[str, Any]) -> int | None:
+    methods = (values.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    return methods[0].get("speculative_tokens")
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from speculators import assets
-from speculators.cli.app import run
+from speculators.cli.app import main, run
 from speculators.cli.launch_vllm import split
 from speculators.deploy.environment import find_vllm, version_in
+from speculators.deploy.process import ServerFailedError
+from speculators.deploy.report import CheckError
 from speculators.deploy.serve import base_url_of, command_to_extract, command_to_serve, value_of
 from speculators.utils.extraction import ExtractionNote
 
@@ -161,6 +164,46 @@ def test_an_export_is_what_vllm_serves_for_algorithms_with_a_layout_of_their_own
     (Path(speculator) / "config.json").write_text(json.dumps({**config, "speculators_model_type": "medusa"}))
     with pytest.raises(ValueError, match="speculators export"):
         run(["serve", speculator, "--dry-run"])
+
+
+def test_a_wrong_checkpoint_is_refused_before_vllm_starts(speculator, fake_environment):
+    """The fixture has no weights. The environment has no vLLM behind its name: to start it is to see it end."""
+    command = ["serve", speculator, "--python", str(fake_environment)]
+    with pytest.raises(CheckError, match=r"--no-check serves it all the same:\n  model.safetensors: .*Mend: copy the"):
+        run(command)
+    with pytest.raises(ServerFailedError, match="No module named"):
+        run([*command, "--no-check"])
+
+
+def test_an_export_says_itself_how_it_is_served(verifier, fake_environment, tmp_path, capsys):
+    from transformers import AutoConfig
+
+    from speculators import SpeculatorModel
+    from speculators.train.checkpointer import save_speculator
+
+    layer = AutoConfig.for_model("llama", vocab_size=4096, hidden_size=256, intermediate_size=64, num_hidden_layers=1,
+                                 num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    model = SpeculatorModel.get_class("eagle").from_training_args(layer, verifier_name_or_path=verifier)
+    model.config.speculators_config.proposal_methods[0].speculative_tokens = 7
+    (tmp_path / "trained").mkdir()
+    save_speculator(model, tmp_path / "trained")
+    exported = run(["export", str(tmp_path / "trained"), "--output", str(tmp_path / "exported")])["path"]
+    expected = {"method": "eagle", "num_speculative_tokens": 7, "model": exported}
+    result = run(["serve", exported, "--dry-run"])
+    assert result["command"][1:3] == ["serve", verifier] and speculative_config(result) == expected
+    other = shutil.copytree(verifier, tmp_path / "other")
+    fewer = run(["serve", exported, "--verifier", str(other), "-k", "2", "--dry-run"])
+    assert fewer["verifier"] == str(other) and speculative_config(fewer) == {**expected, "num_speculative_tokens": 2}
+    with pytest.raises(ServerFailedError):  # it passes the check and is started
+        run(["serve", exported, "--python", str(fake_environment)])
+    assert "contract check: ready to serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["serve", "launch-vllm"])
+def test_a_flag_of_vllm_before_the_dashes_is_answered_with_where_it_goes(verb, verifier, capsys):
+    assert main([verb, verifier, "--tensor-parallel-size", "4", "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "--tensor-parallel-size" in said and f"follow `--`: speculators {verb} MODEL -- --port" in said
 
 
 def test_extraction_follows_the_layers_that_are_asked_for(verifier, tmp_path):

@@ -42,6 +42,7 @@ VERBS: dict[str, str] = {
 """Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`."""
 
 VERBS_READING_THEIR_FLAGS = ("train", "launch-vllm")
+VERBS_PASSING_FLAGS_ON = ("serve", "launch-vllm")
 FLAGS_READ_ELSEWHERE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """For `train`, whose flags are the keys of `TrainConfig` and of the algorithm, and for a flag of several values."""
 
@@ -83,10 +84,22 @@ def run(args: Sequence[str]) -> Any:
     if args and args[0] in VERBS:
         verb = args[0]
         untouched = ["--"] if verb in VERBS_READING_THEIR_FLAGS else []  # click eats the first one
-        return command_of(verb).main([*untouched, *args[1:]], prog_name=f"speculators {verb}", standalone_mode=False)
+        try:
+            return command_of(verb).main(
+                [*untouched, *args[1:]], prog_name=f"speculators {verb}", standalone_mode=False
+            )
+        except UsageError as error:
+            if verb in VERBS_PASSING_FLAGS_ON and is_about_an_unknown_flag(error):
+                hint = f"vLLM's own flags follow `--`: speculators {verb} MODEL -- --port 8001"
+                raise UsageError(f"{error.format_message()}. {hint}") from error  # type: ignore[attr-defined]
+            raise
     if args and not args[0].startswith("-"):
         raise UsageError(f"unknown command '{args[0]}'; `speculators --help` lists them.{did_you_mean(args[0], VERBS)}")
     return listing().main(list(args) or ["--help"], prog_name="speculators", standalone_mode=False)
+
+
+def is_about_an_unknown_flag(error: Exception) -> bool:
+    return type(error).__name__ == "NoSuchOption" or "unrecognized arguments: -" in str(error)
 
 
 def command_of(verb: str) -> Any:

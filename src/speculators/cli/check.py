@@ -35,27 +35,30 @@ def check(
     return 0 if report.ok else 1
 
 
+def show_findings(report: CheckReport) -> None:
+    if not report.findings:
+        return
+    table = Table(title="findings", title_justify="left", show_lines=True)
+    for column in ("", "what", "where", "found, and the rule", "mend"):
+        table.add_column(column, overflow="fold")
+    for found in report.findings:
+        colour = "red" if found.severity == "error" else "yellow"
+        words = (found.code, found.where, f"{found.found}; {found.rule}", found.mend)
+        table.add_row(f"[{colour}]{found.severity}[/]", *map(escape, words))
+    out().print(table)
+
+
 def show(report: CheckReport) -> None:
-    if report.findings:
-        table = Table(title="findings", title_justify="left", show_lines=True)
-        for column in ("", "what", "where", "found, and the rule", "mend"):
-            table.add_column(column, overflow="fold")
-        for found in report.findings:
-            colour = "red" if found.severity == "error" else "yellow"
-            words = (found.code, found.where, f"{found.found}; {found.rule}", found.mend)
-            table.add_row(f"[{colour}]{found.severity}[/]", *map(escape, words))
-        out().print(table)
-    num_errors = len(report.errors)
-    verdict = "ready to serve" if report.ok else f"{num_errors} error{'s' * (num_errors > 1)}: do not serve it"
+    show_findings(report)
     facts = {
         "checkpoint": report.path, "format": f"{report.format} ({report.speculators_model_type})",
         "verifier": report.verifier, "checked": ", ".join(report.done),
     }  # fmt: skip
     for what, why in report.not_done.items():
         facts[f"not checked: {what}"] = why
-    for note in report.notes:
-        facts["note"] = note
-    print_facts(verdict, {**facts, "serve with": served_by(report)})
+    if report.notes:
+        facts["note"] = "\n".join(report.notes)
+    print_facts(report.verdict, {**facts, "serve with": served_by(report)})
 
 
 def served_by(report: CheckReport) -> str:

@@ -89,8 +89,9 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def what_to_extract(args: argparse.Namespace) -> Any:
     """The layers, ascending: engines hand them over in the order of the network."""
-    from speculators.deploy.checkpoints import absolute_if_directory, local_config
+    from speculators.deploy.checkpoints import local_config
     from speculators.utils.extraction import ExtractionNote
+    from speculators.utils.files import absolute_if_directory
     from speculators.utils.target_layers import get_verifier_config, resolve_target_layer_ids
 
     local_config(args.model)  # says what is wrong with a directory

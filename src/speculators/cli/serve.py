@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from speculators.cli.console import err, out, say
 from speculators.cli.options import NumSpeculativeTokens, parse_json_object
@@ -36,19 +37,31 @@ def serve(
     draft: Annotated[str | None, typer.Option(help="Draft model or native drafter directory for a verifier.")] = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
     speculative_config: Annotated[str | None, typer.Option(help="Further vLLM settings, a JSON object.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Check a speculator first; one with errors is not served.")
+    ] = True,
     python: Python = None,
     dry_run: DryRun = False,
     ready_timeout: ReadyTimeout = READY_TIMEOUT_S,
 ) -> dict[str, Any]:
     """Serve a speculator by vLLM: verifier, method and number of draft tokens come from the checkpoint."""
-    from speculators.deploy.checkpoints import absolute_if_directory, speculator_facts
+    from speculators.deploy.checkpoints import is_export, speculator_facts
     from speculators.deploy.serve import command_to_serve
+    from speculators.utils.files import absolute_if_directory
 
     settings = parse_json_object("--speculative-config", speculative_config) or {}
     given = {"method": method, "model": draft, "num_speculative_tokens": num_speculative_tokens}
     settings |= {name: value for name, value in given.items() if value is not None}
     facts = speculator_facts(model)
-    if facts is None:
+    is_ours = facts is not None or (draft is None and is_export(model))
+    if facts is None and is_ours:
+        from speculators.deploy.export import serving_of_export
+
+        serving = serving_of_export(model, verifier)
+        said = dict(serving.speculative_config or {})
+        verifier, drafter = serving.model, said.pop("model", None)
+        settings = {**said, **settings}
+    elif facts is None:
         verifier, drafter = absolute_if_directory(verifier or model), None if verifier is None else model
     else:
         refuse_unservable(facts.speculators_model_type, model)
@@ -60,6 +73,8 @@ def serve(
         if draft is not None:
             raise ValueError(f"--draft {draft}: {model} is the drafter already")
         settings["model"] = absolute_if_directory(drafter)
+    if is_ours and check and not dry_run:
+        refuse_errors(model, verifier)
     found = vllm_environment(python, dry_run)
     launch = command_to_serve(
         found.command if found else ["vllm"], verifier, in_vllms_words(settings, verifier), vllm_args or []
@@ -67,6 +82,20 @@ def serve(
     if not settings:
         say("no drafter was named: the verifier is served plainly")
     return start(launch, {"verb": "serve", "verifier": verifier}, found, dry_run, ready_timeout)
+
+
+def refuse_errors(checkpoint: str, verifier: str) -> None:
+    """vLLM would serve a wrong checkpoint without a word."""
+    from speculators.deploy.check import check_checkpoint
+    from speculators.deploy.report import CheckError
+
+    report = check_checkpoint(checkpoint, verifier=verifier)
+    for found in report.findings:
+        if found.severity == "warning":
+            say(f"[yellow]{escape(str(found))}[/]")
+    if not report.ok:
+        raise CheckError(report, "; --no-check serves it all the same")
+    say(f"[dim]contract check: {report.verdict}[/]")
 
 
 def said_by(facts: SpeculatorFacts) -> dict[str, Any]:

@@ -21,7 +21,9 @@ def train(context: typer.Context) -> dict[str, Any]:
     config = TrainConfig.resolve(context.args)
     say(f"training {config.speculator_type} for {config.verifier.verifier_name_or_path}")
 
+    from speculators.cli.check import show_findings
     from speculators.cli.verify import print_report
+    from speculators.deploy.report import CheckError
     from speculators.evaluation.parity import ParityError
     from speculators.train.run import train as run_training
 
@@ -30,12 +32,17 @@ def train(context: typer.Context) -> dict[str, Any]:
     facts: dict[str, Any] = {"checkpoint": result.checkpoint, "steps": result.num_steps}
     if result.metrics:
         facts["metrics"] = describe(result.metrics, result.acceptance_length)
+    check, parity = result.check, result.parity
+    if check is not None:
+        show_findings(check)
+        facts["check"] = check.verdict
     print_facts("Trained", facts)
-    parity = result.parity
     if parity is not None:
         print_report(parity)
         if not parity.passed:
             raise ParityError(parity)
+    if check is not None and not check.ok:
+        raise CheckError(check)
     return {
         "verb": "train",
         "speculator_type": config.speculator_type,
@@ -43,6 +50,7 @@ def train(context: typer.Context) -> dict[str, Any]:
         "num_steps": result.num_steps,
         "acceptance_length": result.acceptance_length,
         "metrics": result.metrics,
+        "check": None if check is None else check.as_dict(),
         "parity": None if parity is None else {"passed": parity.passed, "checks": parity.facts()},
     }
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from speculators.checkpoint_format import SPECULATORS, OurCheckpoint
 from speculators.checkpoint_io import local_directory, open_checkpoint, write_ours
 from speculators.training_record import write_training_record
-from speculators.utils.files import atomic_directory
+from speculators.utils.files import absolute_if_directory, atomic_directory
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def convert_checkpoint(
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists already: name another directory, or replace it with --overwrite")
     require_verifier(verifier)
+    verifier = absolute_if_directory(verifier)
     opened = open_checkpoint(
         local_directory(source, cache_dir), verifier=verifier, algorithm=algorithm,
         **{key: value for key, value in options.items() if value is not None},

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from speculators.checkpoint_format import SPECULATORS, ForeignCheckpoint
-from speculators.checkpoint_io import Opened, local_directory, recognise, verifier_of_training
+from speculators.checkpoint_io import Opened, local_directory, read_foreign, recognise
 from speculators.config import SpeculatorModelConfig
 from speculators.deploy import config_check, record_check, tensor_check, verifier_check
 from speculators.deploy.report import CheckReport
@@ -80,7 +80,7 @@ def opened_foreign(path: Path, report: CheckReport, verifier: str | None, algori
     report.format = known.name
     report.add("config.json", known.findings(source))
     try:
-        converted = known.read(source, verifier or verifier_of_training(path))
+        converted = read_foreign(source, known, verifier)
     except ValueError as problem:
         rule = f"a directory in the format {known.name!r} can be read"
         report.findings.append(error("unreadable", str(path), str(problem), rule, "take it from where it was made"))

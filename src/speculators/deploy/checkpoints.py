@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speculators.training_record import RECORD_FILE
+from speculators.utils.files import absolute_if_directory
+
 
 @dataclass(frozen=True)
 class SpeculatorFacts:
@@ -17,10 +20,6 @@ class SpeculatorFacts:
     speculators_model_type: str
     verifier: str | None
     num_speculative_tokens: int | None
-
-
-def absolute_if_directory(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def speculator_facts(model: str) -> SpeculatorFacts | None:
@@ -36,6 +35,11 @@ def speculator_facts(model: str) -> SpeculatorFacts | None:
         verifier=(settings.get("verifier") or {}).get("name_or_path"),
         num_speculative_tokens=methods[0].get("speculative_tokens"),
     )
+
+
+def is_export(model: str) -> bool:
+    """Whether it is a directory that `export` wrote, which keeps the record of training in any layout."""
+    return (Path(model) / RECORD_FILE).is_file()
 
 
 def looks_local(model: str) -> bool:

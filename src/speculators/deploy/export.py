@@ -9,7 +9,7 @@ native          the algorithm's format beside ours, if it has one
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +19,10 @@ from speculators.checkpoint_io import Opened, open_checkpoint, write_ours
 from speculators.config import VerifierConfig
 from speculators.deploy.card import CARD_FILE, find_report, model_card
 from speculators.deploy.check import check_checkpoint
-from speculators.deploy.report import CheckReport
+from speculators.deploy.report import CheckError, CheckReport
 from speculators.findings import VLLM_PROFILE
 from speculators.training_record import RECORD_FILE
-from speculators.utils.files import atomic_directory
+from speculators.utils.files import absolute_if_directory, atomic_directory
 
 NATIVE = "native"
 
@@ -52,6 +52,7 @@ def export_checkpoint(
     output = Path(output)
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists already: name another --output, or replace it with --overwrite")
+    verifier = None if verifier is None else absolute_if_directory(verifier)
     opened = open_checkpoint(checkpoint, verifier=verifier)
     format_name = chosen_format(opened, profile)
     ours = prepared(opened, verifier, dtype)
@@ -79,11 +80,26 @@ def export_checkpoint(
     return Exported(output.resolve(), ours.config.speculators_model_type, format_name, serving, opened.notes)
 
 
+def serving_of_export(directory: str | Path, verifier: str | None = None) -> Serving:
+    """How vLLM serves a directory that was exported in a layout other than ours."""
+    opened = open_checkpoint(directory, verifier=verifier)
+    recorded, contract = opened.config.speculators_config, opened.model_class.contract
+    named = verifier or (None if recorded is None else recorded.verifier.name_or_path)
+    if named is None:
+        raise ValueError(f"{directory} names no verifier; give it with --verifier")
+    serving = contract.serving(opened.config, opened.format, absolute_if_directory(str(directory)), named)
+    if serving is None:
+        raise ValueError(
+            f"{directory}: vLLM 0.32 does not serve a drafter of type {opened.config.speculators_model_type!r} in the "
+            f"format {opened.format!r}; `speculators export` without --profile writes what it serves"
+        )
+    return serving
+
+
 def refuse_errors(report: CheckReport, checkpoint: str | Path) -> None:
     """An export mends what it can; what is left is wrong in the checkpoint itself."""
     if not report.ok:
-        lines = "\n".join(f"  {found.where}: {found.found}; {found.rule}" for found in report.errors)
-        raise ValueError(f"{checkpoint} is not what was trained, or cannot be served; nothing was written:\n{lines}")
+        raise CheckError(replace(report, path=Path(checkpoint)), "; nothing was written")
 
 
 def chosen_format(opened: Opened, profile: str) -> str:

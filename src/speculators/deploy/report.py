@@ -11,6 +11,14 @@ from speculators.checkpoint_format import Serving
 from speculators.findings import VLLM_PROFILE, Finding
 
 
+class CheckError(ValueError):
+    """A checkpoint that would fail in vLLM, or draft there otherwise than it was trained to."""
+
+    def __init__(self, report: CheckReport, hint: str = "") -> None:
+        lines = [f"  {found.where}: {found.found}; {found.rule}. Mend: {found.mend}" for found in report.errors]
+        super().__init__("\n".join([f"{report.path} is not what was trained, or cannot be served{hint}:", *lines]))
+
+
 @dataclass
 class CheckReport:
     """Filled while the check runs."""
@@ -41,6 +49,11 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         return not self.errors
+
+    @property
+    def verdict(self) -> str:
+        num_errors = len(self.errors)
+        return "ready to serve" if self.ok else f"{num_errors} error{'s' * (num_errors > 1)}: do not serve it"
 
     def as_dict(self) -> dict[str, Any]:
         return {

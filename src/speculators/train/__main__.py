@@ -26,10 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error or "interrupted", file=sys.stderr)
         return 130
     print(result.checkpoint)
-    if result.parity is not None and not result.parity.passed:
-        print(f"error: the parity gate failed: {'; '.join(result.parity.failures)}", file=sys.stderr)
+    check, parity = result.check, result.parity
+    for found in [] if check is None else check.findings:
+        print(found, file=sys.stderr)
+    if check is not None:
+        print(f"contract check: {check.verdict}", file=sys.stderr)
+    if parity is not None and not parity.passed:
+        print(f"error: the parity gate failed: {'; '.join(parity.failures)}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if check is None or check.ok else 1
 
 
 if __name__ == "__main__":

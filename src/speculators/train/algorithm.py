@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 import speculators
 from speculators.train.errors import ConfigError
 from speculators.train.flags import build_parser, flag_of, parse
-from speculators.train.keys import GROUPS, RunKeys, group_of
+from speculators.train.keys import GROUPS, RETIRED_KEYS, RunKeys, group_of
 from speculators.utils.suggest import did_you_mean
 
 
@@ -103,6 +103,8 @@ class Algorithm:
     def _check_known(self, kind: str, given: Iterable[str], names_of: Any) -> None:
         unknown = [name for name in given if name not in names_of(self.own_groups)]
         for name in unknown:
+            if name in RETIRED_KEYS:
+                raise ConfigError(f"{name} is no {kind} any more: {RETIRED_KEYS[name]}")
             known = names_of(self.groups)
             if name not in known:
                 hint = did_you_mean(name, known)

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from speculators.train.errors import ConfigError
+from speculators.train.keys import RETIRED_KEYS
 from speculators.utils.suggest import did_you_mean
 
 
@@ -70,6 +71,9 @@ def parse(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
     """The flags that were given, by key. An unknown one is an error that names the nearest."""
     given, unknown = parser.parse_known_args(list(argv))
     flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+    retired = flags[0].removeprefix("--").removeprefix("no-").replace("-", "_") if flags else ""
+    if retired in RETIRED_KEYS:
+        raise ConfigError(f"{flags[0]} is no flag any more: {RETIRED_KEYS[retired]}")
     if flags:
         raise ConfigError(f"unknown flag {flags[0]}.{did_you_mean(flags[0], parser.flags)} --help lists all flags")
     if unknown:

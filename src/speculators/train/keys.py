@@ -128,6 +128,7 @@ class TrainerKeys(Keys):
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     log_freq: int = Field(1, ge=1, description="Steps between reports.")
     save_path: str = Field("./output/checkpoints", description="Run directory.")
+    contract_check: bool = Field(True, description="At the end, check that vLLM would serve the checkpoint as trained.")
     parity_gate: bool = Field(True, description="At the end, check that the checkpoint drafts what it was trained to.")
 
 
@@ -162,6 +163,18 @@ GROUPS: dict[str, type[Keys]] = {
 
 SHAPING_KEYS = ("num_layers", "draft_arch", "draft_hidden_act", "sliding_window", "full_attention_indices")
 """They shape a drafter synthesised from the verifier, and mean nothing when its shape comes from a file."""
+
+
+RETIRED_KEYS = {
+    "on_generate": "computed states are forgotten after use; --cache-hidden-states keeps them",
+    "max_consecutive_generation_failures": "no row is skipped: one that fails after --max-retries saves the run and "
+    "ends it, and the same command continues",
+    "hidden_states_backend": "states of a server travel as files: leave it out",
+    "noise_std": "verifier states are trained on as they are: leave it out",
+    "fsdp_shard": "every rank holds the whole drafter: leave it out",
+    "draft_mrope_full_head_hack": "the drafter's rope is computed as configured: leave it out",
+}
+"""Keys of earlier releases -> what is done now, and what to use instead."""
 
 
 def group_of() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """One training run from a config: look everything up, check it, build it, train it, leave a run directory.
 
-    config -> algorithm -> data -> draft vocabulary -> drafter -> verifier states -> rows -> Trainer -> contract check, parity gate
+    config -> algorithm -> data -> draft vocabulary -> drafter -> verifier states -> rows -> Trainer
+    -> contract check -> parity gate
 
 What can be wrong is looked at in the order of its cost: names first, then files, then weights, then forwards.
 """

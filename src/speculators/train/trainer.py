@@ -26,6 +26,7 @@ from speculators.train.optimizers import OptimizerConfig, make_optimizers
 from speculators.train.schedulers import make_schedule
 
 if TYPE_CHECKING:
+    from speculators.deploy.report import CheckReport
     from speculators.evaluation.parity import ParityReport
 
 MAX_GRAD_NORM = 1.0
@@ -71,6 +72,8 @@ class TrainResult:
     num_steps: int
     parity: ParityReport | None = None
     """Of the gate at the end of a run; None when it was not made."""
+    check: CheckReport | None = None
+    """Of the contract check at the end of a run; None when it was not made."""
 
 
 class Trainer:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never half of it."""
+"""Writing files so that a reader sees the old content or the new, never half of it; and names of directories."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+
+def absolute_if_directory(name: str) -> str:
+    """How a model's name is written down: a hub id as it is given, a directory by its absolute path, since whoever
+    reads the name later stands elsewhere. Links stay: an absolute path is what was given."""
+    return os.path.abspath(name) if Path(name).is_dir() else name
 
 
 @contextmanager
