@@ -1,4 +1,4 @@
-"""What is on disk, what comes back, what is refused; a training run from a config alone."""
+"""What is on disk, what comes back, what is refused."""
 
 import json
 import logging
@@ -7,15 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from datasets import Dataset
-from dflash_toys import HIDDEN, MASK_TOKEN, MIXED, SLIDING, VOCAB, packed_batch
+from dflash_toys import HIDDEN, MIXED, SLIDING, VOCAB, packed_batch
 from safetensors.torch import load_file
 
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.models import DSparkDraftModel, DSparkSpeculatorConfig
 from speculators.train.config import TrainConfig
-from speculators.train.events import StepDone
-from speculators.train.run import train
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -94,34 +91,6 @@ def test_heads_that_engines_do_not_load_are_warned_about(drafter, tmp_path, capl
         assert "vLLM" not in caplog.text
         drafter(markov_head_type="rnn").save_pretrained(tmp_path)
     assert "not 'rnn' with rank 5" in caplog.text
-
-
-def test_training_from_a_config_alone_lowers_the_loss_and_saves_a_drafter(verifier_path, tmp_path):
-    generator = torch.Generator().manual_seed(1)
-    rows = []
-    for _ in range(24):
-        length = int(torch.randint(10, 20, (), generator=generator))
-        start, stride = torch.randint(1, VOCAB - 1, (2,), generator=generator).tolist()
-        ids = [(start + stride * step) % (VOCAB - 1) for step in range(length)]
-        rows.append({"input_ids": ids, "loss_mask": [0] * 2 + [1] * (length - 2), "seq_len": length})
-    Dataset.from_list(rows).save_to_disk(tmp_path / "data")
-    losses = []
-
-    def listen(event):
-        if isinstance(event, StepDone):
-            losses.append(event.metrics["loss"])
-
-    config = TrainConfig.from_flat({
-        "speculator_type": "dspark", "verifier_name_or_path": str(verifier_path), "data_path": str(tmp_path / "data"),
-        "save_path": str(tmp_path / "run"), "total_seq_len": 64, "epochs": 8, "hidden_states_dtype": "float32",
-        "lr": 0.02, "num_layers": 1, "block_size": 4, "mask_token_id": MASK_TOKEN, "target_layer_ids": [1, 3, 5],
-        "train_data_ratio": 0.8, "markov_rank": 4,
-    })  # fmt: skip
-    result = train(config, on_event=listen)
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
-    model = SpeculatorModel.from_pretrained(result.checkpoint)
-    assert type(model) is DSparkDraftModel and model.config.markov_rank == 4
-    assert set(load_file(Path(result.checkpoint) / "model.safetensors")) == model.expected_keys(model.config)
 
 
 def test_defaults_of_training():

@@ -1,7 +1,6 @@
 """On disk in both formats; the verifier attached and detached; the contract's forward; a whole training run."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -239,31 +238,3 @@ def test_training_arguments_that_cannot_be(make_drafter):
     nested = make_drafter(nested={"layer_types": ["sliding_attention"], "sliding_window": 4}).config
     assert nested.transformer_layer_config.layer_types == ["full_attention"]
     assert isinstance(make_drafter(arch="qwen3").config.transformer_layer_config, Qwen3Config)
-
-
-def test_a_run_through_the_registry_learns(tmp_path, verifier_path):
-    """Counting text on a random verifier: arguments as the command line gives them."""
-    from datasets import Dataset
-
-    from speculators.train.config import TrainConfig
-    from speculators.train.events import StepDone
-    from speculators.train.run import train
-
-    rows = [{"input_ids": [(3 * i + s) % VOCAB for i in range(16)], "loss_mask": [0] * 3 + [1] * 13, "seq_len": 16}
-            for s in range(30)]  # fmt: skip
-    Dataset.from_list(rows).save_to_disk(tmp_path / "data")
-    losses = []
-
-    def listen(event):
-        if isinstance(event, StepDone):
-            losses.append(event.metrics["loss"])
-
-    config = TrainConfig.from_flat({
-        "speculator_type": "eagle", "verifier_name_or_path": str(verifier_path), "data_path": str(tmp_path / "data"),
-        "save_path": str(tmp_path / "run"), "total_seq_len": 128, "epochs": 12, "lr": 0.02, "train_data_ratio": 1.0,
-        "distillation_weight": 1.0, "top_k_weight": 0.0,
-    })  # fmt: skip
-    result = train(config, on_event=listen)
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    again = SpeculatorModel.from_pretrained(result.checkpoint)
-    assert isinstance(again, EagleSpeculator) and Path(result.checkpoint, "model.safetensors").is_file()

@@ -127,32 +127,3 @@ def test_a_missing_mask_token_is_said(make_drafter, verifier):
     model.config.mask_token_id = None
     with pytest.raises(ValueError, match="mask_token_id is not set"):
         model.make_proposer(verifier, max_batch_size=1, max_length=8)
-
-
-def test_a_run_through_the_registry_learns(tmp_path, verifier_path):
-    """Counting text on a random verifier: 30 small steps, from arguments as the command line gives them."""
-    from datasets import Dataset
-
-    from speculators.train.config import TrainConfig
-    from speculators.train.events import StepDone
-    from speculators.train.run import train
-
-    rows = [{"input_ids": [(3 * i + s) % VOCAB for i in range(16)], "loss_mask": [0] * 3 + [1] * 13, "seq_len": 16}
-            for s in range(30)]  # fmt: skip
-    Dataset.from_list(rows).save_to_disk(tmp_path / "data")
-    losses = []
-
-    def listen(event):
-        if isinstance(event, StepDone):
-            losses.append(event.metrics["loss"])
-
-    config = TrainConfig.from_flat({
-        "speculator_type": "peagle", "verifier_name_or_path": str(verifier_path), "data_path": str(tmp_path / "data"),
-        "save_path": str(tmp_path / "run"), "total_seq_len": 128, "epochs": 8, "lr": 0.01, "train_data_ratio": 1.0,
-        "target_layer_ids": [1, 3, 5], "num_depths": 3, "mask_token_id": MASK,
-    })  # fmt: skip
-    result = train(config, on_event=listen)
-    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
-    again = SpeculatorModel.from_pretrained(result.checkpoint)
-    assert isinstance(again, PEagleDraftModel)
-    assert again.config.speculators_config.proposal_methods[0].speculative_tokens == 3
