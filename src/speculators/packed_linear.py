@@ -58,6 +58,11 @@ def can_pack(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
+def is_installed(module: nn.Module) -> bool:
+    """Whether a module's forward is one of ours, put there by `PackedLinears` for as long as its block lasts."""
+    return getattr(vars(module).get("forward"), "__module__", None) == __name__
+
+
 def version_of(weights: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
     """Changes when one of them does: an optimizer step bumps the counter, load_state_dict(assign=True) the address."""
     return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)

@@ -143,6 +143,63 @@ def test_a_model_with_hooks_is_left_to_transformers():
     assert "hooks" in HFVerifier(model, 1).forward_reason
 
 
+def test_hooks_that_transformers_leaves_behind_do_not_count():
+    model = toys.tiny_model("llama")
+    model(torch.tensor([[5, 6]]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert HFVerifier(model, 1).is_lean
+
+
+class Halved(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * 0.5
+
+
+def halve_by_hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 0.5)
+
+
+def halve_by_module(model):
+    model.model.layers[1].mlp.down_proj = Halved(model.model.layers[1].mlp.down_proj)
+
+
+def halve_by_forward(model):
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: own(x) * 0.5
+
+
+@pytest.mark.parametrize("change", [halve_by_hook, halve_by_module, halve_by_forward])
+def test_what_is_put_into_the_model_later_is_noticed(change):
+    model, prompts = toys.tiny_model("llama"), toys.prompts(3)
+    engine = Engine(model, max_batch_size=2)
+    params = SamplingParams(max_tokens=10)
+    before = [output.token_ids for output in engine.generate(prompts, params)]
+    assert engine.verifier.is_lean
+    change(model)
+    after = [output.token_ids for output in engine.generate(prompts, params)]
+    assert not engine.verifier.is_lean and "Llama-shaped" not in engine.verifier.forward_reason
+    assert after == [toys.generated(model, prompt, 10) for prompt in prompts]
+    assert after != before
+
+
+def test_a_change_amid_a_stream_goes_on_with_what_is_cached():
+    model, prompts = toys.tiny_model("qwen3"), toys.prompts(2)
+    expected = [toys.generated(model, prompt, 12) for prompt in prompts]
+    engine, tokens = Engine(model, max_batch_size=2), [[], []]
+    num_hooked = []
+    for event in engine.stream(prompts, SamplingParams(max_tokens=12)):
+        tokens[event.request_index] += event.token_ids
+        if len(tokens[0]) == 4:
+            model.model.norm.register_forward_hook(lambda module, args, output: num_hooked.append(1))
+    assert not engine.verifier.is_lean and num_hooked
+    assert tokens == expected
+
+
 def test_a_forward_that_does_something_else_at_the_end_is_found_out():
     model = toys.tiny_model("llama")
     own = model.forward

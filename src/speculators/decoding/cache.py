@@ -65,6 +65,11 @@ class RowCache(Cache):
                 store[layer] = old_RSND.new_zeros(R, self.capacity, N, D)
                 store[layer][:, :old_capacity] = old_RSND
 
+    def adopt(self, keys_by_layer: dict[int, Tensor], values_by_layer: dict[int, Tensor]) -> None:
+        """Go on with what another cache has stored, [R, S, N, D] a layer, each from the start of its own storage."""
+        self.keys_by_layer, self.values_by_layer = keys_by_layer, values_by_layer
+        self.capacity = keys_by_layer[0].shape[1]
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

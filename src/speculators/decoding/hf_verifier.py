@@ -6,7 +6,8 @@ Lengths are host integers. `score` writes behind a row's length, `keep` moves th
 Use it as a context manager around a run of forwards; that is where the model is set up for decoding and restored.
 
 Two forwards do the work: `LeanForward` for Llama-shaped models whose logits it is shown to reproduce when the verifier
-is made, `HFForward` (the model's own) for all others. `forward_reason` says which it is and why.
+is made, `HFForward` (the model's own) for all others, and for one that is given hooks or other modules later on.
+`forward_reason` says which it is and why.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class HFVerifier:
         self, model: PreTrainedModel, parts: VerifierParts, num_rows: int, forward: LeanForward | HFForward
     ) -> None:
         parameter = parts.head.weight
+        self._model = model
         self.num_rows, self.length_by_row = num_rows, [0] * num_rows
         self.vocab_size: int = parts.config.vocab_size
         self.device: torch.device = parameter.device  # type: ignore[assignment]
@@ -73,8 +75,21 @@ class HFVerifier:
         self._depth += 1
         if self._depth == 1:
             self._exit.enter_context(torch.inference_mode())
+            self._leave_lean_if_changed()
             self._exit.enter_context(self._forward)
         return self
+
+    def _leave_lean_if_changed(self) -> None:
+        """What was put into the model since does not run in the lean forward: go on with the model's own."""
+        if not isinstance(self._forward, LeanForward):
+            return
+        try:
+            self._forward.weights.refuse_changes()
+        except NotLlamaShaped as reason:
+            forward = HFForward(self._model, verifier_parts(self._model), self.num_rows, self._forward.capture)
+            if self._cache.capacity:
+                forward.cache.adopt(*self._forward.cache.by_layer())
+            self._forward, self._cache, self.forward_reason = forward, forward.cache, str(reason)
 
     def __exit__(self, *exc: object) -> None:
         self._depth -= 1

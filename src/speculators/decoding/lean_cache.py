@@ -68,6 +68,16 @@ class LeanCache:
     def copy_prefix(self, from_row: int, to_row: int, num_slots: int) -> None:
         self.storage[:, to_row, :num_slots] = self.storage[:, from_row, :num_slots]
 
+    def by_layer(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """All keys and all values, [R, S, G, d] a layer: what `cache.RowCache` keeps."""
+        keys_LRSGd, values_LRSGd = self.storage.chunk(2, dim=3)
+        # clones: each has a storage of its own, from its start
+        dense = torch.contiguous_format
+        return (
+            {layer: keys_RSGd.clone(memory_format=dense) for layer, keys_RSGd in enumerate(keys_LRSGd)},
+            {layer: values_RSGd.clone(memory_format=dense) for layer, values_RSGd in enumerate(values_LRSGd)},
+        )
+
     def layer_states(self, layer_idx: int, row: int, num_slots: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one row's first slots, both [G, S, d]."""
         keys, values = self.storage[layer_idx, row, :num_slots].transpose(0, 1).chunk(2)

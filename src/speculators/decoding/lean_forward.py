@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, N query heads, G key/value heads, d head size, H hidde
 A decode step of a small model spends most of its time between the products. Here q, k, v come from one product and
 gate, up from another, rope tables are cut once a forward, and attention reads the preallocated cache in place. Which
 models qualify is decided by their parts (`lean_weights`), and then by their numbers: `hf_verifier` compares with the
-model's own forward. Hooks that are put on the model's modules later do not see this forward.
+model's own forward. Hooks and modules that are put into the model later are noticed there, too, on entering.
 """
 
 from __future__ import annotations

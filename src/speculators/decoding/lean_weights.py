@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from speculators.nn.norms import rms_norm
-from speculators.packed_linear import MAX_PACKED_BYTES, Apply, apply_linear, can_pack, joined, version_of
+from speculators.packed_linear import MAX_PACKED_BYTES, Apply, apply_linear, can_pack, is_installed, joined, version_of
 from speculators.verifier import VerifierParts
 
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations that depend on the position alone; the others also depend on how long the sequence has become."""
+INERT_HOOKS = "transformers.utils.output_capturing"
+"""Where transformers defines the hooks that stay on a model once it was asked for hidden states: idle otherwise."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -64,12 +66,23 @@ class LeanWeights:
         self.act = activation_of(self.layer_modules[0])
         self.shape = same_for_all([shape_of(layer.self_attn) for layer in self.layer_modules], "attention shapes")
         modules = [self.embedding, self.head_module, self.final_norm_module, *self.layer_modules]
-        refuse_hooks(modules)
         inner = [m for module in modules for m in module.modules()]
+        outer = list(dict.fromkeys([model, model.get_decoder(), parts.layers]))
+        self._inner, self._watched = inner, [*outer, *inner]
+        self._children = [tuple(module._modules.values()) for module in self._watched]
+        self.refuse_changes()
         self._places = [(m._parameters, name) for m in inner for name, p in m._parameters.items() if p is not None]
         refuse_mixed(self._sources())
         self._read_at: Any = None
         self.refresh()
+
+    def refuse_changes(self) -> None:
+        """Hooks, and modules put in place of those that were read: the lean forward would pass them over."""
+        refuse_hooks(self._watched)
+        refuse_own_forward(self._inner)
+        for module, children in zip(self._watched, self._children, strict=True):
+            if tuple(module._modules.values()) != children:
+                raise NotLlamaShaped(f"parts of a {type(module).__name__} were replaced after it was read")
 
     def refresh(self) -> None:
         """Read the weights again if they have changed."""
@@ -143,10 +156,18 @@ def refuse_other_parts(layer: Any) -> None:
         raise NotLlamaShaped(f"{type(layer).__name__} has other parts: {', '.join(other[:4])}")
 
 
-def refuse_hooks(modules: list[nn.Module]) -> None:
-    for module in (inner for outer in modules for inner in outer.modules()):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            raise NotLlamaShaped(f"a {type(module).__name__} has hooks or a forward of its own, which would not run")
+def refuse_hooks(modules: list[Any]) -> None:
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks:
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if any(getattr(hook, "__module__", None) != INERT_HOOKS for hook in hooks):
+                raise NotLlamaShaped(f"a {type(module).__name__} has hooks, which would not run")
+
+
+def refuse_own_forward(modules: list[Any]) -> None:
+    for module in modules:
+        if "forward" in vars(module) and not is_installed(module):
+            raise NotLlamaShaped(f"a {type(module).__name__} has a forward of its own, which would not run")
 
 
 def refuse_mixed(parameters: list[nn.Parameter]) -> None:
