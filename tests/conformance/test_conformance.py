@@ -62,7 +62,9 @@ def own_fields(config_class):
 
 
 def test_config_json_says_everything_that_the_class_knows(name, trained):
-    """Readers have other defaults than our classes: nothing but what may be null is left to be filled in."""
+    """Readers have other defaults than our classes: nothing but what may be null is left to be filled in.
+
+    (The first test that asks for a trained drafter: what it takes is the training and its parity gate.)"""
     path = trained(name).checkpoint
     written = json.loads((path / "config.json").read_text())
     fields = own_fields(type(SpeculatorModel.from_pretrained(path).config))

@@ -11,12 +11,12 @@ from speculators.nn.block_attention import (
     ContextKV,
     DenseBlockAttend,
     FlexBlockAttend,
-    Group,
     GroupedBlockAttend,
     LayerSight,
     SdpaBlockAttend,
-    document_starts,
 )
+from speculators.nn.grouped_attention import Group
+from speculators.nn.masks import document_starts
 
 SIGHTS = [LayerSight(None, False), LayerSight(None, True), LayerSight(3, True), LayerSight(6, False)]
 
@@ -30,7 +30,7 @@ def test_what_slots_see():
     documents = torch.tensor([0, 0, 1, 1, 1, 1, 1])
     anchors = torch.tensor([1, 5])
     layout = BlockLayout(anchors, document_starts(documents)[anchors], 2)
-    everything = Group(0, 2, 0, 7)
+    everything = Group(0, 4, 0, 7)
     assert picture(layout.visible(everything, LayerSight(None, False))) == [
         "x......" + "xx..", "x......" + "xx..", "..xxx.." + "..xx", "..xxx.." + "..xx",
     ]  # fmt: skip

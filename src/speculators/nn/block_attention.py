@@ -17,21 +17,15 @@ The window is counted from the slot itself, as serving engines count it. A block
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from speculators.nn.attention import dense_attention, sdpa_attention
-
-flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-GROUP_ROWS = 128
-"""Queries of a group: neighbouring anchors share the keys they read; larger groups compute more that is masked."""
+from speculators.nn.grouped_attention import GROUP_ROWS, Group, GroupedAttention, heads_first
 
 
 class LayerSight(NamedTuple):
@@ -48,17 +42,6 @@ class ContextKV(NamedTuple):
 
     key_TGd: Tensor
     value_TGd: Tensor
-
-
-class Group(NamedTuple):
-    """Neighbouring blocks of one document."""
-
-    first: int
-    last: int
-    """Blocks [first, last)."""
-    low: int
-    high: int
-    """Context columns [low, high) that at least one of them sees."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +61,7 @@ class BlockLayout:
         return anchors, starts
 
     def groups(self, window: int | None) -> list[Group]:
+        """Whole blocks, neighbours of one document; their rows are slots."""
         anchors, starts = self.on_host
         most = max(1, GROUP_ROWS // self.block_size)
         groups: list[Group] = []
@@ -87,7 +71,7 @@ class BlockLayout:
                 continue
             low = starts[first] if window is None else max(starts[first], anchors[first] - window + 1)
             high = anchors[i - 1]
-            groups.append(Group(first, i, min(low, high), high))
+            groups.append(Group(first * self.block_size, i * self.block_size, min(low, high), high))
             first = i
         return groups
 
@@ -110,9 +94,9 @@ class BlockLayout:
 
     def visible(self, group: Group, sight: LayerSight) -> Tensor:
         """bool [rows, columns + rows] of a group's slots over its context columns and its own slots."""
-        num_blocks = group.last - group.first
-        context = self.sees_context(slice(group.first, group.last), group.low, group.high, sight.window)
-        own_block = torch.eye(num_blocks, dtype=torch.bool, device=context.device)
+        blocks = slice(group.first // self.block_size, group.last // self.block_size)
+        context = self.sees_context(blocks, group.low, group.high, sight.window)
+        own_block = torch.eye(len(context), dtype=torch.bool, device=context.device)
         slots = torch.kron(own_block, self.sees_slots(sight))
         return torch.cat((context.flatten(0, 1), slots), dim=1)
 
@@ -125,7 +109,7 @@ class DenseBlockAttend:
 
     def __call__(self, query_PSNd: Tensor, key_PSGd: Tensor, value_PSGd: Tensor) -> Tensor:
         layout, (context_key, context_value) = self.layout, self.context
-        everything = Group(0, len(layout.anchors_P), 0, len(context_key))
+        everything = Group(0, len(layout.anchors_P) * layout.block_size, 0, len(context_key))
         keys = torch.cat((context_key, key_PSGd.flatten(0, 1)))[None]
         values = torch.cat((context_value, value_PSGd.flatten(0, 1)))[None]
         out = self.attention(query_PSNd.flatten(0, 1)[None], keys, values, layout.visible(everything, self.sight))
@@ -147,62 +131,10 @@ class GroupedBlockAttend(DenseBlockAttend):
     """The fast route on a CPU: a flash call for each group of neighbouring blocks, over the columns they see."""
 
     def __call__(self, query_PSNd: Tensor, key_PSGd: Tensor, value_PSGd: Tensor) -> Tensor:
-        return GroupedAttention.apply(self.layout, self.sight, query_PSNd, key_PSGd, value_PSGd, *self.context)
-
-
-class GroupedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, layout: BlockLayout, sight: LayerSight, query_PSNd, key_PSGd, value_PSGd, key_TGd, value_TGd):
-        out_PSNd = torch.empty(query_PSNd.shape, dtype=query_PSNd.dtype)
-        lse = []
-        for group in layout.groups(sight.window):
-            own = slice(group.first, group.last)
-            keys, values = together(key_TGd, key_PSGd, group), together(value_TGd, value_PSGd, group)
-            mask = additive(layout.visible(group, sight), query_PSNd.dtype)
-            out, lse_of_group = flash_forward(heads_first(query_PSNd[own]), keys, values, 0.0, False, attn_mask=mask)
-            out_PSNd[own] = out[0].transpose(0, 1).view(out_PSNd[own].shape)
-            lse.append(lse_of_group)
-        ctx.layout, ctx.sight = layout, sight
-        ctx.save_for_backward(query_PSNd, key_PSGd, value_PSGd, key_TGd, value_TGd, out_PSNd, *lse)
-        return out_PSNd
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_PSNd):
-        query_PSNd, key_PSGd, value_PSGd, key_TGd, value_TGd, out_PSNd, *lse = ctx.saved_tensors
-        layout, sight = ctx.layout, ctx.sight
-        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query_PSNd, key_PSGd, value_PSGd))
-        grad_context_key, grad_context_value = torch.zeros_like(key_TGd), torch.zeros_like(value_TGd)
-        for group, lse_of_group in zip(layout.groups(sight.window), lse, strict=True):
-            own, columns, width = slice(group.first, group.last), slice(group.low, group.high), group.high - group.low
-            keys, values = together(key_TGd, key_PSGd, group), together(value_TGd, value_PSGd, group)
-            query, out, grad_out = (heads_first(x[own]) for x in (query_PSNd, out_PSNd, grad_PSNd))
-            mask = additive(layout.visible(group, sight), query.dtype)
-            grads = flash_backward(
-                grad_out, query, keys, values, out, lse_of_group, 0.0, False, attn_mask=mask
-            )  # fmt: skip
-            of_query, of_keys, of_values = (grad[0].transpose(0, 1) for grad in grads)
-            grad_query[own] = of_query.reshape(grad_query[own].shape)
-            grad_context_key[columns] += of_keys[:width]
-            grad_context_value[columns] += of_values[:width]
-            grad_key[own] = of_keys[width:].reshape(grad_key[own].shape)
-            grad_value[own] = of_values[width:].reshape(grad_value[own].shape)
-        return None, None, grad_query, grad_key, grad_value, grad_context_key, grad_context_value
-
-
-def together(context_TGd: Tensor, blocks_PSGd: Tensor, group: Group) -> Tensor:
-    """[1, G, columns + rows, d] of what a group may look at."""
-    own = blocks_PSGd[group.first : group.last].flatten(0, 1)
-    return torch.cat((context_TGd[group.low : group.high], own)).transpose(0, 1)[None]
-
-
-def heads_first(x_PSNd: Tensor) -> Tensor:
-    """[1, N, P * S, d]"""
-    return x_PSNd.flatten(0, 1).transpose(0, 1)[None]
-
-
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+        slots = (x.flatten(0, 1) for x in (query_PSNd, key_PSGd, value_PSGd))
+        visible = partial(self.layout.visible, sight=self.sight)
+        out = GroupedAttention.apply(self.layout.groups(self.sight.window), visible, *slots, *self.context)
+        return out.view(query_PSNd.shape)
 
 
 class FlexBlockAttend(DenseBlockAttend):
@@ -211,9 +143,9 @@ class FlexBlockAttend(DenseBlockAttend):
     flex = staticmethod(flex_attention)
 
     def __call__(self, query_PSNd: Tensor, key_PSGd: Tensor, value_PSGd: Tensor) -> Tensor:
-        query = heads_first(query_PSNd)
+        query = heads_first(query_PSNd.flatten(0, 1))
         keys, values = (
-            torch.cat((context, blocks.flatten(0, 1))).transpose(0, 1)[None]
+            heads_first(torch.cat((context, blocks.flatten(0, 1))))
             for context, blocks in zip(self.context, (key_PSGd, value_PSGd), strict=True)
         )
         mask = flex_mask(self.layout, self.sight, len(self.context.key_TGd))
@@ -261,11 +193,3 @@ def block_attend(implementation: str | None, device: torch.device) -> type[Dense
     if device.type == "cpu":
         return GroupedBlockAttend
     return CompiledFlexBlockAttend if device.type == "cuda" and implementation != "sdpa" else SdpaBlockAttend
-
-
-def document_starts(document_ids_T: Tensor) -> Tensor:
-    """First column of the document of each column (documents are contiguous)."""
-    index_T = torch.arange(len(document_ids_T), device=document_ids_T.device)
-    is_first_T = torch.ones_like(document_ids_T, dtype=torch.bool)
-    is_first_T[1:] = document_ids_T[1:] != document_ids_T[:-1]
-    return index_T.where(is_first_T, 0).cummax(0).values

@@ -18,35 +18,16 @@ then the slots by anchor and depth, so that the slots of neighbouring anchors sh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from speculators.nn.attention import dense_attention, sdpa_attention
-from speculators.nn.block_attention import additive, document_starts
-from speculators.nn.masks import PackedRow
+from speculators.nn.grouped_attention import GROUP_ROWS, Group, GroupedAttention
+from speculators.nn.masks import PackedRow, document_starts
 from speculators.nn.unrolled import TailAttention
-
-flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-GROUP_SLOTS = 128
-"""Slots of a group: neighbouring chains share the keys they read; larger groups compute more that is masked."""
-
-
-class Group(NamedTuple):
-    """Slots of neighbouring chains of one document."""
-
-    first: int
-    last: int
-    """Slots [first, last), whole chains."""
-    low: int
-    high: int
-    """Columns [low, high) that at least one of them sees."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +68,7 @@ class ChainLayout:
         return seen | (query == key)
 
     def groups(self, window: int | None) -> list[Group]:
+        """Whole chains, neighbours of one document; their rows are slots."""
         starts_M = document_starts(self.document_ids_T)[self.anchors_M]
         anchors, starts = torch.stack((self.anchors_M, starts_M)).tolist()
         groups: list[Group] = []
@@ -95,7 +77,7 @@ class ChainLayout:
             if i < len(anchors) and anchors[i] == anchors[i - 1]:
                 continue
             # slots [chain, i) are one chain: the group takes it in, or ends before it
-            if starts[chain] != starts[first] or (i - first > GROUP_SLOTS and chain > first):
+            if starts[chain] != starts[first] or (i - first > GROUP_ROWS and chain > first):
                 groups.append(self._group(first, chain, anchors, starts, window))
                 first = chain
             chain = i
@@ -156,58 +138,9 @@ class GroupedChainAttend(DenseChainAttend):
         if len(layout.anchors_M) == 0:
             return columns
         slots = (x[0, num_columns:] for x in (query_1ENd, key_1EGd, value_1EGd))
-        chains = ChainAttention.apply(layout, self.window, *slots, keys_1TGd[0], values_1TGd[0])
+        visible = partial(layout.visible, window=self.window)
+        chains = GroupedAttention.apply(layout.groups(self.window), visible, *slots, keys_1TGd[0], values_1TGd[0])
         return torch.cat((columns, chains[None]), dim=1)
-
-
-class ChainAttention(torch.autograd.Function):
-    """out [M, N, d] of the slots over the columns and their own chains. CPU flash kernels."""
-
-    @staticmethod
-    def forward(ctx, layout: ChainLayout, window: int | None, query_MNd, key_MGd, value_MGd, key_TGd, value_TGd):
-        out_MNd = torch.empty(query_MNd.shape, dtype=query_MNd.dtype)
-        lse = []
-        ctx.groups, ctx.layout, ctx.window = layout.groups(window), layout, window
-        for group in ctx.groups:
-            own = slice(group.first, group.last)
-            mask = additive(layout.visible(group, window), query_MNd.dtype)
-            keys, values = together(key_TGd, key_MGd, group), together(value_TGd, value_MGd, group)
-            out, lse_of_group = flash_forward(heads_first(query_MNd[own]), keys, values, 0.0, False, attn_mask=mask)
-            out_MNd[own] = out[0].transpose(0, 1)
-            lse.append(lse_of_group)
-        ctx.save_for_backward(query_MNd, key_MGd, value_MGd, key_TGd, value_TGd, out_MNd, *lse)
-        return out_MNd
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_MNd):
-        query_MNd, key_MGd, value_MGd, key_TGd, value_TGd, out_MNd, *lse = ctx.saved_tensors
-        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query_MNd, key_MGd, value_MGd))
-        grad_column_key, grad_column_value = torch.zeros_like(key_TGd), torch.zeros_like(value_TGd)
-        for group, lse_of_group in zip(ctx.groups, lse, strict=True):
-            own, columns, width = slice(group.first, group.last), slice(group.low, group.high), group.high - group.low
-            mask = additive(ctx.layout.visible(group, ctx.window), query_MNd.dtype)
-            keys, values = together(key_TGd, key_MGd, group), together(value_TGd, value_MGd, group)
-            query, out, grad_out = (heads_first(x[own]) for x in (query_MNd, out_MNd, grad_MNd))
-            grads = flash_backward(
-                grad_out, query, keys, values, out, lse_of_group, 0.0, False, attn_mask=mask
-            )  # fmt: skip
-            of_query, of_keys, of_values = (grad[0].transpose(0, 1) for grad in grads)
-            grad_query[own] = of_query
-            grad_column_key[columns] += of_keys[:width]
-            grad_column_value[columns] += of_values[:width]
-            grad_key[own], grad_value[own] = of_keys[width:], of_values[width:]
-        return None, None, grad_query, grad_key, grad_value, grad_column_key, grad_column_value
-
-
-def together(columns_TGd: Tensor, slots_MGd: Tensor, group: Group) -> Tensor:
-    """[1, G, columns + slots, d] of what a group may look at."""
-    both = torch.cat((columns_TGd[group.low : group.high], slots_MGd[group.first : group.last]))
-    return heads_first(both)
-
-
-def heads_first(x_MNd: Tensor) -> Tensor:
-    return x_MNd.transpose(0, 1)[None]
 
 
 class FlexChainAttend(DenseChainAttend):

@@ -21,6 +21,14 @@ SLIDING_BLOCK = 256
 """Queries a masked block of a sliding layer: small enough that little outside the window is computed."""
 
 
+def document_starts(document_ids_T: Tensor) -> Tensor:
+    """First column of the document of each column."""
+    index_T = torch.arange(len(document_ids_T), device=document_ids_T.device)
+    is_first_T = torch.ones_like(document_ids_T, dtype=torch.bool)
+    is_first_T[1:] = document_ids_T[1:] != document_ids_T[:-1]
+    return index_T.where(is_first_T, 0).cummax(0).values
+
+
 def document_mask(document_ids_T: Tensor, window: int | None = None, shift: int = 0) -> Tensor:
     """[T, T]: causal within a document; `window` counts keys up to and including the query, which stands `shift`
     positions further right. Padding sees only itself, which keeps its softmax finite."""
@@ -75,11 +83,7 @@ class PackedRow:
         rows = self.rows_R
         if rows.numel() == 0:
             return []
-        documents_T = self.document_ids_T
-        new_document_T = torch.ones_like(documents_T, dtype=torch.bool)
-        new_document_T[1:] = documents_T[1:] != documents_T[:-1]
-        starts_T = torch.arange(len(documents_T), device=rows.device).where(new_document_T, 0).cummax(0).values
-        starts_R = starts_T[rows]
+        starts_R = document_starts(self.document_ids_T)[rows]
         breaks_R = torch.ones_like(rows, dtype=torch.bool)
         breaks_R[1:] = (rows[1:] != rows[:-1] + 1) | (starts_R[1:] != starts_R[:-1])
         places = breaks_R.nonzero().squeeze(-1)

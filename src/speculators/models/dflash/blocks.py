@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.nn.block_attention import BlockLayout, document_starts
+from speculators.nn.block_attention import BlockLayout
+from speculators.nn.masks import document_starts
 
 
 @dataclass(frozen=True)
