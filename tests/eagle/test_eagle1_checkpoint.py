@@ -1,4 +1,4 @@
-"""On disk in both formats; the verifier attached and detached; the contract's forward; a whole training run."""
+"""On disk in both formats; the verifier attached and detached; the contract's forward."""
 
 import json
 

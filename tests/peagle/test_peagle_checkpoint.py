@@ -1,4 +1,4 @@
-"""What is on disk, how command-line values become a config, and a whole training run."""
+"""What is on disk, how command-line values become a config."""
 
 import json
 from pathlib import Path

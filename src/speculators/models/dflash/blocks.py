@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speculators.models.packed_columns import PackedColumns
 from speculators.nn.block_attention import BlockLayout
 from speculators.nn.masks import document_starts
 
@@ -45,23 +46,12 @@ class PackedRow:
         document_ids: Tensor | None,
         position_ids: Tensor | None,
     ) -> PackedRow:
-        if input_ids.shape[0] != 1:
-            raise ValueError(
-                f"input_ids has batch size {input_ids.shape[0]}; documents are packed into one row of size 1"
-            )
+        columns = PackedColumns.of(input_ids, document_ids, loss_mask, position_ids)
         if last_hidden is None:
             raise ValueError("verifier_last_hidden_states is None, but the targets of training are made of them")
-        if document_ids is None:
-            document_ids = torch.zeros_like(input_ids)
-        if loss_mask is None:
-            loss_mask = torch.ones_like(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        real = (document_ids[0] != -1).nonzero()
-        end = int(real[-1]) + 1 if len(real) else 1
         return cls(
-            hidden_states[0, :end], last_hidden[0, :end], input_ids[0], document_ids[0], loss_mask[0].bool(),
-            position_ids[0],
+            hidden_states[0, : columns.length], last_hidden[0, : columns.length], columns.token_ids_T,
+            columns.document_ids_T, columns.loss_mask_T.bool(), columns.position_ids_T,
         )  # fmt: skip
 
 

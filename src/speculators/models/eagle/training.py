@@ -27,6 +27,7 @@ from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig, choose_loss_config
 from speculators.models.eagle.arguments import default_of
 from speculators.models.eagle.network import EagleNetwork
+from speculators.models.packed_columns import PackedColumns
 from speculators.nn.masks import PackedRow
 from speculators.nn.unrolled import unrolled_attends
 
@@ -90,23 +91,12 @@ class PackedBatch:
 
     @classmethod
     def of(cls, hidden_states, input_ids, document_ids, loss_mask, position_ids, last_hidden) -> PackedBatch:
-        if input_ids.shape[0] != 1:
-            raise ValueError(
-                f"input_ids has batch size {input_ids.shape[0]}; documents are packed into one row of size 1"
-            )
+        columns = PackedColumns.of(input_ids, document_ids, loss_mask, position_ids).without_padding()
         if hidden_states.shape[-1] == 0:  # a row of padding alone was never aligned
             hidden_states = torch.zeros_like(last_hidden)
-        if document_ids is None:
-            document_ids = torch.zeros_like(input_ids)
-        if loss_mask is None:
-            loss_mask = torch.ones_like(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        real = (document_ids[0] != -1).nonzero()
-        length = int(real[-1]) + 1 if len(real) else 1
         return cls(
-            hidden_states[0, :length], input_ids[0, :length], document_ids[0, :length], position_ids[0, :length],
-            last_hidden[0, :length], loss_mask[0, :length].bool() & (document_ids[0, :length] != -1),
+            hidden_states[0, : columns.length], columns.token_ids_T, columns.document_ids_T, columns.position_ids_T,
+            last_hidden[0, : columns.length], columns.loss_mask_T.bool() & (columns.document_ids_T != -1),
         )  # fmt: skip
 
     def counts(self, num_steps: int) -> Tensor:

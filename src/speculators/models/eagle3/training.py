@@ -23,6 +23,7 @@ from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig, choose_loss_config
 from speculators.models.eagle3.arguments import Eagle3TrainingArgs
 from speculators.models.eagle3.network import Eagle3Network
+from speculators.models.packed_columns import PackedColumns
 from speculators.nn.masks import PackedRow
 from speculators.nn.unrolled import unrolled_attends
 
@@ -82,26 +83,14 @@ class PackedBatch:
 
     @classmethod
     def of(cls, hidden_states, input_ids, document_ids, loss_mask, position_ids, last_hidden) -> PackedBatch:
-        if input_ids.shape[0] != 1:
-            raise ValueError(
-                f"input_ids has batch size {input_ids.shape[0]}; documents are packed into one row of size 1"
-            )
-        token_ids_T = input_ids[0]
-        if document_ids is None:
-            document_ids = torch.zeros_like(input_ids)
-        real = (document_ids[0] != -1).nonzero()
-        length = max(1, int(real[-1]) + 1 if len(real) else 1)
-        if loss_mask is None:
-            loss_mask = torch.ones_like(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(1, len(token_ids_T) + 1, device=input_ids.device)[None]
+        columns = PackedColumns.of(input_ids, document_ids, loss_mask, position_ids, first_position=1).without_padding()
         return cls(
-            hidden_states[0, :length],
-            token_ids_T[:length],
-            document_ids[0, :length],
-            loss_mask[0, :length],
-            position_ids[0, :length],
-            None if last_hidden is None else last_hidden[0, :length],
+            hidden_states[0, : columns.length],
+            columns.token_ids_T,
+            columns.document_ids_T,
+            columns.loss_mask_T,
+            columns.position_ids_T,
+            None if last_hidden is None else last_hidden[0, : columns.length],
         )
 
 
