@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators.checkpoint_format import (
+    CONFIG_FILE,
     SPECULATORS,
     CheckpointFormat,
     Converted,
@@ -79,6 +80,7 @@ def read_foreign(source: ForeignCheckpoint, known: CheckpointFormat, verifier: s
 def local_directory(checkpoint: str | Path, cache_dir: str | Path | None = None) -> Path:
     """A directory as it is, else the hub's copy."""
     if Path(checkpoint).is_dir():
+        refuse_run(Path(checkpoint))
         return Path(checkpoint).resolve()
     try:
         return Path(snapshot_download(str(checkpoint), allow_patterns=list(WEIGHTS_AND_CONFIG), cache_dir=cache_dir))
@@ -87,6 +89,13 @@ def local_directory(checkpoint: str | Path, cache_dir: str | Path | None = None)
             f"Checkpoint not found: '{checkpoint}' is no directory here and no repository of the hub that can be "
             "reached; name a directory with config.json and the weights"
         ) from problem
+
+
+def refuse_run(directory: Path) -> None:
+    """A run holds checkpoints, and is easily taken for one."""
+    best = directory / "checkpoint_best"
+    if best.is_dir() and not (directory / CONFIG_FILE).exists():
+        raise ValueError(f"{directory} is a training run, not a checkpoint; name a checkpoint of it, such as {best}")
 
 
 def recognise(

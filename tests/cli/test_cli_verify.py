@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,7 @@ def checkpoint(verifier, chats, tmp_path_factory) -> str:
                    str(folder / "run"), "--max-steps", "1", "--total-seq-len", "128", "--target-layer-ids", "1", "3",
                    "5"])  # fmt: skip
     assert trained["parity"]["passed"] is True
+    assert trained["check"]["ok"] is True and trained["check"]["findings"] == []
     return trained["checkpoint"]
 
 
@@ -34,6 +37,18 @@ def test_a_checkpoint_is_verified_and_the_report_written(checkpoint, chats, tmp_
     result = json.loads(printed.splitlines()[-1])
     assert result["passed"] is True and result["num_speculative_tokens"] == 3
     assert json.loads((tmp_path / "report.json").read_text())["checks"] == result["checks"]
+
+
+@pytest.mark.parametrize("verb", ["verify", "check", "serve"])
+def test_a_run_is_not_taken_for_a_checkpoint(verb, checkpoint, capsys):
+    assert main([verb, str(Path(checkpoint).parent)]) == 1
+    assert re.search("is a training run, not a checkpoint; .*/checkpoint_best", capsys.readouterr().err)
+
+
+def test_a_model_that_is_no_speculator_is_refused_without_blaming_the_program(verifier, capsys):
+    assert main(["verify", verifier, "--no-vllm"]) == 1
+    said = capsys.readouterr().err
+    assert "has no 'speculators_model_type'" in said and "defect" not in said
 
 
 def test_a_drafter_that_drafts_something_else_fails_by_exit_code(checkpoint, chats, monkeypatch, capsys):

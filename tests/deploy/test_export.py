@@ -13,7 +13,7 @@ from speculators import SpeculatorModel
 from speculators.cli.app import run
 from speculators.convert import convert_checkpoint
 from speculators.deploy.check import check_checkpoint
-from speculators.deploy.export import export_checkpoint
+from speculators.deploy.export import export_checkpoint, serving_of_export
 from speculators.training_record import RECORD_FILE, computed_config
 
 SERVED_AS = {"eagle": "eagle", "medusa": "medusa", "mtp": "stitched"}
@@ -192,6 +192,23 @@ def test_an_mtp_layer_is_exported_inside_its_verifier(tmp_path):
     assert changed and all(name.startswith("model.mtp_layers.0.") for name in changed)
     report = check_checkpoint(exported.path)
     assert report.format == "stitched" and not report.findings, [str(found) for found in report.findings]
+    assert serving_of_export(exported.path) == exported.serving
     again = convert_checkpoint(exported.path, tmp_path / "again", verifier=verifier).path
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (path, again))
     assert all(torch.allclose(ours[name].float(), theirs[name].float()) for name in ours)
+
+
+def test_a_relative_verifier_is_recorded_by_its_absolute_path(trained, tmp_path, monkeypatch):
+    link = tmp_path / "link"
+    link.symlink_to(VERIFIER)
+    monkeypatch.chdir(tmp_path)
+    for given, recorded in (("./link", str(link)), (str(link), str(link))):
+        exported = export_checkpoint(trained("eagle3"), tmp_path / "out", verifier=given, overwrite=True)
+        values = json.loads((exported.path / "config.json").read_text())
+        assert values["speculators_config"]["verifier"]["name_or_path"] == recorded
+
+
+@pytest.mark.parametrize("case", ["eagle", "medusa"])
+def test_an_export_in_another_layout_still_says_how_it_is_served(case, trained, tmp_path):
+    exported = export_checkpoint(trained(case), tmp_path / "out")
+    assert serving_of_export(exported.path) == exported.serving

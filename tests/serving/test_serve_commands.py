@@ -135,6 +135,8 @@ def test_drafting_without_a_speculator(verifier):
 def test_what_vllm_cannot_serve_is_refused_before_it_starts(verifier, speculator, tmp_path):
     with pytest.raises(ValueError, match="early_exit"):
         run(["serve", verifier, "--method", "early_exit", "-k", "2", "--dry-run"])
+    with pytest.raises(ValueError, match="drafts by method 'eagle3'; leave --method out, or serve its verifier"):
+        run(["serve", speculator, "--method", "ngram", "--dry-run"])
     with pytest.raises(ValueError, match="--speculative-config after --"):
         run(["serve", speculator, "--dry-run", "--", "--speculative-config={}"])
     config = json.loads((Path(speculator) / "config.json").read_text())

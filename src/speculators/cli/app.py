@@ -168,7 +168,7 @@ def message_of(error: BaseException) -> str:
         return f"the disk is full{where}: free some space, then run the same command again"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
-    if isinstance(error, ValueError | OSError) and str(error):
+    if isinstance(error, ValueError | OSError | NotImplementedError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"
 
@@ -182,7 +182,7 @@ def validation_line(detail: Any) -> str:
 
 
 def hint_of(error: BaseException) -> str | None:
-    if isinstance(error, UsageError | ValueError | OSError):
+    if isinstance(error, UsageError | ValueError | OSError | NotImplementedError):
         return None
     return "this may be a defect: run the command again with --debug for the traceback"
 

@@ -59,6 +59,7 @@ def serve(
 
         serving = serving_of_export(model, verifier)
         said = dict(serving.speculative_config or {})
+        refuse_other_method(model, said["method"], method)
         verifier, drafter = serving.model, said.pop("model", None)
         settings = {**said, **settings}
     elif facts is None:
@@ -66,7 +67,7 @@ def serve(
     else:
         refuse_unservable(facts.speculators_model_type, model)
         verifier, drafter = verifier or facts.verifier, facts.path
-        settings = {**said_by(facts), **settings}
+        settings = {**said_by(facts, method), **settings}
         if verifier is None:
             raise ValueError(f"{model} names no verifier; give it with --verifier")
     if drafter is not None:
@@ -98,12 +99,21 @@ def refuse_errors(checkpoint: str, verifier: str) -> None:
     say(f"[dim]contract check: {report.verdict}[/]")
 
 
-def said_by(facts: SpeculatorFacts) -> dict[str, Any]:
+def said_by(facts: SpeculatorFacts, asked: str | None) -> dict[str, Any]:
     """Method and K of a checkpoint, for one on the hub too, which the settings' own inference does not fetch."""
     from speculators.decoding.config.methods import SPECULATORS_METHODS
 
     said = dict(SPECULATORS_METHODS.get(facts.speculators_model_type, {}))
+    refuse_other_method(facts.path, said.get("method"), asked)
     return {**said, "num_speculative_tokens": facts.num_speculative_tokens}
+
+
+def refuse_other_method(model: str, own: Any, asked: str | None) -> None:
+    if asked not in (None, own) and own is not None:
+        raise ValueError(
+            f"--method {asked}: {model} drafts by method {own!r}; leave --method out, or serve its verifier alone: "
+            f"speculators serve VERIFIER --method {asked}"
+        )
 
 
 def refuse_unservable(speculators_type: str, model: str) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    checkpoint: Annotated[str, typer.Argument(help="Speculator to verify: a directory.")],
+    checkpoint: Annotated[str, typer.Argument(help="Speculator to verify: directory or hub id.")],
     verifier: Annotated[str | None, typer.Option(help="Verifier. Default: the one the checkpoint names.")] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Conversations: file, directory, hf:<id> or preset. Default: built-in ones.")
@@ -38,8 +38,10 @@ def verify(
     """Check that training, the engine and vLLM draft the same tokens, and that the text is the verifier's. Exit code 1
     when they do not; the first round that differs is named."""
     from speculators import assets
+    from speculators.checkpoint_io import local_directory
     from speculators.evaluation import parity
 
+    checkpoint = str(local_directory(checkpoint))
     with tempfile.TemporaryDirectory() as folder:
         report = parity.verify(
             parity.ParityConfig(
@@ -90,7 +92,7 @@ def vllm_target(checkpoint: str, verifier: str | None, python: str | None, folde
     if contract.served_format is None:
         return f"vLLM has no class for '{config.speculators_model_type}'"
     if contract.served_format == SPECULATORS and verifier is None:  # the directory says everything itself
-        return VllmTarget(str(environment.python), str(Path(checkpoint).resolve()))
+        return VllmTarget(str(environment.python), checkpoint)
     serving = export_checkpoint(checkpoint, folder / "served", verifier=verifier).serving
     assert serving is not None
     return VllmTarget(str(environment.python), serving.model, dict(serving.speculative_config or {}))

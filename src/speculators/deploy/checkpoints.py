@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speculators.checkpoint_io import refuse_run
 from speculators.training_record import RECORD_FILE
 from speculators.utils.files import absolute_if_directory
 
@@ -66,6 +67,7 @@ def local_config(model: str) -> dict[str, Any] | None:
     try:
         return dict(json.loads((path / "config.json").read_text()))
     except FileNotFoundError as error:
+        refuse_run(path)
         raise ValueError(f"{model} has no config.json: it is neither a speculator nor a model") from error
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'} is not JSON ({error}): the checkpoint is damaged") from error
