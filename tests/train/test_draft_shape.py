@@ -41,6 +41,14 @@ def test_every_layer_slides_unless_said_otherwise():
         draft_config(VERIFIER, keys(num_layers=2, full_attention_indices=[2]))
 
 
+def test_a_drafter_nearly_as_deep_as_its_verifier_is_warned_about(caplog):
+    for num_layers in (1, 2):
+        draft_config(VERIFIER, keys(num_layers=num_layers))
+    assert not caplog.records
+    draft_config(VERIFIER, keys(num_layers=5))
+    assert "5 layers beside the verifier's 8" in caplog.text and "--num-layers 1 is faster" in caplog.text
+
+
 def test_head_size_is_the_verifiers_own_not_hidden_over_heads():
     verifier = Qwen3Config(vocab_size=100, hidden_size=64, head_dim=32, num_attention_heads=4, num_key_value_heads=2)
     assert draft_config(verifier, keys()).head_dim == 32

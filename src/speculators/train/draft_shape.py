@@ -7,6 +7,7 @@ chosen. Head counts, rope and norms follow the verifier because they suit its st
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from speculators.train.keys import DraftKeys
+
+logger = logging.getLogger(__name__)
 
 COPIED = (
     "vocab_size",
@@ -27,6 +30,8 @@ COPIED = (
     "eos_token_id",
     "pad_token_id",
 )
+MAX_LAYER_SHARE = 1 / 3
+"""Of the verifier's layers: a drafter with more of them takes a large part of the time that it is to save."""
 MLP_RATIO_OF_MOE = 3
 """An MoE verifier has no dense width to copy: 3 x hidden is the common ratio of gated MLPs."""
 
@@ -60,6 +65,7 @@ def draft_config(verifier: PretrainedConfig, keys: DraftKeys) -> PretrainedConfi
             "divide: give the drafter's shape with --draft-config"
         )
     head_dim = getattr(source, "head_dim", None) or source.hidden_size // heads
+    warn_of_depth(keys.num_layers, getattr(source, "num_hidden_layers", None))
     values = {name: getattr(source, name) for name in COPIED if getattr(source, name, None) is not None}
     values |= {
         "num_key_value_heads": kv_heads,
@@ -78,6 +84,15 @@ def draft_config(verifier: PretrainedConfig, keys: DraftKeys) -> PretrainedConfi
             f"--draft-arch {keys.draft_arch}: transformers knows no such architecture; use e.g. llama or "
             f"qwen3 ({error})"
         ) from error
+
+
+def warn_of_depth(num_layers: int, num_verifier_layers: int | None) -> None:
+    """Defaults of several layers are made for verifiers of dozens."""
+    if num_layers > 1 and num_verifier_layers and num_layers > MAX_LAYER_SHARE * num_verifier_layers:
+        logger.warning(
+            "the drafter has %d layers beside the verifier's %d: drafting will cost a large part of what it saves; "
+            "--num-layers %d is faster", num_layers, num_verifier_layers, max(1, num_verifier_layers // 6),
+        )  # fmt: skip
 
 
 def sliding_layers(keys: DraftKeys) -> dict[str, Any]:
