@@ -105,6 +105,17 @@ def test_closing_a_stream_leaves_the_engine_usable():
     assert engine.generate([ABC[:1]], SamplingParams(max_tokens=2))[0].token_ids == ABC[1:3]
 
 
+def test_an_unfinished_stream_holds_the_engine():
+    engine, params = engine_on(ABC, 3), SamplingParams(max_tokens=9)
+    stream = engine.stream([ABC[:1]], params)
+    tokens = next(stream).token_ids
+    with pytest.raises(ValueError, match="their stream has not ended"):
+        engine.generate([ABC[:1]], params)
+    for event in stream:
+        tokens = tokens + event.token_ids
+    assert tokens == engine.generate([ABC[:1]], params)[0].token_ids == (ABC * 2)[1:10]
+
+
 def test_a_callback_cancels_its_request_alone():
     outputs = engine_on(ABC, 3).generate(
         [ABC[:1], ABC[:1]], SamplingParams(max_tokens=30), on_token=lambda event: event.request_index != 1

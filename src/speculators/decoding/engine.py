@@ -52,9 +52,8 @@ OnToken = Callable[[StreamEvent], Any]
 class Engine:
     """Decodes prompts with a verifier, and a proposer when there is one.
 
-    `speculative_config`: None (plain decoding), a SpeculativeConfig or vLLM's JSON as a dict, or a ready `Proposer`
-    (then say `num_speculative_tokens`).
-    """
+    `speculative_config`: None, a SpeculativeConfig or vLLM's JSON as a dict, or a ready `Proposer` (then say
+    `num_speculative_tokens`)."""
 
     def __init__(
         self,
@@ -91,6 +90,7 @@ class Engine:
         )
         self._generator = torch.Generator(device="cpu")
         self._cancelled: set[int] = set()
+        self._is_running = False
 
     # -- what callers use
 
@@ -118,11 +118,7 @@ class Engine:
                         progress(num_done, len(requests))
         return [request.output for request in requests]
 
-    def stream(
-        self,
-        prompts: Prompts,
-        sampling: Samplings = None,
-    ) -> Iterator[StreamEvent]:
+    def stream(self, prompts: Prompts, sampling: Samplings = None) -> Iterator[StreamEvent]:
         """Yield what each request gains, round by round. Closing the iterator cancels everything."""
         return self._run(self._intake.requests(prompts, sampling))
 
@@ -141,12 +137,18 @@ class Engine:
     # -- the loop
 
     def _run(self, requests: list[ActiveRequest]) -> Iterator[StreamEvent]:
+        if self._is_running:
+            raise ValueError(
+                "the engine is decoding other prompts: their stream has not ended; read it to its end, close() it, or "
+                "make another engine"
+            )
+        self._is_running = True
         num_rows = min(self.max_batch_size, len(requests))
         batch = Batch(requests, num_rows, self.verifier.vocab_size, self.verifier.device)
         self._cancelled.clear()
-        for row in range(num_rows):
-            self.verifier.truncate(row, 0)
         try:
+            for row in range(num_rows):
+                self.verifier.truncate(row, 0)
             while batch.has_work:
                 yield from self._cancel(batch)
                 batch.admit()
@@ -155,6 +157,7 @@ class Engine:
                     events += self._round(batch) if batch.decoding() else []
                 yield from events
         finally:
+            self._is_running = False
             for request in requests:
                 self.stats = self.stats + request.output.stats
                 if request.output.finish_reason is None:
