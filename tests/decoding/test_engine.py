@@ -286,6 +286,12 @@ def test_a_schedule_by_batch_size_may_turn_drafting_off():
     assert outputs[0].token_ids == toys.generated(model, prompts[0], 30)
 
 
+@pytest.mark.parametrize("name", ["max_batch_size", "prefill_chunk"])
+def test_sizes_that_would_never_end_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        Engine(toys.MarkovVerifier(cycle(5, 6)), **{name: 0})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

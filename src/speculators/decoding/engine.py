@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.decoding.intake import Intake, Prompts, Samplings, end_of_sequence_ids, usable_length
+from speculators.decoding.intake import Intake, Prompts, Samplings, end_of_sequence_ids, refuse_below_one, usable_length
 from speculators.decoding.prefill import score_chunk, shared_prefix
 from speculators.decoding.proposers import Drafting, build_drafting
 from speculators.decoding.recurrent_verifier import make_verifier
@@ -68,6 +68,7 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         seed: int = 0,
     ):
+        refuse_below_one(max_batch_size=max_batch_size, prefill_chunk=prefill_chunk)
         is_model = isinstance(verifier, torch.nn.Module)
         self.max_length = usable_length(verifier, max_length)
         self.tokenizer = tokenizer
@@ -82,8 +83,7 @@ class Engine:
         )
         capture = self.drafting.proposer.capture if self.drafting is not None else CaptureSpec()
         self.verifier = make_verifier(verifier, max_batch_size, capture) if is_model else verifier
-        self.max_batch_size = max_batch_size
-        self.prefill_chunk = prefill_chunk
+        self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
         self.stats = DecodeStats()
         self._intake = Intake(
             tokenizer, end_of_sequence_ids(verifier, tokenizer), self.verifier.vocab_size, self.max_length, seed

@@ -80,6 +80,13 @@ def end_of_sequence_ids(verifier: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(i for i in flat if i is not None)
 
 
+def refuse_below_one(**sizes: int) -> None:
+    """A batch without rows or a chunk without tokens would never end."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+
+
 def usable_length(verifier: Any, max_length: int | None) -> int:
     """Prompt plus output, at most: the caller's wish, within what the model's positions allow."""
     wish = max_length if max_length is not None else DEFAULT_MAX_LENGTH
