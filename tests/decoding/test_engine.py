@@ -301,6 +301,7 @@ def test_sizes_that_would_never_end_are_refused(name):
         (([[1]], [SamplingParams()] * 2), "1 prompts but 2"),
         (([[1]], SamplingParams(stop="x")), "no tokenizer"),
         (([["a"]],), "invalid literal"),
+        (([[1]], SamplingParams(logprobs=V + 1)), f"logprobs={V + 1}"),
     ],
 )
 def test_bad_input_is_named(arguments, message):

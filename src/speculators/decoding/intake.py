@@ -44,6 +44,8 @@ class Intake:
 
     def request(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> ActiveRequest:
         token_ids = self._token_ids(index, prompt, params)
+        if (params.logprobs or 0) > self.vocab_size:
+            raise ValueError(f"logprobs={params.logprobs} exceeds the verifier's vocabulary of {self.vocab_size}")
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         output = RequestOutput(token_ids, logprobs=[] if params.logprobs is not None else None)
