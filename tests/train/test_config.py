@@ -237,3 +237,12 @@ def test_only_the_algorithm_that_is_trained_is_imported():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "['mlp']"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "flag", "value"),
+    [("medusa", "--draft-arch", "qwen3"), ("mlp", "--num-layers", "2"), ("mtp", "--sliding-window", "64")],
+)
+def test_keys_that_shape_layers_are_refused_where_there_are_none(algorithm, flag, value):
+    with pytest.raises(ValueError, match=rf"^{flag} {value}: .*; leave this key out$"):
+        TrainConfig.resolve(["--speculator-type", algorithm, "--verifier-name-or-path", "some/model", flag, value])

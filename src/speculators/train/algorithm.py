@@ -139,4 +139,6 @@ def sentence(error: Any) -> str:
             key = str(part)
     if error["type"] == "missing":
         return f"{flag_of(key)} is required"
+    if error["type"] == "value_error":  # a rule of our own, which speaks for itself
+        return f"{flag_of(key)} {error['input']}: {error['msg'].removeprefix('Value error, ')}"
     return f"{flag_of(key)}: {error['msg']}, not {error['input']!r}"

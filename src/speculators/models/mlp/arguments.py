@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from speculators.models.own_shape import NoLayersArgs
 
 TRAINING_DEFAULTS: dict[str, Any] = {"optimizer": "adamw"}
 """Generic keys with another default here. Most of its matrices are tables looked up by token: nothing for Muon."""
 
 
-class MLPTrainingArgs(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class MLPTrainingArgs(NoLayersArgs):
+    why = "an MLP speculator has no decoder layers (its width is inner_dim)"
 
     n_predict: int = Field(3, ge=1, description="Tokens drafted a round.")
     inner_dim: int = Field(0, ge=0, description="Width of the state. 0: the verifier's hidden size.")
