@@ -316,3 +316,16 @@ def test_bad_input_is_named(arguments, message):
 def test_bad_sampling_parameters_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}"):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({"max_tokens": 1.5}, "max_tokens=1.5 must be an integer"),
+        ({"seed": "a"}, "seed='a' must be an integer of 64 bits"),
+        ({"seed": 2**63}, f"seed={2**63} must be an integer of 64 bits"),
+    ],
+)
+def test_sampling_parameters_of_another_kind_are_refused(values, rule):
+    with pytest.raises(ValueError, match=rule):
+        SamplingParams(**values)

@@ -146,6 +146,7 @@ def test_a_custom_class_drafts(name):
         ({"method": "ngram", "num_speculative_tokens": 0}, ValueError, "greater than 0"),
         ({"method": "ngrams", "num_speculative_tokens": 2}, ValueError, "ngram"),
         ({**custom("GivenSeven"), "speculative_token_tree": "[(0,), (1,)]"}, ValueError, "drafts chains"),
+        ({"model": "/nowhere", "num_speculative_tokens": 2}, ValueError, "no draft model at '/nowhere'"),
         (object(), ValueError, "speculative_config is a object"),
         (toys.ScriptedProposer(toys.at_random(0)), ValueError, "needs num_speculative_tokens"),
     ],

@@ -76,7 +76,14 @@ def test_a_checkpoint_is_named_by_what_it_is_and_names_never_clash(tmp_path: Pat
     assert methods[0].speculative_config == {"model": str(tmp_path), "num_speculative_tokens": 3}
 
 
-@pytest.mark.parametrize(("text", "message"), [("{not json", "is not"), ("no/such/place", "no such directory")])
+def test_a_name_that_is_no_path_may_be_a_model_of_the_hub():
+    assert parse_method("org/drafter", 4).speculative_config == {"model": "org/drafter", "num_speculative_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{not json", "is not"), ("no/such/place", "no such directory"), ("./place", "no such directory")],
+)
 def test_what_is_no_method_is_an_error(text: str, message: str):
     with pytest.raises(ValueError, match=message):
         parse_method(text, 4)

@@ -43,7 +43,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, is_valid, rule in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", isinstance(self.max_tokens, int) and self.max_tokens >= 1, "an integer, at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             ("top_k", self.top_k >= -1, "a positive number, or 0 for all tokens"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
@@ -52,6 +52,11 @@ class SamplingParams:
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
+            (
+                "seed",
+                self.seed is None or is_int64(self.seed),
+                "an integer of 64 bits, or None for another one each run",
+            ),
             ("stop", all(self.stop), "made of non-empty strings"),
         ):
             if not is_valid:
@@ -60,6 +65,10 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def is_int64(value: object) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
 class BatchSampling:

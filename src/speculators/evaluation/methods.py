@@ -9,6 +9,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from speculators.utils.files import looks_like_a_path
+
 PLAIN = "none"
 PATH_KEYS = ("speculators_model_type", "model_type")
 """Where a checkpoint's config.json says what it is: ours first."""
@@ -65,10 +67,12 @@ def parse_method(text: str, num_speculative_tokens: int | None, tree: Mapping[st
             config = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"--method {text} looks like JSON but is not: {error}") from error
-    elif Path(text).is_dir():
+    elif Path(text).is_dir() or ("/" in text and not looks_like_a_path(text)):
         config = {"model": text, **(tree or {})}
     elif "/" in text:
-        raise ValueError(f"--method {text}: no such directory; give a speculator's directory, a method's name or JSON")
+        raise ValueError(
+            f"--method {text}: no such directory; give a speculator's directory or model id, a method's name or JSON"
+        )
     else:
         config = {"method": text}
     if num_speculative_tokens is not None:

@@ -82,11 +82,19 @@ def _umask() -> int:
     return current
 
 
-def refuse_missing_verifier(name: str) -> None:
-    """What is said of a verifier that is not where it should be, before the hub is asked for a model of that name."""
-    looks_like_a_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_a_path and not (Path(name) / "config.json").is_file():
+def looks_like_a_path(name: str) -> bool:
+    """Whether a model's name means a directory; `org/name` means the Hugging Face hub unless there is such a directory."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def refuse_missing_model(name: str, what: str, kind: str) -> None:
+    """What is said of a model that is not where it should be, before the hub is asked for a model of that name."""
+    if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(
-            f"no verifier at {name!r}: it is not a directory with a config.json; give the directory of a saved causal "
-            "LM, or a model id of the Hugging Face hub"
+            f"no {what} at {name!r}: it is not a directory with a config.json; give the directory of {kind}, or a "
+            "model id of the Hugging Face hub"
         )
+
+
+def refuse_missing_verifier(name: str) -> None:
+    refuse_missing_model(name, "verifier", "a saved causal LM")

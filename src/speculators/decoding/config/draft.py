@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from speculators.utils.files import refuse_missing_model
+
 
 @dataclass
 class ModelInfo:
@@ -68,7 +70,15 @@ def read_hf_config(
     model: str, revision: str | None = None, code_revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
     """The checkpoint's config; one of a type transformers does not know becomes a plain record of its keys."""
-    values, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    refuse_missing_model(model, "draft model", "a speculator or of a draft model")
+    try:
+        values, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"no draft model {model!r}: there is no such directory, and the hub does not give a model of that name "
+            f"({reason})"
+        ) from error
     if values.get("model_type") in CONFIG_MAPPING or (trust_remote_code and values.get("auto_map")):
         return AutoConfig.from_pretrained(
             model, revision=revision, code_revision=code_revision, trust_remote_code=trust_remote_code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer
 
 from speculators.decoding.adaptive import AdaptiveLength
 from speculators.decoding.config import ModelInfo, SpeculativeConfig
+from speculators.decoding.config.draft import lookup
 from speculators.decoding.proposers.draft_model import DraftModelProposer
 from speculators.decoding.proposers.dynamic_tree import DynamicTreeProposer
 from speculators.decoding.proposers.early_exit import first_layers
@@ -122,7 +122,7 @@ def resolve(
 def build_proposer(config: SpeculativeConfig, place: Workplace) -> Proposer:
     """The proposer that a config asks for."""
     refuse_what_no_proposer_does(config)
-    if config.model is not None and is_speculator(config.model):
+    if is_speculator(config):
         return build_from_checkpoint(config, place)
     if config.method not in BUILDERS:
         raise ValueError(
@@ -156,7 +156,7 @@ def directory_of(verifier: Any) -> str | None:
 
 def refuse_what_no_proposer_does(config: SpeculativeConfig) -> None:
     """Settings that would otherwise be passed over in silence."""
-    is_checkpoint = config.model is not None and is_speculator(config.model)
+    is_checkpoint = is_speculator(config)
     if config.token_tree is not None and not is_checkpoint and config.method not in STATIC_TREE_METHODS:
         raise ValueError(
             f"speculative_token_tree={config.token_tree}: method={config.method!r} drafts chains only; leave the tree "
@@ -173,9 +173,10 @@ def refuse_what_no_proposer_does(config: SpeculativeConfig) -> None:
         raise ValueError(f"quantization={config.quantization!r} of the draft is served by vLLM only; leave it out here")
 
 
-def is_speculator(path: str) -> bool:
-    file = Path(path) / "config.json"
-    return file.is_file() and "speculators_model_type" in json.loads(file.read_text())
+def is_speculator(config: SpeculativeConfig) -> bool:
+    """By the draft's config.json, which was read when the config was resolved: from a directory or from the hub."""
+    draft = config.draft_model_config
+    return draft is not None and lookup(draft.hf_config, "speculators_model_type") is not None
 
 
 def build_ngram(config: SpeculativeConfig, place: Workplace) -> Proposer:
