@@ -55,7 +55,7 @@ class SamplingParams:
             (
                 "seed",
                 self.seed is None or is_int64(self.seed),
-                "an integer of 64 bits, or None for another one each run",
+                "an integer of 64 bits, or None",
             ),
             ("stop", all(self.stop), "made of non-empty strings"),
         ):

@@ -83,7 +83,7 @@ def _umask() -> int:
 
 
 def looks_like_a_path(name: str) -> bool:
-    """Whether a model's name means a directory; `org/name` means the Hugging Face hub unless there is such a directory."""
+    """Whether a model's name means a directory. `org/name` is an id of the hub unless there is such a directory."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
