@@ -84,6 +84,8 @@ def decoded(request, vllm_python, verifier, verifier_model, prompts, checkpoints
 )
 def test_vllm_and_our_engine_decode_alike(case, decoded):
     found: Decoded = decoded[case]
+    if case == "suffix" and found.error is not None and "Arctic Inference" in found.error:
+        pytest.skip(f"vLLM's environment has no arctic-inference: {found.error}")
     assert found.error is None, found.error
     assert found.theirs == found.plain
     assert found.ours == found.plain

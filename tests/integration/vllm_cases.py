@@ -21,6 +21,8 @@ class Trained:
 
 TRAINED = {
     "eagle3 llama, reduced vocabulary": Trained("eagle3", ("--draft-arch", "llama", "--draft-vocab-size", "2048")),
+    "eagle3 llama, whole vocabulary": Trained("eagle3", ("--draft-arch", "llama")),
+    "eagle3 qwen3, reduced vocabulary": Trained("eagle3", ("--draft-arch", "qwen3", "--draft-vocab-size", "2048")),
     "eagle3 qwen3, whole vocabulary": Trained("eagle3", ("--draft-arch", "qwen3")),
     "peagle": Trained("peagle", ("--draft-vocab-size", "2048")),
     "dflash, full": Trained("dflash", (*BLOCK, *FULL)),
@@ -30,14 +32,26 @@ TRAINED = {
     "medusa": Trained("medusa", num_drafts=3),
 }
 """All of vLLM's model runner V1."""
-VARIANTS = ("eagle3 qwen3, whole vocabulary", "dflash, full", "dflash, sliding not causal")
+VARIANTS = (
+    "eagle3 llama, whole vocabulary",
+    "eagle3 qwen3, reduced vocabulary",
+    "eagle3 qwen3, whole vocabulary",
+    "dflash, full",
+    "dflash, sliding not causal",
+)
 """Of methods that another case covers: slow, so that the smallest set has each method once."""
 
 DSPARK = Trained("dspark", ("--block-size", "4", "--num-layers", "1", "--draft-vocab-size", "2048"), num_drafts=4)
 """Model runner V2 alone."""
 
 NGRAM_SIZES = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
-UNTRAINED = {"draft_model": {"method": "draft_model"}, "ngram": {"method": "ngram", **NGRAM_SIZES}}
+SUFFIX = {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
+"""Earlier answers left out: which of them are there depends on the order in which a batch ends."""
+UNTRAINED = {
+    "draft_model": {"method": "draft_model"},
+    "suffix": SUFFIX,
+    "ngram": {"method": "ngram", **NGRAM_SIZES},
+}
 """ngram last: it loads numba, after which vLLM 0.32 cannot set up draft_model in the same process."""
 
 
