@@ -1,4 +1,4 @@
-"""A stitched MiMo in the real vLLM: greedy text as plain decoding's, and as many accepted drafts as our engine counts.
+"""A stitched MiMo and GLM-4-MoE in the real vLLM: greedy text as plain decoding's, as many accepted drafts as here.
 
 Runs with `-m vllm` where SPECULATORS_VLLM_PYTHON names the Python of an environment with vLLM.
 """
@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
-from mtp_toys import add_mimo_layer
+from mtp_toys import add_mimo_layer, save_native_verifier
 from safetensors.torch import load_file
-from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm
@@ -22,7 +22,17 @@ VOCAB, HIDDEN = 256, 128  # vLLM's CPU attention wants heads of 32 or more
 NUM_TOKENS, NUM_DRAFTS = 48, 3
 
 
-def make_verifier(path):
+def make_glm(path):
+    """A random GLM-4-MoE with its MTP layer."""
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "head_dim": 32, "intermediate_size": 128,
+        "moe_intermediate_size": 64, "max_position_embeddings": 512, "initializer_range": 0.11,
+    }  # fmt: skip
+    save_native_verifier("glm4_moe", path, **sizes)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def make_mimo(path):
     """A random MiMo; its biases and its final norm matter."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -64,16 +74,19 @@ def train_on_its_own_text(drafter, verifier, num_steps=120):
 
 @pytest.mark.vllm
 @pytest.mark.skipif(VLLM_PYTHON is None, reason="SPECULATORS_VLLM_PYTHON is not set")
-def test_vllm_accepts_what_our_engine_accepts(tmp_path):
-    verifier = make_verifier(tmp_path / "mimo")
+@pytest.mark.parametrize(
+    ("make_verifier", "own"), [(make_mimo, ".mtp_layers."), (make_glm, "model.layers.3.")], ids=["mimo", "glm4_moe"]
+)
+def test_vllm_accepts_what_our_engine_accepts(make_verifier, own, tmp_path):
+    verifier = make_verifier(tmp_path / "native")
     drafter = MTPDraftModel.from_training_args(
-        AutoConfig.from_pretrained(tmp_path / "mimo"), verifier_name_or_path=str(tmp_path / "mimo")
+        AutoConfig.from_pretrained(tmp_path / "native"), verifier_name_or_path=str(tmp_path / "native")
     )
     text = train_on_its_own_text(drafter, verifier)
     drafter.save_pretrained(tmp_path / "trained")
-    stitched = MTPDraftModel.stitch(tmp_path / "trained", tmp_path / "mimo", tmp_path / "stitched").path
-    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "mimo", stitched))
-    assert all(torch.equal(before[key], after[key]) for key in before if ".mtp_layers." not in key)
+    stitched = MTPDraftModel.stitch(tmp_path / "trained", tmp_path / "native", tmp_path / "stitched").path
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "native", stitched))
+    assert all(torch.equal(before[key], after[key]) for key in before if own not in key)
 
     prompts = [text[row, : 4 + row].tolist() for row in range(6)]
     sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
