@@ -11,17 +11,9 @@ PACKAGE = "speculators"
 # A module imports only from rows above its own; inside rows 0 to 3, also from its own row.
 ROWS: tuple[set[str], ...] = (
     {"utils"},
-    {"proposals", "config", "interfaces", "provenance", "findings"},
+    {"proposals", "config", "interfaces", "provenance"},
     {"nn", "losses", "verifier", "packed_linear"},
-    {
-        "model",
-        "model_loading",
-        "draft_vocab",
-        "checkpoint_format",
-        "checkpoint_contract",
-        "checkpoint_io",
-        "training_record",
-    },
+    {"model", "model_loading", "draft_vocab", "checkpoint"},
     {"models"},
     {"data_generation", "decoding", "convert", "deploy", "assets"},
     {"train", "evaluation"},

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from speculators.checkpoint_contract import SPECULATORS, CheckpointContract
+from speculators.checkpoint.contract import CheckpointContract
+from speculators.checkpoint.formats import SPECULATORS
 from speculators.config import SpeculatorModelConfig
 from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, VerifierStates

@@ -11,11 +11,11 @@ import torch
 from deploy_toys import CASES, HIDDEN, VERIFIER, draft_map, edit_config, edit_tensors
 from transformers import AutoConfig
 
+from speculators.checkpoint.record import RECORD_FILE
 from speculators.cli.app import main
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.export import export_checkpoint
 from speculators.train.checkpointer import save_speculator
-from speculators.training_record import RECORD_FILE
 
 
 def config_fault(key: str, value=None, *, remove=False, layers=False):

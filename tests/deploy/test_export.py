@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from speculators import SpeculatorModel
+from speculators.checkpoint.record import RECORD_FILE, computed_config
 from speculators.cli.app import run
 from speculators.convert import convert_checkpoint
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.export import export_checkpoint, serving_of_export
-from speculators.training_record import RECORD_FILE, computed_config
 
 SERVED_AS = {"eagle": "eagle", "medusa": "medusa", "mtp": "stitched"}
 WITH_OTHER_FORMATS = [case for case in CASES if case != "mtp"]

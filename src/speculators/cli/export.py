@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from speculators.checkpoint.findings import VLLM_PROFILE
 from speculators.cli.console import print_facts, say
-from speculators.findings import VLLM_PROFILE
 
 
 def export(

@@ -118,7 +118,7 @@ def refuse_other_method(model: str, own: Any, asked: str | None) -> None:
 
 def refuse_unservable(speculators_type: str, model: str) -> None:
     """vLLM reads the checkpoints of some algorithms as they are, others need a directory in its own layout."""
-    from speculators.checkpoint_contract import SPECULATORS
+    from speculators.checkpoint.formats import SPECULATORS
     from speculators.model import SpeculatorModel
 
     contract = SpeculatorModel.get_class(speculators_type).contract

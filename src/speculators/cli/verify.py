@@ -38,7 +38,7 @@ def verify(
     """Check that training, the engine and vLLM draft the same tokens, and that the text is the verifier's. Exit code 1
     when they do not; the first round that differs is named."""
     from speculators import assets
-    from speculators.checkpoint_io import local_directory
+    from speculators.checkpoint.io import local_directory
     from speculators.evaluation import parity
 
     checkpoint = str(local_directory(checkpoint))
@@ -74,7 +74,7 @@ def print_report(report: ParityReport) -> None:
 
 def vllm_target(checkpoint: str, verifier: str | None, python: str | None, folder: Path) -> VllmTarget | str:
     """What vLLM is to be given: the checkpoint itself, or the directory `export` makes of it. Text: why not."""
-    from speculators.checkpoint_format import SPECULATORS
+    from speculators.checkpoint.formats import SPECULATORS
     from speculators.config import SpeculatorModelConfig
     from speculators.deploy.environment import find_vllm
     from speculators.deploy.export import export_checkpoint

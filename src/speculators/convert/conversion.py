@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from speculators.checkpoint_format import SPECULATORS, OurCheckpoint
-from speculators.checkpoint_io import local_directory, open_checkpoint, write_ours
-from speculators.training_record import write_training_record
+from speculators.checkpoint.formats import SPECULATORS, OurCheckpoint
+from speculators.checkpoint.io import local_directory, open_checkpoint, write_ours
+from speculators.checkpoint.record import write_training_record
 from speculators.utils.files import absolute_if_directory, atomic_directory
 
 

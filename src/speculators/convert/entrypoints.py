@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from speculators.checkpoint_format import ForeignCheckpoint
-from speculators.checkpoint_io import local_directory, recognise
+from speculators.checkpoint.formats import ForeignCheckpoint
+from speculators.checkpoint.io import local_directory, recognise
 from speculators.convert.conversion import ConvertedCheckpoint, convert_checkpoint
 from speculators.model import SpeculatorModel
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from speculators.checkpoint_io import local_directory
+from speculators.checkpoint.io import local_directory
 from speculators.utils.loading import BIN_INDEX, SAFETENSORS_INDEX, load_checkpoint
 
 

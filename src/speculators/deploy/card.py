@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint_format import Serving
+from speculators.checkpoint.findings import VLLM_PROFILE
+from speculators.checkpoint.formats import Serving
 from speculators.config import SpeculatorModelConfig
-from speculators.findings import VLLM_PROFILE
 from speculators.provenance import package_versions
 
 REPORT_NAMES = ("report.json", "evaluation.json")

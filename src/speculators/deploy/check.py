@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.checkpoint_format import SPECULATORS, ForeignCheckpoint
-from speculators.checkpoint_io import Opened, local_directory, read_foreign, recognise
+from speculators.checkpoint.findings import error
+from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint
+from speculators.checkpoint.io import Opened, local_directory, read_foreign, recognise
+from speculators.checkpoint.record import RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
 from speculators.config import SpeculatorModelConfig
 from speculators.deploy import config_check, record_check, tensor_check, verifier_check
 from speculators.deploy.report import CheckReport
-from speculators.findings import error
 from speculators.model import SpeculatorModel
-from speculators.training_record import RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
 
 RECORD = "as it was trained"
 MAP = "vocabulary map"

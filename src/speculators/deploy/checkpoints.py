@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint_io import refuse_run
-from speculators.training_record import RECORD_FILE
+from speculators.checkpoint.io import refuse_run
+from speculators.checkpoint.record import RECORD_FILE
 from speculators.utils.files import absolute_if_directory
 
 

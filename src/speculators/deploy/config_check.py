@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from speculators.checkpoint.findings import Finding, error, warning
+from speculators.checkpoint.record import LAYERS, ROPE_KEYS
 from speculators.config import SpeculatorModelConfig
-from speculators.findings import Finding, error, warning
 from speculators.model import SpeculatorModel
-from speculators.training_record import LAYERS, ROPE_KEYS
 
 SETTINGS = "speculators_config"
 # vLLM builds a generic config of the draft layers from the dict: nothing stands behind a missing key.

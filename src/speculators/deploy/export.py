@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from speculators.checkpoint_format import SPECULATORS, OurCheckpoint, Serving
-from speculators.checkpoint_io import Opened, open_checkpoint, write_ours
+from speculators.checkpoint.findings import VLLM_PROFILE
+from speculators.checkpoint.formats import SPECULATORS, OurCheckpoint, Serving
+from speculators.checkpoint.io import Opened, open_checkpoint, write_ours
+from speculators.checkpoint.record import RECORD_FILE
 from speculators.config import VerifierConfig
 from speculators.deploy.card import CARD_FILE, find_report, model_card
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.report import CheckError, CheckReport
-from speculators.findings import VLLM_PROFILE
-from speculators.training_record import RECORD_FILE
 from speculators.utils.files import absolute_if_directory, atomic_directory
 
 NATIVE = "native"

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from speculators.findings import Finding, error, warning
-from speculators.training_record import LAYERS, RECORD_FILE, computed_config, fingerprint, verifier_facts
+from speculators.checkpoint.findings import Finding, error, warning
+from speculators.checkpoint.record import LAYERS, RECORD_FILE, computed_config, fingerprint, verifier_facts
 
 ROUNDING = 0.05
 """Sketches nearer than this are of the same weights: rounding moves them by some 0.002, fp8 by 0.03."""

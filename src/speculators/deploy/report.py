@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint_format import Serving
-from speculators.findings import VLLM_PROFILE, Finding
+from speculators.checkpoint.findings import VLLM_PROFILE, Finding
+from speculators.checkpoint.formats import Serving
 
 
 class CheckError(ValueError):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.findings import Finding, error, warning
+from speculators.checkpoint.findings import Finding, error, warning
 from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX
 
 PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from speculators.checkpoint.findings import Finding, error, warning
 from speculators.deploy.tensor_check import MAP
-from speculators.findings import Finding, error, warning
 from speculators.utils.loading import Rows, load_rows, spaced
 
 WHERE = "speculators_config.verifier"

@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from speculators.checkpoint.record import write_training_record
 from speculators.model import SpeculatorModel
 from speculators.train.optimizers import Optimizers
-from speculators.training_record import write_training_record
 from speculators.utils.files import atomic_directory
 
 STATE_FILE = "training_state.json"

@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from speculators.checkpoint_contract import SPECULATORS, CheckpointContract
-from speculators.checkpoint_format import (
+from speculators.checkpoint.contract import CheckpointContract
+from speculators.checkpoint.findings import Finding, error, missing_keys
+from speculators.checkpoint.formats import (
+    SPECULATORS,
     CheckpointFormat,
     Converted,
     ForeignCheckpoint,
@@ -30,7 +32,6 @@ from speculators.checkpoint_format import (
     write_config,
 )
 from speculators.config import SpeculatorsConfig, VerifierConfig
-from speculators.findings import Finding, error, missing_keys
 from speculators.models.dflash.checkpoint import complete_block_config, expected_keys
 from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
 from speculators.models.utils import get_verifier_config

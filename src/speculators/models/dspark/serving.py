@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from speculators.checkpoint_contract import SPECULATORS
-from speculators.checkpoint_format import (
+from speculators.checkpoint.findings import Finding, error
+from speculators.checkpoint.formats import (
+    SPECULATORS,
     CheckpointFormat,
     Converted,
     ForeignCheckpoint,
@@ -24,7 +25,6 @@ from speculators.checkpoint_format import (
     write_config,
 )
 from speculators.config import SpeculatorsConfig, VerifierConfig
-from speculators.findings import Finding, error
 from speculators.models.dflash.checkpoint import complete_block_config
 from speculators.models.dflash.serving import NOT_THE_LAYERS, DFlashContract, check_names, reaching_as_far
 from speculators.models.dspark.checkpoint import SERVED_HEAD, expected_keys

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from speculators.checkpoint_format import ForeignCheckpoint
+from speculators.checkpoint.formats import ForeignCheckpoint
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from speculators.checkpoint_contract import CheckpointContract
-from speculators.checkpoint_format import (
+from speculators.checkpoint.contract import CheckpointContract
+from speculators.checkpoint.findings import Finding, error, warning
+from speculators.checkpoint.formats import (
     CheckpointFormat,
     Converted,
     ForeignCheckpoint,
@@ -15,7 +16,6 @@ from speculators.checkpoint_format import (
     Serving,
     num_speculative_tokens,
 )
-from speculators.findings import Finding, error, warning
 from speculators.models.eagle.checkpoint import check_servable, read_native, save_native
 from speculators.models.eagle.config import EagleSpeculatorConfig, layer_architecture, recorded
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from speculators.checkpoint_format import ForeignCheckpoint
+from speculators.checkpoint.formats import ForeignCheckpoint
 from speculators.model import SpeculatorModel
 from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary
 from speculators.models.last_state_proposer import LastStateProposer, snapshot

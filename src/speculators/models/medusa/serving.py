@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from speculators.checkpoint_contract import CheckpointContract
-from speculators.checkpoint_format import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint, Serving
-from speculators.findings import Finding, error
+from speculators.checkpoint.contract import CheckpointContract
+from speculators.checkpoint.findings import Finding, error
+from speculators.checkpoint.formats import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint, Serving
 from speculators.models.medusa.checkpoint import read_native, save_native, to_our_name
 from speculators.models.medusa.config import MedusaSpeculatorConfig
 from speculators.models.utils import get_verifier_config, recorded

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from speculators.checkpoint_contract import CheckpointContract
-from speculators.checkpoint_format import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint, write_config
+from speculators.checkpoint.contract import CheckpointContract
+from speculators.checkpoint.formats import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint, write_config
 from speculators.models.mlp.config import OLD_NAMES, MLPSpeculatorConfig
 from speculators.models.utils import get_verifier_config, recorded
 from speculators.utils.loading import SAFETENSORS

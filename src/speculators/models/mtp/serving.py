@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
-from speculators.checkpoint_contract import CheckpointContract
-from speculators.checkpoint_format import (
+from speculators.checkpoint.contract import CheckpointContract
+from speculators.checkpoint.formats import (
     CheckpointFormat,
     Converted,
     ForeignCheckpoint,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from speculators.checkpoint_format import (
+from speculators.checkpoint.findings import Finding, error
+from speculators.checkpoint.formats import (
     CheckpointFormat,
     ForeignCheckpoint,
     OurCheckpoint,
@@ -14,7 +15,6 @@ from speculators.checkpoint_format import (
     num_speculative_tokens,
     write_config,
 )
-from speculators.findings import Finding, error
 from speculators.models.eagle3.serving import Eagle3Contract, Eagle3Format
 from speculators.models.peagle.checkpoint import write_fc_norm
 from speculators.models.peagle.config import PEagleSpeculatorConfig

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from speculators.checkpoint_format import SPECULATORS, CheckpointFormat, Serving
-from speculators.findings import Finding
+from speculators.checkpoint.findings import Finding
+from speculators.checkpoint.formats import SPECULATORS, CheckpointFormat, Serving
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorModelConfig
     from speculators.model import SpeculatorModel
-
-__all__ = ["SPECULATORS", "CheckpointContract"]
 
 
 class CheckpointContract:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import save_file
 from torch import Tensor
 
-from speculators.checkpoint_format import (
+from speculators.checkpoint.formats import (
     CONFIG_FILE,
     SPECULATORS,
     CheckpointFormat,
@@ -22,9 +22,9 @@ from speculators.checkpoint_format import (
     OurCheckpoint,
     write_config,
 )
+from speculators.checkpoint.record import read_training_record
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
-from speculators.training_record import read_training_record
 
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from speculators.findings import Finding
+from speculators.checkpoint.findings import Finding
 from speculators.utils.files import atomic_write
 from speculators.utils.loading import list_checkpoint_keys, load_checkpoint
 
