@@ -195,10 +195,6 @@ def oracle(texts: Sequence[list[int]], num_right: int | None = None) -> Callable
     return draft
 
 
-def always_wrong(texts: Sequence[list[int]]) -> Callable[[list[int], int], list[int]]:
-    return oracle(texts, num_right=0)
-
-
 def at_random(seed: int, vocab_size: int = VOCAB) -> Callable[[list[int], int], list[int]]:
     generator = torch.Generator().manual_seed(seed)
 

@@ -27,7 +27,7 @@ class LetterTokenizer:
 def prompts_of(tmp_path: Path, *rows: dict, **options) -> list[str]:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["".join(map(chr, ids)) for ids in load_prompts(str(path), LetterTokenizer(), **options).token_ids]
+    return ["".join(map(chr, ids)) for ids in load_prompts(str(path), LetterTokenizer(), **options)]
 
 
 def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
@@ -44,9 +44,10 @@ def test_prompts_come_from_text_and_from_tokens_too(tmp_path: Path):
     assert prompts_of(tmp_path, *rows) == ["<u>hi<a>", "AB"]
 
 
-def test_the_limit_counts_usable_prompts(tmp_path: Path):
+def test_the_limit_counts_usable_prompts_and_the_others_are_named(tmp_path: Path, caplog):
     rows = [{"note": "no prompt"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
     assert prompts_of(tmp_path, *rows, limit=2) == ["<u>a<a>", "<u>b<a>"]
+    assert "1 rows without a prompt" in caplog.text
 
 
 def test_no_prompt_at_all_is_an_error(tmp_path: Path):

@@ -8,7 +8,6 @@ from speculators.nn.draft_vocab import (
     scatter_to_verifier,
     select_rows,
     verifier_ids,
-    verifier_to_draft_ids,
 )
 
 D2T = torch.tensor([1, 1, 3])
@@ -19,11 +18,6 @@ def test_offsets_lead_from_draft_to_verifier_ids():
     assert draft_to_verifier_ids(torch.tensor([[2, 0], [1, 1]]), D2T).tolist() == [[5, 1], [2, 2]]
     assert verifier_ids(D2T).tolist() == [1, 2, 5]
     assert torch.equal(offsets_of(torch.tensor([1, 2, 5])), D2T)
-
-
-def test_and_back():
-    draft_ids, inside = verifier_to_draft_ids(torch.tensor([5, 0, 2]), T2D)
-    assert draft_ids[inside].tolist() == [2, 1] and inside.tolist() == [True, False, True]
 
 
 def test_probabilities_outside_the_draft_vocabulary_are_zero():
@@ -38,5 +32,4 @@ def test_head_rows_are_in_draft_order():
 def test_without_a_draft_vocabulary_ids_are_equal():
     ids = torch.tensor([3, 4])
     assert draft_to_verifier_ids(ids, None) is ids
-    assert verifier_to_draft_ids(ids, None)[0] is ids
     assert select_rows(ids, None) is ids and scatter_to_verifier(ids, None, 9) is ids

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from speculators.checkpoint.findings import Finding, error, warning
+from speculators.nn.draft_vocab import verifier_ids
 from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX
 
 PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -95,7 +96,7 @@ def map_findings(tensors: Mapping[str, Tensor], vocab_size: int) -> Iterator[Fin
     """d2t as offsets to strictly increasing tokens, t2d as the same set."""
     d2t_D, t2d_V = tensors[MAP], tensors[KEPT]
     mend = "take d2t and t2d from the same vocabulary mapping the drafter was trained with"
-    targets_D = torch.arange(len(d2t_D)) + d2t_D
+    targets_D = verifier_ids(d2t_D)
     outside = int(((targets_D < 0) | (targets_D >= vocab_size)).sum())
     if outside:
         yield error(

@@ -153,7 +153,7 @@ def verify(
     model.to(verifier.device)
     if prompts is None:
         tokenizer = AutoTokenizer.from_pretrained(verifier_path, trust_remote_code=config.trust_remote_code)
-        prompts = load_prompts(config.data, tokenizer, limit=config.num_prompts).token_ids
+        prompts = load_prompts(config.data, tokenizer, limit=config.num_prompts)
     cut_prompts = [list(prompt)[-config.max_prompt_tokens :] for prompt in prompts]
     num_drafts = config.num_speculative_tokens or recorded_num_tokens(model)
 

@@ -68,7 +68,6 @@ class RecordingProposer:
 class RoundsCompared:
     """Drafts that were compared, and the first that differs."""
 
-    num_texts: int = 0
     num_rounds: int = 0
     num_drafts: int = 0
     num_ties: int = 0
@@ -84,14 +83,14 @@ def compare_rounds(
     model: SpeculatorModel, texts: Sequence[DraftedText], states: Sequence[VerifierStates], dtype: torch.dtype
 ) -> RoundsCompared:
     """The training forward of `model` against every recorded round. `dtype` is the engine's."""
-    found = RoundsCompared(num_texts=len(texts))
+    found = RoundsCompared()
     for number, (text, of_text) in enumerate(zip(texts, states, strict=True)):
         for index, (num_known, drafts) in enumerate(text.rounds):
             if num_known < 2:
                 continue  # no state is known yet: drafters that draft all the same are not trained on it
             logits_KV = model.draft_logits(states_when_drafting(of_text, num_known, drafts), len(drafts))
             if logits_KV is None:
-                return RoundsCompared(num_texts=len(texts), is_comparable=False)
+                return RoundsCompared(is_comparable=False)
             where = f"prompt {number}, round {index} (after {num_known} tokens)"
             compare_drafts(found, where, logits_KV.float(), drafts, tie_tolerance(dtype))
             found.num_rounds += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
 from typing import Any
 
 from speculators.data_generation.conversations import UnusableRow
@@ -10,15 +10,10 @@ from speculators.data_generation.datasets import load_raw_dataset
 from speculators.data_generation.masks import ChatRenderer
 from speculators.data_generation.rollout import make_rollout
 
-
-@dataclass(frozen=True)
-class Prompts:
-    token_ids: list[list[int]]
-    num_skipped: int
-    """Rows without a prompt."""
+logger = logging.getLogger(__name__)
 
 
-def load_prompts(source: str, tokenizer: Any, *, limit: int | None = None) -> Prompts:
+def load_prompts(source: str, tokenizer: Any, *, limit: int | None = None) -> list[list[int]]:
     """The first `limit` prompts of a data source, as token ids. `ValueError` when there is none."""
     renderer = ChatRenderer(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     prompts: list[list[int]] = []
@@ -37,7 +32,9 @@ def load_prompts(source: str, tokenizer: Any, *, limit: int | None = None) -> Pr
         raise ValueError(
             f"no prompt in {source}: {len(reasons)} rows, {'; '.join(sorted(set(reasons))[:5]) or 'empty'}"
         )
-    return Prompts(prompts, len(reasons))
+    if reasons:
+        logger.warning("%s: %d rows without a prompt are left out; the first: %s", source, len(reasons), reasons[0])
+    return prompts
 
 
 def render_question(text: str, tokenizer: Any) -> list[int]:

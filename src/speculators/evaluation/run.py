@@ -18,9 +18,6 @@ from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.records import EvaluationReport
 from speculators.evaluation.setup import load_decodable
 
-SAMPLING_BATCH = 16
-"""Answers drawn together for the sampled check."""
-
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -66,7 +63,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] 
     decodable = load_decodable(
         config.verifier, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
     )
-    prompts = load_prompts(config.data, decodable.tokenizer, limit=config.num_prompts).token_ids
+    prompts = load_prompts(config.data, decodable.tokenizer, limit=config.num_prompts)
     max_length = max(map(len, prompts)) + config.max_tokens
     engines = {
         method.name: decodable.engine(method, max_batch_size=config.batch_size, max_length=max_length)

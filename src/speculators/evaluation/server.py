@@ -117,7 +117,7 @@ def evaluate_server(
         servers[PLAIN] = connect(config, config.baseline)
     refuse_wrong_roles(servers)
     root = servers[SERVED].served.root
-    prompts = load_prompts(config.data, tokenizer_of(config, root), limit=config.num_prompts).token_ids
+    prompts = load_prompts(config.data, tokenizer_of(config, root), limit=config.num_prompts)
     levels, interrupted = [], None
     try:
         for num_clients in config.num_clients:

@@ -22,15 +22,6 @@ def verifier_ids(d2t: Tensor) -> Tensor:
     return d2t + torch.arange(d2t.shape[0], device=d2t.device)
 
 
-def verifier_to_draft_ids(ids: Tensor, t2d: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(draft ids, whether the id is in the draft vocabulary). Ids outside map to 0."""
-    if t2d is None:
-        return ids, torch.ones_like(ids, dtype=torch.bool)
-    inside = t2d[ids]
-    draft_ids = t2d.long().cumsum(0)[ids] - 1
-    return draft_ids.where(inside, 0), inside
-
-
 def select_rows(weight_VH: Tensor, t2d: Tensor | None) -> Tensor:
     """Rows of a verifier head that the draft head keeps, in draft order."""
     return weight_VH if t2d is None else weight_VH[t2d.to(weight_VH.device)]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from speculators.nn.draft_vocab import offsets_of
 from speculators.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def build_vocab_mappings_from_distribution(
     kept_D = torch.tensor(sorted(kept), dtype=torch.int64)
     t2d = torch.zeros(target_vocab_size, dtype=torch.bool)
     t2d[kept_D] = True
-    return kept_D - torch.arange(draft_vocab_size), t2d
+    return offsets_of(kept_D), t2d
 
 
 def check_sizes(draft_vocab_size: int, target_vocab_size: int) -> None:
@@ -86,7 +87,7 @@ def check_vocab_mapping(d2t: Tensor, t2d: Tensor, draft_vocab_size: int | None, 
             f"t2d has {len(t2d)} entries but the verifier has {target_vocab_size} tokens; it is of another verifier"
         )
     kept_D = t2d.nonzero().flatten()
-    if len(kept_D) != len(d2t) or not torch.equal(kept_D - torch.arange(len(kept_D)), d2t):
+    if len(kept_D) != len(d2t) or not torch.equal(offsets_of(kept_D), d2t):
         raise ValueError(
             f"d2t ({len(d2t)} entries) and t2d ({len(kept_D)} tokens kept) contradict each other; d2t holds offsets, "
             "verifier id = draft id + d2t[draft id]: build both again from the token frequencies"

@@ -26,8 +26,6 @@ class CachedSource:
         self.inner = inner
         self.store = store
         self.capture = inner.capture
-        self.num_hits = 0
-        self.num_misses = 0
         self.num_uncached = 0
         """Sequences that are no row of the store's dataset: computed every time."""
 
@@ -49,12 +47,10 @@ class CachedSource:
         except CorruptHiddenStatesError as error:
             logger.warning("%s (computed again)", str(error).removesuffix("; delete it"))
             return None
-        self.num_hits += 1
         return states
 
     def store_or_pass(self, row: int | None, states: VerifierStates) -> VerifierStates:
         if row is not None:
-            self.num_misses += 1
             return self.store.write_row(row, states)
         if self.num_uncached == 0:
             logger.warning(

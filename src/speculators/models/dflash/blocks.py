@@ -14,7 +14,6 @@ A slot counts if column p + k is supervised and neither it nor its target is of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,6 +135,3 @@ def counted_slots(row: PackedRow, anchors_P: Tensor, block_size: int, first_slot
 def validation_generator() -> torch.Generator:
     """The same anchors at every validation: losses of epochs are compared."""
     return torch.Generator().manual_seed(0)
-
-
-Metrics = dict[str, Any]

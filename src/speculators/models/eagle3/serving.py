@@ -52,7 +52,6 @@ SILENT = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1, "num_attention_heads": 32,
     "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
 }  # fmt: skip
-SILENT_DRAFT_VOCAB = 32000
 
 
 class Eagle3Format(CheckpointFormat):
