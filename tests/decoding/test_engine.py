@@ -96,6 +96,28 @@ def test_streamed_pieces_make_up_the_output():
         assert not any(event.finish_reason for event in mine[:-1])
 
 
+@pytest.mark.parametrize("drafts", [None, 0, 2, 5])
+@pytest.mark.parametrize("stop", [[TEXT[3:5]], [TEXT[2:] + TEXT[:3]], ["zz", TEXT[1:3] + "z", TEXT[4:] + TEXT[0]]])
+def test_streamed_pieces_never_show_the_beginning_of_a_stop_string(drafts, stop):
+    params = SamplingParams(max_tokens=15, stop=stop)
+    whole = engine_on(ABC, drafts).generate([ABC[:1]], params)[0]
+    pieces = [event.text for event in engine_on(ABC, drafts).stream([ABC[:1]], params)]
+    assert "".join(pieces) == whole.text
+    assert whole.finish_reason == "stop"
+
+
+def test_what_waited_for_a_stop_string_is_shown_when_it_does_not_come():
+    almost = SamplingParams(max_tokens=3, stop=TEXT[2:4] + "z")  # c, d, e of which "de" may begin it
+    assert [event.text for event in engine_on(ABC).stream([ABC[:1]], almost)] == [TEXT[1], "", TEXT[2:4]]
+    engine = engine_on(ABC)
+    pieces = []
+    for event in engine.stream([ABC[:1]], SamplingParams(max_tokens=9, stop=TEXT[2] + "z")):
+        pieces.append((event.text, event.finish_reason))
+        if len(pieces) == 2:
+            engine.cancel(0)
+    assert pieces == [(TEXT[1], None), ("", None), (TEXT[2], "cancelled")]
+
+
 def test_closing_a_stream_leaves_the_engine_usable():
     engine = engine_on(ABC, 3)
     stream = engine.stream([ABC[:1]], SamplingParams(max_tokens=50))

@@ -268,13 +268,11 @@ class Engine:
             return
         for request in [q for q in batch.waiting if q.index in self._cancelled]:
             batch.waiting.remove(request)
-            request.finish("cancelled")
-            yield StreamEvent(request.index, [], "", "cancelled")
+            yield request.cancel()
         for row, occupant in enumerate(batch.rows):
             if occupant is not None and occupant.index in self._cancelled:
-                occupant.finish("cancelled")
                 self._release(batch, row)
-                yield StreamEvent(occupant.index, [], "", "cancelled")
+                yield occupant.cancel()
         self._cancelled.clear()
 
     def _release(self, batch: Batch, row: int) -> None:

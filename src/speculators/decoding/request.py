@@ -28,7 +28,8 @@ class StreamEvent:
     """Position of the request among the prompts."""
     token_ids: list[int]
     text: str
-    """What became readable; tokens that end inside a character show up later. Empty without a tokenizer."""
+    """What became readable; tokens that end inside a character, and text that may begin a stop string, show up later.
+    The texts of a request's events make up its output's. Empty without a tokenizer."""
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
 

@@ -64,7 +64,6 @@ class ActiveRequest:
 
     def take(self, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> StreamEvent:
         """Append an accepted run, cut after the first token that ends the request."""
-        text_before = len(self.text.text) if self.text is not None else 0
         num_taken, finish_reason = 0, None
         for token_id in token_ids:
             self.output.token_ids.append(token_id)
@@ -77,7 +76,7 @@ class ActiveRequest:
             self.output.logprobs += logprobs[:num_taken]
         if finish_reason is not None:
             self.finish(finish_reason)
-        text = self.text.text[text_before:] if self.text is not None else ""
+        text = self.text.take(is_final=finish_reason is not None) if self.text is not None else ""
         kept_logprobs = logprobs[:num_taken] if logprobs is not None else None
         return StreamEvent(self.index, token_ids[:num_taken], text, finish_reason, kept_logprobs)
 
@@ -96,6 +95,11 @@ class ActiveRequest:
             self.text.finish()
             self.output.text = self.text.text
         self.output.finish_reason = reason
+
+    def cancel(self) -> StreamEvent:
+        """End it here, with the text that waited for what would follow."""
+        self.finish("cancelled")
+        return StreamEvent(self.index, [], self.text.take(is_final=True) if self.text is not None else "", "cancelled")
 
 
 class Batch:

@@ -15,6 +15,7 @@ class IncrementalText:
         self.stop = stop
         self.text = ""
         self._token_ids: list[int] = []
+        self._num_taken = 0  # characters
         self._context_start = 0  # tokens from here on are decoded together: spacing depends on the left neighbour
         self._num_read = 0
 
@@ -32,6 +33,20 @@ class IncrementalText:
         if self._num_read < len(self._token_ids):
             known = self._decode(self._token_ids[self._context_start : self._num_read])
             self.text += self._decode(self._token_ids[self._context_start :])[len(known) :]
+
+    def take(self, *, is_final: bool) -> str:
+        """The text since the last call. Until it is final, what may turn out to begin a stop string waits."""
+        start, end = self._num_taken, len(self.text) - (0 if is_final else self._num_undecided())
+        self._num_taken = end
+        return self.text[start:end]
+
+    def _num_undecided(self) -> int:
+        """How many of the last characters are the beginning of a stop string."""
+        longest = max((len(s) for s in self.stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            if any(len(s) > length and s.startswith(self.text[-length:]) for s in self.stop):
+                return length
+        return 0
 
     def _append(self, piece: str) -> bool:
         searched_from = max(0, len(self.text) - max((len(s) for s in self.stop), default=0))
