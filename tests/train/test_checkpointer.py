@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_toys import trainer_config
 
 from speculators.model import SpeculatorModel
-from speculators.train.checkpointer import Checkpointer, Position
-from speculators.train.optimizers import OptimizerConfig, make_optimizers
+from speculators.train.checkpointer import Checkpointer, Position, is_saved_epoch, mid_epoch_saves
+from speculators.train.optimizers import make_optimizers
 
 
 @pytest.fixture
@@ -20,11 +21,19 @@ def model(make_model):
 
 @pytest.fixture
 def optimizers(model):
-    optimizers = make_optimizers(model, OptimizerConfig(name="muon"))
+    optimizers = make_optimizers(model, trainer_config(optimizer="muon"))
     for param in model.parameters():
         param.grad = torch.randn_like(param)
     optimizers.step(1.0)
     return optimizers
+
+
+def test_when_checkpoints_are_due():
+    assert mid_epoch_saves(0.25, 8) == {2, 4, 6}
+    assert mid_epoch_saves(0.5, 5) == {2}
+    assert mid_epoch_saves(1.0, 8) == set()
+    assert [epoch for epoch in range(7) if is_saved_epoch(3, epoch)] == [0, 3, 6]
+    assert [epoch for epoch in range(3) if is_saved_epoch(0.5, epoch)] == [0, 1, 2]
 
 
 def test_the_directory_is_a_bf16_speculator_with_exact_masters_beside_it(tmp_path, model, optimizers):
@@ -63,7 +72,7 @@ def test_loading_restores_weights_optimizers_and_random_numbers(tmp_path, make_m
     Checkpointer(tmp_path).save(tmp_path / "0", model, optimizers, Position(0, 3, 3))
     expected_noise = torch.rand(4)
     other = make_model(seed=9)
-    others = make_optimizers(other, OptimizerConfig(name="muon"))
+    others = make_optimizers(other, trainer_config(optimizer="muon"))
     assert Checkpointer(tmp_path).load(tmp_path / "0", other, others) == Position(0, 3, 3)
     assert torch.equal(torch.rand(4), expected_noise)
     for (name, param), (_, restored) in zip(model.named_parameters(), other.named_parameters(), strict=True):
@@ -134,10 +143,10 @@ def test_a_checkpoint_of_another_shape_or_optimizer_is_refused(tmp_path, make_mo
     checkpointer.save(tmp_path / "0", model, optimizers, Position(0, 0, 1))
     deeper = MyAlgoDraftModel(MyAlgoConfig(vocab_size=64, hidden_size=16, num_layers=3))
     with pytest.raises(ValueError, match=r"another drafter .*layers\.2"):
-        checkpointer.load(tmp_path / "0", deeper, make_optimizers(deeper, OptimizerConfig(name="muon")))
+        checkpointer.load(tmp_path / "0", deeper, make_optimizers(deeper, trainer_config(optimizer="muon")))
     same = make_model()
     with pytest.raises(ValueError, match=r"trained with \['AdamW', 'Muon'\]"):
-        checkpointer.load(tmp_path / "0", same, make_optimizers(same, OptimizerConfig(name="adamw")))
+        checkpointer.load(tmp_path / "0", same, make_optimizers(same, trainer_config(optimizer="adamw")))
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_half_written(tmp_path, model, optimizers):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from training_toys import trainer_config
 
-from speculators.train.optimizers import OptimizerConfig, make_optimizers
+from speculators.train.optimizers import make_optimizers
 
 
 class Toy(nn.Module):
@@ -22,7 +23,7 @@ class Toy(nn.Module):
 
 def test_muon_gets_matrices_but_no_tables_vectors_or_frozen_weights():
     toy = Toy()
-    muon, adamw = make_optimizers(toy, OptimizerConfig(name="muon")).optimizers
+    muon, adamw = make_optimizers(toy, trainer_config(optimizer="muon")).optimizers
     assert [id(param) for param in muon.param_groups[0]["params"]] == [id(toy.fc.weight)]
     expected = {
         id(toy.embed_tokens.weight),
@@ -37,7 +38,7 @@ def test_muon_gets_matrices_but_no_tables_vectors_or_frozen_weights():
 def test_muon_takes_an_orthogonal_step_as_large_as_adamw_would():
     toy = nn.Linear(64, 32, bias=False)
     before = toy.weight.detach().clone()
-    optimizers = make_optimizers(toy, OptimizerConfig(name="muon", muon_lr=0.5, muon_weight_decay=0.0))
+    optimizers = make_optimizers(toy, trainer_config(optimizer="muon", muon_lr=0.5, muon_weight_decay=0.0))
     toy.weight.grad = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     optimizers.step(1.0)
     step = (before - toy.weight.detach()) / (0.5 * 0.2 * 64**0.5)  # match_rms_adamw: 0.2 * sqrt(larger side)
@@ -49,7 +50,7 @@ def test_muon_takes_an_orthogonal_step_as_large_as_adamw_would():
 
 
 def test_the_learning_rate_is_a_share_of_each_peak():
-    optimizers = make_optimizers(Toy(), OptimizerConfig(name="muon", lr=0.1, muon_lr=0.4))
+    optimizers = make_optimizers(Toy(), trainer_config(optimizer="muon", lr=0.1, muon_lr=0.4))
     optimizers.step(0.5)
     assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers.optimizers] == [0.2, 0.05]
     optimizers.step(0.5)  # not cumulative
@@ -58,4 +59,4 @@ def test_the_learning_rate_is_a_share_of_each_peak():
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="no trainable parameter"):
-        make_optimizers(nn.Linear(2, 2).requires_grad_(False), OptimizerConfig())
+        make_optimizers(nn.Linear(2, 2).requires_grad_(False), trainer_config())

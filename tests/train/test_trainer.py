@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from speculators.train.checkpointer import Checkpointer
 from speculators.train.events import Saved, StepDone, Stopped, Validated
 from speculators.train.graceful_shutdown import TrainingInterrupted
 from speculators.train.loader import ListLoader
-from speculators.train.trainer import Trainer, TrainerConfig, is_saved_epoch, mid_epoch_saves
+from speculators.train.trainer import Trainer, TrainerConfig
 
 BATCHES = [random_batch(seed) for seed in range(5)]
 
@@ -212,12 +213,25 @@ def test_max_steps_ends_inside_an_epoch_and_is_saved(tmp_path, make_model):
     assert (tmp_path / "epoch0_step3").resolve() == result.checkpoint == (tmp_path / "0").resolve()
 
 
-def test_when_checkpoints_are_due():
-    assert mid_epoch_saves(0.25, 8) == {2, 4, 6}
-    assert mid_epoch_saves(0.5, 5) == {2}
-    assert mid_epoch_saves(1.0, 8) == set()
-    assert [epoch for epoch in range(7) if is_saved_epoch(3, epoch)] == [0, 3, 6]
-    assert [epoch for epoch in range(3) if is_saved_epoch(0.5, epoch)] == [0, 1, 2]
+def test_the_speed_of_training_counts_no_validation(tmp_path, make_model, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    class Slow(ListLoader):
+        def __init__(self, ready, seconds):
+            super().__init__(ready)
+            self.seconds = seconds
+
+        def batches(self, first=0):
+            for batch in super().batches(first):
+                clock[0] += self.seconds
+                yield batch
+
+    events = []
+    settings = config(tmp_path, num_epochs=1, log_freq=5, checkpoint_freq=0.5)  # validated after steps 2 and 5
+    Trainer(make_model(), settings, Slow(BATCHES, 2.0), Slow(BATCHES, 100.0), on_event=events.append).run_training()
+    (done,) = [event for event in events if isinstance(event, StepDone)]
+    assert done.tokens_per_s == sum(int((batch["document_ids"] >= 0).sum()) for batch in BATCHES) / 10.0
 
 
 def test_an_empty_loader_is_an_error(tmp_path, make_model):

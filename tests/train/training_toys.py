@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from speculators.train.records import TrainerConfig
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 VOCAB_SIZE, HIDDEN_SIZE = 64, 16
 
@@ -22,3 +24,8 @@ def random_batch(seed: int, num_tokens: int = 24) -> dict[str, torch.Tensor]:
         "position_ids": torch.arange(num_tokens)[None],
         "document_ids": documents[None],
     }
+
+
+def trainer_config(**changes) -> TrainerConfig:
+    """For what asks a trainer's configuration and saves nothing by it."""
+    return TrainerConfig(**{"lr": 1e-3, "num_epochs": 1, "save_path": "unused", **changes})

@@ -27,6 +27,8 @@ from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
+BEST = "checkpoint_best"
+"""In the directory of a training run: the link to its best checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def local_directory(checkpoint: str | Path, cache_dir: str | Path | None = None)
 
 def refuse_run(directory: Path) -> None:
     """A run holds checkpoints, and is easily taken for one."""
-    best = directory / "checkpoint_best"
+    best = directory / BEST
     if best.is_dir() and not (directory / CONFIG_FILE).exists():
         raise ValueError(f"{directory} is a training run, not a checkpoint; name a checkpoint of it, such as {best}")
 

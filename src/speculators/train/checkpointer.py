@@ -1,4 +1,4 @@
-"""The run directory: what is saved, where, and what a run continues from.
+"""The run directory: what is saved, when and where, and what a run continues from.
 
     <save_path>/<epoch>/     config.json model.safetensors        the speculator, bf16: load, serve, publish this
                              training_record.json                 what it was trained with: `speculators check`
@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from speculators.checkpoint.io import BEST
 from speculators.checkpoint.record import write_training_record
 from speculators.model import SpeculatorModel
 from speculators.train.optimizers import Optimizers
@@ -38,6 +39,7 @@ MASTERS_FILE = "master_weights.fp32"
 OPTIMIZER_FILE = "optimizer_state_dict.pt"
 SCHEDULER_FILE = "scheduler_state_dict.pt"
 METRICS_FILE = "val_metrics.json"
+INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,14 @@ class Checkpointer:
         self.save_best = save_best
         self.train_command = train_command
 
+    @property
+    def best(self) -> Path:
+        """The link to the checkpoint with the lowest validation loss; it need not exist."""
+        return self.root / BEST
+
     def newest(self) -> Path | None:
         """What a run continues from: the highest epoch, or `interrupted` when that went further."""
-        candidates = [path for path in (*self.epochs(), self.root / "interrupted") if (path / STATE_FILE).exists()]
+        candidates = [path for path in (*self.epochs(), self.root / INTERRUPTED) if (path / STATE_FILE).exists()]
         return max(candidates, key=lambda path: read_position(path).global_step, default=None)
 
     def epochs(self) -> list[Path]:
@@ -104,7 +111,7 @@ class Checkpointer:
 
     def best_loss(self) -> float:
         """Validation loss of `checkpoint_best`; infinity when there is none."""
-        return self.val_metrics(self.root / "checkpoint_best").get("loss", math.inf)
+        return self.val_metrics(self.best).get("loss", math.inf)
 
     def val_metrics(self, path: Path) -> dict[str, float]:
         """What validation found when this checkpoint was saved; empty when nothing was validated then."""
@@ -122,7 +129,7 @@ class Checkpointer:
 
     def mark_best(self, path: Path) -> None:
         """Point `checkpoint_best` at it; with `save_best`, remove the other epochs we wrote, and nothing else."""
-        self.link("checkpoint_best", path)
+        self.link(BEST, path)
         if self.save_best:
             for old in self.epochs():
                 if old != path:
@@ -147,6 +154,19 @@ class Checkpointer:
         optimizers.load_state_dict(state)
         set_random_state(random["random_state"])
         return position
+
+
+def mid_epoch_saves(checkpoint_freq: float, num_steps: int) -> set[int]:
+    """Steps inside an epoch after which to save: freq 0.25 of 8 steps -> {2, 4, 6}; the end of the epoch is not one."""
+    if checkpoint_freq >= 1:
+        return set()
+    count = round(1 / checkpoint_freq)
+    return {num_steps * part // count for part in range(1, count)} - {0, num_steps}
+
+
+def is_saved_epoch(checkpoint_freq: float, epoch: int) -> bool:
+    """Epoch 0 always, then every `checkpoint_freq`-th."""
+    return epoch % max(1, int(checkpoint_freq)) == 0
 
 
 def write_checkpoint(

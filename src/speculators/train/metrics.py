@@ -6,6 +6,7 @@ A model reports `X_sum` and `X_total`; keys without such a pair are averaged ove
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,3 +55,23 @@ class MetricSums:
             all_reduce(packed)
         *sums, num_forwards = packed.tolist()
         return normalize_counted_metrics(dict(zip(keys, sums, strict=True)), world_size=int(num_forwards))
+
+
+class RecentSteps:
+    """Training steps since the last report: their metrics, and how fast they were."""
+
+    def __init__(self) -> None:
+        self.sums = MetricSums()
+        self.num_tokens = 0
+        self.since = time.perf_counter()
+
+    def add(self, metrics: Mapping[str, Any], *, num_tokens: int) -> None:
+        self.sums.add(metrics)
+        self.num_tokens += num_tokens
+
+    def leave_out(self, time_s: float) -> None:
+        """Time that was spent between the steps, on a validation or a checkpoint."""
+        self.since += time_s
+
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / max(time.perf_counter() - self.since, 1e-9)

@@ -7,26 +7,15 @@ token (embeddings, heads, codebooks): those, vectors and scalars always go to Ad
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from speculators.train.records import TrainerConfig
+
 NOT_FOR_MUON = ("embed_tokens", "lm_head", "codebook", "markov_w1", "markov_w2")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    muon_lr: float = 0.02
-    muon_momentum: float = 0.95
-    muon_weight_decay: float = 0.1
-    muon_ns_steps: int = 5
-    muon_adjust_lr_fn: str = "match_rms_adamw"
 
 
 class Optimizers:
@@ -60,11 +49,11 @@ class Optimizers:
             optimizer.load_state_dict(state[name])
 
 
-def make_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
+def make_optimizers(model: nn.Module, config: TrainerConfig) -> Optimizers:
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no trainable parameter: nothing to train")
-    if config.name == "adamw":
+    if config.optimizer == "adamw":
         return Optimizers([adamw([param for _, param in trainable], config)])
     matrices = [param for name, param in trainable if suits_muon(name, param)]
     rest = [param for name, param in trainable if not suits_muon(name, param)]
@@ -85,7 +74,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
     return Optimizers(parts)
 
 
-def adamw(params: list[torch.nn.Parameter], config: OptimizerConfig) -> AdamW:
+def adamw(params: list[torch.nn.Parameter], config: TrainerConfig) -> AdamW:
     # foreach/fused are chosen by torch per device; both give the same bits in every run on one machine.
     return AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
 

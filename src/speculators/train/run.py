@@ -32,8 +32,9 @@ from speculators.train.gate import run_gate
 from speculators.train.loader import PackedLoader
 from speculators.train.logger import make_trackers
 from speculators.train.memory import MemoryEstimate, check_disk_space, estimate_memory
+from speculators.train.records import TrainerConfig, TrainResult
 from speculators.train.sources import ask_server, make_source, open_store, rows_to_use
-from speculators.train.trainer import Trainer, TrainerConfig, TrainResult
+from speculators.train.trainer import Trainer
 from speculators.train.vocab_mapping import resolve_vocab_mapping
 from speculators.utils.files import absolute_if_directory, atomic_write
 from speculators.verifier import check_reproduces_logits, load_verifier

@@ -8,72 +8,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from speculators.data_generation import InvalidResponseError, ServerUnavailableError
 from speculators.model import SpeculatorModel
-from speculators.train.checkpointer import Checkpointer, Position
+from speculators.train.checkpointer import INTERRUPTED, Checkpointer, Position, is_saved_epoch, mid_epoch_saves
 from speculators.train.distributed import Ranks, pick_device
 from speculators.train.events import Listener, Note, Saved, Started, StepDone, Stopped, Validated, ignore
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
 from speculators.train.loader import Batch, BatchLoader, as_loader, num_steps_of
-from speculators.train.metrics import MetricSums, expected_acceptance_length
-from speculators.train.optimizers import OptimizerConfig, make_optimizers
+from speculators.train.metrics import MetricSums, RecentSteps, expected_acceptance_length
+from speculators.train.optimizers import make_optimizers
+from speculators.train.records import TrainerConfig, TrainResult
 from speculators.train.schedulers import make_schedule
 
-if TYPE_CHECKING:
-    from speculators.deploy.report import CheckReport
-    from speculators.evaluation.parity import ParityReport
+__all__ = ["TrainResult", "Trainer", "TrainerConfig"]
 
 MAX_GRAD_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    lr: float
-    num_epochs: int
-    save_path: str | Path
-    resume_from_checkpoint: bool = False
-    train_call_kwargs: dict[str, Any] = field(default_factory=dict)
-    val_call_kwargs: dict[str, Any] = field(default_factory=dict)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = 0.01
-    muon_lr: float = 0.02
-    muon_momentum: float = 0.95
-    muon_weight_decay: float = 0.1
-    muon_ns_steps: int = 5
-    muon_adjust_lr_fn: str = "match_rms_adamw"
-    scheduler_type: Literal["linear", "cosine", "none"] = "linear"
-    scheduler_warmup_steps: int | None = None
-    scheduler_warmup_ratio: float | None = None
-    scheduler_total_steps: int | None = None
-    scheduler_num_cosine_cycles: float = 0.5
-    checkpoint_freq: float = 1
-    save_best: bool = False
-    hidden_states_dtype: torch.dtype = torch.bfloat16
-    log_freq: int = 1
-    gradient_checkpointing: bool = False
-    max_steps: int | None = None
-    train_command: str = ""
-    """Written beside each checkpoint, for whoever finds it."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    checkpoint: Path
-    """The speculator directory to use: the best by validation loss, or the last when nothing was validated."""
-    metrics: dict[str, float]
-    """Of the validation of that checkpoint; of the last training steps when nothing was validated."""
-    acceptance_length: float | None
-    num_steps: int
-    parity: ParityReport | None = None
-    """Of the gate at the end of a run; None when it was not made."""
-    check: CheckReport | None = None
-    """Of the contract check at the end of a run; None when it was not made."""
 
 
 class Trainer:
@@ -101,7 +55,7 @@ class Trainer:
         self.params = [param for param in model.parameters() if param.requires_grad]
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        self.optimizers = make_optimizers(model, optimizer_config(config))
+        self.optimizers = make_optimizers(model, config)
         num_run_steps = num_steps_of(self.train_loader, config.num_epochs)
         self.num_steps = min(num_run_steps, config.max_steps or num_run_steps)
         self.schedule = make_schedule(
@@ -117,8 +71,7 @@ class Trainer:
         )
         self.position = Position()
         self.sizes = (num_documents, num_tokens)
-        self.recent = MetricSums()
-        self.recent_since = (0, time.perf_counter())  # tokens, and the time they are counted from
+        self.recent = RecentSteps()
         self.last_metrics: dict[str, float] = {}
         self.last_saved: tuple[Path, int] | None = None
         if config.resume_from_checkpoint:
@@ -192,8 +145,7 @@ class Trainer:
         scale = self.schedule.scale(self.position.global_step)
         self.optimizers.step(scale)
         self.optimizers.zero_grad()
-        self.recent.add(metrics)
-        self.recent_since = (self.recent_since[0] + int((batch["document_ids"] >= 0).sum()), self.recent_since[1])
+        self.recent.add(metrics, num_tokens=int((batch["document_ids"] >= 0).sum()))
         return scale
 
     def forward(self, batch: Batch, call_kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -208,14 +160,12 @@ class Trainer:
         step = self.position.global_step
         if step % self.config.log_freq and step != self.num_steps:
             return
-        metrics = self.recent.values(self.ranks.add_up)
+        metrics = self.recent.sums.values(self.ranks.add_up)
         if not math.isfinite(metrics.get("loss", 0.0)):
             raise ValueError(
                 f"the loss became {metrics['loss']} by step {step}: nothing of it was saved; lower --lr "
                 f"(now {self.config.lr}), or check the verifier states with --hidden-states-dtype float32"
             )
-        now = time.perf_counter()
-        num_tokens, since = self.recent_since
         self.last_metrics = metrics
         self.on_event(
             StepDone(
@@ -225,10 +175,10 @@ class Trainer:
                 self.config.lr * lr_scale,
                 metrics,
                 expected_acceptance_length(metrics),
-                num_tokens * self.ranks.world_size / max(now - since, 1e-9),
+                self.recent.tokens_per_s() * self.ranks.world_size,
             )
         )
-        self.recent, self.recent_since = MetricSums(), (0, now)
+        self.recent = RecentSteps()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float] | None:
@@ -242,20 +192,22 @@ class Trainer:
         self.last_metrics = metrics
         position = self.position
         self.on_event(Validated(position.global_step, position.epoch, metrics, expected_acceptance_length(metrics)))
-        self.recent_since = (self.recent_since[0], time.perf_counter())
         return metrics
 
     def validate_and_save(self) -> None:
+        started = time.perf_counter()
         metrics = self.validate()
         is_best = metrics is not None and metrics.get("loss", math.inf) < self.best_loss
         if is_best and metrics is not None:
             self.best_loss = metrics["loss"]
         if is_best or not self.config.save_best:
             self.save(metrics, is_best=is_best)
+        self.recent.leave_out(time.perf_counter() - started)
 
     def save(
         self, val_metrics: dict[str, float] | None = None, *, is_best: bool = False, name: str | None = None
-    ) -> None:
+    ) -> Path:
+        """Write a checkpoint of this step: into the directory of the epoch, or of that name."""
         path = self.checkpointer.root / (name or str(self.position.epoch))
         if self.ranks.is_main:
             self.checkpointer.save(path, self.model, self.optimizers, self.position, val_metrics)
@@ -264,6 +216,7 @@ class Trainer:
         self.last_saved = (path, self.position.global_step)
         self.on_event(Saved(path, self.position.global_step))
         self.ranks.wait()
+        return path
 
     def save_what_was_trained(self, first_step_of_epoch: int, error: Exception) -> NoReturn:
         """The verifier states stopped coming: lose no step, and say how to go on."""
@@ -273,45 +226,17 @@ class Trainer:
         is_saved = self.last_saved is not None and self.last_saved[1] == position.global_step
         if position.global_step == 0 or is_saved or self.ranks.world_size > 1:  # other ranks would wait for ever
             raise error
-        self.save(name="interrupted")
-        where = self.checkpointer.root / "interrupted"
-        goes_on = f"Saved {where}: the same command continues from step {position.global_step}"
+        path = self.save(name=INTERRUPTED)
+        goes_on = f"Saved {path}: the same command continues from step {position.global_step}"
         raise type(error)(f"{error}. {goes_on}") from error
 
     def stop(self, signal_name: str) -> None:
-        self.save(name="interrupted")
-        path = self.checkpointer.root / "interrupted"
+        path = self.save(name=INTERRUPTED)
         self.on_event(Stopped(path, signal_name))
         raise TrainingInterrupted(path, signal_name)
 
     def result(self) -> TrainResult:
-        best = self.checkpointer.root / "checkpoint_best"
+        best = self.checkpointer.best
         path = best if best.exists() else (self.last_saved or (self.checkpointer.root, 0))[0]
         metrics = self.checkpointer.val_metrics(path) or self.last_metrics
         return TrainResult(path.resolve(), metrics, expected_acceptance_length(metrics), self.position.global_step)
-
-
-def optimizer_config(config: TrainerConfig) -> OptimizerConfig:
-    return OptimizerConfig(
-        name=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        muon_lr=config.muon_lr,
-        muon_momentum=config.muon_momentum,
-        muon_weight_decay=config.muon_weight_decay,
-        muon_ns_steps=config.muon_ns_steps,
-        muon_adjust_lr_fn=config.muon_adjust_lr_fn,
-    )
-
-
-def mid_epoch_saves(checkpoint_freq: float, num_steps: int) -> set[int]:
-    """Steps inside an epoch after which to save: freq 0.25 of 8 steps -> {2, 4, 6}; the end of the epoch is not one."""
-    if checkpoint_freq >= 1:
-        return set()
-    count = round(1 / checkpoint_freq)
-    return {num_steps * part // count for part in range(1, count)} - {0, num_steps}
-
-
-def is_saved_epoch(checkpoint_freq: float, epoch: int) -> bool:
-    """Epoch 0 always, then every `checkpoint_freq`-th."""
-    return epoch % max(1, int(checkpoint_freq)) == 0

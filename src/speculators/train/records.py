@@ -1,0 +1,57 @@
+"""What a `Trainer` is told, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from speculators.deploy.report import CheckReport
+    from speculators.evaluation.parity import ParityReport
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    lr: float
+    num_epochs: int
+    save_path: str | Path
+    resume_from_checkpoint: bool = False
+    train_call_kwargs: dict[str, Any] = field(default_factory=dict)
+    val_call_kwargs: dict[str, Any] = field(default_factory=dict)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.01
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    muon_weight_decay: float = 0.1
+    muon_ns_steps: int = 5
+    muon_adjust_lr_fn: str = "match_rms_adamw"
+    scheduler_type: Literal["linear", "cosine", "none"] = "linear"
+    scheduler_warmup_steps: int | None = None
+    scheduler_warmup_ratio: float | None = None
+    scheduler_total_steps: int | None = None
+    scheduler_num_cosine_cycles: float = 0.5
+    checkpoint_freq: float = 1
+    save_best: bool = False
+    hidden_states_dtype: torch.dtype = torch.bfloat16
+    log_freq: int = 1
+    gradient_checkpointing: bool = False
+    max_steps: int | None = None
+    train_command: str = ""
+    """Written beside each checkpoint, for whoever finds it."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    checkpoint: Path
+    """The speculator directory to use: the best by validation loss, or the last when nothing was validated."""
+    metrics: dict[str, float]
+    """Of the validation of that checkpoint; of the last training steps when nothing was validated."""
+    acceptance_length: float | None
+    num_steps: int
+    parity: ParityReport | None = None
+    """Of the gate at the end of a run; None when it was not made."""
+    check: CheckReport | None = None
+    """Of the contract check at the end of a run; None when it was not made."""
