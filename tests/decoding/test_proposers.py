@@ -149,11 +149,60 @@ def test_a_custom_class_drafts(name):
         ({"model": "/nowhere", "num_speculative_tokens": 2}, ValueError, "no draft model at '/nowhere'"),
         (object(), ValueError, "speculative_config is a object"),
         (toys.ScriptedProposer(toys.at_random(0)), ValueError, "needs num_speculative_tokens"),
+        (
+            {
+                "method": "ngram", "num_speculative_tokens": 2, "enable_adaptive_verification": True,
+                "num_speculative_tokens_per_batch_size": [(1, 8, 0)],
+            },
+            ValueError,
+            "both choose how many tokens",
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_draft_is_named(config, error, message):
     with pytest.raises(error, match=message):
         Engine(toys.tiny_model("llama"), config)
+
+
+def test_a_number_of_tokens_without_a_drafter_is_refused():
+    with pytest.raises(ValueError, match="num_speculative_tokens=3 but no speculative_config"):
+        Engine(toys.tiny_model("llama"), num_speculative_tokens=3)
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+
+
+def test_an_acceptance_rule_may_be_named():
+    assert not Engine(toys.tiny_model("llama"), NGRAM, rule="typical").drafting.rule.lossless
+    with pytest.raises(ValueError, match="'stricter' does not exist"):
+        Engine(toys.tiny_model("llama"), NGRAM, rule="stricter")
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [({"verifier_accept_k": 3, "accept_tolerance": 1.0}, {}), ({}, {"rule": "greedy"})],
+)
+def test_a_rule_that_decodes_greedily_refuses_a_temperature(changes, options):
+    engine = Engine(toys.tiny_model("llama"), {**NGRAM, **changes}, **options)
+    assert len(engine.generate([[5, 6, 5]], SamplingParams(max_tokens=3))[0].token_ids) == 3
+    with pytest.raises(ValueError, match=r"temperature=0\.7 but the acceptance rule decodes greedily"):
+        engine.generate([[5, 6, 5]], SamplingParams(temperature=0.7))
+
+
+def test_a_speculators_weights_are_of_the_revision_its_config_was_read_from(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"speculators_model_type": "eagle3"}')
+    asked = {}
+
+    def loads(name, **options):
+        asked.update(options)
+        raise FileNotFoundError("no weights here")
+
+    monkeypatch.setattr("speculators.decoding.proposers.SpeculatorModel.from_pretrained", loads)
+    config = {"model": str(tmp_path), "num_speculative_tokens": 2}
+    for given, expected in (({"revision": "v2"}, "v2"), ({}, "main")):
+        with pytest.raises(FileNotFoundError, match="no weights here"):
+            Engine(toys.tiny_model("llama"), {**config, **given})
+        assert asked["revision"] == expected
 
 
 def test_a_draft_model_draws_from_its_own_law(tmp_path):

@@ -53,7 +53,7 @@ class Engine:
     """Decodes prompts with a verifier, and a proposer when there is one.
 
     `speculative_config`: None, a SpeculativeConfig or vLLM's JSON as a dict, or a ready `Proposer` (then say
-    `num_speculative_tokens`)."""
+    `num_speculative_tokens`). `rule`: an acceptance rule, or its name, in place of the config's."""
 
     def __init__(
         self,
@@ -85,9 +85,10 @@ class Engine:
         self.verifier = make_verifier(verifier, max_batch_size, capture) if is_model else verifier
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
         self.stats = DecodeStats()
-        self._intake = Intake(
-            tokenizer, end_of_sequence_ids(verifier, tokenizer), self.verifier.vocab_size, self.max_length, seed
-        )
+        eos_ids, vocab_size = end_of_sequence_ids(verifier, tokenizer), self.verifier.vocab_size
+        # a rule that reads logits never sees the temperature
+        greedy_only = self.drafting is not None and self.drafting.rule.reads_logits
+        self._intake = Intake(tokenizer, eos_ids, vocab_size, self.max_length, seed, greedy_only=greedy_only)
         self._generator = torch.Generator(device="cpu")
         self._cancelled: set[int] = set()
         self._is_running = False

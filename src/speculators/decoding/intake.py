@@ -24,8 +24,18 @@ DEFAULT_MAX_LENGTH = 4096
 class Intake:
     """Checks prompts against the verifier and makes requests of them."""
 
-    def __init__(self, tokenizer: Any, eos_ids: frozenset[int], vocab_size: int, max_length: int, seed: int):
+    def __init__(
+        self,
+        tokenizer: Any,
+        eos_ids: frozenset[int],
+        vocab_size: int,
+        max_length: int,
+        seed: int,
+        *,
+        greedy_only: bool = False,
+    ):
         self.tokenizer = tokenizer
+        self.greedy_only = greedy_only
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.max_length = max_length
@@ -44,6 +54,11 @@ class Intake:
 
     def request(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> ActiveRequest:
         token_ids = self._token_ids(index, prompt, params)
+        if self.greedy_only and params.temperature > 0:
+            raise ValueError(
+                f"temperature={params.temperature} but the acceptance rule decodes greedily, whatever the temperature; "
+                "use temperature=0, or leave out verifier_accept_k and accept_tolerance (or the rule)"
+            )
         if (params.logprobs or 0) > self.vocab_size:
             raise ValueError(f"logprobs={params.logprobs} exceeds the verifier's vocabulary of {self.vocab_size}")
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)

@@ -75,11 +75,17 @@ def build_drafting(
     max_batch_size: int,
     max_length: int,
     num_speculative_tokens: int | None = None,
-    rule: AcceptanceRule | None = None,
+    rule: AcceptanceRule | str | None = None,
 ) -> Drafting | None:
     """None = plain decoding. See `Engine` for what may be given."""
     if speculative_config is None:
+        if num_speculative_tokens is not None:
+            raise ValueError(
+                f"num_speculative_tokens={num_speculative_tokens} but no speculative_config says what drafts them; "
+                'give one such as {"method": "ngram"}, or leave both out to decode plainly'
+            )
         return None
+    rule = resolve_rule(rule) if isinstance(rule, str) else rule
     if isinstance(speculative_config, (dict, SpeculativeConfig)):
         config = resolve(speculative_config, verifier, num_speculative_tokens)
         proposer = build_proposer(config, Workplace(verifier, tokenizer, max_batch_size, max_length))
@@ -137,7 +143,10 @@ def build_from_checkpoint(config: SpeculativeConfig, place: Workplace) -> Propos
     assert config.model is not None
     # in the verifier's type: its embedding and head are not rounded to the checkpoint's type on their way here
     speculator = SpeculatorModel.from_pretrained(
-        config.model, dtype=place.verifier.dtype, verifier=directory_of(place.verifier)
+        config.model,
+        dtype=place.verifier.dtype,
+        verifier=directory_of(place.verifier),
+        revision=config.revision or "main",
     )
     sizes = {"max_batch_size": place.max_batch_size, "max_length": place.max_length}
     if config.dynamic_tree is not None:
@@ -169,6 +178,11 @@ def refuse_what_no_proposer_does(config: SpeculativeConfig) -> None:
         )
     if config.method == "draft_model" and config.given.get("parallel_drafting"):
         raise ValueError("parallel_drafting with method='draft_model' (PARD) is served by vLLM only; leave it out here")
+    if config.enable_adaptive_verification and config.num_speculative_tokens_per_batch_size is not None:
+        raise ValueError(
+            "enable_adaptive_verification and num_speculative_tokens_per_batch_size both choose how many tokens to "
+            "draft; leave one of them out"
+        )
     if config.quantization is not None:
         raise ValueError(f"quantization={config.quantization!r} of the draft is served by vLLM only; leave it out here")
 
