@@ -68,6 +68,12 @@ def test_stops_apply_inside_an_accepted_run(drafts, params, tokens, text, reason
     assert output.stats.num_tokens == len(tokens)
 
 
+def test_one_stop_may_be_given_without_a_list_and_none_means_none():
+    params = SamplingParams(stop="ab", stop_token_ids=5)
+    assert (params.stop, params.stop_token_ids) == (("ab",), (5,))
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+
+
 @pytest.mark.parametrize("drafts", [None, 5])
 def test_the_end_of_sequence_token_ends_a_request_unless_ignored(drafts):
     engine = engine_on([50, 51, 2, 52], drafts)
@@ -344,6 +350,16 @@ def test_bad_sampling_parameters_are_named(name, value):
     ("values", "rule"),
     [
         ({"max_tokens": 1.5}, "max_tokens=1.5 must be an integer"),
+        ({"max_tokens": "4"}, "max_tokens='4' must be an integer"),
+        ({"temperature": "1"}, "temperature='1' must be 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be 0"),
+        ({"top_p": None}, r"top_p=None must be in \(0, 1\]"),
+        ({"top_k": 1.5}, "top_k=1.5 must be a positive number"),
+        ({"presence_penalty": None}, "presence_penalty=None must be in"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf must be more than 0"),
+        ({"logprobs": 1.5}, "logprobs=1.5 must be an integer"),
+        ({"stop": ["a", 3]}, r"stop=\('a', 3\) must be made of non-empty strings"),
+        ({"stop_token_ids": ["a"]}, r"stop_token_ids=\('a',\) must be made of token ids"),
         ({"seed": "a"}, "seed='a' must be an integer of 64 bits"),
         ({"seed": 2**63}, f"seed={2**63} must be an integer of 64 bits"),
     ],

@@ -6,8 +6,10 @@ The order is vLLM's: penalties, temperature, min-p, top-k, top-p. Verification t
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -40,24 +42,26 @@ class SamplingParams:
     """How many of the most likely tokens to report at each position; None = no log-probabilities."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name, one in (("stop", str), ("stop_token_ids", int)):  # one alone may be given without a list around it
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, one) else tuple(value or ()))
         for name, is_valid, rule in (
-            ("max_tokens", isinstance(self.max_tokens, int) and self.max_tokens >= 1, "an integer, at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_k", self.top_k >= -1, "a positive number, or 0 for all tokens"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "more than 0 (1 = none)"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
+            ("max_tokens", is_count(self.max_tokens, 1), "an integer, at least 1"),
+            ("temperature", is_in(self.temperature, 0, sys.float_info.max), "0 (greedy) or more"),
+            ("top_k", is_count(self.top_k, -1), "a positive number, or 0 for all tokens"),
+            ("top_p", is_in(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
+            ("min_p", is_in(self.min_p, 0, 1), "in [0, 1]"),
             (
-                "seed",
-                self.seed is None or is_int64(self.seed),
-                "an integer of 64 bits, or None",
+                "repetition_penalty",
+                is_in(self.repetition_penalty, 0, sys.float_info.max) and self.repetition_penalty > 0,
+                "more than 0 (1 = none)",
             ),
-            ("stop", all(self.stop), "made of non-empty strings"),
+            ("presence_penalty", is_in(self.presence_penalty, -2, 2), "in [-2, 2]"),
+            ("frequency_penalty", is_in(self.frequency_penalty, -2, 2), "in [-2, 2]"),
+            ("logprobs", self.logprobs is None or is_count(self.logprobs, 0), "an integer, 0 or more, or None"),
+            ("seed", self.seed is None or is_int64(self.seed), "an integer of 64 bits, or None"),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "made of non-empty strings"),
+            ("stop_token_ids", all(is_count(i, 0) for i in self.stop_token_ids), "made of token ids"),
         ):
             if not is_valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
@@ -65,6 +69,14 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def is_count(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and value >= least
+
+
+def is_in(value: object, least: float, most: float) -> bool:
+    return isinstance(value, Real) and least <= value <= most
 
 
 def is_int64(value: object) -> bool:
