@@ -72,11 +72,11 @@ class SamplingParams:
 
 
 def is_count(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and value >= least
+    return isinstance(value, Integral) and int(value) >= least
 
 
 def is_in(value: object, least: float, most: float) -> bool:
-    return isinstance(value, Real) and least <= value <= most
+    return isinstance(value, Real) and least <= float(value) <= most
 
 
 def is_int64(value: object) -> bool:
