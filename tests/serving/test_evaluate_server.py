@@ -121,6 +121,7 @@ def test_roles_and_flags_that_cannot_be_are_refused(start_fake):
         (["--dtype", "float32"], "--dtype does not go with --server"),
         (["--concurrency", "two"], "--concurrency two"),
         (["--lossless"], "needs --baseline-server"),
+        (["--method", "eagle3", "--method", "ngram"], "give it once"),
     ):
         with pytest.raises(Exception, match=message):
             evaluate(server, *flags)

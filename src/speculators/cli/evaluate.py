@@ -12,6 +12,7 @@ from speculators.cli.evaluate_server import (
     LOCAL_FLAGS,
     SERVER_FLAGS,
     evaluate_running_server,
+    label_of,
     parse_concurrency,
     refuse_flags,
 )
@@ -62,55 +63,32 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> dict[str, Any]:
     """Measure drafting methods against plain decoding on held-out prompts: paired, interleaved, in one process."""
+    asked: dict[str, Any] = {
+        "data": data, "num_prompts": num_prompts, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p, "num_warmup": num_warmup, "seed": seed, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     if server is not None:
         refuse_flags(context, LOCAL_FLAGS, "does not go with --server: it was decided when the server was started")
-        labels = {"label": method[0]} if method else {}
         return evaluate_running_server(
-            server=server,
-            data=data,
-            baseline=baseline_server,
-            verifier=verifier,
-            num_clients=parse_concurrency(concurrency),
-            num_prompts=num_prompts,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            num_warmup=num_warmup,
-            timeout_s=request_timeout,
-            max_retries=max_retries,
-            trust_remote_code=trust_remote_code,
-            output=output,
-            lossless=lossless,
-            **labels,
-        )
+            **asked, server=server, baseline=baseline_server, verifier=verifier, **label_of(method),
+            num_clients=parse_concurrency(concurrency), timeout_s=request_timeout, max_retries=max_retries,
+            output=output, lossless=lossless,
+        )  # fmt: skip
     refuse_flags(context, SERVER_FLAGS, "needs --server")
     if verifier is None or not method:
         raise typer.BadParameter("--verifier and --method are needed, or --server with a running server")
+    return evaluate_methods(
+        **asked, verifier=verifier, methods=tuple(method), num_speculative_tokens=num_speculative_tokens,
+        speculative_token_tree=speculative_token_tree, dynamic_tree=parse_json_object("--dynamic-tree", dynamic_tree),
+        batch_size=batch_size, num_repeats=num_repeats, dtype=dtype, device=device, output=output, lossless=lossless,
+    )  # fmt: skip
+
+
+def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) -> dict[str, Any]:
+    """`settings`: the fields of `EvaluateConfig`."""
     from speculators import evaluation
 
-    config = evaluation.EvaluateConfig(
-        verifier=verifier,
-        data=data,
-        methods=tuple(method),
-        num_speculative_tokens=num_speculative_tokens,
-        speculative_token_tree=speculative_token_tree,
-        dynamic_tree=parse_json_object("--dynamic-tree", dynamic_tree),
-        num_prompts=num_prompts,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        batch_size=batch_size,
-        num_warmup=num_warmup,
-        num_repeats=num_repeats,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        check_sampling=lossless,
-    )
+    config = evaluation.EvaluateConfig(**settings, check_sampling=lossless)
     with WorkProgress() as progress:
         report = evaluation.evaluate(config, on_progress=lambda done, total: progress("decode", done, total))
     out().print(evaluation.report_table(report))
@@ -120,5 +98,5 @@ def evaluate(
     if output is not None:
         say(f"report: {evaluation.save_report(report, output)}")
     if lossless and report.lossless is False:
-        raise evaluation.NotLosslessError(report.rows, dtype)
+        raise evaluation.NotLosslessError(report.rows, config.dtype)
     return {"verb": "evaluate", **report.to_dict()}

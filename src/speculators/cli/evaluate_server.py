@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,13 @@ def parse_concurrency(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise typer.BadParameter(f"--concurrency {text}: numbers of clients with commas, such as 1,4,8") from error
+
+
+def label_of(methods: Sequence[str] | None) -> dict[str, str]:
+    """What the row is called: a server does not say what drafts in it."""
+    if methods and len(methods) > 1:
+        raise typer.BadParameter("--method names the row of --server, which has one: give it once")
+    return {"label": methods[0]} if methods else {}
 
 
 def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: Any) -> dict[str, Any]:
