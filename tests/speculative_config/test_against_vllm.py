@@ -129,3 +129,15 @@ def test_mtp_drafts_are_the_same(theirs, model_type, architecture):
     keys = ("model_type", "architectures", "n_predict", "num_hidden_layers", "num_nextn_predict_layers", "layer_types")
     ours, reference = ({key: getattr(draft, key, None) for key in keys} for draft in drafts)
     assert ours == reference
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "dflash"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaForCausalLMEagle3", "EagleX", "DFlashDraftModel"])
+def test_foreign_drafts_are_named_the_same(tmp_path, method, architecture):
+    wrapped = pytest.importorskip("vllm.transformers_utils.configs.eagle").EAGLEConfig
+    values = {"model_type": "llama", "architectures": [architecture], "vocab_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    ours = SpeculativeConfig(model=str(tmp_path), method=method, num_speculative_tokens=2)
+    theirs = wrapped(PretrainedConfig(architectures=[architecture], vocab_size=9), method=method, model_type="eagle")
+    assert ours.draft_model_config.hf_config.architectures == theirs.architectures
+    assert ours.draft_model_config.hf_config.model_type == theirs.model_type

@@ -345,6 +345,47 @@ def test_number_of_tokens_comes_from_n_predict(tmp_path):
     assert (config.method, config.num_speculative_tokens) == ("medusa", 4)
 
 
+@pytest.mark.parametrize("model_type", ["mimo_mtp", "step3p5_mtp"])
+def test_more_tokens_than_mtp_layers_are_warned_of_where_a_layer_would_run_again(tmp_path, model_type, caplog):
+    draft = checkpoint(tmp_path / "draft", model_type=model_type, architectures=["X"])
+    assert SpeculativeConfig(model=draft, num_speculative_tokens=2).method == "mtp"
+    assert ("same MTP layer repeatedly" in caplog.text) == (model_type == "mimo_mtp")
+
+
+def test_a_target_that_ships_dspark_stages_in_the_place_of_mtp_says_so():
+    target = llama("org/v41")
+    target.hf_config = SimpleNamespace(
+        model_type="deepseek_v41", architectures=["DeepseekV41ForCausalLM"], num_nextn_predict_layers=1
+    )
+    with pytest.raises(ValidationError, match="use speculative method 'dspark' instead of 'mtp'"):
+        SpeculativeConfig(method="mtp", num_speculative_tokens=1, target_model_config=target)
+
+
+def test_a_draft_under_the_first_name_of_its_architecture_is_recognised(tmp_path):
+    draft = checkpoint(tmp_path / "draft", model_type="qwen3", architectures=["DSparkDraftModel"], block_size=7)
+    config = SpeculativeConfig(model=draft)
+    assert (config.method, config.num_speculative_tokens, config.parallel_drafting) == ("dspark", 7, True)
+    assert config.draft_model_config.hf_config.architectures == ["Qwen3DSparkModel"]
+    other = checkpoint(tmp_path / "other", model_type="qwen3", architectures=["Qwen3ForCausalLM"], block_size=7)
+    assert SpeculativeConfig(model=other, num_speculative_tokens=2).method == "draft_model"
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "served"),
+    [
+        ("eagle", "LlamaForCausalLM", "EagleLlamaForCausalLM"),
+        ("eagle", "EagleMistralForCausalLM", "EagleMistralForCausalLM"),
+        ("eagle3", "LlamaForCausalLM", "Eagle3LlamaForCausalLM"),
+        ("eagle3", "LlamaForCausalLMEagle3", "LlamaForCausalLMEagle3"),
+        ("dflash", "Qwen3ForCausalLM", "DFlashQwen3ForCausalLM"),
+    ],
+)
+def test_a_foreign_draft_becomes_an_eagle_config_named_after_its_method(tmp_path, method, given, served):
+    draft = checkpoint(tmp_path / "draft", architectures=[given])
+    config = SpeculativeConfig(model=draft, method=method, num_speculative_tokens=2).draft_model_config.hf_config
+    assert (config.model_type, config.architectures) == ("eagle", [served])
+
+
 @pytest.mark.parametrize("method", ["medusa", "mtp", "mlp_speculator"])
 def test_an_explicit_method_needs_a_draft_of_its_type(tmp_path, method):
     draft = checkpoint(tmp_path / "draft")
@@ -526,6 +567,8 @@ def test_the_hash_follows_the_states_the_verifier_must_return_and_nothing_else()
             "num_speculative_tokens_per_batch_size": [[1, 8, 3], [9, 64, 1]],
         },
         {"method": "eagle3", "model": "o/d", "num_speculative_tokens": 4, "parallel_drafting": True},
+        {"method": "dflash", "model": "o/d", "num_speculative_tokens": 7},
+        {"method": "dspark", "model": "o/d", "num_speculative_tokens": 7, "dspark_draft_topk": 4},
         {"method": "ngram", "num_speculative_tokens": 3, "attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
     ],
 )

@@ -62,6 +62,22 @@ def architectures_of(hf_config: Any) -> list[str]:
     return list(lookup(hf_config, "architectures", []) or [])
 
 
+def rename(hf_config: Any, names: dict[tuple[str, str], str]) -> None:
+    """Give a draft's architecture its present name; `names` is by (model_type, architecture)."""
+    model_type = lookup(hf_config, "model_type", "")
+    hf_config.architectures = [names.get((model_type, name), name) for name in architectures_of(hf_config)]
+
+
+def name_as_served(hf_config: Any, prefix: str) -> None:
+    """Wrap a foreign draft's config as vLLM does: an EAGLE config whose architecture says the method."""
+    if prefix and hf_config is not None and lookup(hf_config, "model_type") != "eagle":
+        hf_config.model_type = "eagle"
+        hf_config.architectures = [
+            name if name.startswith(prefix) or name.endswith(prefix) else prefix + name
+            for name in architectures_of(hf_config)
+        ]
+
+
 def is_readable_here(model: str) -> bool:
     return (Path(model) / "config.json").is_file()
 

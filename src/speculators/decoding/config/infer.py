@@ -14,13 +14,18 @@ from speculators.decoding.config.draft import (
     draft_tensor_parallel_size,
     is_readable_here,
     lookup,
+    name_as_served,
     read_hf_config,
+    rename,
 )
 from speculators.decoding.config.methods import (
+    LAYER_FOR_EACH_TOKEN,
     METHODS,
     METHODS_WITH_A_MODEL_TYPE,
     MTP_TYPE_NAMES,
+    RENAMED_DRAFTS,
     SPECULATORS_METHODS,
+    TARGETS_WITHOUT_MTP,
 )
 from speculators.decoding.config.mtp_families import hf_config_override
 from speculators.decoding.tree import TokenTree
@@ -163,7 +168,9 @@ def _fill_in_network(config: SpeculativeConfig, is_explicit: bool) -> None:
     else:
         if hf_config is not None and config.method != "medusa" and architectures_of(hf_config):
             hf_config = hf_config_override(hf_config)
+            rename(hf_config, RENAMED_DRAFTS)
         _detect_method(config, hf_config, is_explicit)
+        name_as_served(hf_config, METHODS[str(config.method)].draft_prefix)
     assert config.method is not None
     if METHODS[config.method].is_parallel:
         config.parallel_drafting = True
@@ -227,7 +234,15 @@ def _detect_method(config: SpeculativeConfig, hf_config: Any, is_explicit: bool)
         by_type = [m for m, facts in METHODS.items() if model_type in facts.detect_by_model_type]
         found: list[Any] = [*by_name, *by_architecture, *by_type, "draft_model"]
         config.method = found[0]
-    if config.method == "mtp" and (config.num_speculative_tokens or 1) > 1:
+    if config.method != "mtp":
+        return
+    target_type = lookup(config.target_model_config, "hf_config.model_type", "")
+    if target_type in TARGETS_WITHOUT_MTP:
+        raise ValueError(
+            f"a target of type {target_type!r} ships no MTP layers; use speculative method "
+            f"'{TARGETS_WITHOUT_MTP[target_type]}' instead of 'mtp'"
+        )
+    if (config.num_speculative_tokens or 1) > 1 and model_type not in LAYER_FOR_EACH_TOKEN:
         logger.warning("num_speculative_tokens > 1 runs the same MTP layer repeatedly; acceptance may be lower")
 
 

@@ -32,6 +32,8 @@ class MethodFacts:
     """`model` may be left out and becomes the method's name."""
     model_defaults_to_target: bool = False
     """`model` may be left out and becomes the target checkpoint."""
+    own_drafter_in: frozenset[str] = frozenset()
+    """Types of targets that may hold such a drafter themselves; empty: the target's config says it by other means."""
     reads_states: bool = False
     """Drafts from the verifier's hidden states (vLLM: "eagle-like")."""
     reads_aux_states: bool = False
@@ -42,6 +44,8 @@ class MethodFacts:
     """Parts of a lower-cased model name that mean this method when none is given."""
     detect_by_model_type: frozenset[str] = frozenset()
     detect_by_architecture: frozenset[str] = frozenset()
+    draft_prefix: str = ""
+    """A foreign draft is served under its architecture's name behind this, as an EAGLE config."""
     in_vllm: bool = True
 
 
@@ -53,17 +57,19 @@ METHODS: dict[str, MethodFacts] = {
     "early_exit": MethodFacts(has_network=False, model_defaults_to_method=True, in_vllm=False),
     "extract_hidden_states": MethodFacts(has_network=False, model_defaults_to_method=True, reads_aux_states=True),
     # In the order in which a draft checkpoint is recognised.
-    "eagle": MethodFacts(reads_states=True, detect_by_name=("eagle-",)),
-    "eagle3": MethodFacts(reads_states=True, reads_aux_states=True, detect_by_name=("eagle3",)),
+    "eagle": MethodFacts(reads_states=True, detect_by_name=("eagle-",), draft_prefix="Eagle"),
+    "eagle3": MethodFacts(reads_states=True, reads_aux_states=True, detect_by_name=("eagle3",), draft_prefix="Eagle3"),
     "dflash": MethodFacts(
         reads_states=True,
         reads_aux_states=True,
         is_parallel=True,
         detect_by_name=("dflash",),
         detect_by_architecture=frozenset({"MuseGlimmerAssistantModel"}),
+        draft_prefix="DFlash",
     ),
     "dspark": MethodFacts(
         model_defaults_to_target=True,
+        own_drafter_in=frozenset({"deepseek_v4", "deepseek_v41"}),
         reads_states=True,
         reads_aux_states=True,
         is_parallel=True,
@@ -75,6 +81,13 @@ METHODS: dict[str, MethodFacts] = {
     "mtp": MethodFacts(model_defaults_to_target=True, reads_states=True, detect_by_model_type=MTP_TYPE_NAMES | {"mtp"}),
     "draft_model": MethodFacts(),
 }
+
+RENAMED_DRAFTS = {("qwen3", "DSparkDraftModel"): "Qwen3DSparkModel"}
+"""(model_type, architecture) of drafts whose architecture has another name by now."""
+TARGETS_WITHOUT_MTP = {"deepseek_v41": "dspark"}
+"""Model types of targets that look as if they shipped MTP layers; the method that drafts with what they do ship."""
+LAYER_FOR_EACH_TOKEN = frozenset({"step3p5_mtp", "inkling_mtp"})
+"""MTP drafts that have a layer of its own for each token."""
 
 METHODS_WITH_A_MODEL_TYPE = frozenset({"medusa", "mlp_speculator", "mtp"})
 """Given explicitly, these need a draft of their own `model_type`."""

@@ -40,8 +40,8 @@ def vllm_settings(config: SpeculativeConfig) -> tuple[dict[str, Any], dict[str, 
         settings["model"] = config.model
     elif config.method is not None and not METHODS[config.method].has_network:
         settings.pop("model", None)
-    if config.parallel_drafting:
-        settings["parallel_drafting"] = True
+    if config.parallel_drafting and config.method is not None and not METHODS[config.method].is_parallel:
+        settings["parallel_drafting"] = True  # else it goes without saying
     if "rejection_sample_method" in settings or config.rejection_sample_method != "strict":
         sampled_as = settings.pop("draft_sample_method", "greedy")
         settings.pop("rejection_sample_method", None)
