@@ -68,3 +68,9 @@ def launch(folder: Path, *flags: str, port: int = 0) -> FakeServer:
         assert process.poll() is None and time.monotonic() < deadline, "the fake server did not start"
         time.sleep(0.02)
     return FakeServer(folder, process, int((folder / "port.txt").read_text()))
+
+
+def speculative_config(result: dict) -> dict:
+    """Of the command that `serve --dry-run` printed."""
+    command = result["command"]
+    return json.loads(command[command.index("--speculative-config") + 1])

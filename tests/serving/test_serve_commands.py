@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from fakes import speculative_config
 
-from speculators import assets
 from speculators.cli.app import main, run
 from speculators.cli.launch_vllm import split
 from speculators.deploy.environment import find_vllm, version_in
@@ -21,50 +21,6 @@ from speculators.deploy.serve import base_url_of, command_to_extract, command_to
 from speculators.utils.extraction import ExtractionNote
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def fake_environment(tmp_path, monkeypatch) -> Path:
-    """A Python that has a distribution named vllm 0.32.0+cpu, and nothing else of it."""
-    monkeypatch.delenv("SPECULATORS_VLLM_PYTHON", raising=False)
-    folder = tmp_path / "environment"
-    metadata = folder / "site" / "vllm-0.32.0+cpu.dist-info" / "METADATA"
-    metadata.parent.mkdir(parents=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-    (folder / "bin").mkdir()
-    python = folder / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder / "site"} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def verifier() -> str:
-    return str(assets.tiny_verifier_path())
-
-
-@pytest.fixture
-def speculator(tmp_path, verifier) -> str:
-    """What `serve` reads of a checkpoint: its config.json."""
-    from speculators import SpeculatorsConfig, VerifierConfig
-    from speculators.models.eagle3 import Eagle3SpeculatorConfig
-    from speculators.proposals import GreedyTokenProposalConfig
-
-    config = Eagle3SpeculatorConfig(
-        speculators_config=SpeculatorsConfig(
-            algorithm="eagle3",
-            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=5)],
-            default_proposal_method="greedy",
-            verifier=VerifierConfig.from_pretrained(verifier),
-        )
-    )
-    config.save_pretrained(tmp_path / "speculator")
-    return str(tmp_path / "speculator")
-
-
-def speculative_config(result: dict) -> dict:
-    command = result["command"]
-    return json.loads(command[command.index("--speculative-config") + 1])
 
 
 def test_vllm_is_found_in_a_named_environment_or_interpreter_or_by_the_variable(fake_environment, monkeypatch):
@@ -143,22 +99,6 @@ def test_what_vllm_cannot_serve_is_refused_before_it_starts(verifier, speculator
     (Path(speculator) / "config.json").write_text(json.dumps({**config, "speculators_model_type": "mlp"}))
     with pytest.raises(ValueError, match="no drafter of type 'mlp'"):
         run(["serve", speculator, "--dry-run"])
-    with pytest.raises(ValueError, match="is no directory"):
-        run(["serve", str(tmp_path / "nowhere"), "--dry-run"])
-
-
-def test_a_speculator_on_the_hub_is_one_too(speculator, verifier, monkeypatch):
-    from transformers import PretrainedConfig
-
-    values = json.loads((Path(speculator) / "config.json").read_text())
-    monkeypatch.setattr(PretrainedConfig, "get_config_dict", classmethod(lambda cls, name: (values, {})))
-    result = run(["serve", "org/speculator", "--verifier", "org/verifier", "-k", "2", "--dry-run"])
-    assert result["command"][1:3] == ["serve", "org/verifier"]
-    expected = {"method": "eagle3", "num_speculative_tokens": 2, "model": "org/speculator"}
-    assert speculative_config(result) == expected
-    del values["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
-    without_k = run(["serve", "org/speculator", "--verifier", "org/verifier", "-k", "3", "--dry-run"])
-    assert speculative_config(without_k)["num_speculative_tokens"] == 3
 
 
 def test_an_export_is_what_vllm_serves_for_algorithms_with_a_layout_of_their_own(speculator):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from speculators.cli.serve import READY_TIMEOUT_S, start, vllm_environment
+from speculators.cli.vllm_server import READY_TIMEOUT_S, start, vllm_environment
 
 DEFAULT_DIRECTORY = Path(tempfile.gettempdir()) / "hidden_states"
 
@@ -89,12 +89,11 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def what_to_extract(args: argparse.Namespace) -> Any:
     """The layers, ascending: engines hand them over in the order of the network."""
-    from speculators.deploy.checkpoints import local_config
     from speculators.utils.extraction import ExtractionNote
-    from speculators.utils.files import absolute_if_directory
+    from speculators.utils.files import absolute_if_directory, refuse_missing_verifier
     from speculators.utils.target_layers import get_verifier_config, resolve_target_layer_ids
 
-    local_config(args.model)  # says what is wrong with a directory
+    refuse_missing_verifier(args.model)
     config = get_verifier_config(args.model, args.trust_remote_code)
     layer_ids = resolve_target_layer_ids(args.target_layer_ids, config)
     if args.include_last_layer:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from speculators.checkpoint.formats import CONFIG_FILE
 from speculators.checkpoint.io import refuse_run
 from speculators.checkpoint.record import RECORD_FILE
-from speculators.utils.files import absolute_if_directory
+from speculators.utils.files import absolute_if_directory, looks_like_a_path
 
 
 @dataclass(frozen=True)
@@ -23,15 +28,20 @@ class SpeculatorFacts:
     num_speculative_tokens: int | None
 
 
-def speculator_facts(model: str) -> SpeculatorFacts | None:
-    """None: no speculator. So is a hub id that cannot be read here: the server may be able to."""
-    values = local_config(model) if Path(model).is_dir() or looks_local(model) else hub_config(model)
+def read_config(name: str) -> dict[str, Any] | None:
+    """config.json behind a name, {} where a model of the hub has none. None: the hub cannot be asked from here, but
+    perhaps by the server."""
+    return local_config(name) if looks_like_a_path(name) else hub_config(name)
+
+
+def speculator_facts(name: str, values: dict[str, Any] | None) -> SpeculatorFacts | None:
+    """`values`: what `read_config` gave. None: no speculator, as far as is known."""
     if values is None or "speculators_model_type" not in values:
         return None
     settings = values.get("speculators_config") or {}
     methods = settings.get("proposal_methods") or [{}]
     return SpeculatorFacts(
-        path=absolute_if_directory(model),
+        path=absolute_if_directory(name),
         speculators_model_type=values["speculators_model_type"],
         verifier=(settings.get("verifier") or {}).get("name_or_path"),
         num_speculative_tokens=methods[0].get("speculative_tokens"),
@@ -43,31 +53,36 @@ def is_export(model: str) -> bool:
     return (Path(model) / RECORD_FILE).is_file()
 
 
-def looks_local(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or model.count("/") > 1
-
-
-def hub_config(model: str) -> dict[str, Any] | None:
-    """config.json of a hub id, from the hub or its cache."""
-    from transformers import PretrainedConfig
-
+@lru_cache  # without a network, each time costs half a minute of tries
+def hub_config(name: str) -> dict[str, Any] | None:
     try:
-        return dict(PretrainedConfig.get_config_dict(model)[0])
-    except OSError:
+        path = hf_hub_download(name, CONFIG_FILE)
+    except LocalEntryNotFoundError:  # not in the cache either
         return None
+    except EntryNotFoundError:
+        return {}
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{name} is no directory here, and the hub gives no model of that name ({reason}); name the directory or "
+            "the hub id of a speculator or a model"
+        ) from error
+    return parsed(Path(path))
 
 
-def local_config(model: str) -> dict[str, Any] | None:
-    """config.json of a local directory; None for what is no directory (a hub id)."""
-    path = Path(model)
+def local_config(name: str) -> dict[str, Any]:
+    path = Path(name)
     if not path.is_dir():
-        if looks_local(model):
-            raise ValueError(f"{model} is no directory; give a checkpoint's directory or a model's hub id")
-        return None
-    try:
-        return dict(json.loads((path / "config.json").read_text()))
-    except FileNotFoundError as error:
+        found = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{name} {found}; give the directory of a checkpoint or model, or a model's hub id")
+    if not (path / CONFIG_FILE).is_file():
         refuse_run(path)
-        raise ValueError(f"{model} has no config.json: it is neither a speculator nor a model") from error
+        raise ValueError(f"{name} has no {CONFIG_FILE}: it is neither a speculator nor a model")
+    return parsed(path / CONFIG_FILE)
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
     except ValueError as error:
-        raise ValueError(f"{path / 'config.json'} is not JSON ({error}): the checkpoint is damaged") from error
+        raise ValueError(f"{path} is not JSON ({error}): the checkpoint is damaged") from error

@@ -1,0 +1,111 @@
+"""What `serve` gives vLLM as `--speculative-config`. What is missing is said before vLLM is looked for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from speculators.decoding.config import ModelInfo, SpeculativeConfig
+from speculators.decoding.config.draft import is_readable_here, lookup, read_hf_config
+from speculators.decoding.config.infer import is_import_path
+from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, SPECULATORS_METHODS, MethodFacts
+from speculators.deploy.checkpoints import read_config
+from speculators.utils.suggest import did_you_mean
+
+NAME_THEM = (
+    "name them with --draft (directory or hub id), or serve the trained checkpoint itself, which names its verifier: "
+    "speculators serve CHECKPOINT"
+)
+
+
+def in_vllms_words(settings: dict[str, Any], verifier: str) -> dict[str, Any]:
+    """The settings completed and checked as vLLM will."""
+    method = settings.get("method")
+    refuse_no_drafter(settings)
+    target = target_of(settings, verifier)
+    try:
+        config = SpeculativeConfig(**settings, target_model_config=target)
+    except NotImplementedError as error:
+        holder = settings.get("model", verifier)
+        raise ValueError(f"--method {method}: {holder} is no such drafter; name one with --draft ({error})") from error
+    except ValidationError as error:
+        if "num_speculative_tokens" in settings or "num_speculative_tokens" not in str(error):
+            raise
+        raise ValueError("neither a flag nor the drafter says how many tokens to draft a round: give -k N") from error
+    unsupported = config.vllm_unsupported()
+    if unsupported:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())
+        raise ValueError(f"vLLM would not accept {reasons}. Leave it out, or decode here with `speculators generate`")
+    return dict(json.loads(config.to_vllm_json()))
+
+
+def facts_of(method: str) -> MethodFacts:
+    return METHODS["mtp" if method in MTP_TYPE_NAMES else method]
+
+
+def drafts_with_a_model(settings: dict[str, Any]) -> bool:
+    """Whether `model` of the settings is a directory or a hub id; else it is a class, or a method's name."""
+    method, model = settings.get("method"), settings["model"]
+    if method is not None:
+        return facts_of(method).has_network
+    return not is_import_path(model) and model.strip("[]") not in METHODS
+
+
+def target_of(settings: dict[str, Any], verifier: str) -> ModelInfo | None:
+    """The verifier's config, where the settings cannot be completed without: it holds the drafter itself, or a draft on
+    the hub is to be recognised."""
+    method, model = settings.get("method"), settings.get("model")
+    if model is None and facts_of(settings["method"]).model_defaults_to_target:
+        unread, why = verifier, f"--method {method} without --draft takes layers of the verifier itself"
+    elif method is None and drafts_with_a_model(settings) and not is_readable_here(settings["model"]):
+        unread, why = settings["model"], "what kind of drafter it is would be a guess; say it with --method"
+    else:
+        return None
+    if not read_config(unread) or not read_config(verifier):
+        raise ValueError(f"the config.json of {unread} cannot be read here, and {why}")
+    config = read_hf_config(verifier)
+    own_types = facts_of(method).own_drafter_in if method is not None else None
+    if own_types and lookup(config, "model_type") not in own_types:
+        raise ValueError(
+            f"--method {method} drafts with weights of its own unless the verifier is of type "
+            f"{' or '.join(sorted(own_types))}, and {verifier} is a {lookup(config, 'model_type')!r}; {NAME_THEM}"
+        )
+    return ModelInfo(verifier, config)
+
+
+def refuse_no_drafter(settings: dict[str, Any]) -> None:
+    method, model = settings.get("method"), settings.get("model")
+    if model is not None:
+        return
+    if method is None:
+        raise ValueError(
+            f"{', '.join(f'{name}={value!r}' for name, value in settings.items())} was given but nothing that drafts; "
+            "name a drafter with --draft, or a method that needs none: --method ngram, --method suffix"
+        )
+    facts = facts_of(method)
+    if method == "custom_class":  # the one drafter that is code
+        raise ValueError(f"--method {method} drafts with a class of yours; name it with --draft module.Class")
+    if not facts.model_defaults_to_method and not facts.model_defaults_to_target:
+        raise ValueError(f"--method {method} drafts with weights of its own, and none are named; {NAME_THEM}")
+
+
+def refuse_method_without_model(method: str | None, drafter: str, verifier: str) -> None:
+    if method is not None and not facts_of(method).has_network:
+        raise ValueError(
+            f"--method {method} drafts without a model, but with --verifier {drafter} would be one; leave {drafter} "
+            f"out: speculators serve {verifier} --method {method}"
+        )
+
+
+def refuse_unknown_method(method: Any) -> None:
+    if method is None or method in METHODS or method in MTP_TYPE_NAMES:
+        return
+    if method in SPECULATORS_METHODS:
+        raise ValueError(
+            f"--method {method} is no method of vLLM but a type of speculator; its checkpoint says itself how it is "
+            "drafted with: speculators serve CHECKPOINT"
+        )
+    known = [name for name, facts in METHODS.items() if facts.in_vllm]
+    raise ValueError(f"--method {method} is unknown; vLLM has {', '.join(known)}.{did_you_mean(str(method), known)}")

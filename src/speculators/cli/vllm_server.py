@@ -1,0 +1,100 @@
+"""What `serve` and `launch-vllm` share: finding vLLM, running its server in the foreground, and the flags for both."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from speculators.cli.console import err, out, say
+
+if TYPE_CHECKING:
+    from speculators.deploy.environment import VllmEnvironment
+    from speculators.deploy.serve import Launch
+
+READY_TIMEOUT_S = 1800.0
+"""Loading and compiling a model of hundreds of billions of parameters takes many minutes."""
+WAIT_NOTE_S = 10.0
+"""How often the wait is reported where there is no terminal to draw in."""
+
+Python = Annotated[
+    str | None, typer.Option(help="Python, or its environment's directory, that has vLLM. Default: this one's.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command and exit.")]
+ReadyTimeout = Annotated[float, typer.Option(min=1, help="Seconds the server may take to become healthy.")]
+
+
+def vllm_environment(python: str | None, dry_run: bool) -> VllmEnvironment | None:
+    """None only in a dry run without vLLM: the command is then for another machine."""
+    from speculators.deploy.environment import TESTED_VERSION, find_vllm
+
+    try:
+        found = find_vllm(python)
+    except ValueError as error:
+        if not dry_run or python is not None:
+            raise
+        say(f"[dim]{error}[/]")
+        return None
+    if not found.is_tested_version:
+        say(f"[yellow]vLLM {found.version} in {found.python}; what is served was tested with {TESTED_VERSION}[/]")
+    return found
+
+
+def start(
+    launch: Launch, result: dict[str, Any], found: VllmEnvironment | None, dry_run: bool, ready_timeout_s: float
+) -> dict[str, Any]:
+    """Print the command, or run it until Ctrl-C or SIGTERM."""
+    result |= {
+        "command": list(launch.command),
+        "endpoint": launch.endpoint,
+        "vllm": found.version if found else None,
+        "dry_run": dry_run,
+    }
+    if dry_run:
+        out().print(shlex.join(launch.command), soft_wrap=True, markup=False, emoji=False)
+        return result
+    from speculators.deploy.serve import run_server
+
+    say(f"[dim]{shlex.join(launch.command)}[/]")
+    with WaitLine() as line:
+        signal_name = run_server(
+            launch,
+            ready_timeout_s=ready_timeout_s,
+            on_line=line.forward,
+            on_wait=line.wait,
+            on_ready=lambda seconds: line.ready(seconds, launch.endpoint),
+        )
+    say(f"{signal_name}: the server and its workers have ended")
+    return {**result, "stopped_by": signal_name}
+
+
+class WaitLine:
+    """The server's log on stderr, and below it how long it has been starting."""
+
+    def __init__(self) -> None:
+        self.console = err()
+        self.status = self.console.status("starting vLLM")
+        self.next_note_s = WAIT_NOTE_S
+
+    def __enter__(self) -> WaitLine:
+        if self.console.is_terminal:
+            self.status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.status.stop()
+
+    def forward(self, line: str) -> None:
+        self.console.print(line, markup=False, emoji=False)
+
+    def wait(self, seconds: float, last_line: str) -> None:
+        if self.console.is_terminal:
+            self.status.update(f"waiting for vLLM: {seconds:.0f} s")
+        elif seconds >= self.next_note_s:
+            self.next_note_s += WAIT_NOTE_S
+            self.console.print(f"waiting for vLLM: {seconds:.0f} s")
+
+    def ready(self, seconds: float, endpoint: str | None) -> None:
+        self.status.stop()
+        self.console.print(f"[bold]ready[/] after {seconds:.0f} s: {endpoint}")
