@@ -138,6 +138,15 @@ def test_trees_are_refused(case):
         decode(model, prompts[:1], proposer, 1)
 
 
+def test_they_do_not_draft(case, tmp_path):
+    model, _, _ = case
+    with pytest.raises(ValueError, match=f"method='early_exit': {type(model).__name__} folds the past into states"):
+        Engine(model, {"method": "early_exit", "num_speculative_tokens": 2})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"draft model '{tmp_path}': {type(model).__name__} folds the past"):
+        Engine(toys.tiny_model("llama"), {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 2})
+
+
 def test_models_that_cannot_be_rolled_back_say_why():
     jamba = JambaConfig(
         **SHAPE, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, mamba_dt_rank=4

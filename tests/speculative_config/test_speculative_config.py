@@ -118,12 +118,31 @@ def checkpoint(folder, **values) -> str:
             {"method": "ngram", "num_speculative_tokens": 3, "dspark_draft_topk": 4},
             "only supported with method='dspark'",
         ),
+        (
+            {
+                "method": "ngram",
+                "num_speculative_tokens": 3,
+                "verifier_accept_k": 2,
+                "accept_tolerance": 0.1,
+                "rejection_sample_method": "block",
+            },
+            "not by rejection_sample_method='block'; drop one",
+        ),
     ],
 )
 def test_errors_say_what_the_contract_says(fields, message):
     with pytest.raises(ValidationError, match=message):
         SpeculativeConfig(**fields)
     assert issubclass(ValidationError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"method": ', "is not JSON: Expecting value"), ("[1]", "must be a JSON object"), ("ngram", "is not JSON")],
+)
+def test_what_is_no_json_object_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        SpeculativeConfig.from_vllm_json(text)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from speculators.decoding.verification import resolve_rule
+from speculators.decoding.verification import UniformDraws, resolve_rule
 from speculators.interfaces import Proposal
 
 
@@ -52,6 +52,30 @@ def test_typical_accepts_above_the_smaller_of_threshold_and_scaled_exp_entropy()
     flat = [0.34, 0.33, 0.33]  # bound = 0.3 * exp(-log 3) = 0.1 > 0.09: everything is typical
     result = resolve_rule("typical")(Proposal(torch.tensor([[2]])), rows(flat, [1.0, 0.0, 0.0]), None)
     assert result.num_accepted_B.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("p", "accepted"),
+    [
+        # sure: exp(-H) is large, the threshold 0.09 decides (0.3 * exp(-0.54) = 0.18 would refuse both)
+        ([0.85, 0.095, 0.055], [1, 1, 0]),
+        # flat: 0.3 * exp(-H) = 0.3 / 16 decides, below the threshold
+        ([1 / 16] * 16, [1] * 16),
+        ([0.94 / 15] * 15 + [0.06], [1] * 16),
+    ],
+)
+def test_typical_takes_the_smaller_of_its_two_bounds(p, accepted):
+    for token, is_accepted in enumerate(accepted):
+        result = resolve_rule("typical")(Proposal(torch.tensor([[token]])), rows(p, p), None)
+        assert result.num_accepted_B.tolist() == [is_accepted]
+
+
+def test_typical_never_emits_a_token_below_the_bound():
+    p = [0.05, 0.85, 0.055, 0.045]  # in cumulative order: either end would be drawn by an extreme uniform
+    for uniform in (0.0, 0.03, 0.5, 0.97, 1 - 2**-53):
+        draws = UniformDraws(torch.zeros(1, 2, dtype=torch.float64), torch.full((1, 2), uniform, dtype=torch.float64))
+        result = resolve_rule("typical")(Proposal(torch.tensor([[0]])), rows(p, p), draws)
+        assert (result.num_accepted_B.tolist(), result.next_token_B.tolist()) == ([0], [1])
 
 
 def test_typical_takes_the_longest_path_and_the_likelier_of_equals():

@@ -95,6 +95,11 @@ def _check_our_rules(config: SpeculativeConfig, num_tokens: int) -> None:
         check_batch_size_ranges(config.num_speculative_tokens_per_batch_size)
     if config.dspark_draft_topk is not None and config.method != "dspark":
         raise ValueError(f"dspark_draft_topk is only supported with method='dspark', not {config.method!r}")
+    if config.is_lenient and "rejection_sample_method" in config.given:
+        raise ValueError(
+            f"verifier_accept_k and accept_tolerance accept drafts by a rule of their own, not by "
+            f"rejection_sample_method={config.rejection_sample_method!r}; drop one or the other"
+        )
     _check_trees(config, num_tokens)
 
 

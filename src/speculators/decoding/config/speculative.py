@@ -151,7 +151,13 @@ class SpeculativeConfig(BaseModel):
     @classmethod
     def from_vllm_json(cls, text: str, **engine: Any) -> SpeculativeConfig:
         """From the value of `--speculative-config`; `engine` may give target_model_config and the like."""
-        return cls(**json.loads(text), **engine)
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the speculative config {text!r} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f'the speculative config {text!r} must be a JSON object such as {{"method": "ngram"}}')
+        return cls(**settings, **engine)
 
     def with_target(self, target_model_config: Any, target_parallel_config: Any = None) -> SpeculativeConfig:
         """The same user input resolved against a verifier."""
@@ -177,12 +183,17 @@ class SpeculativeConfig(BaseModel):
 
     def acceptance_rule(self) -> AcceptanceRule:
         """The rule that this config verifies with."""
-        accept_k, tolerance = self.verifier_accept_k or 1, self.accept_tolerance or 0.0
-        if accept_k > 1 and tolerance > 0:  # otherwise leniency is none, and sampled requests are served as well
-            return resolve_rule("tolerance", verifier_accept_k=accept_k, accept_tolerance=tolerance)
+        if self.is_lenient:
+            leniency = {"verifier_accept_k": self.verifier_accept_k, "accept_tolerance": self.accept_tolerance}
+            return resolve_rule("tolerance", **leniency)
         if self.rejection_sample_method == "synthetic":
             return resolve_rule("synthetic", acceptance_rates=tuple(self.synthetic_acceptance_rates or ()))
         return resolve_rule(self.rejection_sample_method)
+
+    @property
+    def is_lenient(self) -> bool:
+        """Whether other tokens than the verifier's best are accepted; if not, sampled requests are served as well."""
+        return (self.verifier_accept_k or 1) > 1 and (self.accept_tolerance or 0.0) > 0
 
     @property
     def draws_drafts(self) -> bool:

@@ -22,6 +22,7 @@ from speculators.decoding.proposers.static_tree import StaticTreeProposer
 from speculators.decoding.proposers.suffix import SuffixProposer
 from speculators.decoding.proposers.tree_draft_model import TreeDraftModelProposer
 from speculators.decoding.proposers.vocabulary import TokenIntersection
+from speculators.decoding.recurrent_verifier import is_recurrent
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule, CaptureSpec, Committed, DraftSampling, Proposal, Proposer
 from speculators.model import SpeculatorModel
@@ -97,7 +98,7 @@ def build_drafting(
             adaptive.num_tokens if adaptive is not None else config.num_tokens_at,
             rule or config.acceptance_rule(),
             config.draws_drafts,
-            config.max_model_len,
+            longest_drafted_for(config),
             adaptive,
         )
     if not callable(getattr(speculative_config, "propose", None)):
@@ -109,6 +110,13 @@ def build_drafting(
         raise ValueError("a ready proposer needs num_speculative_tokens: how many tokens to draft a round")
     num_tokens = num_speculative_tokens
     return Drafting(speculative_config, lambda batch_size: num_tokens, rule or resolve_rule("standard"), True)
+
+
+def longest_drafted_for(config: SpeculativeConfig) -> int | None:
+    """A draft model sees positions of its own, which may be fewer than the verifier's."""
+    if config.uses_draft_model() and config.draft_model_config is not None:
+        return config.draft_model_config.max_model_len
+    return config.max_model_len
 
 
 def resolve(
@@ -206,6 +214,7 @@ def build_draft_model(config: SpeculativeConfig, place: Workplace) -> Proposer:
     assert config.model is not None
     parameter = next(place.verifier.parameters())
     model = load_verifier(config.model, dtype=parameter.dtype, device=parameter.device, revision=config.revision)
+    refuse_recurrent(model, f"draft model {config.model!r}")
     intersection = None
     if config.use_heterogeneous_vocab:
         if place.tokenizer is None:
@@ -220,7 +229,17 @@ def build_draft_model(config: SpeculativeConfig, place: Workplace) -> Proposer:
     return with_tree(config, proposer)
 
 
+def refuse_recurrent(model: Any, what: str) -> None:
+    """A drafter writes over its own drafts; a state has taken them in."""
+    if is_recurrent(model):
+        raise ValueError(
+            f"{what}: {type(model).__name__} folds the past into states, which cannot be rolled back when drafts are "
+            "rejected; draft with ngram, suffix, a speculators checkpoint or a draft model whose layers are attention"
+        )
+
+
 def build_early_exit(config: SpeculativeConfig, place: Workplace) -> Proposer:
+    refuse_recurrent(place.verifier, "method='early_exit'")
     total = len(verifier_parts(place.verifier).layers)
     num_layers = config.early_exit_layer or max(1, total // EARLY_EXIT_SHARE)
     proposer = DraftModelProposer(first_layers(place.verifier, num_layers), max_batch_size=place.max_batch_size)
