@@ -176,6 +176,15 @@ def test_files_of_other_tools_are_read(tmp_path):
     assert torch.equal(clipped.last_hidden_TH, states[:2, 2])
 
 
+def test_states_are_kept_when_the_same_verifier_is_given_by_a_link(verifier, rows, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "current").symlink_to(tmp_path / "model")
+    source = CountingSource(LocalSource(verifier, CAPTURE))
+    CachedSource(source, make_store(tmp_path, rows, verifier=str(tmp_path / "model"))).read(rows)
+    CachedSource(source, make_store(tmp_path, rows, verifier=str(tmp_path / "current"))).read(rows)
+    assert source.num_rows_read == len(rows)
+
+
 @pytest.fixture
 def filled(verifier, rows, tmp_path):
     CachedSource(LocalSource(verifier, CAPTURE), make_store(tmp_path, rows)).read(rows)

@@ -185,6 +185,14 @@ def test_the_same_recipe_is_reused_and_another_one_is_named(model_dir, data, tmp
     assert len(replaced.dataset()) == 1
 
 
+def test_a_verifier_given_by_a_link_is_written_down_by_the_link_and_is_the_one_it_leads_to(model_dir, data, tmp_path):
+    link = tmp_path / "current"
+    link.symlink_to(model_dir)
+    prepared = prepare_data(model=str(link), data=data, output=tmp_path / "out", seq_length=100)
+    assert prepared.manifest.recipe.verifier == str(link)
+    assert prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=100).reused
+
+
 def test_overwrite_never_deletes_what_preparing_did_not_write(model_dir, data, tmp_path):
     out = tmp_path / "out"
     prepare_data(model=model_dir, data=data, output=out, seq_length=100)

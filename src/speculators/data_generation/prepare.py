@@ -44,7 +44,7 @@ from speculators.data_generation.preprocessing import (
     vocabulary_size,
 )
 from speculators.data_generation.tokenizing import RowTokenizer, Tokenized, TokenizeOptions, warn_about
-from speculators.utils.files import atomic_directory
+from speculators.utils.files import absolute_if_directory, atomic_directory, is_same_model
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def make_recipe(
 ) -> Recipe:
     has_template = bool(getattr(tokenizer, "chat_template", None))
     return Recipe(
-        verifier=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        verifier=absolute_if_directory(model),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         chat_template_sha256=sha256(chat_template_of(tokenizer)) if has_template else None,
         chat_template_kwargs=dict(chat_template_kwargs or {}),
@@ -234,6 +234,8 @@ def reuse(path: Path, recipe: Recipe) -> PreparedData:
         logger.warning("%s has no %s: reused as it is, unchecked", path, MANIFEST_NAME)
         return replace(found, reused=True)
     before, now = asdict(found.manifest.recipe), asdict(recipe)
+    if is_same_model(before["verifier"], now["verifier"]):
+        now["verifier"] = before["verifier"]
     differing = [f"{name} was {before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
     if differing:
         raise ValueError(

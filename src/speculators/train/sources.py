@@ -17,6 +17,7 @@ from speculators.data_generation import CachedSource, HiddenStateStore, LocalSou
 from speculators.interfaces import CaptureSpec, HiddenStateSource, VerifierStates
 from speculators.train.keys import DataKeys
 from speculators.train.state_cache import KeptInMemory
+from speculators.utils.files import is_same_model
 
 HIDDEN_STATES_NAME = "hidden_states"
 SERVER_ITEMSIZE = 4
@@ -103,7 +104,7 @@ def ask_server(
             f"the longest row has {longest} tokens, the server at {keys.vllm_endpoint} takes {limit - 1}: start it "
             f"with --max-model-len {longest + 1}, or clip rows with --total-seq-len {limit - 1}"
         )
-    if source.served.root != verifier:
+    if not is_same_model(source.served.root, verifier):
         note(f"the server at {keys.vllm_endpoint} serves {source.served.root}; the verifier is {verifier}")
     return source
 

@@ -13,8 +13,14 @@ from typing import IO, Any
 
 def absolute_if_directory(name: str) -> str:
     """How a model's name is written down: a hub id as it is given, a directory by its absolute path, since whoever
-    reads the name later stands elsewhere. Links stay: an absolute path is what was given."""
+    reads the name later stands elsewhere. Links stay: they are the name that is meant to last (`models/current`, a
+    mount), while what they lead to may be named by a hash (the hub's cache) or not exist on the next machine."""
     return os.path.abspath(name) if Path(name).is_dir() else name
+
+
+def is_same_model(name: str, other: str) -> bool:
+    """Whether two written names mean one model: the same words, or one directory by two paths."""
+    return name == other or (Path(name).is_dir() and Path(other).is_dir() and os.path.samefile(name, other))
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from speculators.data_generation.sources.codec import (
     to_tensors,
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.utils.files import atomic_write
+from speculators.utils.files import atomic_write, is_same_model
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,8 @@ class HiddenStateStore:
                 f"{path} holds {stored} (capture, or number of slots), the drafter reads {wanted}; use another "
                 "directory for the hidden states or delete this one"
             )
-        if None not in (header.verifier, self.verifier) and header.verifier != self.verifier:
+        written, wanted_verifier = header.verifier, self.verifier
+        if written is not None and wanted_verifier is not None and not is_same_model(written, wanted_verifier):
             raise ValueError(
                 f"{path} holds states of {header.verifier!r}, not of {self.verifier!r}; use another directory for the "
                 "hidden states or delete this one"
