@@ -68,6 +68,11 @@ def test_stops_apply_inside_an_accepted_run(drafts, params, tokens, text, reason
     assert output.stats.num_tokens == len(tokens)
 
 
+def test_of_stop_strings_that_end_together_the_text_is_cut_before_the_first():
+    for stop in ([TEXT[2:5], TEXT[3:5]], [TEXT[3:5], TEXT[2:5]]):
+        assert engine_on(ABC).generate([ABC[:1]], SamplingParams(stop=stop))[0].text == TEXT[1:2]
+
+
 def test_one_stop_may_be_given_without_a_list_and_none_means_none():
     params = SamplingParams(stop="ab", stop_token_ids=5)
     assert (params.stop, params.stop_token_ids) == (("ab",), (5,))
@@ -271,13 +276,16 @@ def test_unseeded_requests_differ():
     assert outputs[0].token_ids != outputs[1].token_ids
 
 
-@pytest.mark.parametrize("drafts", [None, 3])
+@pytest.mark.parametrize("drafts", [None, 3, "tree"])
 def test_logprobs_are_the_verifiers_own(drafts):
     table = torch.rand(V, V, generator=torch.Generator().manual_seed(0)).pow(9)
     table /= table.sum(-1, keepdim=True)
     verifier = toys.MarkovVerifier(table)
     reference = Engine(verifier).generate([[5]], SamplingParams(max_tokens=9))[0]
-    proposer = toys.ScriptedProposer(toys.oracle([[5, *reference.token_ids]], drafts)) if drafts else None
+    text = [5, *reference.token_ids]
+    proposer = toys.ScriptedProposer(toys.oracle([text], drafts)) if drafts == 3 else None
+    if drafts == "tree":  # the right path is columns 2 and 4
+        proposer = toys.TreeProposer([text], [-1, -1, 0, 1], [1, 3])
     engine = Engine(verifier, proposer, num_speculative_tokens=4 if drafts else None)
     output = engine.generate([[5]], SamplingParams(max_tokens=9, logprobs=2))[0]
     assert output.token_ids == reference.token_ids and len(output.logprobs) == 9
