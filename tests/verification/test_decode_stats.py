@@ -1,5 +1,7 @@
 """Both acceptance lengths of a run, by hand: five rounds of a drafter that finds nothing in two of them."""
 
+from collections import Counter
+
 from speculators.decoding.stats import DecodeStats
 
 
@@ -18,3 +20,13 @@ def test_a_tree_counts_as_one_draft():
     stats.record(12, 3, 2)
     assert (stats.num_drafts, stats.num_drafted, stats.acceptance_length_when_drafted) == (1, 12, 3.0)
     assert stats.drafted_per_position == [1, 1, 1] and stats.accepted_per_position == [1, 1, 0]
+
+
+def test_a_position_that_was_not_drafted_is_no_rejection_of_it():
+    # two rounds drafted one token and kept it, one drafted three and kept two, four found nothing to draft
+    stats = DecodeStats(Counter({(1, 1, 1): 2, (3, 3, 2): 1, (0, 0, 0): 4}))
+    assert stats.drafted_per_position == [3, 1, 1]
+    assert stats.accepted_per_position == [3, 1, 0]
+    assert stats.conditional_rates == [1.0, 1.0, 0.0]
+    assert stats.accepted_histogram == [4, 2, 1, 0]
+    assert stats.acceptance_rate == 4 / 5
