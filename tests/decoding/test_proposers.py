@@ -11,9 +11,9 @@ from toys import VOCAB
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.proposers.early_exit import first_layers
-from speculators.decoding.proposers.ngram import NgramIndex
+from speculators.decoding.proposers.ngram import NgramIndex, NgramProposer
 from speculators.decoding.proposers.vocabulary import TokenIntersection
-from speculators.interfaces import CaptureSpec, Proposal
+from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 
 
 def brute_force(context: list[int], min_n: int, max_n: int, num_tokens: int) -> list[int]:
@@ -49,6 +49,25 @@ def test_the_latest_match_is_taken_and_copied_on_past_the_end():
     index = NgramIndex(1, 3, "latest")
     index.extend([7, 5, 6, 5, 6])
     assert index.draft(5) == [5, 6, 5, 6, 5]
+
+
+def committed(rows: list[tuple[list[int], int]]) -> Committed:
+    """(new tokens, length with them) of each row."""
+    width = max(len(tokens) for tokens, _ in rows)
+    tokens_BT = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows])
+    return Committed(
+        tokens_BT, None, torch.tensor([len(tokens) for tokens, _ in rows]), torch.tensor([total for _, total in rows])
+    )
+
+
+def test_a_row_of_the_ngram_proposer_forgets_the_request_before():
+    proposer, sampling = NgramProposer(1, 3, max_batch_size=2), DraftSampling(torch.zeros(2))
+    first = proposer.propose(committed([([5, 6, 7, 5], 4), ([8, 9], 2)]), 3, sampling)
+    assert first.token_ids_BK.tolist() == [[6, 7, 5], [-1, -1, -1]]
+    grown = proposer.propose(committed([([6], 5), ([8], 3)]), 2, sampling)
+    assert grown.token_ids_BK.tolist() == [[7, 5], [9, 8]]
+    other = proposer.propose(committed([([1, 5], 2), ([], 3)]), 3, sampling)  # row 0 is another request's
+    assert other.token_ids_BK.shape == (2, 0)
 
 
 def test_the_index_never_looks_at_old_text_again():
