@@ -196,6 +196,20 @@ def test_responses_are_evicted_first_in_first_out_and_requests_are_checked():
     assert none_cached.cached_requests == []
 
 
+def test_a_requests_own_text_wins_over_equally_good_past_responses():
+    cache = ReferenceSuffixCache(8, 10)
+    for request, response in (("a", [1, 2, 5]), ("b", [1, 2])):
+        cache.start_request(request, [])
+        cache.add_active_response(request, response)
+        cache.stop_request(request)
+    cache.start_request("c", [1, 2, 4, 1, 2])  # 4 follows one of two 2s here, as 5 does there
+    limits = {"max_spec_factor": 1.0, "min_token_prob": 0.1}
+    draft = cache.speculate("c", [1, 2], max_spec_tokens=1, **limits)
+    assert (draft.token_ids, draft.score) == ([4], 0.5)
+    cache.start_request("d", [8, 2])
+    assert cache.speculate("d", [8, 2], max_spec_tokens=1, **limits).token_ids == [5]
+
+
 def committed(rows: list[tuple[list[int], int]]) -> Committed:
     width = max(len(tokens) for tokens, _ in rows)
     return Committed(
