@@ -161,6 +161,11 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
         attribute = getattr(cls, key, None)
         return not (isinstance(attribute, property) and attribute.fset is None)
 
+    @property
+    def recorded_verifier(self) -> str | None:
+        """Hub id or directory of the verifier it was made for."""
+        return None if self.speculators_config is None else self.speculators_config.verifier.name_or_path
+
     def validate(self) -> None:  # type: ignore[override]
         """transformers calls this before saving; pydantic has validated already (and has its own, deprecated
         `validate`, with another meaning)."""

@@ -100,8 +100,7 @@ class DraftVocabMixin(_Base):
 
         Nothing to do when the config names no verifier."""
         self.freeze_verifier_weights()
-        speculators_config = self.config.speculators_config
-        path = speculators_config.verifier.name_or_path if speculators_config is not None else None
+        path = self.config.recorded_verifier
         if path is None:
             return
         refuse_missing_verifier(path)

@@ -158,7 +158,7 @@ def test_targets_carry_what_the_verifier_does_to_its_logits(make_drafter):
     """Soft cap 2 and scale 0.5, as a verifier's config may ask for: one supervised column, loss written out."""
     model, batch = make_drafter(), packed_batch([5])
     batch["loss_mask"] = torch.tensor([[0, 0, 0, 0, 1]])
-    model.target_scale, model.target_softcap = 0.5, 2.0
+    model.target_transform = (0.5, 2.0)
     _, loss, _ = model(**batch, ttt_steps=1)
     nested = model.config.transformer_layer_config
     naive = NaiveEagle3(model.state_dict(), nested, **flags(model.config))

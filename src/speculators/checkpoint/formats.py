@@ -14,11 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators.checkpoint.findings import Finding
 from speculators.utils.files import atomic_write
-from speculators.utils.loading import list_checkpoint_keys, load_checkpoint
+from speculators.utils.loading import SAFETENSORS, list_checkpoint_keys, load_checkpoint
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorModelConfig
@@ -64,8 +66,7 @@ class OurCheckpoint:
 
     @property
     def verifier(self) -> str | None:
-        recorded = self.config.speculators_config
-        return None if recorded is None else recorded.verifier.name_or_path
+        return self.config.recorded_verifier
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class CheckpointFormat:
     """One format of one algorithm. Subclasses define what they can do; the rest says that it cannot."""
 
     name: ClassVar[str]
+    method: ClassVar[str | None] = None
+    """vLLM's name for such a drafter, where it serves the directory beside the verifier's."""
     needs_verifier: ClassVar[bool] = False
     """Whether writing copies the verifier's own files (so that it must be on this machine)."""
 
@@ -117,7 +120,21 @@ class CheckpointFormat:
 
     def serving(self, config: SpeculatorModelConfig, directory: str, verifier: str) -> Serving | None:
         """How vLLM serves such a directory; None: it does not."""
-        return None
+        if self.method is None:
+            return None
+        return Serving(verifier, {
+            "method": self.method, "model": directory, "num_speculative_tokens": num_speculative_tokens(config),
+        })  # fmt: skip
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    save_file(kept, directory / SAFETENSORS, metadata={"format": "pt"})
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json spells it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def write_config(directory: Path, values: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators.checkpoint.formats import (
@@ -20,7 +19,9 @@ from speculators.checkpoint.formats import (
     Converted,
     ForeignCheckpoint,
     OurCheckpoint,
+    dtype_name,
     write_config,
+    write_tensors,
 )
 from speculators.checkpoint.record import read_training_record
 from speculators.config import SpeculatorModelConfig
@@ -128,15 +129,15 @@ def write_ours(ours: OurCheckpoint, model_class: type[SpeculatorModel], folder: 
     missing = sorted(expected.keys() - ours.tensors.keys() - contract.shared_tensors(config))
     if missing:
         raise ValueError(f"{ours.path} lacks {missing}: engines would serve them from uninitialised memory")
-    kept = {name: tensor.contiguous() for name, tensor in sorted(ours.tensors.items()) if name in expected}
+    kept = {name: tensor for name, tensor in sorted(ours.tensors.items()) if name in expected}
     wrong = [
         f"{name} is {list(tensor.shape)}, by config.json {list(expected[name].shape)}"
         for name, tensor in kept.items() if tensor.shape != expected[name].shape
     ]  # fmt: skip
     if wrong:
         raise ValueError(f"Architecture mismatch: the tensors of {ours.path} do not fit its config: {'; '.join(wrong)}")
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder, kept)
     floating = next(tensor.dtype for tensor in kept.values() if tensor.is_floating_point())
     config.architectures = [model_class.__name__]
     values = json.loads(config.to_json_string())
-    write_config(folder, {**values, "dtype": str(floating).removeprefix("torch."), "tie_word_embeddings": False})
+    write_config(folder, {**values, "dtype": dtype_name(floating), "tie_word_embeddings": False})

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
+from speculators.checkpoint.formats import dtype_name
 from speculators.config import installed_version
 from speculators.utils.files import atomic_write
 from speculators.utils.loading import load_checkpoint, load_rows
@@ -141,7 +142,7 @@ def fingerprint(tensor: Tensor, chunk_width: int | None = None) -> dict[str, Any
     """Shape, type, hash; of floats also the sketch, and one for each chunk of columns that wide."""
     found: dict[str, Any] = {
         "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": dtype_name(tensor.dtype),
         "sha256": sha256(tensor),
     }
     if tensor.is_floating_point() and tensor.numel():

@@ -238,8 +238,7 @@ def vllm_checks(
 
 
 def recorded_verifier(model: SpeculatorModel, checkpoint: str) -> str:
-    recorded = model.config.speculators_config
-    path = recorded.verifier.name_or_path if recorded is not None else None
+    path = model.config.recorded_verifier
     if path is None:
         raise ValueError(f"{checkpoint} names no verifier; give it with --verifier")
     return path

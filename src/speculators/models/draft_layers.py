@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from transformers import AutoConfig
 
 from speculators.nn.attention import attention_shape
 from speculators.nn.rope import head_dim, rope_parameters
@@ -16,6 +19,17 @@ COMPLETED = {
     "sliding_window": None,
     "use_sliding_window": False,
 }
+
+
+def layer_config_of(values: Mapping[str, Any], left_out: Collection[str], **assumed: Any) -> Any:
+    """The decoder config in a foreign config.json that mixes it with the drafter's keys (`left_out`). `assumed`: what
+    stands for keys that are not there."""
+    return AutoConfig.for_model(**{**assumed, **{key: value for key, value in values.items() if key not in left_out}})
+
+
+def layer_values(config: Any) -> dict[str, Any]:
+    """A decoder config as such a config.json has it."""
+    return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
 
 
 def complete_layer_config(config: Any) -> Any:

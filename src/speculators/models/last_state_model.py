@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speculators.config import SpeculatorModelConfig
 from speculators.draft_vocab import VERIFIER_ONLY_KEYS, norm_is_unit_offset
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import choose_loss_config, resolve_loss_config
@@ -66,14 +67,16 @@ class LastStateModel(SpeculatorModel):
 
     def load_verifier_weights(self) -> None:
         """Final norm and head; nothing to do when the config names no verifier."""
-        recorded = self.config.speculators_config
-        path = recorded.verifier.name_or_path if recorded is not None else None
+        path = self.config.recorded_verifier
         if path is None:
             return
         refuse_missing_verifier(path)
         is_tied = find_key("lm_head.weight", list_checkpoint_keys(path)) is None
         head_name = "embed_tokens.weight" if is_tied else "lm_head.weight"
         weights = load_model_layers([head_name, "model.norm.weight"], path)
+        missing = sorted({head_name, "model.norm.weight"} - weights.keys())
+        if missing:
+            raise ValueError(f"verifier '{path}' has no tensor {missing} under any name known here")
         head_VH = weights[head_name]
         if head_VH.shape != self.verifier_lm_head.weight.shape:
             raise ValueError(
@@ -149,6 +152,11 @@ class LastStateModel(SpeculatorModel):
         padded_ids = F.pad(row["input_ids"], (0, num_heads))  # every head answers up to the last column
         logits = all_logits(self.network, row["hidden_states"], padded_ids)
         return torch.stack([of_head[0, column] for of_head in logits[:num_drafts]])
+
+
+def norm_eps_of(verifier_config: Any, config_class: type[SpeculatorModelConfig]) -> float:
+    """The verifier's, for the copy of its final norm; families without the key have the drafter's default."""
+    return getattr(verifier_config, "rms_norm_eps", config_class.model_fields["rms_norm_eps"].default)
 
 
 def check_whole_vocabulary(draft_vocab_size: int | None, vocab_size: int) -> None:

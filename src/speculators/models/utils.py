@@ -97,7 +97,12 @@ def target_logit_transform(verifier: str) -> tuple[float, float | None]:
     return scale, None if softcap is None else float(softcap)
 
 
-def recorded(algorithm: str, num_tokens: int, verifier: str, trust_remote_code: bool) -> SpeculatorsConfig:
+def make_speculators_config(
+    algorithm: str, num_tokens: int, verifier: str | None, trust_remote_code: bool = False
+) -> SpeculatorsConfig | None:
+    """For whom and how it drafts: greedily, `num_tokens` a round. None where nobody said for whom."""
+    if verifier is None:
+        return None
     return SpeculatorsConfig(
         algorithm=algorithm,
         proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_tokens)],

@@ -42,7 +42,7 @@ from speculators.models.dflash.training import (
 from speculators.models.draft_model import DraftModel
 from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.models.utils import (
-    recorded,
+    make_speculators_config,
     resolve_mask_token_id,
     resolve_target_layer_ids,
     target_logit_transform,
@@ -106,8 +106,7 @@ class DFlashDraftModel(DraftModel):
 
     def load_verifier_weights(self) -> None:
         """The embedding, and the head of the whole vocabulary, are the verifier's even where a checkpoint has them."""
-        speculators_config = self.config.speculators_config
-        path = speculators_config.verifier.name_or_path if speculators_config is not None else None
+        path = self.config.recorded_verifier
         if path is not None:
             nn.init.constant_(self.embed_tokens.weight, math.nan)
             if not self.use_draft_vocab:
@@ -156,7 +155,7 @@ class DFlashDraftModel(DraftModel):
             ),
             "sliding_window_non_causal": sliding_window_non_causal,
             "sample_from_anchor": sample_from_anchor,
-            "speculators_config": recorded(
+            "speculators_config": make_speculators_config(
                 fields["speculators_model_type"].default,
                 max(1, block_size - (not sample_from_anchor)),
                 verifier_name_or_path,
@@ -194,9 +193,7 @@ class DFlashDraftModel(DraftModel):
     ) -> Any:
         """(None, loss, metrics). Anchors are drawn by `generator` (None: torch's own in training, the same ones every
         time in evaluation). Of the other keywords, those of `train_on` count; the rest of the batch is ignored."""
-        row = PackedRow.of(
-            hidden_states, input_ids, loss_mask, verifier_last_hidden_states, document_ids, position_ids
-        )  # fmt: skip
+        row = PackedRow.of(hidden_states, input_ids, loss_mask, verifier_last_hidden_states, document_ids, position_ids)
         return self.train_on(row, max_anchors, generator, **kwargs)
 
     def train_on(

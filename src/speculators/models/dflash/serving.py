@@ -15,28 +15,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from speculators.checkpoint.contract import CheckpointContract
-from speculators.checkpoint.findings import Finding, error, missing_keys
+from speculators.checkpoint.findings import Finding, error, missing_keys, null_mask_token
 from speculators.checkpoint.formats import (
     SPECULATORS,
     CheckpointFormat,
     Converted,
     ForeignCheckpoint,
     OurCheckpoint,
-    Serving,
-    num_speculative_tokens,
+    dtype_name,
     write_config,
+    write_tensors,
 )
-from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.models.dflash.checkpoint import complete_block_config, expected_keys
 from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
-from speculators.models.utils import get_verifier_config
+from speculators.models.draft_layers import layer_config_of, layer_values
+from speculators.models.utils import get_verifier_config, make_speculators_config
 from speculators.nn.rope import head_dim, rope_parameters
-from speculators.proposals import GreedyTokenProposalConfig
 
 ZLAB = "z-lab"
 ARCHITECTURE = "DFlashDraftModel"
@@ -50,7 +47,8 @@ OTHER_FUNCTION = ("g_proj", "aux_hidden_norms")
 
 
 class ZLabFormat(CheckpointFormat):
-    name: ClassVar[str] = ZLAB
+    name = ZLAB
+    method = "dflash"
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         return ARCHITECTURE in (source.values.get("architectures") or []) and "dflash_config" in source.values
@@ -72,9 +70,7 @@ class ZLabFormat(CheckpointFormat):
                 f"{source.path} says no block_size, neither at the top of config.json nor in dflash_config"
             )
         tensors = split_fused(source.tensors(), values)
-        nested = AutoConfig.for_model(**{
-            "model_type": "qwen3", **{key: value for key, value in values.items() if key not in NOT_THE_LAYERS}
-        })  # fmt: skip
+        nested = layer_config_of(values, NOT_THE_LAYERS, model_type="qwen3")
         if "causal" in own and getattr(nested, "is_causal", None) is None:
             nested.is_causal = bool(own["causal"])
         nested = reaching_as_far(complete_block_config(nested), verifier)
@@ -82,14 +78,6 @@ class ZLabFormat(CheckpointFormat):
         slides = any(is_sliding(nested, i) for i in range(nested.num_hidden_layers))
         sees_all = getattr(nested, "is_causal", None) is None and not slides
         ids = options.get("aux_hidden_state_layer_ids") or layer_ids(own, nested.num_hidden_layers, values, verifier)
-        recorded = None
-        if verifier is not None:
-            recorded = SpeculatorsConfig(
-                algorithm="dflash",
-                proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=block_size - 1)],
-                default_proposal_method="greedy",
-                verifier=VerifierConfig.from_pretrained(verifier),
-            )
         config = DFlashSpeculatorConfig(
             transformer_layer_config=nested,
             draft_vocab_size=values.get("draft_vocab_size") or nested.vocab_size,
@@ -98,7 +86,7 @@ class ZLabFormat(CheckpointFormat):
             aux_hidden_state_layer_ids=ids,
             mask_token_id=own.get("mask_token_id"),
             sliding_window_non_causal=sees_all,
-            speculators_config=recorded,
+            speculators_config=make_speculators_config("dflash", block_size - 1, verifier),
         )
         check_names(set(tensors), expected_keys(config), source.path)
         return Converted(config, tensors, notes_on(ids, verifier))
@@ -107,20 +95,16 @@ class ZLabFormat(CheckpointFormat):
         config: Any = checkpoint.config
         if config.sample_from_anchor:
             raise ValueError("sample_from_anchor=True: the format has no such drafters, and vLLM refuses them")
-        tensors = {name: checkpoint.tensors[name].contiguous() for name in sorted(expected_keys(config))}
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        tensors = {name: checkpoint.tensors[name] for name in expected_keys(config)}
+        write_tensors(directory, tensors)
         write_config(directory, zlab_values(config, verifier, tensors["fc.weight"].dtype))
-
-    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
-        method = {"method": "dflash", "model": directory, "num_speculative_tokens": num_speculative_tokens(config)}
-        return Serving(verifier, method)
 
 
 class DFlashContract(CheckpointContract):
     formats: ClassVar[tuple[CheckpointFormat, ...]] = (ZLabFormat(),)
-    served_format: ClassVar[str | None] = SPECULATORS
-    borrows_from_verifier: ClassVar[bool] = True
-    training_keys: ClassVar[frozenset[str]] = frozenset({"max_anchors"})
+    served_format = SPECULATORS
+    borrows_from_verifier = True
+    training_keys = frozenset({"max_anchors"})
     absent_means: ClassVar[Mapping[str, str]] = {
         "aux_hidden_state_layer_ids": "does not load the checkpoint",
         "mask_token_id": "does not load the checkpoint",
@@ -128,12 +112,7 @@ class DFlashContract(CheckpointContract):
     }
 
     def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
-        found = list(missing_keys(values, self.absent_means))
-        if values.get("mask_token_id", 0) is None:
-            found.append(
-                error("mask-token-missing", "mask_token_id", "null", "masked slots need a token",
-                      "write the id the drafter was trained with")
-            )  # fmt: skip
+        found = [*missing_keys(values, self.absent_means), *null_mask_token(values)]
         if config.sights_causal != config.served_causal:
             found.append(
                 error(
@@ -164,8 +143,7 @@ class DFlashContract(CheckpointContract):
 def zlab_values(config: Any, verifier: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the format. vLLM goes by `is_causal`, `dflash_config.causal`, the kind of layer, in this order."""
     nested = config.transformer_layer_config
-    values = {**nested.to_dict(), "architectures": [ARCHITECTURE], "model_type": "qwen3"}
-    values.pop("_name_or_path", None)
+    values = {**layer_values(nested), "architectures": [ARCHITECTURE], "model_type": "qwen3"}
     by_kind = [is_sliding(nested, i) for i in range(nested.num_hidden_layers)]
     if config.sights_causal != by_kind:
         values["is_causal"] = config.sights_causal[0]
@@ -178,7 +156,7 @@ def zlab_values(config: Any, verifier: str | None, dtype: torch.dtype) -> dict[s
             "target_layer_ids": [layer - 1 for layer in config.aux_hidden_state_layer_ids],
         },
         **({} if verifier is None else {"num_target_layers": get_verifier_config(verifier).num_hidden_layers}),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }
 
 
@@ -219,7 +197,7 @@ def split_fused(tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[s
         return tensors
     if any("self_attn.q_proj." in name for name in tensors):
         raise ValueError("the checkpoint has both fused qkv_proj and q_proj: which holds the weights is unknown")
-    nested = AutoConfig.for_model(**{"model_type": "qwen3", **values})
+    nested = layer_config_of(values, NOT_THE_LAYERS, model_type="qwen3")
     size = head_dim(nested)
     rows = [nested.num_attention_heads * size, *[nested.num_key_value_heads * size] * 2]
     out = {}

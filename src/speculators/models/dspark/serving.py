@@ -6,30 +6,25 @@ The dense format has our tensors; its config is the draft layers' with the draft
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
-
-from safetensors.torch import save_file
-from transformers import AutoConfig
+from typing import Any
 
 from speculators.checkpoint.findings import Finding, error
 from speculators.checkpoint.formats import (
-    SPECULATORS,
     CheckpointFormat,
     Converted,
     ForeignCheckpoint,
     OurCheckpoint,
-    Serving,
-    num_speculative_tokens,
+    dtype_name,
     write_config,
+    write_tensors,
 )
-from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.models.dflash.checkpoint import complete_block_config
 from speculators.models.dflash.serving import NOT_THE_LAYERS, DFlashContract, check_names, reaching_as_far
+from speculators.models.draft_layers import layer_config_of, layer_values
 from speculators.models.dspark.checkpoint import SERVED_HEAD, expected_keys
 from speculators.models.dspark.config import DSparkSpeculatorConfig
-from speculators.proposals import GreedyTokenProposalConfig
+from speculators.models.utils import make_speculators_config
 
 DENSE = "dspark"
 SERVED_CLASS, OTHER_CLASS = "Qwen3DSparkModel", "DSparkDraftModel"
@@ -39,7 +34,8 @@ OLD_PREFIX, PREFIX = "logit_head.", "markov_head."
 
 
 class DenseFormat(CheckpointFormat):
-    name: ClassVar[str] = DENSE
+    name = DENSE
+    method = "dspark"
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         return bool({SERVED_CLASS, OTHER_CLASS} & set(source.values.get("architectures") or []))
@@ -51,29 +47,17 @@ class DenseFormat(CheckpointFormat):
         if not ids or "block_size" not in own:
             raise ValueError(f"{source.path / 'config.json'} must say target_layer_ids and block_size")
         left_out = {*NOT_THE_LAYERS, *OWN_KEYS, "target_layer_ids", "dspark_bonus_anchor"}
-        nested = complete_block_config(
-            AutoConfig.for_model(**{
-                "model_type": "qwen3", **{key: value for key, value in source.values.items() if key not in left_out}
-            })
-        )  # fmt: skip
+        nested = complete_block_config(layer_config_of(source.values, left_out, model_type="qwen3"))
         nested = reaching_as_far(nested, verifier)
         drafts_at_anchor = own.setdefault("sample_from_anchor", not source.values.get("dspark_bonus_anchor", False))
         tensors = {name.replace(OLD_PREFIX, PREFIX): tensor for name, tensor in source.tensors().items()}
         own.setdefault("enable_confidence_head", "confidence_head.proj.weight" in tensors)
-        recorded = None
-        if verifier is not None:
-            num_tokens = own["block_size"] - (not drafts_at_anchor)
-            recorded = SpeculatorsConfig(
-                algorithm="dspark",
-                proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_tokens)],
-                default_proposal_method="greedy",
-                verifier=VerifierConfig.from_pretrained(verifier),
-            )
+        num_tokens = own["block_size"] - (not drafts_at_anchor)
         config = DSparkSpeculatorConfig(
             transformer_layer_config=nested,
             draft_vocab_size=values.get("draft_vocab_size") or nested.vocab_size,
             aux_hidden_state_layer_ids=ids,
-            speculators_config=recorded,
+            speculators_config=make_speculators_config("dspark", num_tokens, verifier),
             **own,
         )
         is_whole = config.draft_vocab_size == nested.vocab_size
@@ -84,29 +68,23 @@ class DenseFormat(CheckpointFormat):
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         config: Any = checkpoint.config
-        tensors = {name: checkpoint.tensors[name].contiguous() for name in sorted(expected_keys(config))}
-        nested = config.transformer_layer_config
-        values = {key: value for key, value in nested.to_dict().items() if key != "_name_or_path"}
+        tensors = {name: checkpoint.tensors[name] for name in expected_keys(config)}
+        values = layer_values(config.transformer_layer_config)
         if config.sights_causal != config.served_causal:
             values["is_causal"] = config.sights_causal[0]
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(directory, tensors)
         write_config(directory, {
             **values, **{key: getattr(config, key) for key in OWN_KEYS}, "architectures": [SERVED_CLASS],
             "model_type": "qwen3", "draft_vocab_size": config.draft_vocab_size,
             "dspark_bonus_anchor": not config.sample_from_anchor,
             "target_layer_ids": [layer - 1 for layer in config.aux_hidden_state_layer_ids],
-            "dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
+            "dtype": dtype_name(tensors["fc.weight"].dtype),
         })  # fmt: skip
-
-    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
-        method = {"method": "dspark", "model": directory, "num_speculative_tokens": num_speculative_tokens(config)}
-        return Serving(verifier, method)
 
 
 class DSparkContract(DFlashContract):
-    formats: ClassVar[tuple[CheckpointFormat, ...]] = (DenseFormat(),)
-    served_format: ClassVar[str | None] = SPECULATORS
-    absent_means: ClassVar[Mapping[str, str]] = {
+    formats = (DenseFormat(),)
+    absent_means = {
         "aux_hidden_state_layer_ids": "does not load the checkpoint",
         "mask_token_id": "has no token for masked slots",
         "sample_from_anchor": "takes it for false: every draft would be one token late",

@@ -40,11 +40,6 @@ class VerifierAttachment(_Base):
     config: Any
     verifier_attachment_mode: str = DETACHED
 
-    @property
-    def recorded_verifier(self) -> str | None:
-        recorded = self.config.speculators_config
-        return None if recorded is None else recorded.verifier.name_or_path
-
     def detach_all(self) -> None:
         for name in (*BORROWED, "verifier"):
             self.lend(name, None)

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from speculators.checkpoint.formats import dtype_name, write_config, write_tensors
 from speculators.models.draft_layers import complete_layer_config, layer_keys
 from speculators.models.eagle.config import EagleSpeculatorConfig
 from speculators.nn.attention import layer_window
-from speculators.utils.files import atomic_write
 from speculators.utils.loading import load_checkpoint
 
 EXTRA_NORMS = {
@@ -79,7 +78,7 @@ def ours_to_native(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     native = {}
     for name, tensor in tensors.items():
         renamed = norms.get(name) or name.replace("fusion_fc.", "fc.").replace(OUR_LAYER, NATIVE_LAYER)
-        native[renamed] = tensor.detach().cpu().contiguous()
+        native[renamed] = tensor
     return native
 
 
@@ -111,7 +110,7 @@ def native_config(config: EagleSpeculatorConfig, dtype: torch.dtype) -> dict[str
         values.pop(key, None)
     return {
         **values, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "bias": False,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }  # fmt: skip
 
 
@@ -122,10 +121,9 @@ def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path:
     assert not missing, f"a checkpoint without {sorted(missing)} would be served from uninitialised memory"
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    native = ours_to_native({name: tensors[name] for name in sorted(expected_keys(config))})
-    save_file(native, path / "model.safetensors", metadata={"format": "pt"})
-    with atomic_write(path / "config.json") as file:
-        file.write(json.dumps(native_config(config, native["fc.weight"].dtype), indent=2, sort_keys=True) + "\n")
+    native = ours_to_native({name: tensors[name] for name in expected_keys(config)})
+    write_tensors(path, native)
+    write_config(path, native_config(config, native["fc.weight"].dtype))
     return path
 
 

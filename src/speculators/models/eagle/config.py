@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from speculators.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from speculators.config import SpeculatorModelConfig
 from speculators.nn.attention import FAMILIES
 from speculators.proposals import GreedyTokenProposalConfig
 
 AUTO = "auto"
+NUM_TOKENS = GreedyTokenProposalConfig.model_fields["speculative_tokens"].default
+"""Draft tokens a round, where nothing else is recorded: the layer itself can be run any number of times."""
 
 
 @SpeculatorModelConfig.register("eagle")
@@ -78,12 +80,3 @@ def layer_architecture(config: EagleSpeculatorConfig) -> str:
             f"known are {sorted(known)}, each with a config of its own family"
         )
     return name
-
-
-def recorded(verifier: str, trust_remote_code: bool) -> SpeculatorsConfig:
-    return SpeculatorsConfig(
-        algorithm="eagle",
-        proposal_methods=[GreedyTokenProposalConfig()],
-        default_proposal_method="greedy",
-        verifier=VerifierConfig.from_pretrained(verifier, trust_remote_code=trust_remote_code),
-    )

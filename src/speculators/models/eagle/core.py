@@ -25,7 +25,7 @@ from speculators.models.eagle.attachment import (
     no_grad_weight,
 )
 from speculators.models.eagle.checkpoint import complete_eagle_config, expected_keys, save_native
-from speculators.models.eagle.config import EagleSpeculatorConfig, layer_architecture, recorded
+from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
 from speculators.models.eagle.generation import Generating
 from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
 from speculators.models.eagle.proposer import EagleProposer
@@ -42,10 +42,10 @@ from speculators.models.eagle.training import (
     weighted_losses,
 )
 from speculators.models.tree_drafting import FeedbackTreeDrafter
+from speculators.models.utils import make_speculators_config
 from speculators.nn.attention import layer_window
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
-from speculators.proposals import GreedyTokenProposalConfig
 from speculators.verifier import verifier_parts
 
 
@@ -78,7 +78,7 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
         self.pre_lm_head_layernorm = RMSNorm(size, eps) if config.layernorms else None
         self.post_init()
         if verifier is None:
-            verifier = self.recorded_verifier
+            verifier = config.recorded_verifier
         if verifier is not None and verifier_attachment_mode != DETACHED:
             self.attach_verifier(verifier, verifier_attachment_mode)
 
@@ -93,8 +93,8 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
     @property
     def num_speculative_tokens(self) -> int:
         recorded = self.config.speculators_config
-        method = recorded.proposal_methods[0] if recorded is not None else GreedyTokenProposalConfig()
-        return getattr(method, "speculative_tokens", None) or GreedyTokenProposalConfig().speculative_tokens
+        method = None if recorded is None else recorded.proposal_methods[0]
+        return getattr(method, "speculative_tokens", None) or NUM_TOKENS
 
     @property
     def network(self) -> EagleNetwork:
@@ -124,7 +124,7 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
         """After loading: the layers of training from the verifier's files, or the whole verifier if that was asked for.
 
         Layers loaded here give way to a verifier attached later."""
-        path, mode = self.recorded_verifier, self.mode_after_loading
+        path, mode = self.config.recorded_verifier, self.mode_after_loading
         is_needed = self.verifier_attachment_mode == DETACHED or self.is_attached_for_loading
         if path is None or mode == DETACHED or not is_needed:
             return
@@ -195,7 +195,7 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
             transformer_layer_architecture=transformer_layer_architecture,
             layernorms=layernorms,
             fusion_bias=fusion_bias,
-            speculators_config=recorded(verifier_name_or_path, trust_remote_code),
+            speculators_config=make_speculators_config("eagle", NUM_TOKENS, verifier_name_or_path, trust_remote_code),
         )
         model = cls(config, verifier_attachment_mode=DETACHED)
         model.load_verifier_weights()

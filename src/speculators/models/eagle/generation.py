@@ -43,8 +43,8 @@ class Generating(VerifierAttachment):
     ) -> Tensor:
         """Prompts and what the verifier says to them, [B, T], right padded; drafted by this model. Greedy, or sampled
         with `do_sample` (temperature, top_k, top_p, min_p, seed)."""
-        if self.is_attached_for_loading and self.recorded_verifier is not None:
-            self.attach_verifier(self.recorded_verifier)
+        if self.is_attached_for_loading and self.config.recorded_verifier is not None:
+            self.attach_verifier(self.config.recorded_verifier)
         if self.verifier_attachment_mode != FULL:
             raise ValueError(
                 f"generate needs the whole verifier and this drafter is {self.verifier_attachment_mode!r}; call "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from speculators.checkpoint.contract import CheckpointContract
 from speculators.checkpoint.findings import Finding, error, warning
@@ -13,11 +13,10 @@ from speculators.checkpoint.formats import (
     Converted,
     ForeignCheckpoint,
     OurCheckpoint,
-    Serving,
-    num_speculative_tokens,
 )
 from speculators.models.eagle.checkpoint import check_servable, read_native, save_native
-from speculators.models.eagle.config import EagleSpeculatorConfig, layer_architecture, recorded
+from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
+from speculators.models.utils import make_speculators_config
 
 NATIVE = "eagle"
 FUSION = "fc.weight"
@@ -26,7 +25,8 @@ UNLOADABLE = ("lm_head.weight", "layers.0.input_layernorm.weight")
 
 
 class EagleFormat(CheckpointFormat):
-    name: ClassVar[str] = NATIVE
+    name = NATIVE
+    method = "eagle"
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         names = source.tensor_names
@@ -61,18 +61,13 @@ class EagleFormat(CheckpointFormat):
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         fields, tensors = read_native(source.path)
-        if verifier is not None:
-            fields["speculators_config"] = recorded(verifier, trust_remote_code=False)
-        config = EagleSpeculatorConfig(**fields)
+        recorded = make_speculators_config("eagle", NUM_TOKENS, verifier)
+        config = EagleSpeculatorConfig(**fields, speculators_config=recorded)
         config.transformer_layer_architecture = layer_architecture(config)
         return Converted(config, tensors)
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         save_native(checkpoint.config, dict(checkpoint.tensors), directory)  # type: ignore[arg-type]
-
-    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
-        method = {"method": "eagle", "model": directory, "num_speculative_tokens": num_speculative_tokens(config)}
-        return Serving(verifier, method)
 
 
 class EagleContract(CheckpointContract):

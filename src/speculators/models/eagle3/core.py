@@ -21,7 +21,7 @@ from speculators.models.eagle3.proposer import Eagle3Proposer
 from speculators.models.eagle3.serving import Eagle3Contract
 from speculators.models.eagle3.training import PackedBatch, drafts_read, shift_batch, train_forward
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.utils import recorded, resolve_target_layer_ids, target_logit_transform
+from speculators.models.utils import make_speculators_config, resolve_target_layer_ids, target_logit_transform
 from speculators.nn.attention import layer_window
 from speculators.nn.decoder import DecoderLayer, FusionDecoderLayer
 from speculators.nn.draft_vocab import logits_over_verifier
@@ -52,9 +52,8 @@ class Eagle3DraftModel(DraftModel):
         self.norm = RMSNorm(size, eps)
         self.verifier_norm = RMSNorm(size, eps)
         self.verifier_norm.requires_grad_(False)
-        # What the verifier does to the logits of its head; see `load_verifier_weights`.
-        self.target_scale: float = 1.0
-        self.target_softcap: float | None = None
+        self.target_transform: tuple[float, float | None] = (1.0, None)
+        """(scale, softcap) the verifier applies to what its head gives."""
         self.post_init()
 
     @property
@@ -79,10 +78,9 @@ class Eagle3DraftModel(DraftModel):
     def load_verifier_weights(self) -> None:
         super().load_verifier_weights()
         self.embed_tokens.requires_grad_(self.config.embed_requires_grad)
-        speculators_config = self.config.speculators_config
-        verifier = speculators_config.verifier.name_or_path if speculators_config is not None else None
+        verifier = self.config.recorded_verifier
         if verifier is not None:
-            self.target_scale, self.target_softcap = target_logit_transform(verifier)
+            self.target_transform = target_logit_transform(verifier)
             if self.config.eagle_aux_hidden_state_layer_ids is None:
                 # what engines choose where a config is silent, written down from here on
                 self.config.eagle_aux_hidden_state_layer_ids = resolve_target_layer_ids(None, verifier)
@@ -122,7 +120,9 @@ class Eagle3DraftModel(DraftModel):
             "fc_norm": fc_norm,
             "norm_output": norm_output,
             "embed_requires_grad": embed_requires_grad,
-            "speculators_config": recorded(algorithm, ttt_steps, verifier_name_or_path, trust_remote_code),
+            "speculators_config": make_speculators_config(
+                algorithm, ttt_steps, verifier_name_or_path, trust_remote_code
+            ),
         }
 
     @staticmethod

@@ -15,9 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from speculators.checkpoint.contract import CheckpointContract
 from speculators.checkpoint.findings import Finding, error, missing_keys
@@ -27,15 +25,14 @@ from speculators.checkpoint.formats import (
     Converted,
     ForeignCheckpoint,
     OurCheckpoint,
-    Serving,
-    num_speculative_tokens,
+    dtype_name,
     write_config,
+    write_tensors,
 )
-from speculators.config import SpeculatorsConfig, VerifierConfig
+from speculators.models.draft_layers import layer_config_of, layer_values
 from speculators.models.eagle3.checkpoint import complete_transformer_layer_config
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
-from speculators.models.utils import get_verifier_config, resolve_target_layer_ids
-from speculators.proposals import GreedyTokenProposalConfig
+from speculators.models.utils import get_verifier_config, make_speculators_config, resolve_target_layer_ids
 from speculators.utils.loading import load_model_layers
 
 NATIVE = "eagle3"
@@ -55,7 +52,8 @@ SILENT = {
 
 
 class Eagle3Format(CheckpointFormat):
-    name: ClassVar[str] = NATIVE
+    name = NATIVE
+    method = "eagle3"
     has_mask_hidden: ClassVar[bool] = False
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
@@ -96,7 +94,7 @@ class Eagle3Format(CheckpointFormat):
             draft_vocab_size=values.get("draft_vocab_size") or tensors["lm_head.weight"].shape[0],
             target_hidden_size=values.get("target_hidden_size"),
             eagle_aux_hidden_state_layer_ids=ids,
-            speculators_config=None if verifier is None else recorded(self.name, verifier),
+            speculators_config=make_speculators_config(self.name, CONVERTED_TOKENS, verifier),
             **{flag: bool(value) for flag, value in flags.items()},
         )
         return Converted(config, without_whole_map(tensors, config), notes)
@@ -107,27 +105,23 @@ class Eagle3Format(CheckpointFormat):
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         config: Any = checkpoint.config
         nested = config.transformer_layer_config
-        tensors = {name.replace(OUR_LAYER, THEIR_LAYER): t.contiguous() for name, t in checkpoint.tensors.items()}
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        values = {key: value for key, value in nested.to_dict().items() if key != "_name_or_path"}
+        tensors = {name.replace(OUR_LAYER, THEIR_LAYER): tensor for name, tensor in checkpoint.tensors.items()}
+        write_tensors(directory, tensors)
         write_config(directory, {
-            **values, **{flag: getattr(config, flag) for flag in FLAGS}, IDS: config.eagle_aux_hidden_state_layer_ids,
+            **layer_values(nested), **{flag: getattr(config, flag) for flag in FLAGS},
+            IDS: config.eagle_aux_hidden_state_layer_ids,
             "eagle_config": {IDS: config.eagle_aux_hidden_state_layer_ids},
             "architectures": ["LlamaForCausalLMEagle3" if nested.model_type == "llama" else "Eagle3Qwen3ForCausalLM"],
             "draft_vocab_size": config.draft_vocab_size,
-            "dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
+            "dtype": dtype_name(tensors["fc.weight"].dtype),
         })  # fmt: skip
-
-    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
-        method = {"method": "eagle3", "model": directory, "num_speculative_tokens": num_speculative_tokens(config)}
-        return Serving(verifier, method)
 
 
 class Eagle3Contract(CheckpointContract):
-    formats: ClassVar[tuple[CheckpointFormat, ...]] = (Eagle3Format(),)
-    served_format: ClassVar[str | None] = SPECULATORS
-    borrows_from_verifier: ClassVar[bool] = True
-    training_keys: ClassVar[frozenset[str]] = frozenset({"embed_requires_grad"})
+    formats = (Eagle3Format(),)
+    served_format = SPECULATORS
+    borrows_from_verifier = True
+    training_keys = frozenset({"embed_requires_grad"})
     absent_means: ClassVar[Mapping[str, str]] = {
         "norm_before_residual": "takes it for true (a config of ours without it means false)",
         "draft_vocab_size": "takes the verifier's",
@@ -183,9 +177,7 @@ def ids_nested(where: str, ids: Any) -> Finding:
 def nested_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor], verifier: str | None) -> Any:
     """The draft layers' config. Its vocabulary is the verifier's, whatever the file says."""
     verifier_config = None if verifier is None else get_verifier_config(verifier)
-    nested = AutoConfig.for_model(**{
-        "model_type": "llama", **SILENT, **{key: value for key, value in values.items() if key not in NOT_THE_LAYERS}
-    })  # fmt: skip
+    nested = layer_config_of(values, NOT_THE_LAYERS, model_type="llama", **SILENT)
     if "t2d" in tensors:
         nested.vocab_size = tensors["t2d"].shape[0]
     elif verifier_config is not None:
@@ -200,15 +192,6 @@ def without_whole_map(tensors: dict[str, Tensor], config: Eagle3SpeculatorConfig
     """A map of the whole vocabulary onto itself is no map: neither we nor vLLM have a place for it."""
     if config.draft_vocab_size != config.target_vocab_size:
         return tensors
-    if bool(tensors["d2t"].any()) if "d2t" in tensors else False:
+    if "d2t" in tensors and tensors["d2t"].any():
         raise ValueError("d2t moves tokens although the draft vocabulary is the verifier's: one of them is wrong")
     return {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
-
-
-def recorded(algorithm: str, verifier: str) -> SpeculatorsConfig:
-    return SpeculatorsConfig(
-        algorithm=algorithm,
-        proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=CONVERTED_TOKENS)],
-        default_proposal_method="greedy",
-        verifier=VerifierConfig.from_pretrained(verifier),
-    )

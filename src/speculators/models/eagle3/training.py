@@ -151,8 +151,7 @@ def train_forward(
     targets = HeadTargets(
         model.verifier_norm(batch.last_hidden_TH),
         model.verifier_lm_head.weight,
-        model.target_scale,
-        model.target_softcap,
+        *model.target_transform,
     )
     step_N, row_N = supervision.counts_SR.nonzero().unbind(1)
     losses = row_losses(

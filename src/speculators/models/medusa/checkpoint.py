@@ -8,17 +8,15 @@ lm_heads.{i}.weight              {i}.{num_layers}.weight
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from speculators.checkpoint.formats import dtype_name, write_config, write_tensors
 from speculators.models.medusa.config import MedusaSpeculatorConfig
-from speculators.utils.files import atomic_write
 from speculators.utils.loading import load_checkpoint
 
 OLD_LAYER = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
@@ -38,7 +36,7 @@ def native_config(config: MedusaSpeculatorConfig, dtype: torch.dtype) -> dict[st
         "model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size, "num_heads": config.num_heads, "num_hidden_layers": config.num_hidden_layers,
         "medusa_fc_bias": True,  # without it vLLM leaves the biases out, silently
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }  # fmt: skip
 
 
@@ -46,11 +44,9 @@ def save_native(config: MedusaSpeculatorConfig, tensors: dict[str, Tensor], path
     """The directory to serve with `{"method": "medusa", "model": path}` and num_speculative_tokens <= num_heads."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    native = {name: tensors[name].detach().cpu().contiguous() for name in sorted(expected_keys(config))}
-    save_file(native, path / "model.safetensors", metadata={"format": "pt"})
-    with atomic_write(path / "config.json") as file:
-        values = native_config(config, native["lm_heads.0.weight"].dtype)
-        file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    native = {name: tensors[name] for name in expected_keys(config)}
+    write_tensors(path, native)
+    write_config(path, native_config(config, native["lm_heads.0.weight"].dtype))
     return path
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from speculators.checkpoint.formats import ForeignCheckpoint
 from speculators.model import SpeculatorModel
-from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary
+from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, norm_eps_of
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.medusa.arguments import TRAINING_DEFAULTS, MedusaTrainingArgs
 from speculators.models.medusa.checkpoint import expected_keys, save_native
@@ -22,7 +22,7 @@ from speculators.models.medusa.config import MedusaSpeculatorConfig
 from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
 from speculators.models.medusa.serving import MedusaContract
 from speculators.models.tree_drafting import SlotTreeDrafter
-from speculators.models.utils import get_verifier_config, recorded
+from speculators.models.utils import get_verifier_config, make_speculators_config
 from speculators.verifier import verifier_parts
 
 
@@ -76,8 +76,8 @@ class MedusaDraftModel(LastStateModel):
             vocab_size=verifier.vocab_size,
             num_heads=num_heads,
             num_hidden_layers=num_layers,
-            rms_norm_eps=getattr(verifier, "rms_norm_eps", MedusaSpeculatorConfig.model_fields["rms_norm_eps"].default),
-            speculators_config=recorded("medusa", num_heads, verifier_name_or_path, trust_remote_code),
+            rms_norm_eps=norm_eps_of(verifier, MedusaSpeculatorConfig),
+            speculators_config=make_speculators_config("medusa", num_heads, verifier_name_or_path, trust_remote_code),
         )
         model = cls(config)
         model.load_verifier_weights()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from speculators.checkpoint.contract import CheckpointContract
 from speculators.checkpoint.findings import Finding, error
 from speculators.checkpoint.formats import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint, Serving
+from speculators.models.last_state_model import norm_eps_of
 from speculators.models.medusa.checkpoint import read_native, save_native, to_our_name
 from speculators.models.medusa.config import MedusaSpeculatorConfig
-from speculators.models.utils import get_verifier_config, recorded
+from speculators.models.utils import get_verifier_config, make_speculators_config
 
 NATIVE = "medusa"
 
 
 class MedusaFormat(CheckpointFormat):
-    name: ClassVar[str] = NATIVE
+    name = NATIVE
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         return {"blocks.0.layers.0.weight", "lm_heads.0.weight"} <= {to_our_name(name) for name in source.tensor_names}
@@ -43,8 +44,8 @@ class MedusaFormat(CheckpointFormat):
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         fields, tensors = read_native(source.path)
         if verifier is not None:
-            fields["rms_norm_eps"] = get_verifier_config(verifier).rms_norm_eps
-            fields["speculators_config"] = recorded("medusa", fields["num_heads"], verifier, trust_remote_code=False)
+            fields["rms_norm_eps"] = norm_eps_of(get_verifier_config(verifier), MedusaSpeculatorConfig)
+            fields["speculators_config"] = make_speculators_config("medusa", fields["num_heads"], verifier)
         return Converted(MedusaSpeculatorConfig(**fields), tensors)
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:

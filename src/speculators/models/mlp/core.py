@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from speculators.model import SpeculatorModel
-from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary
+from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, norm_eps_of
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.mlp.arguments import TRAINING_DEFAULTS, MLPTrainingArgs, default_of
 from speculators.models.mlp.config import MLPSpeculatorConfig
 from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
 from speculators.models.mlp.serving import MLPContract
 from speculators.models.tree_drafting import CarriedTreeDrafter
-from speculators.models.utils import get_verifier_config, recorded
+from speculators.models.utils import get_verifier_config, make_speculators_config
 from speculators.verifier import verifier_parts
 
 
@@ -88,8 +88,8 @@ class MLPSpeculator(LastStateModel):
             num_layers=n_predict,
             tie_weights=tie_weights,
             scale_input=scale_input,
-            rms_norm_eps=getattr(verifier, "rms_norm_eps", MLPSpeculatorConfig.model_fields["rms_norm_eps"].default),
-            speculators_config=recorded("mlp", n_predict, verifier_name_or_path, trust_remote_code),
+            rms_norm_eps=norm_eps_of(verifier, MLPSpeculatorConfig),
+            speculators_config=make_speculators_config("mlp", n_predict, verifier_name_or_path, trust_remote_code),
         )
         model = cls(config)
         model.load_verifier_weights()

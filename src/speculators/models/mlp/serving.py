@@ -11,17 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators.checkpoint.contract import CheckpointContract
-from speculators.checkpoint.formats import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint, write_config
+from speculators.checkpoint.formats import (
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    dtype_name,
+    write_config,
+    write_tensors,
+)
+from speculators.models.last_state_model import norm_eps_of
 from speculators.models.mlp.config import OLD_NAMES, MLPSpeculatorConfig
-from speculators.models.utils import get_verifier_config, recorded
-from speculators.utils.loading import SAFETENSORS
+from speculators.models.utils import get_verifier_config, make_speculators_config
 
 PREFIX = "speculator."
 THEIR_DEFAULTS = {"tie_weights": False, "scale_input": False}
@@ -31,7 +38,7 @@ WIDEST, NUM_CANDIDATES = 5, 5
 
 
 class FmsFormat(CheckpointFormat):
-    name: ClassVar[str] = "mlp_speculator"
+    name = "mlp_speculator"
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         return source.values.get("model_type") == self.name
@@ -40,18 +47,17 @@ class FmsFormat(CheckpointFormat):
         values: Mapping[str, Any] = {**THEIR_DEFAULTS, **source.values}
         fields = {key: values[key] for key in FIELDS if key in values}
         if verifier is not None:
-            fields["speculators_config"] = recorded("mlp", values["n_predict"], verifier, trust_remote_code=False)
-            fields["rms_norm_eps"] = get_verifier_config(verifier).rms_norm_eps
+            fields["speculators_config"] = make_speculators_config("mlp", values["n_predict"], verifier)
+            fields["rms_norm_eps"] = norm_eps_of(get_verifier_config(verifier), MLPSpeculatorConfig)
         config = MLPSpeculatorConfig(**fields)
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in source.tensors().items()}
         return Converted(config, stored_once(tensors) if config.tie_weights else tensors)
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         config: Any = checkpoint.config
-        tensors = {PREFIX + name: tensor.contiguous() for name, tensor in sorted(checkpoint.tensors.items())}
-        save_file(tensors, directory / SAFETENSORS, metadata={"format": "pt"})
-        dtype = str(tensors[f"{PREFIX}head.0.weight"].dtype).removeprefix("torch.")
-        write_config(directory, {**native_config(config), "torch_dtype": dtype})
+        write_tensors(directory, {PREFIX + name: tensor for name, tensor in checkpoint.tensors.items()})
+        dtype = checkpoint.tensors["head.0.weight"].dtype
+        write_config(directory, {**native_config(config), "torch_dtype": dtype_name(dtype)})
 
 
 def native_config(config: MLPSpeculatorConfig) -> dict[str, Any]:

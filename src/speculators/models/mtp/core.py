@@ -14,7 +14,6 @@ from typing import Any, cast
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import resolve_loss_config
@@ -39,10 +38,9 @@ from speculators.models.mtp.training import (
     train_forward,
 )
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.utils import target_logit_transform
+from speculators.models.utils import make_speculators_config, target_logit_transform
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
-from speculators.proposals import GreedyTokenProposalConfig
 from speculators.verifier import verifier_parts
 
 logger = logging.getLogger(__name__)
@@ -100,8 +98,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
 
     def load_verifier_weights(self) -> None:
         """Embedding, head and final norm are the verifier's, whatever a checkpoint has."""
-        speculators_config = self.config.speculators_config
-        path = speculators_config.verifier.name_or_path if speculators_config is not None else None
+        path = self.config.recorded_verifier
         if path is None:
             self.freeze_verifier_weights()
             return
@@ -142,11 +139,8 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             nested._attn_implementation = draft_attn_impl
         config = cls.config_class(
             transformer_layer_config=nested,
-            speculators_config=SpeculatorsConfig(
-                algorithm="mtp",
-                proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_speculative_steps)],
-                default_proposal_method="greedy",
-                verifier=VerifierConfig.from_pretrained(verifier_name_or_path, trust_remote_code=trust_remote_code),
+            speculators_config=make_speculators_config(
+                "mtp", num_speculative_steps, verifier_name_or_path, trust_remote_code
             ),
         )
         model = cls(config)

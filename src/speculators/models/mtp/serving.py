@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from speculators.checkpoint.contract import CheckpointContract
 from speculators.checkpoint.formats import (
@@ -15,22 +15,20 @@ from speculators.checkpoint.formats import (
     Serving,
     num_speculative_tokens,
 )
-from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.models.mtp.checkpoint import expected_keys, layer_config_of
 from speculators.models.mtp.config import MTPSpeculatorConfig
 from speculators.models.mtp.families import family_of
 from speculators.models.mtp.native import native_keys, read_native
 from speculators.models.mtp.stitch import stitch
 from speculators.models.mtp.training import NUM_STEPS
-from speculators.models.utils import get_verifier_config
-from speculators.proposals import GreedyTokenProposalConfig
+from speculators.models.utils import get_verifier_config, make_speculators_config
 
 STITCHED = "stitched"
 
 
 class StitchedFormat(CheckpointFormat):
-    name: ClassVar[str] = STITCHED
-    needs_verifier: ClassVar[bool] = True
+    name = STITCHED
+    needs_verifier = True
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         """A whole verifier that ships an MTP layer, or the layer's tensors with the verifier's config."""
@@ -50,13 +48,8 @@ class StitchedFormat(CheckpointFormat):
             raise ValueError(f"'{source.path}' has no tensors under {family.native_prefix(nested)}: there is no layer")
         config = MTPSpeculatorConfig(
             transformer_layer_config=nested,
-            speculators_config=SpeculatorsConfig(
-                algorithm="mtp",
-                proposal_methods=[
-                    GreedyTokenProposalConfig(speculative_tokens=options.get("num_speculative_steps", NUM_STEPS))
-                ],
-                default_proposal_method="greedy",
-                verifier=VerifierConfig.from_pretrained(verifier or str(source.path)),
+            speculators_config=make_speculators_config(
+                "mtp", options.get("num_speculative_steps", NUM_STEPS), verifier or str(source.path)
             ),
         )
         odd = sorted(expected_keys(config) ^ tensors.keys())

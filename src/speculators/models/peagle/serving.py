@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from speculators.checkpoint.findings import Finding, error
-from speculators.checkpoint.formats import (
-    CheckpointFormat,
-    ForeignCheckpoint,
-    OurCheckpoint,
-    Serving,
-    num_speculative_tokens,
-    write_config,
-)
+from speculators.checkpoint.findings import Finding, error, null_mask_token
+from speculators.checkpoint.formats import ForeignCheckpoint, OurCheckpoint, Serving, write_config
 from speculators.models.eagle3.serving import Eagle3Contract, Eagle3Format
 from speculators.models.peagle.checkpoint import write_fc_norm
 from speculators.models.peagle.config import PEagleSpeculatorConfig
@@ -25,8 +18,8 @@ MASK_TOKENS = ("mask_token_id", "pard_token", "ptd_token_id")
 class PEagleFormat(Eagle3Format):
     """SpecForge's: the tensors of its EAGLE-3 and `mask_hidden`. The mask token has several names."""
 
-    name: ClassVar[str] = "peagle"
-    has_mask_hidden: ClassVar[bool] = True
+    name = "peagle"
+    has_mask_hidden = True
 
     def config_of(self, values: Mapping[str, Any], **fields: Any) -> PEagleSpeculatorConfig:
         token = next((values[key] for key in MASK_TOKENS if values.get(key) is not None), None)
@@ -43,17 +36,15 @@ class PEagleFormat(Eagle3Format):
         write_config(directory, {**values, "mask_token_id": token, "pard_token": token})
 
     def serving(self, config: Any, directory: str, verifier: str) -> Serving:
-        method = {
-            "method": "eagle3", "model": directory, "num_speculative_tokens": num_speculative_tokens(config),
-            "parallel_drafting": True,
-        }  # fmt: skip
-        return Serving(verifier, method)
+        chain = super().serving(config, directory, verifier)
+        assert chain is not None and chain.speculative_config is not None
+        return Serving(verifier, {**chain.speculative_config, "parallel_drafting": True})
 
 
 class PEagleContract(Eagle3Contract):
-    formats: ClassVar[tuple[CheckpointFormat, ...]] = (PEagleFormat(),)
-    training_keys: ClassVar[frozenset[str]] = Eagle3Contract.training_keys | set(PEagleSpeculatorConfig.training_fields)
-    absent_means: ClassVar[Mapping[str, str]] = {
+    formats = (PEagleFormat(),)
+    training_keys = Eagle3Contract.training_keys | set(PEagleSpeculatorConfig.training_fields)
+    absent_means = {
         "mask_token_id": "does not load the checkpoint",
         "draft_vocab_size": "takes the verifier's",
     }
@@ -63,13 +54,8 @@ class PEagleContract(Eagle3Contract):
         return super().shared_tensors(config) - {"embed_tokens.weight"}
 
     def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
-        found = super().findings(values, config)
+        found = [*super().findings(values, config), *null_mask_token(values)]
         nested = config.transformer_layer_config
-        if values.get("mask_token_id", 0) is None:
-            found.append(
-                error("mask-token-missing", "mask_token_id", "null", "masked slots need a token",
-                      "write the id the drafter was trained with")
-            )  # fmt: skip
         if config.fc_norm and not getattr(nested, "fc_norm", False):
             found.append(
                 error(

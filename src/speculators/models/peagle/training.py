@@ -107,9 +107,8 @@ def train_forward(
     supervision = Supervision.of(batch, sampling.draw(batch, generator))
     hidden_RH = run_elements(model, batch, supervision)
     targets = HeadTargets(
-        model.verifier_norm(batch.last_hidden_TH), model.verifier_lm_head.weight, model.target_scale,
-        model.target_softcap,
-    )  # fmt: skip
+        model.verifier_norm(batch.last_hidden_TH), model.verifier_lm_head.weight, *model.target_transform
+    )
     counts_R = supervision.counts_R
     depth_N, target_N = supervision.depth_R[counts_R], supervision.target_R[counts_R]
     losses = row_losses(hidden_RH[counts_R], model.lm_head.weight, targets, target_N, loss_config)
