@@ -54,6 +54,14 @@ def test_a_healthy_server_is_waited_for_and_its_log_forwarded(tmp_path):
     assert any("fake server starting" in line for line in lines)
 
 
+def test_a_port_that_is_taken_is_refused_before_its_owner_is_called_ready(start_fake, tmp_path):
+    other = start_fake()
+    launch = Launch(tuple(command(tmp_path / "second", "--port", str(other.port))), f"http://127.0.0.1:{other.port}")
+    with pytest.raises(ValueError, match=rf"port {other.port} is taken.*--port {other.port + 1}"):
+        run_server(launch, ready_timeout_s=10)
+    assert not (tmp_path / "second").exists()
+
+
 def test_a_server_that_fails_to_start_is_reported_with_its_last_lines(tmp_path):
     with (
         ServerProcess(command(tmp_path, "--fail")) as server,

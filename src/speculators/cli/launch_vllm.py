@@ -9,11 +9,14 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from speculators.cli.vllm_server import READY_TIMEOUT_S, start, vllm_environment
+
+if TYPE_CHECKING:
+    from speculators.utils.extraction import ExtractionNote
 
 DEFAULT_DIRECTORY = Path(tempfile.gettempdir()) / "hidden_states"
 
@@ -87,7 +90,7 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return args[:at], args[at + 1 :]
 
 
-def what_to_extract(args: argparse.Namespace) -> Any:
+def what_to_extract(args: argparse.Namespace) -> ExtractionNote:
     """The layers, ascending: engines hand them over in the order of the network."""
     from speculators.utils.extraction import ExtractionNote
     from speculators.utils.files import absolute_if_directory, refuse_missing_verifier

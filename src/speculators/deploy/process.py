@@ -125,7 +125,7 @@ class ServerProcess:
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
     def last_words(self) -> str:
-        """The end of the log: from its last traceback or error on, when that is near."""
+        """The end of the log, for a message."""
         self.reader.join(timeout=2.0)  # what is still in the pipe
         lines = list(self.lines)
         if not lines:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 from speculators.deploy.process import ServerProcess, ignore
 from speculators.utils.extraction import ExtractionNote
@@ -103,6 +105,20 @@ def value_of(args: Sequence[str], flag: str) -> str | None:
     return value
 
 
+def refuse_taken_port(base_url: str) -> None:
+    """Who answers there already would be taken for the server that is being started, and called ready at once."""
+    where = urlsplit(base_url)
+    assert where.hostname is not None and where.port is not None
+    try:
+        socket.create_connection((where.hostname, where.port), timeout=1.0).close()
+    except OSError:
+        return
+    raise ValueError(
+        f"port {where.port} is taken: something answers at {base_url} already; end it, or serve at another port: "
+        f"-- --port {where.port + 1}"
+    )
+
+
 class StopRequested(BaseException):
     """A signal asked the server to stop. No `Exception`: nothing on the way may swallow it."""
 
@@ -139,6 +155,8 @@ def run_server(
     on_ready: Callable[[float], None] = ignore,
 ) -> str:
     """Serve until a signal asks to stop; returns its name. `ServerFailedError` when the server ends by itself."""
+    if launch.base_url is not None:
+        refuse_taken_port(launch.base_url)
     try:
         with stopping_on_signals(), ServerProcess(launch.command, env=env, on_line=on_line) as server:
             if launch.base_url is not None:
