@@ -7,6 +7,7 @@ import torch
 import toys
 
 from speculators.decoding import DecodeStats, Engine, HFVerifier, SamplingParams
+from speculators.decoding.intake import end_of_sequence_ids
 from speculators.interfaces import CaptureSpec
 
 V = toys.VOCAB
@@ -86,6 +87,28 @@ def test_the_end_of_sequence_token_ends_a_request_unless_ignored(drafts):
     assert engine.generate([[50]])[0].text == letter(51)
     ignoring = engine.generate([[50]], SamplingParams(max_tokens=4, ignore_eos=True))[0]
     assert ignoring.token_ids == [51, 2, 52, 50]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "of_tokenizer", "expected"),
+    [
+        ([2, 7], 5, 9, {2, 7, 9}),  # the generation config goes before the config
+        (None, 5, None, {5}),
+        (None, None, 9, {9}),
+        (None, None, None, set()),
+    ],
+)
+def test_a_model_says_which_tokens_end_its_sequences(generation, config, of_tokenizer, expected):
+    model = toys.tiny_model("llama")
+    model.generation_config.eos_token_id, model.config.eos_token_id = generation, config
+    tokenizer = LetterTokenizer()
+    tokenizer.eos_token_id = of_tokenizer
+    assert end_of_sequence_ids(model, tokenizer) == expected
+    prompt = [5, 6, 7]
+    plain = toys.generated(model, prompt, 30)
+    num_taken = next((i + 1 for i, token in enumerate(plain) if token in expected), 30)
+    output = Engine(model, tokenizer=tokenizer).generate([prompt], SamplingParams(max_tokens=30))[0]
+    assert output.token_ids == plain[:num_taken]
 
 
 def test_requests_end_at_max_length():

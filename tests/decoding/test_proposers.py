@@ -103,6 +103,16 @@ def test_first_layers_share_weights_and_end_like_the_verifier():
         first_layers(model, 3)
 
 
+def test_early_exit_drafts_with_a_quarter_of_the_layers_unless_told():
+    model, prompt = toys.tiny_model("llama"), committed([([5, 6, 7, 8], 4)])
+
+    def drafts(**given):
+        engine = Engine(model, {"method": "early_exit", "num_speculative_tokens": 4, **given}, max_batch_size=1)
+        return engine.drafting.proposer.propose(prompt, 4, DraftSampling(torch.zeros(1))).token_ids_BK.tolist()
+
+    assert drafts() == drafts(early_exit_layer=1) != drafts(early_exit_layer=2)  # of 4 layers
+
+
 class Vocabulary:
     unk_token_id, eos_token_id = None, 1
 

@@ -349,6 +349,21 @@ def test_mtp_without_a_model_drafts_with_the_targets_own_layers():
     assert shared.compute_hash() != config.compute_hash()
 
 
+def test_own_layers_are_read_from_where_the_targets_weights_are(tmp_path):
+    target = llama("/cache/copy")
+    target.hf_config.architectures, target.hf_config.num_nextn_predict_layers = ["MiMoForCausalLM"], 1
+    target.model_weights = "s3://bucket/mimo"
+    config = SpeculativeConfig(method="mtp", num_speculative_tokens=1, target_model_config=target)
+    assert config.model == "s3://bucket/mimo"
+    assert config.draft_model_config.hf_config.model_type == "mimo_mtp"
+
+
+def test_a_draft_that_looks_ahead_is_told_how_far(tmp_path):
+    draft = checkpoint(tmp_path / "draft", num_lookahead_tokens=2)
+    config = SpeculativeConfig(model=draft, num_speculative_tokens=5)
+    assert config.draft_model_config.hf_config.num_lookahead_tokens == 5
+
+
 def test_mtp_for_deepseek_v32_runs_eagerly():
     target = llama("org/v32")
     target.hf_config = SimpleNamespace(
@@ -384,6 +399,8 @@ def test_a_draft_under_the_first_name_of_its_architecture_is_recognised(tmp_path
     draft = checkpoint(tmp_path / "draft", model_type="qwen3", architectures=["DSparkDraftModel"], block_size=7)
     config = SpeculativeConfig(model=draft)
     assert (config.method, config.num_speculative_tokens, config.parallel_drafting) == ("dspark", 7, True)
+    named = checkpoint(tmp_path / "named", architectures=["Qwen3DSparkModel"], dspark_block_size=5)
+    assert SpeculativeConfig(model=named).num_speculative_tokens == 5
     assert config.draft_model_config.hf_config.architectures == ["Qwen3DSparkModel"]
     other = checkpoint(tmp_path / "other", model_type="qwen3", architectures=["Qwen3ForCausalLM"], block_size=7)
     assert SpeculativeConfig(model=other, num_speculative_tokens=2).method == "draft_model"
@@ -542,6 +559,11 @@ def test_slots_and_kinds_of_methods(fields, slots, eagle):
     assert config.use_ngram() == (config.method == "ngram")
 
 
+def test_eagle_like_methods_drop_the_last_block_unless_told_not_to():
+    config = SpeculativeConfig(model="org/x_eagle3", num_speculative_tokens=2, disable_eagle_block_drop=True)
+    assert config.use_eagle() and not config.use_eagle_block_drop()
+
+
 def test_repr_names_method_model_and_k():
     assert repr(SpeculativeConfig(method="ngram", num_speculative_tokens=3)) == (
         "SpeculativeConfig(method='ngram', model=None, num_spec_tokens=3)"
@@ -553,6 +575,13 @@ def test_the_hash_follows_the_states_the_verifier_must_return_and_nothing_else()
     hashes = {k: SpeculativeConfig(model="org/x_eagle3", num_speculative_tokens=k).compute_hash() for k in (1, 5)}
     assert hashes[1] == hashes[5]
     assert hashes[1] != SpeculativeConfig(method="ngram", num_speculative_tokens=1).compute_hash()
+    dspark = {
+        adaptive: SpeculativeConfig(
+            model="org/dspark", num_speculative_tokens=2, enable_adaptive_verification=adaptive
+        ).compute_hash()
+        for adaptive in (False, True)
+    }
+    assert dspark[False] != dspark[True]
 
 
 # ---- vLLM's JSON
