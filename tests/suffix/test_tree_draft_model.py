@@ -50,3 +50,13 @@ def test_a_wider_tree_is_accepted_longer_than_its_chain():
         decoder.generate(PROMPTS, sampling)
         lengths.append(decoder.stats.acceptance_length)
     assert lengths[1] > lengths[0]
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_a_tree_is_drafted_no_deeper_than_asked(asked):
+    verifier, tree = tiny(0), TokenTree.parse("[(0,), (1,), (0, 0), (1, 0), (0, 0, 0)]")
+    proposer = TreeDraftModelProposer(DraftModelProposer(verifier, max_batch_size=4), tree)
+    decoder = Engine(verifier, proposer, num_speculative_tokens=asked, max_batch_size=4)
+    decoder.generate(PROMPTS, SamplingParams(max_tokens=12, ignore_eos=True))
+    assert len(decoder.stats.drafted_per_position) == asked
+    assert decoder.stats.num_drafted == decoder.stats.num_drafts * sum(len(path) <= asked for path in tree.paths)

@@ -136,3 +136,13 @@ def test_the_command_line_asks_speculators_for_trees(checkpoints):
     assert drafter.speculative_config == {"model": path, "speculative_token_tree": TREE}
     with pytest.raises(ValueError, match="none of the methods"):
         parse_methods(["ngram"], None, {"dynamic_tree": {}})
+
+
+@pytest.mark.parametrize("name", ["eagle3", "medusa"])
+@pytest.mark.parametrize("tree", [{"speculative_token_tree": TREE}, {"dynamic_tree": DYNAMIC}])
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_trees_are_drafted_no_deeper_than_the_schedule_says(checkpoints, verifier, plain, name, tree, asked):
+    config = {"model": str(checkpoints[name]), **tree, "num_speculative_tokens_per_batch_size": [(1, 8, asked)]}
+    engine = Engine(verifier, config, max_batch_size=8)
+    assert [output.token_ids for output in engine.generate(PROMPTS, GREEDY)] == plain
+    assert len(engine.stats.drafted_per_position) == asked
