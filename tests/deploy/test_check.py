@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from speculators.checkpoint.record import RECORD_FILE
 from speculators.cli.app import main
+from speculators.cli.check import served_by
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.export import export_checkpoint
 from speculators.train.checkpointer import save_speculator
@@ -299,6 +300,20 @@ def test_an_algorithm_of_others_is_checked_as_far_as_it_says(tmp_path, monkeypat
     assert not report.findings and report.serving is None, [str(found) for found in report.findings]
     edit_tensors(tmp_path / "0", lambda tensors: tensors.pop("fc.bias"))
     assert [found.code for found in check_checkpoint(tmp_path / "0").findings] == ["tensor-missing"]
+
+
+@pytest.mark.parametrize(
+    ("case", "verdict", "served"),
+    [
+        ("eagle3", "ready to serve", "vllm serve "),
+        ("eagle", "no errors; vllm-0.32 serves what `speculators export` makes of it", "speculators export "),
+        ("mlp", "no errors; vllm-0.32 serves no drafter of this type", "nothing: decode here"),
+    ],
+)
+def test_only_what_vllm_serves_as_it_is_is_called_ready_to_serve(case, verdict, served, trained):
+    report = check_checkpoint(trained(case))
+    assert report.ok and report.verdict == verdict
+    assert served in served_by(report)
 
 
 def test_a_directory_of_no_format_is_an_error_that_says_so(tmp_path):

@@ -89,13 +89,12 @@ def test_drafters_without_an_engine_or_another_format_are_refused(trained, tmp_p
 
 def test_nothing_is_overwritten_unless_asked(trained, tmp_path):
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "precious").write_text("x")
+    export_checkpoint(trained("eagle"), output)
     with pytest.raises(ValueError, match="exists already"):
         export_checkpoint(trained("eagle3"), output)
-    assert (output / "precious").is_file()
+    assert json.loads((output / "config.json").read_text())["model_type"] == "llama"
     export_checkpoint(trained("eagle3"), output, overwrite=True)
-    assert not (output / "precious").exists() and (output / "model.safetensors").is_file()
+    assert json.loads((output / "config.json").read_text())["speculators_model_type"] == "eagle3"
 
 
 def test_what_is_not_as_trained_is_not_exported(copy_of, tmp_path):
@@ -196,6 +195,32 @@ def test_an_mtp_layer_is_exported_inside_its_verifier(tmp_path):
     again = convert_checkpoint(exported.path, tmp_path / "again", verifier=verifier).path
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (path, again))
     assert all(torch.allclose(ours[name].float(), theirs[name].float()) for name in ours)
+
+
+def test_overwriting_never_deletes_what_is_no_checkpoint_nor_what_is_read(copy_of, tmp_path):
+    checkpoint, home = copy_of("eagle"), tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("precious")
+    (tmp_path / "link").symlink_to(checkpoint)
+    for output, words in (
+        (home, "is no checkpoint"),
+        (home / "thesis.txt", "is a file"),
+        (tmp_path / "link", "is read"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            export_checkpoint(checkpoint, output, overwrite=True)
+    assert (home / "thesis.txt").read_text() == "precious"
+    assert (checkpoint / "model.safetensors").is_file()
+
+
+def test_a_verifier_or_report_that_cannot_be_read_is_named_with_its_flag(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"no verifier at './nowhere'"):
+        export_checkpoint(trained("eagle"), tmp_path / "out", verifier="./nowhere")
+    for text, words in (("{", "is not JSON"), ("[]", "it has no rows")):
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"--report .*report.json {words}|is no evaluation: {words}"):
+            export_checkpoint(trained("eagle"), tmp_path / "out", report=tmp_path / "report.json")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_relative_verifier_is_recorded_by_its_absolute_path(trained, tmp_path, monkeypatch):

@@ -64,4 +64,8 @@ def show(report: CheckReport) -> None:
 def served_by(report: CheckReport) -> str:
     if report.serving is not None:
         return report.serving.command
-    return "`speculators export` writes what an engine needs; decode here with `speculators generate`"
+    if report.served_format == report.format:
+        return "a verifier that is named: --verifier"
+    if report.served_format is None:
+        return "nothing: decode here with `speculators generate`"
+    return f"what this writes: speculators export {report.path} --output DIRECTORY"

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from speculators.checkpoint.formats import SPECULATORS, OurCheckpoint
 from speculators.checkpoint.io import local_directory, open_checkpoint, write_ours
 from speculators.checkpoint.record import write_training_record
-from speculators.utils.files import absolute_if_directory, atomic_directory
+from speculators.utils.files import absolute_if_directory, atomic_directory, refuse_to_replace
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def convert_checkpoint(
     """`source`: directory or hub id. `algorithm` is needed only where several could have made it. `options` say what
     the source does not, such as the verifier layers an EAGLE-3 head reads; each format takes its own."""
     output = Path(output)
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists already: name another directory, or replace it with --overwrite")
+    refuse_to_replace(output, source, overwrite=overwrite)
     require_verifier(verifier)
     verifier = absolute_if_directory(verifier)
     opened = open_checkpoint(

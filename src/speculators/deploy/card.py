@@ -73,7 +73,15 @@ def measured(algorithm: str, report: Mapping[str, Any] | None) -> str:
 def find_report(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
     """The evaluation report named, or one lying beside the checkpoint or its run."""
     if given is not None:
-        return json.loads(given.read_text())
+        try:
+            found = json.loads(given.read_text())
+        except ValueError as problem:
+            raise ValueError(
+                f"--report {given} is not JSON ({problem}); name what `evaluate --output` wrote"
+            ) from problem
+        if not isinstance(found, dict) or "rows" not in found:
+            raise ValueError(f"--report {given} is no evaluation: it has no rows; name what `evaluate --output` wrote")
+        return found
     for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
         for name in REPORT_NAMES:
             if (folder / name).is_file():

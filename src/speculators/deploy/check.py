@@ -104,6 +104,7 @@ def weights(report: CheckReport) -> dict[str, Tensor] | None:
 
 def check_opened(opened: Opened, report: CheckReport, verifier: str | None) -> None:
     contract, config, tensors = opened.model_class.contract, opened.config, opened.tensors
+    report.served_format = contract.served_format
     is_served = contract.served_format == opened.format
     report.add("what vLLM makes of the options", contract.findings(opened.values, config))
     try:

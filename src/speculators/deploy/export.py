@@ -8,6 +8,7 @@ native          the algorithm's format beside ours, if it has one
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from speculators.config import VerifierConfig
 from speculators.deploy.card import CARD_FILE, find_report, model_card
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.report import CheckError, CheckReport
-from speculators.utils.files import absolute_if_directory, atomic_directory
+from speculators.utils.files import absolute_if_directory, atomic_directory, refuse_missing_verifier, refuse_to_replace
 
 NATIVE = "native"
 
@@ -50,9 +51,11 @@ def export_checkpoint(
     """Write a directory that `profile` can be given. `verifier`: the name to record in place of the one there, such as
     the hub id under which the serving machine knows it. `report`: an evaluation to quote in the card."""
     output = Path(output)
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists already: name another --output, or replace it with --overwrite")
-    verifier = None if verifier is None else absolute_if_directory(verifier)
+    path = Path(os.path.abspath(output))  # links stay, as in every name that is written down
+    refuse_to_replace(output, checkpoint, overwrite=overwrite)
+    if verifier is not None:
+        refuse_missing_verifier(verifier)
+        verifier = absolute_if_directory(verifier)
     opened = open_checkpoint(checkpoint, verifier=verifier)
     format_name = chosen_format(opened, profile)
     ours = prepared(opened, verifier, dtype)
@@ -60,7 +63,7 @@ def export_checkpoint(
     if named is None:
         raise ValueError(f"{checkpoint} names no verifier; give it with --verifier")
     contract = opened.model_class.contract
-    serving = contract.serving(ours.config, format_name, str(output.resolve()), named)
+    serving = contract.serving(ours.config, format_name, str(path), named)
     with atomic_directory(output) as folder:
         if format_name == SPECULATORS:
             write_ours(ours, opened.model_class, folder)
@@ -77,7 +80,7 @@ def export_checkpoint(
         refuse_errors(
             check_checkpoint(folder, verifier=named, algorithm=ours.config.speculators_model_type), checkpoint
         )
-    return Exported(output.resolve(), ours.config.speculators_model_type, format_name, serving, opened.notes)
+    return Exported(path, ours.config.speculators_model_type, format_name, serving, opened.notes)
 
 
 def serving_of_export(directory: str | Path, verifier: str | None = None) -> Serving:
@@ -120,11 +123,22 @@ def chosen_format(opened: Opened, profile: str) -> str:
     return profile
 
 
+def named_verifier(verifier: str) -> VerifierConfig:
+    try:
+        return VerifierConfig.from_pretrained(verifier)
+    except OSError as problem:
+        reason = str(problem).strip().split("\n")[0]
+        raise ValueError(
+            f"--verifier {verifier}: its config.json, whose class is recorded, cannot be read ({reason}); name its "
+            "directory or hub id"
+        ) from problem
+
+
 def prepared(opened: Opened, verifier: str | None, dtype: str | None) -> OurCheckpoint:
     """The checkpoint as it is to be written: complete config, tensors of the wanted type."""
     config = opened.model_class.contract.completed(opened.config)
     if verifier is not None and config.speculators_config is not None:
-        config.speculators_config.verifier = VerifierConfig.from_pretrained(verifier)
+        config.speculators_config.verifier = named_verifier(verifier)
     tensors = dict(opened.tensors)
     if dtype is not None:
         wanted = getattr(torch, dtype, None)

@@ -32,6 +32,8 @@ class CheckReport:
     not_done: dict[str, str] = field(default_factory=dict)
     """What could not be checked -> why."""
     serving: Serving | None = None
+    served_format: str | None = None
+    """The one in which `export` writes such a drafter for vLLM; None: vLLM has none of the kind."""
     notes: tuple[str, ...] = ()
 
     def add(self, what: str, found: Iterable[Finding]) -> None:
@@ -53,7 +55,13 @@ class CheckReport:
     @property
     def verdict(self) -> str:
         num_errors = len(self.errors)
-        return "ready to serve" if self.ok else f"{num_errors} error{'s' * (num_errors > 1)}: do not serve it"
+        if num_errors:
+            return f"{num_errors} error{'s' * (num_errors > 1)}: do not serve it"
+        if self.serving is not None or self.served_format == self.format:
+            return "ready to serve"
+        if self.served_format is None:
+            return f"no errors; {VLLM_PROFILE} serves no drafter of this type"
+        return f"no errors; {VLLM_PROFILE} serves what `speculators export` makes of it"
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -18,6 +18,22 @@ def absolute_if_directory(name: str) -> str:
     return os.path.abspath(name) if Path(name).is_dir() else name
 
 
+def refuse_to_replace(output: Path, made_from: str | os.PathLike, *, overwrite: bool) -> None:
+    """What may not become a checkpoint: replacing a directory deletes all it holds."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{output} exists already: name another --output, or replace it with --overwrite")
+    if not output.is_dir():
+        raise ValueError(f"{output} is a file; name a directory")
+    if any(output.iterdir()) and not (output / "config.json").is_file():
+        raise ValueError(
+            f"{output} is no checkpoint, and --overwrite would delete what it holds; name another --output"
+        )
+    if Path(made_from).is_dir() and output.samefile(made_from):
+        raise ValueError(f"{output} is what is read; name another --output")
+
+
 def is_same_model(name: str, other: str) -> bool:
     """Whether two written names mean one model: the same words, or one directory by two paths."""
     return name == other or (Path(name).is_dir() and Path(other).is_dir() and os.path.samefile(name, other))
