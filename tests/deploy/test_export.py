@@ -149,6 +149,26 @@ def test_the_card_says_how_to_serve_and_what_was_measured(trained, tmp_path):
     assert exported.serving.command in card and f"vllm serve {VERIFIER}" in card
     assert "| 4 | 3.05 | 3.05 | 20 |" in card
     assert "Not measured" in (export_checkpoint(trained("eagle"), tmp_path / "two").path / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"measured \['eagle'\], neither .* nor another 'medusa'"):
+        export_checkpoint(trained("medusa"), tmp_path / "three", report=report)
+
+
+def test_a_report_that_lies_near_is_quoted_for_the_checkpoint_it_measured_alone(copy_of, tmp_path):
+    estimate = {"value": 3.05, "low": 2.7, "high": 3.4}
+    row = {"method": "eagle", "num_speculative_tokens": 4, "acceptance_length": estimate, "speedup": estimate,
+           "num_prompts": 20}  # fmt: skip
+    checkpoint = copy_of("eagle")
+    (tmp_path / "checkpoint_best").symlink_to(checkpoint)
+    quoted = {}
+    for model in ("checkpoint_best", "another"):
+        configs = {"none": None, "eagle": {"method": "eagle", "model": str(tmp_path / model)}}
+        found = {"verifier": "v", "dataset": "d", "rows": [row], "settings": {"speculative_configs": configs}}
+        (tmp_path / "report.json").write_text(json.dumps(found))
+        card = (export_checkpoint(checkpoint, tmp_path / "out", overwrite=True).path / "README.md").read_text()
+        quoted[model] = "| 4 | 3.05 | 3.05 | 20 |" in card
+    assert quoted == {"checkpoint_best": True, "another": False}
+    (tmp_path / "report.json").write_text('{"verb": "verify"}')
+    export_checkpoint(checkpoint, tmp_path / "out", overwrite=True)
 
 
 def test_verifier_and_type_can_be_chosen(trained, tmp_path):
@@ -218,7 +238,7 @@ def test_a_verifier_or_report_that_cannot_be_read_is_named_with_its_flag(trained
         export_checkpoint(trained("eagle"), tmp_path / "out", verifier="./nowhere")
     for text, words in (("{", "is not JSON"), ("[]", "it has no rows")):
         (tmp_path / "report.json").write_text(text)
-        with pytest.raises(ValueError, match=rf"--report .*report.json {words}|is no evaluation: {words}"):
+        with pytest.raises(ValueError, match=rf"report.json (is no evaluation: )?{words}.*--report"):
             export_checkpoint(trained("eagle"), tmp_path / "out", report=tmp_path / "report.json")
     assert not (tmp_path / "out").exists()
 

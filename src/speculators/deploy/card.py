@@ -11,6 +11,7 @@ from speculators.checkpoint.findings import VLLM_PROFILE
 from speculators.checkpoint.formats import Serving
 from speculators.config import SpeculatorModelConfig
 from speculators.provenance import package_versions
+from speculators.utils.files import is_same_model
 
 REPORT_NAMES = ("report.json", "evaluation.json")
 CARD_FILE = "README.md"
@@ -43,7 +44,7 @@ A drafter of type `{config.speculators_model_type}` for `{verifier or "an unname
 Written for {VLLM_PROFILE.replace("-", " ")}:
 
 {how}
-{measured(config.speculators_model_type, report)}
+{measured(report)}
 ## Made with
 
 {versions}
@@ -56,13 +57,12 @@ def metadata_of(verifier: str | None) -> str:
     return f"base_model: {verifier}\n" if is_hub_id else ""
 
 
-def measured(algorithm: str, report: Mapping[str, Any] | None) -> str:
-    rows = [row for row in (report or {}).get("rows", []) if row.get("method") == algorithm]
-    if report is None or not rows:
+def measured(report: Mapping[str, Any] | None) -> str:
+    if report is None:
         return "## Acceptance\n\nNot measured: run `speculators evaluate` and export again with its report.\n"
     cells = [
         (row["num_speculative_tokens"], f"{row['acceptance_length']['value']:.2f}", f"{row['speedup']['value']:.2f}",
-         row["num_prompts"]) for row in rows
+         row["num_prompts"]) for row in report["rows"]
     ]  # fmt: skip
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in cells]
     table = ["| K | acceptance length | speedup | prompts |", "|---|---|---|---|", *lines]
@@ -70,22 +70,41 @@ def measured(algorithm: str, report: Mapping[str, Any] | None) -> str:
     return "\n".join(["## Acceptance", "", *table, "", where, ""])
 
 
-def find_report(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
-    """The evaluation report named, or one lying beside the checkpoint or its run."""
+def find_report(checkpoint: Path, algorithm: str, given: Path | None) -> dict[str, Any] | None:
+    """The evaluation report named, or one lying beside the checkpoint or its run, with its rows about this drafter."""
     if given is not None:
-        try:
-            found = json.loads(given.read_text())
-        except ValueError as problem:
-            raise ValueError(
-                f"--report {given} is not JSON ({problem}); name what `evaluate --output` wrote"
-            ) from problem
-        if not isinstance(found, dict) or "rows" not in found:
-            raise ValueError(f"--report {given} is no evaluation: it has no rows; name what `evaluate --output` wrote")
-        return found
+        report = read_report(given)
+        rows = rows_about(report, checkpoint) or [row for row in report["rows"] if row.get("method") == algorithm]
+        if not rows:
+            measured = [row.get("method") for row in report["rows"]]
+            raise ValueError(f"--report {given} measured {measured}, neither {checkpoint} nor another {algorithm!r}")
+        return {**report, "rows": rows}
     for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
-        for name in REPORT_NAMES:
-            if (folder / name).is_file():
-                found = json.loads((folder / name).read_text())
-                if isinstance(found, dict) and "rows" in found:
-                    return found
+        for file in (folder / name for name in REPORT_NAMES if (folder / name).is_file()):
+            try:
+                report = read_report(file)
+            except ValueError:  # a file of that name about something else
+                continue
+            if rows := rows_about(report, checkpoint):
+                return {**report, "rows": rows}
     return None
+
+
+def rows_about(report: Mapping[str, Any], checkpoint: Path) -> list[Any]:
+    """Rows of a method whose model is this very directory: a report that merely lies near may be about another."""
+    configs = (report.get("settings") or {}).get("speculative_configs") or {}
+    models = {name: (config or {}).get("model") for name, config in configs.items()}
+    rows = [(row, models.get(row.get("method"))) for row in report["rows"]]
+    return [row for row, model in rows if model is not None and is_same_model(str(model), str(checkpoint))]
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as problem:
+        raise ValueError(
+            f"{file} is not JSON ({problem}); name what `evaluate --output` wrote by --report"
+        ) from problem
+    if not isinstance(found, dict) or "rows" not in found:
+        raise ValueError(f"{file} is no evaluation: it has no rows; name what `evaluate --output` wrote by --report")
+    return found
