@@ -6,21 +6,7 @@ Shares no code with the library. Reads weights by their names on disk. Everythin
 import math
 
 import torch
-
-
-def rms_norm(x, weight, eps):
-    return x / torch.sqrt((x * x).mean() + eps) * weight
-
-
-def rotate(vector, position, theta):
-    half = len(vector) // 2
-    out = [None] * len(vector)
-    for j in range(half):
-        angle = position * theta ** (-2.0 * j / len(vector))
-        first, second = vector[j], vector[j + half]
-        out[j] = first * math.cos(angle) - second * math.sin(angle)
-        out[j + half] = second * math.cos(angle) + first * math.sin(angle)
-    return torch.stack(out)
+from naive_layers import attend, rms_norm, rotate
 
 
 class NaiveDFlash:
@@ -49,16 +35,6 @@ class NaiveDFlash:
         return [
             rotate(self.norm(f"layers.{layer}.self_attn.{kind}_norm", head), position, self.theta) for head in heads
         ]
-
-    def attend(self, queries, visible):
-        out = []
-        per_group = len(queries) // self.nested.num_key_value_heads
-        for head, query in enumerate(queries):
-            group = head // per_group
-            scores = torch.stack([query @ keys[group] / math.sqrt(len(query)) for keys, _ in visible])
-            probs = scores.exp() / scores.exp().sum()
-            out.append(sum(p * values[group] for p, (_, values) in zip(probs, visible, strict=True)))
-        return torch.cat(out)
 
     def mlp(self, layer, x):
         prefix = f"layers.{layer}.mlp."
@@ -98,7 +74,9 @@ class NaiveDFlash:
                     for j in range(self.size)
                     if (j <= k or not self.causal[layer]) and (window is None or abs(j - k) < window)
                 ]
-                a = hidden[k] + self.project(layer, "o", self.attend(self.heads(layer, "q", u, place[k]), visible))
+                a = hidden[k] + self.project(
+                    layer, "o", attend(self.heads(layer, "q", u, place[k]), visible, self.nested.num_key_value_heads)
+                )
                 after.append(a + self.mlp(layer, self.norm(f"layers.{layer}.post_attention_layernorm", a)))
             hidden = after
         return [self.norm("norm", z) for z in hidden]
@@ -161,14 +139,3 @@ class NaiveDFlash:
 
 def ce(draft, target):
     return -(draft - draft.logsumexp(0))[target.argmax()]
-
-
-def kl(draft, target):
-    p, q = target.exp() / target.exp().sum(), draft.exp() / draft.exp().sum()
-    return sum(p[v] * (p[v].log() - q[v].log()) for v in range(len(p)))
-
-
-def mixed(draft, target):
-    """0.3 ce + 0.7 tv"""
-    p, q = target.exp() / target.exp().sum(), draft.exp() / draft.exp().sum()
-    return -0.3 * q[target.argmax()].log() + 0.7 * (1 - torch.minimum(p, q).sum())

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from dflash_toys import HIDDEN, NUM_AUX, VOCAB, make_drafter, save_verifier
+from dflash_toys import NUM_AUX, make_drafter, save_verifier
+from drafter_toys import HIDDEN, VOCAB
 from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams

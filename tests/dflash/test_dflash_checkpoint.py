@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from dflash_toys import HIDDEN, MASK_TOKEN, MIXED, SLIDING, VOCAB, draft_maps, packed_batch, save_verifier
+from dflash_toys import MASK_TOKEN, MIXED, SLIDING, packed_batch, save_verifier
+from drafter_toys import HIDDEN, VOCAB, draft_maps
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config

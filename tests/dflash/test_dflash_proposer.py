@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from dflash_toys import DRAFT_VOCAB, MIXED, SLIDING, VOCAB, Request, commit, draft_maps, sampled
+from dflash_toys import MIXED, SLIDING, BlockRequest
+from drafter_toys import DRAFT_VOCAB, VOCAB, commit, draft_maps, sampled
 from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
@@ -49,7 +50,7 @@ def test_drafts_equal_the_training_forward_whatever_was_accepted(drafter, verifi
     model = drafter(**CASES[case])
     proposer = model.make_proposer(verifier, max_batch_size=4, max_length=64)
     num_drafts = model.config.num_drafts
-    requests = [Request(1, 1), Request(2, 9), Request(3, 17)]
+    requests = [BlockRequest(1, 1), BlockRequest(2, 9), BlockRequest(3, 17)]
     random = torch.Generator().manual_seed(7)
     for step in range(6):
         active = [step != 3, True, True]
@@ -65,13 +66,13 @@ def test_drafts_equal_the_training_forward_whatever_was_accepted(drafter, verifi
             num_accepted = int(torch.randint(0, num_drafts + 1, (), generator=random))
             request.tokens += [*drafts[:num_accepted], int(torch.randint(0, VOCAB, (), generator=random))]
         if step == 4:
-            requests[1] = Request(8, 5)
+            requests[1] = BlockRequest(8, 5)
 
 
 def test_fewer_drafts_than_a_block_are_the_causal_blocks_first_ones(drafter, verifier):
     model = drafter(**SLIDING)
     proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
-    request = Request(2, 9)
+    request = BlockRequest(2, 9)
     expected = trained_probs(model, request, 3)[:2]
     proposal = proposer.propose(commit([request]), 2, sampled(1))
     torch.testing.assert_close(proposal.probs_BKV[0], expected, atol=2e-6, rtol=1e-4)
@@ -80,7 +81,7 @@ def test_fewer_drafts_than_a_block_are_the_causal_blocks_first_ones(drafter, ver
 
 
 def test_greedy_drafts_are_the_most_likely_ones_in_verifier_ids(drafter, verifier):
-    model, request = drafter(), Request(2, 9)
+    model, request = drafter(), BlockRequest(2, 9)
     proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
     committed = commit([request])
     proposal = proposer.propose(committed, 3, DraftSampling(torch.zeros(1)))
@@ -95,7 +96,7 @@ def test_drafts_follow_q(drafter, verifier):
     model = drafter()
     num_rows = 4000
     proposer = model.make_proposer(verifier, max_batch_size=num_rows, max_length=8)
-    proposal = proposer.propose(commit([Request(2, 4) for _ in range(num_rows)]), 3, sampled(num_rows))
+    proposal = proposer.propose(commit([BlockRequest(2, 4) for _ in range(num_rows)]), 3, sampled(num_rows))
     q = proposal.probs_BKV[0]
     for k in range(3):
         seen = proposal.token_ids_BK[:, k].bincount(minlength=VOCAB) / num_rows
@@ -105,7 +106,7 @@ def test_drafts_follow_q(drafter, verifier):
 def test_the_proposer_is_a_snapshot(drafter, verifier):
     model = drafter()
     proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
-    committed = commit([Request(2, 9)])
+    committed = commit([BlockRequest(2, 9)])
     before = proposer.propose(committed, 3, sampled(1)).probs_BKV
     for parameter in model.parameters():
         if parameter.requires_grad:

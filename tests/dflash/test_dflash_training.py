@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from dflash_naive import NaiveDFlash, ce, kl, mixed
+from dflash_naive import NaiveDFlash, ce
 from dflash_toys import MASK_TOKEN, MIXED, SLIDING, one_document, packed_batch
+from naive_layers import kl, mixed
 
 from speculators.models.dflash.blocks import PackedRow, choose_blocks
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from dflash_toys import HIDDEN, MIXED, SLIDING, VOCAB, packed_batch
+from dflash_toys import MIXED, SLIDING, packed_batch
+from drafter_toys import HIDDEN, VOCAB
 from safetensors.torch import load_file
 
 from speculators import SpeculatorModel, SpeculatorModelConfig

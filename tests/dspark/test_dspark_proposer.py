@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from dflash_toys import DRAFT_VOCAB, MIXED, VOCAB, Request, commit, draft_maps, sampled
+from dflash_toys import MIXED, BlockRequest
+from drafter_toys import DRAFT_VOCAB, VOCAB, commit, draft_maps, sampled
 from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
@@ -52,7 +53,7 @@ def test_drafts_equal_the_training_forward_whatever_was_accepted(drafter, verifi
     model = drafter(**CASES[case])
     proposer = model.make_proposer(verifier, max_batch_size=4, max_length=64)
     num_drafts = model.config.num_drafts
-    requests = [Request(1, 1), Request(2, 9), Request(3, 17)]
+    requests = [BlockRequest(1, 1), BlockRequest(2, 9), BlockRequest(3, 17)]
     random = torch.Generator().manual_seed(7)
     for step in range(5):
         active = [step != 3, True, True]
@@ -70,7 +71,7 @@ def test_drafts_equal_the_training_forward_whatever_was_accepted(drafter, verifi
 
 
 def test_greedy_drafts_are_the_argmax_given_the_drafts_before(drafter, verifier):
-    model, request = drafter(), Request(2, 9)
+    model, request = drafter(), BlockRequest(2, 9)
     proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
     proposal = proposer.propose(commit([request]), 4, DraftSampling(torch.zeros(1)))
     drafts = proposal.token_ids_BK[0].tolist()
@@ -80,7 +81,7 @@ def test_greedy_drafts_are_the_argmax_given_the_drafts_before(drafter, verifier)
 def test_drafts_end_where_survival_is_too_small(drafter, verifier):
     model = drafter()
     proposer = model.make_proposer(verifier, max_batch_size=3, max_length=64)
-    requests = [Request(seed, 9) for seed in range(3)]
+    requests = [BlockRequest(seed, 9) for seed in range(3)]
     committed = commit(requests)
     whole = proposer.propose(committed, 4, sampled(3))
     survival = proposer.confidence_BK.cumprod(-1)

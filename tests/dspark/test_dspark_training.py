@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from dflash_naive import ce, kl
+from dflash_naive import ce
 from dflash_toys import MASK_TOKEN, MIXED, one_document, packed_batch
 from dspark_naive import NaiveDSpark, overlap
+from naive_layers import kl
 
 from speculators.losses import resolve_loss_config
 from speculators.losses.chunked import HeadTargets

@@ -3,24 +3,8 @@
 Shares no code with the library. Reads weights by their names on disk. Everything in float64.
 """
 
-import math
-
 import torch
-
-
-def rms_norm(x, weight, eps):
-    return x / torch.sqrt((x * x).mean() + eps) * weight
-
-
-def rotate(vector, position, theta):
-    half = len(vector) // 2
-    out = [None] * len(vector)
-    for j in range(half):
-        angle = position * theta ** (-2.0 * j / len(vector))
-        first, second = vector[j], vector[j + half]
-        out[j] = first * math.cos(angle) - second * math.sin(angle)
-        out[j + half] = second * math.cos(angle) + first * math.sin(angle)
-    return torch.stack(out)
+from naive_layers import attend, rms_norm, rotate
 
 
 class NaiveEagle:
@@ -59,13 +43,8 @@ class NaiveEagle:
 
     def layer(self, h, position, visible):
         queries = self.heads("q", self.norm("transformer.input_layernorm", h), position)
-        per_group, attended = len(queries) // self.nested.num_key_value_heads, []
-        for i, query in enumerate(queries):
-            group = i // per_group
-            scores = torch.stack([query @ keys[group] / math.sqrt(len(query)) for keys, _ in visible])
-            probs = scores.exp() / scores.exp().sum()
-            attended.append(sum(p * values[group] for p, (_, values) in zip(probs, visible, strict=True)))
-        a = h + self.linear("transformer.self_attn.o_proj", torch.cat(attended))
+        attended = attend(queries, visible, self.nested.num_key_value_heads)
+        a = h + self.linear("transformer.self_attn.o_proj", attended)
         x = self.norm("transformer.post_attention_layernorm", a)
         gate = self.linear("transformer.mlp.gate_proj", x)
         return a + self.linear(
@@ -110,11 +89,6 @@ class NaiveEagle:
                     smooth = torch.where(diff < 1, 0.5 * diff * diff, diff - 0.5).mean()
                     losses[m].append(row_loss(self.logits(predicted), self.head @ target) + regression_weight * smooth)
         return sum(sum(of_forward) / (len(of_forward) + 1e-5) for of_forward in losses)
-
-
-def kl(draft, target):
-    p, q = target.exp() / target.exp().sum(), draft.exp() / draft.exp().sum()
-    return sum(p[v] * (p[v].log() - q[v].log()) for v in range(len(p)))
 
 
 def top_cross_entropy(draft, target, k):

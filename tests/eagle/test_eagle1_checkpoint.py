@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from eagle1_toys import HIDDEN, VOCAB, packed_batch
+from drafter_toys import HIDDEN, VOCAB, packed_row
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, Qwen3Config
@@ -34,7 +34,7 @@ def test_files_hold_exactly_the_contracts_keys_and_load_bit_equal(make_drafter, 
     again = SpeculatorModel.from_pretrained(tmp_path)
     assert type(again) is EagleSpeculator and again.state_dict().keys() == expected
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
-    batch = packed_batch([6, 5])
+    batch = packed_row([6, 5])
     assert torch.equal(model(**batch)[1], again(**batch)[1])
 
 
@@ -195,7 +195,7 @@ def test_native_and_back_is_bit_equal(make_drafter, verifier_path, tmp_path):
     model.save_native(tmp_path)
     again = EagleSpeculator.from_native(tmp_path, verifier=str(verifier_path))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
-    batch = packed_batch([6, 5])
+    batch = packed_row([6, 5])
     assert torch.equal(model(**batch)[1], again(**batch)[1])
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from eagle1_drafting import PROMPTS, Sequence, commit, sampling, trained
+from drafter_toys import Request, commit, sampled
+from eagle1_drafting import PROMPTS, trained
 from naive_eagle1 import NaiveEagle
 
 from speculators.decoding import Engine, SamplingParams
@@ -18,28 +19,26 @@ CASES = {
 def test_every_draft_step_equals_the_training_step_whatever_was_accepted(make_drafter, verifier, case):
     model = make_drafter(**CASES[case])
     proposer = model.make_proposer(verifier, max_batch_size=3, max_length=128)
-    sequences = [Sequence(seed, length) for seed, length in enumerate((5, 2, 40))]
+    requests = [Request(seed, length) for seed, length in enumerate((5, 2, 40))]
     for num_accepted in ((0, 2, 4), (3, 0, 1), (4, 4, 4), (1, 1, 1)):
-        proposal = proposer.propose(commit(sequences), 4, sampling(3))
-        for b, sequence in enumerate(sequences):
-            expected = trained(model, sequence, proposal.token_ids_BK[b].tolist())
+        proposal = proposer.propose(commit(requests), 4, sampled(3))
+        for b, request in enumerate(requests):
+            expected = trained(model, request, proposal.token_ids_BK[b].tolist())
             torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
-            sequence.tokens += [*proposal.token_ids_BK[b, : num_accepted[b]].tolist(), 7]
+            request.tokens += [*proposal.token_ids_BK[b, : num_accepted[b]].tolist(), 7]
 
 
 def test_drafts_equal_loops_over_the_formulas(make_drafter, verifier):
     """Independent of the training code: entries on true features, then on predicted ones."""
     model = make_drafter(layernorms=True)
-    sequence = Sequence(4, 5)
-    proposal = model.make_proposer(verifier, max_batch_size=1, max_length=64).propose(
-        commit([sequence]), 3, sampling(1)
-    )
+    request = Request(4, 5)
+    proposal = model.make_proposer(verifier, max_batch_size=1, max_length=64).propose(commit([request]), 3, sampled(1))
     naive = NaiveEagle(
         model.state_dict(), model.config.transformer_layer_config, verifier.model.embed_tokens.weight,
         verifier.lm_head.weight, verifier.model.norm.weight,
     )  # fmt: skip
-    tokens = [*sequence.tokens[1:], *proposal.token_ids_BK[0].tolist()]
-    features = [naive.feature(state) for state in sequence.states[:4]]
+    tokens = [*request.tokens[1:], *proposal.token_ids_BK[0].tolist()]
+    features = [naive.feature(state) for state in request.states[:4]]
     entries, q = [], []
     for t in range(6):
         h = naive.entry(tokens[t], features[t])
@@ -53,28 +52,28 @@ def test_drafts_equal_loops_over_the_formulas(make_drafter, verifier):
 def test_rows_that_wait_or_are_replaced_do_not_disturb_each_other(make_drafter, verifier):
     model = make_drafter()
     proposer = model.make_proposer(verifier, max_batch_size=3, max_length=128)
-    sequences = [Sequence(seed, length) for seed, length in enumerate((6, 20, 1))]
-    proposer.propose(commit(sequences), 3, sampling(3))
-    sequences[0].tokens += [1, 2]
-    sequences[2].tokens += [3]
-    assert proposer.propose(commit(sequences, [True, False, True]), 3, sampling(3)).token_ids_BK[1].tolist() == [-1] * 3
-    sequences[1].tokens += [4, 5, 6]
-    sequences[2] = Sequence(9, 12)
-    sequences[0].tokens += [8]
-    proposal = proposer.propose(commit(sequences), 3, sampling(3))
-    for b, sequence in enumerate(sequences):
-        expected = trained(model, sequence, proposal.token_ids_BK[b].tolist())
+    requests = [Request(seed, length) for seed, length in enumerate((6, 20, 1))]
+    proposer.propose(commit(requests), 3, sampled(3))
+    requests[0].tokens += [1, 2]
+    requests[2].tokens += [3]
+    assert proposer.propose(commit(requests, [True, False, True]), 3, sampled(3)).token_ids_BK[1].tolist() == [-1] * 3
+    requests[1].tokens += [4, 5, 6]
+    requests[2] = Request(9, 12)
+    requests[0].tokens += [8]
+    proposal = proposer.propose(commit(requests), 3, sampled(3))
+    for b, request in enumerate(requests):
+        expected = trained(model, request, proposal.token_ids_BK[b].tolist())
         torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_proposer_is_a_snapshot_in_the_verifiers_precision(make_drafter, verifier):
     model = make_drafter().bfloat16()
     proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
-    before = proposer.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV
+    before = proposer.propose(commit([Request(0, 6)]), 2, sampled(1)).probs_BKV
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(-1.5)
-    assert torch.equal(proposer.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV, before)
+    assert torch.equal(proposer.propose(commit([Request(0, 6)]), 2, sampled(1)).probs_BKV, before)
     assert proposer.dtype == torch.float32 and model.fusion_fc.weight.dtype == torch.bfloat16
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from eagle1_toys import packed_batch
-from naive_eagle1 import NaiveEagle, kl, top_cross_entropy
+from drafter_toys import packed_row
+from naive_eagle1 import NaiveEagle, top_cross_entropy
+from naive_layers import kl
 
 from speculators.models.eagle import EagleSpeculator
 from speculators.models.eagle.training import align
@@ -37,7 +38,7 @@ def kwargs_of(**changes):
 def test_loss_and_gradients_equal_hass_as_its_paper_has_it(make_drafter, verifier, case, detach):
     """The query moves with the token there and stays at its column here; one document after the other there."""
     model = make_drafter(**CASES[case])
-    batch = packed_batch([5, 4, 6], seed=1, padding=3)
+    batch = packed_row([5, 4, 6], seed=1, padding=3)
 
     def row_loss(draft, target):
         return 0.4 * kl(draft, target) + 0.7 * top_cross_entropy(draft, target, 5)
@@ -59,7 +60,7 @@ def test_loss_and_gradients_equal_hass_as_its_paper_has_it(make_drafter, verifie
 
 def test_one_step_is_eagle_1(make_drafter, verifier):
     model = make_drafter()
-    batch = packed_batch([6, 3], seed=2)
+    batch = packed_row([6, 3], seed=2)
     expected = naive_of(model, verifier).loss(batch, 1, lambda d, t: 0.1 * kl(d, t), 1.0)
     settings = kwargs_of(ttt_steps=1, distillation_weight=0.1, top_k_weight=0.0, regression_weight=1.0)
     torch.testing.assert_close(model(**batch, **settings)[1].double(), expected, atol=1e-5, rtol=1e-5)
@@ -69,7 +70,7 @@ def test_one_step_is_eagle_1(make_drafter, verifier):
 def test_packed_documents_equal_separate_documents(make_drafter, route):
     model = make_drafter()
     model.config.transformer_layer_config._attn_implementation = route
-    batch = packed_batch([6, 5, 7], seed=2, padding=4)
+    batch = packed_row([6, 5, 7], seed=2, padding=4)
     packed_drafts, _, packed = model(**batch, **kwargs_of())
     sums, totals = [0.0] * 3, [0.0] * 3
     for start, length in ((0, 6), (6, 5), (11, 7)):
@@ -90,8 +91,8 @@ def test_packed_documents_equal_separate_documents(make_drafter, route):
 def test_nothing_supervised_gives_loss_zero(make_drafter, route):
     model = make_drafter()
     model.config.transformer_layer_config._attn_implementation = route
-    empty = packed_batch([], padding=8)
-    for batch in (packed_batch([5, 4], padding=2), empty, {**empty, "hidden_states": torch.zeros(1, 8, 0)}):
+    empty = packed_row([], padding=8)
+    for batch in (packed_row([5, 4], padding=2), empty, {**empty, "hidden_states": torch.zeros(1, 8, 0)}):
         batch["loss_mask"].zero_()
         model.zero_grad()
         _, loss, metrics = model(**batch, **kwargs_of())
@@ -102,7 +103,7 @@ def test_nothing_supervised_gives_loss_zero(make_drafter, route):
 
 
 def test_padding_changes_nothing(make_drafter):
-    model, batch = make_drafter(), packed_batch([6, 5], seed=4)
+    model, batch = make_drafter(), packed_row([6, 5], seed=4)
     padded = {key: torch.nn.functional.pad(value, (0, 0) * (value.ndim - 2) + (0, 5)) for key, value in batch.items()}
     padded["document_ids"][0, 11:] = -1
     padded["loss_mask"][0, 11:] = 1  # even if someone supervises padding
@@ -125,7 +126,7 @@ def test_align_pairs_each_token_with_the_state_before_it():
 
 
 def test_noise_is_for_training_alone(make_drafter):
-    model, batch = make_drafter(), packed_batch([9])
+    model, batch = make_drafter(), packed_row([9])
     noisy = {**kwargs_of(), "feature_noise": 0.2}
     assert torch.equal(model(**batch, **noisy)[1], model(**batch, **kwargs_of())[1])
     model.train()
@@ -134,7 +135,7 @@ def test_noise_is_for_training_alone(make_drafter):
 
 def test_metrics_and_trainer_kwargs(make_drafter):
     assert EagleSpeculator.get_trainer_kwargs() == ({}, {})
-    _, _, metrics = make_drafter()(**packed_batch([6]), **kwargs_of(ttt_steps=2))
+    _, _, metrics = make_drafter()(**packed_row([6]), **kwargs_of(ttt_steps=2))
     kinds = ("loss", "full_acc", "cond_acc", "kl_div_loss", "top_k_loss", "regression_loss")
     names = {"loss"} | {f"{kind}_{s}" for kind in kinds for s in range(2)}
     assert set(metrics) == {"loss"} | {f"{name}_{part}" for name in names for part in ("sum", "total")}

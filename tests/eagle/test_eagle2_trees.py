@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from eagle1_drafting import PROMPTS, Sequence, commit, trained
+from drafter_toys import Request, commit
+from eagle1_drafting import PROMPTS, trained
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.proposers.dynamic_tree import DynamicTreeProposer
@@ -12,13 +13,13 @@ from speculators.interfaces import DraftSampling
 GREEDY = DraftSampling(torch.zeros(2))
 
 
-def best_paths(model, sequence, shape):
+def best_paths(model, request, shape):
     """EAGLE-2 by its words: expand the top k nodes a depth, keep the best of all seen. Laws of the training."""
     seen, frontier = {}, {(): 0.0}
     for _ in range(shape.depth + 1):
         children = {}
         for path, score in frontier.items():
-            log_probs = trained(model, sequence, [*path, 0])[len(path)].log()
+            log_probs = trained(model, request, [*path, 0])[len(path)].log()
             for token in log_probs.topk(shape.top_k).indices.tolist():
                 children[(*path, token)] = score + log_probs[token].item()
         seen |= children
@@ -42,25 +43,25 @@ def test_trees_are_those_of_the_algorithm_whatever_was_accepted(make_drafter, ve
     shape = DynamicTreeShape(total_token=19, depth=2, top_k=3)  # room for nodes of every depth
     drafter = model.make_tree_drafter(verifier, max_batch_size=2, max_length=64)
     proposer = DynamicTreeProposer(drafter, shape)
-    sequences = [Sequence(0, 4), Sequence(1, 7)]
+    requests = [Request(0, 4), Request(1, 7)]
     for grown in ([[3], [5, 6, 7]], [[8, 9], [2]], [[1], [1]]):
-        proposal = proposer.propose(commit(sequences), 5, GREEDY)
-        for b, sequence in enumerate(sequences):
-            assert paths_of(proposal, b) == best_paths(model, sequence, shape)
+        proposal = proposer.propose(commit(requests), 5, GREEDY)
+        for b, request in enumerate(requests):
+            assert paths_of(proposal, b) == best_paths(model, request, shape)
             assert {len(path) for path in paths_of(proposal, b)} == {1, 2, 3}
-            sequence.tokens += grown[b]
+            request.tokens += grown[b]
 
 
 def test_the_depth_is_bounded_by_the_tokens_asked(make_drafter, verifier):
     drafter = make_drafter().make_tree_drafter(verifier, max_batch_size=2, max_length=64)
     proposer = DynamicTreeProposer(drafter, DynamicTreeShape(total_token=30, depth=4, top_k=3))
-    sequences = [Sequence(0, 4), Sequence(1, 1)]
-    proposal = proposer.propose(commit(sequences), 2, GREEDY)
+    requests = [Request(0, 4), Request(1, 1)]
+    proposal = proposer.propose(commit(requests), 2, GREEDY)
     assert max(len(path) for path in paths_of(proposal, 0)) == 2
     assert paths_of(proposal, 1) == set()  # one token has no state yet
-    sequences[0].tokens += [3]
-    sequences[1].tokens += [4]
-    assert proposer.propose(commit(sequences), 0, GREEDY).token_ids_BK.shape == (2, 0)
+    requests[0].tokens += [3]
+    requests[1].tokens += [4]
+    assert proposer.propose(commit(requests), 0, GREEDY).token_ids_BK.shape == (2, 0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

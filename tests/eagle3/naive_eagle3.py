@@ -3,24 +3,8 @@
 Shares no code with the library. Reads weights by their names on disk. Everything in float64.
 """
 
-import math
-
 import torch
-
-
-def rms_norm(x, weight, eps):
-    return x / torch.sqrt((x * x).mean() + eps) * weight
-
-
-def rotate(vector, position, theta):
-    half = len(vector) // 2
-    out = [None] * len(vector)
-    for j in range(half):
-        angle = position * theta ** (-2.0 * j / len(vector))
-        first, second = vector[j], vector[j + half]
-        out[j] = first * math.cos(angle) - second * math.sin(angle)
-        out[j + half] = second * math.cos(angle) + first * math.sin(angle)
-    return torch.stack(out)
+from naive_layers import attend, rms_norm, rotate
 
 
 class NaiveEagle3:
@@ -55,17 +39,6 @@ class NaiveEagle3:
         if f"layers.{layer}.self_attn.{kind}_norm.weight" in self.w:
             heads = [self.norm(f"layers.{layer}.self_attn.{kind}_norm", head) for head in heads]
         return [rotate(head, position, self.theta) for head in heads]
-
-    def attend(self, queries, visible):
-        """`visible`: (keys by kv head, values by kv head) of each column in sight."""
-        out = []
-        per_group = len(queries) // self.nested.num_key_value_heads
-        for head, query in enumerate(queries):
-            group = head // per_group
-            scores = torch.stack([query @ keys[group] / math.sqrt(len(query)) for keys, _ in visible])
-            probs = scores.exp() / scores.exp().sum()
-            out.append(sum(p * values[group] for p, (_, values) in zip(probs, visible, strict=True)))
-        return torch.cat(out)
 
     def mlp(self, layer, x):
         prefix = f"layers.{layer}.mlp."
@@ -107,7 +80,9 @@ class NaiveEagle3:
                         if (documents[c] == documents[i] != -1 and (window is None or c > i + s - window)) or c == i
                     ]
                     visible += [memory[layer][m][i] for m in range(1, s + 1)]
-                    attended = self.w[f"layers.{layer}.self_attn.o_proj.weight"] @ self.attend(queries[i], visible)
+                    attended = self.w[f"layers.{layer}.self_attn.o_proj.weight"] @ attend(
+                        queries[i], visible, self.nested.num_key_value_heads
+                    )
                     if f"layers.{layer}.self_attn.o_proj.bias" in self.w:
                         attended = attended + self.w[f"layers.{layer}.self_attn.o_proj.bias"]
                     a = residuals[i] + attended
@@ -138,14 +113,3 @@ class NaiveEagle3:
                     correct[s, i] = bool(draft.argmax() == target.argmax())
             total = total + decay**s * sum(losses) / (len(losses) + 1e-5)
         return total, correct
-
-
-def kl(draft, target):
-    p, q = target.exp() / target.exp().sum(), draft.exp() / draft.exp().sum()
-    return sum(p[v] * (p[v].log() - q[v].log()) for v in range(len(p)))
-
-
-def mixed(draft, target):
-    """0.3 ce + 0.7 tv"""
-    p, q = target.exp() / target.exp().sum(), draft.exp() / draft.exp().sum()
-    return -0.3 * q[target.argmax()].log() + 0.7 * (1 - torch.minimum(p, q).sum())

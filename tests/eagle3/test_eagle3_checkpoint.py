@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from eagle3_toys import HIDDEN, VOCAB, draft_maps, packed_batch
+from drafter_toys import HIDDEN, VOCAB, draft_maps
+from eagle3_toys import packed_batch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from eagle3_toys import DRAFT_VOCAB, HIDDEN, VOCAB, draft_maps
+from drafter_toys import DRAFT_VOCAB, HIDDEN, VOCAB, commit, draft_maps, sampled
+from eagle3_toys import NUM_AUX, request
 
 from speculators.interfaces import Committed, DraftSampling
 from speculators.models.eagle3.training import PackedBatch, unroll
 
-NUM_AUX = 3
 CASES = {
     "llama": {},
     "qwen3, all tokens": {"arch": "qwen3", "draft_vocab_size": VOCAB},
@@ -21,45 +21,6 @@ CASES = {
         "nested": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3},
     },
 }
-
-
-class Sequence:
-    """Tokens and verifier states of one request, made up as it grows."""
-
-    def __init__(self, seed, length):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.tokens = torch.randint(0, VOCAB, (length,), generator=self.generator).tolist()
-        self.states = torch.randn(200, NUM_AUX * HIDDEN, generator=self.generator)
-        self.num_seen = 0
-
-    def emit(self, tokens):
-        self.tokens += tokens
-
-    def unseen(self):
-        """(tokens, state that predicted each) not yet committed to the proposer."""
-        start, self.num_seen = self.num_seen, len(self.tokens)
-        states = [self.states[i - 1] if i else torch.zeros(NUM_AUX * HIDDEN) for i in range(start, len(self.tokens))]
-        return self.tokens[start:], states
-
-
-def commit(sequences, active=None):
-    """A `Committed` of what each sequence emitted since; right padded with noise that must not matter."""
-    fresh = [s.unseen() if active is None or active[b] else ([], []) for b, s in enumerate(sequences)]
-    width = max(len(tokens) for tokens, _ in fresh)
-    token_ids, states = (
-        torch.zeros(len(sequences), width, dtype=torch.int64),
-        torch.randn(len(sequences), width, 48) * 9,
-    )
-    for b, (tokens, rows) in enumerate(fresh):
-        if tokens:
-            token_ids[b, : len(tokens)] = torch.tensor(tokens)
-            states[b, : len(rows)] = torch.stack(rows)
-    counts = torch.tensor([len(tokens) for tokens, _ in fresh])
-    return Committed(token_ids, states, counts, torch.tensor([len(s.tokens) for s in sequences]))
-
-
-def sampling(num_rows, temperature=1.0, seed=0):
-    return DraftSampling(torch.full((num_rows,), temperature), torch.Generator().manual_seed(seed), probabilistic=True)
 
 
 def from_scratch(model, verifier, sequence, proposal, row):
@@ -88,29 +49,29 @@ def test_every_draft_step_equals_the_training_step_whatever_was_accepted(make_dr
     """Rows of different lengths, four rounds, every pattern of acceptance from none to all."""
     model = make_drafter(**CASES[case])
     proposer = model.make_proposer(verifier, max_batch_size=3, max_length=128)
-    sequences = [Sequence(seed, length) for seed, length in enumerate((5, 2, 9))]
+    sequences = [request(seed, length) for seed, length in enumerate((5, 2, 9))]
     for num_accepted in ((0, 2, 4), (3, 0, 1), (4, 4, 4), (1, 1, 1)):
-        proposal = proposer.propose(commit(sequences), 4, sampling(3))
+        proposal = proposer.propose(commit(sequences), 4, sampled(3))
         for b, sequence in enumerate(sequences):
             expected = from_scratch(model, verifier, sequence, proposal, b)
             torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
         for b, sequence in enumerate(sequences):
-            sequence.emit([*proposal.token_ids_BK[b, : num_accepted[b]].tolist(), 7])
+            sequence.tokens += [*proposal.token_ids_BK[b, : num_accepted[b]].tolist(), 7]
 
 
 def test_rows_that_wait_or_are_replaced_do_not_disturb_each_other(make_drafter, verifier):
     model = make_drafter()
     proposer = model.make_proposer(verifier, max_batch_size=3, max_length=128)
-    sequences = [Sequence(seed, length) for seed, length in enumerate((6, 40, 3))]
-    proposer.propose(commit(sequences), 3, sampling(3))
-    sequences[0].emit([1, 2])
-    sequences[2].emit([3])
-    proposal = proposer.propose(commit(sequences, active=[True, False, True]), 3, sampling(3))
+    sequences = [request(seed, length) for seed, length in enumerate((6, 40, 3))]
+    proposer.propose(commit(sequences), 3, sampled(3))
+    sequences[0].tokens += [1, 2]
+    sequences[2].tokens += [3]
+    proposal = proposer.propose(commit(sequences, active=[True, False, True]), 3, sampled(3))
     assert proposal.token_ids_BK[1].tolist() == [-1, -1, -1]
-    sequences[1].emit([4, 5, 6])  # back after a pause
-    sequences[2] = Sequence(9, 12)  # another request in row 2
-    sequences[0].emit([8])
-    proposal = proposer.propose(commit(sequences), 3, sampling(3))
+    sequences[1].tokens += [4, 5, 6]  # back after a pause
+    sequences[2] = request(9, 12)  # another request in row 2
+    sequences[0].tokens += [8]
+    proposal = proposer.propose(commit(sequences), 3, sampled(3))
     for b, sequence in enumerate(sequences):
         expected = from_scratch(model, verifier, sequence, proposal, b)
         torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
@@ -119,14 +80,14 @@ def test_rows_that_wait_or_are_replaced_do_not_disturb_each_other(make_drafter, 
 def test_a_cache_that_grows_keeps_what_it_held(make_drafter, verifier):
     model = make_drafter()
     proposer = model.make_proposer(verifier, max_batch_size=1, max_length=4)
-    sequence = Sequence(0, 3)
+    sequence = request(0, 3)
     rounds = 0
     while proposer.cache.capacity < 300:
-        proposal = proposer.propose(commit([sequence]), 2, sampling(1))
-        sequence.emit([rounds % VOCAB] * 60)
+        proposal = proposer.propose(commit([sequence]), 2, sampled(1))
+        sequence.tokens += [rounds % VOCAB] * 60
         sequence.states = torch.cat([sequence.states, sequence.states])
         rounds += 1
-    proposal = proposer.propose(commit([sequence]), 2, sampling(1))
+    proposal = proposer.propose(commit([sequence]), 2, sampled(1))
     expected = from_scratch(model, verifier, sequence, proposal, 0)
     torch.testing.assert_close(proposal.probs_BKV[0], expected, atol=1e-5, rtol=1e-4)
 
@@ -135,9 +96,9 @@ def test_greedy_drafts_are_the_argmax_of_q_and_a_point_mass(make_drafter, verifi
     model = make_drafter()
     q = model.make_proposer(verifier, max_batch_size=2, max_length=64)
     greedy = model.make_proposer(verifier, max_batch_size=2, max_length=64)
-    pair = [Sequence(0, 8), Sequence(1, 8)]
+    pair = [request(0, 8), request(1, 8)]
     committed = commit(pair)
-    cold = q.propose(committed, 4, sampling(2, temperature=0.0))
+    cold = q.propose(committed, 4, sampled(2, temperature=0.0))
     plain = greedy.propose(committed, 4, DraftSampling(torch.zeros(2)))
     assert plain.probs_BKV is None
     assert torch.equal(plain.token_ids_BK, cold.token_ids_BK)
@@ -149,7 +110,7 @@ def test_drafts_are_drawn_from_q(make_drafter, verifier):
     """20,000 first drafts of one row against its own q: chi-squared below the 99.99 % point of its 23 degrees."""
     model = make_drafter()
     proposer = model.make_proposer(verifier, max_batch_size=2000, max_length=16)
-    sequence = Sequence(0, 4)
+    sequence = request(0, 4)
     committed = commit([sequence])
     many = Committed(
         *(
@@ -174,7 +135,7 @@ def test_drafts_are_ids_of_the_verifier(make_drafter, verifier):
     proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
     t2d, _ = draft_maps()
     for seed in range(10):
-        proposal = proposer.propose(commit([Sequence(seed, 5)]), 5, DraftSampling(torch.zeros(1)))
+        proposal = proposer.propose(commit([request(seed, 5)]), 5, DraftSampling(torch.zeros(1)))
         assert t2d[proposal.token_ids_BK].all()
 
 
@@ -182,12 +143,12 @@ def test_a_request_of_one_token_gets_no_draft(make_drafter, verifier):
     """It has no entry yet: the state that its first draft needs comes with the second token."""
     model = make_drafter()
     proposer = model.make_proposer(verifier, max_batch_size=2, max_length=64)
-    sequences = [Sequence(0, 1), Sequence(1, 4)]
-    proposal = proposer.propose(commit(sequences), 2, sampling(2))
+    sequences = [request(0, 1), request(1, 4)]
+    proposal = proposer.propose(commit(sequences), 2, sampled(2))
     assert proposal.token_ids_BK[0].tolist() == [-1, -1]
-    sequences[0].emit([5])
-    sequences[1].emit([6])
-    proposal = proposer.propose(commit(sequences), 2, sampling(2))
+    sequences[0].tokens += [5]
+    sequences[1].tokens += [6]
+    proposal = proposer.propose(commit(sequences), 2, sampled(2))
     for b in range(2):
         expected = from_scratch(model, verifier, sequences[b], proposal, b)
         torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
@@ -196,10 +157,10 @@ def test_a_request_of_one_token_gets_no_draft(make_drafter, verifier):
 def test_no_tokens_asked_still_takes_the_commit_in(make_drafter, verifier):
     model = make_drafter()
     proposer = model.make_proposer(verifier, max_batch_size=1, max_length=64)
-    sequence = Sequence(0, 6)
-    assert proposer.propose(commit([sequence]), 0, sampling(1)).token_ids_BK.shape == (1, 0)
-    sequence.emit([3])
-    proposal = proposer.propose(commit([sequence]), 2, sampling(1))
+    sequence = request(0, 6)
+    assert proposer.propose(commit([sequence]), 0, sampled(1)).token_ids_BK.shape == (1, 0)
+    sequence.tokens += [3]
+    proposal = proposer.propose(commit([sequence]), 2, sampled(1))
     expected = from_scratch(model, verifier, sequence, proposal, 0)
     torch.testing.assert_close(proposal.probs_BKV[0], expected, atol=1e-5, rtol=1e-4)
 
@@ -208,14 +169,14 @@ def test_a_proposer_is_a_snapshot(make_drafter, verifier):
     """Training on does not change drafts half way through; a new proposer sees the new weights."""
     model = make_drafter()
     old = model.make_proposer(verifier, max_batch_size=1, max_length=64)
-    before = old.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV
+    before = old.propose(commit([request(0, 6)]), 2, sampled(1)).probs_BKV
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.mul_(-1.5)
     new = model.make_proposer(verifier, max_batch_size=1, max_length=64)
-    assert torch.equal(old.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV, before)
-    assert (new.propose(commit([Sequence(0, 6)]), 2, sampling(1)).probs_BKV - before).abs().max() > 1e-3
+    assert torch.equal(old.propose(commit([request(0, 6)]), 2, sampled(1)).probs_BKV, before)
+    assert (new.propose(commit([request(0, 6)]), 2, sampled(1)).probs_BKV - before).abs().max() > 1e-3
 
 
 def test_a_bf16_checkpoint_drafts_in_the_verifiers_precision(make_drafter, verifier):
@@ -224,8 +185,8 @@ def test_a_bf16_checkpoint_drafts_in_the_verifiers_precision(make_drafter, verif
     assert proposer.dtype == torch.float32
     assert model.fc.weight.dtype == torch.bfloat16
     wide = make_drafter().bfloat16().float()
-    sequence = Sequence(0, 6)
-    proposal = proposer.propose(commit([sequence]), 3, sampling(1))
+    sequence = request(0, 6)
+    proposal = proposer.propose(commit([sequence]), 3, sampled(1))
     expected = from_scratch(wide, verifier, sequence, proposal, 0)
     torch.testing.assert_close(proposal.probs_BKV[0], expected, atol=1e-5, rtol=1e-4)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from eagle3_toys import packed_batch
-from naive_eagle3 import NaiveEagle3, kl, mixed
+from naive_eagle3 import NaiveEagle3
+from naive_layers import kl, mixed
 
 CASES = {
     "llama, reduced vocabulary": {},

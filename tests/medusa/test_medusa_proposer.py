@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from medusa_toys import VOCAB, NaiveMedusa, Request, commit, packed_batch, sampled
+from drafter_toys import VOCAB, Request, commit, sampled
+from last_state_toys import packed_batch
+from medusa_toys import NaiveMedusa
 from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams

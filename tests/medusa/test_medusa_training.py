@@ -3,7 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from medusa_toys import HIDDEN, VOCAB, NaiveMedusa, packed_batch
+from drafter_toys import HIDDEN, VOCAB
+from last_state_toys import packed_batch
+from medusa_toys import NaiveMedusa
 
 from speculators import SpeculatorModel
 from speculators.models import MedusaDraftModel

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from mlp_toys import HIDDEN, VOCAB, packed_batch
+from drafter_toys import HIDDEN, VOCAB
+from last_state_toys import packed_batch
 from safetensors.torch import load_file
 
 from speculators import SpeculatorModel, SpeculatorModelConfig

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from mlp_toys import VOCAB, NaiveMLP, Request, commit, packed_batch, sampled
+from drafter_toys import VOCAB, Request, commit, sampled
+from last_state_toys import packed_batch
+from mlp_toys import NaiveMLP
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.interfaces import DraftSampling

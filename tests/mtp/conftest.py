@@ -1,12 +1,6 @@
 import pytest
-import torch
 from mtp_toys import make_drafter, save_verifier
 from transformers import AutoModelForCausalLM
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

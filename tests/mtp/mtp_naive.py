@@ -3,24 +3,8 @@
 Shares no code with the library. Reads weights by their names on disk and the verifier's. Everything in float64.
 """
 
-import math
-
 import torch
-
-
-def rms_norm(x, weight, eps):
-    return x / torch.sqrt((x * x).mean() + eps) * weight
-
-
-def rotate(vector, position, theta):
-    half = len(vector) // 2
-    out = [None] * len(vector)
-    for j in range(half):
-        angle = position * theta ** (-2.0 * j / len(vector))
-        first, second = vector[j], vector[j + half]
-        out[j] = first * math.cos(angle) - second * math.sin(angle)
-        out[j + half] = second * math.cos(angle) + first * math.sin(angle)
-    return torch.stack(out)
+from naive_layers import attend, rms_norm, rotate
 
 
 class NaiveMTP:
@@ -51,16 +35,6 @@ class NaiveMTP:
             heads = [self.norm(f"self_attn.{kind}_norm", head) for head in heads]
         return [rotate(head, position, self.theta) for head in heads]
 
-    def attend(self, queries, visible):
-        out = []
-        per_group = len(queries) // self.nested.num_key_value_heads
-        for head, query in enumerate(queries):
-            group = head // per_group
-            scores = torch.stack([query @ keys[group] / math.sqrt(len(query)) for keys, _ in visible])
-            probs = scores.exp() / scores.exp().sum()
-            out.append(sum(p * values[group] for p, (_, values) in zip(probs, visible, strict=True)))
-        return torch.cat(out)
-
     def verifier_state(self, y):
         return y.double() if self.raw_states else self.normed(y)
 
@@ -76,7 +50,7 @@ class NaiveMTP:
         return m, self.heads("q", u, position), (self.heads("k", u, position), self.heads("v", u, position))
 
     def finish(self, residual, queries, visible):
-        a = residual + self.linear("self_attn.o_proj", self.attend(queries, visible))
+        a = residual + self.linear("self_attn.o_proj", attend(queries, visible, self.nested.num_key_value_heads))
         u = self.norm("post_attention_layernorm", a)
         gate, up = self.linear("mlp.gate_proj", u), self.linear("mlp.up_proj", u)
         return self.norm("final_layernorm", a + self.linear("mlp.down_proj", gate * torch.sigmoid(gate) * up))
@@ -138,6 +112,12 @@ class NaiveMTP:
         return torch.stack(probs)
 
 
-def kl(draft, target):
-    p, q = target.exp() / target.exp().sum(), draft.exp() / draft.exp().sum()
-    return sum(p[v] * (p[v].log() - q[v].log()) for v in range(len(p)))
+def naive_of(model, verifier):
+    weights = {name: w for name, w in model.state_dict().items() if name.startswith("mtp_layers.")}
+    parts = {
+        "embed": verifier.get_input_embeddings().weight, "head": verifier.get_output_embeddings().weight,
+        "norm": verifier.model.norm.weight,
+    }  # fmt: skip
+    nested = model.config.transformer_layer_config
+    is_mimo = nested.model_type == "qwen2"
+    return NaiveMTP(weights, parts, nested, zero_first=is_mimo, raw_states=is_mimo)

@@ -6,13 +6,12 @@
 import json
 
 import torch
+from drafter_toys import HIDDEN, VOCAB, packed_row, randomise
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from speculators.interfaces import Committed, DraftSampling
 from speculators.models.mtp import MTPDraftModel
 
-VOCAB, HIDDEN = 40, 16
 MIMO_LAYER = "model.mtp_layers.0."
 
 
@@ -144,63 +143,11 @@ def make_drafter(verifier_path, *, seed=0, random=True, **arguments):
     config = AutoConfig.from_pretrained(verifier_path)
     model = MTPDraftModel.from_training_args(config, verifier_name_or_path=str(verifier_path), **arguments)
     torch.manual_seed(seed)
-    for parameter in model.parameters() if random else ():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
-            parameter.data.copy_(1 + noise if parameter.ndim == 1 else noise)
+    if random:
+        randomise(model)
     return model
 
 
-def packed_batch(lengths, seed=0, padding=0, supervised=0.7):
-    """A packed row as the trainer gives it: documents of the given lengths, then padding."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths) + padding
-    document_ids = torch.full((1, total), -1)
-    position_ids = torch.zeros(1, total, dtype=torch.int64)
-    start = 0
-    for i, length in enumerate(lengths):
-        document_ids[0, start : start + length] = i
-        position_ids[0, start : start + length] = torch.arange(length)
-        start += length
-    real = document_ids != -1
-    return {
-        "hidden_states": torch.randn(1, total, HIDDEN, generator=generator) * real[..., None],
-        "input_ids": torch.randint(0, VOCAB, (1, total), generator=generator) * real,
-        "loss_mask": (torch.rand(1, total, generator=generator) < supervised).long() * real,
-        "document_ids": document_ids,
-        "position_ids": position_ids,
-    }
-
-
-class Request:
-    """Tokens and verifier states of one request, made up as it grows."""
-
-    def __init__(self, seed, length):
-        generator = torch.Generator().manual_seed(seed)
-        self.tokens = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
-        self.states = torch.randn(200, HIDDEN, generator=generator)
-        self.num_seen = 0
-
-    def unseen(self):
-        """(tokens, state that predicted each) not yet committed to the proposer."""
-        start, self.num_seen = self.num_seen, len(self.tokens)
-        states = [self.states[i - 1] if i else torch.zeros(HIDDEN) for i in range(start, len(self.tokens))]
-        return self.tokens[start:], states
-
-
-def commit(requests, active=None):
-    """A `Committed` of what each request emitted since; right padded with noise that must not matter."""
-    fresh = [r.unseen() if active is None or active[b] else ([], []) for b, r in enumerate(requests)]
-    width = max(len(tokens) for tokens, _ in fresh)
-    token_ids = torch.zeros(len(requests), width, dtype=torch.int64)
-    states = torch.randn(len(requests), width, HIDDEN) * 9
-    for b, (tokens, rows) in enumerate(fresh):
-        if tokens:
-            token_ids[b, : len(tokens)] = torch.tensor(tokens)
-            states[b, : len(rows)] = torch.stack(rows)
-    counts = torch.tensor([len(tokens) for tokens, _ in fresh])
-    return Committed(token_ids, states, counts, torch.tensor([len(r.tokens) for r in requests]))
-
-
-def sampled(num_rows, temperature=1.0):
-    return DraftSampling(torch.full((num_rows,), temperature), torch.Generator().manual_seed(0), probabilistic=True)
+def packed_batch(lengths, **options):
+    row = packed_row(lengths, **options)
+    return {key: values for key, values in row.items() if key != "verifier_last_hidden_states"}

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from mtp_toys import HIDDEN, MIMO_LAYER, VOCAB, packed_batch
+from drafter_toys import HIDDEN, VOCAB
+from mtp_toys import MIMO_LAYER, packed_batch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config

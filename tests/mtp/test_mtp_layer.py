@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from mtp_toys import HIDDEN, VOCAB, Request, commit, packed_batch, sampled
+from drafter_toys import HIDDEN, VOCAB, Request, commit, sampled
+from mtp_toys import packed_batch
 from transformers import DeepseekV3Config, Glm4MoeConfig, Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3NextConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.glm4_moe import modeling_glm4_moe

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from mtp_toys import NATIVE, VOCAB, packed_batch, save_native_verifier
+from drafter_toys import VOCAB
+from mtp_toys import NATIVE, packed_batch, save_native_verifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from mtp_toys import Request, commit, packed_batch, sampled
-from test_mtp_training import naive_of
+from drafter_toys import Request, commit, sampled
+from mtp_naive import naive_of
+from mtp_toys import packed_batch
 from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams

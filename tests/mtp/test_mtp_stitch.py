@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mtp_toys import HIDDEN, MIMO_LAYER, make_drafter, save_verifier
+from drafter_toys import HIDDEN
+from mtp_toys import MIMO_LAYER, make_drafter, save_verifier
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

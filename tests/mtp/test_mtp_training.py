@@ -2,25 +2,16 @@
 
 import pytest
 import torch
-from mtp_naive import NaiveMTP, kl
-from mtp_toys import HIDDEN, VOCAB, packed_batch
+from drafter_toys import HIDDEN, VOCAB
+from mtp_naive import naive_of
+from mtp_toys import packed_batch
+from naive_layers import kl
 
 from speculators.models.mtp import MTPDraftModel, compute_step_weights, shift_batch_mtp
 
 ARCHS = ["llama", "qwen3", "qwen2"]
 ROUTES = ["eager", "simple_flex_attention"]
 """The dense reference and, on a CPU, flash attention document by document."""
-
-
-def naive_of(model, verifier):
-    weights = {name: w for name, w in model.state_dict().items() if name.startswith("mtp_layers.")}
-    parts = {
-        "embed": verifier.get_input_embeddings().weight, "head": verifier.get_output_embeddings().weight,
-        "norm": verifier.model.norm.weight,
-    }  # fmt: skip
-    nested = model.config.transformer_layer_config
-    is_mimo = nested.model_type == "qwen2"
-    return NaiveMTP(weights, parts, nested, zero_first=is_mimo, raw_states=is_mimo)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

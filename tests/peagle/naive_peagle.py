@@ -3,24 +3,8 @@
 Shares no code with the library. Reads weights by their names on disk. Everything in float64. Slots are given.
 """
 
-import math
-
 import torch
-
-
-def rms_norm(x, weight, eps):
-    return x / torch.sqrt((x * x).mean() + eps) * weight
-
-
-def rotate(vector, position, theta):
-    half = len(vector) // 2
-    out = [None] * len(vector)
-    for j in range(half):
-        angle = position * theta ** (-2.0 * j / len(vector))
-        first, second = vector[j], vector[j + half]
-        out[j] = first * math.cos(angle) - second * math.sin(angle)
-        out[j + half] = second * math.cos(angle) + first * math.sin(angle)
-    return torch.stack(out)
+from naive_layers import attend, rms_norm, rotate
 
 
 class NaivePEagle:
@@ -50,16 +34,6 @@ class NaivePEagle:
         if f"layers.{layer}.self_attn.{kind}_norm.weight" in self.w:
             heads = [self.norm(f"layers.{layer}.self_attn.{kind}_norm", head) for head in heads]
         return [rotate(head, position, self.theta) for head in heads]
-
-    def attend(self, queries, visible):
-        out = []
-        per_group = len(queries) // self.nested.num_key_value_heads
-        for head, query in enumerate(queries):
-            group = head // per_group
-            scores = torch.stack([query @ keys[group] / math.sqrt(len(query)) for keys, _ in visible])
-            probs = scores.exp() / scores.exp().sum()
-            out.append(sum(p * values[group] for p, (_, values) in zip(probs, visible, strict=True)))
-        return torch.cat(out)
 
     def mlp(self, layer, x):
         prefix = f"layers.{layer}.mlp."
@@ -105,7 +79,7 @@ class NaivePEagle:
             for element in elements:
                 window = self.window(layer)
                 visible = [memory[key] for key in elements if self.sees(element, key, documents, window)]
-                attended = self.attend(queries[element], visible)
+                attended = attend(queries[element], visible, self.nested.num_key_value_heads)
                 a = residuals[element] + self.w[prefix + "self_attn.o_proj.weight"] @ attended
                 hidden[element] = a + self.mlp(layer, self.norm(prefix + "post_attention_layernorm", a))
         return {element: self.norm("norm", h) for element, h in hidden.items()}
@@ -124,14 +98,3 @@ class NaivePEagle:
                 losses.append(row_loss(draft, target))
                 correct[a, d] = bool(draft.argmax() == target.argmax())
         return sum(losses) / (len(losses) + 1e-5), correct
-
-
-def kl(draft, target):
-    p, q = target.exp() / target.exp().sum(), draft.exp() / draft.exp().sum()
-    return sum(p[v] * (p[v].log() - q[v].log()) for v in range(len(p)))
-
-
-def mixed(draft, target):
-    """0.3 ce + 0.7 tv"""
-    p, q = target.exp() / target.exp().sum(), draft.exp() / draft.exp().sum()
-    return -0.3 * q[target.argmax()].log() + 0.7 * (1 - torch.minimum(p, q).sum())

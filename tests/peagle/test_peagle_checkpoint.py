@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peagle_toys import HIDDEN, MASK, VOCAB, packed_batch
+from drafter_toys import HIDDEN, VOCAB
+from peagle_toys import MASK, packed_batch
 from pydantic import ValidationError
 from safetensors import safe_open
 

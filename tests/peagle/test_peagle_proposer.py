@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from drafter_toys import DRAFT_VOCAB, VOCAB, commit, draft_maps, sampled
 from naive_peagle import NaivePEagle
-from peagle_toys import DRAFT_VOCAB, HIDDEN, VOCAB, draft_maps
+from peagle_toys import request
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.interfaces import Committed, DraftSampling
@@ -24,43 +25,6 @@ CASES = {
         "nested": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3},
     },
 }
-
-
-class Sequence:
-    """Tokens and verifier states of one request, made up as it grows."""
-
-    def __init__(self, seed, length):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.tokens = torch.randint(0, VOCAB, (length,), generator=self.generator).tolist()
-        self.states = torch.randn(200, 3 * HIDDEN, generator=self.generator)
-        self.num_seen = 0
-
-    def emit(self, tokens):
-        self.tokens += tokens
-
-    def unseen(self):
-        """(tokens, state that predicted each) not yet committed to the proposer."""
-        start, self.num_seen = self.num_seen, len(self.tokens)
-        states = [self.states[i - 1] if i else torch.zeros(3 * HIDDEN) for i in range(start, len(self.tokens))]
-        return self.tokens[start:], states
-
-
-def commit(sequences, active=None):
-    """A `Committed` of what each sequence emitted since; right padded with noise that must not matter."""
-    fresh = [s.unseen() if active is None or active[b] else ([], []) for b, s in enumerate(sequences)]
-    width = max(len(tokens) for tokens, _ in fresh)
-    token_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    states = torch.randn(len(sequences), width, 3 * HIDDEN) * 9
-    for b, (tokens, rows) in enumerate(fresh):
-        if tokens:
-            token_ids[b, : len(tokens)] = torch.tensor(tokens)
-            states[b, : len(rows)] = torch.stack(rows)
-    counts = torch.tensor([len(tokens) for tokens, _ in fresh])
-    return Committed(token_ids, states, counts, torch.tensor([len(s.tokens) for s in sequences]))
-
-
-def sampling(num_rows, temperature=1.0, seed=0):
-    return DraftSampling(torch.full((num_rows,), temperature), torch.Generator().manual_seed(seed), probabilistic=True)
 
 
 def over_verifier(logits):
@@ -90,23 +54,21 @@ def test_every_draft_equals_the_training_forward_whatever_was_accepted(make_draf
     """Rows of different lengths, four rounds, every pattern of acceptance from none to all."""
     model = make_drafter(**CASES[case])
     proposer = model.make_proposer(verifier, max_batch_size=3, max_length=128)
-    sequences = [Sequence(seed, length) for seed, length in enumerate((5, 2, 9))]
+    sequences = [request(seed, length) for seed, length in enumerate((5, 2, 9))]
     for num_accepted in ((0, 2, 4), (3, 0, 1), (4, 4, 4), (1, 1, 1)):
-        proposal = proposer.propose(commit(sequences), 4, sampling(3))
+        proposal = proposer.propose(commit(sequences), 4, sampled(3))
         for b, sequence in enumerate(sequences):
             expected = trained(model, sequence, 4)
             torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
         for b, sequence in enumerate(sequences):
-            sequence.emit([*proposal.token_ids_BK[b, : num_accepted[b]].tolist(), 7])
+            sequence.tokens += [*proposal.token_ids_BK[b, : num_accepted[b]].tolist(), 7]
 
 
 def test_drafts_equal_loops_over_the_formulas(make_drafter, verifier):
     """Independent of the training code: one row, K = 4."""
     model = make_drafter(num_layers=2, fc_norm=True)
-    sequence = Sequence(4, 6)
-    proposal = model.make_proposer(verifier, max_batch_size=1, max_length=64).propose(
-        commit([sequence]), 4, sampling(1)
-    )
+    sequence = request(4, 6)
+    proposal = model.make_proposer(verifier, max_batch_size=1, max_length=64).propose(commit([sequence]), 4, sampled(1))
     batch = {
         "input_ids": torch.tensor([sequence.tokens[1:]]),
         "document_ids": torch.zeros(1, 5, dtype=torch.int64),
@@ -122,14 +84,14 @@ def test_rows_alone_and_rows_of_equal_length_take_their_own_paths_to_the_same_dr
     """A long prompt beside short commits is read alone; rows of equal counts go through slices."""
     model = make_drafter(num_layers=2)
     proposer = model.make_proposer(verifier, max_batch_size=2, max_length=128)
-    sequences = [Sequence(0, 6), Sequence(1, 6)]
+    sequences = [request(0, 6), request(1, 6)]
     for grown in ([3], [3, 4]):
-        proposal = proposer.propose(commit(sequences), 3, sampling(2))
+        proposal = proposer.propose(commit(sequences), 3, sampled(2))
         for b, sequence in enumerate(sequences):
             torch.testing.assert_close(proposal.probs_BKV[b], trained(model, sequence, 3), atol=1e-5, rtol=1e-4)
-            sequence.emit(grown)
-    sequences[1] = Sequence(5, 60)
-    proposal = proposer.propose(commit(sequences), 3, sampling(2))
+            sequence.tokens += grown
+    sequences[1] = request(5, 60)
+    proposal = proposer.propose(commit(sequences), 3, sampled(2))
     for b, sequence in enumerate(sequences):
         torch.testing.assert_close(proposal.probs_BKV[b], trained(model, sequence, 3), atol=1e-5, rtol=1e-4)
 
@@ -137,16 +99,16 @@ def test_rows_alone_and_rows_of_equal_length_take_their_own_paths_to_the_same_dr
 def test_rows_that_wait_or_are_replaced_do_not_disturb_each_other(make_drafter, verifier):
     model = make_drafter()
     proposer = model.make_proposer(verifier, max_batch_size=3, max_length=128)
-    sequences = [Sequence(seed, length) for seed, length in enumerate((6, 40, 3))]
-    proposer.propose(commit(sequences), 3, sampling(3))
-    sequences[0].emit([1, 2])
-    sequences[2].emit([3])
-    proposal = proposer.propose(commit(sequences, active=[True, False, True]), 3, sampling(3))
+    sequences = [request(seed, length) for seed, length in enumerate((6, 40, 3))]
+    proposer.propose(commit(sequences), 3, sampled(3))
+    sequences[0].tokens += [1, 2]
+    sequences[2].tokens += [3]
+    proposal = proposer.propose(commit(sequences, active=[True, False, True]), 3, sampled(3))
     assert proposal.token_ids_BK[1].tolist() == [-1, -1, -1]
-    sequences[1].emit([4, 5, 6])  # back after a pause
-    sequences[2] = Sequence(9, 12)  # another request in row 2
-    sequences[0].emit([8])
-    proposal = proposer.propose(commit(sequences), 3, sampling(3))
+    sequences[1].tokens += [4, 5, 6]  # back after a pause
+    sequences[2] = request(9, 12)  # another request in row 2
+    sequences[0].tokens += [8]
+    proposal = proposer.propose(commit(sequences), 3, sampled(3))
     for b, sequence in enumerate(sequences):
         torch.testing.assert_close(proposal.probs_BKV[b], trained(model, sequence, 3), atol=1e-5, rtol=1e-4)
 
@@ -154,12 +116,12 @@ def test_rows_that_wait_or_are_replaced_do_not_disturb_each_other(make_drafter, 
 def test_any_number_of_tokens_may_be_asked(make_drafter, verifier):
     model = make_drafter()
     proposer = model.make_proposer(verifier, max_batch_size=2, max_length=64)
-    sequences = [Sequence(0, 6), Sequence(1, 3)]
-    assert proposer.propose(commit(sequences), 0, sampling(2)).token_ids_BK.shape == (2, 0)
+    sequences = [request(0, 6), request(1, 3)]
+    assert proposer.propose(commit(sequences), 0, sampled(2)).token_ids_BK.shape == (2, 0)
     for num_tokens in (1, 6, 2):
         for sequence in sequences:
-            sequence.emit([num_tokens])
-        proposal = proposer.propose(commit(sequences), num_tokens, sampling(2))
+            sequence.tokens += [num_tokens]
+        proposal = proposer.propose(commit(sequences), num_tokens, sampled(2))
         for b, sequence in enumerate(sequences):
             expected = trained(model, sequence, num_tokens)
             torch.testing.assert_close(proposal.probs_BKV[b], expected, atol=1e-5, rtol=1e-4)
@@ -170,12 +132,12 @@ def test_a_request_of_one_token_gets_no_draft(make_drafter, verifier):
     model = make_drafter()
     proposer = model.make_proposer(verifier, max_batch_size=2, max_length=64)
     alone = model.make_proposer(verifier, max_batch_size=1, max_length=64)
-    assert alone.propose(commit([Sequence(0, 1)]), 2, sampling(1)).token_ids_BK.tolist() == [[-1, -1]]
-    sequences = [Sequence(0, 1), Sequence(1, 4)]
-    assert proposer.propose(commit(sequences), 2, sampling(2)).token_ids_BK[0].tolist() == [-1, -1]
+    assert alone.propose(commit([request(0, 1)]), 2, sampled(1)).token_ids_BK.tolist() == [[-1, -1]]
+    sequences = [request(0, 1), request(1, 4)]
+    assert proposer.propose(commit(sequences), 2, sampled(2)).token_ids_BK[0].tolist() == [-1, -1]
     for sequence in sequences:
-        sequence.emit([5])
-    proposal = proposer.propose(commit(sequences), 2, sampling(2))
+        sequence.tokens += [5]
+    proposal = proposer.propose(commit(sequences), 2, sampled(2))
     for b, sequence in enumerate(sequences):
         torch.testing.assert_close(proposal.probs_BKV[b], trained(model, sequence, 2), atol=1e-5, rtol=1e-4)
 
@@ -184,8 +146,8 @@ def test_greedy_drafts_are_the_argmax_of_q_and_ids_of_the_verifier(make_drafter,
     model = make_drafter()
     q = model.make_proposer(verifier, max_batch_size=2, max_length=64)
     greedy = model.make_proposer(verifier, max_batch_size=2, max_length=64)
-    committed = commit([Sequence(0, 8), Sequence(1, 8)])
-    cold = q.propose(committed, 4, sampling(2, temperature=0.0))
+    committed = commit([request(0, 8), request(1, 8)])
+    cold = q.propose(committed, 4, sampled(2, temperature=0.0))
     plain = greedy.propose(committed, 4, DraftSampling(torch.zeros(2)))
     assert plain.probs_BKV is None and draft_maps()[0][plain.token_ids_BK].all()
     assert torch.equal(plain.token_ids_BK, cold.token_ids_BK)
@@ -196,7 +158,7 @@ def test_drafts_are_drawn_from_q(make_drafter, verifier):
     """20,000 second drafts of one row against their own q: chi-squared below the 99.99 % point of its 23 degrees."""
     model = make_drafter()
     proposer = model.make_proposer(verifier, max_batch_size=2000, max_length=16)
-    committed = commit([Sequence(0, 4)])
+    committed = commit([request(0, 4)])
     names = [field.name for field in dataclasses.fields(committed)]
     many = Committed(*(getattr(committed, n).expand(2000, *getattr(committed, n).shape[1:]) for n in names))
     generator = torch.Generator().manual_seed(1)
@@ -213,12 +175,12 @@ def test_drafts_are_drawn_from_q(make_drafter, verifier):
 def test_a_proposer_is_a_snapshot_and_drafts_in_the_verifiers_precision(make_drafter, verifier):
     model = make_drafter()
     old = model.make_proposer(verifier, max_batch_size=1, max_length=64)
-    before = old.propose(commit([Sequence(0, 6)]), 3, sampling(1)).probs_BKV
+    before = old.propose(commit([request(0, 6)]), 3, sampled(1)).probs_BKV
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.mul_(-1.5)
-    assert torch.equal(old.propose(commit([Sequence(0, 6)]), 3, sampling(1)).probs_BKV, before)
+    assert torch.equal(old.propose(commit([request(0, 6)]), 3, sampled(1)).probs_BKV, before)
     narrow = make_drafter().bfloat16()
     proposer = narrow.make_proposer(verifier, max_batch_size=1, max_length=64)
     assert proposer.dtype == torch.float32 and narrow.fc.weight.dtype == torch.bfloat16

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from naive_peagle import NaivePEagle, kl, mixed
+from naive_layers import kl, mixed
+from naive_peagle import NaivePEagle
 from peagle_toys import packed_batch
 
 from speculators.models.peagle.sampling import sample_chains
