@@ -24,47 +24,15 @@ from typing import Any
 
 import torch
 from decode_efficiency import K, Repeats, decode, efficiency, seconds
+from decode_models import DRAFT_LAYERS, MODELS
 from proposals import CONTEXTS, proposals_per_second
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from speculators.assets import prompts_path, tiny_verifier_path
 from speculators.decoding import Engine
 from speculators.decoding.proposers.draft_model import DraftModelProposer
 from speculators.decoding.proposers.early_exit import first_layers
-from speculators.verifier import load_verifier
 
 ACCURACIES = (0.7, 1.0)
-DRAFT_LAYERS = 3
-PROMPT_TOKENS = 64
-
-
-def embedded() -> tuple[PreTrainedModel, list[list[int]]]:
-    path = str(tiny_verifier_path())
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    prompts = []
-    with open(prompts_path("heldout")) as lines:
-        for line in lines:
-            turns = [turn for turn in json.loads(line)["conversations"] if turn["role"] != "assistant"][:1]
-            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-            prompts.append(list(ids))
-    return load_verifier(path, dtype=torch.float32), prompts
-
-
-def random_512() -> tuple[PreTrainedModel, list[list[int]]]:
-    config = LlamaConfig(
-        vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=2048, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    return model, torch.randint(5, 8192, (16, PROMPT_TOKENS), generator=generator).tolist()
-
-
-MODELS: dict[str, Callable[[], tuple[PreTrainedModel, list[list[int]]]]] = {
-    "embedded": embedded,
-    "random-512": random_512,
-}
 
 
 def paired(baseline: Callable[[], Any], ours: Callable[[], Any], repeats: Repeats) -> dict[str, float]:

@@ -59,8 +59,10 @@ class Oracle:
         self.text_by_row: dict[int, list[int]] = {}
         self.marks: list[tuple[float, int]] = []
         """(clock, tokens committed so far) at the start of each round in which every row takes part."""
+        self.num_calls = 0
 
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+        self.num_calls += 1
         if len(committed.num_new_B) == len(self.texts) and bool(committed.num_new_B.gt(0).all()):
             self.marks.append((time.perf_counter(), int(committed.num_committed_B.sum())))
         token_ids = committed.token_ids_BT.tolist()
@@ -124,6 +126,7 @@ def one_efficiency(
     oracle = drafted.drafting.proposer  # type: ignore[union-attr]
     assert isinstance(oracle, Oracle)
     oracle.marks.clear()
+    oracle.num_calls = 0
     before = forwards.seconds(1, K + 1)
     plain_s = round_seconds(plain, prompts, num_tokens) / (num_tokens - 1)
     round_seconds(drafted, prompts, num_tokens)
@@ -133,8 +136,7 @@ def one_efficiency(
     num_rounds, num_kept = len(oracle.marks) - 1, (end_tokens - start_tokens) / len(prompts)
     speedup = plain_s / ((end_s - start_s) / num_kept)
     tau = num_kept / num_rounds
-    # times of a round are split over its requests
-    c_draft = drafted.stats.draft_s / (drafted.stats.num_rounds / len(prompts)) / one_s
+    c_draft = drafted.stats.draft_s / oracle.num_calls / one_s
     ideal = tau / (c_draft + all_s / one_s)
     return {
         "acceptance_length": tau, "speedup": speedup, "ideal": ideal, "efficiency": speedup / ideal,

@@ -12,16 +12,14 @@ from exact import Drafted, chain_parents, emitted_law, independent_drafts, large
 from speculators.decoding.adaptive import (
     AcceptanceRates,
     AdaptiveLength,
-    CostMeter,
-    CostModel,
     best_num_tokens,
     expected_columns,
     expected_tokens,
-    interpolate,
     lengths_within_budget,
     speeds_by_num_tokens,
 )
 from speculators.decoding.calibration import ConfidenceFit
+from speculators.decoding.round_costs import CostMeter, CostModel, interpolate, rising
 from speculators.decoding.verification import resolve_rule
 
 
@@ -43,14 +41,14 @@ def best(rates, cost, *sizes):
 
 
 def test_the_best_k_includes_none_at_all():
-    free = CostModel(draft_s=(0.0,) * 5, verify_s={1: 1.0, 5: 1.0})
+    free = CostModel(other_s=(0.0,) * 5, verify_s={1: 1.0, 5: 1.0})
     assert best([0.9, 0.5, 0.1, 0.01], free) == 4
     assert best([0.0, 0.0], free) == 0  # the smallest of equals
-    dear = CostModel(draft_s=(0.0, 0.5, 1.0), verify_s={1: 1.0, 3: 1.0})
+    dear = CostModel(other_s=(0.0, 0.5, 1.0), verify_s={1: 1.0, 3: 1.0})
     assert best([0.4, 0.4], dear) == 0
     assert best([0.9, 0.1], dear) == 1
     # a batch that makes verification pay by the token
-    compute_bound = CostModel(draft_s=(0.0,) * 4, verify_s={1: 1.0, 8: 1.0, 64: 8.0})
+    compute_bound = CostModel(other_s=(0.0,) * 4, verify_s={1: 1.0, 8: 1.0, 64: 8.0})
     assert best([0.7] * 3, compute_bound, 1) == 3
     assert best([0.7] * 3, compute_bound, 16) == 0
 
@@ -59,7 +57,7 @@ def test_one_row_that_drafts_widens_the_forward_of_all():
     assert expected_columns([0.5, 0.5], 1) == 2
     assert expected_columns([0.5, 0.25], 2) == pytest.approx(1 + 3 / 4 + 7 / 16)
     assert expected_columns([1.0] * 3, 5) == 4
-    by_the_token = CostModel(draft_s=(0.0,) * 5, verify_s={1: 1.0, 5: 1.5, 8: 1.5, 40: 3.0})
+    by_the_token = CostModel(other_s=(0.0,) * 5, verify_s={1: 1.0, 5: 1.5, 8: 1.5, 40: 3.0})
     seldom_offered = [0.2, 1.0, 1.0, 1.0]  # a row that has a draft keeps it whole
     assert best(seldom_offered, by_the_token, 1, [0.2] * 4) == 4
     assert best(seldom_offered, by_the_token, 8, [0.2] * 4) == 0
@@ -123,8 +121,8 @@ def simulate(controller, rates, cost, num_rounds, batch_size, rng):
                 n += 1
             accepted.append(n)
         noise = rng.uniform(0.9, 1.2)
-        draft_s, verify_s = cost.draft_s[k] * noise, interpolate(cost.verify_s, batch_size * (k + 1)) * noise
-        controller.observe([k] * batch_size, accepted, draft_s=draft_s, verify_s=verify_s)
+        draft_s, verify_s = cost.other_s[k] * noise, interpolate(cost.verify_s, batch_size * (k + 1)) * noise
+        controller.observe([k] * batch_size, accepted, verify_s=verify_s, other_s=draft_s)
         tokens, seconds = tokens + sum(accepted) + batch_size, seconds + draft_s + verify_s
     return tokens, seconds
 
@@ -154,9 +152,53 @@ def test_a_drafter_that_becomes_good_is_noticed():
 def test_one_slow_round_changes_costs_by_less_than_its_share():
     meter = CostMeter()
     for seconds in (1.0, 1.0, 50.0, 1.0):
-        meter.observe(2, 3, draft_s=0.1, verify_s=seconds)
+        meter.observe(2, 3, verify_s=seconds, other_s=0.1)
     assert meter.model(3).round_s(2, 3) < 1.5
     assert CostMeter().model(3) is None
+
+
+def test_more_never_costs_less_and_the_newer_measurement_is_right():
+    assert rising({1: 3.0, 5: 2.0}) == {1: 2.0, 5: 2.0}  # 5 was measured last
+    assert rising({5: 2.0, 1: 3.0}) == {1: 3.0, 5: 3.0}
+    assert rising({1: 1.0, 8: 9.0, 2: 4.0, 4: 2.0}) == {1: 1.0, 2: 2.0, 4: 2.0, 8: 9.0}
+    assert rising({1: 1.0, 2: 1.5, 3: 2.5}) == {1: 1.0, 2: 1.5, 3: 2.5}
+
+
+@pytest.mark.parametrize("slow_rounds", [[5], [1, 2, 3, 4, 5, 6]])
+def test_a_slow_start_does_not_make_useless_drafts_look_free(slow_rounds):
+    """A model's first rounds are slow; round 5 is the first plain one. Drafts that cost 4 % and are never right."""
+    cost = CostModel(tuple(0.01 * k for k in range(5)), {1: 1.0, 5: 1.0})
+    controller, seconds = AdaptiveLength(4), 0.0
+    for number in range(1, 1001):
+        k = controller.num_tokens(1)
+        slowness = 4.0 if number in slow_rounds else 1.0
+        draft_s, verify_s = cost.other_s[k] * slowness, interpolate(cost.verify_s, k + 1) * slowness
+        controller.observe([k], [0], verify_s=verify_s, other_s=draft_s)
+        seconds += draft_s + verify_s if number not in slow_rounds else 0.0
+    assert seconds / (1000 - len(slow_rounds)) < 1.006  # 1.04 where plain rounds are thought to be slow
+
+
+def test_a_drafter_with_much_to_catch_up_on_is_seldom_asked():
+    """Its probes cost a tenth of a plain round for each round that it was left alone."""
+    controller, asked_at, seconds = AdaptiveLength(4), 0, 0.0
+    for number in range(1, 3001):
+        k = controller.num_tokens(1)
+        draft_s = 0.05 * k + 0.1 * (number - asked_at) if k else 0.0
+        asked_at = number if k else asked_at
+        controller.observe([k], [0], verify_s=1.0 + 0.1 * k, other_s=draft_s)
+        seconds += 1.0 + 0.1 * k + draft_s
+    # it has to read each of the 3000 tokens at a tenth of a round to be asked to the end
+    assert seconds < 1.1 * 3000
+
+
+def test_plain_decoding_that_became_cheap_is_noticed():
+    """A neighbour leaves the machine: what a plain round cost before is no measure of it now."""
+    rates, rng, controller = [0.5] * 4, random.Random(3), AdaptiveLength(4)
+    crowded = CostModel(tuple(0.05 * k for k in range(5)), {1: 1.0, 5: 1.05})
+    simulate(controller, rates, crowded, 1000, 1, rng)
+    assert controller.current >= 2
+    simulate(controller, rates, CostModel(crowded.other_s, {1: 0.2, 5: 1.05}), 1000, 1, rng)
+    assert controller.current == 0
 
 
 def cut_by(decide):

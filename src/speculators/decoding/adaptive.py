@@ -3,7 +3,7 @@
 Shapes: B sequences, K draft slots. Conditional rate a_i = P(slot i accepted | the slots before it were); survival =
 their running product; expected tokens of a round = 1 + sum of survivals.
 
-    speed(K) = (1 + sum_{k<=K} prod_{i<=k} a_i) / (draft_s(K) + verify_s(tokens scored) + overhead_s)
+    speed(K) = (1 + sum_{k<=K} prod_{i<=k} a_i) / (other_s(K) + verify_s(tokens scored))
 
 Lossless adaptation looks only at what precedes the token it decides about. Whether slot i is drafted may depend on the
 context, on d_1..d_{i-1} and on the LAW q_i (its largest probability, say), never on the token drawn from q_i: keeping
@@ -13,41 +13,16 @@ anything known before verification may be used (`lengths_within_budget`).
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from speculators.decoding.calibration import ConfidenceFit
+from speculators.decoding.round_costs import CostMeter, CostModel
 from speculators.interfaces import Proposal
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Measured seconds of one round."""
-
-    draft_s: tuple[float, ...]
-    """By K: draft_s[0] is what remains when nothing is drafted."""
-    verify_s: Mapping[int, float]
-    """By tokens scored in one forward, rows times columns; linear between the measured points, and beyond them."""
-    overhead_s: float = 0.0
-
-    def round_s(self, num_drafted: int, num_scored: float) -> float:
-        return self.draft_s[num_drafted] + interpolate(self.verify_s, num_scored) + self.overhead_s
-
-
-def interpolate(points: Mapping[int, float], at: float) -> float:
-    """Linear through the neighbouring points; the outer segments go on; never below the smallest value seen."""
-    known = sorted(points)
-    if len(known) == 1:
-        return points[known[0]]
-    right = min(max(bisect.bisect_left(known, at), 1), len(known) - 1)
-    low, high = known[right - 1], known[right]
-    slope = (points[high] - points[low]) / (high - low)
-    return max(points[low] + slope * (at - low), min(points.values()))
 
 
 def expected_tokens(conditional_rates: Sequence[float]) -> float:
@@ -69,7 +44,7 @@ def speeds_by_num_tokens(
 ) -> list[float]:
     """Tokens a second of each row, by K. `offer_rates`: P(a row has a draft in slot i, which was asked for), or 1."""
     offer_rates = offer_rates if offer_rates is not None else [1.0] * len(conditional_rates)
-    most = min(len(conditional_rates), len(cost.draft_s) - 1)
+    most = min(len(conditional_rates), len(cost.other_s) - 1)
     return [
         expected_tokens(conditional_rates[:k])
         / cost.round_s(k, batch_size * expected_columns(offer_rates[:k], batch_size))
@@ -92,7 +67,7 @@ def lengths_within_budget(confidence_BK: Tensor, cost: CostModel) -> Tensor:
     survival_BK = confidence_BK.double().clamp_min(0).cumprod(-1)
     emitted_K = B + survival_BK.sum(0).cumsum(0).cpu()
     tokens = torch.cat([emitted_K.new_full((1,), B), emitted_K])
-    num_drafted = min(K, len(cost.draft_s) - 1)
+    num_drafted = min(K, len(cost.other_s) - 1)
     round_s = torch.tensor([cost.round_s(num_drafted, B * (1 + width)) for width in range(K + 1)], dtype=torch.float64)
     width = int((tokens / round_s).argmax())
     return (survival_BK[:, :width] > 0).sum(-1)
@@ -103,7 +78,8 @@ class AcceptanceRates:
     """Conditional rates per slot from the rounds so far, the past fading out; and how often a slot had a draft.
 
     What is left is filled up by the prior, weighted as `prior_tests` tests: a slot that was not tried for long is
-    judged by it again, so it will be tried if the prior makes it worth while.
+    judged by it again, so it will be tried if the prior makes it worth while. While nothing at all is drafted that
+    waits for the next draft: a drafter that was left alone is dear to ask, and not to be asked on a mere prior.
     """
 
     num_slots: int
@@ -111,6 +87,8 @@ class AcceptanceRates:
     prior_tests: float = 2.0
     memory_rounds: float = 200.0
     """Rounds after which an observation counts 1/e."""
+    num_silent: int = 0
+    """Rounds without drafts since the last one with."""
     tested: list[float] = field(init=False)
     accepted: list[float] = field(init=False)
     asked: list[float] = field(init=False)
@@ -121,7 +99,11 @@ class AcceptanceRates:
 
     def observe(self, num_asked: int, num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
         """One round, by row: slots 0..accepted - 1 passed, the next one failed (or had no draft) unless all passed."""
-        keep = math.exp(-1 / self.memory_rounds)
+        if num_asked == 0:
+            self.num_silent += 1
+            return
+        keep = math.exp(-(1 + self.num_silent) / self.memory_rounds)
+        self.num_silent = 0
         for counts in (self.tested, self.accepted, self.asked, self.offered):
             counts[:] = [count * keep for count in counts]
         for drafted, accepted in zip(num_drafted, num_accepted, strict=True):
@@ -149,58 +131,39 @@ class AcceptanceRates:
 
 
 @dataclass
-class CostMeter:
-    """Running costs by K and by tokens scored (rows times columns)."""
-
-    weight: float = 0.2
-    draft_s: dict[int, float] = field(default_factory=dict)
-    verify_s: dict[int, float] = field(default_factory=dict)
-    overhead_s: float | None = None
-
-    def observe(
-        self, num_drafted: int, num_scored: int, *, draft_s: float, verify_s: float, overhead_s: float = 0.0
-    ) -> None:
-        self.draft_s[num_drafted] = self._blend(self.draft_s.get(num_drafted), draft_s)
-        self.verify_s[num_scored] = self._blend(self.verify_s.get(num_scored), verify_s)
-        self.overhead_s = self._blend(self.overhead_s, overhead_s)
-
-    def _blend(self, known: float | None, new: float) -> float:
-        if known is None:
-            return new
-        return known + self.weight * (min(new, 2 * known) - known)  # one slow round must not scare speculation off
-
-    def model(self, most: int) -> CostModel | None:
-        """Costs of K = 0..most; None until a round with drafts was measured."""
-        drafted = {k: seconds for k, seconds in self.draft_s.items() if k > 0}
-        if not drafted:
-            return None
-        points = {0: self.draft_s.get(0, 0.0), **drafted}
-        return CostModel(tuple(interpolate(points, k) for k in range(most + 1)), self.verify_s, self.overhead_s or 0.0)
-
-
-@dataclass
 class AdaptiveLength:
     """K for each round from what the rounds before it showed. Use as `num_tokens(batch_size)`; then `observe`.
     Between the two, `shorten` drops drafts whose own confidence says that verifying them does not pay.
 
     It starts with one round of each K, and drafts at full length now and then (else a drafter that got better would
-    never be noticed): at first after twice as many rounds each time, for its start says little, then so seldom that it
-    costs `probe_share` of the time. A new K must be `margin` faster than the current one, plain decoding excepted:
-    noise is no reason to change.
+    never be noticed) so seldom that it costs `probe_share` of the time; more often at first, when little is known. What
+    a probe costs is measured: a drafter that was left alone has much to catch up on. As seldom it decodes plainly where
+    it drafts, so that what it compares with stays known. A new K must be `margin` faster than the current one, and than
+    plain decoding: noise is no reason to draft. It is reviewed every few rounds, for a review takes its time too.
     """
 
     most: int
     probe_share: float = 0.01
+    first_probe_share: float = 0.05
     margin: float = 0.02
+    review_rounds: int = 8
     rates: AcceptanceRates = field(init=False)
     costs: CostMeter = field(default_factory=CostMeter)
     fit: ConfidenceFit = field(default_factory=ConfidenceFit)
     confidence_by_row: list[list[float]] | None = None
     """What the drafter thought of this round's drafts."""
     asked: int = 0
+    batch_size: int = 0
     num_rounds: int = 0
-    last_probe: int = 0
+    next_review: int = 0
+    last_full: int = 0
+    """The last round that was drafted at full length to see what comes of it."""
+    last_plain: int = 0
     is_probe: bool = False
+    probe_s: float = math.inf
+    """What that round cost."""
+    probe_price: float = math.inf
+    """The same in plain rounds."""
     current: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -209,26 +172,42 @@ class AdaptiveLength:
 
     def num_tokens(self, batch_size: int) -> int:
         self.confidence_by_row = None
-        self.asked = self._choose(batch_size)
+        self.num_rounds += 1
+        probe = self._probe()
+        self.is_probe = probe is not None
+        if probe is not None:
+            self.next_review = 0
+        elif self.num_rounds >= self.next_review or batch_size != self.batch_size:
+            self._review(batch_size)
+        self.asked = self.current if probe is None else probe
+        if self.asked == 0:
+            self.last_plain = self.num_rounds
         return self.asked
 
-    def _choose(self, batch_size: int) -> int:
-        self.num_rounds += 1
-        self.is_probe = False
+    def _probe(self) -> int | None:
+        """The length to try in this round whatever is known, if it is time to."""
         if self.num_rounds <= self.most + 1:
+            self.last_full = 1
             return self.most + 1 - self.num_rounds  # most, most - 1, ..., 0
+        since = self.num_rounds - self.last_full
+        share = self.first_probe_share if since > self.last_full else self.probe_share
+        if since * share > self.probe_price:
+            self.last_full = self.num_rounds
+            return self.most
+        return 0 if (self.num_rounds - self.last_plain) * self.probe_share > 1 else None
+
+    def _review(self, batch_size: int) -> None:
+        self.next_review = self.num_rounds + min(self.review_rounds, 1 + self.num_rounds // 16)
+        self.batch_size = batch_size
         cost = self.costs.model(self.most)
-        if cost is not None:
-            extra = cost.round_s(self.most, batch_size * (self.most + 1)) / cost.round_s(0, batch_size)
-            since = self.num_rounds - self.last_probe
-            if since * self.probe_share > extra or since > max(self.last_probe, self.most + 1):
-                self.last_probe, self.is_probe = self.num_rounds, True
-                return self.most
-            speeds = speeds_by_num_tokens(self.rates.conditional(), cost, batch_size, self.rates.offers())
-            best = best_num_tokens(speeds)
-            if best == 0 or speeds[best] > speeds[self.current] * (1 + self.margin):
-                self.current = best
-        return self.current
+        assert cost is not None
+        speeds = speeds_by_num_tokens(self.rates.conditional(), cost, batch_size, self.rates.offers())
+        best = best_num_tokens(speeds)
+        if speeds[best] <= speeds[0] * (1 + self.margin):
+            self.current = 0
+        elif speeds[best] > speeds[self.current] * (1 + self.margin):
+            self.current = best
+        self.probe_price = self.probe_s / cost.round_s(0, batch_size)
 
     def shorten(self, proposal: Proposal) -> Proposal:
         """Chains of point masses only: a draft that was drawn may not be dropped for what it is."""
@@ -236,9 +215,10 @@ class AdaptiveLength:
         if proposal.confidence_BK is None or not is_point_mass_chain:
             return proposal
         self.confidence_by_row = proposal.confidence_BK.tolist()
-        cost = self.costs.model(self.most)
-        if cost is None or self.num_rounds <= self.most + 1 or self.is_probe:
+        if self.is_probe:
             return proposal  # verified as they are: what is never verified cannot be found to be better than it says
+        cost = self.costs.model(self.most)
+        assert cost is not None  # no round is without probe before one was measured
         rate_BK = torch.tensor([[self.fit.rate(prob) for prob in row] for row in self.confidence_by_row])
         length_B = lengths_within_budget(rate_BK.masked_fill(proposal.token_ids_BK.cpu() < 0, -1.0), cost)
         length_B1 = length_B[:, None].to(proposal.token_ids_BK.device)
@@ -251,16 +231,17 @@ class AdaptiveLength:
         depths: Sequence[int],
         num_accepted: Sequence[int],
         *,
-        draft_s: float,
         verify_s: float,
-        overhead_s: float = 0.0,
+        other_s: float,
         rows: Sequence[int] = (),
     ) -> None:
         """One round: of each request how deep the drafts went that were verified, how many were accepted and which row
         it has; and what the round cost. A tree counts as deep as it is: it costs the same whenever it is that deep."""
+        if self.is_probe and self.asked == self.most:
+            self.probe_s = verify_s + other_s
         self.rates.observe(self.asked, depths, num_accepted)
         num_scored = len(depths) * (1 + max(depths))
-        self.costs.observe(self.asked, num_scored, draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s)
+        self.costs.observe(self.asked, num_scored, verify_s=verify_s, other_s=other_s)
         if self.confidence_by_row is not None:
             for row, depth, accepted in zip(rows, depths, num_accepted, strict=True):
                 for slot in range(min(depth, accepted + 1)):

@@ -28,7 +28,7 @@ from speculators.interfaces import CaptureSpec, VerifierOutput
 from speculators.verifier import VerifierParts, capture_states, verifier_parts
 
 MAX_GROUPED_TOKENS = 32
-"""Up to here a forward is decoding (heads grouped, masks sliced from a strip); beyond, it is prefill."""
+"""Up to here a forward is decoding (heads that share a key are grouped); beyond, it is prefill."""
 NUM_PROVEN_TOKENS = 16
 """Tokens on which the lean forward is compared with the model's own."""
 TOLERANCE_BY_DTYPE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -162,11 +162,7 @@ class HFVerifier:
             position_BT = length_B1 + self._positions(num_tokens)
         if self._forward.is_grouped and self._nothing_to_hide(lengths, num_tokens):
             return position_BT, None
-        if len(lengths) == 1 and num_tokens <= MAX_GROUPED_TOKENS:
-            masks = self._masks.chain_single_row(lengths[0], num_tokens, self._cache.capacity, groups)
-        else:
-            masks = self._masks.chain(position_BT, num_slots, groups)
-        return position_BT, self._as_given(masks)
+        return position_BT, self._as_given(self._masks.chain(position_BT, num_slots, groups))
 
     def _positions(self, end: int) -> Tensor:
         """0 .. end - 1: a view of one table."""

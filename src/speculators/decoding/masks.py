@@ -37,42 +37,35 @@ class TreeShape:
 
 @dataclass
 class MaskBuilder:
-    """Masks for one model: its attention windows, dtype, device and head grouping."""
+    """Masks for one model: its attention windows, dtype and device.
+
+    G query heads share a key/value head: each mask row is repeated for them; G = 1 gives the plain [B, 1, T, S]."""
 
     windows: dict[str, int | None]
     """Sliding window by layer type (None = full attention)."""
     dtype: torch.dtype
     device: torch.device
-    num_groups: int = 1
-    """G: each mask row is repeated for the G query heads that share a key/value head; 1 = the plain [B, 1, T, S]."""
-    strips: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
+    edges: dict[int | None, Tensor] = field(default_factory=dict)
+    """By window: a mask's values by slot - position, -C .. C - 1."""
     trees: dict[tuple[int, ...], TreeShape] = field(default_factory=dict)
 
-    def chain_single_row(self, length: int, num_tokens: int, capacity: int, num_groups: int) -> dict[str, Tensor]:
-        """For one row the mask depends on slot - position alone: a slice of a strip that is made once."""
-        num_slots = length + num_tokens
+    def chain(self, position_BT: Tensor, num_slots: int, num_groups: int) -> dict[str, Tensor]:
+        """[B, 1, G * T, S]. A row depends on slot - position alone: it is a piece of one edge, cut at its position."""
+        position_BR = position_BT.repeat(1, num_groups)
         masks = {}
         for layer_type, window in self.windows.items():
-            key = (num_tokens, window, num_groups)
-            strip = self.strips.get(key)
-            if strip is None or strip.shape[-1] < capacity + num_tokens:
-                strip = self.strips[key] = self._strip(num_tokens, window, capacity + num_tokens).repeat(num_groups, 1)
-            last = strip.shape[-1]
-            masks[layer_type] = strip[None, None, :, last - num_slots :]
+            edge = self._edge(window, num_slots)
+            most = len(edge) // 2
+            pieces_PS = edge.as_strided((most + 1, num_slots), (1, 1))
+            masks[layer_type] = pieces_PS[most - position_BR][:, None]
         return masks
 
-    def _strip(self, num_tokens: int, window: int | None, num_slots: int) -> Tensor:
-        # right-aligned: the last T columns are the scored tokens themselves
-        slot_S = torch.arange(num_slots, device=self.device)
-        position_T1 = torch.arange(num_slots - num_tokens, num_slots, device=self.device)[:, None]
-        return self._additive(_visible(slot_S, position_T1, window))
-
-    def chain(self, position_BT: Tensor, num_slots: int, num_groups: int) -> dict[str, Tensor]:
-        slot_S = torch.arange(num_slots, device=self.device)
-        return {
-            layer_type: self._grouped(_visible(slot_S, position_BT[..., None], window), num_groups)
-            for layer_type, window in self.windows.items()
-        }
+    def _edge(self, window: int | None, num_slots: int) -> Tensor:
+        edge = self.edges.get(window)
+        if edge is None or len(edge) < 2 * num_slots:
+            ahead_E = torch.arange(-2 * num_slots, 2 * num_slots, device=self.device)
+            edge = self.edges[window] = self._additive(_visible(ahead_E, torch.zeros_like(ahead_E), window))
+        return edge
 
     def tree(self, tree: TreeShape, length_B: Tensor, num_slots: int, num_groups: int) -> dict[str, Tensor]:
         slot_S = torch.arange(num_slots, device=self.device)

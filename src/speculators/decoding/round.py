@@ -66,7 +66,13 @@ def account(
         request.output.stats.spend(*share)
     if adaptive is not None:
         depths = [depth for _, depth in accepted.offered_by_row.values()]
-        adaptive.observe(depths, accepted.num_accepted, **times._asdict(), rows=list(accepted.offered_by_row))
+        adaptive.observe(
+            depths,
+            accepted.num_accepted,
+            verify_s=times.verify_s,
+            other_s=times.draft_s + times.overhead_s,
+            rows=list(accepted.offered_by_row),
+        )
 
 
 def no_drafts(num_rows: int, device: torch.device) -> Proposal:
