@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from counting import BUILT_IN, FIXTURES, THIRD_PARTY, counted_text, counting_verifier, train_config, wandering_verifier
 from transformers import AutoModelForCausalLM
 
@@ -19,11 +18,6 @@ from speculators.train.run import train
 class TrainedDrafter:
     checkpoint: Path
     losses: list[float]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,6 @@ from speculators.train.run import build_model
 VOCAB, DRAFT_VOCAB = 64, 40
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def verifier_path(tmp_path_factory) -> str:
     torch.manual_seed(0)

@@ -13,11 +13,6 @@ if str(FIXTURES) not in sys.path:
     sys.path.insert(0, str(FIXTURES))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def verifier_path(tmp_path_factory) -> Path:
     """A random Llama, saved."""

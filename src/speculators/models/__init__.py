@@ -24,7 +24,7 @@ Adding an algorithm
 
            def __init__(self, config):
                super().__init__(config)
-               self.layers = nn.ModuleList(...)                  # each is sharded on its own when training on many GPUs
+               self.layers = nn.ModuleList(...)                  # memory is estimated by their number
                self.post_init()
 
            @classmethod
@@ -37,8 +37,9 @@ Adding an algorithm
 
 4. What has a working default and may be said better (see `SpeculatorModel`): `target_layer_ids` and `capture` (which
    verifier states it reads), `training_args` and `training_defaults` (its own keys on the command line), `align`
-   (shifts before packing), `make_proposer` (drafting at decode time), `contract` (what its
-   checkpoints hold, what vLLM makes of them, formats of other projects).
+   (shifts before packing), `make_proposer` and `make_tree_drafter` (drafting at decode time), `draft_logits` (what the
+   parity gate compares drafts with), `contract` (what its checkpoints hold, what vLLM makes of them, formats of other
+   projects).
 """
 
 from __future__ import annotations
