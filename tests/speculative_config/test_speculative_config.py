@@ -399,6 +399,8 @@ def test_a_draft_under_the_first_name_of_its_architecture_is_recognised(tmp_path
     draft = checkpoint(tmp_path / "draft", model_type="qwen3", architectures=["DSparkDraftModel"], block_size=7)
     config = SpeculativeConfig(model=draft)
     assert (config.method, config.num_speculative_tokens, config.parallel_drafting) == ("dspark", 7, True)
+    with pytest.raises(ValidationError, match=r"between 1 and the draft vocabulary size \(100\)"):
+        SpeculativeConfig(model=draft, dspark_draft_topk=101)
     named = checkpoint(tmp_path / "named", architectures=["Qwen3DSparkModel"], dspark_block_size=5)
     assert SpeculativeConfig(model=named).num_speculative_tokens == 5
     assert config.draft_model_config.hf_config.architectures == ["Qwen3DSparkModel"]
@@ -486,12 +488,13 @@ def test_lengths_parallelism_and_vocabularies_are_checked_against_the_target(tmp
     assert SpeculativeConfig(**other, use_heterogeneous_vocab=True).method == "draft_model"
 
 
-def test_mlp_speculators_run_on_one_device(tmp_path):
+def test_mlp_speculators_run_on_one_device(tmp_path, caplog):
     draft = checkpoint(tmp_path / "draft", model_type="mlp_speculator", n_predict=3, architectures=["MLPSpeculator"])
     parallel = ParallelInfo(tensor_parallel_size=4)
     config = SpeculativeConfig(model=draft, target_model_config=llama(), target_parallel_config=parallel)
     assert (config.method, config.num_speculative_tokens) == ("mlp_speculator", 3)
     assert config.draft_parallel_config.tensor_parallel_size == 1
+    assert "runs on one device" in caplog.text
 
 
 @dataclass

@@ -95,6 +95,10 @@ def _check_our_rules(config: SpeculativeConfig, num_tokens: int) -> None:
         check_batch_size_ranges(config.num_speculative_tokens_per_batch_size)
     if config.dspark_draft_topk is not None and config.method != "dspark":
         raise ValueError(f"dspark_draft_topk is only supported with method='dspark', not {config.method!r}")
+    draft = lookup(config.draft_model_config, "hf_config")
+    draft_vocab_size = lookup(draft, "draft_vocab_size") or lookup(draft, "vocab_size")
+    if draft_vocab_size is not None and (config.dspark_draft_topk or 1) > draft_vocab_size:
+        raise ValueError(f"dspark_draft_topk must be between 1 and the draft vocabulary size ({draft_vocab_size})")
     if config.is_lenient and "rejection_sample_method" in config.given:
         raise ValueError(
             f"verifier_accept_k and accept_tolerance accept drafts by a rule of their own, not by "

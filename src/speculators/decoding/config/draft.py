@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from speculators.utils.files import refuse_missing_model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -123,8 +126,12 @@ def draft_max_model_len(user_max_model_len: int | None, draft: int | None, targe
 
 
 def draft_tensor_parallel_size(given: int | None, target_ways: int, draft_model_type: str | None) -> int:
+    if given is None and draft_model_type == "mlp_speculator":
+        if target_ways > 1:
+            logger.warning("an MLP speculator runs on one device: draft_tensor_parallel_size=1")
+        return 1
     if given is None:
-        return 1 if draft_model_type == "mlp_speculator" else target_ways
+        return target_ways
     if given not in (1, target_ways):
         speculative_draft_tensor_parallel_size = given
         raise ValueError(
