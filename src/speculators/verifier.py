@@ -50,6 +50,7 @@ def load_verifier(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name = str(name_or_path)
+    refuse_missing_device(device)
     refuse_missing_verifier(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
@@ -73,6 +74,17 @@ def load_verifier(
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)
+
+
+def refuse_missing_device(device: torch.device | str | None) -> None:
+    """Before anything is loaded, and in words of ours: torch only asserts."""
+    try:
+        wanted = torch.device(device if device is not None else "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is none that torch knows; say cpu, cuda, cuda:1, ...") from error
+    num_devices = torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= num_devices:
+        raise ValueError(f"device={str(device)!r} but torch sees {num_devices} CUDA devices; use cpu or another one")
 
 
 def verifier_parts(model: nn.Module) -> VerifierParts:

@@ -136,6 +136,15 @@ def test_soft_capped_attention_is_loaded_with_the_path_that_caps(tmp_path):
     assert load_verifier(tmp_path).config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:99", "device='cuda:99' but torch sees"), ("gpu", "device='gpu' is none that torch knows")],
+)
+def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(device, message):
+    with pytest.raises(ValueError, match=message):
+        load_verifier("/no/such/place", device=device)
+
+
 def test_pickled_weights_are_refused(tmp_path):
     toys.tiny_model("llama").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
