@@ -37,7 +37,9 @@ def serve(
     vllm_args: Annotated[list[str] | None, typer.Argument(help="After --: passed to vLLM as they are.")] = None,
     verifier: Annotated[str | None, typer.Option(help="Default: the one the speculator was trained for.")] = None,
     method: Annotated[str | None, typer.Option(help="ngram, suffix, mtp, eagle, medusa, draft_model, ...")] = None,
-    draft: Annotated[str | None, typer.Option(help="Draft model or native drafter directory for a verifier.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="The verifier's drafter: speculator, draft model, native directory.")
+    ] = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
     speculative_config: Annotated[str | None, typer.Option(help="Further vLLM settings, a JSON object.")] = None,
     check: Annotated[

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from speculators.checkpoint.findings import Finding, error, warning
 from speculators.deploy.tensor_check import MAP
+from speculators.utils.files import looks_like_a_path
 from speculators.utils.loading import Rows, load_rows, spaced
 
 WHERE = "speculators_config.verifier"
@@ -27,7 +28,7 @@ SAME_DIRECTION = 0.9
 def verifier_values(name: str) -> tuple[dict[str, Any] | None, list[Finding]]:
     """The verifier's config.json (its language model's part), if it can be reached from here."""
     mend = "write a hub id, or an absolute path that is there on the serving machine; or check with --verifier"
-    if name.startswith((".", "~", "/")) and not (Path(name).expanduser() / "config.json").is_file():
+    if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
         return None, [
             error(
                 "verifier-unreachable", f"{WHERE}.name_or_path", repr(name),
