@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from speculators.checkpoint.findings import VLLM_PROFILE
 from speculators.cli.console import print_facts, say
@@ -33,7 +34,7 @@ def export(
         checkpoint, output, profile=profile, verifier=verifier, dtype=dtype, overwrite=overwrite, report=report
     )
     for note in exported.notes:
-        say(f"note: {note}")
+        say(f"note: {escape(note)}")
     command = exported.serving.command if exported.serving is not None else "not by vLLM"
     facts = {"written to": exported.path, "drafter": exported.speculators_model_type, "format": exported.format}
     print_facts("exported", {**facts, "serve with": command})

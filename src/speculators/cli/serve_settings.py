@@ -14,6 +14,7 @@ from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, SPECULA
 from speculators.deploy.checkpoints import read_config
 from speculators.utils.suggest import did_you_mean
 
+FIRST = ("method", "model", "num_speculative_tokens")
 NAME_THEM = (
     "name them with --draft (directory or hub id), or serve the trained checkpoint itself, which names its verifier: "
     "speculators serve CHECKPOINT"
@@ -38,7 +39,8 @@ def in_vllms_words(settings: dict[str, Any], verifier: str) -> dict[str, Any]:
     if unsupported:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())
         raise ValueError(f"vLLM would not accept {reasons}. Leave it out, or decode here with `speculators generate`")
-    return dict(json.loads(config.to_vllm_json()))
+    said = dict(sorted(json.loads(config.to_vllm_json()).items()))
+    return {name: said[name] for name in FIRST if name in said} | said  # the same command each time
 
 
 def facts_of(method: str) -> MethodFacts:

@@ -6,6 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from speculators.cli.console import err, out, say
 
@@ -34,7 +35,7 @@ def vllm_environment(python: str | None, dry_run: bool) -> VllmEnvironment | Non
     except ValueError as error:
         if not dry_run or python is not None:
             raise
-        say(f"[dim]{error}[/]")
+        say(f"[dim]{escape(str(error))}[/]")
         return None
     if not found.is_tested_version:
         say(f"[yellow]vLLM {found.version} in {found.python}; what is served was tested with {TESTED_VERSION}[/]")
@@ -56,7 +57,7 @@ def start(
         return result
     from speculators.deploy.serve import run_server
 
-    say(f"[dim]{shlex.join(launch.command)}[/]")
+    say(f"[dim]{escape(shlex.join(launch.command))}[/]")
     with WaitLine() as line:
         signal_name = run_server(
             launch,
