@@ -293,6 +293,16 @@ def test_a_seed_gives_the_same_text_whatever_the_batch_and_the_drafts():
     assert len({tuple(tokens) for tokens in alone}) == 3
 
 
+def test_a_row_that_a_prompt_left_at_once_gets_the_next_ones_parameters():
+    # row 0's request ends with its first token; row 1 decodes beside a free row; then row 0 is taken again
+    table = torch.rand(V, V, generator=torch.Generator().manual_seed(0)).pow(2)
+    verifier = toys.MarkovVerifier(table / table.sum(-1, keepdim=True))
+    params = [SamplingParams(max_tokens=n, temperature=1.0, seed=n) for n in (1, 30, 20)]
+    alone = [Engine(verifier).generate([[5]], p)[0].token_ids for p in params]
+    together = Engine(verifier, max_batch_size=2).generate([[5]] * 3, params)
+    assert [o.token_ids for o in together] == alone
+
+
 def test_unseeded_requests_differ():
     verifier = toys.MarkovVerifier(torch.full((V, V), 1 / V))
     outputs = Engine(verifier).generate([[5], [5]], SamplingParams(max_tokens=10, temperature=1.0))

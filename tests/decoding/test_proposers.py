@@ -193,6 +193,16 @@ def test_what_cannot_draft_is_named(config, error, message):
         Engine(toys.tiny_model("llama"), config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"quantization": "fp8"}, "quantization=.fp8. of a draft"), ({"parallel_drafting": True}, r"\(PARD\) is served")],
+)
+def test_what_only_a_server_does_with_a_draft_model_is_refused(tmp_path, changes, message):
+    toys.tiny_model("llama_tied").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Engine(toys.tiny_model("llama"), {"model": str(tmp_path), "num_speculative_tokens": 2, **changes})
+
+
 def test_a_number_of_tokens_without_a_drafter_is_refused():
     with pytest.raises(ValueError, match="num_speculative_tokens=3 but no speculative_config"):
         Engine(toys.tiny_model("llama"), num_speculative_tokens=3)

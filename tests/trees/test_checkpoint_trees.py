@@ -9,7 +9,7 @@ import torch
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.config import SpeculativeConfig
-from speculators.decoding.proposers.static_tree import StaticTreeProposer
+from speculators.decoding.proposers.static_tree import Expansions, StaticTreeProposer
 from speculators.decoding.tree import TokenTree
 from speculators.evaluation import parse_methods
 from speculators.interfaces import Committed, DraftSampling
@@ -146,3 +146,10 @@ def test_trees_are_drafted_no_deeper_than_the_schedule_says(checkpoints, verifie
     engine = Engine(verifier, config, max_batch_size=8)
     assert [output.token_ids for output in engine.generate(PROMPTS, GREEDY)] == plain
     assert len(engine.stats.drafted_per_position) == asked
+
+
+@pytest.mark.parametrize("tree", [TREE, "[(0,), (1,), (0, 0), (1, 0), (1, 1), (1, 0, 0)]"])
+def test_each_node_of_a_fixed_tree_sees_every_ancestor_once(tree):
+    expansions = Expansions(TokenTree.parse(tree))
+    for depth in range(1, expansions.tree.depth):
+        assert expansions.visible_at(depth).sum(1).tolist() == [depth] * len(expansions.slots_by_depth[0])

@@ -15,7 +15,7 @@ from speculators.decoding.tree import (
     depths,
     expected_tokens,
 )
-from speculators.decoding.tree_growing import DynamicTreeShape, grow_dynamic_tree, sample_tree, share_shape
+from speculators.decoding.tree_growing import DynamicTreeShape, grow_dynamic_tree, rank_tree, sample_tree, share_shape
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import Proposal
 
@@ -194,3 +194,24 @@ def test_rows_may_have_trees_of_their_own():
     one_hot = torch.nn.functional.one_hot(tokens, 3).float()
     result = resolve_rule("standard")(Proposal(tokens, one_hot, parents), target, None)
     assert result.path_BK.tolist() == [[0, 1, -1], [1, 2, -1]]
+
+
+def test_nothing_is_drafted_below_a_slot_that_stays_empty():
+    tree = TokenTree.of([(0,), (1,), (2,), (0, 0), (2, 0), (2, 0, 0)])
+    law = torch.tensor([0.7, 0.3])  # two tokens: no third best
+    proposal = rank_tree(tree, lambda slots, _: law.expand(1, len(slots), 2), 1, torch.device("cpu"))
+    assert proposal.token_ids_BK.tolist() == [[0, 1, -1, 0, -1, -1]]
+    drawn = sample_tree(tree.parents, lambda slots, _: law.expand(1, len(slots), 2), torch.full((1, 6), 0.1).double())
+    assert drawn.token_ids_BK.tolist() == [[0, 1, -1, 0, -1, -1]]
+
+
+def test_of_a_parent_and_a_child_as_likely_the_parent_is_kept():
+    root = torch.tensor([[0.6, 0.4, 0.0]]).log()
+
+    def certain(frontier):
+        return torch.tensor([0.0, 0.0, 1.0]).log().expand(1, 2, 3)
+
+    for total_token, tokens, parents in ((2, [0], [-1]), (3, [0, 2], [-1, 0]), (4, [0, 1, 2], [-1, -1, 0])):
+        proposal, _ = grow_dynamic_tree(root, certain, DynamicTreeShape(total_token, 1, 2))
+        assert proposal.token_ids_BK.tolist() == [tokens]
+        assert proposal.parents_K.tolist() == [parents]
