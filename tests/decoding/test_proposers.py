@@ -195,7 +195,7 @@ def test_what_cannot_draft_is_named(config, error, message):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"quantization": "fp8"}, "quantization=.fp8. of a draft"), ({"parallel_drafting": True}, r"\(PARD\) is served")],
+    [({"quantization": "fp8"}, "quantization=.fp8. of the"), ({"parallel_drafting": True}, r"\(PARD\) is served")],
 )
 def test_what_only_a_server_does_with_a_draft_model_is_refused(tmp_path, changes, message):
     toys.tiny_model("llama_tied").save_pretrained(tmp_path)
