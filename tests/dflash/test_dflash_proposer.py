@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.interfaces import DraftSampling
-from speculators.models.dflash.blocks import PackedRow
+from speculators.models.dflash.blocks import PackedBatch
 from speculators.models.dflash.training import fill_blocks
 
 CASES = {
@@ -30,7 +30,7 @@ def verifier(verifier_path):
 def trained_probs(model, request, num_drafts):
     """q of a block anchored at the request's last token, [K, V], by the training forward on the reference route."""
     batch = request.as_batch([0] * num_drafts)
-    row = PackedRow.of(
+    row = PackedBatch.of(
         batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"], None, None
     )
     model.config.transformer_layer_config._attn_implementation = "eager"

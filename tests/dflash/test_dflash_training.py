@@ -6,7 +6,7 @@ from dflash_naive import NaiveDFlash, ce
 from dflash_toys import MASK_TOKEN, MIXED, SLIDING, one_document, packed_batch
 from naive_layers import kl, mixed
 
-from speculators.models.dflash.blocks import PackedRow, choose_blocks
+from speculators.models.dflash.blocks import PackedBatch, choose_blocks
 
 FULL = {"layer_types": ["full_attention"]}
 CASES = {
@@ -119,7 +119,7 @@ def test_packed_documents_equal_separate_documents(drafter, from_anchor):
 def test_slots_past_a_document_do_not_count():
     """Hand-worked: documents a a a a | b b b b b b, all supervised, blocks of 3."""
     batch = packed_batch([4, 6], padding=3, supervised=2.0)
-    row = PackedRow.of(
+    row = PackedBatch.of(
         batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"],
         batch["document_ids"], None,
     )  # fmt: skip
@@ -140,7 +140,7 @@ def test_slots_past_a_document_do_not_count():
 
 def test_anchors_are_drawn_reproducibly_from_the_supervised_columns():
     batch = packed_batch([60, 60], seed=4, padding=5, supervised=0.5)
-    row = PackedRow.of(
+    row = PackedBatch.of(
         batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"],
         batch["document_ids"], batch["position_ids"],
     )  # fmt: skip

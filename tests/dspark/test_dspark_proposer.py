@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.interfaces import DraftSampling
-from speculators.models.dflash.blocks import PackedRow
+from speculators.models.dflash.blocks import PackedBatch
 from speculators.models.dflash.training import fill_blocks
 from speculators.models.dspark.training import markov_features
 
@@ -29,7 +29,7 @@ def verifier(verifier_path):
 def trained(model, request, drafts):
     """(q [K, V], confidence [K]) of a block whose true tokens are `drafts`, by the training forward, dense route."""
     batch = request.as_batch(drafts)
-    row = PackedRow.of(
+    row = PackedBatch.of(
         batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"], None, None
     )
     model.config.transformer_layer_config._attn_implementation = "eager"

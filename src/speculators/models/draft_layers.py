@@ -27,6 +27,11 @@ def layer_config_of(values: Mapping[str, Any], left_out: Collection[str], **assu
     return AutoConfig.for_model(**{**assumed, **{key: value for key, value in values.items() if key not in left_out}})
 
 
+def attention_of(config: Any) -> str | None:
+    """The attention chosen for training the draft layers of a speculator; None: by device."""
+    return getattr(config.transformer_layer_config, "_attn_implementation", None)
+
+
 def layer_values(config: Any) -> dict[str, Any]:
     """A decoder config as such a config.json has it."""
     return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
 from speculators.model import SpeculatorModel
+from speculators.models.utils import fitting_embedding
 from speculators.nn.draft_vocab import select_rows
 
 
@@ -38,13 +39,7 @@ class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
 
     def beside(self, verifier_model: Any) -> Self:
         """This drafter in the verifier's dtype, on its device, complete with its embedding and head."""
-        source = verifier_model.get_input_embeddings().weight
-        expected = (self.verifier_vocab_size, self.hidden_size)
-        if tuple(source.shape) != expected:
-            raise ValueError(
-                f"the verifier's embedding is {tuple(source.shape)} and this drafter was trained for {expected} "
-                "(vocabulary, hidden size); decode with the verifier it was trained for"
-            )
+        source = fitting_embedding(verifier_model, self.verifier_vocab_size, self.hidden_size)
         model = self
         if self.fc.weight.dtype != source.dtype or self.fc.weight.device != source.device:
             model = copy.deepcopy(self)  # training keeps its own

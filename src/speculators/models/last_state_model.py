@@ -89,18 +89,6 @@ class LastStateModel(SpeculatorModel):
             self.verifier_norm.weight.copy_(1.0 + norm_H.float() if norm_is_unit_offset(path) else norm_H)
         self.target_transform = target_logit_transform(path)
 
-    def check_fits(self, verifier_model: Any) -> Tensor:
-        """The verifier's embedding, if it is of the verifier this was trained for."""
-        weight = verifier_model.get_input_embeddings().weight
-        config: Any = self.config
-        expected = (config.vocab_size, config.hidden_size)
-        if tuple(weight.shape) != expected:
-            raise ValueError(
-                f"the verifier's embedding is {tuple(weight.shape)} and this drafter was trained for {expected} "
-                "(vocabulary, hidden size); decode with the verifier it was trained for"
-            )
-        return weight
-
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         missing = self.trained_keys - set(kwargs.get("state_dict") or self.state_dict())
         assert not missing, f"a checkpoint without {sorted(missing)} would be incomplete"

@@ -23,6 +23,7 @@ from speculators.losses.chunked import HeadTargets, Targets, TokenTargets, row_l
 from speculators.losses.metrics import counted
 from speculators.losses.registry import LossConfig
 from speculators.models.last_state_proposer import LastStateNetwork
+from speculators.models.unrolled_steps import step_accuracy
 
 HARD_LABELS = "ce"
 """The loss that teaches the data's tokens; all others teach the verifier's distributions."""
@@ -81,7 +82,7 @@ def train_losses(
     is_needed_KR = counts_KR.flip(0).cumsum(0).flip(0) > 0
     place_N = is_needed_KR[0].nonzero().squeeze(1)
     carried = network.start(states_RH[place_N])
-    correct_KR, losses, chain_R = torch.zeros_like(counts_KR), [], counts_KR[0]
+    correct_KR, losses = torch.zeros_like(counts_KR), []
     metrics: dict[str, Tensor] = {}
     for k, weight in enumerate(head_weights):
         stays_N = is_needed_KR[k, place_N]
@@ -97,11 +98,8 @@ def train_losses(
         mean = rows.loss_N.sum() / max(len(counted_N), 1)
         losses.append(weight * mean)
         correct_KR[k, counted_N] = rows.correct_N
-        judged_R = chain_R & counts_KR[k]
-        chain_R = judged_R & correct_KR[k]
         metrics |= counted(f"loss_{k}", rows.loss_N.sum(), len(counted_N))
-        metrics |= counted(f"full_acc_{k}", chain_R.sum(), counts_KR[k].sum())
-        metrics |= counted(f"cond_acc_{k}", chain_R.sum(), judged_R.sum())
+    metrics |= step_accuracy(counts_KR, correct_KR)
     loss = torch.stack(losses).sum()
     return loss, {"loss": loss.detach(), **counted("loss", loss.detach(), 1.0), **metrics}
 

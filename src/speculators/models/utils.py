@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
@@ -95,6 +95,18 @@ def target_logit_transform(verifier: str) -> tuple[float, float | None]:
     scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
     softcap = values.get("final_logit_softcapping")
     return scale, None if softcap is None else float(softcap)
+
+
+def fitting_embedding(verifier_model: Any, vocab_size: int, hidden_size: int) -> Tensor:
+    """The verifier's embedding [V, H], if it has the sizes a drafter was trained for."""
+    weight = verifier_model.get_input_embeddings().weight
+    expected = (vocab_size, hidden_size)
+    if tuple(weight.shape) != expected:
+        raise ValueError(
+            f"the verifier's embedding is {tuple(weight.shape)} and this drafter was trained for {expected} "
+            "(vocabulary, hidden size); decode with the verifier it was trained for"
+        )
+    return weight
 
 
 def make_speculators_config(

@@ -24,7 +24,7 @@ from speculators.nn.masks import document_starts
 
 
 @dataclass(frozen=True)
-class PackedRow:
+class PackedBatch:
     """One packed row as the trainer gives it; the context ends where the padding starts."""
 
     features_CD: Tensor
@@ -44,7 +44,7 @@ class PackedRow:
         last_hidden: Tensor | None,
         document_ids: Tensor | None,
         position_ids: Tensor | None,
-    ) -> PackedRow:
+    ) -> PackedBatch:
         columns = PackedColumns.of(input_ids, document_ids, loss_mask, position_ids)
         if last_hidden is None:
             raise ValueError("verifier_last_hidden_states is None, but the targets of training are made of them")
@@ -78,16 +78,16 @@ class Blocks:
         """Column whose last state made the distribution a slot is taught. Means nothing where it does not count."""
         return (self.columns_PS - self.first_slot).clamp_min(0)
 
-    def positions_PS(self, row: PackedRow) -> Tensor:
+    def positions_PS(self, row: PackedBatch) -> Tensor:
         return row.position_ids_T[self.anchors_P, None] + self.slot_index_PS
 
-    def previous_tokens_PS(self, row: PackedRow) -> Tensor:
+    def previous_tokens_PS(self, row: PackedBatch) -> Tensor:
         """The true token before the one a slot drafts."""
         return row.token_ids_T[self.target_index_PS]
 
 
 def choose_blocks(
-    row: PackedRow, block_size: int, first_slot: int, max_anchors: int, generator: torch.Generator | None
+    row: PackedBatch, block_size: int, first_slot: int, max_anchors: int, generator: torch.Generator | None
 ) -> Blocks:
     """Blocks of at most `max_anchors` supervised columns, drawn without replacement and sorted. A column whose block
     has nothing to teach is not drawn. The last `block_size` columns of the row are no anchors."""
@@ -106,7 +106,7 @@ def choose_blocks(
     return Blocks(layout, slot_columns(anchors_P, block_size), counts_PS, first_slot)
 
 
-def last_block(row: PackedRow, num_drafts: int, first_slot: int) -> Blocks:
+def last_block(row: PackedBatch, num_drafts: int, first_slot: int) -> Blocks:
     """The block whose slots draft the last K tokens of the row; as many slots as that takes."""
     anchors_P = row.token_ids_T.new_tensor([len(row.token_ids_T) - num_drafts - 1])
     block_size = num_drafts + first_slot
@@ -119,7 +119,7 @@ def slot_columns(anchors_P: Tensor, block_size: int) -> Tensor:
     return anchors_P[:, None] + torch.arange(block_size, device=anchors_P.device)
 
 
-def counted_slots(row: PackedRow, anchors_P: Tensor, block_size: int, first_slot: int) -> Tensor:
+def counted_slots(row: PackedBatch, anchors_P: Tensor, block_size: int, first_slot: int) -> Tensor:
     length = len(row.token_ids_T)
     columns_PS = slot_columns(anchors_P, block_size)
     drafted_PS = columns_PS + 1 - first_slot

@@ -17,7 +17,7 @@ from speculators.interfaces import TreeDrafter, VerifierStates
 from speculators.losses.registry import loss_keywords
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.arguments import TRAINING_DEFAULTS, DFlashTrainingArgs
-from speculators.models.dflash.blocks import PackedRow, last_block
+from speculators.models.dflash.blocks import PackedBatch, last_block
 from speculators.models.dflash.checkpoint import (
     complete_block_config,
     expected_keys,
@@ -193,12 +193,14 @@ class DFlashDraftModel(DraftModel):
     ) -> Any:
         """(None, loss, metrics). Anchors are drawn by `generator` (None: torch's own in training, the same ones every
         time in evaluation). Of the other keywords, those of `train_on` count; the rest of the batch is ignored."""
-        row = PackedRow.of(hidden_states, input_ids, loss_mask, verifier_last_hidden_states, document_ids, position_ids)
+        row = PackedBatch.of(
+            hidden_states, input_ids, loss_mask, verifier_last_hidden_states, document_ids, position_ids
+        )
         return self.train_on(row, max_anchors, generator, **kwargs)
 
     def train_on(
         self,
-        row: PackedRow,
+        row: PackedBatch,
         max_anchors: int | None,
         generator: torch.Generator | None,
         *,
@@ -217,7 +219,7 @@ class DFlashDraftModel(DraftModel):
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
         batch = self.training_row(states)
-        row = PackedRow.of(
+        row = PackedBatch.of(
             batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"],
             batch["document_ids"], batch["position_ids"],
         )  # fmt: skip

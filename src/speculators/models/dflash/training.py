@@ -16,8 +16,9 @@ from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig, choose_loss_config
 from speculators.losses.weights import dflash_loss_decay, dpace_loss_decay
 from speculators.models.dflash.arguments import TRAINING_DEFAULTS, DFlashTrainingArgs
-from speculators.models.dflash.blocks import Blocks, PackedRow, choose_blocks, validation_generator
+from speculators.models.dflash.blocks import Blocks, PackedBatch, choose_blocks, validation_generator
 from speculators.models.dflash.network import DFlashNetwork
+from speculators.models.draft_layers import attention_of
 from speculators.nn.block_attention import ContextKV, block_attend
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FIXED_DECAY, DPACE = "fixed-exp-decay", "dpace"
 DEFAULT_MAX_ANCHORS = 512
+"""Of forwards called by hand; the command line gives its own."""
 GAMMA = DFlashTrainingArgs.model_fields["dflash_decay_gamma"].default
 DPACE_ALPHA = DFlashTrainingArgs.model_fields["dpace_alpha"].default
 
@@ -89,7 +91,7 @@ def check_weighting(per_position_loss_weight: str, dpace_alpha: float, loss_conf
 class Filled:
     """A training forward up to the head."""
 
-    row: PackedRow
+    row: PackedBatch
     blocks: Blocks
     hidden_PSH: Tensor
 
@@ -103,7 +105,7 @@ class Filled:
 
 
 def fill_blocks(
-    model: DFlashDraftModel, row: PackedRow, max_anchors: int | None, generator: torch.Generator | None
+    model: DFlashDraftModel, row: PackedBatch, max_anchors: int | None, generator: torch.Generator | None
 ) -> Filled:
     config = model.config
     if generator is None and not model.training:
@@ -112,8 +114,8 @@ def fill_blocks(
     return fill(model, row, choose_blocks(row, config.block_size, config.first_slot, most, generator))
 
 
-def fill(model: DFlashDraftModel, row: PackedRow, blocks: Blocks) -> Filled:
-    attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)
+def fill(model: DFlashDraftModel, row: PackedBatch, blocks: Blocks) -> Filled:
+    attention = attention_of(model.config)
     return Filled(row, blocks, run_blocks(model.network, row, blocks, attention))
 
 
@@ -122,7 +124,7 @@ def drafts_logits(model: DFlashDraftModel, filled: Filled) -> Tensor:
     return model.lm_head(filled.hidden_PSH[0])
 
 
-def run_blocks(network: DFlashNetwork, row: PackedRow, blocks: Blocks, attention: str | None) -> Tensor:
+def run_blocks(network: DFlashNetwork, row: PackedBatch, blocks: Blocks, attention: str | None) -> Tensor:
     """What the head reads, [P, S, H]."""
     context_CH = network.context(row.features_CD)
     context_rope = network.rope.at(row.position_ids_T[: len(context_CH)], torch.float32)
@@ -135,14 +137,13 @@ def run_blocks(network: DFlashNetwork, row: PackedRow, blocks: Blocks, attention
     return network.forward(token_ids_PS, network.rope.at(blocks.positions_PS(row), torch.float32), attends)
 
 
-def targets_of(model: DFlashDraftModel, row: PackedRow) -> HeadTargets:
-    scale, softcap = model.target_transform
-    return HeadTargets(model.verifier_norm(row.last_hidden_CH), model.verifier_lm_head.weight, scale, softcap)
+def targets_of(model: DFlashDraftModel, row: PackedBatch) -> HeadTargets:
+    return HeadTargets(model.verifier_norm(row.last_hidden_CH), model.verifier_lm_head.weight, *model.target_transform)
 
 
 def train_forward(
     model: DFlashDraftModel,
-    row: PackedRow,
+    row: PackedBatch,
     objective: Objective,
     max_anchors: int | None,
     generator: torch.Generator | None,

@@ -11,7 +11,7 @@ from speculators.interfaces import TreeDrafter
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.dflash import DFlashDraftModel
-from speculators.models.dflash.blocks import PackedRow
+from speculators.models.dflash.blocks import PackedBatch
 from speculators.models.dflash.training import DPACE_ALPHA, FIXED_DECAY, GAMMA, Objective
 from speculators.models.dspark.arguments import TRAINING_DEFAULTS, DSparkTrainingArgs
 from speculators.models.dspark.checkpoint import expected_keys, pin_causality, warn_if_not_served
@@ -97,7 +97,7 @@ class DSparkDraftModel(DFlashDraftModel):
 
     def train_on(
         self,
-        row: PackedRow,
+        row: PackedBatch,
         max_anchors: int | None,
         generator: torch.Generator | None,
         *,

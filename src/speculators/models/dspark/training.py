@@ -22,7 +22,7 @@ from speculators.losses.metrics import counted
 from speculators.losses.registry import resolve_loss_fn
 from speculators.losses.split_head import SplitHead, split_row_losses
 from speculators.losses.weights import dflash_loss_decay
-from speculators.models.dflash.blocks import PackedRow
+from speculators.models.dflash.blocks import PackedBatch
 from speculators.models.dflash.training import Filled, Objective, fill_blocks, mean_length, on_grid, reduce, targets_of
 from speculators.models.dspark.arguments import DSparkTrainingArgs
 
@@ -50,7 +50,7 @@ class ConfidenceObjective:
 
 def train_forward(
     model: DSparkDraftModel,
-    row: PackedRow,
+    row: PackedBatch,
     objective: Objective,
     confidence: ConfidenceObjective,
     max_anchors: int | None,

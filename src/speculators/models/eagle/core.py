@@ -36,12 +36,12 @@ from speculators.models.eagle.training import (
     PackedBatch,
     align,
     drafts_read,
-    objective,
-    padded,
+    objective_of,
     train_forward,
     weighted_losses,
 )
 from speculators.models.tree_drafting import FeedbackTreeDrafter
+from speculators.models.unrolled_steps import padded
 from speculators.models.utils import make_speculators_config
 from speculators.nn.attention import layer_window
 from speculators.nn.norms import RMSNorm
@@ -237,7 +237,7 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
             batch = PackedBatch.of(
                 hidden_states, input_ids, document_ids, loss_mask, position_ids, verifier_last_hidden_states
             )  # fmt: skip
-            drafts, loss, metrics = train_forward(self, batch, objective(**kwargs))
+            drafts, loss, metrics = train_forward(self, batch, objective_of(**kwargs))
             return [padded(draft_ids_T, input_ids) for draft_ids_T in drafts], loss, metrics
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not supported: nothing here keeps them")

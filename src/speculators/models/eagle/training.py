@@ -25,9 +25,11 @@ from torch import Tensor
 from speculators.losses.chunked import HeadTargets, RowLosses, row_losses
 from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig, choose_loss_config
+from speculators.models.draft_layers import attention_of
 from speculators.models.eagle.arguments import default_of
 from speculators.models.eagle.network import EagleNetwork
 from speculators.models.packed_columns import PackedColumns
+from speculators.models.unrolled_steps import answered_columns, counted_steps, step_accuracy
 from speculators.nn.masks import PackedRow
 from speculators.nn.unrolled import unrolled_attends
 
@@ -38,8 +40,6 @@ NOISE_LENGTH = 512
 """Noise of the given width is for rows of this length; longer rows get less (EAGLE's), shorter ones no more."""
 OBJECTIVE_KEYS = ("ttt_steps", "detach_steps", "regression_weight", "feature_noise")
 """Training keys that reach the forward as they are."""
-FAST = ("cpu", "cuda")
-"""Devices with an attention route that answers chosen columns."""
 
 
 def align(sample: dict[str, Any]) -> dict[str, Any]:
@@ -87,26 +87,25 @@ class PackedBatch:
     document_ids_T: Tensor
     position_ids_T: Tensor
     targets_TH: Tensor
-    supervised_T: Tensor
+    loss_mask_T: Tensor
 
     @classmethod
-    def of(cls, hidden_states, input_ids, document_ids, loss_mask, position_ids, last_hidden) -> PackedBatch:
+    def of(
+        cls,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        document_ids: Tensor | None,
+        loss_mask: Tensor | None,
+        position_ids: Tensor | None,
+        last_hidden: Tensor,
+    ) -> PackedBatch:
         columns = PackedColumns.of(input_ids, document_ids, loss_mask, position_ids).without_padding()
         if hidden_states.shape[-1] == 0:  # a row of padding alone was never aligned
             hidden_states = torch.zeros_like(last_hidden)
         return cls(
             hidden_states[0, : columns.length], columns.token_ids_T, columns.document_ids_T, columns.position_ids_T,
-            last_hidden[0, : columns.length], columns.loss_mask_T.bool() & (columns.document_ids_T != -1),
+            last_hidden[0, : columns.length], columns.loss_mask_T,
         )  # fmt: skip
-
-    def counts(self, num_steps: int) -> Tensor:
-        """bool [S, T]: step s of column i is compared with the verifier, at column i + s."""
-        length, documents_T = len(self.token_ids_T), self.document_ids_T
-        counts_ST = torch.zeros(num_steps, length, dtype=torch.bool, device=documents_T.device)
-        for s in range(min(num_steps, length)):
-            same_document = documents_T[: length - s] == documents_T[s:]
-            counts_ST[s, : length - s] = same_document & self.supervised_T[s:]
-        return counts_ST
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def with_noise(features_TH: Tensor, width: float) -> Tensor:
 def drafts_read(model: EagleSpeculator, batch: PackedBatch, num_drafts: int) -> Tensor:
     """What the head reads in the places of the last K tokens of the batch: [K, H]."""
     network = model.network
-    attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)
+    attention = attention_of(model.config)
     columns_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
     nothing_learnt = Objective({}, 0.0, num_drafts, detach_steps=True, feature_noise=0.0)
     steps = unroll(network, batch, network.combine(batch.states_TH), columns_T, nothing_learnt, attention)
@@ -151,13 +150,9 @@ def drafts_read(model: EagleSpeculator, batch: PackedBatch, num_drafts: int) -> 
 
 def train_forward(model: EagleSpeculator, batch: PackedBatch, objective: Objective) -> Any:
     network = model.network
-    attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)
-    counts_ST = batch.counts(objective.num_steps)
-    if attention == "eager" or batch.token_ids_T.device.type not in FAST:
-        columns_R = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
-    else:
-        columns_R = counts_ST.any(0).nonzero().squeeze(1)
-        columns_R = columns_R if len(columns_R) else columns_R.new_zeros(1)  # keeps the graph, counts nothing
+    attention = attention_of(model.config)
+    counts_ST = counted_steps(batch.loss_mask_T, batch.document_ids_T, objective.num_steps)
+    columns_R = answered_columns(counts_ST, attention)
     counts_SR = counts_ST[:, columns_R]
     with torch.no_grad():
         features_TH, targets_TH = network.combine(batch.states_TH), network.combine(batch.targets_TH)
@@ -173,9 +168,9 @@ def train_forward(model: EagleSpeculator, batch: PackedBatch, objective: Objecti
     predicted_NH = torch.stack([step.features_RH for step in steps])[step_N, row_N]
     regression_N = F.smooth_l1_loss(predicted_NH.float(), targets_TH[target_N].float(), reduction="none").mean(-1)
     loss, metrics = reduce(losses, regression_N, objective, counts_SR, step_N, row_N)
-    drafts_SS = torch.full((objective.num_steps, batch.token_ids_T.shape[0]), -1, device=step_N.device)
-    drafts_SS[step_N, columns_R[row_N]] = losses.draft_ids_N
-    return list(drafts_SS), loss, metrics
+    drafts_ST = torch.full((objective.num_steps, batch.token_ids_T.shape[0]), -1, device=step_N.device)
+    drafts_ST[step_N, columns_R[row_N]] = losses.draft_ids_N
+    return list(drafts_ST), loss, metrics
 
 
 def reduce(
@@ -195,16 +190,11 @@ def reduce(
     terms["regression_loss"] = step_means(regression_N)
     correct_SR = torch.zeros_like(counts_SR)
     correct_SR[step_N, row_N] = losses.correct_N
-    chain_R = counts_SR[0]
     for s in range(num_steps):
         metrics |= counted(f"loss_{s}", step_loss_S[s], 1.0)
         for name, values in terms.items():
             metrics |= counted(f"{name}_{s}", values[s], 1.0)
-        judged_R = chain_R & counts_SR[s]
-        chain_R = judged_R & correct_SR[s]
-        metrics |= counted(f"full_acc_{s}", chain_R.sum(), counts_S[s])
-        metrics |= counted(f"cond_acc_{s}", chain_R.sum(), judged_R.sum())
-    return loss, metrics
+    return loss, metrics | step_accuracy(counts_SR, correct_SR)
 
 
 def weighted_losses(
@@ -220,7 +210,7 @@ def weighted_losses(
     return weighted
 
 
-def objective(
+def objective_of(
     loss_config: Any = None,
     loss_fn: Any = None,
     ttt_steps: int = default_of("ttt_steps"),
@@ -233,10 +223,3 @@ def objective(
     if loss_config is None:
         loss_config = weighted_losses(choose_loss_config(None, loss_fn, default="kl_div"))
     return Objective(loss_config, regression_weight, ttt_steps, detach_steps, feature_noise)
-
-
-def padded(draft_ids_T: Tensor, input_ids: Tensor) -> Tensor:
-    """[1, S] as the batch came; -1 where nothing was drafted (padding, columns without loss)."""
-    out = torch.full_like(input_ids, -1)
-    out[0, : len(draft_ids_T)] = draft_ids_T
-    return out

@@ -21,9 +21,11 @@ from torch import Tensor
 from speculators.losses.chunked import HeadTargets, RowLosses, row_losses
 from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig, choose_loss_config
+from speculators.models.draft_layers import attention_of
 from speculators.models.eagle3.arguments import Eagle3TrainingArgs
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.packed_columns import PackedColumns
+from speculators.models.unrolled_steps import answered_columns, counted_steps, padded, step_accuracy
 from speculators.nn.masks import PackedRow
 from speculators.nn.unrolled import unrolled_attends
 
@@ -47,30 +49,6 @@ def shift_batch(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Supervision:
-    """Which steps of which columns count."""
-
-    columns_R: Tensor
-    """Columns with at least one step that counts (or all of them, for routes that need every column)."""
-    counts_SR: Tensor
-    """bool: step s of column r is compared with the verifier at column r + s."""
-
-    @classmethod
-    def of(cls, loss_mask_T: Tensor, document_ids_T: Tensor, num_steps: int, *, every_column: bool) -> Supervision:
-        length = len(loss_mask_T)
-        counts_ST = torch.zeros(num_steps, length, dtype=torch.bool, device=loss_mask_T.device)
-        for s in range(min(num_steps, length)):
-            same_document = document_ids_T[: length - s] == document_ids_T[s:]
-            counts_ST[s, : length - s] = same_document & (document_ids_T[s:] != -1) & loss_mask_T[s:].bool()
-        if every_column:
-            return cls(torch.arange(length, device=loss_mask_T.device), counts_ST)
-        columns_R = counts_ST.any(0).nonzero().squeeze(1)
-        if columns_R.numel() == 0:  # nothing is supervised: one column keeps the graph and gives loss 0
-            columns_R = columns_R.new_zeros(1)
-        return cls(columns_R, counts_ST[:, columns_R])
-
-
-@dataclass(frozen=True)
 class PackedBatch:
     """One packed row without its padding."""
 
@@ -82,7 +60,15 @@ class PackedBatch:
     last_hidden_TH: Tensor | None
 
     @classmethod
-    def of(cls, hidden_states, input_ids, document_ids, loss_mask, position_ids, last_hidden) -> PackedBatch:
+    def of(
+        cls,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        document_ids: Tensor | None,
+        loss_mask: Tensor | None,
+        position_ids: Tensor | None,
+        last_hidden: Tensor | None,
+    ) -> PackedBatch:
         columns = PackedColumns.of(input_ids, document_ids, loss_mask, position_ids, first_position=1).without_padding()
         return cls(
             hidden_states[0, : columns.length],
@@ -119,7 +105,7 @@ def unroll(
 
 def drafts_read(model: Eagle3DraftModel, batch: PackedBatch, num_drafts: int) -> Tensor:
     """What the head reads in the places of the last K tokens of the batch: [K, H]."""
-    attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)
+    attention = attention_of(model.config)
     columns_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
     steps = unroll(model.network, batch, columns_T, num_drafts, attention)
     return torch.stack([normed_TH[-num_drafts - 1] for normed_TH in steps])
@@ -141,50 +127,38 @@ def train_forward(
     **_: Any,
 ) -> Any:
     batch = PackedBatch.of(hidden_states, input_ids, document_ids, loss_mask, position_ids, verifier_last_hidden_states)
-    attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)
-    every_column = attention == "eager" or batch.last_hidden_TH is None or model.lm_head.weight.device.type not in FAST
-    supervision = Supervision.of(batch.loss_mask_T, batch.document_ids_T, ttt_steps, every_column=every_column)
-    steps = unroll(model.network, batch, supervision.columns_R, ttt_steps, attention)
+    attention = attention_of(model.config)
     if batch.last_hidden_TH is None:
+        every_column_T = torch.arange(len(batch.token_ids_T), device=input_ids.device)
+        steps = unroll(model.network, batch, every_column_T, ttt_steps, attention)
         return [padded(model.lm_head(normed_TH).argmax(-1), input_ids) for normed_TH in steps]
 
+    counts_ST = counted_steps(batch.loss_mask_T, batch.document_ids_T, ttt_steps)
+    columns_R = answered_columns(counts_ST, attention)
+    counts_SR = counts_ST[:, columns_R]
+    steps = unroll(model.network, batch, columns_R, ttt_steps, attention)
     targets = HeadTargets(
-        model.verifier_norm(batch.last_hidden_TH),
-        model.verifier_lm_head.weight,
-        *model.target_transform,
+        model.verifier_norm(batch.last_hidden_TH), model.verifier_lm_head.weight, *model.target_transform
     )
-    step_N, row_N = supervision.counts_SR.nonzero().unbind(1)
+    step_N, row_N = counts_SR.nonzero().unbind(1)
     losses = row_losses(
         torch.stack(steps)[step_N, row_N],
         model.lm_head.weight,
         targets,
-        supervision.columns_R[row_N] + step_N,
+        columns_R[row_N] + step_N,
         choose_loss_config(loss_config, loss_fn, default="kl_div"),
     )
-    loss, metrics = reduce(losses, supervision, step_N, row_N, ttt_step_loss_decay)
+    loss, metrics = reduce(losses, counts_SR, step_N, row_N, ttt_step_loss_decay)
     drafts_ST = torch.full((ttt_steps, len(batch.token_ids_T)), -1, device=input_ids.device)
-    drafts_ST[step_N, supervision.columns_R[row_N]] = losses.draft_ids_N
+    drafts_ST[step_N, columns_R[row_N]] = losses.draft_ids_N
     return [padded(drafts_T, input_ids) for drafts_T in drafts_ST], loss, metrics
 
 
-FAST = ("cpu", "cuda")
-"""Devices with an attention route that answers chosen columns."""
-
-
-def padded(draft_ids_T: Tensor, input_ids: Tensor) -> Tensor:
-    """[1, S] as the batch came; -1 where nothing was drafted (padding, columns without loss)."""
-    out = torch.full_like(input_ids, -1)
-    out[0, : len(draft_ids_T)] = draft_ids_T
-    return out
-
-
 def reduce(
-    losses: RowLosses, supervision: Supervision, step_N: Tensor, row_N: Tensor, decay: float
+    losses: RowLosses, counts_SR: Tensor, step_N: Tensor, row_N: Tensor, decay: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Steps are averaged over their own supervised columns and added, step s weighted by decay ** s."""
-    counts_SR = supervision.counts_SR
-    num_steps = len(counts_SR)
-    counts_S = counts_SR.sum(1)
+    num_steps, counts_S = len(counts_SR), counts_SR.sum(1)
 
     def step_means(loss_N: Tensor) -> Tensor:
         return loss_N.new_zeros(num_steps).index_add(0, step_N, loss_N) / (counts_S + MASK_EPSILON)
@@ -197,14 +171,9 @@ def reduce(
     term_S = {f"{name}_loss": step_means(term_N) for name, term_N in losses.terms.items()}
     correct_SR = torch.zeros_like(counts_SR)
     correct_SR[step_N, row_N] = losses.correct_N
-    chain_R = counts_SR[0]
     for s in range(num_steps):
         metrics |= counted(f"loss_{s}", step_loss_S[s], 1.0)
         if len(term_S) > 1:
             for name, values in term_S.items():
                 metrics |= counted(f"{name}_{s}", values[s], 1.0)
-        judged_R = chain_R & counts_SR[s]
-        chain_R = judged_R & correct_SR[s]
-        metrics |= counted(f"full_acc_{s}", chain_R.sum(), counts_S[s])
-        metrics |= counted(f"cond_acc_{s}", chain_R.sum(), judged_R.sum())
-    return loss, metrics
+    return loss, metrics | step_accuracy(counts_SR, correct_SR)

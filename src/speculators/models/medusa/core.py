@@ -22,7 +22,7 @@ from speculators.models.medusa.config import MedusaSpeculatorConfig
 from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
 from speculators.models.medusa.serving import MedusaContract
 from speculators.models.tree_drafting import SlotTreeDrafter
-from speculators.models.utils import get_verifier_config, make_speculators_config
+from speculators.models.utils import fitting_embedding, get_verifier_config, make_speculators_config
 from speculators.verifier import verifier_parts
 
 
@@ -93,7 +93,7 @@ class MedusaDraftModel(LastStateModel):
     # -- serving -----------------------------------------------------------------------------------------------------
 
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> LastStateProposer:
-        weight = self.check_fits(verifier_model)
+        weight = fitting_embedding(verifier_model, self.config.vocab_size, self.config.hidden_size)
         blocks, heads = snapshot(self.blocks, weight), snapshot(self.lm_heads, weight)
         norm = verifier_parts(verifier_model).final_norm
         return LastStateProposer(MedusaNetwork(norm, blocks, heads), [blocks, heads])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from speculators.model import SpeculatorModel
@@ -22,7 +21,7 @@ from speculators.models.mlp.config import MLPSpeculatorConfig
 from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
 from speculators.models.mlp.serving import MLPContract
 from speculators.models.tree_drafting import CarriedTreeDrafter
-from speculators.models.utils import get_verifier_config, make_speculators_config
+from speculators.models.utils import fitting_embedding, get_verifier_config, make_speculators_config
 from speculators.verifier import verifier_parts
 
 
@@ -96,7 +95,7 @@ class MLPSpeculator(LastStateModel):
         return model
 
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> LastStateProposer:
-        weight: torch.Tensor = self.check_fits(verifier_model)
+        weight = fitting_embedding(verifier_model, self.config.vocab_size, self.config.hidden_size)
         emb, proj, ln, head = (snapshot(part, weight) for part in (self.emb, self.proj, self.ln, self.head))
         norm = verifier_parts(verifier_model).final_norm
         network = MLPNetwork(norm, emb, proj, ln, head, self.config.num_layers, self.config.scale_input)

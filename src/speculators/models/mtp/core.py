@@ -18,6 +18,7 @@ from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
+from speculators.models.last_state_training import HARD_LABELS
 from speculators.models.mtp.arguments import TRAINING_DEFAULTS, MTPTrainingArgs
 from speculators.models.mtp.checkpoint import expected_keys, layer_config_of
 from speculators.models.mtp.config import MTPSpeculatorConfig
@@ -29,7 +30,6 @@ from speculators.models.mtp.proposer import MTPProposer
 from speculators.models.mtp.serving import MTPContract
 from speculators.models.mtp.stitch import stitch
 from speculators.models.mtp.training import (
-    HARD_LABELS,
     NUM_STEPS,
     STEP_WEIGHT_BETA,
     compute_step_weights,
@@ -38,7 +38,7 @@ from speculators.models.mtp.training import (
     train_forward,
 )
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.utils import make_speculators_config, target_logit_transform
+from speculators.models.utils import fitting_embedding, make_speculators_config, target_logit_transform
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.verifier import verifier_parts
@@ -222,13 +222,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
 
     def beside(self, verifier_model: Any) -> Self:
         """This drafter in the verifier's dtype, on its device."""
-        source = verifier_model.get_input_embeddings().weight
-        expected = (self.verifier_vocab_size, self.hidden_size)
-        if tuple(source.shape) != expected:
-            raise ValueError(
-                f"the verifier's embedding is {tuple(source.shape)} and this drafter was trained for {expected} "
-                "(vocabulary, hidden size); decode with the verifier it was trained for"
-            )
+        source = fitting_embedding(verifier_model, self.verifier_vocab_size, self.hidden_size)
         weight = self.network.layer.input_proj.weight
         if weight.dtype == source.dtype and weight.device == source.device:
             return self

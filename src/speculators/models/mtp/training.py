@@ -26,8 +26,11 @@ from torch import Tensor
 from speculators.losses.chunked import HeadTargets, RowLosses, Targets, TokenTargets, row_losses
 from speculators.losses.metrics import counted
 from speculators.losses.registry import LossConfig, resolve_loss_config
+from speculators.models.draft_layers import attention_of
+from speculators.models.last_state_training import HARD_LABELS, align
 from speculators.models.mtp.arguments import MTPTrainingArgs
 from speculators.models.mtp.network import MTPNetwork
+from speculators.models.unrolled_steps import step_accuracy
 from speculators.nn.masks import PackedRow
 from speculators.nn.unrolled import unrolled_attends
 
@@ -36,16 +39,8 @@ if TYPE_CHECKING:
 
 NUM_STEPS = MTPTrainingArgs.model_fields["num_speculative_steps"].default
 STEP_WEIGHT_BETA = MTPTrainingArgs.model_fields["step_weight_beta"].default
-HARD_LABELS = "ce"
-"""The loss that teaches the data's tokens; all others teach the verifier's distributions."""
-
-
-def shift_batch_mtp(sample: dict[str, Any]) -> dict[str, Any]:
-    """No shift: the layer reads the verifier's last states in place of aux states."""
-    kept: dict[str, Any] = {
-        key: sample[key] for key in ("input_ids", "loss_mask", "lengths", "position_ids") if key in sample
-    }
-    return {**kept, "hidden_states": sample["verifier_last_hidden_states"]}
+shift_batch_mtp = align
+"""The contract's name for it in this algorithm."""
 
 
 def compute_step_weights(beta: float = STEP_WEIGHT_BETA, num_steps: int = NUM_STEPS) -> list[float]:
@@ -129,7 +124,7 @@ def drafts_read(model: MTPDraftModel, input_ids: Tensor, hidden_states: Tensor, 
     positions = positions_of(input_ids, None, nested.model_type)
     columns = Columns.of(input_ids, torch.zeros_like(input_ids), positions, None, num_drafts)
     assert columns is not None and columns.num_steps == num_drafts, "a draft needs two tokens before it"
-    attention = getattr(nested, "_attn_implementation", None)
+    attention = attention_of(model.config)
     steps = unroll(network, columns, network.combine(hidden_states), attention, as_served=True)
     return torch.stack([normed_RH[-1] for normed_RH in steps])
 
@@ -190,7 +185,7 @@ def train_forward(
         hidden_states = hidden_states.new_zeros(*input_ids.shape, nested.hidden_size)
 
     network = model.network
-    steps = unroll(network, columns, network.combine(hidden_states), getattr(nested, "_attn_implementation", None))
+    steps = unroll(network, columns, network.combine(hidden_states), attention_of(model.config))
     counts_KR = torch.stack([columns.counts_at(k).flatten() for k in range(columns.num_steps)])
     step_N, row_N = counts_KR.nonzero().unbind(1)
     config = loss_config or resolve_loss_config(HARD_LABELS)
@@ -210,9 +205,8 @@ def targets_of(
     one column to the left of them."""
     if set(config) == {HARD_LABELS}:
         return TokenTargets(input_ids.flatten()), target_N
-    scale, softcap = model.target_transform
     normed_BSH = model.verifier_norm(hidden_states)
-    return HeadTargets(normed_BSH.flatten(0, 1), model.lm_head.weight, scale, softcap), target_N - 1
+    return HeadTargets(normed_BSH.flatten(0, 1), model.lm_head.weight, *model.target_transform), target_N - 1
 
 
 def full_logits(model: MTPDraftModel, steps: list[Tensor], shape: torch.Size, num_steps: int) -> list[Tensor]:
@@ -240,11 +234,5 @@ def reduce(
     metrics = {"loss": loss.detach(), **counted("loss", loss.detach(), 1.0)}
     correct_KR = torch.zeros_like(counts_KR)
     correct_KR[step_N, row_N] = losses.correct_N
-    chain_R = counts_KR[0]
-    for k in range(num_steps):
-        metrics[f"loss_step_{k}"] = step_loss_K[k].detach()
-        judged_R = chain_R & counts_KR[k]
-        chain_R = judged_R & correct_KR[k]
-        metrics |= counted(f"full_acc_{k}", chain_R.sum(), counts_K[k])
-        metrics |= counted(f"cond_acc_{k}", chain_R.sum(), judged_R.sum())
-    return loss, metrics
+    metrics |= {f"loss_step_{k}": step_loss_K[k].detach() for k in range(num_steps)}
+    return loss, metrics | step_accuracy(counts_KR, correct_KR)

@@ -23,6 +23,7 @@ from torch import Tensor
 from speculators.losses.chunked import HeadTargets, RowLosses, row_losses
 from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig
+from speculators.models.draft_layers import attention_of
 from speculators.models.eagle3.training import PackedBatch
 from speculators.models.peagle.sampling import Chains, sample_chains, validation_generator
 from speculators.nn.chain_attention import ChainLayout, chain_attends
@@ -74,7 +75,7 @@ def run_elements(model: PEagleDraftModel, batch: PackedBatch, supervision: Super
     """What the head reads of the answered elements: [R, H]."""
     network, (anchors_M, depths_M) = model.network, supervision.chains
     layout = ChainLayout(batch.document_ids_T, anchors_M, depths_M, supervision.columns_C)
-    attention = getattr(model.config.transformer_layer_config, "_attn_implementation", None)
+    attention = attention_of(model.config)
     attends = chain_attends(attention, layout, network.windows)
     token_ids_E = torch.cat((batch.token_ids_T, torch.full_like(anchors_M, model.mask_token_id)))
     slot_11H = network.combine(model.mask_hidden)
