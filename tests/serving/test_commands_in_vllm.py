@@ -82,10 +82,7 @@ def read_by_vllm(data, stitched, tmp_path_factory) -> dict:
         checkpoint = untrained(case, flags, data, folder)
         if case in EXPORTED:
             checkpoint = run(["export", checkpoint, "--output", str(folder / f"{case}-native")])["path"]
-            method = ["--verifier", VERIFIER, "--method", case, "-k", "4"]
-        else:
-            method = ["-k", "4"]
-        results[case] = run(["serve", checkpoint, *method, "--dry-run", *ENGINE])
+        results[case] = run(["serve", checkpoint, "-k", "4", "--dry-run", *ENGINE])
     commands, answers = folder / "commands.json", folder / "answers.json"
     commands.write_text(json.dumps({name: result["command"] for name, result in results.items()}))
     job = [VLLM_PYTHON, str(Path(__file__).with_name("vllm_parse_job.py")), str(commands), str(answers)]
