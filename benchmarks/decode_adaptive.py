@@ -1,6 +1,6 @@
 """The adaptive draft length against plain decoding and a fixed K, with drafters that pay and drafters that do not.
 
-    python benchmarks/decode_adaptive.py [--models embedded,random-512] [--batches 1,8] [--tokens 256] [--repeats 5]
+    python benchmarks/decode_adaptive.py [--models embedded,random-512] [--batches 1,8] [--tokens 96] [--repeats 5]
 
     ngram        text lookup: cheap, with drafts now and then
     early_exit   the verifier's first layers: dear
@@ -49,6 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "right 7 in 10": {"method": "custom_class", "model": f"{__name__}.RightSevenInTen"},
     "always wrong": {"method": "custom_class", "model": f"{__name__}.AlwaysWrong"},
 }
+WAVES = 3
+"""Prompts a row, one after the other: with one, a run would be as long as its unluckiest row."""
 ROUTES = ("fixed", "settled", "cold", "again")
 
 
@@ -58,10 +60,9 @@ def engine_for(model: PreTrainedModel, method: str, batch: int, *, is_adaptive: 
 
 
 def benchmark_adaptive(
-    model: PreTrainedModel, prompts: Prompts, num_tokens: int, repeats: Iterable[int]
+    model: PreTrainedModel, prompts: Prompts, batch: int, num_tokens: int, repeats: Iterable[int]
 ) -> dict[str, Any]:
     """By method: how fast a fixed and an adaptive K are, in units of plain decoding beside them."""
-    batch = len(prompts)
     plain = Engine(model, max_batch_size=batch)
     TEXTS[:] = [p + text for p, text in zip(prompts, decode(plain, prompts, num_tokens + K), strict=True)]
     expected = [text[len(p) : len(p) + num_tokens] for p, text in zip(prompts, TEXTS, strict=True)]
@@ -101,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     options = parser.parse_args()
@@ -111,7 +112,8 @@ def main() -> None:
     for name in options.models.split(","):
         model, prompts = MODELS[name]()
         for batch in map(int, options.batches.split(",")):
-            found = benchmark_adaptive(model, prompts[:batch], options.tokens, range(options.repeats))
+            some = [prompts[i % len(prompts)] for i in range(WAVES * batch)]
+            found = benchmark_adaptive(model, some, batch, options.tokens, range(options.repeats))
             print(f"\n{name}, batch {batch}")
             print_adaptive(found)
             rows.append({"model": name, "batch": batch, "methods": found})

@@ -90,12 +90,14 @@ class AcceptanceRates:
     num_silent: int = 0
     """Rounds without drafts since the last one with."""
     tested: list[float] = field(init=False)
+    tried: list[float] = field(init=False)
+    """The tests in which there was a draft."""
     accepted: list[float] = field(init=False)
     asked: list[float] = field(init=False)
     offered: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tested, self.accepted, self.asked, self.offered = ([0.0] * self.num_slots for _ in range(4))
+        self.tested, self.tried, self.accepted, self.asked, self.offered = ([0.0] * self.num_slots for _ in range(5))
 
     def observe(self, num_asked: int, num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
         """One round, by row: slots 0..accepted - 1 passed, the next one failed (or had no draft) unless all passed."""
@@ -104,7 +106,7 @@ class AcceptanceRates:
             return
         keep = math.exp(-(1 + self.num_silent) / self.memory_rounds)
         self.num_silent = 0
-        for counts in (self.tested, self.accepted, self.asked, self.offered):
+        for counts in (self.tested, self.tried, self.accepted, self.asked, self.offered):
             counts[:] = [count * keep for count in counts]
         for drafted, accepted in zip(num_drafted, num_accepted, strict=True):
             for slot in range(min(num_asked, self.num_slots)):
@@ -112,11 +114,19 @@ class AcceptanceRates:
                 self.offered[slot] += slot < drafted
                 if slot <= accepted:
                     self.tested[slot] += 1
+                    self.tried[slot] += slot < drafted
                     self.accepted[slot] += slot < accepted
 
     def conditional(self) -> list[float]:
+        return self._rates(self.tested)
+
+    def when_offered(self) -> list[float]:
+        """P(slot i accepted | it has a draft, the slots before it were accepted)."""
+        return self._rates(self.tried)
+
+    def _rates(self, tests: list[float]) -> list[float]:
         rates, rate = [], self.prior_rate
-        for tested, accepted in zip(self.tested, self.accepted, strict=True):
+        for tested, accepted in zip(tests, self.accepted, strict=True):
             # an untested slot is taken for as good as the one before it
             rate = (accepted + rate * self.prior_tests) / (tested + self.prior_tests)
             rates.append(rate)
@@ -132,7 +142,8 @@ class AcceptanceRates:
 
 @dataclass
 class AdaptiveLength:
-    """K for each round from what the rounds before it showed. Use as `num_tokens(batch_size)`; then `observe`.
+    """K for each round from what the rounds before it showed. Use as `num_tokens(num_rows)`; then `observe`. Rows are
+    those of the forward, idle ones included: they cost as much.
     Between the two, `shorten` drops drafts whose own confidence says that verifying them does not pay.
 
     It starts with one round of each K, and drafts at full length now and then (else a drafter that got better would
@@ -153,7 +164,7 @@ class AdaptiveLength:
     confidence_by_row: list[list[float]] | None = None
     """What the drafter thought of this round's drafts."""
     asked: int = 0
-    batch_size: int = 0
+    num_rows: int = 0
     num_rounds: int = 0
     next_review: int = 0
     last_full: int = 0
@@ -170,15 +181,15 @@ class AdaptiveLength:
         self.rates = AcceptanceRates(self.most)
         self.current = self.most
 
-    def num_tokens(self, batch_size: int) -> int:
+    def num_tokens(self, num_rows: int) -> int:
         self.confidence_by_row = None
         self.num_rounds += 1
         probe = self._probe()
         self.is_probe = probe is not None
-        if probe is not None:
-            self.next_review = 0
-        elif self.num_rounds >= self.next_review or batch_size != self.batch_size:
-            self._review(batch_size)
+        if num_rows != self.num_rows or probe is not None:
+            self.num_rows, self.next_review = num_rows, 0
+        if probe is None and self.num_rounds >= self.next_review:
+            self._review()
         self.asked = self.current if probe is None else probe
         if self.asked == 0:
             self.last_plain = self.num_rounds
@@ -196,35 +207,46 @@ class AdaptiveLength:
             return self.most
         return 0 if (self.num_rounds - self.last_plain) * self.probe_share > 1 else None
 
-    def _review(self, batch_size: int) -> None:
+    def _review(self) -> None:
         self.next_review = self.num_rounds + min(self.review_rounds, 1 + self.num_rounds // 16)
-        self.batch_size = batch_size
         cost = self.costs.model(self.most)
         assert cost is not None
-        speeds = speeds_by_num_tokens(self.rates.conditional(), cost, batch_size, self.rates.offers())
+        speeds = speeds_by_num_tokens(self.rates.conditional(), cost, self.num_rows, self.rates.offers())
         best = best_num_tokens(speeds)
         if speeds[best] <= speeds[0] * (1 + self.margin):
             self.current = 0
         elif speeds[best] > speeds[self.current] * (1 + self.margin):
             self.current = best
-        self.probe_price = self.probe_s / cost.round_s(0, batch_size)
+        self.probe_price = self.probe_s / cost.round_s(0, self.num_rows)
 
     def shorten(self, proposal: Proposal) -> Proposal:
         """Chains of point masses only: a draft that was drawn may not be dropped for what it is."""
-        is_point_mass_chain = proposal.probs_BKV is None and proposal.parents_K is None
-        if proposal.confidence_BK is None or not is_point_mass_chain:
+        if proposal.probs_BKV is not None or proposal.parents_K is not None:
             return proposal
-        self.confidence_by_row = proposal.confidence_BK.tolist()
+        if proposal.confidence_BK is not None:
+            self.confidence_by_row = proposal.confidence_BK.tolist()
         if self.is_probe:
             return proposal  # verified as they are: what is never verified cannot be found to be better than it says
         cost = self.costs.model(self.most)
         assert cost is not None  # no round is without probe before one was measured
-        rate_BK = torch.tensor([[self.fit.rate(prob) for prob in row] for row in self.confidence_by_row])
-        length_B = lengths_within_budget(rate_BK.masked_fill(proposal.token_ids_BK.cpu() < 0, -1.0), cost)
+        has_draft_BK = (proposal.token_ids_BK >= 0).cpu()
+        rate_BK = self._rate_of_each(has_draft_BK)
+        if rate_BK is None:
+            return proposal
+        length_B = lengths_within_budget(rate_BK.masked_fill(~has_draft_BK, -1.0), cost)
         length_B1 = length_B[:, None].to(proposal.token_ids_BK.device)
         slot_K = torch.arange(int(length_B.max()), device=length_B1.device)
         token_ids_BK = proposal.token_ids_BK[:, : len(slot_K)].masked_fill(slot_K >= length_B1, -1)
         return Proposal(token_ids_BK)
+
+    def _rate_of_each(self, has_draft_BK: Tensor) -> Tensor | None:
+        """P(accepted) of each slot [B, K] by its drafter's word, or else by how such slots fared; None where the choice
+        of K has said it already: every row has all its drafts."""
+        if self.confidence_by_row is not None:
+            return torch.tensor([[self.fit.rate(prob) for prob in row] for row in self.confidence_by_row])
+        if bool(has_draft_BK.all()) or not has_draft_BK.numel():
+            return None
+        return torch.tensor(self.rates.when_offered()[: has_draft_BK.shape[1]]).expand(has_draft_BK.shape)
 
     def observe(
         self,
@@ -240,7 +262,7 @@ class AdaptiveLength:
         if self.is_probe and self.asked == self.most:
             self.probe_s = verify_s + other_s
         self.rates.observe(self.asked, depths, num_accepted)
-        num_scored = len(depths) * (1 + max(depths))
+        num_scored = self.num_rows * (1 + max(depths))
         self.costs.observe(self.asked, num_scored, verify_s=verify_s, other_s=other_s)
         if self.confidence_by_row is not None:
             for row, depth, accepted in zip(rows, depths, num_accepted, strict=True):

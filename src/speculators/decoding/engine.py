@@ -184,7 +184,7 @@ class Engine:
 
     def _propose(self, batch: Batch, num_running: int) -> Proposal:
         drafting = self.drafting
-        num_tokens = drafting.num_tokens(num_running) if drafting is not None else 0
+        num_tokens = drafting.num_tokens(num_running, batch.width) if drafting is not None else 0
         if drafting is None or num_tokens == 0:
             return no_drafts(batch.width, batch.device)
         sampling = batch.sampling(0, batch.width)

@@ -37,8 +37,8 @@ class Drafting:
     """How an engine drafts and verifies."""
 
     proposer: Proposer
-    num_tokens: Callable[[int], int]
-    """K, by how many requests are running."""
+    num_tokens_at: Callable[[int], int]
+    """K, by how many requests are running, unless `adaptive` chooses it."""
     rule: AcceptanceRule
     is_probabilistic: bool = False
     """Drafts are drawn from the draft's distribution."""
@@ -46,6 +46,10 @@ class Drafting:
     """Rows longer than this are not drafted for."""
     adaptive: AdaptiveLength | None = None
     """Told what each round did, when K follows from that."""
+
+    def num_tokens(self, num_running: int, num_rows: int) -> int:
+        """K of the next round. A forward has `num_rows` rows, idle ones included."""
+        return self.num_tokens_at(num_running) if self.adaptive is None else self.adaptive.num_tokens(num_rows)
 
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         """What the proposer drafts, less what is not to be verified."""
@@ -90,16 +94,13 @@ def build_drafting(
     if isinstance(speculative_config, (dict, SpeculativeConfig)):
         config = resolve(speculative_config, verifier, num_speculative_tokens)
         proposer = build_proposer(config, Workplace(verifier, tokenizer, max_batch_size, max_length))
-        adaptive = None
-        if config.enable_adaptive_verification:
-            adaptive = AdaptiveLength(config.max_depth)
         return Drafting(
             proposer,
-            adaptive.num_tokens if adaptive is not None else config.num_tokens_at,
+            config.num_tokens_at,
             rule or config.acceptance_rule(),
             config.draws_drafts,
             longest_drafted_for(config),
-            adaptive,
+            AdaptiveLength(config.max_depth) if config.enable_adaptive_verification else None,
         )
     if not callable(getattr(speculative_config, "propose", None)):
         raise ValueError(
@@ -109,7 +110,7 @@ def build_drafting(
     if num_speculative_tokens is None:
         raise ValueError("a ready proposer needs num_speculative_tokens: how many tokens to draft a round")
     num_tokens = num_speculative_tokens
-    return Drafting(speculative_config, lambda batch_size: num_tokens, rule or resolve_rule("standard"), True)
+    return Drafting(speculative_config, lambda num_running: num_tokens, rule or resolve_rule("standard"), True)
 
 
 def longest_drafted_for(config: SpeculativeConfig) -> int | None:
