@@ -46,8 +46,9 @@ def label_of(methods: Sequence[str] | None) -> dict[str, str]:
 
 def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: Any) -> dict[str, Any]:
     """`settings`: the fields of `ServerEvaluation`."""
+    from speculators.evaluation.report import save_report
     from speculators.evaluation.server import NO_BASELINE, ServerEvaluation, evaluate_server
-    from speculators.evaluation.server_report import save_server_report, server_table
+    from speculators.evaluation.server_report import server_table
 
     config = ServerEvaluation(**settings)
     if lossless and (config.baseline is None or config.temperature > 0):
@@ -62,7 +63,7 @@ def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: 
         for warning in row.warnings:
             say(f"[yellow]{row.num_clients} clients: {warning}[/]")
     if output is not None:
-        say(f"report: {save_server_report(report, output)}")
+        say(f"report: {save_report(report, output)}")
     result = {"verb": "evaluate", **report.to_dict()}
     refuse_half_a_measurement(report, result)
     if lossless and any(row.num_identical != row.num_prompts for row in report.rows):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -13,33 +15,35 @@ from speculators.evaluation.records import EvaluationReport, MethodRow
 from speculators.evaluation.statistics import Estimate
 from speculators.utils.files import atomic_write
 
+COLUMNS = (
+    "K", "acceptance\nlength τ", "conditional\nacceptance", "tokens/s", "speedup", "speedup\n/ τ", "lossless",
+)  # fmt: skip
+
+
+class Report(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
 
 def report_table(report: EvaluationReport) -> Table:
     """The house table. Acceptance length counts the recovered or bonus token; ± is a 95 % bootstrap over prompts."""
     first = report.rows[0]
-    temperature = "greedy" if first.temperature == 0 else f"temperature {first.temperature:g}"
-    table = Table(
-        title=f"{first.num_prompts} prompts of {report.dataset}, {temperature}",
-        caption="± 95 % bootstrap over prompts; speeds interleaved in one process; conditional: given all before",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 0),
-        pad_edge=False,
-    )
-    table.add_column("method", style="bold")
-    for name in (
-        "K",
-        "acceptance\nlength τ",
-        "conditional\nacceptance",
-        "tokens/s",
-        "speedup",
-        "speedup\n/ τ",
-        "lossless",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
+    caption = "± 95 % bootstrap over prompts; speeds interleaved in one process; conditional: given all before"
+    table = house_table(f"{first.num_prompts} prompts of {report.dataset}", first.temperature, caption, COLUMNS)
     for row in report.rows:
         table.add_row(*cells(row))
+    return table
+
+
+def house_table(measured: str, temperature: float, caption: str, columns: Sequence[str]) -> Table:
+    """An empty one: its title says what was measured and how it was sampled."""
+    sampling = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    table = Table(
+        title=f"{measured}, {sampling}", caption=caption, title_justify="left", caption_justify="left",
+        box=SIMPLE_HEAD, padding=(0, 0), pad_edge=False,
+    )  # fmt: skip
+    table.add_column("method", style="bold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -68,7 +72,7 @@ def with_interval(estimate: Estimate) -> str:
     return f"{estimate.value:.2f} ±{estimate.half_width:.2f}"
 
 
-def save_report(report: EvaluationReport, path: str | Path) -> Path:
+def save_report(report: Report, path: str | Path) -> Path:
     """Write the report as one JSON document."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
