@@ -293,6 +293,22 @@ def test_a_seed_gives_the_same_text_whatever_the_batch_and_the_drafts():
     assert len({tuple(tokens) for tokens in alone}) == 3
 
 
+@pytest.mark.parametrize("drafted", [False, True])
+def test_greedy_and_sampled_requests_share_a_batch(drafted):
+    table = torch.rand(V, V, generator=torch.Generator().manual_seed(0)).pow(2)
+    verifier = toys.MarkovVerifier(table / table.sum(-1, keepdim=True))
+    kinds = [{}, {"temperature": 1.0}, {"repetition_penalty": 1.5}, {"temperature": 0.6, "top_k": 9}, {"min_p": 0.1}]
+    params = [SamplingParams(max_tokens=20, seed=i, **kind) for i, kind in enumerate(kinds)]
+    alone = [Engine(verifier).generate([[5]], p)[0].token_ids for p in params]
+    proposer = toys.ScriptedProposer(toys.at_random(1)) if drafted else None
+    engine = Engine(verifier, proposer, num_speculative_tokens=3 if drafted else None)
+    assert [o.token_ids for o in engine.generate([[5]] * 5, params)] == alone
+    greedy = [5]
+    for _ in range(20):
+        greedy.append(int(table[greedy[-1]].argmax()))
+    assert alone[0] == greedy[1:] != alone[1]
+
+
 def test_a_row_that_a_prompt_left_at_once_gets_the_next_ones_parameters():
     # row 0's request ends with its first token; row 1 decodes beside a free row; then row 0 is taken again
     table = torch.rand(V, V, generator=torch.Generator().manual_seed(0)).pow(2)
