@@ -1,9 +1,15 @@
-"""Drawing drafts from a drafter's logits. Shapes: [..., V] logits over the draft vocabulary, [...] temperatures."""
+"""Drawing drafts from a drafter's logits.
+
+Shapes: [..., V] logits over the draft vocabulary, [...] temperatures; B rows, K draft tokens.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from speculators.interfaces import DraftSampling
+from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
 
 MIN_TEMPERATURE = 1e-5
 MIN_NOISE = 1e-30
@@ -20,3 +26,15 @@ def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """One token a row by the exponential race: no transfer to the host, and tokens of probability 0 cannot win."""
     noise = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(MIN_NOISE)
     return (probs / noise).argmax(-1)
+
+
+def draft_slots(
+    logits_BKV: Tensor, sampling: DraftSampling, d2t: Tensor | None, verifier_vocab_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """(verifier ids [B, K], q over the verifier's vocabulary if they were drawn) of slots that do not see each other's
+    tokens: q of a slot does not depend on the other drafts, so their product is a proposal."""
+    if not sampling.probabilistic:
+        return draft_to_verifier_ids(logits_BKV.argmax(-1), d2t), None
+    probs_BKV = draft_probs(logits_BKV, sampling.temperature_B[:, None])
+    draft_ids_BK = draft_to_verifier_ids(draw(probs_BKV, sampling.generator), d2t)
+    return draft_ids_BK, scatter_to_verifier(probs_BKV, d2t, verifier_vocab_size)

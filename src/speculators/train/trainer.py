@@ -70,7 +70,7 @@ class Trainer:
             config.save_path, save_best=config.save_best, train_command=config.train_command
         )
         self.position = Position()
-        self.sizes = (num_documents, num_tokens)
+        self.num_documents, self.num_tokens = num_documents, num_tokens
         self.recent = RecentSteps()
         self.last_metrics: dict[str, float] = {}
         self.last_saved: tuple[Path, int] | None = None
@@ -95,14 +95,15 @@ class Trainer:
     def run_training(self) -> TrainResult:
         config = self.config
         num_trainable = sum(param.numel() for param in self.params)
-        self.on_event(Started(self.num_steps, self.position.global_step, num_trainable, *self.sizes))
+        first_step = self.position.global_step
+        self.on_event(Started(self.num_steps, first_step, num_trainable, self.num_documents, self.num_tokens))
         with GracefulShutdown() as shutdown:
             while self.position.epoch < config.num_epochs and not self.is_finished():
-                first_step = self.position.global_step
+                first_of_epoch = self.position.global_step
                 try:
                     self.train_epoch(shutdown)
                 except (ServerUnavailableError, InvalidResponseError) as error:
-                    self.save_what_was_trained(first_step, error)
+                    self.save_what_was_trained(first_of_epoch, error)
         if self.last_saved is None or (self.last_saved[1] < self.position.global_step and not config.save_best):
             self.save()
         return self.result()
@@ -169,13 +170,13 @@ class Trainer:
         self.last_metrics = metrics
         self.on_event(
             StepDone(
-                step,
-                self.num_steps,
-                self.position.epoch,
-                self.config.lr * lr_scale,
-                metrics,
-                expected_acceptance_length(metrics),
-                self.recent.tokens_per_s() * self.ranks.world_size,
+                step=step,
+                num_steps=self.num_steps,
+                epoch=self.position.epoch,
+                lr=self.config.lr * lr_scale,
+                metrics=metrics,
+                acceptance_length=expected_acceptance_length(metrics),
+                tokens_per_s=self.recent.tokens_per_s() * self.ranks.world_size,
             )
         )
         self.recent = RecentSteps()

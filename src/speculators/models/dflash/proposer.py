@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.nn.block_cache import BlockCache, BlockPass
-from speculators.nn.draft_sampling import draft_probs, draw
-from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
+from speculators.nn.draft_sampling import draft_slots
 from speculators.packed_linear import PackedLinears
 
 NO_DRAFT = -1
@@ -120,13 +119,8 @@ class DFlashProposer:
         return self.network.forward(token_ids_BS, rope, self.attends)[:, first_slot:]
 
     def draft(self, hidden_BKH: Tensor, anchor_B: Tensor, sampling: DraftSampling) -> Drafts:
-        """Each slot on its own: q of a slot does not depend on the other drafts, so their product is a proposal."""
-        logits_BKV = self.network.lm_head(hidden_BKH)
-        if not sampling.probabilistic:
-            return draft_to_verifier_ids(logits_BKV.argmax(-1), self.d2t), None
-        probs_BKV = draft_probs(logits_BKV, sampling.temperature_B[:, None])
-        draft_ids_BK = draft_to_verifier_ids(draw(probs_BKV, sampling.generator), self.d2t)
-        return draft_ids_BK, scatter_to_verifier(probs_BKV, self.d2t, self.verifier_vocab_size)
+        """Each slot on its own."""
+        return draft_slots(self.network.lm_head(hidden_BKH), sampling, self.d2t, self.verifier_vocab_size)
 
 
 def last_column(committed: Committed) -> Tensor:

@@ -22,7 +22,7 @@ LAYER = "mtp_layers.0."
 
 
 @dataclass(frozen=True)
-class MtpFamily:
+class MTPFamily:
     """One row of the table."""
 
     name: str
@@ -64,7 +64,7 @@ SHARED_HEAD_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 OWN_NAMES = ("token_layernorm.weight", "hidden_layernorm.weight", "input_proj.weight", "final_layernorm.weight")
 
 FAMILIES = (
-    MtpFamily(
+    MTPFamily(
         "qwen",
         ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
         prefix="mtp.",
@@ -76,7 +76,7 @@ FAMILIES = (
         },
         decoder="layers.0.",
     ),
-    MtpFamily(
+    MTPFamily(
         "deepseek_v3",
         ("deepseek_v3", "deepseek_v32"),
         prefix="model.layers.{n}.",
@@ -84,7 +84,7 @@ FAMILIES = (
         copies=SHARED_HEAD_COPIES,
         zeroes_first_embedding=True,
     ),
-    MtpFamily(
+    MTPFamily(
         "glm4_moe",
         ("glm4_moe",),
         prefix="model.layers.{n}.",
@@ -94,7 +94,7 @@ FAMILIES = (
         zeroes_first_embedding=True,
     ),
     # MiMo is Qwen2 with MTP layers; its checkpoints say model_type mimo, or qwen2 with architecture MiMoForCausalLM
-    MtpFamily(
+    MTPFamily(
         "mimo",
         ("mimo", "qwen2"),
         prefix="model.mtp_layers.0.",
@@ -103,11 +103,11 @@ FAMILIES = (
         reads_raw_states=True,
         zeroes_first_embedding=True,
     ),
-    MtpFamily("plain", ("llama", "qwen3")),
+    MTPFamily("plain", ("llama", "qwen3")),
 )
 
 
-def family_of(config: Any) -> MtpFamily:
+def family_of(config: Any) -> MTPFamily:
     """The family of a verifier's text config."""
     for row in FAMILIES:
         if config.model_type in row.model_types:

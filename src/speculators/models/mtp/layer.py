@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from speculators.models.mtp.families import MtpFamily
+from speculators.models.mtp.families import MTPFamily
 from speculators.nn.attention import Attend, Attention
 from speculators.nn.decoder import MLP, DecoderLayer
 from speculators.nn.experts import GroupRoutedMLP, SparseMLP
@@ -62,7 +62,7 @@ last kind: full attention, experts."""
 class MTPLayer(DecoderLayer):
     """Decoder layer behind a projection of two normed inputs, with a norm of its own at the end."""
 
-    def __init__(self, config: Any, family: MtpFamily):
+    def __init__(self, config: Any, family: MTPFamily):
         shape = decoder_shape(config)
         view = decoder_view(config, shape)
         super().__init__(view)

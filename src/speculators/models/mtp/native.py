@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.models.mtp.families import LAYER, MtpFamily
+from speculators.models.mtp.families import LAYER, MTPFamily
 from speculators.utils.loading import list_checkpoint_keys, load_model_layers
 
 EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -23,7 +23,7 @@ GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 INPUT = "input_proj.weight"
 
 
-def native_keys(keys: Iterable[str], family: MtpFamily, config: Any) -> list[str]:
+def native_keys(keys: Iterable[str], family: MTPFamily, config: Any) -> list[str]:
     """Those of a verifier's keys that belong to its MTP layer (copies of embedding and head left out)."""
     if family.prefix is None:
         return []
@@ -31,13 +31,13 @@ def native_keys(keys: Iterable[str], family: MtpFamily, config: Any) -> list[str
     return [key for key in keys if key.startswith(prefix) and key.removeprefix(prefix) not in family.copies]
 
 
-def read_native(verifier: str, family: MtpFamily, config: Any) -> dict[str, Tensor]:
+def read_native(verifier: str, family: MTPFamily, config: Any) -> dict[str, Tensor]:
     """Our tensors of the MTP layer that ships with a verifier; empty when none does."""
     keys = native_keys(list_checkpoint_keys(verifier), family, config)
     return import_native(load_model_layers(keys, verifier), family, config) if keys else {}
 
 
-def import_native(native: Mapping[str, Tensor], family: MtpFamily, config: Any) -> dict[str, Tensor]:
+def import_native(native: Mapping[str, Tensor], family: MTPFamily, config: Any) -> dict[str, Tensor]:
     """Native tensors under our names."""
     prefix = family.native_prefix(config)
     ours = {}
@@ -53,7 +53,7 @@ def import_native(native: Mapping[str, Tensor], family: MtpFamily, config: Any) 
 
 
 def export_native(
-    ours: Mapping[str, Tensor], family: MtpFamily, config: Any, *, fused_experts: bool = False
+    ours: Mapping[str, Tensor], family: MTPFamily, config: Any, *, fused_experts: bool = False
 ) -> dict[str, Tensor]:
     """Our tensors under the family's names. `fused_experts`: leave the experts in one tensor."""
     prefix = family.native_prefix(config)

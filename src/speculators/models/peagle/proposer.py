@@ -22,8 +22,7 @@ from speculators.interfaces import Committed, DraftSampling, Proposal
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.eagle3.proposer import Eagle3Proposer
 from speculators.models.feedback_proposer import ALONE_FROM, NO_DRAFT
-from speculators.nn.draft_sampling import draft_probs, draw
-from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
+from speculators.nn.draft_sampling import draft_slots
 from speculators.nn.slot_cache import SlotSpan, slot_attends
 
 
@@ -51,7 +50,8 @@ class PEagleProposer(Eagle3Proposer):
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
         with self.packed:
             normed_BKH = self.fill(committed, num_new, num_committed, max(num_tokens, 1))[:, :num_tokens]
-            draft_ids_BK, probs_BKV = self.draft_slots(normed_BKH, sampling)
+            logits_BKV = self.network.lm_head(normed_BKH)
+            draft_ids_BK, probs_BKV = draft_slots(logits_BKV, sampling, self.d2t, self.verifier_vocab_size)
         drafts_B = [new > 0 and total > 1 for new, total in zip(num_new, num_committed, strict=True)]
         if not all(drafts_B):
             draft_ids_BK[~torch.tensor(drafts_B, device=self.device)] = NO_DRAFT
@@ -118,12 +118,3 @@ class PEagleProposer(Eagle3Proposer):
         tokens_BS = tokens_BC.new_full((len(counts), num_slots), self.mask_token_id)
         slots_BSH = self.slot_11H.expand(len(counts), num_slots, -1)
         return torch.cat((tokens_BC, tokens_BS), 1), torch.cat((hidden_BCH, slots_BSH), 1)
-
-    def draft_slots(self, normed_BKH: Tensor, sampling: DraftSampling) -> tuple[Tensor, Tensor | None]:
-        """Each slot on its own: q of a slot does not depend on the other drafts, so their product is a proposal."""
-        logits_BKV = self.network.lm_head(normed_BKH)
-        if not sampling.probabilistic:
-            return draft_to_verifier_ids(logits_BKV.argmax(-1), self.d2t), None
-        probs_BKV = draft_probs(logits_BKV, sampling.temperature_B[:, None])
-        draft_ids_BK = draft_to_verifier_ids(draw(probs_BKV, sampling.generator), self.d2t)
-        return draft_ids_BK, scatter_to_verifier(probs_BKV, self.d2t, self.verifier_vocab_size)
