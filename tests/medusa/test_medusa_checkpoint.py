@@ -7,8 +7,10 @@ import torch
 from drafter_toys import HIDDEN, VOCAB
 from last_state_toys import packed_batch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
 
 from speculators import SpeculatorModel, SpeculatorModelConfig
+from speculators.checkpoint.formats import ForeignCheckpoint
 from speculators.models import MedusaDraftModel, MedusaSpeculatorConfig
 
 KEYS = {f"blocks.{i}.layers.{j}.{kind}" for i in range(3) for j in range(2) for kind in ("weight", "bias")}
@@ -62,6 +64,14 @@ def test_vllms_directory_and_back(make_drafter, verifier_path, tmp_path):
         "model_type": "medusa", "num_heads": 3, "num_hidden_layers": 2, "vocab_size": VOCAB,
     }  # fmt: skip
     assert same_drafts(model, MedusaDraftModel.from_native(tmp_path, verifier=str(verifier_path)))
+
+
+def test_heads_are_read_for_a_verifier_that_has_no_rms_norm(make_drafter, tmp_path):
+    make_drafter().save_native(tmp_path / "heads")
+    GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN).save_pretrained(tmp_path / "gpt2")
+    native, verifier = MedusaDraftModel.contract.format_named("medusa"), str(tmp_path / "gpt2")
+    config = native.read(ForeignCheckpoint(tmp_path / "heads"), verifier).config
+    assert (config.recorded_verifier, config.rms_norm_eps) == (verifier, MedusaSpeculatorConfig().rms_norm_eps)
 
 
 @pytest.mark.parametrize("prefix", ["", "medusa_heads."])
