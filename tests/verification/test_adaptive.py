@@ -21,6 +21,7 @@ from speculators.decoding.adaptive import (
 from speculators.decoding.calibration import ConfidenceFit
 from speculators.decoding.round_costs import CostMeter, CostModel, interpolate, rising
 from speculators.decoding.verification import resolve_rule
+from speculators.interfaces import Proposal
 
 
 def test_expected_tokens_by_hand():
@@ -109,6 +110,34 @@ def test_confidence_is_calibrated_by_what_is_accepted():
     assert abs(fit.rate(0.9) - 0.9) < abs(before - 0.9)
 
 
+def test_drafts_of_few_rows_do_not_widen_the_forward_of_all():
+    controller = AdaptiveLength(2)
+    for _ in range(200):  # half of the drafts pass; a forward costs by the token
+        asked = controller.num_tokens(8)
+        accepted = [0, min(asked, 2)] * 4
+        controller.observe([asked] * 8, accepted, verify_s=1.0 + 0.25 * asked, other_s=0.01 * asked)
+    controller.is_probe = False
+    one, most = torch.full((8, 2), -1), torch.full((8, 2), 5)
+    one[3] = 5
+    most[3] = -1
+    assert controller.shorten(Proposal(one)).token_ids_BK.shape == (8, 0)
+    assert torch.equal(controller.shorten(Proposal(most)).token_ids_BK, most)
+    drawn = Proposal(one, probs_BKV=torch.full((8, 2, 10), 0.1))
+    assert controller.shorten(drawn) is drawn  # a drawn token may not be dropped for what else was drawn
+
+
+def test_idle_rows_cost_as_much_as_others():
+    controller = AdaptiveLength(2)
+    controller.num_tokens(8)
+    controller.observe([2], [1], verify_s=1.0, other_s=0.1)
+    assert controller.costs.verify_s == {8 * 3: 1.0}
+
+
+def test_rounds_that_were_broken_off_teach_nothing():
+    controller = AdaptiveLength(2)
+    assert [controller.num_tokens(1) for _ in range(6)] == [2, 1, 0, 2, 2, 2]
+
+
 def simulate(controller, rates, cost, num_rounds, batch_size, rng):
     """(tokens, seconds) of a decoder whose drafts are accepted at the given conditional rates."""
     tokens, seconds = 0, 0.0
@@ -162,6 +191,10 @@ def test_more_never_costs_less_and_the_newer_measurement_is_right():
     assert rising({5: 2.0, 1: 3.0}) == {1: 3.0, 5: 3.0}
     assert rising({1: 1.0, 8: 9.0, 2: 4.0, 4: 2.0}) == {1: 1.0, 2: 2.0, 4: 2.0, 8: 9.0}
     assert rising({1: 1.0, 2: 1.5, 3: 2.5}) == {1: 1.0, 2: 1.5, 3: 2.5}
+    meter = CostMeter()
+    meter.observe(2, 3, verify_s=1.0, other_s=0.1)
+    meter.observe(0, 1, verify_s=1.0, other_s=0.3)
+    assert meter.model(2).other_s == (0.3, 0.3, 0.3)
 
 
 @pytest.mark.parametrize("slow_rounds", [[5], [1, 2, 3, 4, 5, 6]])

@@ -143,8 +143,8 @@ class AcceptanceRates:
 @dataclass
 class AdaptiveLength:
     """K for each round from what the rounds before it showed. Use as `num_tokens(num_rows)`; then `observe`. Rows are
-    those of the forward, idle ones included: they cost as much.
-    Between the two, `shorten` drops drafts whose own confidence says that verifying them does not pay.
+    those of the forward, idle ones included: they cost as much. Between the two, `shorten` drops drafts that do not
+    pay: by what their drafter thinks of them, or because too few rows have one.
 
     It starts with one round of each K, and drafts at full length now and then (else a drafter that got better would
     never be noticed) so seldom that it costs `probe_share` of the time; more often at first, when little is known. What
@@ -210,7 +210,8 @@ class AdaptiveLength:
     def _review(self) -> None:
         self.next_review = self.num_rounds + min(self.review_rounds, 1 + self.num_rounds // 16)
         cost = self.costs.model(self.most)
-        assert cost is not None
+        if cost is None:  # every round so far was broken off
+            return
         speeds = speeds_by_num_tokens(self.rates.conditional(), cost, self.num_rows, self.rates.offers())
         best = best_num_tokens(speeds)
         if speeds[best] <= speeds[0] * (1 + self.margin):
@@ -225,10 +226,9 @@ class AdaptiveLength:
             return proposal
         if proposal.confidence_BK is not None:
             self.confidence_by_row = proposal.confidence_BK.tolist()
-        if self.is_probe:
-            return proposal  # verified as they are: what is never verified cannot be found to be better than it says
         cost = self.costs.model(self.most)
-        assert cost is not None  # no round is without probe before one was measured
+        if self.is_probe or cost is None:
+            return proposal  # verified as they are: what is never verified cannot be found to be better than it says
         has_draft_BK = (proposal.token_ids_BK >= 0).cpu()
         rate_BK = self._rate_of_each(has_draft_BK)
         if rate_BK is None:

@@ -54,9 +54,9 @@ class CostMeter:
 
     def model(self, most: int) -> CostModel | None:
         """Costs of K = 0..most; None until a round with drafts was measured."""
-        if not any(self.other_s):
+        if not any(num_drafted > 0 for num_drafted in self.other_s):
             return None
-        points = rising({0: 0.0, **self.other_s})
+        points = rising(self.other_s if 0 in self.other_s else {0: 0.0, **self.other_s})
         return CostModel(tuple(interpolate(points, k) for k in range(most + 1)), rising(self.verify_s))
 
 
