@@ -98,6 +98,7 @@ def test_a_draft_that_was_asked_for_and_not_offered_counts_as_refused():
         rates.observe(2, [0, 0, 0, 2], [0, 0, 0, 2])
     assert rates.conditional()[:2] == pytest.approx([0.25, 1.0])
     assert rates.offers() == pytest.approx([0.25, 0.25, 1.0])  # nobody asked for the third
+    assert rates.when_offered()[:2] == pytest.approx([1.0, 1.0])
 
 
 def test_confidence_is_calibrated_by_what_is_accepted():
