@@ -25,7 +25,7 @@ DRAWS = {
     "eagle": "speculators.models.feedback_proposer",
     "eagle3": "speculators.models.feedback_proposer",
     "mtp": "speculators.models.feedback_proposer",
-    "peagle": "speculators.models.peagle.proposer",
+    "peagle": "speculators.nn.draft_sampling",
     "medusa": "speculators.models.last_state_proposer",
     "mlp": "speculators.models.last_state_proposer",
 }
