@@ -1,6 +1,6 @@
 """Decoding speed, as ratios in one process: ours against transformers' loops, and against what the machine allows.
 
-    python benchmarks/decode.py [--models embedded,random-512] [--batches 1,8] [--tokens 96] [--repeats 5] [--minutes 9]
+    python benchmarks/decode.py [--models embedded,random-512] [--batches 1,8] [--tokens 96] [--repeats 9] [--minutes 9]
 
 Every comparison is interleaved (A B A B ...) and reported as the median of the paired ratios: machines are shared.
 Prints tables; the last line is one JSON document.
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=5, help="pairs a comparison, if the time allows")
+    parser.add_argument("--repeats", type=int, default=9, help="pairs a comparison, if the time allows")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all; two pairs a comparison at least")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)), help="of the proposers; empty: skip")

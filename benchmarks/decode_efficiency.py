@@ -78,25 +78,33 @@ class Oracle:
 
 
 class Forwards:
-    """Scores 1 or K + 1 tokens for every row behind texts of half the length the rows will reach."""
+    """Scores 1 or K + 1 tokens for every row, behind texts as long as they are early, halfway and late in a run."""
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], num_tokens: int):
-        self.verifier = HFVerifier(model, len(prompts))
-        self.lengths_B = torch.tensor([len(p) + num_tokens // 2 for p in prompts])
-        self.tokens_BT = torch.full((len(prompts), int(self.lengths_B.max())), 7)
-        with self.verifier:
-            self.verifier.score(self.tokens_BT, self.lengths_B, last_only=True)
-            self.verifier.keep(torch.arange(self.tokens_BT.shape[1]).expand(self.tokens_BT.shape), self.lengths_B)
+        self.stages = []
+        for sixths in (1, 3, 5):
+            verifier = HFVerifier(model, len(prompts))
+            lengths_B = torch.tensor([len(p) + sixths * num_tokens // 6 for p in prompts])
+            tokens_BT = torch.full((len(prompts), int(lengths_B.max())), 7)
+            with verifier:
+                verifier.score(tokens_BT, lengths_B, last_only=True)
+                verifier.keep(torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape), lengths_B)
+            self.stages.append(verifier)
 
-    def seconds(self, *widths: int, num_calls: int = 15) -> list[float]:
-        """Medians, the widths taking turns."""
+    def seconds(self, *widths: int, num_calls: int = 7) -> list[float]:
+        """Means over the stages of their medians, the widths taking turns."""
+        by_stage = [self._at(verifier, widths, num_calls) for verifier in self.stages]
+        return [statistics.mean(times) for times in zip(*by_stage, strict=True)]
+
+    @staticmethod
+    def _at(verifier: HFVerifier, widths: tuple[int, ...], num_calls: int) -> list[float]:
         times: list[list[float]] = [[] for _ in widths]
-        with self.verifier:
+        with verifier:
             for _ in range(num_calls + 2):
                 for i, width in enumerate(widths):
-                    tokens = self.tokens_BT[:, :width].contiguous()
-                    valid_B = torch.full_like(self.lengths_B, width)
-                    times[i].append(seconds(lambda t=tokens, n=valid_B: self.verifier.score(t, n)))  # type: ignore[misc]
+                    tokens_BT = torch.full((verifier.num_rows, width), 7)
+                    valid_B = torch.full((verifier.num_rows,), width)
+                    times[i].append(seconds(lambda t=tokens_BT, n=valid_B: verifier.score(t, n)))  # type: ignore[misc]
         return [statistics.median(t[2:]) for t in times]
 
 

@@ -91,7 +91,7 @@ class Engine:
         self._intake = Intake(tokenizer, eos_ids, vocab_size, self.max_length, seed, greedy_only=greedy_only)
         self._generator = torch.Generator(device="cpu")
         self._cancelled: set[int] = set()
-        self._is_running = False
+        self._is_running = self._is_ready = False
 
     # -- what callers use
 
@@ -285,11 +285,16 @@ class Engine:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """The models are set up for decoding; nests cheaply."""
+        if self._is_ready:
+            yield
+            return
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(self.verifier)
             if self.drafting is not None and isinstance(self.drafting.proposer, AbstractContextManager):
                 stack.enter_context(self.drafting.proposer)
+            self._is_ready = True
+            stack.callback(setattr, self, "_is_ready", False)
             yield
 
     def _seed_drafts(self, batch: Batch, sampling: BatchSampling) -> None:
