@@ -170,9 +170,12 @@ def test_adapted_length_is_near_the_best_fixed_one_and_never_much_slower_than_pl
     assert tokens / seconds > 0.96 * speeds[0]
 
 
-def test_a_drafter_that_becomes_good_is_noticed():
+@pytest.mark.parametrize("num_broken_off", [0, 1, 5])
+def test_a_drafter_that_becomes_good_is_noticed(num_broken_off):
     cost = CostModel(tuple(0.1 * k for k in range(5)), {1: 1.0, 5: 1.1})
     controller, rng = AdaptiveLength(4), random.Random(2)
+    for _ in range(num_broken_off):  # first rounds of which nothing was learnt
+        controller.num_tokens(1)
     simulate(controller, [0.0] * 4, cost, 400, 1, rng)
     assert controller.current == 0
     simulate(controller, [0.95] * 4, cost, 2000, 1, rng)

@@ -171,8 +171,8 @@ class AdaptiveLength:
     """The last round that was drafted at full length to see what comes of it."""
     last_plain: int = 0
     is_probe: bool = False
-    probe_s: float = math.inf
-    """What that round cost."""
+    probe_s: float | None = None
+    """What that round cost; None: the first one was broken off, and none was made since."""
     probe_price: float = math.inf
     """The same in plain rounds."""
     current: int = field(init=False)
@@ -218,7 +218,8 @@ class AdaptiveLength:
             self.current = 0
         elif speeds[best] > speeds[self.current] * (1 + self.margin):
             self.current = best
-        self.probe_price = self.probe_s / cost.round_s(0, self.num_rows)
+        guessed_s = cost.round_s(self.most, self.num_rows * (1 + self.most))
+        self.probe_price = (guessed_s if self.probe_s is None else self.probe_s) / cost.round_s(0, self.num_rows)
 
     def shorten(self, proposal: Proposal) -> Proposal:
         """Chains of point masses only: a draft that was drawn may not be dropped for what it is."""
