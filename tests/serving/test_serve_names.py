@@ -151,5 +151,7 @@ def test_a_speculator_on_the_hub_is_one_too(speculator, verifier, hub):
     del values["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
     (Path(speculator) / "config.json").write_text(json.dumps(values))
     hub_config.cache_clear()
+    with pytest.raises(ValueError, match="how many tokens to draft a round: give -k N"):
+        run(["serve", "org/speculator", "--verifier", "org/verifier", "--dry-run"])
     without_k = run(["serve", "org/speculator", "--verifier", "org/verifier", "-k", "3", "--dry-run"])
     assert speculative_config(without_k)["num_speculative_tokens"] == 3

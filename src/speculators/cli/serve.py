@@ -125,7 +125,8 @@ def by_speculator(facts: SpeculatorFacts, verifier: str | None, settings: dict[s
         raise ValueError(f"{facts.path} names no verifier; give it with --verifier")
     said = dict(SPECULATORS_METHODS.get(facts.speculators_model_type, {}))
     refuse_other_method(facts.path, said.get("method"), settings.get("method"))
-    said["num_speculative_tokens"] = facts.num_speculative_tokens
+    if facts.num_speculative_tokens is not None:
+        said["num_speculative_tokens"] = facts.num_speculative_tokens
     return Served(verifier, {**said, **settings, "model": facts.path}, facts.path)
 
 
