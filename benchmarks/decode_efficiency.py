@@ -136,8 +136,8 @@ def one_efficiency(
     oracle.marks.clear()
     oracle.num_calls = 0
     before = forwards.seconds(1, K + 1)
-    plain_s = round_seconds(plain, prompts, num_tokens) / (num_tokens - 1)
-    round_seconds(drafted, prompts, num_tokens)
+    plain_s = rounds_seconds(plain, prompts, num_tokens) / (num_tokens - 1)
+    rounds_seconds(drafted, prompts, num_tokens)
     after = forwards.seconds(1, K + 1)
     one_s, all_s = ((a + b) / 2 for a, b in zip(before, after, strict=True))
     (start_s, start_tokens), (end_s, end_tokens) = oracle.marks[0], oracle.marks[-1]
@@ -152,8 +152,7 @@ def one_efficiency(
     }  # fmt: skip
 
 
-def round_seconds(engine: Engine, prompts: list[list[int]], num_tokens: int) -> float:
-    """Seconds of a run, prompts aside."""
+def rounds_seconds(engine: Engine, prompts: list[list[int]], num_tokens: int) -> float:
+    """Seconds of a run without the forwards of its prompts."""
     engine.reset_stats()
-    decode(engine, prompts, num_tokens)
-    return engine.stats.draft_s + engine.stats.verify_s + engine.stats.overhead_s
+    return seconds(lambda: decode(engine, prompts, num_tokens)) - engine.stats.prefill_s
