@@ -131,6 +131,14 @@ def test_the_joint_law_of_the_output_is_the_verifiers(drafter, rule, params):
     assert p_value(counts, joint_law(table(0), sampling)) > FALSE_ALARM
 
 
+@pytest.mark.parametrize("params", ["temperature", "top-p", "penalties"])
+def test_the_joint_law_holds_in_small_batches(params):
+    """Four rows, refilled whenever one ends: rows are at different depths all the time."""
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, **PARAMS[params])
+    counts = sampled_counts("drawn, ragged", "standard", sampling, batch=4)
+    assert p_value(counts, joint_law(table(0), sampling)) > FALSE_ALARM
+
+
 def test_a_rule_that_accepts_a_little_too_much_is_caught():
     standard = resolve_rule("standard")
 
