@@ -84,8 +84,8 @@ def test_the_length_that_pays_is_asked_for(num_right, best, monkeypatch):
     assert Drafter.asked[:MOST] == [4, 3, 2, 1]  # then a round of none
     later = Drafter.asked[MOST:]
     if best == 0:  # a drafter that is of no use is not called, but for a rare probe
-        assert len(later) <= 0.05 * (stats.num_rounds - warm_up)
-        assert Clock.now < 1.06 * 1.05 * NUM_TOKENS
+        assert len(later) <= 0.06 * (stats.num_rounds - warm_up)
+        assert Clock.now < 1.03 * 1.05 * NUM_TOKENS
     else:
         assert later.count(best) > 0.9 * len(later)
         assert len(later) >= stats.num_rounds - warm_up - 1

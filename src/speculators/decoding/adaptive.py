@@ -140,6 +140,10 @@ class AcceptanceRates:
         ]
 
 
+LEAST_PROBE_LOSS = 0.2
+"""In plain rounds: costs are noisy, and a probe that seemed free is not to follow on another."""
+
+
 @dataclass
 class AdaptiveLength:
     """K for each round from what the rounds before it showed. Use as `num_tokens(num_rows)`; then `observe`. Rows are
@@ -155,7 +159,7 @@ class AdaptiveLength:
 
     most: int
     probe_share: float = 0.01
-    first_probe_share: float = 0.05
+    first_probe_share: float = 0.02
     margin: float = 0.02
     review_rounds: int = 8
     rates: AcceptanceRates = field(init=False)
@@ -173,8 +177,8 @@ class AdaptiveLength:
     is_probe: bool = False
     probe_s: float | None = None
     """What that round cost; None: the first one was broken off, and none was made since."""
-    probe_price: float = math.inf
-    """The same in plain rounds."""
+    probe_loss: float = math.inf
+    """What it cost beyond a plain round, in plain rounds."""
     current: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -202,7 +206,7 @@ class AdaptiveLength:
             return self.most + 1 - self.num_rounds  # most, most - 1, ..., 0
         since = self.num_rounds - self.last_full
         share = self.first_probe_share if since > self.last_full else self.probe_share
-        if since * share > self.probe_price:
+        if since * share > self.probe_loss:
             self.last_full = self.num_rounds
             return self.most
         return 0 if (self.num_rounds - self.last_plain) * self.probe_share > 1 else None
@@ -219,7 +223,8 @@ class AdaptiveLength:
         elif speeds[best] > speeds[self.current] * (1 + self.margin):
             self.current = best
         guessed_s = cost.round_s(self.most, self.num_rows * (1 + self.most))
-        self.probe_price = (guessed_s if self.probe_s is None else self.probe_s) / cost.round_s(0, self.num_rows)
+        probe_s = guessed_s if self.probe_s is None else self.probe_s
+        self.probe_loss = max(probe_s / cost.round_s(0, self.num_rows) - 1, LEAST_PROBE_LOSS)
 
     def shorten(self, proposal: Proposal) -> Proposal:
         """Chains of point masses only: a draft that was drawn may not be dropped for what it is."""
