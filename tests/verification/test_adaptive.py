@@ -228,6 +228,16 @@ def test_a_drafter_with_much_to_catch_up_on_is_seldom_asked():
     assert seconds < 1.1 * 3000
 
 
+def test_a_cheap_drafter_is_tried_again_soon():
+    """N-gram lookup finds nothing in a new text, and all the more once the text repeats itself."""
+    cost = CostModel(tuple(0.01 * k for k in range(5)), {1: 1.0, 5: 1.1})
+    controller, rng = AdaptiveLength(4), random.Random(5)
+    simulate(controller, [0.0] * 4, cost, 100, 1, rng)
+    assert controller.current == 0
+    simulate(controller, [0.95] * 4, cost, 100, 1, rng)
+    assert controller.current >= 3
+
+
 def test_plain_decoding_that_became_cheap_is_noticed():
     """A neighbour leaves the machine: what a plain round cost before is no measure of it now."""
     rates, rng, controller = [0.5] * 4, random.Random(3), AdaptiveLength(4)
