@@ -53,9 +53,14 @@ def generate(model: Any, prompts: list[list[int]], num_tokens: int, **options: A
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     with torch.inference_mode():
         output = model.generate(
-            token_ids, attention_mask=mask, min_new_tokens=num_tokens, max_new_tokens=num_tokens, do_sample=False,
-            pad_token_id=0, **options,
-        )  # fmt: skip
+            token_ids,
+            attention_mask=mask,
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
     return output[:, longest:].tolist()
 
 
@@ -101,14 +106,15 @@ def compare_loops(
     plain = Engine(model, max_batch_size=batch)
     text = generate(model, prompts, num_tokens)
     same = text == decode(plain, prompts, num_tokens)
-    pair = paired(
-        lambda: generate(model, prompts, num_tokens), lambda: decode(plain, prompts, num_tokens), repeats
-    )  # fmt: skip
+    pair = paired(lambda: generate(model, prompts, num_tokens), lambda: decode(plain, prompts, num_tokens), repeats)
     row: dict[str, Any] = {
-        "generate_tokens_per_s": written / pair["baseline_s"], "plain_tokens_per_s": written / pair["ours_s"],
-        "plain_ratio": pair["ratio"], "plain_identical": same, "plain_num_pairs": pair["num_pairs"],
+        "generate_tokens_per_s": written / pair["baseline_s"],
+        "plain_tokens_per_s": written / pair["ours_s"],
+        "plain_ratio": pair["ratio"],
+        "plain_identical": same,
+        "plain_num_pairs": pair["num_pairs"],
         "forward": plain.verifier.forward_reason,
-    }  # fmt: skip
+    }
     for method, (engine, options) in speculation(model, batch).items():
         same = decode(engine, prompts, num_tokens) == text
         generate(model, prompts[:1], 2 * K, **options)
@@ -119,26 +125,35 @@ def compare_loops(
             repeats,
         )
         row[method] = {
-            "ratio": pair["ratio"], "tokens_per_s": written / pair["ours_s"], "num_pairs": pair["num_pairs"],
-            "assisted_tokens_per_s": written / pair["baseline_s"], "identical": same,
+            "ratio": pair["ratio"],
+            "tokens_per_s": written / pair["ours_s"],
+            "num_pairs": pair["num_pairs"],
+            "assisted_tokens_per_s": written / pair["baseline_s"],
+            "identical": same,
             "acceptance_length": engine.stats.acceptance_length,
-        }  # fmt: skip
+        }
     return row
 
 
 def print_model_row(row: dict[str, Any]) -> None:
     print(f"\n{row['model']}, batch {row['batch']}")
-    print(f"  plain        {row['plain_tokens_per_s']:8.1f} tokens/s   generate {row['generate_tokens_per_s']:8.1f}"
-          f"   ratio {row['plain_ratio']:.2f}   identical {row['plain_identical']}")  # fmt: skip
+    print(
+        f"  plain        {row['plain_tokens_per_s']:8.1f} tokens/s   generate {row['generate_tokens_per_s']:8.1f}"
+        f"   ratio {row['plain_ratio']:.2f}   identical {row['plain_identical']}"
+    )
     for method in ("ngram", "draft_model"):
         found = row[method]
-        print(f"  {method:12} {found['tokens_per_s']:8.1f} tokens/s   assisted {found['assisted_tokens_per_s']:8.1f}"
-              f"   ratio {found['ratio']:.2f}   identical {found['identical']}"
-              f"   acceptance length {found['acceptance_length']:.2f}")  # fmt: skip
+        print(
+            f"  {method:12} {found['tokens_per_s']:8.1f} tokens/s   assisted {found['assisted_tokens_per_s']:8.1f}"
+            f"   ratio {found['ratio']:.2f}   identical {found['identical']}"
+            f"   acceptance length {found['acceptance_length']:.2f}"
+        )
     for oracle in row["oracle"]:
-        print(f"  oracle {oracle['accuracy']:.1f}   acceptance length {oracle['acceptance_length']:.2f}   speedup "
-              f"{oracle['speedup']:.2f}   ideal {oracle['ideal']:.2f}   measured/ideal {oracle['efficiency']:.2f}"
-              f"   v({K + 1}) {oracle['verify_cost']:.2f}   c_draft {oracle['draft_cost']:.3f}")  # fmt: skip
+        print(
+            f"  oracle {oracle['accuracy']:.1f}   acceptance length {oracle['acceptance_length']:.2f}   speedup "
+            f"{oracle['speedup']:.2f}   ideal {oracle['ideal']:.2f}   measured/ideal {oracle['efficiency']:.2f}"
+            f"   v({K + 1}) {oracle['verify_cost']:.2f}   c_draft {oracle['draft_cost']:.3f}"
+        )
 
 
 def main() -> None:
@@ -163,9 +178,12 @@ def main() -> None:
     repeats = Repeats(options.repeats, num_comparisons, options.minutes * 60)
     rows = [row for name in models for row in benchmark_model(name, batches, options.tokens, repeats)]
     machine = {
-        "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "load": os.getloadavg()[0],
-    }  # fmt: skip
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0],
+    }
     print(json.dumps({"benchmark": "decode", "machine": machine, "models": rows, "proposers": proposers}))
 
 

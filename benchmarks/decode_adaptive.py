@@ -82,8 +82,9 @@ def benchmark_adaptive(
             **{route: statistics.median(values) for route, values in ratios.items()},
             **{f"{route}_range": (min(values), max(values)) for route, values in ratios.items()},
             "drafted_per_round": settled.stats.num_drafted / settled.stats.num_rounds,
-            "acceptance_length": fixed.stats.acceptance_length, "num_runs": len(runs),
-        }  # fmt: skip
+            "acceptance_length": fixed.stats.acceptance_length,
+            "num_runs": len(runs),
+        }
     return found
 
 

@@ -113,9 +113,7 @@ def efficiency(
 ) -> dict[str, float]:
     plain = Engine(model, max_batch_size=len(prompts))
     texts = [p + o for p, o in zip(prompts, decode(plain, prompts, num_tokens + K), strict=True)]
-    drafted = Engine(
-        model, Oracle(texts, accuracy), num_speculative_tokens=K, max_batch_size=len(prompts)
-    )  # fmt: skip
+    drafted = Engine(model, Oracle(texts, accuracy), num_speculative_tokens=K, max_batch_size=len(prompts))
     decode(drafted, prompts, 2 * K)
     forwards = Forwards(model, prompts, num_tokens)
     measured = [one_efficiency(plain, drafted, forwards, prompts, num_tokens) for _ in repeats]
@@ -147,9 +145,13 @@ def one_efficiency(
     c_draft = drafted.stats.draft_s / oracle.num_calls / one_s
     ideal = tau / (c_draft + all_s / one_s)
     return {
-        "acceptance_length": tau, "speedup": speedup, "ideal": ideal, "efficiency": speedup / ideal,
-        "verify_cost": all_s / one_s, "draft_cost": c_draft,
-    }  # fmt: skip
+        "acceptance_length": tau,
+        "speedup": speedup,
+        "ideal": ideal,
+        "efficiency": speedup / ideal,
+        "verify_cost": all_s / one_s,
+        "draft_cost": c_draft,
+    }
 
 
 def rounds_seconds(engine: Engine, prompts: list[list[int]], num_tokens: int) -> float:

@@ -31,16 +31,20 @@ def embedded() -> tuple[PreTrainedModel, Prompts]:
 
 def random_512() -> tuple[PreTrainedModel, Prompts]:
     config = LlamaConfig(
-        vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=2048, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     return model, torch.randint(5, 8192, (16, PROMPT_TOKENS), generator=generator).tolist()
 
 
-MODELS: dict[str, Callable[[], tuple[PreTrainedModel, Prompts]]] = {
-    "embedded": embedded,
-    "random-512": random_512,
-}
+MODELS: dict[str, Callable[[], tuple[PreTrainedModel, Prompts]]] = {"embedded": embedded, "random-512": random_512}

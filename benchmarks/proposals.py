@@ -57,9 +57,7 @@ class Runner:
         self.times.append(time.perf_counter() - start)
 
     def _propose(self, tokens: list[int]) -> None:
-        committed = Committed(
-            torch.tensor([tokens]), None, torch.tensor([len(tokens)]), torch.tensor([self.length])
-        )  # fmt: skip
+        committed = Committed(torch.tensor([tokens]), None, torch.tensor([len(tokens)]), torch.tensor([self.length]))
         self.proposer.propose(committed, NUM_DRAFTED, DraftSampling(torch.zeros(1)))
 
     def row(self) -> dict[str, Any]:
@@ -94,8 +92,10 @@ def proposals_per_second(contexts: list[int]) -> list[dict[str, Any]]:
             runner.round()
     rows = [runner.row() for runner in runners]
     for row in rows:
-        print(f"{row['proposer']:26} context {row['context']:6}   {row['proposals_per_s']:9.0f} proposals/s"
-              f"   prompt {row['prompt_s'] * 1e3:8.1f} ms")  # fmt: skip
+        print(
+            f"{row['proposer']:26} context {row['context']:6}   {row['proposals_per_s']:9.0f} proposals/s"
+            f"   prompt {row['prompt_s'] * 1e3:8.1f} ms"
+        )
     return rows
 
 

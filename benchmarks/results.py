@@ -88,9 +88,12 @@ class Step:
             self.start_over()
         num_starts = 1 if stamp is None else stamp["num_starts"] + 1
         stamp = {
-            "command": shlex.join(self.command), "fingerprint": self.fingerprint, "num_starts": num_starts,
-            "time_s": None, "result": None,
-        }  # fmt: skip
+            "command": shlex.join(self.command),
+            "fingerprint": self.fingerprint,
+            "num_starts": num_starts,
+            "time_s": None,
+            "result": None,
+        }
         write_json(stamp_path, stamp)
         print(f"$ speculators {shlex.join(self.command)}", file=sys.stderr)
         begun_s = time.perf_counter()
@@ -114,12 +117,22 @@ def make_data(output: Path, num_responses: int) -> Step:
     ask = Step(
         "regenerate-responses",
         (
-            "--model", VERIFIER, "--data", str(prompts_path("train")), "--output", str(answers),
-            "--limit", str(num_responses), "--max-tokens", "128", "--batch-size", "64",
+            "--model",
+            VERIFIER,
+            "--data",
+            str(prompts_path("train")),
+            "--output",
+            str(answers),
+            "--limit",
+            str(num_responses),
+            "--max-tokens",
+            "128",
+            "--batch-size",
+            "64",
         ),
         answers.parent,
         inputs=digest(Path(VERIFIER) / "model.safetensors"),
-    )  # fmt: skip
+    )
     ask.run(resume=["--resume"])
     prepare = Step(
         "prepare-data",
@@ -133,9 +146,19 @@ def make_data(output: Path, num_responses: int) -> Step:
 
 def train(name: str, output: Path, data: Step, epochs: int) -> Trained:
     arguments = (
-        "--speculator-type", name, "--verifier-name-or-path", VERIFIER, "--data-path", str(output / "data" / "rows"),
-        "--save-path", str(output / "trained" / name / "run"), "--epochs", str(epochs), *RECIPE, *OWN.get(name, ()),
-    )  # fmt: skip
+        "--speculator-type",
+        name,
+        "--verifier-name-or-path",
+        VERIFIER,
+        "--data-path",
+        str(output / "data" / "rows"),
+        "--save-path",
+        str(output / "trained" / name / "run"),
+        "--epochs",
+        str(epochs),
+        *RECIPE,
+        *OWN.get(name, ()),
+    )
     resolved = TrainConfig.resolve(arguments).dump_yaml()  # a default that changed makes it another run
     step = Step("train", arguments, output / "trained" / name, inputs=data.fingerprint + resolved)
     stamp = step.run()
@@ -228,9 +251,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table)
     print(machine_line(report))
     document = {
-        "benchmark": "results", "failed": failed, "time_s": time.perf_counter() - begun_s,
-        "trained": {name: vars(drafter) for name, drafter in trained.items()}, **report.to_dict(),
-    }  # fmt: skip
+        "benchmark": "results",
+        "failed": failed,
+        "time_s": time.perf_counter() - begun_s,
+        "trained": {name: vars(drafter) for name, drafter in trained.items()},
+        **report.to_dict(),
+    }
     write_json(options.output / "report.json", document)
     if options.document is not None and not failed:
         write_between_markers(options.document, f"{table}\n\n{machine_line(report)}")

@@ -13,9 +13,18 @@ from speculators.utils.files import atomic_write
 BEGIN = "<!-- results: begin, written by benchmarks/results.py -->"
 END = "<!-- results: end -->"
 HEADER = (
-    "drafter", "K", "τ", "tokens/s", "speedup", "speedup/τ", "drafting a round", "a draft token", "parameters",
-    "trained in", "identical",
-)  # fmt: skip
+    "drafter",
+    "K",
+    "τ",
+    "tokens/s",
+    "speedup",
+    "speedup/τ",
+    "drafting a round",
+    "a draft token",
+    "parameters",
+    "trained in",
+    "identical",
+)
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,16 @@ def layer_config(options: argparse.Namespace, route: dict[str, str], family: str
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(
-        family, vocab_size=options.vocab, hidden_size=options.hidden, intermediate_size=options.hidden * 11 // 4,
-        num_hidden_layers=num_layers, num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64, head_dim=64, max_position_embeddings=options.length,
-    )  # fmt: skip
+        family,
+        vocab_size=options.vocab,
+        hidden_size=options.hidden,
+        intermediate_size=options.hidden * 11 // 4,
+        num_hidden_layers=num_layers,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=options.hidden // 64,
+        head_dim=64,
+        max_position_embeddings=options.length,
+    )
     config._attn_implementation = route["attention"]
     return config
 
@@ -78,18 +84,24 @@ def recorded(algorithm: str, num_tokens: int) -> Any:
     from speculators.proposals import GreedyTokenProposalConfig
 
     return SpeculatorsConfig(
-        algorithm=algorithm, proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_tokens)],
-        default_proposal_method="greedy", verifier=VerifierConfig(name_or_path=None, architectures=[]),
-    )  # fmt: skip
+        algorithm=algorithm,
+        proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_tokens)],
+        default_proposal_method="greedy",
+        verifier=VerifierConfig(name_or_path=None, architectures=[]),
+    )
 
 
 def eagle3(options: argparse.Namespace, route: dict[str, str]) -> tuple[Any, dict[str, Any]]:
     from speculators.models import Eagle3DraftModel, Eagle3SpeculatorConfig
 
     config = Eagle3SpeculatorConfig(
-        transformer_layer_config=layer_config(options, route, "llama"), draft_vocab_size=options.vocab,
-        eagle_aux_hidden_state_layer_ids=AUX_LAYERS, norm_before_residual=True, norm_before_fc=True, norm_output=True,
-    )  # fmt: skip
+        transformer_layer_config=layer_config(options, route, "llama"),
+        draft_vocab_size=options.vocab,
+        eagle_aux_hidden_state_layer_ids=AUX_LAYERS,
+        norm_before_residual=True,
+        norm_before_fc=True,
+        norm_output=True,
+    )
     model = with_verifier_weights(Eagle3DraftModel(config), "embed_tokens", "lm_head", "verifier_lm_head")
     return model, {"loss_fn": "kl_div", "ttt_steps": options.steps, "ttt_step_loss_decay": 1.0}
 
@@ -98,9 +110,11 @@ def peagle(options: argparse.Namespace, route: dict[str, str]) -> tuple[Any, dic
     from speculators.models import PEagleDraftModel, PEagleSpeculatorConfig
 
     config = PEagleSpeculatorConfig(
-        transformer_layer_config=layer_config(options, route, "llama"), draft_vocab_size=options.vocab,
-        eagle_aux_hidden_state_layer_ids=AUX_LAYERS, mask_token_id=MASK_TOKEN,
-    )  # fmt: skip
+        transformer_layer_config=layer_config(options, route, "llama"),
+        draft_vocab_size=options.vocab,
+        eagle_aux_hidden_state_layer_ids=AUX_LAYERS,
+        mask_token_id=MASK_TOKEN,
+    )
     model = with_verifier_weights(PEagleDraftModel(config), "embed_tokens", "lm_head", "verifier_lm_head")
     return model, {"loss_fn": "kl_div", "max_anchors": options.anchors}
 
@@ -124,9 +138,11 @@ def dspark(options: argparse.Namespace, route: dict[str, str]) -> tuple[Any, dic
 def block_fields(options: argparse.Namespace, route: dict[str, str]) -> dict[str, Any]:
     return {
         "transformer_layer_config": layer_config(options, route, "qwen3", BLOCK_LAYERS),
-        "draft_vocab_size": options.vocab, "block_size": BLOCK_SIZE, "aux_hidden_state_layer_ids": AUX_LAYERS,
+        "draft_vocab_size": options.vocab,
+        "block_size": BLOCK_SIZE,
+        "aux_hidden_state_layer_ids": AUX_LAYERS,
         "mask_token_id": MASK_TOKEN,
-    }  # fmt: skip
+    }
 
 
 def mtp(options: argparse.Namespace, route: dict[str, str]) -> tuple[Any, dict[str, Any]]:
@@ -135,7 +151,7 @@ def mtp(options: argparse.Namespace, route: dict[str, str]) -> tuple[Any, dict[s
     config = MTPSpeculatorConfig(
         transformer_layer_config=layer_config(options, route, "qwen2"),
         speculators_config=recorded("mtp", options.steps),
-    )  # fmt: skip
+    )
     model = with_verifier_weights(MTPDraftModel(config), "embed_tokens", "lm_head")
     return model, {"loss_fn": "ce", "num_speculative_steps": options.steps}
 
@@ -147,8 +163,10 @@ def eagle(options: argparse.Namespace, route: dict[str, str]) -> tuple[Any, dict
 
     nested = layer_config(options, route, "llama")
     model = EagleSpeculator(EagleSpeculatorConfig(transformer_layer_config=nested))
-    model.attach_verifier(AutoModelForCausalLM.from_config(layer_config(options, ROUTES["fast"] | {"attention": "sdpa"},
-                                                                        "llama")), "train_only")  # fmt: skip
+    model.attach_verifier(
+        AutoModelForCausalLM.from_config(layer_config(options, ROUTES["fast"] | {"attention": "sdpa"}, "llama")),
+        "train_only",
+    )
     return model, {"loss_fn": "kl_div", "ttt_steps": options.steps}
 
 
@@ -163,9 +181,8 @@ def mlp(options: argparse.Namespace, route: dict[str, str]) -> tuple[Any, dict[s
     from speculators.models import MLPSpeculator, MLPSpeculatorConfig
 
     config = MLPSpeculatorConfig(
-        hidden_size=options.hidden, intermediate_size=options.hidden, vocab_size=options.vocab,
-        num_layers=options.steps,
-    )  # fmt: skip
+        hidden_size=options.hidden, intermediate_size=options.hidden, vocab_size=options.vocab, num_layers=options.steps
+    )
     return with_verifier_weights(MLPSpeculator(config), "verifier_lm_head"), {"loss_fn": "kl_div"}
 
 
@@ -236,10 +253,12 @@ def measure(options: argparse.Namespace, algorithm: str) -> dict[str, dict[str, 
     workers = {
         route: subprocess.Popen(
             [sys.executable, __file__, *shown, "--one", algorithm, route],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for route in ROUTES
-    }  # fmt: skip
+    }
     steps: dict[str, list[dict[str, float]]] = {route: [] for route in ROUTES}
     try:
         for worker in workers.values():
@@ -290,8 +309,9 @@ def main() -> None:
         sizes = DRAFTERS[algorithm][1].format(**vars(options))
         print(
             f"{'':<9}{'ratio':<11}{ratio['cpu_s']:>8.3f}{ratio['wall_s']:>8.3f}{ratio['added_peak_mib']:>11.3f}"
-            f"    {sizes}", flush=True,
-        )  # fmt: skip
+            f"    {sizes}",
+            flush=True,
+        )
     print(json.dumps({"options": {k: v for k, v in vars(options).items() if k != "one"}, "results": results}))
 
 

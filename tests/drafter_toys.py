@@ -22,11 +22,20 @@ LONGEST = 300
 def save_llama(path: Path, *, num_layers: int, norm_noise: float = 0.0, **sizes: Any) -> Path:
     """A random verifier; `norm_noise` takes its final norm away from one."""
     torch.manual_seed(0)
-    config = LlamaConfig(**{
-        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": num_layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "tie_word_embeddings": False, "initializer_range": 0.3, **sizes,
-    })  # fmt: skip
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 32,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.3,
+            **sizes,
+        }
+    )
     model = LlamaForCausalLM(config).eval()
     model.model.norm.weight.data += norm_noise * torch.randn(HIDDEN)
     model.save_pretrained(path)
@@ -35,11 +44,21 @@ def save_llama(path: Path, *, num_layers: int, norm_noise: float = 0.0, **sizes:
 
 def decoder_config(arch: str, **sizes: Any) -> PretrainedConfig:
     """The drafter's layers, as training gets them."""
-    return AutoConfig.for_model(arch, **{
-        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 256,
-        "pad_token_id": None, **sizes,
-    })  # fmt: skip
+    return AutoConfig.for_model(
+        arch,
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            "max_position_embeddings": 256,
+            "pad_token_id": None,
+            **sizes,
+        },
+    )
 
 
 def randomise(model: Any, *, matrix_scale: float = 1.0, left_out: Sequence[str] = ()) -> None:
@@ -59,9 +78,14 @@ def draft_maps() -> tuple[Tensor, Tensor]:
 
 
 def packed_row(
-    lengths: Sequence[int], *, num_aux: int = 1, first_position: int = 0, seed: int = 0, padding: int = 0,
+    lengths: Sequence[int],
+    *,
+    num_aux: int = 1,
+    first_position: int = 0,
+    seed: int = 0,
+    padding: int = 0,
     supervised: float = 0.7,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """A packed row as the trainer gives it: documents of the given lengths, then padding."""
     generator = torch.Generator().manual_seed(seed)
     document_ids = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)] + [-1] * padding])

@@ -12,9 +12,7 @@ EPS = 1e-4
 
 def save_verifier(path):
     """Random weights, the final norm's far from one."""
-    return save_llama(
-        path, num_layers=2, norm_noise=0.5, intermediate_size=24, eos_token_id=None, rms_norm_eps=EPS
-    )  # fmt: skip
+    return save_llama(path, num_layers=2, norm_noise=0.5, intermediate_size=24, eos_token_id=None, rms_norm_eps=EPS)
 
 
 def randomise_trained(model):

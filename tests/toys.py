@@ -49,19 +49,29 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**SHAPE, num_hidden_layers=3, head_dim=16),
     "mistral_sliding": MistralConfig(**SHAPE, num_hidden_layers=3, sliding_window=WINDOW, head_dim=8),
     "gemma2": Gemma2Config(
-        **SHAPE, num_hidden_layers=4, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8,
-        tie_word_embeddings=False, attn_implementation="eager",
+        **SHAPE,
+        num_hidden_layers=4,
+        head_dim=8,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=8,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
     ),
     "gemma3": Gemma3TextConfig(
-        **SHAPE, num_hidden_layers=4, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8,
-        tie_word_embeddings=False, layer_types=["sliding_attention", "full_attention"] * 2,
+        **SHAPE,
+        num_hidden_layers=4,
+        head_dim=8,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=8,
+        tie_word_embeddings=False,
+        layer_types=["sliding_attention", "full_attention"] * 2,
     ),
     "phi": PhiConfig(**SHAPE, num_hidden_layers=3),
     "phi3": Phi3Config(**SHAPE, num_hidden_layers=3, sliding_window=WINDOW),
     "gpt_oss": GptOssConfig(
         **SHAPE, num_hidden_layers=4, head_dim=8, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2
     ),
-}  # fmt: skip
+}
 
 
 def tiny_model(name: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:

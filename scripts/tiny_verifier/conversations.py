@@ -154,37 +154,57 @@ def whole_source(entity: Entity) -> str:
 FORMS: dict[str, Form] = {
     "what": Form(
         callable_with_doc,
-        ("What does `{full}` do?", "What does `{signature}` do?", "What is `{signature}` for?",
-         "Explain `{signature}`.", "What is the purpose of `{full}`?", "Can you explain what `{signature}` does?",
-         "Tell me about `{full}`.", "I found `{signature}` in some code. What does it do?",
-         "How does `{signature}` work?"),
+        (
+            "What does `{full}` do?",
+            "What does `{signature}` do?",
+            "What is `{signature}` for?",
+            "Explain `{signature}`.",
+            "What is the purpose of `{full}`?",
+            "Can you explain what `{signature}` does?",
+            "Tell me about `{full}`.",
+            "I found `{signature}` in some code. What does it do?",
+            "How does `{signature}` work?",
+        ),
         lambda e: f"{code(e.definition)}\n\n{cut(e.doc, 500)}",
         weight=5,
     ),
     "explain": Form(
         callable_with_doc,
-        ("Describe `{signature}`.", "Describe `{full}` and where it belongs.", "Give me an overview of `{signature}`.",
-         "Give a description of the Python function `{signature}`."),
+        (
+            "Describe `{signature}`.",
+            "Describe `{full}` and where it belongs.",
+            "Give me an overview of `{signature}`.",
+            "Give a description of the Python function `{signature}`.",
+        ),
         lambda e: f"{place(e)}\n\n{cut(e.doc, 400)}",
         weight=3,
     ),
     "long": Form(
         lambda e: e.kind in ("function", "method") and has_doc(e),
-        ("Explain `{signature}` in detail.", "Describe `{full}` with its arguments.",
-         "Document `{signature}` completely."),
+        (
+            "Explain `{signature}` in detail.",
+            "Describe `{full}` with its arguments.",
+            "Document `{signature}` completely.",
+        ),
         lambda e: f"{place(e)}\n\n{cut(e.doc, 350)}\n\n{about_arguments(e)}",
         weight=2,
     ),
     "summary": Form(
         callable_with_doc,
-        ("Summarise `{signature}` in one sentence.", "In one sentence, what does `{full}` do?",
-         "Give a one-line summary of `{signature}`."),
+        (
+            "Summarise `{signature}` in one sentence.",
+            "In one sentence, what does `{full}` do?",
+            "Give a one-line summary of `{signature}`.",
+        ),
         lambda e: f"`{e.name}`: {summary(e)}",
     ),
     "docstring": Form(
         callable_with_doc,
-        ("Write the def line with a docstring for `{full}`.", "Write a docstring for `{signature}`.",
-         "Show the definition of `{signature}` with its docstring."),
+        (
+            "Write the def line with a docstring for `{full}`.",
+            "Write a docstring for `{signature}`.",
+            "Show the definition of `{signature}` with its docstring.",
+        ),
         docstring_block,
         weight=3,
     ),
@@ -196,8 +216,11 @@ FORMS: dict[str, Form] = {
     ),
     "code": Form(
         lambda e: has_doc(e) and has_source(e),
-        ("What does this function do?\n\n{source}", "Explain this code:\n\n{source}",
-         "Document this function:\n\n{source}"),
+        (
+            "What does this function do?\n\n{source}",
+            "Explain this code:\n\n{source}",
+            "Document this function:\n\n{source}",
+        ),
         lambda e: f"The function `{e.name}`:\n\n{cut(e.doc, 400)}",
         weight=2,
     ),
@@ -208,8 +231,11 @@ FORMS: dict[str, Form] = {
     ),
     "arguments": Form(
         lambda e: e.kind in ("function", "method") and bool(e.parameters),
-        ("Which arguments does `{signature}` take?", "What are the parameters of `{signature}`?",
-         "List the arguments of `{signature}`."),
+        (
+            "Which arguments does `{signature}` take?",
+            "What are the parameters of `{signature}`?",
+            "List the arguments of `{signature}`.",
+        ),
         about_arguments,
     ),
     "signature": Form(
@@ -229,8 +255,12 @@ FORMS: dict[str, Form] = {
     ),
     "class": Form(
         lambda e: e.kind == "class" and has_doc(e),
-        ("Explain the class `{full}`.", "What is `{full}`?", "What is the class `{full}` for?",
-         "Describe the class `{full}`."),
+        (
+            "Explain the class `{full}`.",
+            "What is `{full}`?",
+            "What is the class `{full}` for?",
+            "Describe the class `{full}`.",
+        ),
         explain_class,
         weight=5,
     ),
@@ -240,7 +270,7 @@ FORMS: dict[str, Form] = {
         explain_module,
         weight=5,
     ),
-}  # fmt: skip
+}
 
 
 def turn(form: Form, entity: Entity, rng: random.Random) -> list[dict[str, str]]:

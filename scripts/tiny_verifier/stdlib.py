@@ -18,8 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 SKIPPED_FOLDERS = {
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data",
-}  # fmt: skip
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "lib2to3",
+    "pydoc_data",
+}
 COMPILED_MODULES = ("array", "builtins", "cmath", "errno", "gc", "itertools", "math", "select", "time", "zlib")
 HELDOUT_MODULUS = 20
 """One docstring in this many is held out, if its opening stands nowhere else."""
@@ -117,10 +124,17 @@ def node_entities(module: str, node: ast.stmt, owner: str) -> list[Entity]:
         definition = f"class {node.name}({', '.join(bases)}):" if bases else f"class {node.name}:"
         found = [
             Entity(
-                "class", module, qualname, definition, f"{module}.{qualname}", tidy(ast.get_docstring(node)),
-                members=members, bases=bases, lines=line_range(node),
+                "class",
+                module,
+                qualname,
+                definition,
+                f"{module}.{qualname}",
+                tidy(ast.get_docstring(node)),
+                members=members,
+                bases=bases,
+                lines=line_range(node),
             )
-        ]  # fmt: skip
+        ]
         for child in node.body:
             found.extend(node_entities(module, child, owner=f"{qualname}."))
         return found

@@ -26,11 +26,24 @@ _TYPES = {"torch": torch}  # names that transformers' annotations use and only i
 # Keys that describe the writer's code or where a config was read from, not the speculator.
 _KEYS_NOT_OURS = {"auto_map", "model_type", "_auto_class", "_commit_hash"}
 _METADATA_KEYS = {
-    "model_config", "auto_package", "registry_auto_discovery", "schema_discriminator", "model_type",
-    "base_config_key", "sub_configs", "is_composition", "attribute_map", "base_model_tp_plan", "base_model_pp_plan",
-    "base_model_ep_plan", "base_model_fsdp_plan", "has_no_defaults_at_init", "keys_to_ignore_at_inference",
-    "_auto_class", "auto_map",
-}  # fmt: skip
+    "model_config",
+    "auto_package",
+    "registry_auto_discovery",
+    "schema_discriminator",
+    "model_type",
+    "base_config_key",
+    "sub_configs",
+    "is_composition",
+    "attribute_map",
+    "base_model_tp_plan",
+    "base_model_pp_plan",
+    "base_model_ep_plan",
+    "base_model_fsdp_plan",
+    "has_no_defaults_at_init",
+    "keys_to_ignore_at_inference",
+    "_auto_class",
+    "auto_map",
+}
 _HF_FIELDS = {field.name for field in dataclasses.fields(PretrainedConfig)}
 
 

@@ -23,10 +23,20 @@ from speculators.utils.loading import find_key, list_checkpoint_keys, load_model
 logger = logging.getLogger(__name__)
 
 # Families whose RMSNorm multiplies by 1 + w: their stored norm weights are gains minus one.
-UNIT_OFFSET_NORM_FAMILIES = frozenset({
-    "gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma", "qwen3_next", "qwen3_5", "qwen3_5_text",
-    "qwen3_5_moe", "qwen3_5_moe_text",
-})  # fmt: skip
+UNIT_OFFSET_NORM_FAMILIES = frozenset(
+    {
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "recurrent_gemma",
+        "qwen3_next",
+        "qwen3_5",
+        "qwen3_5_text",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+    }
+)
 
 VERIFIER_ONLY_KEYS = ["verifier_lm_head.weight", "verifier_norm.weight"]
 

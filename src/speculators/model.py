@@ -167,13 +167,15 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
         """One sequence as the trainer hands it to `forward`: aligned, packed alone, without padding."""
         num_tokens, last_TH = len(states.token_ids_T), states.last_hidden_TH
         assert last_TH is not None
-        sample = self.align({
-            "hidden_states": last_TH[:, :0] if states.aux_TD is None else states.aux_TD,
-            "verifier_last_hidden_states": last_TH,
-            "input_ids": states.token_ids_T,
-            "loss_mask": torch.ones_like(states.token_ids_T),
-            "position_ids": torch.arange(num_tokens, device=last_TH.device),
-        })  # fmt: skip
+        sample = self.align(
+            {
+                "hidden_states": last_TH[:, :0] if states.aux_TD is None else states.aux_TD,
+                "verifier_last_hidden_states": last_TH,
+                "input_ids": states.token_ids_T,
+                "loss_mask": torch.ones_like(states.token_ids_T),
+                "position_ids": torch.arange(num_tokens, device=last_TH.device),
+            }
+        )
         row = {"document_ids": torch.zeros_like(sample["input_ids"]), **sample}
         return {key: values[None] for key, values in row.items()}
 
@@ -217,9 +219,13 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
         `SpeculatorModel`, the checkpoint decides the class."""
         path, state_dict = pretrained_model_name_or_path, kwargs.pop("state_dict", None)
         hub = {
-            "cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only,
-            "token": token, "revision": revision, "subfolder": kwargs.pop("subfolder", ""),
-        }  # fmt: skip
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+            "revision": revision,
+            "subfolder": kwargs.pop("subfolder", ""),
+        }
         if config is None:
             if path is None:
                 raise ValueError("Either `config` or `pretrained_model_name_or_path` must be provided to load a model")

@@ -19,9 +19,16 @@ logger = logging.getLogger(__name__)
 
 # Options of transformers' loader that mean nothing here: drafters are small and loaded in one piece.
 _LOADER_OPTIONS_WITHOUT_EFFECT = (
-    "low_cpu_mem_usage", "trust_remote_code", "proxies", "variant", "max_memory", "offload_folder", "tqdm_class",
-    "_fast_init", "use_kernels",
-)  # fmt: skip
+    "low_cpu_mem_usage",
+    "trust_remote_code",
+    "proxies",
+    "variant",
+    "max_memory",
+    "offload_folder",
+    "tqdm_class",
+    "_fast_init",
+    "use_kernels",
+)
 
 
 class LoadOptions:

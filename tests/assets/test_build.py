@@ -49,8 +49,10 @@ def test_an_object_is_described_by_its_source(entities):
     assert peek.definition == "def peek(self, depth=0, *rest, strict):"
     assert peek.signature == "toy.Stack.peek(depth=0, *rest, strict)"
     assert [(p.name, p.kind) for p in peek.parameters] == [
-        ("depth", "optional"), ("*rest", "varargs"), ("strict", "required"),
-    ]  # fmt: skip
+        ("depth", "optional"),
+        ("*rest", "varargs"),
+        ("strict", "required"),
+    ]
     assert peek.raises == ("IndexError",) and peek.returns == ("self[-1]",)
 
 
@@ -90,9 +92,14 @@ def test_nothing_held_out_is_shown_in_training():
 
 def tiny_llama(num_layers: int, vocab_size: int = 64) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=num_layers,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config).eval()
 
 

@@ -73,10 +73,28 @@ def test_generate_with_a_speculator_gives_the_tokens_of_plain_decoding(verifier,
 def test_evaluate_compares_methods_and_writes_the_report(verifier, chats, checkpoint, tmp_path, capsys):
     report = tmp_path / "report.json"
     result = result_of(
-        capsys, "evaluate", "--verifier", verifier, "--data", chats, "--method", "none", "--method", "ngram",
-        "--method", checkpoint, "-k", "3", "--num-prompts", "4", "--max-tokens", "16", "--lossless",
-        "--output", str(report),
-    )  # fmt: skip
+        capsys,
+        "evaluate",
+        "--verifier",
+        verifier,
+        "--data",
+        chats,
+        "--method",
+        "none",
+        "--method",
+        "ngram",
+        "--method",
+        checkpoint,
+        "-k",
+        "3",
+        "--num-prompts",
+        "4",
+        "--max-tokens",
+        "16",
+        "--lossless",
+        "--output",
+        str(report),
+    )
     assert [row["method"] for row in result["rows"]] == ["none", "ngram", "eagle3"]
     assert result["lossless"] is True
     for row in result["rows"]:
@@ -88,9 +106,19 @@ def test_evaluate_compares_methods_and_writes_the_report(verifier, chats, checkp
 def test_regenerated_responses_can_be_prepared(verifier, chats, tmp_path, capsys):
     responses = str(tmp_path / "responses.jsonl")
     made = result_of(
-        capsys, "regenerate-responses", "--model", verifier, "--data", chats, "--output", responses,
-        "--max-tokens", "8", "--limit", "5",
-    )  # fmt: skip
+        capsys,
+        "regenerate-responses",
+        "--model",
+        verifier,
+        "--data",
+        chats,
+        "--output",
+        responses,
+        "--max-tokens",
+        "8",
+        "--limit",
+        "5",
+    )
     assert (made["num_rows"], made["num_failed"]) == (5, 0)
     row = json.loads(Path(responses).read_text().splitlines()[0])
     assert sum(row["loss_mask"]) <= 8

@@ -18,9 +18,25 @@ from speculators.model import SpeculatorModel
 def checkpoint(verifier, chats, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("verify")
     run(["prepare-data", "--model", verifier, "--data", chats, "--output", str(folder / "data")])
-    trained = run(["train", "--verifier-name-or-path", verifier, "--data-path", str(folder / "data"), "--save-path",
-                   str(folder / "run"), "--max-steps", "1", "--total-seq-len", "128", "--target-layer-ids", "1", "3",
-                   "5"])  # fmt: skip
+    trained = run(
+        [
+            "train",
+            "--verifier-name-or-path",
+            verifier,
+            "--data-path",
+            str(folder / "data"),
+            "--save-path",
+            str(folder / "run"),
+            "--max-steps",
+            "1",
+            "--total-seq-len",
+            "128",
+            "--target-layer-ids",
+            "1",
+            "3",
+            "5",
+        ]
+    )
     assert trained["parity"]["passed"] is True
     assert trained["check"]["ok"] is True and trained["check"]["findings"] == []
     return trained["checkpoint"]

@@ -41,10 +41,19 @@ def count_from(token: int, length: int) -> list[int]:
 def llama(noise: float) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=NUM_LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=noise, tie_word_embeddings=False,
-        eos_token_id=None, bos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=noise,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -86,11 +95,21 @@ def counted_text(path: Path) -> Path:
 def train_config(name: str, verifier: Path, data: Path, save_path: Path, **changes: Any) -> TrainConfig:
     """The algorithm's own defaults, on a small scale."""
     settings = {
-        "speculator_type": name, "verifier_name_or_path": str(verifier), "data_path": str(data),
-        "save_path": str(save_path), "mask_token_id": MASK_TOKEN, "total_seq_len": 64, "lr": 0.01, "block_size": 4,
-        "max_anchors": 48, "optimizer": "adamw", "hidden_states_dtype": "float32", "train_data_ratio": 0.9,
-        "epochs": 9, "checkpoint_freq": 1000,
-    }  # fmt: skip
+        "speculator_type": name,
+        "verifier_name_or_path": str(verifier),
+        "data_path": str(data),
+        "save_path": str(save_path),
+        "mask_token_id": MASK_TOKEN,
+        "total_seq_len": 64,
+        "lr": 0.01,
+        "block_size": 4,
+        "max_anchors": 48,
+        "optimizer": "adamw",
+        "hidden_states_dtype": "float32",
+        "train_data_ratio": 0.9,
+        "epochs": 9,
+        "checkpoint_freq": 1000,
+    }
     return TrainConfig.from_flat({**settings, **changes})
 
 

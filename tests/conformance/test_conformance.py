@@ -13,16 +13,7 @@ from typing import get_args
 
 import pytest
 import torch
-from counting import (
-    BUILT_IN,
-    HIDDEN,
-    RING,
-    SUCCESSOR,
-    VOCAB,
-    count_from,
-    train_config,
-    untrained,
-)
+from counting import BUILT_IN, HIDDEN, RING, SUCCESSOR, VOCAB, count_from, train_config, untrained
 from golden import golden_path, what_is_written
 from safetensors.torch import load_file, save_file
 
@@ -131,12 +122,16 @@ def packed_row(model, documents, verifier, length=48, supervised=None):
     for number, of_document in enumerate(states):
         num_tokens, last_TH = len(of_document.token_ids_T), of_document.last_hidden_TH
         counts = supervised is None or number in supervised
-        samples.append({
-            "hidden_states": last_TH[:, :0] if of_document.aux_TD is None else of_document.aux_TD,
-            "verifier_last_hidden_states": last_TH, "input_ids": of_document.token_ids_T,
-            "loss_mask": torch.full((num_tokens,), int(counts)), "position_ids": torch.arange(num_tokens),
-            "lengths": torch.tensor([num_tokens]),
-        })  # fmt: skip
+        samples.append(
+            {
+                "hidden_states": last_TH[:, :0] if of_document.aux_TD is None else of_document.aux_TD,
+                "verifier_last_hidden_states": last_TH,
+                "input_ids": of_document.token_ids_T,
+                "loss_mask": torch.full((num_tokens,), int(counts)),
+                "position_ids": torch.arange(num_tokens),
+                "lengths": torch.tensor([num_tokens]),
+            }
+        )
     collate = CollateFn(length, HIDDEN, len(model.capture.aux_layer_ids), torch.float32, model.align)
     return collate(samples)
 

@@ -67,8 +67,12 @@ def test_it_trains_saves_loads_and_drafts_without_the_package_knowing_of_it(
 ):
     journey = subprocess.run(
         [sys.executable, "-c", JOURNEY, str(counting_path), str(data_path), str(tmp_path / "run")],
-        env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert journey.returncode == 0, journey.stderr[-3000:]
     seen = json.loads(journey.stdout.splitlines()[-1])
     assert seen["known_before_it_was_imported"] == [True, False]

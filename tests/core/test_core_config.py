@@ -12,13 +12,7 @@ from pydantic import ValidationError
 from toyalgo import ToyAlgoConfig, decoder_config, speculators_config, toy_config
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from speculators import (
-    SpeculatorModelConfig,
-    SpeculatorsConfig,
-    TokenProposalConfig,
-    VerifierConfig,
-    reload_schemas,
-)
+from speculators import SpeculatorModelConfig, SpeculatorsConfig, TokenProposalConfig, VerifierConfig, reload_schemas
 from speculators.proposals import GreedyTokenProposalConfig
 
 GOLDEN = sorted(Path(__file__).parent.glob("golden/*.json"))
@@ -63,9 +57,23 @@ def test_config_json_of_a_toy_config_is_exactly_this(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     assert nested["model_type"] == "llama" and "transformers_version" not in nested
     # vLLM reads the nested dict without class defaults: it must be complete
-    needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
-              "attention_bias", "mlp_bias", "attention_dropout", "tie_word_embeddings", "rope_parameters"}  # fmt: skip
+    needed = {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "attention_bias",
+        "mlp_bias",
+        "attention_dropout",
+        "tie_word_embeddings",
+        "rope_parameters",
+    }
     assert needed <= nested.keys()
 
 
@@ -122,8 +130,14 @@ def test_the_hub_options_reach_the_download_and_the_rest_the_config(monkeypatch)
     monkeypatch.setattr(SpeculatorModelConfig, "get_config_dict", fake)
     config = SpeculatorModelConfig.from_pretrained("org/name", token="t", revision="r", local_files_only=True)
     assert config.depth == 5
-    assert seen == {"path": "org/name", "cache_dir": None, "force_download": False, "local_files_only": True,
-                    "token": "t", "revision": "r"}  # fmt: skip
+    assert seen == {
+        "path": "org/name",
+        "cache_dir": None,
+        "force_download": False,
+        "local_files_only": True,
+        "token": "t",
+        "revision": "r",
+    }
 
 
 def test_a_config_of_something_else_is_refused(tmp_path):

@@ -16,8 +16,11 @@ from speculators.utils.suggest import did_you_mean, nearest
     [
         ("lm_head.weight", ["lm_head.weight", "model.lm_head.weight"], "lm_head.weight"),
         ("embed_tokens.weight", ["model.embed_tokens.weight"], "model.embed_tokens.weight"),
-        ("embed_tokens.weight", ["model.language_model.embed_tokens.weight", "model.embed_tokens.weight"],
-         "model.embed_tokens.weight"),
+        (
+            "embed_tokens.weight",
+            ["model.language_model.embed_tokens.weight", "model.embed_tokens.weight"],
+            "model.embed_tokens.weight",
+        ),
         ("embed_tokens.weight", ["mtp.embed_tokens.weight", "model.embed_tokens.weight"], "model.embed_tokens.weight"),
         ("embed_tokens.weight", ["tok_embeddings.weight"], "tok_embeddings.weight"),
         ("embed_tokens.weight", ["backbone.embeddings.weight"], "backbone.embeddings.weight"),
@@ -26,13 +29,16 @@ from speculators.utils.suggest import did_you_mean, nearest
         ("lm_head.weight", ["my_lm_head.weight"], None),
         ("model.norm.weight", ["model.layers.0.norm.weight", "model.norm.weight"], "model.norm.weight"),
         ("model.norm.weight", ["language_model.model.norm.weight"], "language_model.model.norm.weight"),
-        ("model.norm.weight", ["layers.0.input_layernorm.weight", "layers.0.norm.weight", "norm.weight"],
-         "norm.weight"),
+        (
+            "model.norm.weight",
+            ["layers.0.input_layernorm.weight", "layers.0.norm.weight", "norm.weight"],
+            "norm.weight",
+        ),
         ("model.norm.weight", ["model.layers.0.input_layernorm.weight"], None),
         ("model.norm.weight", ["llm.backbone.norm_f.weight"], "llm.backbone.norm_f.weight"),
         ("layers.0.norm.weight", ["model.layers.0.norm.weight"], "model.layers.0.norm.weight"),
     ],
-)  # fmt: skip
+)
 def test_a_weight_is_found_under_the_names_families_give_it(name, keys, found):
     assert find_key(name, keys) == found
 

@@ -8,8 +8,12 @@ from speculators.verifier import load_verifier
 
 DRAFTERS = ("eagle3", "peagle", "dflash", "dspark", "eagle", "medusa", "mlp", "mtp")
 SIZES = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +26,14 @@ def checkpoints(tmp_path_factory):
         kind = Qwen3Config if name in ("dflash", "dspark") else LlamaConfig
         nested = config if name == "mtp" else kind(**SIZES, num_hidden_layers=1, head_dim=4)
         SpeculatorModel.get_class(name).from_training_args(
-            nested, t2d=None, d2t=None, draft_vocab_size=40, verifier_name_or_path=str(path / "verifier"),
-            target_layer_ids=[1, 2, 3], mask_token_id=3,
-        ).save_pretrained(path / name)  # fmt: skip
+            nested,
+            t2d=None,
+            d2t=None,
+            draft_vocab_size=40,
+            verifier_name_or_path=str(path / "verifier"),
+            target_layer_ids=[1, 2, 3],
+            mask_token_id=3,
+        ).save_pretrained(path / name)
     (path / "verifier").rename(path / "moved")
     return path
 

@@ -172,16 +172,25 @@ def test_a_saved_model_comes_back_whole(mappings, tmp_path):
     for key, tensor in model.state_dict().items():
         assert key in never_saved or torch.equal(tensor, again.state_dict()[key]), key
     assert {name for name, p in again.named_parameters() if not p.requires_grad} == {
-        "embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight",
-    }  # fmt: skip
+        "embed_tokens.weight",
+        "lm_head.weight",
+        "verifier_lm_head.weight",
+        "verifier_norm.weight",
+    }
 
 
 def test_the_files_of_a_saved_model(mappings, tmp_path):
     loaded_model(mappings).save_pretrained(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert sorted(load_file(tmp_path / "model.safetensors")) == [
-        "d2t", "embed_tokens.weight", "layers.0.bias", "layers.0.weight", "lm_head.weight", "norm.weight", "t2d",
-    ]  # fmt: skip
+        "d2t",
+        "embed_tokens.weight",
+        "layers.0.bias",
+        "layers.0.weight",
+        "lm_head.weight",
+        "norm.weight",
+        "t2d",
+    ]
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["architectures"] == ["ToyAlgoModel"]
     assert (saved["dtype"], saved["tie_word_embeddings"]) == ("float32", False)
@@ -382,8 +391,10 @@ def test_the_checkpoints_weights_win_over_the_verifiers_and_those_over_random_on
 
     state = load_file(tmp_path / "full" / "model.safetensors")
     model.config.save_pretrained(tmp_path / "partial")
-    save_file({k: v for k, v in state.items() if k not in ("embed_tokens.weight", "lm_head.weight")},
-              tmp_path / "partial" / "model.safetensors")  # fmt: skip
+    save_file(
+        {k: v for k, v in state.items() if k not in ("embed_tokens.weight", "lm_head.weight")},
+        tmp_path / "partial" / "model.safetensors",
+    )
     partial = SpeculatorModel.from_pretrained(tmp_path / "partial")
     assert torch.equal(partial.embed_tokens.weight, weights["model.embed_tokens.weight"])
     assert torch.equal(partial.lm_head.weight, weights["lm_head.weight"][mappings[0]])

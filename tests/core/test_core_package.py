@@ -10,11 +10,7 @@ from toyalgo import decoder_config
 
 import speculators
 from speculators import models, provenance
-from speculators.models.attention import (
-    ALL_ATTENTION_FUNCTIONS,
-    block_mask_to_dense_attention_mask,
-    create_float_mask,
-)
+from speculators.models.attention import ALL_ATTENTION_FUNCTIONS, block_mask_to_dense_attention_mask, create_float_mask
 from speculators.models.base_components import ModelComponents, model_classes, override_components
 from speculators.models.utils import (
     conditional_torch_compile,
@@ -121,8 +117,15 @@ def test_simple_flex_attention_equals_plain_attention(kind):
 def test_base_components_compute_what_transformers_computes(model_type):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "head_dim": 4,
-             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    sizes = {
+        "vocab_size": 16,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "head_dim": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = AutoConfig.for_model(model_type, **sizes)
     torch.manual_seed(0)
     reference = AutoModelForCausalLM.from_config(config).model

@@ -38,8 +38,12 @@ def test_a_prepared_directory_is_a_saved_dataset_in_torch_format(model_dir, data
     for row in prepared.dataset():
         assert len(row["input_ids"]) == len(row["loss_mask"]) == row["seq_len"]
     assert entries(tmp_path / "out") == [
-        "data-00000-of-00001.arrow", "dataset_info.json", "manifest.json", "state.json", "token_freq.pt",
-    ]  # fmt: skip
+        "data-00000-of-00001.arrow",
+        "dataset_info.json",
+        "manifest.json",
+        "state.json",
+        "token_freq.pt",
+    ]
 
 
 def test_the_manifest_counts_what_a_naive_count_counts(model_dir, data, tmp_path):

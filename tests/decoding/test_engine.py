@@ -360,9 +360,12 @@ def test_a_schedule_by_batch_size_may_turn_drafting_off():
     table = [(1, 1, 4), (2, 8, 0)]
     model = toys.tiny_model("llama")
     config = {
-        "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 2,
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 2,
         "num_speculative_tokens_per_batch_size": table,
-    }  # fmt: skip
+    }
     prompts = [[5, 6, 7, 8] * 6, [9, 10, 11, 12] * 6]
     params = [SamplingParams(max_tokens=30), SamplingParams(max_tokens=6)]
     outputs = Engine(model, config, max_batch_size=2).generate(prompts, params)

@@ -21,9 +21,12 @@ def case(request):
 
 def decode(model, prompts, proposer=None, num_tokens=4, batch=8, **options):
     engine = Engine(
-        model, proposer, num_speculative_tokens=num_tokens if proposer is not None else None, max_batch_size=batch,
+        model,
+        proposer,
+        num_speculative_tokens=num_tokens if proposer is not None else None,
+        max_batch_size=batch,
         **options,
-    )  # fmt: skip
+    )
     outputs = engine.generate(prompts, GREEDY)
     return [output.token_ids for output in outputs], engine.stats
 

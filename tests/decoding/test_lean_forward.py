@@ -26,9 +26,13 @@ TOLERANCE = 1e-5
 """fp32, of the largest entry."""
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 1e4,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 SHAPED_LIKE_LLAMA = {
     "biases": LlamaConfig(**toys.SHAPE, num_hidden_layers=2, attention_bias=True, mlp_bias=True),
     "wide_heads": LlamaConfig(**toys.SHAPE, num_hidden_layers=2, head_dim=24, hidden_act="gelu"),
@@ -51,12 +55,14 @@ REFUSED = {
     "mixtral": (MixtralConfig(**toys.SHAPE, num_hidden_layers=2, num_local_experts=2), "no Linear|other parts"),
     "layers_without_rope": (SmolLM3Config(**toys.SHAPE, num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0]), "differ"),
     "dynamic_rope": (
-        LlamaConfig(**toys.SHAPE, num_hidden_layers=2, rope_parameters={
-            "rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4,
-        }),
+        LlamaConfig(
+            **toys.SHAPE,
+            num_hidden_layers=2,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        ),
         "depends on the length",
     ),
-}  # fmt: skip
+}
 
 
 def random_model(config, dtype=torch.float32):

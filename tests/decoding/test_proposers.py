@@ -180,14 +180,16 @@ def test_a_custom_class_drafts(name):
         (toys.ScriptedProposer(toys.at_random(0)), ValueError, "needs num_speculative_tokens"),
         (
             {
-                "method": "ngram", "num_speculative_tokens": 2, "enable_adaptive_verification": True,
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "enable_adaptive_verification": True,
                 "num_speculative_tokens_per_batch_size": [(1, 8, 0)],
             },
             ValueError,
             "both choose how many tokens",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_draft_is_named(config, error, message):
     with pytest.raises(error, match=message):
         Engine(toys.tiny_model("llama"), config)
@@ -218,8 +220,7 @@ def test_an_acceptance_rule_may_be_named():
 
 
 @pytest.mark.parametrize(
-    ("changes", "options"),
-    [({"verifier_accept_k": 3, "accept_tolerance": 1.0}, {}), ({}, {"rule": "greedy"})],
+    ("changes", "options"), [({"verifier_accept_k": 3, "accept_tolerance": 1.0}, {}), ({}, {"rule": "greedy"})]
 )
 def test_a_rule_that_decodes_greedily_refuses_a_temperature(changes, options):
     engine = Engine(toys.tiny_model("llama"), {**NGRAM, **changes}, **options)
@@ -249,9 +250,12 @@ def test_a_draft_model_draws_from_its_own_law(tmp_path):
     model = toys.tiny_model("llama", vocab_size=VOCAB)
     model.save_pretrained(tmp_path)
     config = {
-        "method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3,
-        "draft_sample_method": "probabilistic", "rejection_sample_method": "standard",
-    }  # fmt: skip
+        "method": "draft_model",
+        "model": str(tmp_path),
+        "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic",
+        "rejection_sample_method": "standard",
+    }
     engine = Engine(model, config)
     params = [SamplingParams(max_tokens=31, temperature=t, seed=i) for i, t in enumerate((0.7, 1.0, 0.0))]
     outputs = engine.generate(toys.prompts(3), params)

@@ -13,28 +13,47 @@ from speculators.interfaces import CaptureSpec
 from speculators.verifier import capture_states
 
 SHAPE = {
-    "vocab_size": toys.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
+    "vocab_size": toys.VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 LINEAR = {
-    "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, **HYBRID,
-}  # fmt: skip
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    **HYBRID,
+}
 MAMBA = {"mamba_n_groups": 1, "mamba_d_state": 8, "mamba_d_head": 8, "mamba_chunk_size": 16}
 CONFIGS = {
     "qwen3_next": {
-        **SHAPE, **LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        **SHAPE,
+        **LINEAR,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
     "qwen3_5_text": {**SHAPE, **LINEAR},
     "mamba2": {
-        "vocab_size": toys.VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8,
-        "state_size": 8, "n_groups": 2, "chunk_size": 16,
+        "vocab_size": toys.VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 8,
+        "head_dim": 8,
+        "state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 16,
     },
     "lfm2": {**SHAPE, "layer_types": ["conv", "full_attention"]},
     "falcon_h1": {**SHAPE, **MAMBA, "mamba_d_ssm": 32, "mamba_n_heads": 4, "head_dim": 8},
-}  # fmt: skip
+}
 NUM_TOKENS = 11
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS)
 

@@ -115,9 +115,12 @@ CASES = [
 def sampled_counts(drafter: str, rule, params: SamplingParams, batch: int) -> dict[tuple[int, ...], int]:
     proposer = DRAFTERS[drafter]()
     engine = Engine(
-        toys.MarkovVerifier(table(0)), proposer, num_speculative_tokens=2 if proposer else None,
-        rule=resolve_rule(rule) if isinstance(rule, str) else rule, max_batch_size=batch,
-    )  # fmt: skip
+        toys.MarkovVerifier(table(0)),
+        proposer,
+        num_speculative_tokens=2 if proposer else None,
+        rule=resolve_rule(rule) if isinstance(rule, str) else rule,
+        max_batch_size=batch,
+    )
     counts: dict[tuple[int, ...], int] = {}
     for output in engine.generate([PROMPT] * NUM_REQUESTS, params):
         counts[tuple(output.token_ids)] = counts.get(tuple(output.token_ids), 0) + 1
@@ -157,8 +160,12 @@ def test_a_rule_that_accepts_a_little_too_much_is_caught():
 def test_rows_of_one_batch_keep_their_own_parameters():
     names = list(PARAMS)
     params = [SamplingParams(max_tokens=NUM_TOKENS, **PARAMS[names[i % 4]]) for i in range(2 * NUM_REQUESTS)]
-    engine = Engine(toys.MarkovVerifier(table(0)), toys.MarkovDrafter(table(5), ragged=True), num_speculative_tokens=2,
-                    max_batch_size=120)  # fmt: skip
+    engine = Engine(
+        toys.MarkovVerifier(table(0)),
+        toys.MarkovDrafter(table(5), ragged=True),
+        num_speculative_tokens=2,
+        max_batch_size=120,
+    )
     outputs = engine.generate([PROMPT] * len(params), params)
     for i, name in enumerate(names):
         counts: dict[tuple[int, ...], int] = {}

@@ -17,17 +17,28 @@ CASES = {
     "eagle3": {"arch": "llama", "target_layer_ids": IDS, "draft_vocab_size": DRAFT_VOCAB, "norm_before_fc": True},
     "eagle3-qwen3": {"arch": "qwen3", "target_layer_ids": [1, 5, 7, 11], "norm_output": True, "fc_norm": True},
     "eagle3-llama-two-aux": {"arch": "llama", "target_layer_ids": [3, 9], "num_layers": 2},
-    "peagle": {"arch": "llama", "target_layer_ids": IDS, "draft_vocab_size": DRAFT_VOCAB, "mask_token_id": 3,
-               "fc_norm": True},
+    "peagle": {
+        "arch": "llama",
+        "target_layer_ids": IDS,
+        "draft_vocab_size": DRAFT_VOCAB,
+        "mask_token_id": 3,
+        "fc_norm": True,
+    },
     "dflash": {"arch": "qwen3", "target_layer_ids": IDS, **BLOCKS},
-    "dflash-sliding": {"arch": "qwen3", "target_layer_ids": IDS, "draft_vocab_size": DRAFT_VOCAB, "num_layers": 2,
-                       "window": 64, **BLOCKS},
+    "dflash-sliding": {
+        "arch": "qwen3",
+        "target_layer_ids": IDS,
+        "draft_vocab_size": DRAFT_VOCAB,
+        "num_layers": 2,
+        "window": 64,
+        **BLOCKS,
+    },
     "dspark": {"arch": "qwen3", "target_layer_ids": IDS, "draft_vocab_size": DRAFT_VOCAB, "markov_rank": 8, **BLOCKS},
     "mtp": {"arch": "llama", "num_speculative_steps": 2},
     "eagle": {"arch": "llama"},
     "medusa": {"arch": "llama", "num_heads": 3},
     "mlp": {"arch": "llama", "n_predict": 3, "inner_dim": 64},
-}  # fmt: skip
+}
 
 
 def draft_map(seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,10 +53,19 @@ def make_checkpoint(case: str, path: Path, verifier: str = VERIFIER, **changes) 
     arguments = {**CASES[case], **changes}
     arch, num_layers, window = (arguments.pop(key, None) for key in ("arch", "num_layers", "window"))
     source = AutoConfig.from_pretrained(verifier)
-    shape = {key: getattr(source, key, None) for key in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "max_position_embeddings", "rope_parameters",
-    )}  # fmt: skip
+    shape = {
+        key: getattr(source, key, None)
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "rope_parameters",
+        )
+    }
     layers = num_layers or 1
     if window:
         shape |= {"sliding_window": window, "use_sliding_window": True, "layer_types": ["sliding_attention"] * layers}
@@ -53,9 +73,12 @@ def make_checkpoint(case: str, path: Path, verifier: str = VERIFIER, **changes) 
     torch.manual_seed(0)
     t2d, d2t = draft_map() if arguments.get("draft_vocab_size") else (None, None)
     model = SpeculatorModel.get_class(case.split("-")[0]).from_training_args(
-        source if case == "mtp" else config, verifier_name_or_path=verifier, t2d=t2d, d2t=d2t,
+        source if case == "mtp" else config,
+        verifier_name_or_path=verifier,
+        t2d=t2d,
+        d2t=d2t,
         **{"draft_vocab_size": None, **arguments},
-    )  # fmt: skip
+    )
     for parameter in model.parameters():  # make every weight matter
         if parameter.requires_grad:
             parameter.data.add_(0.05 * torch.randn_like(parameter))

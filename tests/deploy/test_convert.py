@@ -32,17 +32,30 @@ def save(path: Path, values: dict, tensors: dict[str, torch.Tensor]) -> Path:
 
 def layer(prefix: str, width: int) -> dict[str, torch.Tensor]:
     shapes = {
-        "self_attn.q_proj": (HEADS * WIDTH, width), "self_attn.k_proj": (2 * WIDTH, width),
-        "self_attn.v_proj": (2 * WIDTH, width), "self_attn.o_proj": (HIDDEN, HEADS * WIDTH),
-        "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN), "mlp.down_proj": (HIDDEN, MLP),
-        "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
-    }  # fmt: skip
+        "self_attn.q_proj": (HEADS * WIDTH, width),
+        "self_attn.k_proj": (2 * WIDTH, width),
+        "self_attn.v_proj": (2 * WIDTH, width),
+        "self_attn.o_proj": (HIDDEN, HEADS * WIDTH),
+        "mlp.gate_proj": (MLP, HIDDEN),
+        "mlp.up_proj": (MLP, HIDDEN),
+        "mlp.down_proj": (HIDDEN, MLP),
+        "input_layernorm": (HIDDEN,),
+        "post_attention_layernorm": (HIDDEN,),
+    }
     return {f"{prefix}{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
 
 
-LAYERS = {"hidden_size": HIDDEN, "intermediate_size": MLP, "num_attention_heads": HEADS, "num_key_value_heads": 2,
-          "head_dim": WIDTH, "num_hidden_layers": 1, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-          "max_position_embeddings": 512}  # fmt: skip
+LAYERS = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "head_dim": WIDTH,
+    "num_hidden_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.fixture
@@ -51,11 +64,22 @@ def eagle3_head(tmp_path):
     torch.manual_seed(0)
     t2d, d2t = draft_map()
     tensors = layer("midlayer.", 2 * HIDDEN) | {
-        "midlayer.hidden_norm.weight": torch.randn(HIDDEN), "fc.weight": torch.randn(HIDDEN, 3 * HIDDEN),
-        "norm.weight": torch.randn(HIDDEN), "lm_head.weight": torch.randn(DRAFT_VOCAB, HIDDEN), "d2t": d2t, "t2d": t2d,
-    }  # fmt: skip
-    values = {**LAYERS, "model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"], "vocab_size": 99,
-              "draft_vocab_size": DRAFT_VOCAB, "rope_theta": 5e5, "torch_dtype": "float16"}  # fmt: skip
+        "midlayer.hidden_norm.weight": torch.randn(HIDDEN),
+        "fc.weight": torch.randn(HIDDEN, 3 * HIDDEN),
+        "norm.weight": torch.randn(HIDDEN),
+        "lm_head.weight": torch.randn(DRAFT_VOCAB, HIDDEN),
+        "d2t": d2t,
+        "t2d": t2d,
+    }
+    values = {
+        **LAYERS,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "vocab_size": 99,
+        "draft_vocab_size": DRAFT_VOCAB,
+        "rope_theta": 5e5,
+        "torch_dtype": "float16",
+    }
     return save(tmp_path / "head", values, tensors)
 
 
@@ -106,12 +130,23 @@ def zlab_drafter(tmp_path):
     tensors = {name: tensor for i in range(2) for name, tensor in layer(f"layers.{i}.", HIDDEN).items()} | {
         f"layers.{i}.self_attn.{kind}_norm.weight": torch.randn(WIDTH) for i in range(2) for kind in "qk"
     }
-    tensors |= {"fc.weight": torch.randn(HIDDEN, 2 * HIDDEN), "hidden_norm.weight": torch.randn(HIDDEN),
-                "norm.weight": torch.randn(HIDDEN)}  # fmt: skip
-    values = {**LAYERS, "num_hidden_layers": 2, "model_type": "qwen3", "architectures": ["DFlashDraftModel"],
-              "vocab_size": VOCAB, "block_size": 6, "num_target_layers": 12, "rope_theta": 1e6,
-              "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-              "dflash_config": {"target_layer_ids": [1, 8], "mask_token_id": 7}}  # fmt: skip
+    tensors |= {
+        "fc.weight": torch.randn(HIDDEN, 2 * HIDDEN),
+        "hidden_norm.weight": torch.randn(HIDDEN),
+        "norm.weight": torch.randn(HIDDEN),
+    }
+    values = {
+        **LAYERS,
+        "num_hidden_layers": 2,
+        "model_type": "qwen3",
+        "architectures": ["DFlashDraftModel"],
+        "vocab_size": VOCAB,
+        "block_size": 6,
+        "num_target_layers": 12,
+        "rope_theta": 1e6,
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "dflash_config": {"target_layer_ids": [1, 8], "mask_token_id": 7},
+    }
     return save(tmp_path / "zlab", values, tensors)
 
 
@@ -193,8 +228,15 @@ def test_a_specforge_dspark_is_converted(zlab_drafter, tmp_path):
 def test_an_mlp_speculator_is_converted(tmp_path, trained):
     source = load_file(trained("mlp") / "model.safetensors")
     config = SpeculatorModelConfig.from_pretrained(trained("mlp"))
-    values = {"model_type": "mlp_speculator", "architectures": ["MLPSpeculatorPreTrainedModel"], "vocab_size": VOCAB,
-              "emb_dim": HIDDEN, "inner_dim": 64, "n_predict": 3, "tie_weights": config.tie_weights}  # fmt: skip
+    values = {
+        "model_type": "mlp_speculator",
+        "architectures": ["MLPSpeculatorPreTrainedModel"],
+        "vocab_size": VOCAB,
+        "emb_dim": HIDDEN,
+        "inner_dim": 64,
+        "n_predict": 3,
+        "tie_weights": config.tie_weights,
+    }
     path = save(tmp_path / "fms", values, {f"speculator.{name}": tensor for name, tensor in source.items()})
     written = convert_checkpoint(path, tmp_path / "out", verifier=VERIFIER)
     assert written.speculators_model_type == "mlp" and not check_checkpoint(written.path).findings
@@ -260,7 +302,17 @@ def test_the_helpers_of_earlier_releases(eagle3_head, tmp_path):
 
 
 def test_the_command(eagle3_head, tmp_path):
-    result = run(["convert", str(eagle3_head), "--verifier", VERIFIER, "--output", str(tmp_path / "out"),
-                  "--algorithm-kwargs", '{"norm_before_residual": true}'])  # fmt: skip
+    result = run(
+        [
+            "convert",
+            str(eagle3_head),
+            "--verifier",
+            VERIFIER,
+            "--output",
+            str(tmp_path / "out"),
+            "--algorithm-kwargs",
+            '{"norm_before_residual": true}',
+        ]
+    )
     assert result["speculators_model_type"] == "eagle3" and result["notes"]
     assert SpeculatorModelConfig.from_pretrained(tmp_path / "out").norm_before_residual

@@ -69,10 +69,18 @@ def test_a_dense_dspark_says_where_it_drafts_as_engines_read_it(trained, tmp_pat
 def test_an_mlp_speculator_has_the_names_of_its_authors(trained, tmp_path):
     path = export_checkpoint(trained("mlp"), tmp_path / "fms", profile="mlp_speculator").path
     assert values_of(path) == {
-        "model_type": "mlp_speculator", "architectures": ["MLPSpeculatorPreTrainedModel"], "vocab_size": VOCAB,
-        "emb_dim": HIDDEN, "inner_dim": 64, "n_predict": 3, "tie_weights": True, "scale_input": False,
-        "top_k_tokens_per_head": [5, 4, 3], "n_candidates": 5, "torch_dtype": "bfloat16",
-    }  # fmt: skip
+        "model_type": "mlp_speculator",
+        "architectures": ["MLPSpeculatorPreTrainedModel"],
+        "vocab_size": VOCAB,
+        "emb_dim": HIDDEN,
+        "inner_dim": 64,
+        "n_predict": 3,
+        "tie_weights": True,
+        "scale_input": False,
+        "top_k_tokens_per_head": [5, 4, 3],
+        "n_candidates": 5,
+        "torch_dtype": "bfloat16",
+    }
     assert set(load_file(path / "model.safetensors")) == {
         f"speculator.{name}"
         for name in ("emb.0.weight", "head.0.weight", "ln.0.weight", "ln.0.bias", "proj.0.weight", "proj.1.weight")
@@ -139,8 +147,13 @@ def test_full_layers_are_written_as_engines_must_serve_them(copy_of, tmp_path):
 
 def test_the_card_says_how_to_serve_and_what_was_measured(trained, tmp_path):
     estimate = {"value": 3.05, "low": 2.7, "high": 3.4}
-    row = {"method": "eagle", "num_speculative_tokens": 4, "acceptance_length": estimate, "speedup": estimate,
-           "num_prompts": 20}  # fmt: skip
+    row = {
+        "method": "eagle",
+        "num_speculative_tokens": 4,
+        "acceptance_length": estimate,
+        "speedup": estimate,
+        "num_prompts": 20,
+    }
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"verifier": "v", "dataset": "d", "rows": [row]}))
     exported = export_checkpoint(trained("eagle"), tmp_path / "out", report=report)
@@ -155,8 +168,13 @@ def test_the_card_says_how_to_serve_and_what_was_measured(trained, tmp_path):
 
 def test_a_report_that_lies_near_is_quoted_for_the_checkpoint_it_measured_alone(copy_of, tmp_path):
     estimate = {"value": 3.05, "low": 2.7, "high": 3.4}
-    row = {"method": "eagle", "num_speculative_tokens": 4, "acceptance_length": estimate, "speedup": estimate,
-           "num_prompts": 20}  # fmt: skip
+    row = {
+        "method": "eagle",
+        "num_speculative_tokens": 4,
+        "acceptance_length": estimate,
+        "speedup": estimate,
+        "num_prompts": 20,
+    }
     checkpoint = copy_of("eagle")
     (tmp_path / "checkpoint_best").symlink_to(checkpoint)
     quoted = {}
@@ -172,8 +190,18 @@ def test_a_report_that_lies_near_is_quoted_for_the_checkpoint_it_measured_alone(
 
 
 def test_verifier_and_type_can_be_chosen(trained, tmp_path):
-    result = run(["export", str(trained("eagle3")), "--output", str(tmp_path / "out"), "--dtype", "float32",
-                  "--verifier", VERIFIER])  # fmt: skip
+    result = run(
+        [
+            "export",
+            str(trained("eagle3")),
+            "--output",
+            str(tmp_path / "out"),
+            "--dtype",
+            "float32",
+            "--verifier",
+            VERIFIER,
+        ]
+    )
     assert result["format"] == "speculators" and result["speculative_config"] is None
     assert values_of(tmp_path / "out")["dtype"] == "float32"
     assert load_file(tmp_path / "out" / "model.safetensors")["fc.weight"].dtype == torch.float32
@@ -185,9 +213,15 @@ def mimo_verifier(path: Path) -> Path:
     """A tiny MiMo: Qwen2 whose checkpoint ships an MTP layer."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tensors, layer = load_file(path / "model.safetensors"), "model.layers.0."
     native = {key.replace(layer, "model.mtp_layers.0."): t.clone() for key, t in tensors.items() if layer in key}

@@ -36,9 +36,13 @@ def make_drafter(
     t2d, d2t = draft_maps() if draft_vocab_size != VOCAB else (None, None)
     arguments = {"block_size": 4, "mask_token_id": MASK_TOKEN, "target_layer_ids": [1, 3, 5], **arguments}
     model = SpeculatorModel.get_class(algorithm).from_training_args(
-        config, t2d=t2d, d2t=d2t, draft_vocab_size=draft_vocab_size, verifier_name_or_path=str(verifier_path),
+        config,
+        t2d=t2d,
+        d2t=d2t,
+        draft_vocab_size=draft_vocab_size,
+        verifier_name_or_path=str(verifier_path),
         **arguments,
-    )  # fmt: skip
+    )
     randomise(model, matrix_scale=noise)
     return model
 
@@ -70,6 +74,8 @@ class BlockRequest(Request):
         mask = torch.zeros_like(tokens)
         mask[0, num_known : num_known + len(drafts) + 1] = 1
         return {
-            "hidden_states": states, "input_ids": tokens, "loss_mask": mask,
+            "hidden_states": states,
+            "input_ids": tokens,
+            "loss_mask": mask,
             "verifier_last_hidden_states": torch.zeros(1, tokens.shape[1], HIDDEN),
-        }  # fmt: skip
+        }

@@ -32,11 +32,17 @@ def test_what_slots_see():
     layout = BlockLayout(anchors, document_starts(documents)[anchors], 2)
     everything = Group(0, 4, 0, 7)
     assert picture(layout.visible(everything, LayerSight(None, False))) == [
-        "x......" + "xx..", "x......" + "xx..", "..xxx.." + "..xx", "..xxx.." + "..xx",
-    ]  # fmt: skip
+        "x......" + "xx..",
+        "x......" + "xx..",
+        "..xxx.." + "..xx",
+        "..xxx.." + "..xx",
+    ]
     assert picture(layout.visible(everything, LayerSight(3, True))) == [
-        "x......" + "x...", "x......" + "xx..", "...xx.." + "..x.", "....x.." + "..xx",
-    ]  # fmt: skip
+        "x......" + "x...",
+        "x......" + "xx..",
+        "...xx.." + "..x.",
+        "....x.." + "..xx",
+    ]
 
 
 def tensors(num_columns, anchors, block_size, device="cpu"):

@@ -22,9 +22,18 @@ from speculators.train.run import train
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYER = [
-    "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-    "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-]  # fmt: skip
+    "input_layernorm",
+    "post_attention_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
 
 
 def test_the_class_is_found_by_name():
@@ -159,8 +168,9 @@ def test_configs_no_model_can_be_built_from(values, message):
         transformer_layer_config=Qwen3Config(
             vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, layer_types=values.pop("layer_types", None)
         ),
-        draft_vocab_size=24, **{"aux_hidden_state_layer_ids": [1], **values},
-    )  # fmt: skip
+        draft_vocab_size=24,
+        **{"aux_hidden_state_layer_ids": [1], **values},
+    )
     with pytest.raises(ValueError, match=message):
         DFlashDraftModel(config)
 
@@ -186,9 +196,12 @@ def test_other_decoder_families_are_refused(verifier_path):
 
     with pytest.raises(ValueError, match="--draft-arch qwen3"):
         DFlashDraftModel.from_training_args(
-            LlamaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_attention_heads=4), draft_vocab_size=None,
-            verifier_name_or_path=str(verifier_path), mask_token_id=0, target_layer_ids=[1],
-        )  # fmt: skip
+            LlamaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_attention_heads=4),
+            draft_vocab_size=None,
+            verifier_name_or_path=str(verifier_path),
+            mask_token_id=0,
+            target_layer_ids=[1],
+        )
 
 
 def test_vocabulary_maps_choose_the_heads_rows(drafter):
@@ -216,11 +229,21 @@ def data_path(tmp_path_factory):
 
 def settings(verifier_path, data_path, save_path, **changes):
     return {
-        "speculator_type": "dflash", "verifier_name_or_path": str(verifier_path), "data_path": str(data_path),
-        "save_path": str(save_path), "total_seq_len": 64, "epochs": 6, "hidden_states_dtype": "float32", "lr": 0.01,
-        "num_layers": 1, "block_size": 4, "mask_token_id": MASK_TOKEN, "target_layer_ids": [1, 3, 5],
-        "train_data_ratio": 0.8, **changes,
-    }  # fmt: skip
+        "speculator_type": "dflash",
+        "verifier_name_or_path": str(verifier_path),
+        "data_path": str(data_path),
+        "save_path": str(save_path),
+        "total_seq_len": 64,
+        "epochs": 6,
+        "hidden_states_dtype": "float32",
+        "lr": 0.01,
+        "num_layers": 1,
+        "block_size": 4,
+        "mask_token_id": MASK_TOKEN,
+        "target_layer_ids": [1, 3, 5],
+        "train_data_ratio": 0.8,
+        **changes,
+    }
 
 
 def test_training_from_a_config_alone_lowers_the_loss_and_saves_a_drafter(verifier_path, data_path, tmp_path):
@@ -243,10 +266,17 @@ def test_training_from_a_config_alone_lowers_the_loss_and_saves_a_drafter(verifi
 def test_defaults_of_training():
     flat = TrainConfig.from_flat({"speculator_type": "dflash", "verifier_name_or_path": "x"}).flatten()
     expected = {
-        "num_layers": 5, "draft_arch": "qwen3", "loss_fn": "ce", "block_size": 16, "max_anchors": 512,
-        "per_position_loss_weight": "dpace", "dpace_alpha": 0.5, "dflash_decay_gamma": 4.0, "sample_from_anchor": False,
+        "num_layers": 5,
+        "draft_arch": "qwen3",
+        "loss_fn": "ce",
+        "block_size": 16,
+        "max_anchors": 512,
+        "per_position_loss_weight": "dpace",
+        "dpace_alpha": 0.5,
+        "dflash_decay_gamma": 4.0,
+        "sample_from_anchor": False,
         "sliding_window_non_causal": False,
-    }  # fmt: skip
+    }
     assert {key: flat[key] for key in expected} == expected
     train_kwargs, val_kwargs = DFlashDraftModel.get_trainer_kwargs(**flat)
     assert train_kwargs == val_kwargs and train_kwargs is not val_kwargs

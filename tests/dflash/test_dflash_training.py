@@ -28,9 +28,13 @@ ROUTES = ["eager", "sdpa"]
 def naive_of(model, causal):
     config = model.config
     return NaiveDFlash(
-        model.state_dict(), config.transformer_layer_config, block_size=config.block_size, mask_token=MASK_TOKEN,
-        from_anchor=config.sample_from_anchor, causal=causal,
-    )  # fmt: skip
+        model.state_dict(),
+        config.transformer_layer_config,
+        block_size=config.block_size,
+        mask_token=MASK_TOKEN,
+        from_anchor=config.sample_from_anchor,
+        causal=causal,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,9 +52,13 @@ def test_loss_gradients_and_metrics_equal_loops_over_the_formulas(drafter, case)
         model.config.transformer_layer_config._attn_implementation = route
         model.zero_grad()
         _, loss, metrics = model(
-            **batch, loss_fn=LOSS_FN[row_loss], gamma=3.0, dpace_alpha=0.4, max_anchors=100,
+            **batch,
+            loss_fn=LOSS_FN[row_loss],
+            gamma=3.0,
+            dpace_alpha=0.4,
+            max_anchors=100,
             per_position_loss_weight="dpace" if weighting == "dpace" else "fixed-exp-decay",
-        )  # fmt: skip
+        )
         loss.backward()
         torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
         trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -120,16 +128,26 @@ def test_slots_past_a_document_do_not_count():
     """Hand-worked: documents a a a a | b b b b b b, all supervised, blocks of 3."""
     batch = packed_batch([4, 6], padding=3, supervised=2.0)
     row = PackedBatch.of(
-        batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"],
-        batch["document_ids"], None,
-    )  # fmt: skip
+        batch["hidden_states"],
+        batch["input_ids"],
+        batch["loss_mask"],
+        batch["verifier_last_hidden_states"],
+        batch["document_ids"],
+        None,
+    )
     blocks = choose_blocks(row, 3, first_slot=1, max_anchors=99, generator=None)
     counts = dict(zip(blocks.anchors_P.tolist(), blocks.counts_PS.int().tolist(), strict=True))
     # column 3 (the last of a) and 9 (the last of b) have no slot inside their document, so they are no anchors
     assert counts == {
-        0: [0, 1, 1], 1: [0, 1, 1], 2: [0, 1, 0],
-        4: [0, 1, 1], 5: [0, 1, 1], 6: [0, 1, 1], 7: [0, 1, 1], 8: [0, 1, 0],
-    }  # fmt: skip
+        0: [0, 1, 1],
+        1: [0, 1, 1],
+        2: [0, 1, 0],
+        4: [0, 1, 1],
+        5: [0, 1, 1],
+        6: [0, 1, 1],
+        7: [0, 1, 1],
+        8: [0, 1, 0],
+    }
     assert blocks.target_index_PS[0].tolist()[1:] == [0, 1]  # x[1] is predicted by state 0
 
     blocks = choose_blocks(row, 3, first_slot=0, max_anchors=99, generator=None)
@@ -141,9 +159,13 @@ def test_slots_past_a_document_do_not_count():
 def test_anchors_are_drawn_reproducibly_from_the_supervised_columns():
     batch = packed_batch([60, 60], seed=4, padding=5, supervised=0.5)
     row = PackedBatch.of(
-        batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"],
-        batch["document_ids"], batch["position_ids"],
-    )  # fmt: skip
+        batch["hidden_states"],
+        batch["input_ids"],
+        batch["loss_mask"],
+        batch["verifier_last_hidden_states"],
+        batch["document_ids"],
+        batch["position_ids"],
+    )
 
     def drawn(seed):
         return choose_blocks(row, 4, 1, 10, torch.Generator().manual_seed(seed)).anchors_P

@@ -69,9 +69,14 @@ def test_every_field_is_written(drafter, tmp_path):
     drafter().save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     expected = {
-        "sample_from_anchor": True, "sliding_window_non_causal": False, "markov_rank": 5, "markov_head_type": "vanilla",
-        "enable_confidence_head": True, "confidence_head_with_markov": True, "block_size": 4,
-    }  # fmt: skip
+        "sample_from_anchor": True,
+        "sliding_window_non_causal": False,
+        "markov_rank": 5,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "block_size": 4,
+    }
     assert {key: values[key] for key in expected} == expected
     assert values["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
 
@@ -97,11 +102,19 @@ def test_heads_that_engines_do_not_load_are_warned_about(drafter, tmp_path, capl
 def test_defaults_of_training():
     flat = TrainConfig.from_flat({"speculator_type": "dspark", "verifier_name_or_path": "x"}).flatten()
     expected = {
-        "num_layers": 5, "draft_arch": "qwen3", "loss_fn": "kl_div", "block_size": 8, "max_anchors": 512,
-        "per_position_loss_weight": "fixed-exp-decay", "sample_from_anchor": True, "markov_rank": 256,
-        "markov_head_type": "vanilla", "enable_confidence_head": True, "confidence_head_with_markov": True,
+        "num_layers": 5,
+        "draft_arch": "qwen3",
+        "loss_fn": "kl_div",
+        "block_size": 8,
+        "max_anchors": 512,
+        "per_position_loss_weight": "fixed-exp-decay",
+        "sample_from_anchor": True,
+        "markov_rank": 256,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
         "confidence_head_alpha": 1.0,
-    }  # fmt: skip
+    }
     assert {key: flat[key] for key in expected} == expected
     train_kwargs, val_kwargs = DSparkDraftModel.get_trainer_kwargs(**flat)
     assert train_kwargs == val_kwargs and train_kwargs is not val_kwargs

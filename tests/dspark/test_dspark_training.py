@@ -17,20 +17,26 @@ CASES = {
     "rnn": {"markov_head_type": "rnn"},
     "rnn, anchor slot unused": {"markov_head_type": "rnn", "sample_from_anchor": False},
     "vanilla, anchor slot unused, confidence from the state": {
-        "sample_from_anchor": False, "confidence_head_with_markov": False,
+        "sample_from_anchor": False,
+        "confidence_head_with_markov": False,
     },
     "sliding and full": MIXED,
-}  # fmt: skip
+}
 
 
 def naive_of(model):
     config = model.config
     kinds = config.transformer_layer_config.layer_types
     return NaiveDSpark(
-        model.state_dict(), config.transformer_layer_config, block_size=config.block_size, mask_token=MASK_TOKEN,
-        from_anchor=config.sample_from_anchor, causal=[kind == "sliding_attention" for kind in kinds],
-        kind=config.markov_head_type, confidence_reads_markov=config.confidence_head_with_markov,
-    )  # fmt: skip
+        model.state_dict(),
+        config.transformer_layer_config,
+        block_size=config.block_size,
+        mask_token=MASK_TOKEN,
+        from_anchor=config.sample_from_anchor,
+        causal=[kind == "sliding_attention" for kind in kinds],
+        kind=config.markov_head_type,
+        confidence_reads_markov=config.confidence_head_with_markov,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -49,9 +55,14 @@ def test_loss_gradients_and_metrics_equal_loops_over_the_formulas(drafter, case)
         model.config.transformer_layer_config._attn_implementation = route
         model.zero_grad()
         _, loss, metrics = model(
-            **batch, loss_fn="ce" if use_ce else "kl_div", gamma=3.0, dpace_alpha=0.4, confidence_head_alpha=0.7,
-            per_position_loss_weight="dpace" if use_ce else "fixed-exp-decay", max_anchors=100,
-        )  # fmt: skip
+            **batch,
+            loss_fn="ce" if use_ce else "kl_div",
+            gamma=3.0,
+            dpace_alpha=0.4,
+            confidence_head_alpha=0.7,
+            per_position_loss_weight="dpace" if use_ce else "fixed-exp-decay",
+            max_anchors=100,
+        )
         loss.backward()
         torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(metrics["confidence_loss_sum"].double(), confidence_loss, atol=1e-5, rtol=1e-5)
@@ -81,10 +92,12 @@ def check_metrics(metrics, found, naive):
         runs.append(run)
         promised.append(promise)
     expected = {
-        "accept_rate": (sum(rates), len(rates)), "accept_len": (sum(runs), len(runs)),
-        "confidence_abs_error": (sum(errors), len(errors)), "confidence_pred_mean": (sum(predictions), len(errors)),
+        "accept_rate": (sum(rates), len(rates)),
+        "accept_len": (sum(runs), len(runs)),
+        "confidence_abs_error": (sum(errors), len(errors)),
+        "confidence_pred_mean": (sum(predictions), len(errors)),
         "confidence_cumprod_bias": (sum(promised) - sum(runs), len(runs)),
-    }  # fmt: skip
+    }
     for name, (total, count) in expected.items():
         assert float(metrics[f"{name}_sum"]) == pytest.approx(total, abs=1e-4), name
         assert metrics[f"{name}_total"] == count, name
@@ -115,9 +128,14 @@ def test_the_split_head_equals_autograd_over_all_logits(implementation, loss):
     frozen, target_hidden, target_head, row_weight = random(11, 6), random(20, 6), random(11, 6), random(50)
     index = torch.randint(0, 20, (50,), generator=generator)
     losses = split_row_losses(
-        hidden, features, SplitHead(frozen, trained), HeadTargets(target_hidden, target_head), index,
-        resolve_loss_config(loss, implementation), chunk_elements=64,
-    )  # fmt: skip
+        hidden,
+        features,
+        SplitHead(frozen, trained),
+        HeadTargets(target_hidden, target_head),
+        index,
+        resolve_loss_config(loss, implementation),
+        chunk_elements=64,
+    )
     grads = torch.autograd.grad(losses.loss_N @ row_weight, (hidden, features, trained))
 
     logits, targets = hidden @ frozen.T + features @ trained.T, (target_hidden @ target_head.T)[index]

@@ -50,18 +50,22 @@ def test_config_json(make_drafter, verifier_path, tmp_path):
         ["full_attention"],
     )
     assert config == {
-        "architectures": ["EagleSpeculator", "LlamaDecoderLayer"], "dtype": "float32", "fusion_bias": False,
+        "architectures": ["EagleSpeculator", "LlamaDecoderLayer"],
+        "dtype": "float32",
+        "fusion_bias": False,
         "layernorms": False,
         "speculators_config": {
-            "algorithm": "eagle", "default_proposal_method": "greedy",
+            "algorithm": "eagle",
+            "default_proposal_method": "greedy",
             "proposal_methods": [
                 {"accept_tolerance": 0.0, "proposal_type": "greedy", "speculative_tokens": 5, "verifier_accept_k": 1}
             ],
             "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": str(verifier_path)},
         },
-        "speculators_model_type": "eagle", "tie_word_embeddings": False,
+        "speculators_model_type": "eagle",
+        "tie_word_embeddings": False,
         "transformer_layer_architecture": "LlamaDecoderLayer",
-    }  # fmt: skip
+    }
 
 
 def test_config_defaults_and_architectures():
@@ -203,10 +207,12 @@ def test_native_tensors_decide_bias_and_norms(make_drafter, tmp_path):
     """A file as EAGLE-1 published them: embedding inside, a bias on fc; and one with the extra norms."""
     model = make_drafter(layernorms=True, fusion_bias=True)
     names = {
-        "fusion_fc.weight": "fc.weight", "fusion_fc.bias": "fc.bias", "embedding_layernorm.weight":
-        "embed_layernorm.weight", "pre_lm_head_layernorm.weight": "lm_head_layernorm.weight",
+        "fusion_fc.weight": "fc.weight",
+        "fusion_fc.bias": "fc.bias",
+        "embedding_layernorm.weight": "embed_layernorm.weight",
+        "pre_lm_head_layernorm.weight": "lm_head_layernorm.weight",
         "transformer.input_layernorm.weight": "hidden_layernorm.weight",
-    }  # fmt: skip
+    }
     native = {names.get(k, k.replace("transformer.", "layers.0.")): v for k, v in model.state_dict().items()}
     save_file({**native, "embed_tokens.weight": torch.zeros(VOCAB, HIDDEN)}, tmp_path / "model.safetensors")
     nested = model.config.transformer_layer_config.to_dict()

@@ -34,9 +34,12 @@ def test_drafts_equal_loops_over_the_formulas(make_drafter, verifier):
     request = Request(4, 5)
     proposal = model.make_proposer(verifier, max_batch_size=1, max_length=64).propose(commit([request]), 3, sampled(1))
     naive = NaiveEagle(
-        model.state_dict(), model.config.transformer_layer_config, verifier.model.embed_tokens.weight,
-        verifier.lm_head.weight, verifier.model.norm.weight,
-    )  # fmt: skip
+        model.state_dict(),
+        model.config.transformer_layer_config,
+        verifier.model.embed_tokens.weight,
+        verifier.lm_head.weight,
+        verifier.model.norm.weight,
+    )
     tokens = [*request.tokens[1:], *proposal.token_ids_BK[0].tolist()]
     features = [naive.feature(state) for state in request.states[:4]]
     entries, q = [], []

@@ -22,14 +22,25 @@ QUIET = {"feature_noise": 0.0}
 
 def naive_of(model, verifier):
     return NaiveEagle(
-        model.state_dict(), model.config.transformer_layer_config, verifier.model.embed_tokens.weight,
-        verifier.lm_head.weight, verifier.model.norm.weight,
-    )  # fmt: skip
+        model.state_dict(),
+        model.config.transformer_layer_config,
+        verifier.model.embed_tokens.weight,
+        verifier.lm_head.weight,
+        verifier.model.norm.weight,
+    )
 
 
 def kwargs_of(**changes):
-    settings = {"loss_fn": "kl_div", "distillation_weight": 0.4, "top_k_weight": 0.7, "top_k": 5,
-                "regression_weight": 1.3, "ttt_steps": 3, "detach_steps": True, **QUIET}  # fmt: skip
+    settings = {
+        "loss_fn": "kl_div",
+        "distillation_weight": 0.4,
+        "top_k_weight": 0.7,
+        "top_k": 5,
+        "regression_weight": 1.3,
+        "ttt_steps": 3,
+        "detach_steps": True,
+        **QUIET,
+    }
     return EagleSpeculator.get_trainer_kwargs(**{**settings, **changes})[0]
 
 
@@ -114,9 +125,13 @@ def test_align_pairs_each_token_with_the_state_before_it():
     """Hand-worked: tokens 0 10 20 30; states named by their position."""
     column = torch.arange(4)
     sample = {
-        "input_ids": column * 10, "hidden_states": torch.zeros(4, 0), "loss_mask": torch.tensor([0, 0, 1, 1]),
-        "verifier_last_hidden_states": column[:, None].float(), "position_ids": column, "lengths": torch.tensor([4]),
-    }  # fmt: skip
+        "input_ids": column * 10,
+        "hidden_states": torch.zeros(4, 0),
+        "loss_mask": torch.tensor([0, 0, 1, 1]),
+        "verifier_last_hidden_states": column[:, None].float(),
+        "position_ids": column,
+        "lengths": torch.tensor([4]),
+    }
     aligned = align(sample)
     assert aligned["input_ids"].tolist() == [10, 20, 30]
     assert aligned["hidden_states"].flatten().tolist() == [0, 1, 2]

@@ -28,9 +28,12 @@ def make_drafter(verifier_path):
         t2d, d2t = draft_maps() if draft_vocab_size != VOCAB else (None, None)
         arguments = {"norm_before_residual": True, "ttt_steps": 3, "target_layer_ids": [1, 3, 5], **arguments}
         model = Eagle3DraftModel.from_training_args(
-            config, t2d=t2d, d2t=d2t, draft_vocab_size=draft_vocab_size,
+            config,
+            t2d=t2d,
+            d2t=d2t,
+            draft_vocab_size=draft_vocab_size,
             **{"verifier_name_or_path": str(verifier_path), **arguments},
-        )  # fmt: skip
+        )
         randomise(model)
         return model
 

@@ -70,8 +70,9 @@ class NaiveEagle3:
                     place = positions[i] + s
                     queries.append(self.heads(layer, "q", inputs[i], place))
                     memory[layer][s][i] = (
-                        self.heads(layer, "k", inputs[i], place), self.heads(layer, "v", inputs[i], place)
-                    )  # fmt: skip
+                        self.heads(layer, "k", inputs[i], place),
+                        self.heads(layer, "v", inputs[i], place),
+                    )
                 for i in range(length):
                     window = self.window(layer)
                     visible = [

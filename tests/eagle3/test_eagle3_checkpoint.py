@@ -80,27 +80,54 @@ def test_config_json_says_everything_an_engine_reads(make_drafter, verifier_path
     for key in ("speculators_version", "transformers_version"):
         assert config.pop(key)
     assert config.pop("transformer_layer_config") == {
-        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 6,
-        "hidden_act": "silu", "hidden_size": 16, "initializer_range": 0.02, "intermediate_size": 24,
-        "layer_types": ["full_attention"], "max_position_embeddings": 256, "mlp_bias": False, "model_type": "llama",
-        "num_attention_heads": 4, "num_hidden_layers": 1, "num_key_value_heads": 2, "pad_token_id": None,
-        "pretraining_tp": 1, "rms_norm_eps": 1e-06, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        "sliding_window": None, "tie_word_embeddings": False, "use_cache": True, "use_sliding_window": False,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": 6,
+        "hidden_act": "silu",
+        "hidden_size": 16,
+        "initializer_range": 0.02,
+        "intermediate_size": 24,
+        "layer_types": ["full_attention"],
+        "max_position_embeddings": 256,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 2,
+        "pad_token_id": None,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "use_sliding_window": False,
         "vocab_size": 40,
-    }  # fmt: skip
+    }
     assert config == {
-        "architectures": ["Eagle3DraftModel"], "draft_vocab_size": 24, "dtype": "float32",
-        "eagle_aux_hidden_state_layer_ids": [1, 3, 5], "embed_requires_grad": False, "fc_norm": False,
-        "norm_before_fc": True, "norm_before_residual": True, "norm_output": True,
+        "architectures": ["Eagle3DraftModel"],
+        "draft_vocab_size": 24,
+        "dtype": "float32",
+        "eagle_aux_hidden_state_layer_ids": [1, 3, 5],
+        "embed_requires_grad": False,
+        "fc_norm": False,
+        "norm_before_fc": True,
+        "norm_before_residual": True,
+        "norm_output": True,
         "speculators_config": {
-            "algorithm": "eagle3", "default_proposal_method": "greedy",
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
             "proposal_methods": [
                 {"accept_tolerance": 0.0, "proposal_type": "greedy", "speculative_tokens": 4, "verifier_accept_k": 1}
             ],
             "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": str(verifier_path)},
         },
-        "speculators_model_type": "eagle3", "target_hidden_size": None, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "speculators_model_type": "eagle3",
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+    }
 
 
 def test_llama_drafts_with_other_than_three_aux_layers_say_so_where_engines_look(make_drafter):
@@ -194,9 +221,13 @@ def test_shift_pairs_each_token_with_the_state_before_it():
     """Hand-worked: tokens 0 1 2 3; state and target columns named by their position."""
     column = torch.arange(4)
     sample = {
-        "input_ids": column * 10, "hidden_states": column[:, None].float(), "loss_mask": torch.tensor([0, 0, 1, 1]),
-        "verifier_last_hidden_states": column[:, None].float(), "position_ids": column, "lengths": torch.tensor([4]),
-    }  # fmt: skip
+        "input_ids": column * 10,
+        "hidden_states": column[:, None].float(),
+        "loss_mask": torch.tensor([0, 0, 1, 1]),
+        "verifier_last_hidden_states": column[:, None].float(),
+        "position_ids": column,
+        "lengths": torch.tensor([4]),
+    }
     shifted = shift_batch(sample)
     assert shifted["input_ids"].tolist() == [10, 20, 30]
     assert shifted["hidden_states"].flatten().tolist() == [0, 1, 2]
@@ -228,9 +259,14 @@ def test_layers_to_read_that_a_config_leaves_open_are_chosen_by_its_verifier(mak
     """[2, n // 2, n - 3] of 8 layers, as engines choose; written down when saved again."""
     torch.manual_seed(0)
     deep = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=32,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     LlamaForCausalLM(deep).save_pretrained(tmp_path / "deep")
     make_drafter(verifier_name_or_path=str(tmp_path / "deep")).save_pretrained(tmp_path / "drafter")
     file = tmp_path / "drafter" / "config.json"

@@ -49,8 +49,23 @@ def verifier_model(verifier):
 def data(verifier, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("data")
     responses = str(folder / "responses.jsonl")
-    run(["regenerate-responses", "--model", verifier, "--data", str(assets.prompts_path("train")),
-         "--output", responses, "--limit", "150", "--max-tokens", "96", "--batch-size", "50"])  # fmt: skip
+    run(
+        [
+            "regenerate-responses",
+            "--model",
+            verifier,
+            "--data",
+            str(assets.prompts_path("train")),
+            "--output",
+            responses,
+            "--limit",
+            "150",
+            "--max-tokens",
+            "96",
+            "--batch-size",
+            "50",
+        ]
+    )
     run(["prepare-data", "--model", verifier, "--data", responses, "--output", str(folder / "prepared")])
     return str(folder / "prepared")
 

@@ -30,9 +30,13 @@ MIN_COUNT = 10
 
 def run_of(verifier, prompt, seed, speculative_config=None) -> VllmRun:
     return VllmRun(
-        verifier, [prompt] * NUM_SAMPLES, NUM_TOKENS, speculative_config=speculative_config,
-        sampling={"temperature": TEMPERATURE}, engine={"seed": seed, "max_num_seqs": 64},
-    )  # fmt: skip
+        verifier,
+        [prompt] * NUM_SAMPLES,
+        NUM_TOKENS,
+        speculative_config=speculative_config,
+        sampling={"temperature": TEMPERATURE},
+        engine={"seed": seed, "max_num_seqs": 64},
+    )
 
 
 def drafting(noisy_copy, **how):

@@ -60,9 +60,12 @@ def decoded(request, vllm_python, verifier, verifier_model, prompts, checkpoints
         else:
             drafting = here
         engine = Engine(
-            verifier_model, drafting, num_speculative_tokens=here["num_speculative_tokens"], max_batch_size=BATCH_SIZE,
+            verifier_model,
+            drafting,
+            num_speculative_tokens=here["num_speculative_tokens"],
+            max_batch_size=BATCH_SIZE,
             max_length=512,
-        )  # fmt: skip
+        )
         ours[case] = engine.generate(prompts, SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True))
     theirs = dict(zip(runs, decode_in_vllm(vllm_python, list(runs.values())), strict=True))
     assert theirs["plain"].error is None, theirs["plain"].error

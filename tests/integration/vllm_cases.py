@@ -47,11 +47,7 @@ DSPARK = Trained("dspark", ("--block-size", "4", "--num-layers", "1", "--draft-v
 NGRAM_SIZES = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
 SUFFIX = {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
 """Earlier answers left out: which of them are there depends on the order in which a batch ends."""
-UNTRAINED = {
-    "draft_model": {"method": "draft_model"},
-    "suffix": SUFFIX,
-    "ngram": {"method": "ngram", **NGRAM_SIZES},
-}
+UNTRAINED = {"draft_model": {"method": "draft_model"}, "suffix": SUFFIX, "ngram": {"method": "ngram", **NGRAM_SIZES}}
 """ngram last: it loads numba, after which vLLM 0.32 cannot set up draft_model in the same process."""
 
 
@@ -70,6 +66,15 @@ class Decoded:
 
 def train_flags(case: Trained, verifier: str, data: str, save_path: Any) -> list[str]:
     return [
-        "train", "--speculator-type", case.speculator_type, "--verifier-name-or-path", verifier, "--data-path", data,
-        "--save-path", str(save_path), *RECIPE, *case.flags,
-    ]  # fmt: skip
+        "train",
+        "--speculator-type",
+        case.speculator_type,
+        "--verifier-name-or-path",
+        verifier,
+        "--data-path",
+        data,
+        "--save-path",
+        str(save_path),
+        *RECIPE,
+        *case.flags,
+    ]

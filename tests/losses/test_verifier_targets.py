@@ -17,11 +17,18 @@ VERIFIERS = {
     "soft cap, 1 + w": ("gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8, "sliding_window": 64}),
     "scale": ("granite", {"logits_scaling": 2.5, "tie_word_embeddings": False}),
     "plain": ("llama", {"tie_word_embeddings": False}),
-    "1 + w": ("qwen3_5_text", {
-        "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 4,
-        "linear_value_head_dim": 4, "tie_word_embeddings": False,
-    }),
-}  # fmt: skip
+    "1 + w": (
+        "qwen3_5_text",
+        {
+            "head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 4,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
 DRAFTERS = ("eagle3", "peagle", "dflash", "dspark", "eagle", "medusa", "mlp")
 CASES = [(drafter, verifier) for drafter in DRAFTERS for verifier in VERIFIERS if verifier != "plain"]
 # An MTP layer has its verifier's shape: of families whose layers exist, none caps or scales.
@@ -37,10 +44,20 @@ def verifiers(tmp_path_factory):
             torch.manual_seed(0)
             model_type, fields = VERIFIERS[name]
             config = AutoConfig.for_model(
-                model_type, vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4,
-                eos_token_id=None, bos_token_id=None, pad_token_id=None, **fields,
-            )  # fmt: skip
+                model_type,
+                vocab_size=VOCAB,
+                hidden_size=HIDDEN,
+                intermediate_size=24,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                initializer_range=0.4,
+                eos_token_id=None,
+                bos_token_id=None,
+                pad_token_id=None,
+                **fields,
+            )
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
             model.model.norm.weight.data += 0.5 * torch.randn(HIDDEN)
             made[name] = tmp_path_factory.mktemp(model_type), model
@@ -53,15 +70,26 @@ def verifiers(tmp_path_factory):
 def drafter_of(name, path):
     kind = Qwen3Config if name in ("dflash", "dspark") else LlamaConfig
     nested = kind(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4, max_position_embeddings=64,
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=64,
         rms_norm_eps=AutoConfig.from_pretrained(path).rms_norm_eps,
-    )  # fmt: skip
+    )
     return SpeculatorModel.get_class(name).from_training_args(
         AutoConfig.from_pretrained(path) if name == "mtp" else nested,
-        t2d=None, d2t=None, draft_vocab_size=VOCAB, verifier_name_or_path=str(path), target_layer_ids=[1, 2, 3],
-        block_size=4, mask_token_id=VOCAB - 1,
-    )  # fmt: skip
+        t2d=None,
+        d2t=None,
+        draft_vocab_size=VOCAB,
+        verifier_name_or_path=str(path),
+        target_layer_ids=[1, 2, 3],
+        block_size=4,
+        mask_token_id=VOCAB - 1,
+    )
 
 
 @pytest.mark.parametrize(("drafter", "verifier"), CASES)

@@ -41,17 +41,24 @@ def test_config_json_is_exactly_this(make_drafter, verifier_path, tmp_path):
     for key in ("speculators_version", "transformers_version"):
         assert config.pop(key)
     assert config == {
-        "architectures": ["MedusaDraftModel"], "dtype": "float32", "hidden_size": HIDDEN, "num_heads": 3,
-        "num_hidden_layers": 2, "rms_norm_eps": 1e-4, "vocab_size": VOCAB,
+        "architectures": ["MedusaDraftModel"],
+        "dtype": "float32",
+        "hidden_size": HIDDEN,
+        "num_heads": 3,
+        "num_hidden_layers": 2,
+        "rms_norm_eps": 1e-4,
+        "vocab_size": VOCAB,
         "speculators_config": {
-            "algorithm": "medusa", "default_proposal_method": "greedy",
+            "algorithm": "medusa",
+            "default_proposal_method": "greedy",
             "proposal_methods": [
                 {"accept_tolerance": 0.0, "proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1}
             ],
             "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": str(verifier_path)},
         },
-        "speculators_model_type": "medusa", "tie_word_embeddings": False,
-    }  # fmt: skip
+        "speculators_model_type": "medusa",
+        "tie_word_embeddings": False,
+    }
     assert SpeculatorModelConfig.from_dict(MedusaSpeculatorConfig().to_dict()) == MedusaSpeculatorConfig()
 
 
@@ -60,9 +67,15 @@ def test_vllms_directory_and_back(make_drafter, verifier_path, tmp_path):
     model.save_native(tmp_path)
     assert set(load_file(tmp_path / "model.safetensors")) == KEYS
     assert json.loads((tmp_path / "config.json").read_text()) == {
-        "architectures": ["MedusaModel"], "dtype": "float32", "hidden_size": HIDDEN, "medusa_fc_bias": True,
-        "model_type": "medusa", "num_heads": 3, "num_hidden_layers": 2, "vocab_size": VOCAB,
-    }  # fmt: skip
+        "architectures": ["MedusaModel"],
+        "dtype": "float32",
+        "hidden_size": HIDDEN,
+        "medusa_fc_bias": True,
+        "model_type": "medusa",
+        "num_heads": 3,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCAB,
+    }
     assert same_drafts(model, MedusaDraftModel.from_native(tmp_path, verifier=str(verifier_path)))
 
 

@@ -92,9 +92,13 @@ def test_bf16_autocast_stays_close_to_fp32(make_drafter):
 def test_align_gives_the_last_states_and_shifts_nothing():
     column = torch.arange(4)
     sample = {
-        "input_ids": column, "hidden_states": torch.zeros(4, 0), "loss_mask": column, "lengths": torch.tensor([4]),
-        "verifier_last_hidden_states": torch.randn(4, HIDDEN), "position_ids": column,
-    }  # fmt: skip
+        "input_ids": column,
+        "hidden_states": torch.zeros(4, 0),
+        "loss_mask": column,
+        "lengths": torch.tensor([4]),
+        "verifier_last_hidden_states": torch.randn(4, HIDDEN),
+        "position_ids": column,
+    }
     aligned = MedusaDraftModel.align(sample)
     assert aligned["hidden_states"] is sample["verifier_last_hidden_states"] and aligned["input_ids"] is column
     assert set(aligned) == set(sample) - {"verifier_last_hidden_states"}
@@ -113,11 +117,29 @@ def test_the_command_line_trains_it(tmp_path, verifier_path, loss_fn):
             losses.append(event.metrics["loss"])
 
     argv = [
-        "--speculator-type", "medusa", "--verifier-name-or-path", str(verifier_path), "--num-heads", "2",
-        "--data-path", str(tmp_path / "data"), "--save-path", str(tmp_path / "run"), "--total-seq-len", "128",
-        "--epochs", "15", "--lr", "0.01", "--train-data-ratio", "1.0", "--hidden-states-dtype", "float32",
-        "--loss-fn", loss_fn,
-    ]  # fmt: skip
+        "--speculator-type",
+        "medusa",
+        "--verifier-name-or-path",
+        str(verifier_path),
+        "--num-heads",
+        "2",
+        "--data-path",
+        str(tmp_path / "data"),
+        "--save-path",
+        str(tmp_path / "run"),
+        "--total-seq-len",
+        "128",
+        "--epochs",
+        "15",
+        "--lr",
+        "0.01",
+        "--train-data-ratio",
+        "1.0",
+        "--hidden-states-dtype",
+        "float32",
+        "--loss-fn",
+        loss_fn,
+    ]
     result = train(TrainConfig.resolve(argv), on_event=listen)
     assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
     assert result.acceptance_length is not None and 1.0 < result.acceptance_length <= 3.0

@@ -38,17 +38,26 @@ def test_config_json_is_exactly_this(make_drafter, verifier_path, tmp_path):
     for key in ("speculators_version", "transformers_version"):
         assert config.pop(key)
     assert config == {
-        "architectures": ["MLPSpeculator"], "dtype": "float32", "hidden_size": HIDDEN, "intermediate_size": 12,
-        "num_layers": 3, "rms_norm_eps": 1e-4, "scale_input": False, "tie_weights": True, "vocab_size": VOCAB,
+        "architectures": ["MLPSpeculator"],
+        "dtype": "float32",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 12,
+        "num_layers": 3,
+        "rms_norm_eps": 1e-4,
+        "scale_input": False,
+        "tie_weights": True,
+        "vocab_size": VOCAB,
         "speculators_config": {
-            "algorithm": "mlp", "default_proposal_method": "greedy",
+            "algorithm": "mlp",
+            "default_proposal_method": "greedy",
             "proposal_methods": [
                 {"accept_tolerance": 0.0, "proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1}
             ],
             "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": str(verifier_path)},
         },
-        "speculators_model_type": "mlp", "tie_word_embeddings": False,
-    }  # fmt: skip
+        "speculators_model_type": "mlp",
+        "tie_word_embeddings": False,
+    }
 
 
 def test_class_defaults_and_old_names():

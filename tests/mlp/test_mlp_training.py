@@ -90,11 +90,29 @@ def test_the_command_line_trains_it(tmp_path, verifier_path):
             losses.append(event.metrics["loss"])
 
     argv = [
-        "--speculator-type", "mlp", "--verifier-name-or-path", str(verifier_path), "--n-predict", "2",
-        "--data-path", str(tmp_path / "data"), "--save-path", str(tmp_path / "run"), "--total-seq-len", "128",
-        "--epochs", "15", "--lr", "0.03", "--train-data-ratio", "1.0", "--hidden-states-dtype", "float32",
-        "--loss-fn", "ce",
-    ]  # fmt: skip
+        "--speculator-type",
+        "mlp",
+        "--verifier-name-or-path",
+        str(verifier_path),
+        "--n-predict",
+        "2",
+        "--data-path",
+        str(tmp_path / "data"),
+        "--save-path",
+        str(tmp_path / "run"),
+        "--total-seq-len",
+        "128",
+        "--epochs",
+        "15",
+        "--lr",
+        "0.03",
+        "--train-data-ratio",
+        "1.0",
+        "--hidden-states-dtype",
+        "float32",
+        "--loss-fn",
+        "ce",
+    ]
     config = TrainConfig.resolve(argv)
     assert config.flatten()["optimizer"] == "adamw"
     result = train(config, on_event=listen)

@@ -100,9 +100,7 @@ class NaiveMTP:
         """q of each draft after `tokens`, the drafts before it being what they were. states[i] is y of token i."""
         entries = []
         for i in range(len(tokens) - 1):
-            entries.append(
-                self.entry(tokens[i + 1], self.verifier_state(states[i]), i, self.zero_first and i == 0)
-            )  # fmt: skip
+            entries.append(self.entry(tokens[i + 1], self.verifier_state(states[i]), i, self.zero_first and i == 0))
         probs = []
         for k, draft in enumerate(drafts):
             residual, queries, _ = entries[-1]
@@ -115,9 +113,10 @@ class NaiveMTP:
 def naive_of(model, verifier):
     weights = {name: w for name, w in model.state_dict().items() if name.startswith("mtp_layers.")}
     parts = {
-        "embed": verifier.get_input_embeddings().weight, "head": verifier.get_output_embeddings().weight,
+        "embed": verifier.get_input_embeddings().weight,
+        "head": verifier.get_output_embeddings().weight,
         "norm": verifier.model.norm.weight,
-    }  # fmt: skip
+    }
     nested = model.config.transformer_layer_config
     is_mimo = nested.model_type == "qwen2"
     return NaiveMTP(weights, parts, nested, zero_first=is_mimo, raw_states=is_mimo)

@@ -19,10 +19,21 @@ def save_verifier(arch, path):
     """Random weights, the final norm's far from one."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        arch, vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=6, max_position_embeddings=256, tie_word_embeddings=arch == "llama",
-        initializer_range=0.3, eos_token_id=None, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        arch,
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        max_position_embeddings=256,
+        tie_word_embeddings=arch == "llama",
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     model.model.norm.weight.data = 1 + 0.5 * torch.randn(HIDDEN)
     model.save_pretrained(path)
@@ -44,14 +55,25 @@ def add_mimo_layer(path):
 
 
 COMMON = {
-    "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_attention_heads": 4, "max_position_embeddings": 256,
-    "tie_word_embeddings": False, "initializer_range": 0.3, "eos_token_id": None, "bos_token_id": None,
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "bos_token_id": None,
     "pad_token_id": None,
-}  # fmt: skip
+}
 HYBRID = {
-    "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
-}  # fmt: skip
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
 VISITED = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -59,14 +81,25 @@ VISITED = {
     "shared_expert_intermediate_size": 12,
 }
 ROUTED = {
-    "num_hidden_layers": 3, "intermediate_size": 24, "moe_intermediate_size": 8, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
-}  # fmt: skip
+}
 LATENT = {
-    "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 9, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 9,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 8,
     "v_head_dim": 10,
-}  # fmt: skip
+}
 QWEN_NAMES = ("pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "norm.weight", "fc.weight")
 SHARED_HEAD_NAMES = ("enorm.weight", "hnorm.weight", "shared_head.norm.weight", "eh_proj.weight")
 NATIVE = {
@@ -74,11 +107,13 @@ NATIVE = {
     "qwen3_5_text": ({**HYBRID, "intermediate_size": 20}, "mtp.", "layers.0.", QWEN_NAMES),
     "qwen3_5_moe_text": ({**HYBRID, **VISITED}, "mtp.", "layers.0.", QWEN_NAMES),
     "glm4_moe": (
-        {**ROUTED, "num_key_value_heads": 2, "head_dim": 8, "use_qk_norm": True}, "model.layers.3.", "",
+        {**ROUTED, "num_key_value_heads": 2, "head_dim": 8, "use_qk_norm": True},
+        "model.layers.3.",
+        "",
         SHARED_HEAD_NAMES,
     ),
     "deepseek_v3": ({**ROUTED, **LATENT}, "model.layers.3.", "", SHARED_HEAD_NAMES),
-}  # fmt: skip
+}
 """model_type -> (config, prefix of the MTP layer, what stands before the decoder layer's names, three norms and the
 projection of [embedding ; hidden]). MiMo's is `save_verifier("qwen2", ..)`."""
 

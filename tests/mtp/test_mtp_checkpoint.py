@@ -22,9 +22,16 @@ from speculators.train.run import train
 
 OWN = ["token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"]
 DECODER = [
-    "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-    "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-]  # fmt: skip
+    "input_layernorm",
+    "post_attention_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
 MORE = {
     "llama": [],
     "qwen3": ["self_attn.q_norm.weight", "self_attn.k_norm.weight"],
@@ -84,16 +91,20 @@ def test_config_json_holds_the_whole_verifier_config(drafter, verifier_paths, tm
     for key in ("speculators_version", "transformers_version"):
         assert config.pop(key)
     assert config == {
-        "architectures": ["MTPDraftModel"], "dtype": "float32", "num_nextn_predict_layers": 1,
+        "architectures": ["MTPDraftModel"],
+        "dtype": "float32",
+        "num_nextn_predict_layers": 1,
         "speculators_config": {
-            "algorithm": "mtp", "default_proposal_method": "greedy",
+            "algorithm": "mtp",
+            "default_proposal_method": "greedy",
             "proposal_methods": [
                 {"accept_tolerance": 0.0, "proposal_type": "greedy", "speculative_tokens": 4, "verifier_accept_k": 1}
             ],
             "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": str(verifier_paths["llama"])},
         },
-        "speculators_model_type": "mtp", "tie_word_embeddings": False,
-    }  # fmt: skip
+        "speculators_model_type": "mtp",
+        "tie_word_embeddings": False,
+    }
 
 
 def test_a_saved_model_writes_the_published_config(tmp_path):
@@ -172,10 +183,25 @@ def test_the_command_line_trains_it_with_the_verifiers_shape(tmp_path, verifier_
             losses.append(event.metrics["loss"])
 
     argv = [
-        "--speculator-type", "mtp", "--verifier-name-or-path", str(verifier_paths["llama"]),
-        "--data-path", str(tmp_path / "data"), "--save-path", str(tmp_path / "run"), "--total-seq-len", "128",
-        "--epochs", "20", "--lr", "0.01", "--train-data-ratio", "1.0", "--hidden-states-dtype", "float32",
-    ]  # fmt: skip
+        "--speculator-type",
+        "mtp",
+        "--verifier-name-or-path",
+        str(verifier_paths["llama"]),
+        "--data-path",
+        str(tmp_path / "data"),
+        "--save-path",
+        str(tmp_path / "run"),
+        "--total-seq-len",
+        "128",
+        "--epochs",
+        "20",
+        "--lr",
+        "0.01",
+        "--train-data-ratio",
+        "1.0",
+        "--hidden-states-dtype",
+        "float32",
+    ]
     result = train(TrainConfig.resolve(argv), on_event=listen)
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
     assert result.acceptance_length is not None and 1.0 < result.acceptance_length <= 4.0

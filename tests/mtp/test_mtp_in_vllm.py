@@ -25,9 +25,14 @@ NUM_TOKENS, NUM_DRAFTS = 48, 3
 def make_glm(path):
     """A random GLM-4-MoE with its MTP layer."""
     sizes = {
-        "vocab_size": VOCAB, "hidden_size": HIDDEN, "head_dim": 32, "intermediate_size": 128,
-        "moe_intermediate_size": 64, "max_position_embeddings": 512, "initializer_range": 0.11,
-    }  # fmt: skip
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "head_dim": 32,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.11,
+    }
     save_native_verifier("glm4_moe", path, **sizes)
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
@@ -36,10 +41,19 @@ def make_mimo(path):
     """A random MiMo; its biases and its final norm matter."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.11,
-        eos_token_id=None, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.11,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
     model = Qwen2ForCausalLM(config).eval()
     model.model.norm.weight.data = 1 + 0.4 * torch.randn(HIDDEN)
     for name, parameter in model.named_parameters():

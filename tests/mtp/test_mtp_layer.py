@@ -23,24 +23,49 @@ from speculators.nn.unrolled import unrolled_attends
 from speculators.proposals import GreedyTokenProposalConfig
 
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
-    "linear_key_head_dim": 4, "linear_value_head_dim": 4,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
 EXPERTS = {
-    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 10,
-}  # fmt: skip
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 6,
+    "shared_expert_intermediate_size": 10,
+}
 ROUTED = {
-    "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "intermediate_size": 20, "moe_intermediate_size": 6, "n_routed_experts": 8,
-    "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
-    "n_group": 4, "topk_group": 2,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "intermediate_size": 20,
+    "moe_intermediate_size": 6,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "n_group": 4,
+    "topk_group": 2,
+}
 LATENT = {"kv_lora_rank": 12, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8, "v_head_dim": 10, "num_key_value_heads": 4}
 YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 8, "mscale": 1.0,
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8,
+    "mscale": 1.0,
     "mscale_all_dim": 0.7,
-}  # fmt: skip
+}
 QWEN3_NEXT = (modeling_qwen3_next.Qwen3NextDecoderLayer, modeling_qwen3_next.Qwen3NextRotaryEmbedding)
 QWEN3_5 = (modeling_qwen3_5.Qwen3_5DecoderLayer, modeling_qwen3_5.Qwen3_5TextRotaryEmbedding)
 QWEN3_5_MOE = (modeling_qwen3_5_moe.Qwen3_5MoeDecoderLayer, modeling_qwen3_5_moe.Qwen3_5MoeTextRotaryEmbedding)
@@ -55,11 +80,13 @@ CASES = {
     "glm4_moe without norms": (Glm4MoeConfig(**{**GLM, "n_group": 1, "topk_group": 1}), *GLM4_MOE),
     "deepseek_v3": (DeepseekV3Config(**ROUTED, **LATENT, q_lora_rank=9), *DEEPSEEK_V3),
     "deepseek_v3 plain": (
-        DeepseekV3Config(**ROUTED, **LATENT, q_lora_rank=None, rope_interleave=False, norm_topk_prob=False,
-                         attention_bias=True), *DEEPSEEK_V3,
+        DeepseekV3Config(
+            **ROUTED, **LATENT, q_lora_rank=None, rope_interleave=False, norm_topk_prob=False, attention_bias=True
+        ),
+        *DEEPSEEK_V3,
     ),
     "deepseek_v3 yarn": (DeepseekV3Config(**ROUTED, **LATENT, q_lora_rank=9, rope_parameters=YARN), *DEEPSEEK_V3),
-}  # fmt: skip
+}
 
 
 def randomise(module, seed=0):
@@ -84,8 +111,11 @@ def test_the_decoder_layer_equals_transformers(name):
     ours = MTPLayer(config, family_of(config))
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not unexpected and sorted(missing) == [
-        "final_layernorm.weight", "hidden_layernorm.weight", "input_proj.weight", "token_layernorm.weight"
-    ]  # fmt: skip
+        "final_layernorm.weight",
+        "hidden_layernorm.weight",
+        "input_proj.weight",
+        "token_layernorm.weight",
+    ]
     ours.input_proj.weight.data = torch.cat((torch.zeros(HIDDEN, HIDDEN), torch.eye(HIDDEN)), dim=1)
 
     hidden = torch.randn(1, 9, HIDDEN)
@@ -93,9 +123,8 @@ def test_the_decoder_layer_equals_transformers(name):
     positions = torch.arange(9)[None]
     mask = torch.full((9, 9), float("-inf")).triu(1)[None, None]
     expected = theirs(
-        normed, position_embeddings=rotary_class(config)(normed, positions), attention_mask=mask,
-        position_ids=positions,
-    )  # fmt: skip
+        normed, position_embeddings=rotary_class(config)(normed, positions), attention_mask=mask, position_ids=positions
+    )
     expected = expected[0] if isinstance(expected, tuple) else expected
     expected = expected * torch.rsqrt(expected.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps)
     for route in ("eager", "simple_flex_attention"):
@@ -111,10 +140,12 @@ def test_it_trains_drafts_and_is_saved(name, tmp_path):
     config = MTPSpeculatorConfig(
         transformer_layer_config=nested,
         speculators_config=SpeculatorsConfig(
-            algorithm="mtp", proposal_methods=[proposal], default_proposal_method="greedy",
+            algorithm="mtp",
+            proposal_methods=[proposal],
+            default_proposal_method="greedy",
             verifier=VerifierConfig(name_or_path=None, architectures=[]),
         ),
-    )  # fmt: skip
+    )
     model = MTPDraftModel(config)
     norms = {key: w for key, w in model.mtp_layers[0].state_dict().items() if "norm" in key}
     start = 0 if name.startswith("qwen3_") else 1  # gain 1 + w, or w

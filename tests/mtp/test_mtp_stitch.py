@@ -84,9 +84,12 @@ def test_how_engines_run_each_family():
     """vLLM 0.32: mimo.py, mimo_mtp.py, deepseek_mtp.py, glm4_moe_mtp.py, qwen3_next_mtp.py."""
     flags = {f.name: (f.hidden_first, f.reads_raw_states, f.feeds_back_raw, f.zeroes_first_embedding) for f in FAMILIES}
     assert flags == {
-        "qwen": (False, False, False, False), "deepseek_v3": (False, False, False, True),
-        "glm4_moe": (False, False, True, True), "mimo": (True, True, False, True), "plain": (False,) * 4,
-    }  # fmt: skip
+        "qwen": (False, False, False, False),
+        "deepseek_v3": (False, False, False, True),
+        "glm4_moe": (False, False, True, True),
+        "mimo": (True, True, False, True),
+        "plain": (False,) * 4,
+    }
 
 
 def test_a_gap_among_the_experts_is_an_error():

@@ -172,9 +172,13 @@ def test_what_does_not_fit_is_refused(drafter):
 def test_align_puts_the_last_states_where_the_layer_reads_and_shifts_nothing():
     column = torch.arange(4)
     sample = {
-        "input_ids": column, "hidden_states": torch.zeros(4, 0), "loss_mask": column, "lengths": torch.tensor([4]),
-        "verifier_last_hidden_states": column[:, None].float(), "position_ids": column,
-    }  # fmt: skip
+        "input_ids": column,
+        "hidden_states": torch.zeros(4, 0),
+        "loss_mask": column,
+        "lengths": torch.tensor([4]),
+        "verifier_last_hidden_states": column[:, None].float(),
+        "position_ids": column,
+    }
     aligned = shift_batch_mtp(sample)
     assert set(aligned) == {"input_ids", "loss_mask", "lengths", "position_ids", "hidden_states"}
     assert aligned["hidden_states"] is sample["verifier_last_hidden_states"] and aligned["input_ids"] is column

@@ -13,9 +13,15 @@ from speculators.nn.norms import RMSNorm, RMSNormPlusOne
 from speculators.nn.rope import Rope
 
 SHAPE = {
-    "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 24,
-    "num_hidden_layers": 1, "vocab_size": 8, "attn_implementation": "eager",
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "vocab_size": 8,
+    "attn_implementation": "eager",
+}
 CASES = {
     "llama": (LlamaConfig(**SHAPE, mlp_bias=True, attention_bias=True), LlamaDecoderLayer),
     "qwen3": (Qwen3Config(**SHAPE), Qwen3DecoderLayer),

@@ -13,11 +13,7 @@ from speculators.nn.unrolled import (
     unrolled_attends,
 )
 
-DOCUMENTS = {
-    "one": [0] * 9,
-    "two": [0] * 5 + [1] * 4,
-    "three and padding": [0] * 3 + [1] + [2] * 4 + [-1] * 2,
-}
+DOCUMENTS = {"one": [0] * 9, "two": [0] * 5 + [1] * 4, "three and padding": [0] * 3 + [1] + [2] * 4 + [-1] * 2}
 WINDOWS = [None, 3, 1]
 
 

@@ -29,9 +29,13 @@ def make_drafter(verifier_path):
         t2d, d2t = draft_maps() if draft_vocab_size != VOCAB else (None, None)
         arguments = {"num_depths": 4, "target_layer_ids": [1, 3, 5], "mask_token_id": MASK, **arguments}
         model = PEagleDraftModel.from_training_args(
-            config, t2d=t2d, d2t=d2t, draft_vocab_size=draft_vocab_size, verifier_name_or_path=str(verifier_path),
+            config,
+            t2d=t2d,
+            d2t=d2t,
+            draft_vocab_size=draft_vocab_size,
+            verifier_name_or_path=str(verifier_path),
             **arguments,
-        )  # fmt: skip
+        )
         randomise(model, left_out=["embed_tokens.weight"])
         model.mask_hidden.data.normal_()
         return model

@@ -28,7 +28,7 @@ CASES = {
     "fc_norm": ({"fc_norm": True}, ALWAYS | {"d2t", "t2d", *(f"fc_norm.{j}.weight" for j in range(3))}),
     "norm_before_fc": ({"norm_before_fc": True}, ALWAYS | {"d2t", "t2d", "input_norm.weight"}),
     "two layers": ({"num_layers": 2}, ALWAYS | {"d2t", "t2d"} | {f"layers.1.{n}.weight" for n in LAYER}),
-}  # fmt: skip
+}
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -72,18 +72,28 @@ def test_config_json_says_everything_an_engine_reads(make_drafter, verifier_path
     nested = config.pop("transformer_layer_config")
     assert (nested["model_type"], nested["head_dim"], nested["layer_types"]) == ("qwen3", 6, ["full_attention"])
     assert config == {
-        "architectures": ["PEagleDraftModel"], "draft_vocab_size": 24, "dtype": "float32",
-        "eagle_aux_hidden_state_layer_ids": [1, 3, 5], "embed_requires_grad": True, "fc_norm": False,
-        "mask_token_id": MASK, "norm_before_fc": False, "norm_before_residual": False, "norm_output": False,
+        "architectures": ["PEagleDraftModel"],
+        "draft_vocab_size": 24,
+        "dtype": "float32",
+        "eagle_aux_hidden_state_layer_ids": [1, 3, 5],
+        "embed_requires_grad": True,
+        "fc_norm": False,
+        "mask_token_id": MASK,
+        "norm_before_fc": False,
+        "norm_before_residual": False,
+        "norm_output": False,
         "speculators_config": {
-            "algorithm": "peagle", "default_proposal_method": "greedy",
+            "algorithm": "peagle",
+            "default_proposal_method": "greedy",
             "proposal_methods": [
                 {"accept_tolerance": 0.0, "proposal_type": "greedy", "speculative_tokens": 6, "verifier_accept_k": 1}
             ],
             "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": str(verifier_path)},
         },
-        "speculators_model_type": "peagle", "target_hidden_size": None, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "speculators_model_type": "peagle",
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+    }
 
 
 def test_fc_norm_is_also_written_where_vllm_forwards_it(make_drafter, tmp_path):

@@ -39,7 +39,7 @@ def trained(model, sequence, num_tokens):
     last = len(sequence.tokens) - 2
     batch = PackedBatch.of(
         sequence.states[None, : last + 1], torch.tensor([sequence.tokens[1:]]), None, None, None, None
-    )  # fmt: skip
+    )
     depths = torch.arange(1, num_tokens)
     chains = Chains(torch.full_like(depths, last), depths)
     column = torch.tensor([last])

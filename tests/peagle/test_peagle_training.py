@@ -28,9 +28,14 @@ EVERY_SLOT = {"down_sample_ratio": 1.0, "down_sample_ratio_min": 1.0}
 
 def slots_of(batch, num_depths=4, ratio=0.7, ratio_min=0.2, max_anchors=None, seed=0):
     chains = sample_chains(
-        batch["loss_mask"][0], batch["document_ids"][0], num_depths=num_depths, ratio=ratio, ratio_min=ratio_min,
-        max_anchors=max_anchors, generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+        batch["loss_mask"][0],
+        batch["document_ids"][0],
+        num_depths=num_depths,
+        ratio=ratio,
+        ratio_min=ratio_min,
+        max_anchors=max_anchors,
+        generator=torch.Generator().manual_seed(seed),
+    )
     return list(zip(*(part.tolist() for part in chains), strict=True))
 
 

@@ -18,11 +18,23 @@ from speculators.evaluation import Estimate, EvaluationReport, MethodRow
 
 def row(method, **changes):
     values = {
-        "method": method, "num_speculative_tokens": 4, "temperature": 0.0, "num_prompts": 50, "num_tokens": 900,
-        "acceptance_length": Estimate(2.5, 2.4, 2.625), "acceptance_rate": 0.4, "conditional_acceptance": (0.7, 0.8),
-        "tokens_per_s": 321.4, "plain_tokens_per_s": 200.0, "speedup": Estimate(1.6, 1.5, 1.7),
-        "speedup_per_token": 0.64, "num_identical": 50, "draft_share": 0.2, "draft_cost": 0.5, "verify_cost": 1.1,
-    }  # fmt: skip
+        "method": method,
+        "num_speculative_tokens": 4,
+        "temperature": 0.0,
+        "num_prompts": 50,
+        "num_tokens": 900,
+        "acceptance_length": Estimate(2.5, 2.4, 2.625),
+        "acceptance_rate": 0.4,
+        "conditional_acceptance": (0.7, 0.8),
+        "tokens_per_s": 321.4,
+        "plain_tokens_per_s": 200.0,
+        "speedup": Estimate(1.6, 1.5, 1.7),
+        "speedup_per_token": 0.64,
+        "num_identical": 50,
+        "draft_share": 0.2,
+        "draft_cost": 0.5,
+        "verify_cost": 1.1,
+    }
     return MethodRow(**{**values, **changes})
 
 

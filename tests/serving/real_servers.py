@@ -28,9 +28,20 @@ class RealServer:
         self.endpoint = f"http://127.0.0.1:{self.port}/v1"
         self.log = folder / f"{verb[0]}-{time.monotonic_ns()}.log"
         command = [
-            sys.executable, "-m", "speculators", *verb, "--python", VLLM_PYTHON,
-            "--ready-timeout", str(READY_TIMEOUT_S), "--", "--port", str(self.port), *SMALL, *vllm_args,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "speculators",
+            *verb,
+            "--python",
+            VLLM_PYTHON,
+            "--ready-timeout",
+            str(READY_TIMEOUT_S),
+            "--",
+            "--port",
+            str(self.port),
+            *SMALL,
+            *vllm_args,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # spinning threads cost several times the work itself
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -40,15 +40,43 @@ EXPORTED = ("eagle", "medusa")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("data") / "prepared"
-    run(["prepare-data", "--model", VERIFIER, "--data", str(assets.prompts_path("train")), "--output", str(path),
-         "--seq-length", "128", "--max-samples", "10"])  # fmt: skip
+    run(
+        [
+            "prepare-data",
+            "--model",
+            VERIFIER,
+            "--data",
+            str(assets.prompts_path("train")),
+            "--output",
+            str(path),
+            "--seq-length",
+            "128",
+            "--max-samples",
+            "10",
+        ]
+    )
     return str(path)
 
 
 def untrained(case: str, flags: list[str], data: str, folder: Path) -> str:
     """A checkpoint as `train` writes it, without training."""
-    result = run(["train", "--speculator-type", case.split("-")[0], "--verifier-name-or-path", VERIFIER, "--data-path",
-                  data, "--total-seq-len", "128", "--save-path", str(folder / case), "--dry-run", *flags])  # fmt: skip
+    result = run(
+        [
+            "train",
+            "--speculator-type",
+            case.split("-")[0],
+            "--verifier-name-or-path",
+            VERIFIER,
+            "--data-path",
+            data,
+            "--total-seq-len",
+            "128",
+            "--save-path",
+            str(folder / case),
+            "--dry-run",
+            *flags,
+        ]
+    )
     return str(result["checkpoint"])
 
 
@@ -59,11 +87,21 @@ def stitched(tmp_path_factory) -> str:
     for file in Path(VERIFIER).glob("*token*"):
         shutil.copy(file, path)
     config = {
-        "architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1, "hidden_size": 128,
-        "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
-        "vocab_size": 4096, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-        "torch_dtype": "float32", "tie_word_embeddings": False,
-    }  # fmt: skip
+        "architectures": ["MiMoForCausalLM"],
+        "model_type": "qwen2",
+        "num_nextn_predict_layers": 1,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 4096,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+        "tie_word_embeddings": False,
+    }
     (path / "config.json").write_text(json.dumps(config))
     return str(path)
 

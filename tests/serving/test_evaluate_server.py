@@ -84,9 +84,22 @@ def rounds_of_the_fake(num_tokens: int) -> DecodeStats:
 def test_the_house_table_of_a_server_beside_a_plain_one(start_fake, clients, tmp_path, capsys):
     server, plain = start_fake("--drafts"), start_fake("--plain", name="plain")
     report = tmp_path / "report.json"
-    result = evaluate(server, "--baseline-server", plain.endpoint, "--num-prompts", "6", "--max-tokens", "20",
-                      "--concurrency", clients, "--method", "eagle3", "--lossless",
-                      "--output", str(report))  # fmt: skip
+    result = evaluate(
+        server,
+        "--baseline-server",
+        plain.endpoint,
+        "--num-prompts",
+        "6",
+        "--max-tokens",
+        "20",
+        "--concurrency",
+        clients,
+        "--method",
+        "eagle3",
+        "--lossless",
+        "--output",
+        str(report),
+    )
     expected = rounds_of_the_fake(20)
     assert [row["num_clients"] for row in result["rows"]] == [int(number) for number in clients.split(",")]
     for row in result["rows"]:
@@ -138,8 +151,23 @@ def test_a_server_that_dies_leaves_what_was_measured_and_an_exit_code(start_fake
     server = start_fake("--drafts")
     server.inject(*[""] * 5, "die")  # two of them warm up
     report = tmp_path / "partial.json"
-    code = main(["evaluate", "--server", server.endpoint, "--data", DATA, "--verifier", VERIFIER, "--num-prompts", "8",
-                 "--max-tokens", "20", "--output", str(report)])  # fmt: skip
+    code = main(
+        [
+            "evaluate",
+            "--server",
+            server.endpoint,
+            "--data",
+            DATA,
+            "--verifier",
+            VERIFIER,
+            "--num-prompts",
+            "8",
+            "--max-tokens",
+            "20",
+            "--output",
+            str(report),
+        ]
+    )
     captured = capsys.readouterr()
     assert code == 1
     assert "ended early: no answer from" in captured.err

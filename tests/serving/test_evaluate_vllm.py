@@ -25,11 +25,42 @@ VLLM_ARGS = ["--max-model-len", "512", "--no-enable-prefix-caching"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("drafter")
-    run(["prepare-data", "--model", VERIFIER, "--data", str(assets.prompts_path("train")), "--output",
-         str(folder / "data"), "--seq-length", "160", "--max-samples", "200"])  # fmt: skip
-    trained = run(["train", "--verifier-name-or-path", VERIFIER, "--data-path", str(folder / "data"), "--save-path",
-                   str(folder / "run"), "--total-seq-len", "512", "--epochs", "2", "--lr", "3e-3",
-                   "--draft-vocab-size", "2048", "--train-data-ratio", "1.0"])  # fmt: skip
+    run(
+        [
+            "prepare-data",
+            "--model",
+            VERIFIER,
+            "--data",
+            str(assets.prompts_path("train")),
+            "--output",
+            str(folder / "data"),
+            "--seq-length",
+            "160",
+            "--max-samples",
+            "200",
+        ]
+    )
+    trained = run(
+        [
+            "train",
+            "--verifier-name-or-path",
+            VERIFIER,
+            "--data-path",
+            str(folder / "data"),
+            "--save-path",
+            str(folder / "run"),
+            "--total-seq-len",
+            "512",
+            "--epochs",
+            "2",
+            "--lr",
+            "3e-3",
+            "--draft-vocab-size",
+            "2048",
+            "--train-data-ratio",
+            "1.0",
+        ]
+    )
     return str(trained["checkpoint"])
 
 
@@ -49,10 +80,36 @@ def servers(checkpoint, tmp_path_factory):
 
 def test_the_servers_row_is_the_local_engines_row(servers, checkpoint):
     server, plain = servers
-    measured = run(["evaluate", "--server", server.endpoint, "--baseline-server", plain.endpoint, "--data", DATA,
-                    "--concurrency", "1,4", *FLAGS])  # fmt: skip
-    local = run(["evaluate", "--verifier", VERIFIER, "--data", DATA, "--method", checkpoint, "-k", str(NUM_DRAFTS),
-                 "--num-warmup", "0", *FLAGS])  # fmt: skip
+    measured = run(
+        [
+            "evaluate",
+            "--server",
+            server.endpoint,
+            "--baseline-server",
+            plain.endpoint,
+            "--data",
+            DATA,
+            "--concurrency",
+            "1,4",
+            *FLAGS,
+        ]
+    )
+    local = run(
+        [
+            "evaluate",
+            "--verifier",
+            VERIFIER,
+            "--data",
+            DATA,
+            "--method",
+            checkpoint,
+            "-k",
+            str(NUM_DRAFTS),
+            "--num-warmup",
+            "0",
+            *FLAGS,
+        ]
+    )
     [row] = [row for row in local["rows"] if row["method"] != "none"]
     alone, four = measured["rows"]
     assert measured["verifier"] == VERIFIER

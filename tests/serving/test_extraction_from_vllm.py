@@ -104,17 +104,39 @@ def cached_tokens(server) -> int:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("data") / "prepared"
-    run(["prepare-data", "--model", VERIFIER, "--data", str(assets.prompts_path("train")), "--output", str(path),
-         "--seq-length", "128", "--max-samples", "60"])  # fmt: skip
+    run(
+        [
+            "prepare-data",
+            "--model",
+            VERIFIER,
+            "--data",
+            str(assets.prompts_path("train")),
+            "--output",
+            str(path),
+            "--seq-length",
+            "128",
+            "--max-samples",
+            "60",
+        ]
+    )
     return str(path)
 
 
 def settings(data: str, save_path: Path, **changes):
-    return TrainConfig.from_flat({
-        "speculator_type": "eagle3", "verifier_name_or_path": VERIFIER, "data_path": data, "total_seq_len": 256,
-        "save_path": str(save_path), "epochs": 1, "hidden_states_dtype": "float32", "target_layer_ids": list(LAYERS),
-        "num_workers": 2, **changes,
-    })  # fmt: skip
+    return TrainConfig.from_flat(
+        {
+            "speculator_type": "eagle3",
+            "verifier_name_or_path": VERIFIER,
+            "data_path": data,
+            "total_seq_len": 256,
+            "save_path": str(save_path),
+            "epochs": 1,
+            "hidden_states_dtype": "float32",
+            "target_layer_ids": list(LAYERS),
+            "num_workers": 2,
+            **changes,
+        }
+    )
 
 
 def losses_of(config: TrainConfig) -> list[float]:
@@ -132,11 +154,32 @@ def test_train_from_the_server_is_train_in_process(server, data, tmp_path):
 
 def test_states_on_disk_train_where_there_is_no_server(server, data, tmp_path):
     stored = str(tmp_path / "states")
-    written = run(["generate-offline-data", "--preprocessed-data", data, "--endpoint", server.endpoint,
-                   "--output", stored, "--concurrency", "4"])  # fmt: skip
+    written = run(
+        [
+            "generate-offline-data",
+            "--preprocessed-data",
+            data,
+            "--endpoint",
+            server.endpoint,
+            "--output",
+            stored,
+            "--concurrency",
+            "4",
+        ]
+    )
     assert (written["num_written"], written["failed"]) == (60, {})
-    again = run(["generate-offline-data", "--preprocessed-data", data, "--endpoint", server.endpoint,
-                 "--output", stored, "--validate-outputs"])  # fmt: skip
+    again = run(
+        [
+            "generate-offline-data",
+            "--preprocessed-data",
+            data,
+            "--endpoint",
+            server.endpoint,
+            "--output",
+            stored,
+            "--validate-outputs",
+        ]
+    )
     assert (again["num_written"], again["num_kept"]) == (0, 60)
     read = losses_of(settings(data, tmp_path / "read", hidden_states_path=stored, on_missing="raise", max_steps=4))
     local = losses_of(settings(data, tmp_path / "local", max_steps=4))
@@ -155,8 +198,9 @@ def test_killed_in_the_middle_nothing_is_lost_and_no_process_stays(server, data,
             if event.step == 3:
                 server.kill_front_end()
 
-    config = settings(data, tmp_path / "run", vllm_endpoint=server.endpoint, hidden_states_memory_gb=0,
-                      max_retries=1, num_workers=0)  # fmt: skip
+    config = settings(
+        data, tmp_path / "run", vllm_endpoint=server.endpoint, hidden_states_memory_gb=0, max_retries=1, num_workers=0
+    )
     with pytest.raises(ServerUnavailableError, match="the same command continues from step"):
         train(config, on_event=listen)
     assert server.process.wait(60) == 1
@@ -167,8 +211,14 @@ def test_killed_in_the_middle_nothing_is_lost_and_no_process_stays(server, data,
     try:
         retried = threading.Timer(0.0, again.wait_until_ready)
         retried.start()
-        patient = settings(data, tmp_path / "run", vllm_endpoint=server.endpoint, hidden_states_memory_gb=0,
-                           max_retries=9, num_workers=0)  # fmt: skip
+        patient = settings(
+            data,
+            tmp_path / "run",
+            vllm_endpoint=server.endpoint,
+            hidden_states_memory_gb=0,
+            max_retries=9,
+            num_workers=0,
+        )
         train(patient, on_event=listen)  # begins before the server is there
         retried.join()
         assert steps == list(range(1, len(steps) + 1))

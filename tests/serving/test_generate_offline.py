@@ -59,8 +59,18 @@ def test_every_row_becomes_a_file_that_training_reads(start_fake, prepared):
 def test_a_run_goes_on_where_the_last_one_ended(start_fake, prepared, capsys):
     server = start(start_fake)
     server.inject(*[""] * 5, "die")
-    code = main(["generate-offline-data", "--endpoint", server.endpoint, "--preprocessed-data", str(prepared),
-                 "--concurrency", "1", "--fail-on-error"])  # fmt: skip
+    code = main(
+        [
+            "generate-offline-data",
+            "--endpoint",
+            server.endpoint,
+            "--preprocessed-data",
+            str(prepared),
+            "--concurrency",
+            "1",
+            "--fail-on-error",
+        ]
+    )
     assert code == 1
     # one request of the five asked what the server extracts
     assert "4 rows were written" in capsys.readouterr().err.replace("\n", " ")

@@ -84,8 +84,10 @@ def test_drafting_without_a_speculator(verifier):
     more = ["--speculative-config", '{"prompt_lookup_max": 3}']
     result = run(["serve", verifier, "--method", "ngram", "-k", "4", *more, "--dry-run"])
     assert list(speculative_config(result).items()) == [
-        ("method", "ngram"), ("num_speculative_tokens", 4), ("prompt_lookup_max", 3),
-    ]  # fmt: skip
+        ("method", "ngram"),
+        ("num_speculative_tokens", 4),
+        ("prompt_lookup_max", 3),
+    ]
     plain = run(["serve", verifier, "--dry-run"])
     assert "--speculative-config" not in plain["command"]
 
@@ -125,8 +127,16 @@ def test_an_export_says_itself_how_it_is_served(verifier, fake_environment, tmp_
     from speculators import SpeculatorModel
     from speculators.train.checkpointer import save_speculator
 
-    layer = AutoConfig.for_model("llama", vocab_size=4096, hidden_size=256, intermediate_size=64, num_hidden_layers=1,
-                                 num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    layer = AutoConfig.for_model(
+        "llama",
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     model = SpeculatorModel.get_class("eagle").from_training_args(layer, verifier_name_or_path=verifier)
     model.config.speculators_config.proposal_methods[0].speculative_tokens = 7
     (tmp_path / "trained").mkdir()
@@ -151,18 +161,33 @@ def test_a_flag_of_vllm_before_the_dashes_is_answered_with_where_it_goes(verb, v
 
 
 def test_extraction_follows_the_layers_that_are_asked_for(verifier, tmp_path):
-    result = run(["launch-vllm", verifier, "--hidden-states-path", str(tmp_path), "--target-layer-ids", "4", "2",
-                  "--dry-run", "--", "--port", "8124"])  # fmt: skip
+    result = run(
+        [
+            "launch-vllm",
+            verifier,
+            "--hidden-states-path",
+            str(tmp_path),
+            "--target-layer-ids",
+            "4",
+            "2",
+            "--dry-run",
+            "--",
+            "--port",
+            "8124",
+        ]
+    )
     command = result["command"]
     assert result["layer_ids"] == [2, 4, 12]
     assert json.loads(command[command.index("--speculative_config") + 1]) == {
-        "method": "extract_hidden_states", "num_speculative_tokens": 1,
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
         "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 12]}},
-    }  # fmt: skip
+    }
     assert json.loads(command[command.index("--kv_transfer_config") + 1]) == {
-        "kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer",
+        "kv_connector": "ExampleHiddenStatesConnector",
+        "kv_role": "kv_producer",
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
-    }  # fmt: skip
+    }
     assert command[-2:] == ["--port", "8124"]
     assert not any(tmp_path.iterdir())  # a dry run writes nothing
 

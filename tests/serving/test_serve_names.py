@@ -120,9 +120,10 @@ def test_a_draft_on_the_hub_says_what_it_is_and_one_out_of_reach_is_not_guessed(
     hub["org/heads"] = tmp_path
     read = PretrainedConfig.get_config_dict
     monkeypatch.setattr(
-        PretrainedConfig, "get_config_dict",
+        PretrainedConfig,
+        "get_config_dict",
         classmethod(lambda cls, name, **more: (dict(medusa), {}) if name == "org/heads" else read(name, **more)),
-    )  # fmt: skip
+    )
     result = run(["serve", verifier, "--draft", "org/heads", "-k", "3", "--dry-run"])
     assert speculative_config(result) == {"method": "medusa", "num_speculative_tokens": 3, "model": "org/heads"}
     hub["org/far"] = LocalEntryNotFoundError("no network")

@@ -23,8 +23,15 @@ UNKEPT = {"hidden_states_memory_gb": 0, "num_workers": 0}
 @pytest.fixture(scope="module")
 def verifier(tmp_path_factory) -> str:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=HIDDEN_SIZE, intermediate_size=32, num_hidden_layers=6,
-                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+    )
     path = tmp_path_factory.mktemp("verifier")
     LlamaForCausalLM(config).save_pretrained(path)
     return str(path)
@@ -48,10 +55,18 @@ def settings(tmp_path, verifier, data):
 
 def keys(folder, verifier, data):
     return {
-        "speculator_type": "eagle3", "verifier_name_or_path": verifier, "data_path": data, "total_seq_len": 64,
-        "target_layer_ids": [1, 3, 5], "save_path": str(folder / "run"), "epochs": 2, "train_data_ratio": 0.75,
-        "hidden_states_dtype": "float32", "num_workers": 2, "draft_attn_impl": "eager",
-    }  # fmt: skip
+        "speculator_type": "eagle3",
+        "verifier_name_or_path": verifier,
+        "data_path": data,
+        "total_seq_len": 64,
+        "target_layer_ids": [1, 3, 5],
+        "save_path": str(folder / "run"),
+        "epochs": 2,
+        "train_data_ratio": 0.75,
+        "hidden_states_dtype": "float32",
+        "num_workers": 2,
+        "draft_attn_impl": "eager",
+    }
 
 
 def run(settings, endpoint, on_event=lambda event: None, **changes):

@@ -41,9 +41,15 @@ ACCEPTED = [
 ]
 OURS_TOO = [{**NGRAM, "rejection_sample_method": "strict"}, {**NGRAM, "rejection_sample_method": "probabilistic"}]
 SHARED = (
-    "method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max", "synthetic_acceptance_rates",
-    "synthetic_acceptance_length", "max_num_new_slots_for_drafting", "parallel_drafting",
-)  # fmt: skip
+    "method",
+    "num_speculative_tokens",
+    "prompt_lookup_min",
+    "prompt_lookup_max",
+    "synthetic_acceptance_rates",
+    "synthetic_acceptance_length",
+    "max_num_new_slots_for_drafting",
+    "parallel_drafting",
+)
 
 
 @pytest.mark.parametrize("settings", ACCEPTED, ids=json.dumps)
@@ -99,19 +105,42 @@ def test_both_refuse_in_the_same_words(theirs, settings):
 
 
 FAMILIES = [
-    ("deepseek_v3", "X"), ("deepseek_v4", "X"), ("deepseek_v41", "X"), ("pangu_ultra_moe", "X"),
+    ("deepseek_v3", "X"),
+    ("deepseek_v4", "X"),
+    ("deepseek_v41", "X"),
+    ("pangu_ultra_moe", "X"),
     ("qwen2", "MiMoForCausalLM"),
-    ("mimo", "MiMoV2OmniForCausalLM"), ("mimo", "MiMoV2FlashForCausalLM"), ("mimo", "MiMoV2ForCausalLM"),
-    ("glm4_moe", "Glm4MoeForCausalLM"), ("glm4", "Glm4MoeLiteForCausalLM"),
+    ("mimo", "MiMoV2OmniForCausalLM"),
+    ("mimo", "MiMoV2FlashForCausalLM"),
+    ("mimo", "MiMoV2ForCausalLM"),
+    ("glm4_moe", "Glm4MoeForCausalLM"),
+    ("glm4", "Glm4MoeLiteForCausalLM"),
     ("glm_ocr", "GlmOcrForConditionalGeneration"),
-    ("ernie4_5_moe", "X"), ("nemotron_h", "X"), ("nemotron_h_puzzle", "X"), ("qwen3_next", "X"), ("exaone_moe", "X"),
-    ("exaone4_5", "X"), ("qwen3_5", "X"), ("qwen3_5_moe", "X"), ("qwen3_5_text", "X"), ("longcat_flash", "X"),
-    ("step3p5", "X"), ("x", "Step3p5ForCausalLM"), ("hy_v3", "X"), ("hy_v4", "X"), ("bailing_hybrid", "X"),
-    ("b", "BailingMoeV3ForCausalLM"), ("b", "BailingMoeV2_5ForCausalLM"), ("gemma4_assistant", "X"),
-    ("minimax_m3_mtp", "X"), ("dots3_note", "X"), ("mistral", "MistralLarge3ForCausalLM"),
+    ("ernie4_5_moe", "X"),
+    ("nemotron_h", "X"),
+    ("nemotron_h_puzzle", "X"),
+    ("qwen3_next", "X"),
+    ("exaone_moe", "X"),
+    ("exaone4_5", "X"),
+    ("qwen3_5", "X"),
+    ("qwen3_5_moe", "X"),
+    ("qwen3_5_text", "X"),
+    ("longcat_flash", "X"),
+    ("step3p5", "X"),
+    ("x", "Step3p5ForCausalLM"),
+    ("hy_v3", "X"),
+    ("hy_v4", "X"),
+    ("bailing_hybrid", "X"),
+    ("b", "BailingMoeV3ForCausalLM"),
+    ("b", "BailingMoeV2_5ForCausalLM"),
+    ("gemma4_assistant", "X"),
+    ("minimax_m3_mtp", "X"),
+    ("dots3_note", "X"),
+    ("mistral", "MistralLarge3ForCausalLM"),
     ("llama", "LlamaForCausalLM"),
-    ("qwen3_next_mtp", "X"), ("mimo_mtp", "X"),
-]  # fmt: skip
+    ("qwen3_next_mtp", "X"),
+    ("mimo_mtp", "X"),
+]
 
 
 @pytest.mark.parametrize(("model_type", "architecture"), FAMILIES)

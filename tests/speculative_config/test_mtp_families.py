@@ -42,12 +42,7 @@ NEXTN = {"num_nextn_predict_layers": 2}
         (config("exaone4_5_vl", **NEXTN), "exaone4_5_mtp", "Exaone4_5_MTP", 2),
         (config("qwen3_5", mtp_num_hidden_layers=3), "qwen3_5_mtp", "Qwen3_5MTP", 3),
         (config("qwen3_5_moe", mtp_num_hidden_layers=3), "qwen3_5_mtp", "Qwen3_5MoeMTP", 3),
-        (
-            config("qwen3_5", text_config=SimpleNamespace(mtp_num_hidden_layers=4)),
-            "qwen3_5_mtp",
-            "Qwen3_5MTP",
-            4,
-        ),
+        (config("qwen3_5", text_config=SimpleNamespace(mtp_num_hidden_layers=4)), "qwen3_5_mtp", "Qwen3_5MTP", 4),
         (config("longcat_flash"), "longcat_flash_mtp", "LongCatFlashMTPModel", 1),
         (config("step3p5"), "step3p5_mtp", "Step3p5MTP", 1),
         (config("hy_v3", **NEXTN), "hy_v3_mtp", "HYV3MTPModel", 2),
@@ -58,12 +53,7 @@ NEXTN = {"num_nextn_predict_layers": 2}
         (config("minimax_m3_mtp"), "minimax_m3_mtp", "MiniMaxM3MTP", 1),
         (config("kimi_k3", text_config=SimpleNamespace(**NEXTN)), "kimi_k3_mtp", "KimiK3MTPModel", 2),
         (config("dots3_note", layer_types=["full"]), "dots3_note_mtp", "Dots3NoteMTPModel", 1),
-        (
-            config("inkling_model", mtp_config={"num_nextn_predict_layers": 3}),
-            "inkling_mtp",
-            "InklingMTPModel",
-            3,
-        ),
+        (config("inkling_model", mtp_config={"num_nextn_predict_layers": 3}), "inkling_mtp", "InklingMTPModel", 3),
     ],
 )
 def test_each_family_becomes_its_draft(original, model_type, architecture, n_predict):

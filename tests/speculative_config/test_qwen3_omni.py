@@ -10,28 +10,47 @@ import pytest
 from speculators.decoding.config import ModelInfo, SpeculativeConfig
 
 TEXT = {
-    "hidden_size": 64, "num_hidden_layers": 8, "vocab_size": 100, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 64,
+    "num_hidden_layers": 8,
+    "vocab_size": 100,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 16,
-}  # fmt: skip
+}
 DRAFT = {
-    "architectures": ["Qwen3OmniDSparkModel"], "model_type": "qwen3", "block_size": 4, "hidden_size": 64,
-    "target_hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "num_hidden_layers": 2, "target_layer_ids": [1, 3, 6], "use_aux_hidden_state": True, "markov_rank": 8,
-    "markov_head_type": "vanilla", "sample_from_anchor": True, "vocab_size": 101, "draft_vocab_size": 50,
+    "architectures": ["Qwen3OmniDSparkModel"],
+    "model_type": "qwen3",
+    "block_size": 4,
+    "hidden_size": 64,
+    "target_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+    "target_layer_ids": [1, 3, 6],
+    "use_aux_hidden_state": True,
+    "markov_rank": 8,
+    "markov_head_type": "vanilla",
+    "sample_from_anchor": True,
+    "vocab_size": 101,
+    "draft_vocab_size": 50,
     "dflash_config": {"mask_token_id": 100},
-}  # fmt: skip
+}
 
 
 def resolved(tmp_path, num_tokens=4, **changes):
     (tmp_path / "config.json").write_text(json.dumps({**DRAFT, **changes}))
     target = SimpleNamespace(
-        architectures=["Qwen3OmniMoeForConditionalGeneration"], model_type="qwen3_omni_moe",
+        architectures=["Qwen3OmniMoeForConditionalGeneration"],
+        model_type="qwen3_omni_moe",
         thinker_config=SimpleNamespace(text_config=SimpleNamespace(**TEXT)),
-    )  # fmt: skip
+    )
     return SpeculativeConfig(
-        method="dspark", model=str(tmp_path), num_speculative_tokens=num_tokens,
+        method="dspark",
+        model=str(tmp_path),
+        num_speculative_tokens=num_tokens,
         target_model_config=ModelInfo("omni", target),
-    )  # fmt: skip
+    )
 
 
 def test_a_draft_that_fits_is_taken(tmp_path):

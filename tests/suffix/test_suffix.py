@@ -159,9 +159,11 @@ def test_the_work_of_a_draft_does_not_grow_with_the_text():
 
 def test_a_reset_proposer_drafts_as_a_new_one():
     config = SimpleNamespace(
-        suffix_decoding_max_tree_depth=8, suffix_decoding_max_cached_requests=10, suffix_decoding_max_spec_factor=1.0,
+        suffix_decoding_max_tree_depth=8,
+        suffix_decoding_max_cached_requests=10,
+        suffix_decoding_max_spec_factor=1.0,
         suffix_decoding_min_token_prob=0.1,
-    )  # fmt: skip
+    )
     proposer = SuffixProposer(config, max_batch_size=1, backend="reference")
     sampling, prompt = DraftSampling(torch.zeros(1)), committed([([4, 5, 6], 3)])
     assert proposer.propose(prompt, 4, sampling).token_ids_BK.shape[1] == 0

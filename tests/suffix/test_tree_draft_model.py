@@ -17,9 +17,14 @@ PROMPTS = [[1, 2, 3, 4, 1, 2], [5, 6, 7], [9] * 4, [3, 1, 4, 1, 5]]
 def tiny(seed: int, layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
-        max_position_embeddings=128, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
     return LlamaForCausalLM(config).eval()
 
 

@@ -18,10 +18,18 @@ from speculators.train.run import build, train
 
 def config(verifier_path, data_path, save_path, **changes) -> TrainConfig:
     settings = {
-        "speculator_type": "eagle3", "verifier_name_or_path": str(verifier_path), "data_path": str(data_path),
-        "save_path": str(save_path), "total_seq_len": 128, "target_layer_ids": [1, 3, 5], "epochs": 2, "lr": 0.01,
-        "draft_vocab_size": 32, "train_data_ratio": 1.0, "ttt_steps": 2,
-    }  # fmt: skip
+        "speculator_type": "eagle3",
+        "verifier_name_or_path": str(verifier_path),
+        "data_path": str(data_path),
+        "save_path": str(save_path),
+        "total_seq_len": 128,
+        "target_layer_ids": [1, 3, 5],
+        "epochs": 2,
+        "lr": 0.01,
+        "draft_vocab_size": 32,
+        "train_data_ratio": 1.0,
+        "ttt_steps": 2,
+    }
     return TrainConfig.from_flat({**settings, **changes})
 
 

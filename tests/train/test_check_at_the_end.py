@@ -17,10 +17,17 @@ from speculators.train.run import train
 def settings(tmp_path, verifier_path, data_path):
     shutil.copytree(data_path, tmp_path / "data")
     return {
-        "speculator_type": "eagle3", "verifier_name_or_path": str(verifier_path), "data_path": str(tmp_path / "data"),
-        "save_path": str(tmp_path / "run"), "total_seq_len": 64, "epochs": 1, "max_steps": 1,
-        "target_layer_ids": [1, 3, 5], "draft_arch": "llama", "parity_gate": False,
-    }  # fmt: skip
+        "speculator_type": "eagle3",
+        "verifier_name_or_path": str(verifier_path),
+        "data_path": str(tmp_path / "data"),
+        "save_path": str(tmp_path / "run"),
+        "total_seq_len": 64,
+        "epochs": 1,
+        "max_steps": 1,
+        "target_layer_ids": [1, 3, 5],
+        "draft_arch": "llama",
+        "parity_gate": False,
+    }
 
 
 def leave_stray_weights(event: Event) -> None:
@@ -47,8 +54,11 @@ def test_what_vllm_would_not_serve_as_trained_is_found(settings):
 
 def test_errors_are_printed_with_their_mends_and_end_in_exit_code_1(settings, monkeypatch, capsys):
     monkeypatch.setattr(console, "print_event", leave_stray_weights)
-    flags = [[f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-             for key, value in settings.items() if key != "parity_gate"]  # fmt: skip
+    flags = [
+        [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        for key, value in settings.items()
+        if key != "parity_gate"
+    ]
     assert main([*(word for flag in flags for word in flag), "--no-parity-gate"]) == 1
     said = capsys.readouterr().err
     assert "error stray-weights: more.safetensors" in said and "move the file away" in said

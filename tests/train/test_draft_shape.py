@@ -16,10 +16,17 @@ def keys(**given) -> DraftKeys:
 
 
 VERIFIER = LlamaConfig(
-    vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
     rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-)  # fmt: skip
+)
 
 
 def test_it_copies_what_must_fit_and_chooses_the_rest():

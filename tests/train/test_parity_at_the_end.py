@@ -20,10 +20,16 @@ from speculators.train.run import train
 def settings(tmp_path, verifier_path, data_path):
     shutil.copytree(data_path, tmp_path / "data")
     return {
-        "speculator_type": "eagle3", "verifier_name_or_path": str(verifier_path), "data_path": str(tmp_path / "data"),
-        "save_path": str(tmp_path / "run"), "total_seq_len": 64, "epochs": 1, "max_steps": 2,
-        "target_layer_ids": [1, 3, 5], "draft_arch": "llama",
-    }  # fmt: skip
+        "speculator_type": "eagle3",
+        "verifier_name_or_path": str(verifier_path),
+        "data_path": str(tmp_path / "data"),
+        "save_path": str(tmp_path / "run"),
+        "total_seq_len": 64,
+        "epochs": 1,
+        "max_steps": 2,
+        "target_layer_ids": [1, 3, 5],
+        "draft_arch": "llama",
+    }
 
 
 def run(settings, on_event=lambda event: None, **changes):
@@ -53,8 +59,10 @@ def test_a_drafter_that_drafts_something_else_fails_the_run_but_keeps_the_checkp
         return proposer
 
     monkeypatch.setattr(cls, "make_proposer", other_layers)
-    flags = [[f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-             for key, value in settings.items()]  # fmt: skip
+    flags = [
+        [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        for key, value in settings.items()
+    ]
     assert main([word for flag in flags for word in flag]) == 1
     said = capsys.readouterr()
     assert "error: the parity gate failed: drafts: training = engine: " in said.err

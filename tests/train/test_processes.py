@@ -20,10 +20,30 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(FIXTURES), "OMP_NUM_THREADS": "1"
 
 def flags(verifier_path, data_path, save_path, *more: str) -> list[str]:
     return [
-        "--speculator-type", "myalgo", "--plugins", "myalgo", "--verifier-name-or-path", str(verifier_path),
-        "--num-layers", "1", "--block-size", "8", "--data-path", str(data_path), "--save-path", str(save_path),
-        "--epochs", "2", "--draft-arch", "llama", "--total-seq-len", "64", "--hidden-states-dtype", "float32", *more,
-    ]  # fmt: skip
+        "--speculator-type",
+        "myalgo",
+        "--plugins",
+        "myalgo",
+        "--verifier-name-or-path",
+        str(verifier_path),
+        "--num-layers",
+        "1",
+        "--block-size",
+        "8",
+        "--data-path",
+        str(data_path),
+        "--save-path",
+        str(save_path),
+        "--epochs",
+        "2",
+        "--draft-arch",
+        "llama",
+        "--total-seq-len",
+        "64",
+        "--hidden-states-dtype",
+        "float32",
+        *more,
+    ]
 
 
 def test_the_script_of_the_guide_trains_and_prints_the_checkpoint(tmp_path, verifier_path, data_path):

@@ -22,10 +22,18 @@ def settings(tmp_path, verifier_path, data_path):
     """Flat keys of a run of a second."""
     shutil.copytree(data_path, tmp_path / "data")
     return {
-        "speculator_type": "myalgo", "plugins": ["myalgo"], "verifier_name_or_path": str(verifier_path),
-        "data_path": str(tmp_path / "data"), "save_path": str(tmp_path / "run"), "total_seq_len": 64, "epochs": 2,
-        "hidden_states_dtype": "float32", "lr": 0.01, "train_data_ratio": 0.8, "draft_arch": "llama",
-    }  # fmt: skip
+        "speculator_type": "myalgo",
+        "plugins": ["myalgo"],
+        "verifier_name_or_path": str(verifier_path),
+        "data_path": str(tmp_path / "data"),
+        "save_path": str(tmp_path / "run"),
+        "total_seq_len": 64,
+        "epochs": 2,
+        "hidden_states_dtype": "float32",
+        "lr": 0.01,
+        "train_data_ratio": 0.8,
+        "draft_arch": "llama",
+    }
 
 
 def run(settings, on_event=lambda event: None, **changes):
@@ -147,7 +155,7 @@ def supervised_late():
         ({"logger": "wandbb"}, "Did you mean 'wandb'"),
         ({"draft_vocab_size": 1000}, "draft_vocab_size=1000"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_said_before_any_training(settings, tmp_path, changes, message):
     if isinstance(changes.get("data_path"), Dataset):
         changes["data_path"].save_to_disk(tmp_path / "bad")

@@ -16,10 +16,16 @@ from speculators.model import SpeculatorModel
 
 VOCAB, HIDDEN = 32, 16
 SHAPE = {
-    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 24, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": None, "pad_token_id": None,
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": None,
+    "pad_token_id": None,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 KEPT = torch.arange(VOCAB) % 4 != 2
 """Draft vocabulary: 24 of the 32 tokens."""
 OFFSETS = KEPT.nonzero()[:, 0] - torch.arange(int(KEPT.sum()))
@@ -27,13 +33,17 @@ ARGUMENTS = {
     "eagle": {},
     "eagle3": {"target_layer_ids": [1, 3, 5], "t2d": KEPT, "d2t": OFFSETS, "draft_vocab_size": int(KEPT.sum())},
     "peagle": {
-        "target_layer_ids": [1, 3, 5], "t2d": KEPT, "d2t": OFFSETS, "draft_vocab_size": int(KEPT.sum()),
-        "num_depths": 4, "mask_token_id": 3,
+        "target_layer_ids": [1, 3, 5],
+        "t2d": KEPT,
+        "d2t": OFFSETS,
+        "draft_vocab_size": int(KEPT.sum()),
+        "num_depths": 4,
+        "mask_token_id": 3,
     },
     "mtp": {},
     "medusa": {"num_heads": 3},
     "mlp": {"n_predict": 3, "inner_dim": 12},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

@@ -125,8 +125,10 @@ def test_dynamic_trees_are_named_as_what_vllm_would_not_accept():
     config = SpeculativeConfig(model="o/d", dynamic_tree={"depth": 3})
     assert "dynamic_tree" in config.vllm_unsupported()
     assert json.loads(config.to_vllm_json(drop_unsupported=True)) == {
-        "model": "o/d", "method": "draft_model", "num_speculative_tokens": 4,
-    }  # fmt: skip
+        "model": "o/d",
+        "method": "draft_model",
+        "num_speculative_tokens": 4,
+    }
 
 
 def test_the_command_line_asks_speculators_for_trees(checkpoints):

@@ -30,9 +30,13 @@ def test_a_draft_with_the_verifiers_own_law_is_accepted_at_its_first_sibling(nam
     model = toys.tiny_model(name)
     model.save_pretrained(tmp_path)
     config = {
-        "method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3, "speculative_token_tree": TREE,
-        "rejection_sample_method": "standard", "draft_sample_method": "probabilistic",
-    }  # fmt: skip
+        "method": "draft_model",
+        "model": str(tmp_path),
+        "num_speculative_tokens": 3,
+        "speculative_token_tree": TREE,
+        "rejection_sample_method": "standard",
+        "draft_sample_method": "probabilistic",
+    }
     engine = Engine(model, config, max_batch_size=3)
     params = SamplingParams(max_tokens=1 + 4 * 4, temperature=1.5, seed=1)
     engine.generate(toys.prompts(6, longest=30), params)

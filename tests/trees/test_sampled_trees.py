@@ -95,9 +95,12 @@ def p_value(outputs) -> float:
 
 def sampled(proposer, num_tokens=2, greedy_rows=0):
     engine = Engine(
-        toys.MarkovVerifier(table(0)), proposer, num_speculative_tokens=num_tokens, rule=resolve_rule("standard"),
+        toys.MarkovVerifier(table(0)),
+        proposer,
+        num_speculative_tokens=num_tokens,
+        rule=resolve_rule("standard"),
         max_batch_size=150,
-    )  # fmt: skip
+    )
     hot = SamplingParams(max_tokens=NUM_TOKENS, temperature=TEMPERATURE)
     cold = SamplingParams(max_tokens=NUM_TOKENS)
     outputs = engine.generate([PROMPT] * (NUM_REQUESTS + greedy_rows), [hot] * NUM_REQUESTS + [cold] * greedy_rows)

@@ -68,9 +68,12 @@ def clock(monkeypatch):
 
 def decode(table, prompts, params, batch=1, **fields):
     config = {
-        "method": "custom_class", "model": "test_adaptive_engine.Drafter", "num_speculative_tokens": MOST,
-        "enable_adaptive_verification": True, **fields,
-    }  # fmt: skip
+        "method": "custom_class",
+        "model": "test_adaptive_engine.Drafter",
+        "num_speculative_tokens": MOST,
+        "enable_adaptive_verification": True,
+        **fields,
+    }
     engine = Engine(TimedVerifier(table), config, max_batch_size=batch)
     return engine.generate(prompts, params), engine.stats
 

@@ -49,9 +49,7 @@ def drawn_trees(draft, parents, replacement=False):
     proposal = sample_tree(parents, law, uniform_BK, replacement=replacement)
     assert proposal.token_ids_BK.tolist() == [list(tokens) for tokens, _, _ in outcomes]
     assert proposal.parents_K.tolist() == parents
-    return [
-        Drafted(tokens, proposal.probs_BKV[row], weight) for row, (tokens, _, weight) in enumerate(outcomes)
-    ]  # fmt: skip
+    return [Drafted(tokens, proposal.probs_BKV[row], weight) for row, (tokens, _, weight) in enumerate(outcomes)]
 
 
 @pytest.mark.parametrize("parents", TREES)
@@ -97,14 +95,18 @@ def test_drawn_trees_of_which_the_best_nodes_are_kept_are_caught():
 def test_rows_without_temperature_take_ranked_point_masses():
     probs = torch.tensor([0.2, 0.5, 0.3]).double()
     proposal = sample_tree(
-        [-1, -1, -1], lambda slots, _: probs.expand(2, 1, V), torch.full((2, 3), 0.01).double(),
+        [-1, -1, -1],
+        lambda slots, _: probs.expand(2, 1, V),
+        torch.full((2, 3), 0.01).double(),
         is_greedy_B=torch.tensor([True, False]),
-    )  # fmt: skip
+    )
     assert proposal.token_ids_BK.tolist() == [[1, 2, 0], [0, 1, 2]]
     assert proposal.probs_BKV[0].tolist() == torch.eye(V)[[1, 2, 0]].tolist()
     assert proposal.probs_BKV[1].tolist() == [
-        pytest.approx([0.2, 0.5, 0.3]), pytest.approx([0, 0.625, 0.375]), pytest.approx([0, 0, 1]),
-    ]  # fmt: skip
+        pytest.approx([0.2, 0.5, 0.3]),
+        pytest.approx([0, 0.625, 0.375]),
+        pytest.approx([0, 0, 1]),
+    ]
 
 
 @pytest.mark.parametrize("shape", [DynamicTreeShape(4, 1, 2), DynamicTreeShape(5, 1, 3), DynamicTreeShape(4, 2, 2)])

@@ -199,11 +199,7 @@ def test_picks_fill_the_cells_of_the_distribution_and_never_a_token_of_probabili
 def test_keyed_uniforms_are_uniform_and_independent_across_seeds_positions_and_streams():
     seed = torch.arange(300)[:, None, None]
     uniform = keyed_uniform(seed, torch.tensor([1, 2, 3])[:, None], torch.arange(300))
-    for pair in (
-        (uniform[:-1], uniform[1:]),
-        (uniform[:, :-1], uniform[:, 1:]),
-        (uniform[..., :-1], uniform[..., 1:]),
-    ):
+    for pair in ((uniform[:-1], uniform[1:]), (uniform[:, :-1], uniform[:, 1:]), (uniform[..., :-1], uniform[..., 1:])):
         cell = (pair[0] * 10).long() * 10 + (pair[1] * 10).long()
         count = torch.bincount(cell.reshape(-1), minlength=100).double()
         statistic = ((count - count.mean()) ** 2 / count.mean()).sum().item()

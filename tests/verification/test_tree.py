@@ -7,14 +7,7 @@ import itertools
 import pytest
 import torch
 
-from speculators.decoding.tree import (
-    EAGLE_25,
-    MEDUSA_63,
-    TokenTree,
-    ancestor_mask,
-    depths,
-    expected_tokens,
-)
+from speculators.decoding.tree import EAGLE_25, MEDUSA_63, TokenTree, ancestor_mask, depths, expected_tokens
 from speculators.decoding.tree_growing import DynamicTreeShape, grow_dynamic_tree, rank_tree, sample_tree, share_shape
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import Proposal

@@ -47,9 +47,12 @@ def null_mask_token(values: Mapping[str, Any]) -> Iterable[Finding]:
     """An error if `mask_token_id` is there without a value."""
     if values.get("mask_token_id", 0) is None:
         yield error(
-            "mask-token-missing", "mask_token_id", "null", "masked slots need a token",
+            "mask-token-missing",
+            "mask_token_id",
+            "null",
+            "masked slots need a token",
             "write the id the drafter was trained with",
-        )  # fmt: skip
+        )
 
 
 def missing_keys(values: Mapping[str, Any], meaning_of_absence: Mapping[str, str]) -> Iterable[Finding]:

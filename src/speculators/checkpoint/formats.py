@@ -122,9 +122,10 @@ class CheckpointFormat:
         """How vLLM serves such a directory; None: it does not."""
         if self.method is None:
             return None
-        return Serving(verifier, {
-            "method": self.method, "model": directory, "num_speculative_tokens": num_speculative_tokens(config),
-        })  # fmt: skip
+        return Serving(
+            verifier,
+            {"method": self.method, "model": directory, "num_speculative_tokens": num_speculative_tokens(config)},
+        )
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -132,8 +132,9 @@ def write_ours(ours: OurCheckpoint, model_class: type[SpeculatorModel], folder: 
     kept = {name: tensor for name, tensor in sorted(ours.tensors.items()) if name in expected}
     wrong = [
         f"{name} is {list(tensor.shape)}, by config.json {list(expected[name].shape)}"
-        for name, tensor in kept.items() if tensor.shape != expected[name].shape
-    ]  # fmt: skip
+        for name, tensor in kept.items()
+        if tensor.shape != expected[name].shape
+    ]
     if wrong:
         raise ValueError(f"Architecture mismatch: the tensors of {ours.path} do not fit its config: {'; '.join(wrong)}")
     write_tensors(folder, kept)

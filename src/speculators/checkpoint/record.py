@@ -43,13 +43,27 @@ MAX_CHUNKS = 64
 
 # Keys of config.json that change nothing in what is computed from given weights.
 NOT_COMPUTED = {
-    "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "speculators_config",
-    "speculators_version", "tie_word_embeddings",
-}  # fmt: skip
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "speculators_config",
+    "speculators_version",
+    "tie_word_embeddings",
+}
 NOT_COMPUTED_BY_LAYERS = NOT_COMPUTED | {
-    "attention_dropout", "bos_token_id", "eos_token_id", "initializer_range", "max_position_embeddings",
-    "max_window_layers", "pad_token_id", "pretraining_tp", "use_cache",
-}  # fmt: skip
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "max_window_layers",
+    "pad_token_id",
+    "pretraining_tp",
+    "use_cache",
+}
 LAYERS = "transformer_layer_config"
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 VERIFIER_TENSORS = ("embed_tokens.weight", "lm_head.weight", "model.norm.weight")
@@ -140,11 +154,7 @@ def recorded_num_tokens(values: Mapping[str, Any]) -> int | None:
 
 def fingerprint(tensor: Tensor, chunk_width: int | None = None) -> dict[str, Any]:
     """Shape, type, hash; of floats also the sketch, and one for each chunk of columns that wide."""
-    found: dict[str, Any] = {
-        "shape": list(tensor.shape),
-        "dtype": dtype_name(tensor.dtype),
-        "sha256": sha256(tensor),
-    }
+    found: dict[str, Any] = {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype), "sha256": sha256(tensor)}
     if tensor.is_floating_point() and tensor.numel():
         matrix = as_matrix(tensor)
         found["sketch"] = sketch(matrix)

@@ -51,9 +51,11 @@ def show_findings(report: CheckReport) -> None:
 def show(report: CheckReport) -> None:
     show_findings(report)
     facts = {
-        "checkpoint": report.path, "format": f"{report.format} ({report.speculators_model_type})",
-        "verifier": report.verifier, "checked": ", ".join(report.done),
-    }  # fmt: skip
+        "checkpoint": report.path,
+        "format": f"{report.format} ({report.speculators_model_type})",
+        "verifier": report.verifier,
+        "checked": ", ".join(report.done),
+    }
     for what, why in report.not_done.items():
         facts[f"not checked: {what}"] = why
     if report.notes:

@@ -34,11 +34,16 @@ def convert(
     for note in written.notes:
         say(f"note: {note}")
     facts = {
-        "written to": written.path, "from format": written.source_format, "speculator": written.speculators_model_type,
+        "written to": written.path,
+        "from format": written.source_format,
+        "speculator": written.speculators_model_type,
         "check it with": f"speculators check {written.path}",
-    }  # fmt: skip
+    }
     print_facts("converted", facts)
     return {
-        "verb": "convert", "path": str(written.path), "source_format": written.source_format,
-        "speculators_model_type": written.speculators_model_type, "notes": list(written.notes),
-    }  # fmt: skip
+        "verb": "convert",
+        "path": str(written.path),
+        "source_format": written.source_format,
+        "speculators_model_type": written.speculators_model_type,
+        "notes": list(written.notes),
+    }

@@ -64,24 +64,47 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure drafting methods against plain decoding on held-out prompts: paired, interleaved, in one process."""
     asked: dict[str, Any] = {
-        "data": data, "num_prompts": num_prompts, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "num_warmup": num_warmup, "seed": seed, "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
+        "data": data,
+        "num_prompts": num_prompts,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "num_warmup": num_warmup,
+        "seed": seed,
+        "trust_remote_code": trust_remote_code,
+    }
     if server is not None:
         refuse_flags(context, LOCAL_FLAGS, "does not go with --server: it was decided when the server was started")
         return evaluate_running_server(
-            **asked, server=server, baseline=baseline_server, verifier=verifier, **label_of(method),
-            num_clients=parse_concurrency(concurrency), timeout_s=request_timeout, max_retries=max_retries,
-            output=output, lossless=lossless,
-        )  # fmt: skip
+            **asked,
+            server=server,
+            baseline=baseline_server,
+            verifier=verifier,
+            **label_of(method),
+            num_clients=parse_concurrency(concurrency),
+            timeout_s=request_timeout,
+            max_retries=max_retries,
+            output=output,
+            lossless=lossless,
+        )
     refuse_flags(context, SERVER_FLAGS, "needs --server")
     if verifier is None or not method:
         raise typer.BadParameter("--verifier and --method are needed, or --server with a running server")
     return evaluate_methods(
-        **asked, verifier=verifier, methods=tuple(method), num_speculative_tokens=num_speculative_tokens,
-        speculative_token_tree=speculative_token_tree, dynamic_tree=parse_json_object("--dynamic-tree", dynamic_tree),
-        batch_size=batch_size, num_repeats=num_repeats, dtype=dtype, device=device, output=output, lossless=lossless,
-    )  # fmt: skip
+        **asked,
+        verifier=verifier,
+        methods=tuple(method),
+        num_speculative_tokens=num_speculative_tokens,
+        speculative_token_tree=speculative_token_tree,
+        dynamic_tree=parse_json_object("--dynamic-tree", dynamic_tree),
+        batch_size=batch_size,
+        num_repeats=num_repeats,
+        dtype=dtype,
+        device=device,
+        output=output,
+        lossless=lossless,
+    )
 
 
 def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) -> dict[str, Any]:

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from speculators.evaluation.server import ServerReport
 
 LOCAL_FLAGS = (
-    "num_speculative_tokens", "speculative_token_tree", "dynamic_tree", "batch_size", "num_repeats", "dtype", "device",
-)  # fmt: skip
+    "num_speculative_tokens",
+    "speculative_token_tree",
+    "dynamic_tree",
+    "batch_size",
+    "num_repeats",
+    "dtype",
+    "device",
+)
 """Decided where the server was started, or of no meaning for one."""
 SERVER_FLAGS = ("baseline_server", "concurrency", "request_timeout", "max_retries")
 

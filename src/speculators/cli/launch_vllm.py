@@ -38,23 +38,32 @@ def parser() -> Parser:
         "--hidden-states-backend", choices=["file"], default="file", help="How states travel. Default: file."
     )
     parser.add_argument(
-        "--hidden-states-path", type=Path, default=DEFAULT_DIRECTORY,
+        "--hidden-states-path",
+        type=Path,
+        default=DEFAULT_DIRECTORY,
         help=f"Directory both the server and the reader see; a fast one. Default: {DEFAULT_DIRECTORY}.",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--target-layer-ids", type=int, nargs="+", metavar="N",
+        "--target-layer-ids",
+        type=int,
+        nargs="+",
+        metavar="N",
         help="Layers to extract; i = after i layers. Default: 2, n//2, n-3 of n layers.",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--include-last-layer", action=argparse.BooleanOptionalAction, default=True,
+        "--include-last-layer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="Also the last layer, before the final norm: training needs it. Default: yes.",
-    )  # fmt: skip
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="Run model code shipped with the verifier.")
     parser.add_argument("--python", help="Python, or its environment's directory, that has vLLM. Default: this one's.")
     parser.add_argument(
-        "--ready-timeout", type=float, default=READY_TIMEOUT_S,
+        "--ready-timeout",
+        type=float,
+        default=READY_TIMEOUT_S,
         help=f"Seconds the server may take to become healthy. Default: {READY_TIMEOUT_S:.0f}.",
-    )  # fmt: skip
+    )
     parser.add_argument("--dry-run", action="store_true", help="Print the command and exit.")
     return parser
 

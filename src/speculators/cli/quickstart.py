@@ -67,9 +67,17 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
     responses, data, run_dir = output / "responses.jsonl", output / "data", output / "run"
     yield (
         "The verifier answers the training prompts: a drafter learns the text it will see",
-        ["regenerate-responses", "--model", verifier, "--data", str(assets.prompts_path("train")),
-         "--output", str(responses), *REGENERATION],
-    )  # fmt: skip
+        [
+            "regenerate-responses",
+            "--model",
+            verifier,
+            "--data",
+            str(assets.prompts_path("train")),
+            "--output",
+            str(responses),
+            *REGENERATION,
+        ],
+    )
     yield (
         "Tokenise, and mark which tokens the verifier wrote",
         ["prepare-data", "--model", verifier, "--data", str(responses), "--output", str(data)],
@@ -85,9 +93,20 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
     )
     yield (
         "Compare with plain decoding on prompts nobody trained on",
-        ["evaluate", "--verifier", verifier, "--data", str(assets.prompts_path("heldout")),
-         "--method", "none", *drafter, *EVALUATION, "--output", str(output / "report.json")],
-    )  # fmt: skip
+        [
+            "evaluate",
+            "--verifier",
+            verifier,
+            "--data",
+            str(assets.prompts_path("heldout")),
+            "--method",
+            "none",
+            *drafter,
+            *EVALUATION,
+            "--output",
+            str(output / "report.json"),
+        ],
+    )
 
 
 def start_output(output: Path) -> None:

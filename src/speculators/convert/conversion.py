@@ -41,9 +41,11 @@ def convert_checkpoint(
     require_verifier(verifier)
     verifier = absolute_if_directory(verifier)
     opened = open_checkpoint(
-        local_directory(source, cache_dir), verifier=verifier, algorithm=algorithm,
+        local_directory(source, cache_dir),
+        verifier=verifier,
+        algorithm=algorithm,
         **{key: value for key, value in options.items() if value is not None},
-    )  # fmt: skip
+    )
     if opened.format == SPECULATORS:
         raise ValueError(f"{source} is a speculator already; `speculators export` writes it for an engine")
     config = opened.model_class.contract.completed(opened.config)

@@ -30,6 +30,11 @@ class Converter:
                 f"{type(self).__name__}.convert has no argument {unknown[0]!r}; it has {list(self.options)}"
             )
         return convert_checkpoint(
-            input_path, output_path, verifier=base_model, algorithm=self.algorithm, overwrite=True,
-            cache_dir=cache_dir, **{**self.options, **kwargs},
-        )  # fmt: skip
+            input_path,
+            output_path,
+            verifier=base_model,
+            algorithm=self.algorithm,
+            overwrite=True,
+            cache_dir=cache_dir,
+            **{**self.options, **kwargs},
+        )

@@ -61,9 +61,14 @@ def measured(report: Mapping[str, Any] | None) -> str:
     if report is None:
         return "## Acceptance\n\nNot measured: run `speculators evaluate` and export again with its report.\n"
     cells = [
-        (row["num_speculative_tokens"], f"{row['acceptance_length']['value']:.2f}", f"{row['speedup']['value']:.2f}",
-         row["num_prompts"]) for row in report["rows"]
-    ]  # fmt: skip
+        (
+            row["num_speculative_tokens"],
+            f"{row['acceptance_length']['value']:.2f}",
+            f"{row['speedup']['value']:.2f}",
+            row["num_prompts"],
+        )
+        for row in report["rows"]
+    ]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in cells]
     table = ["| K | acceptance length | speedup | prompts |", "|---|---|---|---|", *lines]
     where = f"Local engine, verifier `{report['verifier']}`, prompts of `{report['dataset']}`."

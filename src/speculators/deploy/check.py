@@ -45,9 +45,11 @@ def check_checkpoint(
     except ValueError as problem:
         report.add("config.json", [error("config-unreadable", "config.json", str(problem), "it is JSON", "mend it")])
         return report
-    opened = opened_ours(values, report) if "speculators_model_type" in values else opened_foreign(
-        path, report, verifier, algorithm
-    )  # fmt: skip
+    opened = (
+        opened_ours(values, report)
+        if "speculators_model_type" in values
+        else opened_foreign(path, report, verifier, algorithm)
+    )
     if opened is not None:
         check_opened(opened, report, verifier)
     return report
@@ -95,10 +97,18 @@ def weights(report: CheckReport) -> dict[str, Tensor] | None:
     try:
         return ForeignCheckpoint(report.path).tensors()
     except (OSError, ValueError) as problem:
-        report.add("weights", [
-            error("weights-unreadable", "model.safetensors", str(problem), "the weights lie beside config.json",
-                  "copy the checkpoint again")
-        ])  # fmt: skip
+        report.add(
+            "weights",
+            [
+                error(
+                    "weights-unreadable",
+                    "model.safetensors",
+                    str(problem),
+                    "the weights lie beside config.json",
+                    "copy the checkpoint again",
+                )
+            ],
+        )
         return None
 
 
@@ -125,10 +135,13 @@ def check_opened(opened: Opened, report: CheckReport, verifier: str | None) -> N
     if record is not None:
         hidden = hidden_size_of(opened.values)
         is_ours = opened.format == SPECULATORS
-        report.add(RECORD, [
-            *record_check.config_findings(record, opened.values, contract.training_keys, is_ours=is_ours),
-            *record_check.tensor_findings(record, tensors, hidden),
-        ])  # fmt: skip
+        report.add(
+            RECORD,
+            [
+                *record_check.config_findings(record, opened.values, contract.training_keys, is_ours=is_ours),
+                *record_check.tensor_findings(record, tensors, hidden),
+            ],
+        )
     report.findings = without_echoes(report.findings)
 
 
@@ -154,9 +167,12 @@ def record_of(report: CheckReport) -> Mapping[str, Any] | None:
 
 
 def check_verifier(
-    opened: Opened, report: CheckReport, verifier: str | None, layer_ids: tuple[int, ...],
+    opened: Opened,
+    report: CheckReport,
+    verifier: str | None,
+    layer_ids: tuple[int, ...],
     record: Mapping[str, Any] | None,
-) -> None:  # fmt: skip
+) -> None:
     settings, contract = opened.config.speculators_config, opened.model_class.contract
     name = verifier or (settings.verifier.name_or_path if settings is not None else None)
     name = name or ((record or {}).get("verifier") or {}).get("name_or_path")

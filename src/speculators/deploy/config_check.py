@@ -15,9 +15,17 @@ from speculators.model import SpeculatorModel
 SETTINGS = "speculators_config"
 # vLLM builds a generic config of the draft layers from the dict: nothing stands behind a missing key.
 LAYER_KEYS = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
-)  # fmt: skip
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 
 
 def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
@@ -38,19 +46,28 @@ def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
     default, first = settings.get("default_proposal_method"), methods[0].get("proposal_type")
     if default != first:
         yield warning(
-            "proposal-not-first", f"{SETTINGS}.default_proposal_method", f"{default!r}, and the first method is "
-            f"{first!r}", "vLLM reads the first method only", f"put {default!r} first in proposal_methods",
-        )  # fmt: skip
+            "proposal-not-first",
+            f"{SETTINGS}.default_proposal_method",
+            f"{default!r}, and the first method is {first!r}",
+            "vLLM reads the first method only",
+            f"put {default!r} first in proposal_methods",
+        )
     if settings.get("algorithm") != name:
         yield warning(
-            "algorithm-differs", f"{SETTINGS}.algorithm", repr(settings.get("algorithm")),
-            f"speculators_model_type is {name!r}, and decides", f"write {name!r}",
-        )  # fmt: skip
+            "algorithm-differs",
+            f"{SETTINGS}.algorithm",
+            repr(settings.get("algorithm")),
+            f"speculators_model_type is {name!r}, and decides",
+            f"write {name!r}",
+        )
     if "model_type" in values:
         yield warning(
-            "stray-model-type", "model_type", repr(values["model_type"]),
-            "loaders of other libraries take the directory for such a model", "remove the key",
-        )  # fmt: skip
+            "stray-model-type",
+            "model_type",
+            repr(values["model_type"]),
+            "loaders of other libraries take the directory for such a model",
+            "remove the key",
+        )
     if "auto_map" in values:
         yield warning("auto-map", "auto_map", repr(values["auto_map"]), "loaders ask for remote code", "remove the key")
 
@@ -69,20 +86,29 @@ def layer_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
     rope = layers.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
         yield error(
-            "rope-nested", f"{LAYERS}.rope_parameters", f"one set for each of {sorted(rope)}",
-            "draft layers have one set", "write the set that was trained with, flat",
-        )  # fmt: skip
+            "rope-nested",
+            f"{LAYERS}.rope_parameters",
+            f"one set for each of {sorted(rope)}",
+            "draft layers have one set",
+            "write the set that was trained with, flat",
+        )
     kinds, num_layers = layers.get("layer_types"), layers.get("num_hidden_layers")
     if kinds is not None and len(kinds) != num_layers:
         yield error(
-            "layer-types", f"{LAYERS}.layer_types", f"{len(kinds)} entries", f"there are {num_layers} draft layers",
+            "layer-types",
+            f"{LAYERS}.layer_types",
+            f"{len(kinds)} entries",
+            f"there are {num_layers} draft layers",
             "give one for each",
-        )  # fmt: skip
+        )
     if kinds and "sliding_attention" in kinds and not layers.get("sliding_window"):
         yield error(
-            "window-missing", f"{LAYERS}.sliding_window", repr(layers.get("sliding_window")),
-            "sliding layers need a window", "write the window that was trained with",
-        )  # fmt: skip
+            "window-missing",
+            f"{LAYERS}.sliding_window",
+            repr(layers.get("sliding_window")),
+            "sliding layers need a window",
+            "write the window that was trained with",
+        )
 
 
 def absent(where: str, meaning: str) -> Finding:
@@ -96,8 +122,11 @@ def read_config(values: Mapping[str, Any], path: Any) -> tuple[SpeculatorModelCo
     except ValidationError as problem:
         return None, [
             error(
-                "config-invalid", ".".join(map(str, detail["loc"])) or "config.json", repr(detail["input"])[:80],
-                detail["msg"].removeprefix("Value error, "), "correct the value",
+                "config-invalid",
+                ".".join(map(str, detail["loc"])) or "config.json",
+                repr(detail["input"])[:80],
+                detail["msg"].removeprefix("Value error, "),
+                "correct the value",
             )
             for detail in problem.errors(include_url=False)
-        ]  # fmt: skip
+        ]

@@ -73,9 +73,13 @@ def export_checkpoint(
         if (opened.path / RECORD_FILE).is_file():
             shutil.copy(opened.path / RECORD_FILE, folder / RECORD_FILE)
         card = model_card(
-            ours.config, name=output.name, format_name=format_name, serving=serving, verifier=named,
+            ours.config,
+            name=output.name,
+            format_name=format_name,
+            serving=serving,
+            verifier=named,
             report=find_report(opened.path, ours.config.speculators_model_type, report),
-        )  # fmt: skip
+        )
         (folder / CARD_FILE).write_text(card)
         refuse_errors(
             check_checkpoint(folder, verifier=named, algorithm=ours.config.speculators_model_type), checkpoint

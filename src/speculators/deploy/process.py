@@ -42,11 +42,7 @@ class ServerProcess:
     """A context manager. `on_line` receives each line the server prints, from a thread."""
 
     def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        on_line: Callable[[str], None] = ignore,
+        self, command: Sequence[str], *, env: Mapping[str, str] | None = None, on_line: Callable[[str], None] = ignore
     ) -> None:
         self.command = list(command)
         self.env = None if env is None else {**os.environ, **env}

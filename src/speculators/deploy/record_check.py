@@ -31,9 +31,12 @@ def config_findings(
     for key in sorted(now.keys() - trained.keys()):
         if is_ours and key.startswith(LAYERS):
             yield error(
-                "config-added", key, repr(now[key]), "it was not there in training, and engines read it",
+                "config-added",
+                key,
+                repr(now[key]),
+                "it was not there in training, and engines read it",
                 "remove the key, or take config.json from where the checkpoint was trained",
-            )  # fmt: skip
+            )
 
 
 def tensor_findings(record: Mapping[str, Any], tensors: Mapping[str, Tensor], hidden: int | None) -> Iterator[Finding]:
@@ -49,9 +52,12 @@ def changed(name: str, trained: Mapping[str, Any], now: Mapping[str, Any]) -> It
     if "sketch" in trained and "sketch" in now and is_near(trained["sketch"], now["sketch"]):
         if trained["dtype"] == now["dtype"]:
             yield warning(
-                "tensor-edited", name, "nearly, not exactly, the trained values", f"{RECORD_FILE} has their hash",
+                "tensor-edited",
+                name,
+                "nearly, not exactly, the trained values",
+                f"{RECORD_FILE} has their hash",
                 TENSOR_MEND,
-            )  # fmt: skip
+            )
         return  # stored in another type
     order = order_of(trained.get("chunks"), now.get("chunks"))
     found = "not the trained values" if order is None else f"its column chunks are in the order {order}"
@@ -82,14 +88,22 @@ def verifier_findings(record: Mapping[str, Any], verifier: str) -> Iterator[Find
     old, new = trained.get("tokenizer"), now.get("tokenizer")
     if old and new and old["sha256"] != new["sha256"]:
         yield error(
-            "verifier-tokenizer", verifier, f"its tokenizer has {new['num_tokens']} tokens, and gives them other ids",
-            f"in training the tokenizer had {old['num_tokens']} tokens", mend,
-        )  # fmt: skip
+            "verifier-tokenizer",
+            verifier,
+            f"its tokenizer has {new['num_tokens']} tokens, and gives them other ids",
+            f"in training the tokenizer had {old['num_tokens']} tokens",
+            mend,
+        )
     for name, old in (trained.get("tensors") or {}).items():
         new = (now.get("tensors") or {}).get(name)
         if old and new and not same_rows(old, new):
-            yield error("verifier-differs", f"{verifier}: {name}", "not as in training", "the drafter learned from "
-                        "another verifier", mend)  # fmt: skip
+            yield error(
+                "verifier-differs",
+                f"{verifier}: {name}",
+                "not as in training",
+                "the drafter learned from another verifier",
+                mend,
+            )
 
 
 def same_rows(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -44,10 +44,7 @@ class Launch:
 
 
 def command_to_serve(
-    vllm: Sequence[str],
-    verifier: str,
-    speculative_config: Mapping[str, Any] | None,
-    vllm_args: Sequence[str] = (),
+    vllm: Sequence[str], verifier: str, speculative_config: Mapping[str, Any] | None, vllm_args: Sequence[str] = ()
 ) -> Launch:
     """`vllm`: how vLLM is called (`VllmEnvironment.command`). `vllm_args` are passed on as they are."""
     refuse(vllm_args, SPECULATIVE_FLAGS, "the drafter is named by the command itself; use its --speculative-config")

@@ -28,15 +28,21 @@ def tensor_findings(
     for name in sorted(expected.keys() - tensors.keys() - shared):
         served_as = "zeros: draft id i would stand for token i" if name == MAP else "whatever the memory holds"
         yield error(
-            "tensor-missing", name, "not in the checkpoint", f"vLLM's loaders do not report it and serve {served_as}",
+            "tensor-missing",
+            name,
+            "not in the checkpoint",
+            f"vLLM's loaders do not report it and serve {served_as}",
             "take the checkpoint from where it was saved, or export it again",
-        )  # fmt: skip
+        )
     for name in sorted(tensors.keys() - expected.keys()):
         severity = error if is_served else warning
         yield severity(
-            "tensor-unexpected", name, f"{shape_of(tensors[name])} that this drafter has no place for",
-            "vLLM refuses names it does not know", "remove the tensor, or correct the option in config.json it is for",
-        )  # fmt: skip
+            "tensor-unexpected",
+            name,
+            f"{shape_of(tensors[name])} that this drafter has no place for",
+            "vLLM refuses names it does not know",
+            "remove the tensor, or correct the option in config.json it is for",
+        )
     for name in sorted(tensors.keys() & expected.keys()):
         yield from one_tensor(name, tensors[name], expected[name])
 
@@ -44,9 +50,12 @@ def tensor_findings(
 def one_tensor(name: str, tensor: Tensor, expected: Tensor) -> Iterator[Finding]:
     if tensor.shape != expected.shape:
         yield error(
-            "tensor-shape", name, shape_of(tensor), f"by config.json it is {shape_of(expected)}",
+            "tensor-shape",
+            name,
+            shape_of(tensor),
+            f"by config.json it is {shape_of(expected)}",
             "correct config.json, or take the tensor of this drafter",
-        )  # fmt: skip
+        )
     if not expected.is_floating_point():
         if tensor.dtype != expected.dtype:
             yield error(
@@ -55,14 +64,20 @@ def one_tensor(name: str, tensor: Tensor, expected: Tensor) -> Iterator[Finding]
         return
     if tensor.dtype not in PLAIN_TYPES:
         yield error(
-            "tensor-type", name, type_of(tensor), f"weights are {', '.join(map(short, PLAIN_TYPES))}",
+            "tensor-type",
+            name,
+            type_of(tensor),
+            f"weights are {', '.join(map(short, PLAIN_TYPES))}",
             "export with --dtype bfloat16",
-        )  # fmt: skip
+        )
     elif not is_finite(tensor):
         yield error(
-            "not-finite", name, f"{int((~torch.isfinite(tensor)).sum())} values are NaN or infinite",
-            "a weight that nobody loaded is NaN", "save the drafter again after load_verifier_weights",
-        )  # fmt: skip
+            "not-finite",
+            name,
+            f"{int((~torch.isfinite(tensor)).sum())} values are NaN or infinite",
+            "a weight that nobody loaded is NaN",
+            "save the drafter again after load_verifier_weights",
+        )
 
 
 def file_findings(path: Path) -> Iterator[Finding]:
@@ -72,9 +87,12 @@ def file_findings(path: Path) -> Iterator[Finding]:
     for file in sorted(path.glob("*.safetensors")):
         if file.name != SAFETENSORS:
             yield error(
-                "stray-weights", file.name, f"lies beside {SAFETENSORS}",
-                "vLLM loads every *.safetensors of the directory, in no certain order", "move the file away, or export",
-            )  # fmt: skip
+                "stray-weights",
+                file.name,
+                f"lies beside {SAFETENSORS}",
+                "vLLM loads every *.safetensors of the directory, in no certain order",
+                "move the file away, or export",
+            )
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -100,23 +118,32 @@ def map_findings(tensors: Mapping[str, Tensor], vocab_size: int) -> Iterator[Fin
     outside = int(((targets_D < 0) | (targets_D >= vocab_size)).sum())
     if outside:
         yield error(
-            "map-out-of-range", MAP, f"{outside} draft ids stand for tokens outside 0..{vocab_size - 1}",
-            "token = draft id + d2t[draft id] must be a token of the verifier", mend,
-        )  # fmt: skip
+            "map-out-of-range",
+            MAP,
+            f"{outside} draft ids stand for tokens outside 0..{vocab_size - 1}",
+            "token = draft id + d2t[draft id] must be a token of the verifier",
+            mend,
+        )
         return
     if not bool((targets_D[1:] > targets_D[:-1]).all()):
         yield error(
-            "map-not-increasing", MAP, "two draft ids stand for the same token, or out of order",
-            "d2t holds offsets to strictly increasing tokens (a list of tokens is not a list of offsets)", mend,
-        )  # fmt: skip
+            "map-not-increasing",
+            MAP,
+            "two draft ids stand for the same token, or out of order",
+            "d2t holds offsets to strictly increasing tokens (a list of tokens is not a list of offsets)",
+            mend,
+        )
         return
     kept_V = torch.zeros(vocab_size, dtype=torch.bool)
     kept_V[targets_D] = True
     if t2d_V.shape == kept_V.shape and not torch.equal(kept_V, t2d_V.bool()):
         yield error(
-            "map-inconsistent", f"{MAP}, {KEPT}", f"they disagree on {int((kept_V ^ t2d_V.bool()).sum())} tokens",
-            "t2d marks the tokens that d2t reaches", mend,
-        )  # fmt: skip
+            "map-inconsistent",
+            f"{MAP}, {KEPT}",
+            f"they disagree on {int((kept_V ^ t2d_V.bool()).sum())} tokens",
+            "t2d marks the tokens that d2t reaches",
+            mend,
+        )
 
 
 def shape_of(tensor: Tensor) -> str:

@@ -31,10 +31,13 @@ def verifier_values(name: str) -> tuple[dict[str, Any] | None, list[Finding]]:
     if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
         return None, [
             error(
-                "verifier-unreachable", f"{WHERE}.name_or_path", repr(name),
-                "vLLM serves this model; it is no directory with a config.json here", mend,
+                "verifier-unreachable",
+                f"{WHERE}.name_or_path",
+                repr(name),
+                "vLLM serves this model; it is no directory with a config.json here",
+                mend,
             )
-        ]  # fmt: skip
+        ]
     try:
         values, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as problem:
@@ -43,10 +46,13 @@ def verifier_values(name: str) -> tuple[dict[str, Any] | None, list[Finding]]:
     relative = Path(name).is_dir() and not Path(name).is_absolute()
     found = [
         warning(
-            "verifier-relative", f"{WHERE}.name_or_path", repr(name),
-            "a relative path means another directory wherever the server is started", "write the absolute path",
+            "verifier-relative",
+            f"{WHERE}.name_or_path",
+            repr(name),
+            "a relative path means another directory wherever the server is started",
+            "write the absolute path",
         )
-    ]  # fmt: skip
+    ]
     text = values.get("text_config") or {}
     return {**values, **text, "architectures": values.get("architectures")}, found if relative else []
 
@@ -63,15 +69,21 @@ def fit_findings(values: Mapping[str, Any], config: Any, layer_ids: Sequence[int
     num_layers = values.get("num_hidden_layers")
     if list(layer_ids) != sorted(set(layer_ids)):
         yield error(
-            "aux-ids-order", "aux layer ids", str(list(layer_ids)),
-            "vLLM sorts them and drops doubles, and the columns of fc follow them", "write them increasing, as trained",
-        )  # fmt: skip
+            "aux-ids-order",
+            "aux layer ids",
+            str(list(layer_ids)),
+            "vLLM sorts them and drops doubles, and the columns of fc follow them",
+            "write them increasing, as trained",
+        )
     outside = [layer for layer in layer_ids if num_layers is not None and not 0 <= layer <= num_layers]
     if outside:
         yield error(
-            "aux-ids-range", "aux layer ids", str(outside), f"the verifier has {num_layers} layers; ids count finished "
-            f"layers, so 0..{num_layers} are valid", "write the ids that the drafter was trained with",
-        )  # fmt: skip
+            "aux-ids-range",
+            "aux layer ids",
+            str(outside),
+            f"the verifier has {num_layers} layers; ids count finished layers, so 0..{num_layers} are valid",
+            "write the ids that the drafter was trained with",
+        )
     recorded = config.speculators_config.verifier.architectures if config.speculators_config is not None else []
     actual = values.get("architectures") or []
     if recorded and actual and recorded != actual:
@@ -79,9 +91,12 @@ def fit_findings(values: Mapping[str, Any], config: Any, layer_ids: Sequence[int
     longest, drafted = values.get("max_position_embeddings"), getattr(layers, "max_position_embeddings", None)
     if longest and drafted and drafted < longest:
         yield warning(
-            "positions-short", "max_position_embeddings", str(drafted), f"the verifier's is {longest}; vLLM raises it "
-            "for EAGLE's methods only", "write the verifier's",
-        )  # fmt: skip
+            "positions-short",
+            "max_position_embeddings",
+            str(drafted),
+            f"the verifier's is {longest}; vLLM raises it for EAGLE's methods only",
+            "write the verifier's",
+        )
 
 
 def vocab_size_of(config: Any) -> int | None:
@@ -109,12 +124,14 @@ def copy_findings(
             is_surely_copy = not is_head or origin == "training"
             severity = error if is_surely_copy else warning
             yield severity(
-                "head-rows-differ" if is_head else "embedding-differs", name,
+                "head-rows-differ" if is_head else "embedding-differs",
+                name,
                 f"rows are not the verifier's of the same tokens (median cosine {cosine:.2f})",
                 "they are copies of the verifier's" + (f", chosen by {MAP}" if is_head and MAP in tensors else ""),
                 "the verifier, its tokenizer or the vocabulary map is another one than in training; use that one"
-                if is_surely_copy else "as it should be for a head that was trained by itself",
-            )  # fmt: skip
+                if is_surely_copy
+                else "as it should be for a head that was trained by itself",
+            )
 
 
 def weights_are_here(verifier: str) -> bool:

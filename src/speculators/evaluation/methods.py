@@ -15,9 +15,7 @@ PLAIN = "none"
 PATH_KEYS = ("speculators_model_type", "model_type")
 """Where a checkpoint's config.json says what it is: ours first."""
 
-COMPARISON_DEFAULTS: dict[str, dict[str, Any]] = {
-    "ngram": {"num_speculative_tokens": 4},
-}
+COMPARISON_DEFAULTS: dict[str, dict[str, Any]] = {"ngram": {"num_speculative_tokens": 4}}
 """What a method's bare name stands for in a comparison, where its own configuration leaves it open."""
 
 

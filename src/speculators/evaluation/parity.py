@@ -210,10 +210,7 @@ def replay(
 def engine_checks(replayed: Replayed) -> list[Check]:
     plain = [output.token_ids for output in replayed.plain]
     speculative = [output.token_ids for output in replayed.speculative]
-    return [
-        drafts_check(replayed.rounds),
-        text_check("engine text = plain text", plain, speculative, replayed.is_tie),
-    ]
+    return [drafts_check(replayed.rounds), text_check("engine text = plain text", plain, speculative, replayed.is_tie)]
 
 
 def vllm_checks(

@@ -72,9 +72,13 @@ def decode_in_vllm(
         job.write_text(json.dumps([{**asdict(run), "engine": engine_arguments(run)} for run in runs]))
         own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # ours would shadow theirs
         finished = subprocess.run(
-            [str(python), script, str(job), str(result)], capture_output=True, text=True, timeout=timeout_s,
-            env={**own, **(env or {})}, check=False,
-        )  # fmt: skip
+            [str(python), script, str(job), str(result)],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env={**own, **(env or {})},
+            check=False,
+        )
         if not result.is_file():
             said = (finished.stdout[-2000:] + finished.stderr[-4000:]).strip()
             raise RuntimeError(f"{python} did not get to decode with vLLM (exit {finished.returncode}):\n{said}")

@@ -15,9 +15,7 @@ from speculators.evaluation.records import EvaluationReport, MethodRow
 from speculators.evaluation.statistics import Estimate
 from speculators.utils.files import atomic_write
 
-COLUMNS = (
-    "K", "acceptance\nlength τ", "conditional\nacceptance", "tokens/s", "speedup", "speedup\n/ τ", "lossless",
-)  # fmt: skip
+COLUMNS = ("K", "acceptance\nlength τ", "conditional\nacceptance", "tokens/s", "speedup", "speedup\n/ τ", "lossless")
 
 
 class Report(Protocol):
@@ -38,9 +36,14 @@ def house_table(measured: str, temperature: float, caption: str, columns: Sequen
     """An empty one: its title says what was measured and how it was sampled."""
     sampling = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     table = Table(
-        title=f"{measured}, {sampling}", caption=caption, title_justify="left", caption_justify="left",
-        box=SIMPLE_HEAD, padding=(0, 0), pad_edge=False,
-    )  # fmt: skip
+        title=f"{measured}, {sampling}",
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0),
+        pad_edge=False,
+    )
     table.add_column("method", style="bold")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)

@@ -8,9 +8,16 @@ from speculators.evaluation.report import house_table, with_interval
 from speculators.evaluation.server import ServerReport, ServerRow
 
 COLUMNS = (
-    "clients", "K", "acceptance\nlength τ", "conditional\nacceptance", "tokens/s", "plain\ntokens/s", "speedup",
-    "speedup\n/ τ", "lossless",
-)  # fmt: skip
+    "clients",
+    "K",
+    "acceptance\nlength τ",
+    "conditional\nacceptance",
+    "tokens/s",
+    "plain\ntokens/s",
+    "speedup",
+    "speedup\n/ τ",
+    "lossless",
+)
 UNKNOWN = "-"
 
 

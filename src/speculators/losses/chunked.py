@@ -154,9 +154,7 @@ class Gradients:
 
 class ChunkedRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, rows_NX, frozen_VH, trained_VR, targets: Targets, pairing: Pairing, terms: Terms, expected_N
-    ):  # fmt: skip
+    def forward(ctx, rows_NX, frozen_VH, trained_VR, targets: Targets, pairing: Pairing, terms: Terms, expected_N):
         device = rows_NX.device
         parts = [part.detach() for part in (frozen_VH, trained_VR) if part is not None]
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else parts[0].dtype

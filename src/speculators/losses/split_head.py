@@ -10,13 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speculators.losses.chunked import (
-    RowLosses,
-    SplitHead,
-    head_losses,
-    is_reference_config,
-    reference_row_losses,
-)
+from speculators.losses.chunked import RowLosses, SplitHead, head_losses, is_reference_config, reference_row_losses
 from speculators.losses.registry import LossConfig
 from speculators.losses.targets import Targets
 

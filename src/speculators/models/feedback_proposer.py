@@ -89,9 +89,13 @@ class FeedbackProposer:
         weight = network.linears[0].weight
         self.device, self.dtype = weight.device, weight.dtype
         self.cache = DraftCache(
-            len(network.layers), max_batch_size, attention.num_kv_heads, attention.head_dim,
-            dtype=self.dtype, device=self.device,
-        )  # fmt: skip
+            len(network.layers),
+            max_batch_size,
+            attention.num_kv_heads,
+            attention.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
         self.cache.reserve(min(max_length, INITIAL_CAPACITY))
         self.attends = self.cache.attends(network.windows)
         self.packed = PackedLinears(*network.layers, nn.ModuleList(network.linears))

@@ -92,9 +92,13 @@ def train_losses(
         counted_N = place_N[counts_N]
         target_N = counted_N + TARGET_SHIFT + k - (0 if is_hard else 1)
         rows = row_losses(
-            features[counts_N], network.heads[k].weight, targets, target_N, loss_config,
+            features[counts_N],
+            network.heads[k].weight,
+            targets,
+            target_N,
+            loss_config,
             expected_weight_N=torch.ones_like(target_N, dtype=torch.float32),
-        )  # fmt: skip
+        )
         mean = rows.loss_N.sum() / max(len(counted_N), 1)
         losses.append(weight * mean)
         correct_KR[k, counted_N] = rows.correct_N

@@ -48,6 +48,9 @@ class PackedColumns(NamedTuple):
     def without_padding(self) -> PackedColumns:
         keep = slice(0, self.length)
         return PackedColumns(
-            self.token_ids_T[keep], self.document_ids_T[keep], self.loss_mask_T[keep], self.position_ids_T[keep],
+            self.token_ids_T[keep],
+            self.document_ids_T[keep],
+            self.loss_mask_T[keep],
+            self.position_ids_T[keep],
             self.length,
-        )  # fmt: skip
+        )

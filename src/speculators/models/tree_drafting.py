@@ -48,9 +48,14 @@ class FeedbackTreeDrafter:
         chain.cache.reserve(end)
         index_BFH = parent_BF[..., None].expand(-1, -1, self.states_BFH.shape[-1])
         chain.cache.span = TreeSpan(
-            slice(0, len(self.lengths)), num_frontier, end=end, starts_B=lengths_B + first,
-            num_answered=num_frontier, lengths_B=lengths_B, visible_BFN=visible_BFN,
-        )  # fmt: skip
+            slice(0, len(self.lengths)),
+            num_frontier,
+            end=end,
+            starts_B=lengths_B + first,
+            num_answered=num_frontier,
+            lengths_B=lengths_B,
+            visible_BFN=visible_BFN,
+        )
         position_BF = (lengths_B + depth - 1)[:, None].expand(-1, num_frontier)
         rope = chain.network.rope.tables(end, chain.device, chain.dtype).at(position_BF)
         with chain.packed:

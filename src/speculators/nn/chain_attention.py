@@ -156,9 +156,7 @@ class FlexChainAttend(DenseChainAttend):
         def visible(batch, head, place, key):
             return layout.sees(asking_R[place], key, window)
 
-        mask = create_block_mask(
-            visible, None, None, len(asking_R), num_elements, device=query_1ENd.device.type
-        )  # fmt: skip
+        mask = create_block_mask(visible, None, None, len(asking_R), num_elements, device=query_1ENd.device.type)
         query, key, value = (x.transpose(1, 2) for x in (query_1RNd, key_1EGd, value_1EGd))
         out = self.flex(query, key, value, block_mask=mask, enable_gqa=True)
         assert isinstance(out, Tensor)

@@ -40,9 +40,15 @@ class GroupedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, groups: Sequence[Group], visible: Callable[[Group], Tensor],
-        query_MNd, key_MGd, value_MGd, key_TGd, value_TGd,
-    ):  # fmt: skip
+        ctx,
+        groups: Sequence[Group],
+        visible: Callable[[Group], Tensor],
+        query_MNd,
+        key_MGd,
+        value_MGd,
+        key_TGd,
+        value_TGd,
+    ):
         out_MNd = torch.empty(query_MNd.shape, dtype=query_MNd.dtype)
         lse = []
         for group in groups:
@@ -67,9 +73,7 @@ class GroupedAttention(torch.autograd.Function):
             mask = additive(ctx.visible(group), query_MNd.dtype)
             keys, values = together(key_TGd, key_MGd, group), together(value_TGd, value_MGd, group)
             query, out, grad_out = (heads_first(x[own]) for x in (query_MNd, out_MNd, grad_MNd))
-            grads = flash_backward(
-                grad_out, query, keys, values, out, lse_of_group, 0.0, False, attn_mask=mask
-            )  # fmt: skip
+            grads = flash_backward(grad_out, query, keys, values, out, lse_of_group, 0.0, False, attn_mask=mask)
             of_query, of_keys, of_values = (grad[0].transpose(0, 1) for grad in grads)
             grad_query[own] = of_query
             grad_column_key[columns] += of_keys[:width]

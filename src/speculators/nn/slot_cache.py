@@ -44,9 +44,7 @@ class SlotCacheAttend(CacheAttend):
             return hidden
         if span.answered_B is None:
             return hidden[:, hidden.shape[1] - span.num_answered :]
-        return hidden[
-            torch.arange(len(hidden), device=hidden.device)[:, None], span.answered_columns(hidden.device)
-        ]  # fmt: skip
+        return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], span.answered_columns(hidden.device)]
 
 
 def slot_attends(cache: DraftCache, windows: list[int | None]) -> list[SlotCacheAttend]:

@@ -181,9 +181,16 @@ class TailAttention(torch.autograd.Function):
             for block in cover:
                 rows, keys = slice(block.query_start, block.query_end), slice(block.key_start, block.key_end)
                 grads = flash_backward(
-                    grad_out[:, :, rows], query[:, :, rows], key[:, :, keys], value[:, :, keys], out[:, :, rows],
-                    total[:, :, rows], 0.0, block.causal, attn_mask=additive(block, query.dtype),
-                )  # fmt: skip
+                    grad_out[:, :, rows],
+                    query[:, :, rows],
+                    key[:, :, keys],
+                    value[:, :, keys],
+                    out[:, :, rows],
+                    total[:, :, rows],
+                    0.0,
+                    block.causal,
+                    attn_mask=additive(block, query.dtype),
+                )
                 grad_query[:, :, rows] += grads[0]
                 grad_key[:, :, keys] += grads[1]
                 grad_value[:, :, keys] += grads[2]

@@ -91,10 +91,7 @@ class TrainConfig(RunKeys):
 
     @classmethod
     def from_sources(
-        cls,
-        cli: Mapping[str, Any] | None = None,
-        config_path: str | Path | None = None,
-        argv: Sequence[str] = (),
+        cls, cli: Mapping[str, Any] | None = None, config_path: str | Path | None = None, argv: Sequence[str] = ()
     ) -> TrainConfig:
         """Merge what was given (`cli`: key -> value) over a YAML file over the defaults, and validate the result."""
         cli = dict(cli or {})

@@ -91,8 +91,11 @@ def warn_of_depth(num_layers: int, num_verifier_layers: int | None) -> None:
     if num_layers > 1 and num_verifier_layers and num_layers > MAX_LAYER_SHARE * num_verifier_layers:
         logger.warning(
             "the drafter has %d layers beside the verifier's %d: drafting will cost a large part of what it saves; "
-            "--num-layers %d is faster", num_layers, num_verifier_layers, max(1, num_verifier_layers // 6),
-        )  # fmt: skip
+            "--num-layers %d is faster",
+            num_layers,
+            num_verifier_layers,
+            max(1, num_verifier_layers // 6),
+        )
 
 
 def sliding_layers(keys: DraftKeys) -> dict[str, Any]:

@@ -83,8 +83,7 @@ class DataKeys(Keys):
         1.0, ge=0.0, description="Keep computed verifier states in memory up to this, for later epochs. 0: never."
     )
     on_missing: Literal["generate", "skip", "warn", "raise"] = Field(
-        "generate",
-        description="A row has no stored states: compute them, skip it (quietly or not), or stop.",
+        "generate", description="A row has no stored states: compute them, skip it (quietly or not), or stop."
     )
     num_workers: int = Field(
         12, ge=0, description="Threads that read stored or served states ahead. Unused in process."

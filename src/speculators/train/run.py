@@ -113,9 +113,14 @@ def build(config: TrainConfig, ranks: Ranks, on_event: Listener) -> tuple[Traine
             loaders.append(make_loader(config, dataset, model, hidden_size, ranks, num_threads))
     torch.manual_seed(config.seed + ranks.rank)
     trainer = Trainer(
-        model, trainer_config(config, model), *loaders, ranks=ranks, on_event=on_event,
-        num_documents=len(train_set), num_tokens=sum(train_set.lengths),
-    )  # fmt: skip
+        model,
+        trainer_config(config, model),
+        *loaders,
+        ranks=ranks,
+        on_event=on_event,
+        num_documents=len(train_set),
+        num_tokens=sum(train_set.lengths),
+    )
     return trainer, estimate(config, model, verifier_model, hidden_size)
 
 
@@ -145,17 +150,23 @@ def build_model(config: TrainConfig, verifier_config: Any) -> SpeculatorModel:
     keys, flat, name = config.draft, config.flatten(), verifier_name(config)
     cls = SpeculatorModel.get_class(config.speculator_type)
     mapping = resolve_vocab_mapping(
-        target_vocab_size=text_config(verifier_config).vocab_size, draft_vocab_size=keys.draft_vocab_size,
-        data_path=config.data.data_path, token_freq_path=keys.token_freq_path, d2t_path=keys.d2t_path,
+        target_vocab_size=text_config(verifier_config).vocab_size,
+        draft_vocab_size=keys.draft_vocab_size,
+        data_path=config.data.data_path,
+        token_freq_path=keys.token_freq_path,
+        d2t_path=keys.d2t_path,
         t2d_path=keys.t2d_path,
-    )  # fmt: skip
+    )
     d2t, t2d = (None, None) if mapping is None else mapping
     if keys.from_pretrained:
         is_explicit = keys.d2t_path is not None
         model = cls.from_pretrained(
-            keys.from_pretrained, verifier=name, dtype=torch.float32,
-            t2d=t2d if is_explicit else None, d2t=d2t if is_explicit else None,
-        )  # fmt: skip
+            keys.from_pretrained,
+            verifier=name,
+            dtype=torch.float32,
+            t2d=t2d if is_explicit else None,
+            d2t=d2t if is_explicit else None,
+        )
     else:
         size = None if d2t is None else len(d2t)
         shape = draft_config(verifier_config, keys) if cls.has_chosen_layers else text_config(verifier_config)
@@ -182,13 +193,7 @@ def make_loader(
     sampler = MultipackDistributedBatchSamplerV2(
         data.total_seq_len, dataset.lengths, num_replicas=ranks.world_size, rank=ranks.rank, seed=config.seed
     )
-    collate = CollateFn(
-        data.total_seq_len,
-        hidden_size,
-        len(capture.aux_layer_ids),
-        dataset.dtype,
-        model.align,
-    )
+    collate = CollateFn(data.total_seq_len, hidden_size, len(capture.aux_layer_ids), dataset.dtype, model.align)
     return PackedLoader(dataset.read, sampler, collate, num_threads=num_threads, num_ahead=data.prefetch_factor)
 
 
@@ -196,14 +201,16 @@ def trainer_config(config: TrainConfig, model: SpeculatorModel) -> TrainerConfig
     flat = config.flatten()
     train_kwargs, val_kwargs = type(model).get_trainer_kwargs(**flat)
     shared = {field: flat[field] for field in TrainerConfig.__dataclass_fields__ if field in flat}
-    return TrainerConfig(**{
-        **shared,
-        "num_epochs": config.trainer.epochs,
-        "train_call_kwargs": train_kwargs,
-        "val_call_kwargs": val_kwargs,
-        "hidden_states_dtype": getattr(torch, config.data.hidden_states_dtype),
-        "train_command": command(config),
-    })  # fmt: skip
+    return TrainerConfig(
+        **{
+            **shared,
+            "num_epochs": config.trainer.epochs,
+            "train_call_kwargs": train_kwargs,
+            "val_call_kwargs": val_kwargs,
+            "hidden_states_dtype": getattr(torch, config.data.hidden_states_dtype),
+            "train_command": command(config),
+        }
+    )
 
 
 def estimate(
@@ -213,10 +220,13 @@ def estimate(
     num_unrolls = max([getattr(method, "speculative_tokens", 1) for method in methods], default=1)
     params = [] if verifier_model is None else list(verifier_model.parameters())
     return estimate_memory(
-        model, num_tokens=config.data.total_seq_len, hidden_size=hidden_size,
-        num_states=len(model.capture.aux_layer_ids) + 1, num_unrolls=num_unrolls,
+        model,
+        num_tokens=config.data.total_seq_len,
+        hidden_size=hidden_size,
+        num_states=len(model.capture.aux_layer_ids) + 1,
+        num_unrolls=num_unrolls,
         verifier_bytes=sum(param.numel() * param.element_size() for param in params),
-    )  # fmt: skip
+    )
 
 
 def command(config: TrainConfig) -> str:

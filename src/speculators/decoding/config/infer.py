@@ -212,9 +212,11 @@ def _take_from_speculators_checkpoint(
     if lookup(proposal, "verifier_accept_k", 1) > 1 and lookup(proposal, "accept_tolerance", 0.0) > 0:
         logger.warning(
             "%s asks for verifier_accept_k=%s, accept_tolerance=%s, which changes the output; verifying losslessly. "
-            "Give both in the speculative config to have them", config.model,
-            lookup(proposal, "verifier_accept_k"), lookup(proposal, "accept_tolerance"),
-        )  # fmt: skip
+            "Give both in the speculative config to have them",
+            config.model,
+            lookup(proposal, "verifier_accept_k"),
+            lookup(proposal, "accept_tolerance"),
+        )
 
 
 def _detect_method(config: SpeculativeConfig, hf_config: Any, is_explicit: bool) -> None:
@@ -278,9 +280,7 @@ def _make_draft_model_config(config: SpeculativeConfig, hf_config: Any) -> None:
     target, target_parallel = config.target_model_config, config.target_parallel_config
     if target_parallel is not None:
         config.draft_tensor_parallel_size = draft_tensor_parallel_size(
-            config.draft_tensor_parallel_size,
-            target_parallel.tensor_parallel_size,
-            lookup(hf_config, "model_type"),
+            config.draft_tensor_parallel_size, target_parallel.tensor_parallel_size, lookup(hf_config, "model_type")
         )
         config.draft_parallel_config = draft_parallel_config(target_parallel, config.draft_tensor_parallel_size)
     if hf_config is None:

@@ -147,9 +147,7 @@ class SuffixIndex:
         most = max(min(context_len, self.max_depth) - 1, 0)
         node_by_depth = {node.depth: node for node in self.sequences[sequence_id].open_nodes}
         longest = max((depth for depth in node_by_depth if depth <= most), default=0)
-        draft = self._best(
-            ((node_by_depth[n], 0) for n in range(longest, 0, -1)), longest, max_spec_tokens, limits
-        )  # fmt: skip
+        draft = self._best(((node_by_depth[n], 0) for n in range(longest, 0, -1)), longest, max_spec_tokens, limits)
         return draft if draft.token_ids else SuffixDraft(match_len=most)
 
     def _longest_match(self, context: list[int]) -> int:

@@ -49,9 +49,13 @@ class PackedBatch:
         if last_hidden is None:
             raise ValueError("verifier_last_hidden_states is None, but the targets of training are made of them")
         return cls(
-            hidden_states[0, : columns.length], last_hidden[0, : columns.length], columns.token_ids_T,
-            columns.document_ids_T, columns.loss_mask_T.bool(), columns.position_ids_T,
-        )  # fmt: skip
+            hidden_states[0, : columns.length],
+            last_hidden[0, : columns.length],
+            columns.token_ids_T,
+            columns.document_ids_T,
+            columns.loss_mask_T.bool(),
+            columns.position_ids_T,
+        )
 
 
 @dataclass(frozen=True)

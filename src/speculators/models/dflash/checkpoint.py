@@ -50,8 +50,9 @@ def warn_if_served_differently(config: DFlashSpeculatorConfig) -> None:
         logger.warning(
             "the layers of this drafter are causal within a block as %s, but vLLM will serve them as %s; if it was "
             "trained that way, set is_causal inside transformer_layer_config (or sliding_window_non_causal)",
-            ours, config.served_causal,
-        )  # fmt: skip
+            ours,
+            config.served_causal,
+        )
 
 
 def expected_keys(config: DFlashSpeculatorConfig) -> set[str]:

@@ -90,9 +90,17 @@ class DFlashDraftModel(DraftModel):
     def network(self) -> DFlashNetwork:
         config = self.config
         return DFlashNetwork(
-            self.embed_tokens, self.fc, self.hidden_norm, cast("list[DecoderLayer]", list(self.layers)), self.norm,
-            self.lm_head, Rope(config.transformer_layer_config), config.sights, self.mask_token_id, config.first_slot,
-        )  # fmt: skip
+            self.embed_tokens,
+            self.fc,
+            self.hidden_norm,
+            cast("list[DecoderLayer]", list(self.layers)),
+            self.norm,
+            self.lm_head,
+            Rope(config.transformer_layer_config),
+            config.sights,
+            self.mask_token_id,
+            config.first_slot,
+        )
 
     @property
     def target_layer_ids(self) -> list[int]:
@@ -212,17 +220,24 @@ class DFlashDraftModel(DraftModel):
         **_: Any,
     ) -> tuple[None, Tensor, dict[str, Tensor]]:
         objective = Objective.of(
-            loss_config, loss_fn, gamma=gamma, per_position_loss_weight=per_position_loss_weight,
+            loss_config,
+            loss_fn,
+            gamma=gamma,
+            per_position_loss_weight=per_position_loss_weight,
             dpace_alpha=dpace_alpha,
-        )  # fmt: skip
+        )
         return train_forward(self, row, objective, max_anchors, generator)
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
         batch = self.training_row(states)
         row = PackedBatch.of(
-            batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"],
-            batch["document_ids"], batch["position_ids"],
-        )  # fmt: skip
+            batch["hidden_states"],
+            batch["input_ids"],
+            batch["loss_mask"],
+            batch["verifier_last_hidden_states"],
+            batch["document_ids"],
+            batch["position_ids"],
+        )
         first_slot = self.config.first_slot
         filled = fill(self, row, last_block(row, num_drafts, first_slot))
         return logits_over_verifier(self.drafts_logits(self, filled)[first_slot:], self.t2d)
@@ -234,17 +249,24 @@ class DFlashDraftModel(DraftModel):
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> DFlashProposer:
         model = self.beside(verifier_model)
         return DFlashProposer(
-            model.network, model.target_layer_ids, model.d2t, model.verifier_vocab_size, max_batch_size=max_batch_size,
+            model.network,
+            model.target_layer_ids,
+            model.d2t,
+            model.verifier_vocab_size,
+            max_batch_size=max_batch_size,
             max_length=max_length,
-        )  # fmt: skip
+        )
 
     def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
         """Slots do not see each other's tokens: the candidates of a slot are the same below all nodes before it."""
         chain = self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
         return SlotTreeDrafter(
-            chain.slot_log_probs, chain.capture, max_depth=self.config.num_drafts, d2t=chain.d2t,
+            chain.slot_log_probs,
+            chain.capture,
+            max_depth=self.config.num_drafts,
+            d2t=chain.d2t,
             verifier_vocab_size=chain.verifier_vocab_size,
-        )  # fmt: skip
+        )
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         missing = self.expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())

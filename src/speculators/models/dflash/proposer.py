@@ -54,7 +54,7 @@ class DFlashProposer:
         num_layers, _, num_kv_heads, head_dim = self.context_kv.shape
         self.cache = BlockCache(
             num_layers, max_batch_size, num_kv_heads, head_dim, dtype=self.dtype, device=self.device
-        )  # fmt: skip
+        )
         self.cache.reserve(min(max_length, INITIAL_CAPACITY))
         self.attends = self.cache.block_attends(network.sights)
         self.packed = PackedLinears(

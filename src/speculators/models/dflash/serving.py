@@ -37,8 +37,18 @@ from speculators.nn.rope import head_dim, rope_parameters
 
 ZLAB = "z-lab"
 ARCHITECTURE = "DFlashDraftModel"
-NOT_THE_LAYERS = ("architectures", "auto_map", "block_size", "dflash_config", "num_target_layers", "dtype",
-                  "torch_dtype", "transformers_version", "draft_vocab_size", "target_hidden_size")  # fmt: skip
+NOT_THE_LAYERS = (
+    "architectures",
+    "auto_map",
+    "block_size",
+    "dflash_config",
+    "num_target_layers",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "draft_vocab_size",
+    "target_hidden_size",
+)
 """Keys of a z-lab config.json that are not of the draft layers."""
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 FUSED = "self_attn.qkv_proj."
@@ -116,20 +126,28 @@ class DFlashContract(CheckpointContract):
         if config.sights_causal != config.served_causal:
             found.append(
                 error(
-                    "mask-differs", "sliding_window_non_causal",
+                    "mask-differs",
+                    "sliding_window_non_causal",
                     f"trained causal within a block: {config.sights_causal}, served: {config.served_causal} (a layer "
-                    "each)", "both must agree", "set is_causal inside transformer_layer_config to what was trained",
+                    "each)",
+                    "both must agree",
+                    "set is_causal inside transformer_layer_config to what was trained",
                 )
-            )  # fmt: skip
+            )
         return found + self.own_findings(config)
 
     def own_findings(self, config: Any) -> list[Finding]:
         if not config.sample_from_anchor:
             return []
         return [
-            error("not-servable", "sample_from_anchor", "true", "vLLM refuses it for this type",
-                  "train with --no-sample-from-anchor")
-        ]  # fmt: skip
+            error(
+                "not-servable",
+                "sample_from_anchor",
+                "true",
+                "vLLM refuses it for this type",
+                "train with --no-sample-from-anchor",
+            )
+        ]
 
     def completed(self, config: Any) -> Any:
         config = copy.deepcopy(config)

@@ -67,9 +67,12 @@ class Objective:
         if fixed_PS is not None:
             return fixed_PS
         weights = dpace_loss_decay(
-            blocks.slot_index_PS.flatten(), blocks.counts_PS.flatten(), blocks.layout.block_size, self.dpace_alpha,
+            blocks.slot_index_PS.flatten(),
+            blocks.counts_PS.flatten(),
+            blocks.layout.block_size,
+            self.dpace_alpha,
             loss_PS.detach().flatten(),
-        )  # fmt: skip
+        )
         return weights.view_as(loss_PS)
 
 

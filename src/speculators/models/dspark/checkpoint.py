@@ -35,8 +35,9 @@ def warn_if_not_served(config: DSparkSpeculatorConfig) -> None:
     if config.markov_head_type != SERVED_HEAD or config.markov_rank == 0:
         logger.warning(
             "vLLM serves markov_head_type='vanilla' with markov_rank > 0 only, not %r with rank %d",
-            config.markov_head_type, config.markov_rank,
-        )  # fmt: skip
+            config.markov_head_type,
+            config.markov_rank,
+        )
 
 
 def expected_keys(config: DSparkSpeculatorConfig) -> set[str]:

@@ -112,9 +112,13 @@ class DSparkDraftModel(DFlashDraftModel):
         **_: Any,
     ) -> tuple[None, Tensor, dict[str, Tensor]]:
         objective = Objective.of(
-            loss_config, loss_fn, default_loss=TRAINING_DEFAULTS["loss_fn"], gamma=gamma,
-            per_position_loss_weight=per_position_loss_weight, dpace_alpha=dpace_alpha,
-        )  # fmt: skip
+            loss_config,
+            loss_fn,
+            default_loss=TRAINING_DEFAULTS["loss_fn"],
+            gamma=gamma,
+            per_position_loss_weight=per_position_loss_weight,
+            dpace_alpha=dpace_alpha,
+        )
         confidence = ConfidenceObjective(confidence_head_alpha, confidence_target, tv_loss_fn)
         return train_forward(self, row, objective, confidence, max_anchors, generator)
 
@@ -124,9 +128,15 @@ class DSparkDraftModel(DFlashDraftModel):
         model = self.beside(verifier_model)
         assert isinstance(model, DSparkDraftModel)
         return DSparkProposer(
-            model.network, model.target_layer_ids, model.d2t, model.verifier_vocab_size, model.markov_head,
-            model.confidence_head, max_batch_size=max_batch_size, max_length=max_length,
-        )  # fmt: skip
+            model.network,
+            model.target_layer_ids,
+            model.d2t,
+            model.verifier_vocab_size,
+            model.markov_head,
+            model.confidence_head,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
+        )
 
     def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
         sizes = {"max_batch_size": max_batch_size, "max_length": max_length}

@@ -28,8 +28,15 @@ from speculators.models.utils import make_speculators_config
 
 DENSE = "dspark"
 SERVED_CLASS, OTHER_CLASS = "Qwen3DSparkModel", "DSparkDraftModel"
-OWN_KEYS = ("block_size", "mask_token_id", "markov_rank", "markov_head_type", "enable_confidence_head",
-            "confidence_head_with_markov", "sample_from_anchor")  # fmt: skip
+OWN_KEYS = (
+    "block_size",
+    "mask_token_id",
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "sample_from_anchor",
+)
 OLD_PREFIX, PREFIX = "logit_head.", "markov_head."
 
 
@@ -73,13 +80,19 @@ class DenseFormat(CheckpointFormat):
         if config.sights_causal != config.served_causal:
             values["is_causal"] = config.sights_causal[0]
         write_tensors(directory, tensors)
-        write_config(directory, {
-            **values, **{key: getattr(config, key) for key in OWN_KEYS}, "architectures": [SERVED_CLASS],
-            "model_type": "qwen3", "draft_vocab_size": config.draft_vocab_size,
-            "dspark_bonus_anchor": not config.sample_from_anchor,
-            "target_layer_ids": [layer - 1 for layer in config.aux_hidden_state_layer_ids],
-            "dtype": dtype_name(tensors["fc.weight"].dtype),
-        })  # fmt: skip
+        write_config(
+            directory,
+            {
+                **values,
+                **{key: getattr(config, key) for key in OWN_KEYS},
+                "architectures": [SERVED_CLASS],
+                "model_type": "qwen3",
+                "draft_vocab_size": config.draft_vocab_size,
+                "dspark_bonus_anchor": not config.sample_from_anchor,
+                "target_layer_ids": [layer - 1 for layer in config.aux_hidden_state_layer_ids],
+                "dtype": dtype_name(tensors["fc.weight"].dtype),
+            },
+        )
 
 
 class DSparkContract(DFlashContract):
@@ -97,8 +110,10 @@ class DSparkContract(DFlashContract):
             return []
         return [
             error(
-                "not-servable", "markov_head_type", f"{config.markov_head_type!r} of rank {config.markov_rank}",
+                "not-servable",
+                "markov_head_type",
+                f"{config.markov_head_type!r} of rank {config.markov_rank}",
                 f"vLLM loads a {SERVED_HEAD!r} head with a rank above 0, nothing else",
                 f"train with --markov-head-type {SERVED_HEAD}, or decode here",
             )
-        ]  # fmt: skip
+        ]

@@ -109,9 +109,14 @@ def slot_losses(
     counts_PS = filled.blocks.counts_PS
     fixed_PS = objective.fixed_weights(filled.blocks)
     return split_row_losses(
-        filled.hidden_NH, features_PSR[counts_PS], head, targets, filled.target_index_N, config,
+        filled.hidden_NH,
+        features_PSR[counts_PS],
+        head,
+        targets,
+        filled.target_index_N,
+        config,
         expected_weight_N=None if fixed_PS is None else fixed_PS[counts_PS],
-    )  # fmt: skip
+    )
 
 
 def confidence_loss_of(kappa_PS: Tensor, losses: RowLosses, filled: Filled, gamma: float, target: str) -> Tensor:

@@ -109,9 +109,13 @@ def native_config(config: EagleSpeculatorConfig, dtype: torch.dtype) -> dict[str
     for key in ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "_name_or_path"):
         values.pop(key, None)
     return {
-        **values, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "bias": False,
+        **values,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "bias": False,
         "dtype": dtype_name(dtype),
-    }  # fmt: skip
+    }
 
 
 def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path: str | Path) -> Path:

@@ -19,11 +19,7 @@ from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.eagle.arguments import TRAINING_DEFAULTS, EagleTrainingArgs, default_of
-from speculators.models.eagle.attachment import (
-    DETACHED,
-    head_of,
-    no_grad_weight,
-)
+from speculators.models.eagle.attachment import DETACHED, head_of, no_grad_weight
 from speculators.models.eagle.checkpoint import complete_eagle_config, expected_keys, save_native
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
 from speculators.models.eagle.generation import Generating
@@ -105,10 +101,16 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
     def network_with(self, embed_tokens: Any, lm_head: Any, verifier_norm: nn.Module) -> EagleNetwork:
         nested = self.config.transformer_layer_config
         return EagleNetwork(
-            no_grad_weight(embed_tokens), self.embedding_layernorm, self.fusion_fc, [self.transformer],
-            self.pre_lm_head_layernorm, head_of(no_grad_weight(lm_head)), verifier_norm, Rope(nested),
+            no_grad_weight(embed_tokens),
+            self.embedding_layernorm,
+            self.fusion_fc,
+            [self.transformer],
+            self.pre_lm_head_layernorm,
+            head_of(no_grad_weight(lm_head)),
+            verifier_norm,
+            Rope(nested),
             [layer_window(nested, 0)],
-        )  # fmt: skip
+        )
 
     # -- loading and saving ------------------------------------------------------------------------------------------
 
@@ -236,7 +238,7 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
         if verifier_last_hidden_states is not None:
             batch = PackedBatch.of(
                 hidden_states, input_ids, document_ids, loss_mask, position_ids, verifier_last_hidden_states
-            )  # fmt: skip
+            )
             drafts, loss, metrics = train_forward(self, batch, objective_of(**kwargs))
             return [padded(draft_ids_T, input_ids) for draft_ids_T in drafts], loss, metrics
         if output_attentions or output_hidden_states:
@@ -256,9 +258,13 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
         row = self.training_row(states)
         batch = PackedBatch.of(
-            row["hidden_states"], row["input_ids"], row["document_ids"], row["loss_mask"], row["position_ids"],
+            row["hidden_states"],
+            row["input_ids"],
+            row["document_ids"],
+            row["loss_mask"],
+            row["position_ids"],
             row["verifier_last_hidden_states"],
-        )  # fmt: skip
+        )
         return self.network.lm_head(drafts_read(self, batch, num_drafts))
 
     # -- serving -----------------------------------------------------------------------------------------------------

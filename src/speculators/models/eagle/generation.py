@@ -51,10 +51,17 @@ class Generating(VerifierAttachment):
                 "attach_verifier(verifier) (mode 'full')"
             )
         return generate(
-            self, input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length, do_sample=do_sample,
-            num_speculative_tokens=num_speculative_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+            self,
+            input_ids,
+            attention_mask,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            do_sample=do_sample,
+            num_speculative_tokens=num_speculative_tokens,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
             **sampling,
-        )  # fmt: skip
+        )
 
 
 def generate(

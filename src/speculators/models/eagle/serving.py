@@ -8,12 +8,7 @@ from typing import Any
 
 from speculators.checkpoint.contract import CheckpointContract
 from speculators.checkpoint.findings import Finding, error, warning
-from speculators.checkpoint.formats import (
-    CheckpointFormat,
-    Converted,
-    ForeignCheckpoint,
-    OurCheckpoint,
-)
+from speculators.checkpoint.formats import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint
 from speculators.models.eagle.checkpoint import check_servable, read_native, save_native
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
 from speculators.models.utils import make_speculators_config
@@ -37,26 +32,35 @@ class EagleFormat(CheckpointFormat):
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         found = [
             error(
-                "name-unloadable", name, "is in the checkpoint", "vLLM's EAGLE class has no such parameter and refuses "
-                "to load", "leave it out: the verifier's is used",
+                "name-unloadable",
+                name,
+                "is in the checkpoint",
+                "vLLM's EAGLE class has no such parameter and refuses to load",
+                "leave it out: the verifier's is used",
             )
-            for name in UNLOADABLE if name in source.tensor_names
-        ]  # fmt: skip
+            for name in UNLOADABLE
+            if name in source.tensor_names
+        ]
         if source.values.get("architectures") != ["LlamaForCausalLM"]:
             found.append(
                 error(
-                    "architecture-unknown", "architectures", repr(source.values.get("architectures")),
+                    "architecture-unknown",
+                    "architectures",
+                    repr(source.values.get("architectures")),
                     "vLLM puts Eagle before it, and EagleLlamaForCausalLM is the class there is",
                     'write "architectures": ["LlamaForCausalLM"]',
                 )
-            )  # fmt: skip
+            )
         if "layer_types" in source.values:
             found.append(
                 error(
-                    "layer-types-short", "layer_types", repr(source.values["layer_types"]),
-                    "vLLM's EAGLE layers count on from the verifier's, past the end of this list", "leave it out",
+                    "layer-types-short",
+                    "layer_types",
+                    repr(source.values["layer_types"]),
+                    "vLLM's EAGLE layers count on from the verifier's, past the end of this list",
+                    "leave it out",
                 )
-            )  # fmt: skip
+            )
         return found
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:

@@ -103,9 +103,13 @@ class PackedBatch:
         if hidden_states.shape[-1] == 0:  # a row of padding alone was never aligned
             hidden_states = torch.zeros_like(last_hidden)
         return cls(
-            hidden_states[0, : columns.length], columns.token_ids_T, columns.document_ids_T, columns.position_ids_T,
-            last_hidden[0, : columns.length], columns.loss_mask_T,
-        )  # fmt: skip
+            hidden_states[0, : columns.length],
+            columns.token_ids_T,
+            columns.document_ids_T,
+            columns.position_ids_T,
+            last_hidden[0, : columns.length],
+            columns.loss_mask_T,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,13 @@ class Step:
 
 
 def unroll(
-    network: EagleNetwork, batch: PackedBatch, features_TH: Tensor, columns_R: Tensor, objective: Objective,
+    network: EagleNetwork,
+    batch: PackedBatch,
+    features_TH: Tensor,
+    columns_R: Tensor,
+    objective: Objective,
     attention: str | None,
-) -> list[Step]:  # fmt: skip
+) -> list[Step]:
     """Step 0 runs every column, since each is context to others; later steps the columns that carry loss."""
     attends = unrolled_attends(attention, PackedRow(batch.document_ids_T, columns_R), network.windows)
     # past the right edge: padding tokens, at columns that cannot count
@@ -162,9 +170,12 @@ def train_forward(model: EagleSpeculator, batch: PackedBatch, objective: Objecti
     step_N, row_N = counts_SR.nonzero().unbind(1)
     target_N = columns_R[row_N] + step_N
     losses = row_losses(
-        torch.stack([step.normed_RH for step in steps])[step_N, row_N], network.lm_head.weight,
-        HeadTargets(targets_TH, network.lm_head.weight, *model.target_transform), target_N, objective.loss_config,
-    )  # fmt: skip
+        torch.stack([step.normed_RH for step in steps])[step_N, row_N],
+        network.lm_head.weight,
+        HeadTargets(targets_TH, network.lm_head.weight, *model.target_transform),
+        target_N,
+        objective.loss_config,
+    )
     predicted_NH = torch.stack([step.features_RH for step in steps])[step_N, row_N]
     regression_N = F.smooth_l1_loss(predicted_NH.float(), targets_TH[target_N].float(), reduction="none").mean(-1)
     loss, metrics = reduce(losses, regression_N, objective, counts_SR, step_N, row_N)

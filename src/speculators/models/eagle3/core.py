@@ -61,9 +61,17 @@ class Eagle3DraftModel(DraftModel):
         nested = self.config.transformer_layer_config
         layers = cast("list[DecoderLayer]", list(self.layers))
         return Eagle3Network(
-            self.embed_tokens, self.input_norm, self.fc_norm, self.fc, layers, self.norm, self.lm_head,
-            Rope(nested), [layer_window(nested, i) for i in range(len(layers))], self.config.norm_output,
-        )  # fmt: skip
+            self.embed_tokens,
+            self.input_norm,
+            self.fc_norm,
+            self.fc,
+            layers,
+            self.norm,
+            self.lm_head,
+            Rope(nested),
+            [layer_window(nested, i) for i in range(len(layers))],
+            self.config.norm_output,
+        )
 
     @property
     def target_layer_ids(self) -> list[int]:
@@ -164,9 +172,13 @@ class Eagle3DraftModel(DraftModel):
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Eagle3Proposer:
         model = self.beside(verifier_model)
         return Eagle3Proposer(
-            model.network.fused(), model.target_layer_ids, model.d2t, model.verifier_vocab_size,
-            max_batch_size=max_batch_size, max_length=max_length,
-        )  # fmt: skip
+            model.network.fused(),
+            model.target_layer_ids,
+            model.d2t,
+            model.verifier_vocab_size,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
+        )
 
     def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
         return FeedbackTreeDrafter(

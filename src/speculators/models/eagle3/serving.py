@@ -40,15 +40,29 @@ IDS = "eagle_aux_hidden_state_layer_ids"
 THEIR_LAYER, OUR_LAYER = "midlayer.", "layers.0."
 SERVED_FAMILIES = ("llama", "qwen3")
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-NOT_THE_LAYERS = (*FLAGS, IDS, "architectures", "auto_map", "eagle_config", "draft_vocab_size", "target_hidden_size",
-                  "dtype", "torch_dtype", "transformers_version")  # fmt: skip
+NOT_THE_LAYERS = (
+    *FLAGS,
+    IDS,
+    "architectures",
+    "auto_map",
+    "eagle_config",
+    "draft_vocab_size",
+    "target_hidden_size",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)
 CONVERTED_TOKENS = 3
 """Draft tokens a round of a converted checkpoint, whose own config does not say."""
 # What the authors' code assumes where an old config.json is silent.
 SILENT = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
-}  # fmt: skip
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+}
 
 
 class Eagle3Format(CheckpointFormat):
@@ -107,14 +121,20 @@ class Eagle3Format(CheckpointFormat):
         nested = config.transformer_layer_config
         tensors = {name.replace(OUR_LAYER, THEIR_LAYER): tensor for name, tensor in checkpoint.tensors.items()}
         write_tensors(directory, tensors)
-        write_config(directory, {
-            **layer_values(nested), **{flag: getattr(config, flag) for flag in FLAGS},
-            IDS: config.eagle_aux_hidden_state_layer_ids,
-            "eagle_config": {IDS: config.eagle_aux_hidden_state_layer_ids},
-            "architectures": ["LlamaForCausalLMEagle3" if nested.model_type == "llama" else "Eagle3Qwen3ForCausalLM"],
-            "draft_vocab_size": config.draft_vocab_size,
-            "dtype": dtype_name(tensors["fc.weight"].dtype),
-        })  # fmt: skip
+        write_config(
+            directory,
+            {
+                **layer_values(nested),
+                **{flag: getattr(config, flag) for flag in FLAGS},
+                IDS: config.eagle_aux_hidden_state_layer_ids,
+                "eagle_config": {IDS: config.eagle_aux_hidden_state_layer_ids},
+                "architectures": [
+                    "LlamaForCausalLMEagle3" if nested.model_type == "llama" else "Eagle3Qwen3ForCausalLM"
+                ],
+                "draft_vocab_size": config.draft_vocab_size,
+                "dtype": dtype_name(tensors["fc.weight"].dtype),
+            },
+        )
 
 
 class Eagle3Contract(CheckpointContract):
@@ -148,30 +168,42 @@ def layer_findings(values: Mapping[str, Any], nested: Any, num_aux: int) -> Iter
     """What vLLM reads of the draft layers and of the verifier's that feed them."""
     if nested.model_type not in SERVED_FAMILIES:
         yield error(
-            "not-servable", "transformer_layer_config.model_type", repr(nested.model_type),
-            f"vLLM has draft layers for {SERVED_FAMILIES}", "train with --draft-arch llama or qwen3",
-        )  # fmt: skip
+            "not-servable",
+            "transformer_layer_config.model_type",
+            repr(nested.model_type),
+            f"vLLM has draft layers for {SERVED_FAMILIES}",
+            "train with --draft-arch llama or qwen3",
+        )
     inside = (getattr(nested, "eagle_config", None) or values.get("eagle_config") or {}).get(IDS)
     if not values.get(IDS) and inside:
         yield ids_nested("eagle_config." + IDS, inside)
     elif not values.get(IDS):
         yield error(
-            "aux-ids-missing", IDS, repr(values.get(IDS)), "vLLM then reads the layers 2, n // 2 and n - 3",
+            "aux-ids-missing",
+            IDS,
+            repr(values.get(IDS)),
+            "vLLM then reads the layers 2, n // 2 and n - 3",
             "write the ids that the drafter was trained with",
-        )  # fmt: skip
+        )
     written = getattr(nested, "num_aux_hidden_states", None)
     if nested.model_type == "llama" and (written or DEFAULT_NUM_AUX) != num_aux:
         yield error(
-            "num-aux-missing", "transformer_layer_config.num_aux_hidden_states", repr(written),
-            f"vLLM's llama drafts size fc by this key alone, {DEFAULT_NUM_AUX} without it", f"write {num_aux} there",
-        )  # fmt: skip
+            "num-aux-missing",
+            "transformer_layer_config.num_aux_hidden_states",
+            repr(written),
+            f"vLLM's llama drafts size fc by this key alone, {DEFAULT_NUM_AUX} without it",
+            f"write {num_aux} there",
+        )
 
 
 def ids_nested(where: str, ids: Any) -> Finding:
     return error(
-        "aux-ids-nested", where, repr(ids), "vLLM's newer model runner reads the top level only, and falls back to the "
-        "layers 2, n // 2 and n - 3", f"write {IDS} at the top level of config.json",
-    )  # fmt: skip
+        "aux-ids-nested",
+        where,
+        repr(ids),
+        "vLLM's newer model runner reads the top level only, and falls back to the layers 2, n // 2 and n - 3",
+        f"write {IDS} at the top level of config.json",
+    )
 
 
 def nested_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor], verifier: str | None) -> Any:

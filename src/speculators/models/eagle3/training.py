@@ -81,11 +81,7 @@ class PackedBatch:
 
 
 def unroll(
-    network: Eagle3Network,
-    batch: PackedBatch,
-    columns_R: Tensor,
-    num_steps: int,
-    attention: str | None,
+    network: Eagle3Network, batch: PackedBatch, columns_R: Tensor, num_steps: int, attention: str | None
 ) -> list[Tensor]:
     """What the head reads at each step, [R, H] a step. Step 0 runs every column, since each is context to others."""
     packed = PackedRow(batch.document_ids_T, columns_R)

@@ -33,11 +33,15 @@ def expected_keys(config: MedusaSpeculatorConfig) -> set[str]:
 
 def native_config(config: MedusaSpeculatorConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size, "num_heads": config.num_heads, "num_hidden_layers": config.num_hidden_layers,
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "num_heads": config.num_heads,
+        "num_hidden_layers": config.num_hidden_layers,
         "medusa_fc_bias": True,  # without it vLLM leaves the biases out, silently
         "dtype": dtype_name(dtype),
-    }  # fmt: skip
+    }
 
 
 def save_native(config: MedusaSpeculatorConfig, tensors: dict[str, Tensor], path: str | Path) -> Path:
@@ -68,8 +72,11 @@ def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} has no tensors blocks.* and lm_heads.*, of every head its own: it is no Medusa")
     vocab_size, hidden_size = tensors["lm_heads.0.weight"].shape
     fields: dict[str, Any] = {
-        "num_heads": num_heads, "num_hidden_layers": num_layers, "hidden_size": hidden_size, "vocab_size": vocab_size,
-    }  # fmt: skip
+        "num_heads": num_heads,
+        "num_hidden_layers": num_layers,
+        "hidden_size": hidden_size,
+        "vocab_size": vocab_size,
+    }
     for i in range(num_heads):
         for j in range(num_layers):  # a head without biases is one whose biases are zero
             weight = tensors[f"blocks.{i}.layers.{j}.weight"]

@@ -28,17 +28,23 @@ class MedusaFormat(CheckpointFormat):
         if biased and not source.values.get("medusa_fc_bias"):
             found.append(
                 error(
-                    "option-dropped", "medusa_fc_bias", f"not true, and there is {biased[0]}",
-                    "vLLM then leaves every bias out, silently", 'write "medusa_fc_bias": true',
+                    "option-dropped",
+                    "medusa_fc_bias",
+                    f"not true, and there is {biased[0]}",
+                    "vLLM then leaves every bias out, silently",
+                    'write "medusa_fc_bias": true',
                 )
-            )  # fmt: skip
+            )
         if source.values.get("model_type") != "medusa":
             found.append(
                 error(
-                    "key-missing", "model_type", repr(source.values.get("model_type")),
-                    "vLLM finds its config class by it", 'write "model_type": "medusa"',
+                    "key-missing",
+                    "model_type",
+                    repr(source.values.get("model_type")),
+                    "vLLM finds its config class by it",
+                    'write "model_type": "medusa"',
                 )
-            )  # fmt: skip
+            )
         return found
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:

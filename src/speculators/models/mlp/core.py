@@ -54,9 +54,14 @@ class MLPSpeculator(LastStateModel):
     @property
     def network(self) -> MLPNetwork:
         return MLPNetwork(
-            self.verifier_norm, self.emb, self.proj, self.ln, self.head,  # type: ignore[arg-type]
-            self.config.num_layers, self.config.scale_input,
-        )  # fmt: skip
+            self.verifier_norm,
+            self.emb,
+            self.proj,
+            self.ln,
+            self.head,  # type: ignore[arg-type]
+            self.config.num_layers,
+            self.config.scale_input,
+        )
 
     @property
     def trained_keys(self) -> set[str]:

@@ -62,12 +62,15 @@ class FmsFormat(CheckpointFormat):
 
 def native_config(config: MLPSpeculatorConfig) -> dict[str, Any]:
     return {
-        "model_type": FmsFormat.name, "architectures": ["MLPSpeculatorPreTrainedModel"],
+        "model_type": FmsFormat.name,
+        "architectures": ["MLPSpeculatorPreTrainedModel"],
         **{theirs: getattr(config, ours) for theirs, ours in OLD_NAMES.items()},
-        "vocab_size": config.vocab_size, "tie_weights": config.tie_weights, "scale_input": config.scale_input,
+        "vocab_size": config.vocab_size,
+        "tie_weights": config.tie_weights,
+        "scale_input": config.scale_input,
         "top_k_tokens_per_head": [max(1, WIDEST - step) for step in range(config.num_layers)],
         "n_candidates": NUM_CANDIDATES,
-    }  # fmt: skip
+    }
 
 
 def stored_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

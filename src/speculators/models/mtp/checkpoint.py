@@ -19,14 +19,20 @@ NOT_THE_DECODERS = ("quantization_config",)
 EXPERTS = {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 MLP_KEYS = {
     SparseMLP: {
-        *EXPERTS, "mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight",
-        "mlp.shared_expert.down_proj.weight", "mlp.shared_expert_gate.weight",
+        *EXPERTS,
+        "mlp.shared_expert.gate_proj.weight",
+        "mlp.shared_expert.up_proj.weight",
+        "mlp.shared_expert.down_proj.weight",
+        "mlp.shared_expert_gate.weight",
     },
     GroupRoutedMLP: {
-        *EXPERTS, "mlp.gate.e_score_correction_bias", "mlp.shared_experts.gate_proj.weight",
-        "mlp.shared_experts.up_proj.weight", "mlp.shared_experts.down_proj.weight",
+        *EXPERTS,
+        "mlp.gate.e_score_correction_bias",
+        "mlp.shared_experts.gate_proj.weight",
+        "mlp.shared_experts.up_proj.weight",
+        "mlp.shared_experts.down_proj.weight",
     },
-}  # fmt: skip
+}
 
 
 def latent_attention_keys(config: Any) -> set[str]:

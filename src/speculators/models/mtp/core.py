@@ -82,10 +82,14 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     @property
     def network(self) -> MTPNetwork:
         return MTPNetwork(
-            self.embed_tokens, self.verifier_norm, cast("MTPLayer", self.mtp_layers[0]), self.lm_head,
-            Rope(self.config.transformer_layer_config), self.family.reads_raw_states,
+            self.embed_tokens,
+            self.verifier_norm,
+            cast("MTPLayer", self.mtp_layers[0]),
+            self.lm_head,
+            Rope(self.config.transformer_layer_config),
+            self.family.reads_raw_states,
             self.family.zeroes_first_embedding,
-        )  # fmt: skip
+        )
 
     @property
     def target_layer_ids(self) -> list[int]:

@@ -124,9 +124,15 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 LATENT_KEYS = (
-    "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
-    "rope_parameters", "rope_scaling",
-)  # fmt: skip
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_interleave",
+    "rope_parameters",
+    "rope_scaling",
+)
 
 
 def decoder_view(config: Any, shape: DecoderShape) -> SimpleNamespace:

@@ -24,9 +24,13 @@ class MTPProposer(FeedbackProposer):
 
     def __init__(self, network: MTPNetwork, verifier_vocab_size: int, *, max_batch_size: int, max_length: int):
         super().__init__(
-            network, CaptureSpec(last_hidden=True), None, verifier_vocab_size, max_batch_size=max_batch_size,
+            network,
+            CaptureSpec(last_hidden=True),
+            None,
+            verifier_vocab_size,
+            max_batch_size=max_batch_size,
             max_length=max_length,
-        )  # fmt: skip
+        )
 
     def step(self, token_ids_BT: Tensor, hidden_BTH: Tensor, span: Span) -> StepOutput:
         tokens_BT = self.network.tokens_at(token_ids_BT, span.positions(self.device))

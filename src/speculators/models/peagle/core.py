@@ -119,7 +119,7 @@ class PEagleDraftModel(Eagle3DraftModel):
         )
         batch = PackedBatch.of(
             hidden_states, input_ids, document_ids, loss_mask, position_ids, verifier_last_hidden_states
-        )  # fmt: skip
+        )
         losses = choose_loss_config(loss_config, loss_fn, default="kl_div")
         return train_forward(self, batch, sampling, losses, generator)
 
@@ -130,9 +130,15 @@ class PEagleDraftModel(Eagle3DraftModel):
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> PEagleProposer:
         model = self.beside(verifier_model)
         return PEagleProposer(
-            model.network.fused(), model.mask_token_id, model.mask_hidden, model.target_layer_ids, model.d2t,
-            model.verifier_vocab_size, max_batch_size=max_batch_size, max_length=max_length,
-        )  # fmt: skip
+            model.network.fused(),
+            model.mask_token_id,
+            model.mask_hidden,
+            model.target_layer_ids,
+            model.d2t,
+            model.verifier_vocab_size,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
+        )
 
     def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
         chain = self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)

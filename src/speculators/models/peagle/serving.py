@@ -44,10 +44,7 @@ class PEagleFormat(Eagle3Format):
 class PEagleContract(Eagle3Contract):
     formats = (PEagleFormat(),)
     training_keys = Eagle3Contract.training_keys | set(PEagleSpeculatorConfig.training_fields)
-    absent_means = {
-        "mask_token_id": "does not load the checkpoint",
-        "draft_vocab_size": "takes the verifier's",
-    }
+    absent_means = {"mask_token_id": "does not load the checkpoint", "draft_vocab_size": "takes the verifier's"}
 
     def shared_tensors(self, config: Any) -> frozenset[str]:
         """Never the embedding: engines would take the verifier's for the trained one."""
@@ -59,10 +56,13 @@ class PEagleContract(Eagle3Contract):
         if config.fc_norm and not getattr(nested, "fc_norm", False):
             found.append(
                 error(
-                    "option-dropped", "fc_norm", "true at the top level only", "vLLM does not pass it on for this type",
+                    "option-dropped",
+                    "fc_norm",
+                    "true at the top level only",
+                    "vLLM does not pass it on for this type",
                     "write fc_norm inside transformer_layer_config too",
                 )
-            )  # fmt: skip
+            )
         return found
 
     def completed(self, config: Any) -> Any:

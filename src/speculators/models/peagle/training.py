@@ -43,9 +43,14 @@ class Sampling:
 
     def draw(self, batch: PackedBatch, generator: torch.Generator | None) -> Chains:
         return sample_chains(
-            batch.loss_mask_T, batch.document_ids_T, num_depths=self.num_depths, ratio=self.ratio,
-            ratio_min=self.ratio_min, max_anchors=self.max_anchors, generator=generator,
-        )  # fmt: skip
+            batch.loss_mask_T,
+            batch.document_ids_T,
+            num_depths=self.num_depths,
+            ratio=self.ratio,
+            ratio_min=self.ratio_min,
+            max_anchors=self.max_anchors,
+            generator=generator,
+        )
 
 
 @dataclass(frozen=True)
