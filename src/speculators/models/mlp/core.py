@@ -55,10 +55,10 @@ class MLPSpeculator(LastStateModel):
     def network(self) -> MLPNetwork:
         return MLPNetwork(
             self.verifier_norm,
-            self.emb,
-            self.proj,
-            self.ln,
-            self.head,  # type: ignore[arg-type]
+            list(self.emb),
+            list(self.proj),
+            list(self.ln),
+            list(self.head),
             self.config.num_layers,
             self.config.scale_input,
         )
