@@ -5,20 +5,20 @@ import warnings
 import pytest
 import torch
 
-from speculators.nn.block_attention import (
+from speculators.models.dflash.block_attention import (
     BlockLayout,
-    CompiledFlexBlockAttend,
+    CompiledFlexBlockAttention,
     ContextKV,
-    DenseBlockAttend,
-    FlexBlockAttend,
-    GroupedBlockAttend,
-    LayerSight,
-    SdpaBlockAttend,
+    DenseBlockAttention,
+    FlexBlockAttention,
+    GroupedBlockAttention,
+    LayerMask,
+    SdpaBlockAttention,
 )
 from speculators.nn.grouped_attention import Group
 from speculators.nn.masks import document_starts
 
-SIGHTS = [LayerSight(None, False), LayerSight(None, True), LayerSight(3, True), LayerSight(6, False)]
+LAYER_MASKS = [LayerMask(None, False), LayerMask(None, True), LayerMask(3, True), LayerMask(6, False)]
 
 
 def picture(mask):
@@ -31,13 +31,13 @@ def test_what_slots_see():
     anchors = torch.tensor([1, 5])
     layout = BlockLayout(anchors, document_starts(documents)[anchors], 2)
     everything = Group(0, 4, 0, 7)
-    assert picture(layout.visible(everything, LayerSight(None, False))) == [
+    assert picture(layout.visible(everything, LayerMask(None, False))) == [
         "x......" + "xx..",
         "x......" + "xx..",
         "..xxx.." + "..xx",
         "..xxx.." + "..xx",
     ]
-    assert picture(layout.visible(everything, LayerSight(3, True))) == [
+    assert picture(layout.visible(everything, LayerMask(3, True))) == [
         "x......" + "x...",
         "x......" + "xx..",
         "...xx.." + "..x.",
@@ -56,43 +56,43 @@ def tensors(num_columns, anchors, block_size, device="cpu"):
     return layout, made
 
 
-def run(attend_class, sight, layout, made):
+def run(attend_class, layer_mask, layout, made):
     """(out, gradients) for a fixed incoming gradient."""
     query, key, value, context_key, context_value = made
-    out = attend_class(layout, sight, ContextKV(context_key, context_value))(query, key, value)
+    out = attend_class(layout, layer_mask, ContextKV(context_key, context_value))(query, key, value)
     weight = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
     return out, torch.autograd.grad((out * weight).sum(), made)
 
 
-@pytest.mark.parametrize("sight", SIGHTS)
-@pytest.mark.parametrize("attend_class", [GroupedBlockAttend, SdpaBlockAttend])
-def test_fast_routes_equal_the_dense_reference(attend_class, sight):
+@pytest.mark.parametrize("layer_mask", LAYER_MASKS)
+@pytest.mark.parametrize("attend_class", [GroupedBlockAttention, SdpaBlockAttention])
+def test_fast_routes_equal_the_dense_reference(attend_class, layer_mask):
     layout, made = tensors(40, [0, 3, 4, 9, 14, 20, 21, 33, 39], 5)
-    expected, expected_grads = run(DenseBlockAttend, sight, layout, made)
-    out, grads = run(attend_class, sight, layout, made)
+    expected, expected_grads = run(DenseBlockAttention, layer_mask, layout, made)
+    out, grads = run(attend_class, layer_mask, layout, made)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
     for grad, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, reference, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sight", SIGHTS)
-def test_the_flex_mask_is_the_dense_mask(sight):
+@pytest.mark.parametrize("layer_mask", LAYER_MASKS)
+def test_the_flex_mask_is_the_dense_mask(layer_mask):
     """Forward only: flex attention has no backward on a CPU."""
     layout, made = tensors(40, [0, 3, 4, 9, 14, 20, 21, 33, 39], 5)
     query, key, value, *context = (x.detach() for x in made)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # it says that it is slow when not compiled
-        out = FlexBlockAttend(layout, sight, ContextKV(*context))(query, key, value)
-        expected = DenseBlockAttend(layout, sight, ContextKV(*context))(query, key, value)
+        out = FlexBlockAttention(layout, layer_mask, ContextKV(*context))(query, key, value)
+        expected = DenseBlockAttention(layout, layer_mask, ContextKV(*context))(query, key, value)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sight", SIGHTS)
-def test_compiled_flex_equals_the_dense_reference_on_a_gpu(sight):
+@pytest.mark.parametrize("layer_mask", LAYER_MASKS)
+def test_compiled_flex_equals_the_dense_reference_on_a_gpu(layer_mask):
     layout, made = tensors(300, list(range(0, 290, 7)), 16, device="cuda")
-    expected, expected_grads = run(DenseBlockAttend, sight, layout, made)
-    out, grads = run(CompiledFlexBlockAttend, sight, layout, made)
+    expected, expected_grads = run(DenseBlockAttention, layer_mask, layout, made)
+    out, grads = run(CompiledFlexBlockAttention, layer_mask, layout, made)
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
     for grad, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, reference, atol=5e-3, rtol=5e-3)

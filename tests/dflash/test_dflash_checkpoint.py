@@ -140,7 +140,7 @@ def test_every_boolean_and_the_whole_decoder_are_written(drafter, tmp_path):
 def test_the_mask_that_is_trained_is_the_mask_that_is_served(drafter, arguments, is_causal, caplog, tmp_path):
     config = drafter(**arguments).config
     assert getattr(config.transformer_layer_config, "is_causal", None) is is_causal
-    assert [sight.causal for sight in config.sights] == config.served_causal
+    assert [layer_mask.causal for layer_mask in config.layer_masks] == config.served_causal
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         drafter(**arguments).save_pretrained(tmp_path)

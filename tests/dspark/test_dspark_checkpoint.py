@@ -88,7 +88,7 @@ def test_every_field_is_written(drafter, tmp_path):
 def test_the_mask_that_is_trained_is_the_mask_that_is_served(drafter, arguments, is_causal):
     config = drafter(**arguments).config
     assert getattr(config.transformer_layer_config, "is_causal", None) is is_causal
-    assert [sight.causal for sight in config.sights] == config.served_causal
+    assert [layer_mask.causal for layer_mask in config.layer_masks] == config.served_causal
 
 
 def test_heads_that_engines_do_not_load_are_warned_about(drafter, tmp_path, caplog):

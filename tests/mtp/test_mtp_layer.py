@@ -19,7 +19,7 @@ from speculators.models.mtp.layer import MTPLayer
 from speculators.models.mtp.proposer import MTPProposer
 from speculators.nn.masks import PackedRow
 from speculators.nn.rope import Rope
-from speculators.nn.unrolled import unrolled_attends
+from speculators.nn.unrolled import unrolled_attention
 from speculators.proposals import GreedyTokenProposalConfig
 
 SIZES = {
@@ -128,8 +128,8 @@ def test_the_decoder_layer_equals_transformers(name):
     expected = expected[0] if isinstance(expected, tuple) else expected
     expected = expected * torch.rsqrt(expected.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps)
     for route in ("eager", "simple_flex_attention"):
-        (attend,) = unrolled_attends(route, PackedRow(torch.zeros(9, dtype=torch.int64)), [None])
-        actual, _ = ours(torch.randn(1, 9, HIDDEN), hidden, Rope(config).at(positions[0], torch.float32), attend)
+        (attention,) = unrolled_attention(route, PackedRow(torch.zeros(9, dtype=torch.int64)), [None])
+        actual, _ = ours(torch.randn(1, 9, HIDDEN), hidden, Rope(config).at(positions[0], torch.float32), attention)
         torch.testing.assert_close(actual, expected.view(1, 9, HIDDEN), atol=1e-5, rtol=1e-4)
 
 

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from speculators.decoding import Engine, SamplingParams
 from speculators.models.mtp import MTPDraftModel
 from speculators.models.mtp.checkpoint import expected_keys
+from speculators.models.mtp.experts import GroupRouter
 from speculators.models.mtp.families import LAYER
-from speculators.nn.experts import GroupRouter
 from speculators.train.config import TrainConfig
 from speculators.train.run import build_model
 

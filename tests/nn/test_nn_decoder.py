@@ -32,7 +32,7 @@ class Causal:
     def __call__(self, query, key, value):
         return dense_attention(query, key, value, torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril())
 
-    def rows(self, hidden):
+    def select_queries(self, hidden):
         return hidden
 
 

@@ -5,12 +5,12 @@ import torch
 
 from speculators.nn.masks import PackedRow, document_mask, unrolled_mask
 from speculators.nn.unrolled import (
-    CompiledFlexUnrolledAttend,
-    DenseUnrolledAttend,
-    FlexUnrolledAttend,
-    SdpaUnrolledAttend,
-    TailUnrolledAttend,
-    unrolled_attends,
+    CompiledFlexUnrolledAttention,
+    DenseUnrolledAttention,
+    FlexUnrolledAttention,
+    SdpaUnrolledAttention,
+    TailUnrolledAttention,
+    unrolled_attention,
 )
 
 DOCUMENTS = {"one": [0] * 9, "two": [0] * 5 + [1] * 4, "three and padding": [0] * 3 + [1] + [2] * 4 + [-1] * 2}
@@ -68,10 +68,10 @@ def test_rectangles_cover_exactly_what_is_visible(documents, window, shift):
         assert torch.equal(covered, mask[rows].long())
 
 
-def unroll(attends, rows, num_steps, dtype=torch.float64, heads=(4, 2), head_dim=6, backward=True):
+def unroll(attention, rows, num_steps, dtype=torch.float64, heads=(4, 2), head_dim=6, backward=True):
     """Output of the asked rows at each step and the gradients, of queries, keys and values drawn for every column."""
     generator = torch.Generator().manual_seed(0)
-    num_columns, device = attends.packed.document_ids_T.shape[0], attends.packed.document_ids_T.device
+    num_columns, device = attention.packed.document_ids_T.shape[0], attention.packed.document_ids_T.device
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -80,12 +80,12 @@ def unroll(attends, rows, num_steps, dtype=torch.float64, heads=(4, 2), head_dim
         [draw(1, num_columns, n, head_dim).requires_grad_(backward) for n in (heads[0], heads[1], heads[1])]
         for _ in range(num_steps)
     ]
-    dense = isinstance(attends, DenseUnrolledAttend)
+    dense = isinstance(attention, DenseUnrolledAttention)
     outputs = []
     for s, (query, key, value) in enumerate(leaves):
         if s > 0 and not dense:
             query, key, value = (x[:, rows] for x in (query, key, value))
-        out = attends(query, key, value)
+        out = attention(query, key, value)
         outputs.append(out[:, rows] if dense else out)
     mix = torch.stack(outputs)
     if backward:
@@ -104,8 +104,8 @@ def test_tail_attention_equals_dense_attention_forward_and_backward(documents, w
     """float64: 1e-12 leaves no room for an approximation."""
     document_ids = torch.tensor(DOCUMENTS[documents])
     rows = (document_ids != -1).nonzero().flatten()[::every]
-    expected, expected_grads = unroll(DenseUnrolledAttend(PackedRow(document_ids), window), rows, 3)
-    out, grads = unroll(TailUnrolledAttend(PackedRow(document_ids, rows), window, last_layer=True), rows, 3)
+    expected, expected_grads = unroll(DenseUnrolledAttention(PackedRow(document_ids), window), rows, 3)
+    out, grads = unroll(TailUnrolledAttention(PackedRow(document_ids, rows), window, last_layer=True), rows, 3)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(grads_or_zeros(grads, expected_grads), expected_grads, atol=1e-12, rtol=1e-12)
 
@@ -116,9 +116,9 @@ def test_flex_attention_with_a_tail_equals_dense_attention(window):
     """Forward, uncompiled: all that flex attention does on a CPU."""
     document_ids = torch.tensor(DOCUMENTS["three and padding"])
     rows = (document_ids != -1).nonzero().flatten()[::2]
-    expected, _ = unroll(DenseUnrolledAttend(PackedRow(document_ids), window), rows, 3, backward=False)
-    attend = FlexUnrolledAttend(PackedRow(document_ids, rows), window, last_layer=True)
-    out, _ = unroll(attend, rows, 3, backward=False)
+    expected, _ = unroll(DenseUnrolledAttention(PackedRow(document_ids), window), rows, 3, backward=False)
+    attention = FlexUnrolledAttention(PackedRow(document_ids, rows), window, last_layer=True)
+    out, _ = unroll(attention, rows, 3, backward=False)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -128,9 +128,9 @@ def test_compiled_flex_attention_equals_dense_attention_on_a_gpu(window):
     document_ids = torch.tensor([0] * 300 + [1] * 200 + [-1] * 12, device="cuda")
     rows = torch.arange(0, 500, 3, device="cuda")
     sizes = {"dtype": torch.float32, "head_dim": 64}
-    expected, expected_grads = unroll(DenseUnrolledAttend(PackedRow(document_ids), window), rows, 3, **sizes)
-    attend = CompiledFlexUnrolledAttend(PackedRow(document_ids, rows), window, last_layer=True)
-    out, grads = unroll(attend, rows, 3, **sizes)
+    expected, expected_grads = unroll(DenseUnrolledAttention(PackedRow(document_ids), window), rows, 3, **sizes)
+    attention = CompiledFlexUnrolledAttention(PackedRow(document_ids, rows), window, last_layer=True)
+    out, grads = unroll(attention, rows, 3, **sizes)
     # flex attention multiplies in tf32 or better: ten bits
     torch.testing.assert_close(out, expected, atol=5e-3, rtol=5e-3)
     torch.testing.assert_close(grads_or_zeros(grads, expected_grads), expected_grads, atol=2e-2, rtol=2e-2)
@@ -140,8 +140,8 @@ def test_compiled_flex_attention_equals_dense_attention_on_a_gpu(window):
 def test_sdpa_route_equals_dense_attention(window):
     document_ids = torch.tensor(DOCUMENTS["three and padding"])
     rows = torch.arange(8)
-    expected, expected_grads = unroll(DenseUnrolledAttend(PackedRow(document_ids), window), rows, 3)
-    out, grads = unroll(SdpaUnrolledAttend(PackedRow(document_ids), window), rows, 3)
+    expected, expected_grads = unroll(DenseUnrolledAttention(PackedRow(document_ids), window), rows, 3)
+    out, grads = unroll(SdpaUnrolledAttention(PackedRow(document_ids), window), rows, 3)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(grads, expected_grads)
 
@@ -150,8 +150,10 @@ def test_long_sliding_rows_are_cut_into_blocks():
     """Longer than a block of queries, so that blocks meet: still exact."""
     document_ids = torch.tensor([0] * 600 + [1] * 20)
     rows = torch.arange(620)
-    expected, expected_grads = unroll(DenseUnrolledAttend(PackedRow(document_ids), 50), rows, 2, heads=(2, 1))
-    out, grads = unroll(TailUnrolledAttend(PackedRow(document_ids, rows), 50, last_layer=True), rows, 2, heads=(2, 1))
+    expected, expected_grads = unroll(DenseUnrolledAttention(PackedRow(document_ids), 50), rows, 2, heads=(2, 1))
+    out, grads = unroll(
+        TailUnrolledAttention(PackedRow(document_ids, rows), 50, last_layer=True), rows, 2, heads=(2, 1)
+    )
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(grads, expected_grads, atol=1e-12, rtol=1e-12)
 
@@ -159,17 +161,17 @@ def test_long_sliding_rows_are_cut_into_blocks():
 def test_bf16_is_as_close_to_the_truth_as_the_reference():
     document_ids = torch.tensor(DOCUMENTS["two"])
     rows = torch.arange(9)
-    truth, _ = unroll(DenseUnrolledAttend(PackedRow(document_ids), None), rows, 3)
+    truth, _ = unroll(DenseUnrolledAttention(PackedRow(document_ids), None), rows, 3)
     out, _ = unroll(
-        TailUnrolledAttend(PackedRow(document_ids, rows), None, last_layer=True), rows, 3, dtype=torch.bfloat16
+        TailUnrolledAttention(PackedRow(document_ids, rows), None, last_layer=True), rows, 3, dtype=torch.bfloat16
     )
     torch.testing.assert_close(out.double(), truth, atol=0.03, rtol=0.03)
 
 
 def test_the_route_follows_the_contracts_names():
     packed = PackedRow(torch.zeros(4, dtype=torch.int64))
-    assert type(unrolled_attends("eager", packed, [None])[0]) is DenseUnrolledAttend
+    assert type(unrolled_attention("eager", packed, [None])[0]) is DenseUnrolledAttention
     for name in ("sdpa", "simple_flex_attention", None):
-        assert type(unrolled_attends(name, packed, [None])[0]) is TailUnrolledAttend
-    first, last = unrolled_attends(None, packed, [None, 5])
+        assert type(unrolled_attention(name, packed, [None])[0]) is TailUnrolledAttention
+    first, last = unrolled_attention(None, packed, [None, 5])
     assert (first.last_layer, last.last_layer, last.window) == (False, True, 5)

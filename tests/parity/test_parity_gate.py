@@ -119,7 +119,9 @@ def test_drafted_tokens_one_position_too_far_are_found(gate, monkeypatch):
             return step(self, token_ids_BT, hidden_BTH, span)
         tables = self.network.rope.tables(span.end + 1, self.device, self.dtype)
         self.cache.span = span
-        return self.network.step(token_ids_BT, hidden_BTH, tables.at(span.positions(self.device) + 1), self.attends)
+        return self.network.step(
+            token_ids_BT, hidden_BTH, tables.at(span.positions(self.device) + 1), self.layer_attention
+        )
 
     monkeypatch.setattr(FeedbackProposer, "step", too_far)
     for case in ("eagle3", "eagle"):

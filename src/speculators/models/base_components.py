@@ -59,10 +59,10 @@ class BaseDecoderLayer(DecoderLayer):
     ) -> Tensor:
         if position_embeddings is None:
             raise ValueError("position_embeddings are needed: call the rotary_emb_class with the position ids")
-        return super().forward(hidden_states, position_embeddings, _MaskedAttend(attention_mask))
+        return super().forward(hidden_states, position_embeddings, _MaskedAttention(attention_mask))
 
 
-class _MaskedAttend:
+class _MaskedAttention:
     """Attention over the keys of one call, under a given mask."""
 
     def __init__(self, mask: Tensor | BlockMask | None) -> None:
@@ -75,7 +75,7 @@ class _MaskedAttend:
         )
         return out_BNTd.transpose(1, 2)
 
-    def rows(self, hidden_BTH: Tensor) -> Tensor:
+    def select_queries(self, hidden_BTH: Tensor) -> Tensor:
         return hidden_BTH
 
 

@@ -1,6 +1,6 @@
 """How drafters that are fed their own states draft: a chain, every row of the batch at once, on their own cache.
 
-Shapes: B rows, T committed columns, R answered columns, K draft tokens, D width of verifier states, V verifier
+Shapes: B rows, T committed columns, R query columns, K draft tokens, D width of verifier states, V verifier
 vocabulary.
 
     sequence   x0   x1   x2   x3            committed: token x[i] with the state g[i-1] that predicted it
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
-from speculators.nn.attention import Attend
+from speculators.nn.attention import AttentionFunction
 from speculators.nn.cache import DraftCache, Span
 from speculators.nn.draft_sampling import draft_probs, draw
 from speculators.nn.draft_vocab import scatter_to_verifier, verifier_ids
@@ -65,7 +65,12 @@ class FeedbackNetwork(Protocol):
         ...
 
     def step(
-        self, token_ids_BT: Tensor, hidden_BTH: Tensor, rope: RopeTables, attends: Sequence[Attend], /
+        self,
+        token_ids_BT: Tensor,
+        hidden_BTH: Tensor,
+        rope: RopeTables,
+        layer_attention: Sequence[AttentionFunction],
+        /,
     ) -> StepOutput: ...
 
 
@@ -97,7 +102,7 @@ class FeedbackProposer:
             device=self.device,
         )
         self.cache.reserve(min(max_length, INITIAL_CAPACITY))
-        self.attends = self.cache.attends(network.windows)
+        self.layer_attention = self.cache.layer_attention(network.windows)
         self.packed = PackedLinears(*network.layers, nn.ModuleList(network.linears))
 
     @torch.inference_mode()
@@ -145,7 +150,7 @@ class FeedbackProposer:
             width = max(together)
             self.cache.reserve(max(begins) + width)
             span = Span(slice(0, len(counts)), width, end=max(begins) + width, starts_B=self.tensor(begins))
-            span.answered_B = (self.tensor(together) - 1).clamp_min(0)
+            span.first_query_B = (self.tensor(together) - 1).clamp_min(0)
             outputs = [self.read(committed, span, 0)]
         blank = torch.zeros(len(counts), 1, self.network.lm_head.in_features, dtype=self.dtype, device=self.device)
         normed, fed_back = outputs[0] if outputs else (blank, blank.clone())
@@ -169,7 +174,7 @@ class FeedbackProposer:
         else:
             rope = tables.at(span.positions(self.device))
         self.cache.span = span
-        return self.network.step(token_ids_BT, hidden_BTH, rope, self.attends)
+        return self.network.step(token_ids_BT, hidden_BTH, rope, self.layer_attention)
 
     def tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self.device)

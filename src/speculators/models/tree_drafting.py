@@ -14,9 +14,8 @@ from torch import Tensor
 from speculators.interfaces import CaptureSpec, Committed
 from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.last_state_proposer import LastStateProposer
+from speculators.nn.cache import TreeSpan
 from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
-from speculators.nn.slot_cache import slot_attends
-from speculators.nn.tree_cache import TreeSpan
 
 
 class FeedbackTreeDrafter:
@@ -26,7 +25,6 @@ class FeedbackTreeDrafter:
 
     def __init__(self, chain: FeedbackProposer):
         self.chain, self.capture = chain, chain.capture
-        self.attends = slot_attends(chain.cache, chain.network.windows)
 
     @torch.inference_mode()
     def start(self, committed: Committed, depth: int) -> Tensor:
@@ -52,14 +50,14 @@ class FeedbackTreeDrafter:
             num_frontier,
             end=end,
             starts_B=lengths_B + first,
-            num_answered=num_frontier,
+            num_queries=num_frontier,
             lengths_B=lengths_B,
             visible_BFN=visible_BFN,
         )
         position_BF = (lengths_B + depth - 1)[:, None].expand(-1, num_frontier)
         rope = chain.network.rope.tables(end, chain.device, chain.dtype).at(position_BF)
         with chain.packed:
-            output = chain.network.step(token_ids_BF, self.states_BFH.gather(1, index_BFH), rope, self.attends)
+            output = chain.network.step(token_ids_BF, self.states_BFH.gather(1, index_BFH), rope, chain.layer_attention)
             self.states_BFH = output.fed_back_BRH
             return self.log_probs(output.normed_BRH)
 

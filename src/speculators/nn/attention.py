@@ -1,4 +1,4 @@
-"""Attention of a drafter: projections and rope here, "what do I look at" in an `Attend` given by the caller.
+"""Attention of a drafter: projections and rope here, "what do I look at" in an `AttentionFunction` given by the caller.
 
 Shapes: B rows, T new positions, N query heads, G key/value heads, d head size, L keys, W width of the layer's input.
 
@@ -18,14 +18,14 @@ from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import RopeTables, head_dim
 
 
-class Attend(Protocol):
+class AttentionFunction(Protocol):
     """Answers queries, from the keys of this call and from those it remembers. One for each layer."""
 
     def __call__(self, query_BTNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor, /) -> Tensor:
         """Returns [B, R, N, d]: the R rows that are answered, all T of them or fewer."""
         ...
 
-    def rows(self, hidden_BTH: Tensor, /) -> Tensor:
+    def select_queries(self, hidden_BTH: Tensor, /) -> Tensor:
         """The rows of the residual stream that belong to the answered queries: [B, R, H]."""
         ...
 
@@ -78,9 +78,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if shape.qk_norm else None
 
-    def forward(self, hidden_BTW: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
+    def forward(self, hidden_BTW: Tensor, rope: RopeTables, attention: AttentionFunction) -> Tensor:
         query_BTNd, key_BTGd, value_BTGd = self.project(hidden_BTW, rope)
-        return self.o_proj(attend(query_BTNd, key_BTGd, value_BTGd).flatten(-2))
+        return self.o_proj(attention(query_BTNd, key_BTGd, value_BTGd).flatten(-2))
 
     def project(self, hidden_BTW: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
         query = self.q_proj(hidden_BTW).unflatten(-1, (self.num_heads, self.head_dim))
@@ -110,10 +110,10 @@ class FusedAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = source.num_heads, source.num_kv_heads, source.head_dim
         self.o_proj, self.q_norm, self.k_norm = source.o_proj, source.q_norm, source.k_norm
 
-    def __call__(self, hidden_BTW: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
-        return self.forward(hidden_BTW, rope, attend)  # nobody hooks a snapshot
+    def __call__(self, hidden_BTW: Tensor, rope: RopeTables, attention: AttentionFunction) -> Tensor:
+        return self.forward(hidden_BTW, rope, attention)  # nobody hooks a snapshot
 
-    def forward(self, hidden_BTW: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
+    def forward(self, hidden_BTW: Tensor, rope: RopeTables, attention: AttentionFunction) -> Tensor:
         N, G = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj.forward(hidden_BTW)
         qkv = qkv.view(*qkv.shape[:-1], N + 2 * G, self.head_dim)
@@ -121,7 +121,7 @@ class FusedAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat((self.q_norm(qk.narrow(-2, 0, N)), self.k_norm(qk.narrow(-2, N, G))), dim=-2)
         qk = rope.rotate(qk)
-        out = attend(qk.narrow(-2, 0, N), qk.narrow(-2, N, G), qkv.narrow(-2, N + G, G))
+        out = attention(qk.narrow(-2, 0, N), qk.narrow(-2, N, G), qkv.narrow(-2, N + G, G))
         return self.o_proj.forward(out.flatten(-2))
 
 

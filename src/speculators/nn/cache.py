@@ -1,13 +1,24 @@
 """Keys and values of a drafter while it decodes: preallocated, rows of different lengths, crop by moving a number.
 
-Shapes: B rows, G key/value heads, M capacity, d head size, T new columns, R answered columns, L keys looked at.
+Shapes: B rows, G key/value heads, M capacity, d head size, T new columns, Q query columns, L keys, F nodes of one depth
+of a draft tree, N nodes so far.
 
     row 0   e0 e1 e2 e3 e4 | x x . .        length 5; x = drafted entries, overwritten by the next commit
     row 1   e0 e1 | x x . . . . .           length 2
 
-Entries past a row's length are never erased, only out of sight: every query sees positions up to its own, and a
-position is written before it is first looked at. So a rejected draft costs nothing, and padded columns of a ragged
-batch may be written like any other.
+Entries past a row's length are never erased, only masked: every query sees positions up to its own, and a position is
+written before it is first read. So a rejected draft costs nothing, and padded columns of a ragged batch may be written
+like any other.
+
+Masked slots run behind the entries, in the same forward (parallel drafting: the slots are queries too):
+
+    row 0   e0 e1 e2 | e3 s s s             queries: entry e3 and three slots
+    row 1   e0 | e1 e2 s s s                slots are scratch: the next commit writes over them
+
+Nodes of a draft tree see the prefix and their ancestors:
+
+    row     e0 e1 e2 | a b c | aa ab ba ..  nodes of one depth stand at one position, in neighbouring slots
+    slot    0  1  2    3 4 5   6  7  8      position of a node: length + depth - 1
 """
 
 from __future__ import annotations
@@ -18,63 +29,110 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speculators.nn.masks import additive_mask
+
 MIN_CAPACITY = 256
 
 
 @dataclass
 class Span:
-    """Columns about to be appended: where they go, and which of them the last layer must answer for."""
+    """Columns about to be appended: where they go, and which of them are queries of the last layer."""
 
     rows: slice
     """Batch rows that the tensors cover, start and stop given."""
     num_columns: int
     end: int
-    """Keys to look at: one past the last position any row writes."""
+    """One past the last position that any row writes: keys are read up to here."""
     start: int | None = None
     """Position of column 0 when all rows agree; else `starts_B` on the device."""
     starts_B: Tensor | None = None
-    answered_B: Tensor | None = None
-    """Column of each row that the last layer answers for; None = the final column."""
+    num_queries: int = 1
+    """Query columns per row of the last layer. Drafting reads no others, so that its output projection and MLP run on
+    one row instead of the whole prompt."""
+    first_query_B: Tensor | None = None
+    """Column of each row's first query; None = the queries are the final columns."""
     masks: dict[tuple[int | None, bool], Tensor] = field(default_factory=dict)
 
     def positions(self, device: torch.device) -> Tensor:
         """[B or 1, T]"""
-        columns = torch.arange(self.num_columns, device=device)
-        return (
-            columns[None] + self.starts_B[:, None]
-            if self.starts_B is not None
-            else (columns + self.end - len(columns))[None]
-        )
+        columns_T = torch.arange(self.num_columns, device=device)
+        if self.starts_B is not None:
+            return columns_T[None] + self.starts_B[:, None]
+        return (columns_T + self.end - self.num_columns)[None]
 
-    def answered_positions(self, device: torch.device) -> Tensor:
-        """[B or 1, 1]"""
-        if self.answered_B is not None and self.starts_B is not None:
-            return (self.starts_B + self.answered_B)[:, None]
-        return self.positions(device)[:, -1:]
+    def query_columns(self, device: torch.device) -> Tensor:
+        """[B or 1, Q]"""
+        offsets_Q = torch.arange(self.num_queries, device=device)
+        if self.first_query_B is None:
+            return (self.num_columns - self.num_queries + offsets_Q)[None]
+        return self.first_query_B[:, None] + offsets_Q
+
+    def query_positions(self, device: torch.device) -> Tensor:
+        """[B or 1, Q]"""
+        columns_BQ, positions_BT = self.query_columns(device), self.positions(device)
+        num_rows = max(len(columns_BQ), len(positions_BT))
+        return positions_BT.expand(num_rows, -1).gather(1, columns_BQ.expand(num_rows, -1))
+
+    def select_queries(self, hidden: Tensor) -> Tensor:
+        """The query columns of [B, T, ..]."""
+        if self.num_columns == self.num_queries:
+            return hidden
+        if self.first_query_B is None:
+            return hidden[:, -self.num_queries :]
+        return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], self.query_columns(hidden.device)]
 
     def mask(self, window: int | None, last_layer: bool, like: Tensor) -> Tensor:
-        """Additive [B or 1, R, L]; made once a span for each kind of layer."""
+        """Additive [B or 1, Q or T, L]; made once per span and kind of layer."""
         key = (window, last_layer)
         if key not in self.masks:
-            query = (self.answered_positions(like.device) if last_layer else self.positions(like.device))[..., None]
+            query = (self.query_positions(like.device) if last_layer else self.positions(like.device))[..., None]
             keys_L = torch.arange(self.end, device=like.device)
             visible = keys_L <= query
             if window is not None:
                 visible &= keys_L > query - window
-            self.masks[key] = torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(
-                ~visible, float("-inf")
-            )
+            self.masks[key] = additive_mask(visible, like.dtype)
         return self.masks[key]
 
 
+@dataclass
+class TreeSpan(Span):
+    """The nodes of one depth; `starts_B` are their slots."""
+
+    lengths_B: Tensor | None = None
+    """Entries of each row before the tree."""
+    visible_BFN: Tensor | None = None
+
+    def mask(self, window: int | None, last_layer: bool, like: Tensor) -> Tensor:
+        """Additive [B, F, L]."""
+        key = (window, False)
+        if key not in self.masks:
+            self.masks[key] = additive_mask(self.visible(window), like.dtype)
+        return self.masks[key]
+
+    def visible(self, window: int | None) -> Tensor:
+        assert self.lengths_B is not None and self.visible_BFN is not None
+        num_rows, num_frontier, num_nodes = self.visible_BFN.shape
+        lengths_B1 = self.lengths_B[:, None]
+        keys_L = torch.arange(self.end, device=self.lengths_B.device)
+        node_BL = keys_L - lengths_B1  # negative: an entry of the prefix
+        is_node_BL = (node_BL >= 0) & (node_BL < num_nodes)
+        index_BFL = node_BL.clamp(0, num_nodes - 1)[:, None].expand(num_rows, num_frontier, -1)
+        seen_BFL = (node_BL < 0)[:, None] | (self.visible_BFN.gather(2, index_BFL) & is_node_BL[:, None])
+        if window is None:
+            return seen_BFL
+        position_BL = torch.where(node_BL < 0, keys_L, lengths_B1 + node_BL // num_frontier)
+        own_B1 = lengths_B1 + num_nodes // num_frontier - 1
+        return seen_BFL & (position_BL > own_B1 - window)[:, None]
+
+
 class DraftCache:
-    """Keys and values of all layers. `span` says what the running forward appends; see `CacheAttend`."""
+    """Keys and values of all layers. `span` says what the running forward appends."""
 
     def __init__(self, num_layers: int, num_rows: int, num_kv_heads: int, head_dim: int, *, dtype, device):
         self.shape = (num_layers, 2, num_rows, num_kv_heads, 0, head_dim)
         self.storage = torch.zeros(self.shape, dtype=dtype, device=device)
         self.keys_values: list[tuple[Tensor, Tensor]] = []
-        """Views of the storage, a layer: keys and values, each [B, G, M, d]."""
+        """Views of the storage per layer: keys and values, each [B, G, M, d]."""
         self.lengths = [0] * num_rows
         """Entries of each row that are true; everything past them may be overwritten."""
         self.span: Span | None = None
@@ -114,31 +172,26 @@ class DraftCache:
             keys[row_index_B1, :, positions_BT] = key_BTGd
             values[row_index_B1, :, positions_BT] = value_BTGd
 
-    def attends(self, windows: list[int | None]) -> list[CacheAttend]:
-        """One for each layer, for as long as the cache lives."""
+    def layer_attention(self, windows: list[int | None]) -> list[CacheAttention]:
+        """One function per layer, valid as long as the cache."""
         last = len(windows) - 1
-        return [CacheAttend(self, i, window, last_layer=i == last) for i, window in enumerate(windows)]
+        return [CacheAttention(self, i, window, last_layer=i == last) for i, window in enumerate(windows)]
 
 
-class CacheAttend:
-    """Appends to the cache and looks at everything up to each query. The last layer answers one column a row: drafting
-    needs no more, and its output projection and MLP then run on one row instead of the whole prompt."""
+class CacheAttention:
+    """Appends to the cache and reads everything up to each query."""
 
     def __init__(self, cache: DraftCache, layer: int, window: int | None, *, last_layer: bool):
         self.cache, self.layer, self.window, self.last_layer = cache, layer, window, last_layer
 
-    def rows(self, hidden: Tensor) -> Tensor:
+    def select_queries(self, hidden: Tensor) -> Tensor:
         span = self.cache.span
         assert span is not None
-        if not self.last_layer or span.num_columns == 1:
-            return hidden
-        if span.answered_B is None:
-            return hidden[:, -1:]
-        return hidden[torch.arange(len(hidden), device=hidden.device), span.answered_B].unsqueeze(1)
+        return span.select_queries(hidden) if self.last_layer else hidden
 
     def __call__(self, query_BTNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor) -> Tensor:
         self.cache.write(self.layer, key_BTGd, value_BTGd)
-        query = self.rows(query_BTNd)
+        query = self.select_queries(query_BTNd)
         span = self.cache.span
         assert span is not None
         first, mask = 0, None

@@ -1,6 +1,6 @@
 """Pre-norm decoder layers of Llama and Qwen3 shape, and the first layer of an EAGLE drafter.
 
-Shapes: B rows, T positions in, R positions answered (see `Attend.rows`), H hidden size.
+Shapes: B rows, T positions in, R positions answered (see `AttentionFunction.select_queries`), H hidden size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speculators.nn.attention import Attend, Attention, FusedAttention, concatenated
+from speculators.nn.attention import Attention, AttentionFunction, FusedAttention, concatenated
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import RopeTables
 
@@ -84,9 +84,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_BTH: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
-        attended_BRH = self.self_attn(self.input_layernorm(hidden_BTH), rope, attend)
-        return self.feed_forward(attend.rows(hidden_BTH) + attended_BRH)
+    def forward(self, hidden_BTH: Tensor, rope: RopeTables, attention: AttentionFunction) -> Tensor:
+        attended_BRH = self.self_attn(self.input_layernorm(hidden_BTH), rope, attention)
+        return self.feed_forward(attention.select_queries(hidden_BTH) + attended_BRH)
 
     def feed_forward(self, hidden_BRH: Tensor) -> Tensor:
         return hidden_BRH + self.mlp(self.post_attention_layernorm(hidden_BRH))
@@ -110,9 +110,11 @@ class FusionDecoderLayer(DecoderLayer):
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_before_residual = norm_before_residual
 
-    def forward(self, hidden_BTH: Tensor, rope: RopeTables, attend: Attend, embeds_BTH: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_BTH: Tensor, rope: RopeTables, attention: AttentionFunction, embeds_BTH: Tensor | None = None
+    ) -> Tensor:
         assert embeds_BTH is not None
         normed_BTH = self.hidden_norm(hidden_BTH)
         residual_BTH = normed_BTH if self.norm_before_residual else hidden_BTH
         both_BT2H = torch.cat((self.input_layernorm(embeds_BTH), normed_BTH), dim=-1)
-        return self.feed_forward(attend.rows(residual_BTH) + self.self_attn(both_BT2H, rope, attend))
+        return self.feed_forward(attention.select_queries(residual_BTH) + self.self_attn(both_BT2H, rope, attention))

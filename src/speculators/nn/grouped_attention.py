@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speculators.nn.masks import additive_mask
+
 flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -53,7 +55,7 @@ class GroupedAttention(torch.autograd.Function):
         lse = []
         for group in groups:
             own = slice(group.first, group.last)
-            mask = additive(visible(group), query_MNd.dtype)
+            mask = additive_mask(visible(group), query_MNd.dtype)
             keys, values = together(key_TGd, key_MGd, group), together(value_TGd, value_MGd, group)
             out, lse_of_group = flash_forward(heads_first(query_MNd[own]), keys, values, 0.0, False, attn_mask=mask)
             out_MNd[own] = out[0].transpose(0, 1)
@@ -70,7 +72,7 @@ class GroupedAttention(torch.autograd.Function):
         grad_column_key, grad_column_value = torch.zeros_like(key_TGd), torch.zeros_like(value_TGd)
         for group, lse_of_group in zip(ctx.groups, lse, strict=True):
             own, columns, width = slice(group.first, group.last), slice(group.low, group.high), group.high - group.low
-            mask = additive(ctx.visible(group), query_MNd.dtype)
+            mask = additive_mask(ctx.visible(group), query_MNd.dtype)
             keys, values = together(key_TGd, key_MGd, group), together(value_TGd, value_MGd, group)
             query, out, grad_out = (heads_first(x[own]) for x in (query_MNd, out_MNd, grad_MNd))
             grads = flash_backward(grad_out, query, keys, values, out, lse_of_group, 0.0, False, attn_mask=mask)
@@ -90,7 +92,3 @@ def together(columns_TGd: Tensor, rows_MGd: Tensor, group: Group) -> Tensor:
 def heads_first(x_MNd: Tensor) -> Tensor:
     """[1, N, M, d]"""
     return x_MNd.transpose(0, 1)[None]
-
-
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))

@@ -49,6 +49,11 @@ def unrolled_mask(document_ids_T: Tensor, step: int, window: int | None = None) 
     return torch.cat([first, *later], dim=1)
 
 
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `visible`, -inf elsewhere: what is added to attention scores."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
 @dataclass(frozen=True)
 class Block:
     """A rectangle of attention: asked rows [query_start, query_end) against keys [key_start, key_end)."""

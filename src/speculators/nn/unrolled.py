@@ -23,13 +23,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from speculators.nn.attention import dense_attention, sdpa_attention
-from speculators.nn.masks import Block, PackedRow, unrolled_mask
+from speculators.nn.masks import Block, PackedRow, additive_mask, unrolled_mask
 
 flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class DenseUnrolledAttend:
+class DenseUnrolledAttention:
     """Reference: all keys of all steps side by side under a dense mask."""
 
     def __init__(self, packed: PackedRow, window: int | None):
@@ -43,19 +43,19 @@ class DenseUnrolledAttend:
         visible = unrolled_mask(self.packed.document_ids_T, len(self.keys) - 1, self.window)
         return self.attention(query_BTNd, torch.cat(self.keys, 1), torch.cat(self.values, 1), visible)
 
-    def rows(self, hidden_BTH: Tensor) -> Tensor:
+    def select_queries(self, hidden_BTH: Tensor) -> Tensor:
         return hidden_BTH
 
     attention = staticmethod(dense_attention)
 
 
-class SdpaUnrolledAttend(DenseUnrolledAttend):
+class SdpaUnrolledAttention(DenseUnrolledAttention):
     """The same mask through `scaled_dot_product_attention`: any device, memory of the mask only."""
 
     attention = staticmethod(sdpa_attention)
 
 
-class TailUnrolledAttend:
+class TailUnrolledAttention:
     """The fast route. At step 0 it is given every column (all are keys) and answers the asking ones, when it is the
     attend of the last layer; from step 1 on it is given the asking columns only."""
 
@@ -69,7 +69,7 @@ class TailUnrolledAttend:
 
     def __call__(self, query_BTNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor) -> Tensor:
         self.step += 1
-        query_BTNd = self.rows(query_BTNd)
+        query_BTNd = self.select_queries(query_BTNd)
         if self.step == 0:
             self.key_0, self.value_0 = key_BTGd, value_BTGd
         else:
@@ -86,7 +86,7 @@ class TailUnrolledAttend:
             return self.tail
         return self.tail[2 * max(0, self.step - self.window) :]
 
-    def rows(self, hidden_BTH: Tensor) -> Tensor:
+    def select_queries(self, hidden_BTH: Tensor) -> Tensor:
         query_index_R, num_columns = self.packed.query_index_R, self.packed.document_ids_T.shape[0]
         if not self.last_layer or query_index_R is None or hidden_BTH.shape[1] != num_columns:
             return hidden_BTH
@@ -97,7 +97,7 @@ class TailUnrolledAttend:
         return TailAttention.apply(covers, query_BRNd, key_BTGd, value_BTGd, *tail)
 
 
-class FlexUnrolledAttend(TailUnrolledAttend):
+class FlexUnrolledAttention(TailUnrolledAttention):
     """The fast route on a GPU: flex attention returns its log-sum-exp and is differentiable through it."""
 
     flex = staticmethod(flex_attention)
@@ -124,7 +124,7 @@ class FlexUnrolledAttend(TailUnrolledAttend):
         return create_block_mask(visible, None, None, len(rows_R), len(documents_T), device=documents_T.device.type)
 
 
-class CompiledFlexUnrolledAttend(FlexUnrolledAttend):
+class CompiledFlexUnrolledAttention(FlexUnrolledAttention):
     flex = staticmethod(torch.compile(flex_attention, dynamic=False))
 
 
@@ -189,7 +189,7 @@ class TailAttention(torch.autograd.Function):
                     total[:, :, rows],
                     0.0,
                     block.causal,
-                    attn_mask=additive(block, query.dtype),
+                    attn_mask=block_mask(block, query.dtype),
                 )
                 grad_query[:, :, rows] += grads[0]
                 grad_key[:, :, keys] += grads[1]
@@ -207,14 +207,12 @@ def flash_block(query: Tensor, key: Tensor, value: Tensor, block: Block) -> tupl
         value[:, :, block.key_start : block.key_end],
         0.0,
         block.causal,
-        attn_mask=additive(block, query.dtype),
+        attn_mask=block_mask(block, query.dtype),
     )
 
 
-def additive(block: Block, dtype: torch.dtype) -> Tensor | None:
-    if block.visible_QK is None:
-        return None
-    return torch.zeros(block.visible_QK.shape, dtype=dtype).masked_fill_(~block.visible_QK, float("-inf"))
+def block_mask(block: Block, dtype: torch.dtype) -> Tensor | None:
+    return None if block.visible_QK is None else additive_mask(block.visible_QK, dtype)
 
 
 def tail_scores(query_BNRd: Tensor, keys: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | None:
@@ -250,17 +248,17 @@ def tail_backward(grad_out, query, out, total, scores, tail, grad_query) -> list
     return grads
 
 
-def unrolled_attends(
+def unrolled_attention(
     implementation: str | None, packed: PackedRow, windows: list[int | None]
-) -> Sequence[DenseUnrolledAttend | TailUnrolledAttend]:
-    """One attend for each layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
+) -> Sequence[DenseUnrolledAttention | TailUnrolledAttention]:
+    """One function per layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
     if implementation == "eager":
-        return [DenseUnrolledAttend(packed, window) for window in windows]
+        return [DenseUnrolledAttention(packed, window) for window in windows]
     device = packed.document_ids_T.device.type
     if device != "cpu" and implementation == "sdpa":
-        return [SdpaUnrolledAttend(packed, window) for window in windows]
-    fast = {"cpu": TailUnrolledAttend, "cuda": CompiledFlexUnrolledAttend}.get(device)
+        return [SdpaUnrolledAttention(packed, window) for window in windows]
+    fast = {"cpu": TailUnrolledAttention, "cuda": CompiledFlexUnrolledAttention}.get(device)
     if fast is None:
-        return [SdpaUnrolledAttend(packed, window) for window in windows]
+        return [SdpaUnrolledAttention(packed, window) for window in windows]
     last = len(windows) - 1
     return [fast(packed, window, last_layer=i == last) for i, window in enumerate(windows)]

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from speculators.models.dflash.block_attention import BlockLayout
 from speculators.models.packed_columns import PackedColumns
-from speculators.nn.block_attention import BlockLayout
 from speculators.nn.masks import document_starts
 
 

@@ -45,7 +45,7 @@ def pin_causality(nested: PretrainedConfig, sliding_window_non_causal: bool) -> 
 
 
 def warn_if_served_differently(config: DFlashSpeculatorConfig) -> None:
-    ours = [sight.causal for sight in config.sights]
+    ours = [layer_mask.causal for layer_mask in config.layer_masks]
     if ours != config.served_causal:
         logger.warning(
             "the layers of this drafter are causal within a block as %s, but vLLM will serve them as %s; if it was "

@@ -8,8 +8,8 @@ from pydantic import Field
 from transformers import PretrainedConfig, Qwen3Config
 
 from speculators.config import SpeculatorModelConfig
+from speculators.models.dflash.block_attention import LayerMask
 from speculators.nn.attention import layer_window
-from speculators.nn.block_attention import LayerSight
 
 
 @SpeculatorModelConfig.register("dflash")
@@ -51,20 +51,20 @@ class DFlashSpeculatorConfig(SpeculatorModelConfig):
         return self.block_size - self.first_slot
 
     @property
-    def sights(self) -> list[LayerSight]:
+    def layer_masks(self) -> list[LayerMask]:
         """What slots of each layer see. `is_causal` inside `transformer_layer_config` decides for all layers, as in
         vLLM; without it full layers see their whole block, sliding layers only when `sliding_window_non_causal`."""
         nested = self.transformer_layer_config
         is_causal = getattr(nested, "is_causal", None)
-        sights = []
+        layer_masks = []
         for i in range(nested.num_hidden_layers):
             by_kind = is_sliding(nested, i) and not self.sliding_window_non_causal
-            sights.append(LayerSight(layer_window(nested, i), by_kind if is_causal is None else bool(is_causal)))
-        return sights
+            layer_masks.append(LayerMask(layer_window(nested, i), by_kind if is_causal is None else bool(is_causal)))
+        return layer_masks
 
     @property
-    def sights_causal(self) -> list[bool]:
-        return [sight.causal for sight in self.sights]
+    def trained_causal(self) -> list[bool]:
+        return [layer_mask.causal for layer_mask in self.layer_masks]
 
     @property
     def served_causal(self) -> list[bool]:

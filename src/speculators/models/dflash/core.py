@@ -97,7 +97,7 @@ class DFlashDraftModel(DraftModel):
             self.norm,
             self.lm_head,
             Rope(config.transformer_layer_config),
-            config.sights,
+            config.layer_masks,
             self.mask_token_id,
             config.first_slot,
         )

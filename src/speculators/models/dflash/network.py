@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from speculators.models.dflash.block_attention import LayerMask
 from speculators.nn.attention import concatenated
-from speculators.nn.block_attention import LayerSight
 from speculators.nn.decoder import DecoderLayer
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope, RopeTables
@@ -47,7 +47,7 @@ class DFlashNetwork:
     norm: RMSNorm
     lm_head: nn.Linear
     rope: Rope
-    sights: list[LayerSight]
+    layer_masks: list[LayerMask]
     mask_token_id: int
     first_slot: int
 
@@ -61,11 +61,11 @@ class DFlashNetwork:
         token_ids_PS[:, 0] = anchor_tokens_P
         return token_ids_PS
 
-    def forward(self, token_ids_PS: Tensor, rope: RopeTables, attends: Sequence[Any]) -> Tensor:
-        """What the head reads: [P, S, H]. `attends`: an `Attend` for each layer."""
+    def forward(self, token_ids_PS: Tensor, rope: RopeTables, layer_attention: Sequence[Any]) -> Tensor:
+        """What the head reads: [P, S, H]. `layer_attention`: an `AttentionFunction` for each layer."""
         hidden_PSH = self.embed_tokens(token_ids_PS)
-        for layer, attend in zip(self.layers, attends, strict=True):
-            hidden_PSH = layer(hidden_PSH, rope, attend)
+        for layer, attention in zip(self.layers, layer_attention, strict=True):
+            hidden_PSH = layer(hidden_PSH, rope, attention)
         return self.norm(hidden_PSH)
 
     def fused(self) -> DFlashNetwork:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
+from speculators.models.dflash.block_cache import BlockCache, BlockPass
 from speculators.models.dflash.network import DFlashNetwork
-from speculators.nn.block_cache import BlockCache, BlockPass
 from speculators.nn.draft_sampling import draft_slots
 from speculators.packed_linear import PackedLinears
 
@@ -56,7 +56,7 @@ class DFlashProposer:
             num_layers, max_batch_size, num_kv_heads, head_dim, dtype=self.dtype, device=self.device
         )
         self.cache.reserve(min(max_length, INITIAL_CAPACITY))
-        self.attends = self.cache.block_attends(network.sights)
+        self.layer_attention = self.cache.block_attention(network.layer_masks)
         self.packed = PackedLinears(
             *self.network.layers, nn.ModuleList([self.network.fc, self.network.lm_head, self.context_kv])
         )
@@ -116,7 +116,7 @@ class DFlashProposer:
         self.cache.start(running)
         rope = self.network.rope.tables(running.end, self.device, self.dtype).at(running.positions_BS)
         token_ids_BS = self.network.blocks(anchor_B, running.num_slots)
-        return self.network.forward(token_ids_BS, rope, self.attends)[:, first_slot:]
+        return self.network.forward(token_ids_BS, rope, self.layer_attention)[:, first_slot:]
 
     def draft(self, hidden_BKH: Tensor, anchor_B: Tensor, sampling: DraftSampling) -> Drafts:
         """Each slot on its own."""

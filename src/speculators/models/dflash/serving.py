@@ -123,12 +123,12 @@ class DFlashContract(CheckpointContract):
 
     def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
         found = [*missing_keys(values, self.absent_means), *null_mask_token(values)]
-        if config.sights_causal != config.served_causal:
+        if config.trained_causal != config.served_causal:
             found.append(
                 error(
                     "mask-differs",
                     "sliding_window_non_causal",
-                    f"trained causal within a block: {config.sights_causal}, served: {config.served_causal} (a layer "
+                    f"trained causal within a block: {config.trained_causal}, served: {config.served_causal} (a layer "
                     "each)",
                     "both must agree",
                     "set is_causal inside transformer_layer_config to what was trained",
@@ -152,8 +152,8 @@ class DFlashContract(CheckpointContract):
     def completed(self, config: Any) -> Any:
         config = copy.deepcopy(config)
         nested = complete_block_config(config.transformer_layer_config)
-        if config.sights_causal != config.served_causal and len(set(config.sights_causal)) == 1:
-            nested.is_causal = config.sights_causal[0]
+        if config.trained_causal != config.served_causal and len(set(config.trained_causal)) == 1:
+            nested.is_causal = config.trained_causal[0]
         config.transformer_layer_config = nested
         return config
 
@@ -163,8 +163,8 @@ def zlab_values(config: Any, verifier: str | None, dtype: torch.dtype) -> dict[s
     nested = config.transformer_layer_config
     values = {**layer_values(nested), "architectures": [ARCHITECTURE], "model_type": "qwen3"}
     by_kind = [is_sliding(nested, i) for i in range(nested.num_hidden_layers)]
-    if config.sights_causal != by_kind:
-        values["is_causal"] = config.sights_causal[0]
+    if config.trained_causal != by_kind:
+        values["is_causal"] = config.trained_causal[0]
     return {
         **values,
         "block_size": config.block_size,

@@ -16,10 +16,10 @@ from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig, choose_loss_config
 from speculators.losses.weights import dflash_loss_decay, dpace_loss_decay
 from speculators.models.dflash.arguments import TRAINING_DEFAULTS, DFlashTrainingArgs
+from speculators.models.dflash.block_attention import ContextKV, block_attention_class
 from speculators.models.dflash.blocks import Blocks, PackedBatch, choose_blocks, validation_generator
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.models.draft_layers import attention_of
-from speculators.nn.block_attention import ContextKV, block_attend
 
 if TYPE_CHECKING:
     from speculators.models.dflash.core import DFlashDraftModel
@@ -131,13 +131,13 @@ def run_blocks(network: DFlashNetwork, row: PackedBatch, blocks: Blocks, attenti
     """What the head reads, [P, S, H]."""
     context_CH = network.context(row.features_CD)
     context_rope = network.rope.at(row.position_ids_T[: len(context_CH)], torch.float32)
-    attend_class = block_attend(attention, context_CH.device)
-    attends = []
-    for layer, sight in zip(network.layers, network.sights, strict=True):
+    attend_class = block_attention_class(attention, context_CH.device)
+    layer_attention = []
+    for layer, layer_mask in zip(network.layers, network.layer_masks, strict=True):
         key_1CGd, value_1CGd = layer.self_attn.project_kv(context_CH[None], context_rope)  # type: ignore[union-attr,operator]
-        attends.append(attend_class(blocks.layout, sight, ContextKV(key_1CGd[0], value_1CGd[0])))
+        layer_attention.append(attend_class(blocks.layout, layer_mask, ContextKV(key_1CGd[0], value_1CGd[0])))
     token_ids_PS = network.blocks(row.token_ids_T[blocks.anchors_P], blocks.layout.block_size)
-    return network.forward(token_ids_PS, network.rope.at(blocks.positions_PS(row), torch.float32), attends)
+    return network.forward(token_ids_PS, network.rope.at(blocks.positions_PS(row), torch.float32), layer_attention)
 
 
 def targets_of(model: DFlashDraftModel, row: PackedBatch) -> HeadTargets:

@@ -77,8 +77,8 @@ class DenseFormat(CheckpointFormat):
         config: Any = checkpoint.config
         tensors = {name: checkpoint.tensors[name] for name in expected_keys(config)}
         values = layer_values(config.transformer_layer_config)
-        if config.sights_causal != config.served_causal:
-            values["is_causal"] = config.sights_causal[0]
+        if config.trained_causal != config.served_causal:
+            values["is_causal"] = config.trained_causal[0]
         write_tensors(directory, tensors)
         write_config(
             directory,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speculators.models.feedback_proposer import StepOutput
-from speculators.nn.attention import Attend
+from speculators.nn.attention import AttentionFunction
 from speculators.nn.decoder import DecoderLayer
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope, RopeTables
@@ -60,13 +60,13 @@ class EagleNetwork:
         return self.verifier_norm(last_hidden_BTH)
 
     def step(
-        self, token_ids_BT: Tensor, features_BTH: Tensor, rope: RopeTables, attends: Sequence[Attend]
+        self, token_ids_BT: Tensor, features_BTH: Tensor, rope: RopeTables, layer_attention: Sequence[AttentionFunction]
     ) -> StepOutput:
         embeds_BTH = F.embedding(token_ids_BT, self.embedding_VH)
         if self.embedding_layernorm is not None:
             embeds_BTH = self.embedding_layernorm(embeds_BTH)
         fused_BTH = self.fusion_fc(torch.cat((embeds_BTH, features_BTH.to(embeds_BTH.dtype)), dim=-1))
-        out_BRH = self.layers[0](fused_BTH, rope, attends[0])
+        out_BRH = self.layers[0](fused_BTH, rope, layer_attention[0])
         return StepOutput(self.head_input(out_BRH), out_BRH)
 
     def head_input(self, features_BRH: Tensor) -> Tensor:

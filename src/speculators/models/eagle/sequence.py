@@ -14,13 +14,13 @@ from speculators.models.eagle.network import EagleNetwork
 from speculators.nn.attention import dense_attention
 
 
-class SequenceAttend:
+class SequenceAttention:
     """Causal attention over the cache (anything with transformers' `update`) and this call's columns."""
 
     def __init__(self, past: Any, visible_BTL: Tensor):
         self.past, self.visible_BTL = past, visible_BTL
 
-    def rows(self, hidden_BTH: Tensor) -> Tensor:
+    def select_queries(self, hidden_BTH: Tensor) -> Tensor:
         return hidden_BTH
 
     def __call__(self, query_BTNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ def run_sequences(
         keys_L = torch.arange(num_past + T, device=device)
         visible_BTL = visible_BTL & (keys_L > keys_L[num_past:, None] - window)
     rope = network.rope.at(position_ids_BT, torch.float32)
-    attend = SequenceAttend(past, visible_BTL)
-    return network.lm_head(network.step(input_ids_BT, features_BTH, rope, [attend]).normed_BRH)
+    attention = SequenceAttention(past, visible_BTL)
+    return network.lm_head(network.step(input_ids_BT, features_BTH, rope, [attention]).normed_BRH)
 
 
 def visible(attention_mask: Tensor | None, num_past: int, T: int, device: torch.device) -> Tensor:

@@ -31,7 +31,7 @@ from speculators.models.eagle.network import EagleNetwork
 from speculators.models.packed_columns import PackedColumns
 from speculators.models.unrolled_steps import answered_columns, counted_steps, step_accuracy
 from speculators.nn.masks import PackedRow
-from speculators.nn.unrolled import unrolled_attends
+from speculators.nn.unrolled import unrolled_attention
 
 if TYPE_CHECKING:
     from speculators.models.eagle.core import EagleSpeculator
@@ -128,13 +128,13 @@ def unroll(
     attention: str | None,
 ) -> list[Step]:
     """Step 0 runs every column, since each is context to others; later steps the columns that carry loss."""
-    attends = unrolled_attends(attention, PackedRow(batch.document_ids_T, columns_R), network.windows)
+    layer_attention = unrolled_attention(attention, PackedRow(batch.document_ids_T, columns_R), network.windows)
     # past the right edge: padding tokens, at columns that cannot count
     token_ids = F.pad(batch.token_ids_T, (0, objective.num_steps))
     hidden_1TH, columns, steps = features_TH[None], torch.arange(len(features_TH), device=columns_R.device), []
     for s in range(objective.num_steps):
         rope = network.rope.at(batch.position_ids_T[columns] + s, torch.float32)
-        normed_1RH, fed_back_1RH = network.step(token_ids[columns + s][None], hidden_1TH, rope, attends)
+        normed_1RH, fed_back_1RH = network.step(token_ids[columns + s][None], hidden_1TH, rope, layer_attention)
         steps.append(Step(normed_1RH[0], fed_back_1RH[0]))
         hidden_1TH = fed_back_1RH.detach() if objective.detach_steps else fed_back_1RH
         columns = columns_R

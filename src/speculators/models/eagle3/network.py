@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.models.feedback_proposer import StepOutput
-from speculators.nn.attention import Attend
+from speculators.nn.attention import AttentionFunction
 from speculators.nn.decoder import DecoderLayer
 from speculators.nn.norms import FrozenRMSNorm, RMSNorm
 from speculators.nn.rope import Rope, RopeTables
@@ -52,12 +52,14 @@ class Eagle3Network:
             features_BTD = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
         return self.fc(features_BTD)
 
-    def step(self, token_ids_BT: Tensor, hidden_BTH: Tensor, rope: RopeTables, attends: Sequence[Attend]) -> StepOutput:
-        first, *others = zip(self.layers, attends, strict=True)
-        layer, attend = first
-        hidden = layer(hidden_BTH, rope, attend, self.embed_tokens(token_ids_BT))
-        for layer, attend in others:
-            hidden = layer(hidden, rope, attend)
+    def step(
+        self, token_ids_BT: Tensor, hidden_BTH: Tensor, rope: RopeTables, layer_attention: Sequence[AttentionFunction]
+    ) -> StepOutput:
+        first, *others = zip(self.layers, layer_attention, strict=True)
+        layer, attention = first
+        hidden = layer(hidden_BTH, rope, attention, self.embed_tokens(token_ids_BT))
+        for layer, attention in others:
+            hidden = layer(hidden, rope, attention)
         normed = self.norm(hidden)
         return StepOutput(normed, normed if self.norm_output else hidden)
 

@@ -27,7 +27,7 @@ from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.packed_columns import PackedColumns
 from speculators.models.unrolled_steps import answered_columns, counted_steps, padded, step_accuracy
 from speculators.nn.masks import PackedRow
-from speculators.nn.unrolled import unrolled_attends
+from speculators.nn.unrolled import unrolled_attention
 
 if TYPE_CHECKING:
     from speculators.models.eagle3.core import Eagle3DraftModel
@@ -85,7 +85,7 @@ def unroll(
 ) -> list[Tensor]:
     """What the head reads at each step, [R, H] a step. Step 0 runs every column, since each is context to others."""
     packed = PackedRow(batch.document_ids_T, columns_R)
-    attends = unrolled_attends(attention, packed, network.windows)
+    layer_attention = unrolled_attention(attention, packed, network.windows)
     # past the right edge: padding tokens, at columns that cannot count
     token_ids = torch.nn.functional.pad(batch.token_ids_T, (0, num_steps))
     hidden, columns, out = network.combine(batch.features_TD[None]), None, []
@@ -93,7 +93,7 @@ def unroll(
         tokens = token_ids[s : s + len(batch.token_ids_T)] if columns is None else token_ids[columns + s]
         positions = batch.position_ids_T if columns is None else batch.position_ids_T[columns]
         rope = network.rope.at(positions + s, torch.float32)
-        normed, hidden = network.step(tokens[None], hidden, rope, attends)
+        normed, hidden = network.step(tokens[None], hidden, rope, layer_attention)
         out.append(normed[0])
         columns = columns_R
     return out

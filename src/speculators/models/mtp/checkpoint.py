@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 from speculators.models.draft_layers import layer_keys
+from speculators.models.mtp.attention import LatentAttention
 from speculators.models.mtp.config import MTPSpeculatorConfig
+from speculators.models.mtp.experts import GroupRoutedMLP, SparseMLP
 from speculators.models.mtp.families import LAYER, OWN_NAMES
 from speculators.models.mtp.layer import decoder_shape, decoder_view
-from speculators.nn.experts import GroupRoutedMLP, SparseMLP
-from speculators.nn.latent_attention import LatentAttention
 
 NOT_THE_DECODERS = ("quantization_config",)
 """Keys of a verifier's config that describe its checkpoint, not its layers."""

@@ -1,6 +1,6 @@
 """The MTP layer: [token ; hidden] through one decoder layer of the verifier's own shape.
 
-Shapes: B rows, T positions in, R positions answered (see `Attend.rows`), H hidden size.
+Shapes: B rows, T positions in, R positions answered (see `AttentionFunction.select_queries`), H hidden size.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from speculators.models.mtp.attention import GatedAttention, LatentAttention
+from speculators.models.mtp.experts import GroupRoutedMLP, SparseMLP
 from speculators.models.mtp.families import MTPFamily
-from speculators.nn.attention import Attend, Attention
+from speculators.nn.attention import Attention, AttentionFunction
 from speculators.nn.decoder import MLP, DecoderLayer
-from speculators.nn.experts import GroupRoutedMLP, SparseMLP
-from speculators.nn.gated_attention import GatedAttention
-from speculators.nn.latent_attention import LatentAttention
 from speculators.nn.norms import RMSNorm, RMSNormPlusOne
 from speculators.nn.rope import RopeTables, head_dim
 
@@ -83,11 +82,11 @@ class MTPLayer(DecoderLayer):
             use_unit_offset_norms(self)
 
     def forward(  # type: ignore[override]
-        self, embeds_BTH: Tensor, hidden_BTH: Tensor, rope: RopeTables, attend: Attend
+        self, embeds_BTH: Tensor, hidden_BTH: Tensor, rope: RopeTables, attention: AttentionFunction
     ) -> tuple[Tensor, Tensor]:
         """(what the head reads, the hidden state of the next step)"""
         both_BT2H = torch.cat((self.token_layernorm(embeds_BTH), self.hidden_layernorm(hidden_BTH)), dim=-1)
-        raw_BRH = super().forward(self.input_proj(both_BT2H), rope, attend)
+        raw_BRH = super().forward(self.input_proj(both_BT2H), rope, attention)
         normed_BRH = self.final_layernorm(raw_BRH)
         return normed_BRH, raw_BRH if self.feeds_back_raw else normed_BRH
 

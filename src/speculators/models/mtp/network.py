@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from speculators.models.feedback_proposer import StepOutput
 from speculators.models.mtp.layer import MTPLayer
-from speculators.nn.attention import Attend
+from speculators.nn.attention import AttentionFunction
 from speculators.nn.rope import Rope, RopeTables
 
 NO_TOKEN = -1
@@ -58,12 +58,14 @@ class MTPNetwork:
         """The tokens as `step` takes them: engines zero the embedding at position 0 in some families."""
         return token_ids.masked_fill(positions == 0, NO_TOKEN) if self.zeroes_first_embedding else token_ids
 
-    def step(self, token_ids_BT: Tensor, hidden_BTH: Tensor, rope: RopeTables, attends: Sequence[Attend]) -> StepOutput:
+    def step(
+        self, token_ids_BT: Tensor, hidden_BTH: Tensor, rope: RopeTables, layer_attention: Sequence[AttentionFunction]
+    ) -> StepOutput:
         embeds_BTH = self.embed_tokens(token_ids_BT.clamp_min(0))
         if self.zeroes_first_embedding:
             embeds_BTH = embeds_BTH.masked_fill((token_ids_BT == NO_TOKEN).unsqueeze(-1), 0.0)
-        (attend,) = attends
-        return StepOutput(*self.layer(embeds_BTH, hidden_BTH, rope, attend))
+        (attention,) = layer_attention
+        return StepOutput(*self.layer(embeds_BTH, hidden_BTH, rope, attention))
 
     def fused(self) -> MTPNetwork:
         """A snapshot for decoding: the same function, faster for few rows. What is the verifier's stays shared."""

@@ -32,7 +32,7 @@ from speculators.models.mtp.arguments import MTPTrainingArgs
 from speculators.models.mtp.network import MTPNetwork
 from speculators.models.unrolled_steps import step_accuracy
 from speculators.nn.masks import PackedRow
-from speculators.nn.unrolled import unrolled_attends
+from speculators.nn.unrolled import unrolled_attention
 
 if TYPE_CHECKING:
     from speculators.models.mtp.core import MTPDraftModel
@@ -109,10 +109,10 @@ def unroll(
     for k in range(columns.num_steps):
         positions = columns.flat(columns.positions_BS, 0) + k
         if k == 0 or not as_served:
-            attends = unrolled_attends(attention, PackedRow(documents_R), [None])
+            layer_attention = unrolled_attention(attention, PackedRow(documents_R), [None])
         rope = network.rope.at(positions[0], torch.float32)
         tokens = network.tokens_at(columns.flat(columns.token_ids_BS, k + 1), positions)
-        normed, hidden = network.step(tokens, hidden, rope, attends)
+        normed, hidden = network.step(tokens, hidden, rope, layer_attention)
         out.append(normed[0])
     return out
 

@@ -7,7 +7,7 @@ Shapes: B rows, T committed columns, C new entries, K draft tokens, W = C + K - 
     slots                              m   m   m    positions 3 4 5: the mask token and the mask state
     drafts                     x4      x5  x6  x7   read at the last entry and at the slots
 
-The slots' keys are scratch behind the entries: the next commit writes over them (see `nn.slot_cache`).
+The slots' keys are scratch behind the entries: the next commit writes over them (see `nn.cache`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from speculators.interfaces import Committed, DraftSampling, Proposal
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.eagle3.proposer import Eagle3Proposer
 from speculators.models.feedback_proposer import ALONE_FROM, NO_DRAFT
+from speculators.nn.cache import Span
 from speculators.nn.draft_sampling import draft_slots
-from speculators.nn.slot_cache import SlotSpan, slot_attends
 
 
 class PEagleProposer(Eagle3Proposer):
@@ -40,7 +40,6 @@ class PEagleProposer(Eagle3Proposer):
         **sizes: Any,
     ):
         super().__init__(network, target_layer_ids, d2t, verifier_vocab_size, **sizes)
-        self.attends = slot_attends(self.cache, network.windows)  # type: ignore[assignment]
         self.mask_token_id = mask_token_id
         with torch.inference_mode():
             self.slot_11H = network.combine(mask_hidden_11D.to(self.dtype))
@@ -74,7 +73,7 @@ class PEagleProposer(Eagle3Proposer):
                 num_alone = counts[b] - 1
                 end = starts[b] + num_alone
                 self.cache.reserve(end)
-                self.read(committed, SlotSpan(slice(b, b + 1), num_alone, end=end, start=starts[b]), skips[b])
+                self.read(committed, Span(slice(b, b + 1), num_alone, end=end, start=starts[b]), skips[b])
                 starts[b], skips[b], counts[b] = end, skips[b] + num_alone, 1
         span = self.span_of(starts, counts, num_tokens)
         tokens_BW, hidden_BWH = self.columns_of(committed, counts, skips, num_tokens)
@@ -92,13 +91,13 @@ class PEagleProposer(Eagle3Proposer):
             skips.append(int(is_new))
         return starts, counts, skips
 
-    def span_of(self, starts: list[int], counts: list[int], num_tokens: int) -> SlotSpan:
+    def span_of(self, starts: list[int], counts: list[int], num_tokens: int) -> Span:
         rows, width = slice(0, len(starts)), max(1, *counts) + num_tokens - 1
         if counts[0] > 0 and len(set(zip(starts, counts, strict=True))) == 1:
-            return SlotSpan(rows, width, end=starts[0] + width, start=starts[0], num_answered=num_tokens)
+            return Span(rows, width, end=starts[0] + width, start=starts[0], num_queries=num_tokens)
         # Rows that do not take part write past their end, where nobody looks.
-        span = SlotSpan(rows, width, end=max(starts) + width, starts_B=self.tensor(starts), num_answered=num_tokens)
-        span.answered_B = (self.tensor(counts) - 1).clamp_min(0)
+        span = Span(rows, width, end=max(starts) + width, starts_B=self.tensor(starts), num_queries=num_tokens)
+        span.first_query_B = (self.tensor(counts) - 1).clamp_min(0)
         return span
 
     def columns_of(

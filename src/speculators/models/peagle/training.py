@@ -25,8 +25,8 @@ from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig
 from speculators.models.draft_layers import attention_of
 from speculators.models.eagle3.training import PackedBatch
+from speculators.models.peagle.chain_attention import ChainLayout, chain_attention
 from speculators.models.peagle.sampling import Chains, sample_chains, validation_generator
-from speculators.nn.chain_attention import ChainLayout, chain_attends
 
 if TYPE_CHECKING:
     from speculators.models.peagle.core import PEagleDraftModel
@@ -81,13 +81,13 @@ def run_elements(model: PEagleDraftModel, batch: PackedBatch, supervision: Super
     network, (anchors_M, depths_M) = model.network, supervision.chains
     layout = ChainLayout(batch.document_ids_T, anchors_M, depths_M, supervision.columns_C)
     attention = attention_of(model.config)
-    attends = chain_attends(attention, layout, network.windows)
+    layer_attention = chain_attention(attention, layout, network.windows)
     token_ids_E = torch.cat((batch.token_ids_T, torch.full_like(anchors_M, model.mask_token_id)))
     slot_11H = network.combine(model.mask_hidden)
     hidden_1EH = torch.cat((network.combine(batch.features_TD[None]), slot_11H.expand(-1, len(anchors_M), -1)), dim=1)
     positions_E = torch.cat((batch.position_ids_T, batch.position_ids_T[anchors_M] + depths_M))
     rope = network.rope.at(positions_E, torch.float32)
-    return network.step(token_ids_E[None], hidden_1EH, rope, attends).normed_BRH[0]
+    return network.step(token_ids_E[None], hidden_1EH, rope, layer_attention).normed_BRH[0]
 
 
 def drafts_read(model: PEagleDraftModel, batch: PackedBatch, num_drafts: int) -> Tensor:

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from speculators.nn.chain_attention import (
+from speculators.models.peagle.chain_attention import (
     ChainLayout,
-    DenseChainAttend,
-    FlexChainAttend,
-    GroupedChainAttend,
-    SdpaChainAttend,
+    DenseChainAttention,
+    FlexChainAttention,
+    GroupedChainAttention,
+    SdpaChainAttention,
 )
 
 DOCUMENTS = [0, 0, 0, 0, 0, 1, 1, 1, -1]
@@ -42,7 +42,7 @@ def looped(query, key, value, window):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("last_layer", [False, True])
-@pytest.mark.parametrize("kind", [DenseChainAttend, SdpaChainAttend, GroupedChainAttend, FlexChainAttend])
+@pytest.mark.parametrize("kind", [DenseChainAttention, SdpaChainAttention, GroupedChainAttention, FlexChainAttention])
 def test_every_route_sees_what_the_rule_says(kind, last_layer, window):
     generator = torch.Generator().manual_seed(0)
     anchors, depths = (torch.tensor(part) for part in zip(*SLOTS, strict=True))

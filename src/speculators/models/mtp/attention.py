@@ -1,15 +1,19 @@
-"""Attention over a compressed latent (MLA: DeepSeek-V3), written out as ordinary attention with a head of its own each.
+"""The attention of MTP layers that is not plain grouped-query attention: gated (Qwen3-Next, Qwen3.5) and latent (MLA).
 
-Shapes: B rows, T new positions, R answered positions, N heads, H hidden size, c features without position, r rotated
-ones, d = c + r head size of queries and keys, v head size of values.
+Shapes: B rows, T new positions, R query positions, N heads, H hidden size, W width of the layer's input, c features
+without position, r rotated ones, d head size of queries and keys (c + r in MLA), v head size of values.
+
+Gated: q_proj gives 2 d numbers per head, [query ; gate], and out = o_proj(attention(..) * sigmoid(gate)).
+
+Latent (DeepSeek-V3), written out as ordinary attention in which each head has its own keys:
 
     query    q_proj(x), or q_b(norm(q_a(x)))          [N, c | r]      the last r are rotated
     latent   kv_a(x) = [l | k_r]                      k_r is rotated and shared by all heads
              kv_b(norm(l)) = [k_c | value]            [N, c | v]
     key      [k_c | k_r]                              scores: d ** -0.5, times YaRN's factor
 
-Values are padded with zeros to the head size of keys, which leaves the answers as they are: so every way of looking
-(`Attend`) that drafters have serves this layer too.
+Values are padded with zeros to the head size of keys, which leaves the output as it is: so every `AttentionFunction`
+that drafters have serves this layer too.
 """
 
 from __future__ import annotations
@@ -21,13 +25,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speculators.nn.attention import Attend
+from speculators.nn.attention import Attention, AttentionFunction
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import RopeTables, rope_parameters
 
 
+class GatedAttention(Attention):
+    """Grouped-query attention with an output gate; otherwise as `Attention`."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        q_proj = self.q_proj
+        self.q_proj = nn.Linear(q_proj.in_features, 2 * q_proj.out_features, bias=q_proj.bias is not None)
+
+    def forward(self, hidden_BTW: Tensor, rope: RopeTables, attention: AttentionFunction) -> Tensor:
+        both = self.q_proj(hidden_BTW).unflatten(-1, (self.num_heads, 2 * self.head_dim))
+        query_BTNd, gate_BTNd = both.chunk(2, dim=-1)
+        key_BTGd, value_BTGd = self.project_kv(hidden_BTW, rope)
+        if self.q_norm is not None:
+            query_BTNd = self.q_norm(query_BTNd)
+        attended = attention(rope.rotate(query_BTNd), key_BTGd, value_BTGd).flatten(-2)
+        return self.o_proj(attended * attention.select_queries(gate_BTNd.flatten(-2)).sigmoid())
+
+    def fused(self) -> Any:
+        """Returns itself: its query projection is already the larger part of the products."""
+        return self
+
+
 class LatentAttention(nn.Module):
-    """Under the names of transformers."""
+    """Multi-head latent attention, under the names of transformers."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -55,10 +81,10 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.latent_size, self.num_heads * (self.plain_size + self.value_size), bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.value_size, size, bias=bias)
 
-    def forward(self, hidden_BTH: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
+    def forward(self, hidden_BTH: Tensor, rope: RopeTables, attention: AttentionFunction) -> Tensor:
         query_BTNd = self.queries(hidden_BTH, rope)
         key_BTNd, value_BTNd = self.keys_and_values(hidden_BTH, rope)
-        attended_BRNd = attend(query_BTNd, key_BTNd, value_BTNd)
+        attended_BRNd = attention(query_BTNd, key_BTNd, value_BTNd)
         return self.o_proj(attended_BRNd[..., : self.value_size].flatten(-2))
 
     def queries(self, hidden_BTH: Tensor, rope: RopeTables) -> Tensor:
@@ -80,12 +106,12 @@ class LatentAttention(nn.Module):
         return key, F.pad(value, (0, self.head_dim - self.value_size))
 
     def half_split(self, x: Tensor) -> Tensor:
-        """Pairs that lie side by side, in two halves: the order our rotation wants. Scores do not see the order."""
+        """Reorders neighbouring pairs into two halves, as our rotation expects. Scores do not depend on the order."""
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.is_interleaved else x
 
 
 def yarn_factor(config: Any) -> float:
-    """What YaRN multiplies the scores of this family by (`mscale_all_dim`)."""
+    """Returns the factor that YaRN puts on the scores of this family (`mscale_all_dim`)."""
     parameters = rope_parameters(config)
     factor, share = parameters.get("factor") or 1.0, parameters.get("mscale_all_dim") or 0.0
     if parameters["rope_type"] == "default" or not share or factor <= 1.0:

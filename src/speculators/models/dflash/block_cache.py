@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculators.nn.block_attention import LayerSight
+from speculators.models.dflash.block_attention import LayerMask
 from speculators.nn.cache import DraftCache, Span
+from speculators.nn.masks import additive_mask
 
 
 @dataclass
@@ -26,7 +27,7 @@ class BlockPass:
     """Context entries of each row = position of its slot 0."""
     num_slots: int
     device: torch.device
-    masks: dict[LayerSight, Tensor | None] = field(default_factory=dict)
+    masks: dict[LayerMask, Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.is_even = len(set(self.lengths)) == 1
@@ -40,26 +41,25 @@ class BlockPass:
             return Span(rows, self.num_slots, end=self.end, start=self.lengths[0])
         return Span(rows, self.num_slots, end=self.end, starts_B=self.lengths_B)
 
-    def first_key(self, sight: LayerSight) -> int:
-        return 0 if sight.window is None else max(0, min(self.lengths) - sight.window + 1)
+    def first_key(self, layer_mask: LayerMask) -> int:
+        return 0 if layer_mask.window is None else max(0, min(self.lengths) - layer_mask.window + 1)
 
-    def mask(self, sight: LayerSight, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, layer_mask: LayerMask, dtype: torch.dtype) -> Tensor | None:
         """Additive [B, 1, S, L]; None = everything is seen. Made once a pass for each kind of layer."""
-        if sight not in self.masks:
-            self.masks[sight] = self.make_mask(sight, dtype)
-        return self.masks[sight]
+        if layer_mask not in self.masks:
+            self.masks[layer_mask] = self.make_mask(layer_mask, dtype)
+        return self.masks[layer_mask]
 
-    def make_mask(self, sight: LayerSight, dtype: torch.dtype) -> Tensor | None:
-        if self.is_even and not sight.causal and sight.window is None:
+    def make_mask(self, layer_mask: LayerMask, dtype: torch.dtype) -> Tensor | None:
+        if self.is_even and not layer_mask.causal and layer_mask.window is None:
             return None
-        keys_L = torch.arange(self.first_key(sight), self.end, device=self.device)
+        keys_L = torch.arange(self.first_key(layer_mask), self.end, device=self.device)
         slots_BS1 = self.positions_BS[..., None]
-        seen = keys_L <= slots_BS1 if sight.causal else (keys_L < self.lengths_B[:, None, None] + self.num_slots)
-        if sight.window is not None:
-            seen = seen & ((keys_L - slots_BS1).abs() < sight.window)
+        seen = keys_L <= slots_BS1 if layer_mask.causal else (keys_L < self.lengths_B[:, None, None] + self.num_slots)
+        if layer_mask.window is not None:
+            seen = seen & ((keys_L - slots_BS1).abs() < layer_mask.window)
         seen_BSL = seen.expand(len(self.lengths), self.num_slots, -1)
-        mask = torch.zeros(seen_BSL.shape, dtype=dtype, device=self.device).masked_fill_(~seen_BSL, float("-inf"))
-        return mask[:, None]
+        return additive_mask(seen_BSL, dtype)[:, None]
 
 
 class BlockCache(DraftCache):
@@ -75,31 +75,31 @@ class BlockCache(DraftCache):
         """True entries of any rows, all layers at once: kv [M, layers, 2, G, d]."""
         self.storage[:, :, row_M, :, position_M] = kv_M.to(self.storage.dtype)
 
-    def block_attends(self, sights: list[LayerSight]) -> list[BlockCacheAttend]:
+    def block_attention(self, layer_masks: list[LayerMask]) -> list[BlockCacheAttention]:
         """One for each layer, for as long as the cache lives."""
-        return [BlockCacheAttend(self, i, sight) for i, sight in enumerate(sights)]
+        return [BlockCacheAttention(self, i, layer_mask) for i, layer_mask in enumerate(layer_masks)]
 
 
-class BlockCacheAttend:
+class BlockCacheAttention:
     """Writes the block behind the context and looks at both."""
 
-    def __init__(self, cache: BlockCache, layer: int, sight: LayerSight):
-        self.cache, self.layer, self.sight = cache, layer, sight
+    def __init__(self, cache: BlockCache, layer: int, layer_mask: LayerMask):
+        self.cache, self.layer, self.layer_mask = cache, layer, layer_mask
 
-    def rows(self, hidden_BSH: Tensor) -> Tensor:
+    def select_queries(self, hidden_BSH: Tensor) -> Tensor:
         return hidden_BSH
 
     def __call__(self, query_BSNd: Tensor, key_BSGd: Tensor, value_BSGd: Tensor) -> Tensor:
         running = self.cache.running
         assert running is not None
         self.cache.write(self.layer, key_BSGd, value_BSGd)
-        first, num_rows = running.first_key(self.sight), len(running.lengths)
+        first, num_rows = running.first_key(self.layer_mask), len(running.lengths)
         keys, values = self.cache.storage[self.layer, :, :num_rows, :, first : running.end]
         B, S, N, d = query_BSNd.shape
         G = keys.shape[1]
         # Query heads of a group ride as rows of one product: no copy of keys.
         grouped = query_BSNd.view(B, S, G, N // G, d).permute(0, 2, 3, 1, 4).reshape(B, G, -1, d)
-        mask = running.mask(self.sight, query_BSNd.dtype)
+        mask = running.mask(self.layer_mask, query_BSNd.dtype)
         if mask is not None:
             mask = mask.repeat(1, 1, N // G, 1)
         out = F.scaled_dot_product_attention(grouped, keys, values, mask)

@@ -100,31 +100,31 @@ class ChainLayout:
         return self.sees(slots[:, None], torch.cat((columns, slots))[None], window)
 
 
-class DenseChainAttend:
+class DenseChainAttention:
     """Reference: all elements side by side under a dense mask."""
 
     def __init__(self, layout: ChainLayout, window: int | None, *, last_layer: bool):
         self.layout, self.window, self.last_layer = layout, window, last_layer
 
-    def rows(self, hidden_1EH: Tensor) -> Tensor:
+    def select_queries(self, hidden_1EH: Tensor) -> Tensor:
         return hidden_1EH[:, self.layout.rows_R] if self.last_layer else hidden_1EH
 
     def __call__(self, query_1ENd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor) -> Tensor:
         every_E = torch.arange(query_1ENd.shape[1], device=query_1ENd.device)
         asking_R = self.layout.rows_R if self.last_layer else every_E
         visible = self.layout.sees(asking_R[:, None], every_E[None], self.window)
-        return self.attention(self.rows(query_1ENd), key_1EGd, value_1EGd, visible)
+        return self.attention(self.select_queries(query_1ENd), key_1EGd, value_1EGd, visible)
 
     attention = staticmethod(dense_attention)
 
 
-class SdpaChainAttend(DenseChainAttend):
+class SdpaChainAttention(DenseChainAttention):
     """The same mask through `scaled_dot_product_attention`: any device, memory of the mask only."""
 
     attention = staticmethod(sdpa_attention)
 
 
-class GroupedChainAttend(DenseChainAttend):
+class GroupedChainAttention(DenseChainAttention):
     """The fast route on a CPU: packed causal attention for the columns, a flash call for each group of chains."""
 
     def __call__(self, query_1ENd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor) -> Tensor:
@@ -143,14 +143,14 @@ class GroupedChainAttend(DenseChainAttend):
         return torch.cat((columns, chains[None]), dim=1)
 
 
-class FlexChainAttend(DenseChainAttend):
+class FlexChainAttention(DenseChainAttention):
     """The fast route on a GPU: block-sparse flex attention."""
 
     flex = staticmethod(flex_attention)
 
     def __call__(self, query_1ENd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor) -> Tensor:
         layout, window, num_elements = self.layout, self.window, query_1ENd.shape[1]
-        query_1RNd = self.rows(query_1ENd)
+        query_1RNd = self.select_queries(query_1ENd)
         asking_R = layout.rows_R if self.last_layer else torch.arange(num_elements, device=query_1ENd.device)
 
         def visible(batch, head, place, key):
@@ -163,18 +163,20 @@ class FlexChainAttend(DenseChainAttend):
         return out.transpose(1, 2)
 
 
-class CompiledFlexChainAttend(FlexChainAttend):
+class CompiledFlexChainAttention(FlexChainAttention):
     flex = staticmethod(torch.compile(flex_attention))
 
 
-def chain_attends(implementation: str | None, layout: ChainLayout, windows: list[int | None]) -> list[DenseChainAttend]:
-    """One attend for each layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
+def chain_attention(
+    implementation: str | None, layout: ChainLayout, windows: list[int | None]
+) -> list[DenseChainAttention]:
+    """One function per layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
     device = layout.document_ids_T.device.type
     if implementation == "eager":
-        kind: type[DenseChainAttend] = DenseChainAttend
+        kind: type[DenseChainAttention] = DenseChainAttention
     elif device == "cpu":
-        kind = GroupedChainAttend
+        kind = GroupedChainAttention
     else:
-        kind = CompiledFlexChainAttend if device == "cuda" and implementation != "sdpa" else SdpaChainAttend
+        kind = CompiledFlexChainAttention if device == "cuda" and implementation != "sdpa" else SdpaChainAttention
     last = len(windows) - 1
     return [kind(layout, window, last_layer=i == last) for i, window in enumerate(windows)]

@@ -28,7 +28,7 @@ from speculators.nn.attention import dense_attention, sdpa_attention
 from speculators.nn.grouped_attention import GROUP_ROWS, Group, GroupedAttention, heads_first
 
 
-class LayerSight(NamedTuple):
+class LayerMask(NamedTuple):
     """What distinguishes the layers of a drafter here."""
 
     window: int | None
@@ -85,59 +85,59 @@ class BlockLayout:
             return seen & (columns > anchors_P11 + slots_S1 - window)
         return seen.expand(-1, self.block_size, -1)
 
-    def sees_slots(self, sight: LayerSight) -> Tensor:
+    def sees_slots(self, layer_mask: LayerMask) -> Tensor:
         """bool [S, S], the same for every block."""
         slots = torch.arange(self.block_size, device=self.anchors_P.device)
         ahead_SS = slots[None, :] - slots[:, None]
-        seen = ahead_SS <= 0 if sight.causal else torch.ones_like(ahead_SS, dtype=torch.bool)
-        return seen if sight.window is None else seen & (ahead_SS.abs() < sight.window)
+        seen = ahead_SS <= 0 if layer_mask.causal else torch.ones_like(ahead_SS, dtype=torch.bool)
+        return seen if layer_mask.window is None else seen & (ahead_SS.abs() < layer_mask.window)
 
-    def visible(self, group: Group, sight: LayerSight) -> Tensor:
+    def visible(self, group: Group, layer_mask: LayerMask) -> Tensor:
         """bool [rows, columns + rows] of a group's slots over its context columns and its own slots."""
         blocks = slice(group.first // self.block_size, group.last // self.block_size)
-        context = self.sees_context(blocks, group.low, group.high, sight.window)
+        context = self.sees_context(blocks, group.low, group.high, layer_mask.window)
         own_block = torch.eye(len(context), dtype=torch.bool, device=context.device)
-        slots = torch.kron(own_block, self.sees_slots(sight))
+        slots = torch.kron(own_block, self.sees_slots(layer_mask))
         return torch.cat((context.flatten(0, 1), slots), dim=1)
 
 
-class DenseBlockAttend:
+class DenseBlockAttention:
     """Reference: all context columns and all slots of all blocks side by side under a dense mask."""
 
-    def __init__(self, layout: BlockLayout, sight: LayerSight, context: ContextKV):
-        self.layout, self.sight, self.context = layout, sight, context
+    def __init__(self, layout: BlockLayout, layer_mask: LayerMask, context: ContextKV):
+        self.layout, self.layer_mask, self.context = layout, layer_mask, context
 
     def __call__(self, query_PSNd: Tensor, key_PSGd: Tensor, value_PSGd: Tensor) -> Tensor:
         layout, (context_key, context_value) = self.layout, self.context
         everything = Group(0, len(layout.anchors_P) * layout.block_size, 0, len(context_key))
         keys = torch.cat((context_key, key_PSGd.flatten(0, 1)))[None]
         values = torch.cat((context_value, value_PSGd.flatten(0, 1)))[None]
-        out = self.attention(query_PSNd.flatten(0, 1)[None], keys, values, layout.visible(everything, self.sight))
+        out = self.attention(query_PSNd.flatten(0, 1)[None], keys, values, layout.visible(everything, self.layer_mask))
         return out.view_as(query_PSNd)
 
-    def rows(self, hidden_PSH: Tensor) -> Tensor:
+    def select_queries(self, hidden_PSH: Tensor) -> Tensor:
         return hidden_PSH
 
     attention = staticmethod(dense_attention)
 
 
-class SdpaBlockAttend(DenseBlockAttend):
+class SdpaBlockAttention(DenseBlockAttention):
     """The same mask through `scaled_dot_product_attention`: any device, memory of the mask only."""
 
     attention = staticmethod(sdpa_attention)
 
 
-class GroupedBlockAttend(DenseBlockAttend):
+class GroupedBlockAttention(DenseBlockAttention):
     """The fast route on a CPU: a flash call for each group of neighbouring blocks, over the columns they see."""
 
     def __call__(self, query_PSNd: Tensor, key_PSGd: Tensor, value_PSGd: Tensor) -> Tensor:
         slots = (x.flatten(0, 1) for x in (query_PSNd, key_PSGd, value_PSGd))
-        visible = partial(self.layout.visible, sight=self.sight)
-        out = GroupedAttention.apply(self.layout.groups(self.sight.window), visible, *slots, *self.context)
+        visible = partial(self.layout.visible, layer_mask=self.layer_mask)
+        out = GroupedAttention.apply(self.layout.groups(self.layer_mask.window), visible, *slots, *self.context)
         return out.view(query_PSNd.shape)
 
 
-class FlexBlockAttend(DenseBlockAttend):
+class FlexBlockAttention(DenseBlockAttention):
     """The fast route on a GPU: block-sparse flex attention."""
 
     flex = staticmethod(flex_attention)
@@ -148,25 +148,25 @@ class FlexBlockAttend(DenseBlockAttend):
             heads_first(torch.cat((context, blocks.flatten(0, 1))))
             for context, blocks in zip(self.context, (key_PSGd, value_PSGd), strict=True)
         )
-        mask = flex_mask(self.layout, self.sight, len(self.context.key_TGd))
+        mask = flex_mask(self.layout, self.layer_mask, len(self.context.key_TGd))
         out = self.flex(query, keys, values, block_mask=mask, enable_gqa=True)
         assert isinstance(out, Tensor)
         return out[0].transpose(0, 1).reshape(query_PSNd.shape)
 
 
-class CompiledFlexBlockAttend(FlexBlockAttend):
+class CompiledFlexBlockAttention(FlexBlockAttention):
     flex = staticmethod(torch.compile(flex_attention))
 
 
-def flex_mask(layout: BlockLayout, sight: LayerSight, num_columns: int):
+def flex_mask(layout: BlockLayout, layer_mask: LayerMask, num_columns: int):
     """The block mask of [columns | slots of all blocks], made once for each kind of layer."""
-    key = (sight, num_columns)
+    key = (layer_mask, num_columns)
     if key not in layout.flex_masks:
-        layout.flex_masks[key] = make_flex_mask(layout, sight, num_columns)
+        layout.flex_masks[key] = make_flex_mask(layout, layer_mask, num_columns)
     return layout.flex_masks[key]
 
 
-def make_flex_mask(layout: BlockLayout, sight: LayerSight, num_columns: int):
+def make_flex_mask(layout: BlockLayout, layer_mask: LayerMask, num_columns: int):
     anchors_P, starts_P, size = layout.anchors_P, layout.starts_P, layout.block_size
     num_queries = len(anchors_P) * size
 
@@ -176,20 +176,20 @@ def make_flex_mask(layout: BlockLayout, sight: LayerSight, num_columns: int):
         in_context = (key < num_columns) & (key >= starts_P[block]) & (key < anchors_P[block])
         key_slot = (key - num_columns) % size
         in_block = (key >= num_columns) & ((key - num_columns) // size == block)
-        if sight.causal:
+        if layer_mask.causal:
             in_block = in_block & (key_slot <= slot)
-        if sight.window is not None:
-            in_context = in_context & (key > place - sight.window)
-            in_block = in_block & ((key_slot - slot).abs() < sight.window)
+        if layer_mask.window is not None:
+            in_context = in_context & (key > place - layer_mask.window)
+            in_block = in_block & ((key_slot - slot).abs() < layer_mask.window)
         return in_context | in_block
 
     return create_block_mask(visible, None, None, num_queries, num_columns + num_queries, device=anchors_P.device.type)
 
 
-def block_attend(implementation: str | None, device: torch.device) -> type[DenseBlockAttend]:
+def block_attention_class(implementation: str | None, device: torch.device) -> type[DenseBlockAttention]:
     """`implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
     if implementation == "eager":
-        return DenseBlockAttend
+        return DenseBlockAttention
     if device.type == "cpu":
-        return GroupedBlockAttend
-    return CompiledFlexBlockAttend if device.type == "cuda" and implementation != "sdpa" else SdpaBlockAttend
+        return GroupedBlockAttention
+    return CompiledFlexBlockAttention if device.type == "cuda" and implementation != "sdpa" else SdpaBlockAttention
