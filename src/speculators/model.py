@@ -22,8 +22,8 @@ from speculators.config import SpeculatorModelConfig
 from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.model_loading import LoadOptions, cast_parameters, copy_tensors, load_tensors
+from speculators.utils.names import did_you_mean
 from speculators.utils.registry import ClassRegistryMixin
-from speculators.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from speculators.interfaces import Proposer, TreeDrafter

@@ -1,5 +1,6 @@
 """Reading named tensors from checkpoints, and writing files whole or not at all."""
 
+import json
 import os
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from speculators.utils.files import atomic_directory, atomic_write
 from speculators.utils.loading import find_key, is_config_only_dir, list_checkpoint_keys, load_model_layers
-from speculators.utils.suggest import did_you_mean, nearest
+from speculators.utils.names import did_you_mean, lazy_attributes, nearest
 
 
 @pytest.mark.parametrize(
@@ -115,3 +116,11 @@ def test_the_nearest_name():
     assert nearest("zzz", ["eagle3"]) is None
     assert did_you_mean("dflsh", ["eagle3", "dflash"]) == " Did you mean 'dflash'?"
     assert did_you_mean("zzz", []) == ""
+
+
+def test_names_of_a_package_are_imported_on_first_use():
+    get, names = lazy_attributes("json", {"JSONDecoder": "decoder", "scanstring": "scanner"})
+    assert get("JSONDecoder") is json.decoder.JSONDecoder
+    assert names() == ["JSONDecoder", "scanstring"]
+    with pytest.raises(AttributeError, match="module 'json' has no attribute 'decoder_of'"):
+        get("decoder_of")

@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from speculators.cli.console import say_error
 from speculators.train.errors import ConfigError
-from speculators.utils.suggest import did_you_mean
+from speculators.utils.names import did_you_mean
 
 VERBS: dict[str, str] = {
     "quickstart": "Train a drafter for the embedded verifier, decode with it and measure it: the whole path.",

@@ -12,7 +12,7 @@ from speculators.decoding.config.draft import is_readable_here, lookup, read_hf_
 from speculators.decoding.config.infer import is_import_path
 from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, SPECULATORS_METHODS, MethodFacts
 from speculators.deploy.checkpoints import read_config
-from speculators.utils.suggest import did_you_mean
+from speculators.utils.names import did_you_mean
 
 FIRST = ("method", "model", "num_speculative_tokens")
 NAME_THEM = (

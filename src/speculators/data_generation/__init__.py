@@ -9,8 +9,7 @@ Names are imported on first use, so that `import speculators` stays fast.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from speculators.utils.names import lazy_attributes
 
 EXPORTS = {
     "DATASET_CONFIGS": "configs",
@@ -48,12 +47,4 @@ EXPORTS = {
 
 __all__ = sorted(EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_attributes(__name__, EXPORTS)

@@ -21,7 +21,7 @@ from speculators.models.attention import block_mask_to_dense_attention_mask
 from speculators.nn.decoder import DecoderLayer
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope, RopeTables
-from speculators.utils.suggest import did_you_mean
+from speculators.utils.names import did_you_mean
 
 __all__ = ["ModelComponents", "model_classes", "override_components"]
 

@@ -19,7 +19,7 @@ import speculators
 from speculators.train.errors import ConfigError
 from speculators.train.flags import build_parser, flag_of, parse
 from speculators.train.keys import GROUPS, RETIRED_KEYS, RunKeys, group_of
-from speculators.utils.suggest import did_you_mean
+from speculators.utils.names import did_you_mean
 
 
 class Algorithm:

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from speculators.train.errors import ConfigError
 from speculators.train.keys import RETIRED_KEYS
-from speculators.utils.suggest import did_you_mean
+from speculators.utils.names import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):

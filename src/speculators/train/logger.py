@@ -9,7 +9,7 @@ from typing import Any
 
 from speculators.train.errors import ConfigError
 from speculators.train.events import Event, Listener, StepDone, Validated
-from speculators.utils.suggest import did_you_mean
+from speculators.utils.names import did_you_mean
 
 Log = Callable[[dict[str, float], int], None]
 

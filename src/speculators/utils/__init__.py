@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from speculators.utils.names import lazy_attributes
 
 if TYPE_CHECKING:
     from speculators.utils.pydantic_utils import PydanticClassRegistryMixin, ReloadableBaseModel
@@ -11,14 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassRegistryMixin", "PydanticClassRegistryMixin", "ReloadableBaseModel"]
 
-_HOME = {
-    "ClassRegistryMixin": "registry",
-    "PydanticClassRegistryMixin": "pydantic_utils",
-    "ReloadableBaseModel": "pydantic_utils",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    {
+        "ClassRegistryMixin": "registry",
+        "PydanticClassRegistryMixin": "pydantic_utils",
+        "ReloadableBaseModel": "pydantic_utils",
+    },
+)
