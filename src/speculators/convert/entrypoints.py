@@ -1,21 +1,86 @@
-"""The library's entry points to conversion, under the names of earlier releases."""
+"""Converts checkpoints of other projects: `convert_checkpoint`, and the entry points of earlier releases.
+
+convert_checkpoint                   any format that an algorithm reads -> a directory in our format
+convert_model                        the same by the signature of earlier releases
+maybe_convert_external_checkpoint    converts only where the directory is not ours already
+Converter                            base of the converter classes of earlier releases
+"""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from transformers import PretrainedConfig
 
-from speculators.checkpoint.formats import ForeignCheckpoint
-from speculators.checkpoint.io import local_directory, recognise
-from speculators.convert.conversion import ConvertedCheckpoint, convert_checkpoint
+from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint, OurCheckpoint
+from speculators.checkpoint.io import local_directory, open_checkpoint, recognise, write_ours
+from speculators.checkpoint.record import write_training_record
 from speculators.model import SpeculatorModel
+from speculators.utils.files import absolute_if_directory, atomic_directory, refuse_to_replace
 
 OLDER_OPTIONS = ("validate", "trust_remote_code")
 """Arguments of earlier releases that decide nothing here: what is written is always checked, code is never run."""
+
+
+@dataclass(frozen=True)
+class ConvertedCheckpoint:
+    """What was written."""
+
+    path: Path
+    speculators_model_type: str
+    source_format: str
+    notes: tuple[str, ...] = ()
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output: str | Path,
+    *,
+    verifier: str,
+    algorithm: str | None = None,
+    overwrite: bool = False,
+    cache_dir: str | Path | None = None,
+    **options: Any,
+) -> ConvertedCheckpoint:
+    """`source`: directory or hub id. `algorithm` is needed only where several could have made it. `options` say what
+    the source does not, such as the verifier layers an EAGLE-3 head reads; each format takes its own."""
+    output = Path(output)
+    refuse_to_replace(output, source, overwrite=overwrite)
+    require_verifier(verifier)
+    verifier = absolute_if_directory(verifier)
+    opened = open_checkpoint(
+        local_directory(source, cache_dir),
+        verifier=verifier,
+        algorithm=algorithm,
+        **{key: value for key, value in options.items() if value is not None},
+    )
+    if opened.format == SPECULATORS:
+        raise ValueError(f"{source} is a speculator already; `speculators export` writes it for an engine")
+    config = opened.model_class.contract.completed(opened.config)
+    ours = OurCheckpoint(config, opened.tensors, opened.path)
+    with atomic_directory(output) as folder:
+        write_ours(ours, opened.model_class, folder)
+        write_training_record(folder, opened.model_class.contract.training_keys, origin="conversion")
+    expected = opened.model_class.contract.expected_tensors(opened.model_class, config)
+    unused = sorted(opened.tensors.keys() - expected.keys())
+    left_out = (f"tensors that a drafter of this kind has no place for were left out: {unused}",) if unused else ()
+    return ConvertedCheckpoint(output, config.speculators_model_type, opened.format, (*opened.notes, *left_out))
+
+
+def require_verifier(verifier: str) -> None:
+    """Its config must be readable: vocabulary, layers and class are written into ours."""
+    try:
+        PretrainedConfig.get_config_dict(verifier)
+    except (OSError, ValueError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise RuntimeError(
+            f"the config of verifier '{verifier}' cannot be read ({reason}); name its directory or hub id"
+        ) from problem
 
 
 def convert_model(
@@ -67,3 +132,35 @@ def maybe_convert_external_checkpoint(
         raise ValueError(f"'{model}' is in the format of another project and is converted for a verifier: name it")
     target = output_path or Path(tempfile.mkdtemp(prefix="speculators-")) / path.name
     return str(convert_checkpoint(path, target, verifier=verifier).path)
+
+
+class Converter:
+    algorithm: ClassVar[str]
+    options: ClassVar[dict[str, Any]] = {}
+    """Names of the further arguments, and their defaults (None: as the source says)."""
+
+    def convert(
+        self,
+        input_path: str | Path,
+        output_path: str | Path,
+        base_model: str,
+        validate: bool = True,
+        *,
+        cache_dir: str | Path | None = None,
+        **kwargs: Any,
+    ) -> ConvertedCheckpoint:
+        """Convert `input_path` for the verifier `base_model`. What is written is always checked."""
+        unknown = sorted(kwargs.keys() - self.options.keys())
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}.convert has no argument {unknown[0]!r}; it has {list(self.options)}"
+            )
+        return convert_checkpoint(
+            input_path,
+            output_path,
+            verifier=base_model,
+            algorithm=self.algorithm,
+            overwrite=True,
+            cache_dir=cache_dir,
+            **{**self.options, **kwargs},
+        )

@@ -1,11 +1,26 @@
-"""What the EAGLE converters of earlier releases offered beside the class."""
+"""The EAGLE-3 converter of earlier releases, and the functions it offered for older EAGLE checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from speculators.convert.entrypoints import Converter
+
 EXTRA_NORMS = ("embed_layernorm.weight", "post_embedding_layernorm.weight", "lm_head_layernorm.weight")
+
+
+class Eagle3Converter(Converter):
+    """Converts heads of the EAGLE repository and of SpecForge."""
+
+    algorithm = "eagle3"
+    options = {
+        "norm_before_residual": None,
+        "norm_before_fc": None,
+        "fc_norm": None,
+        "norm_output": None,
+        "eagle_aux_hidden_state_layer_ids": None,
+    }
 
 
 def find_vocab_size(config: Mapping[str, Any]) -> int | None:
