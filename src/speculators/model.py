@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from speculators.checkpoint.contract import CheckpointContract
-from speculators.checkpoint.formats import SPECULATORS
+from speculators.checkpoint.formats import SPECULATORS, CheckpointContract
 from speculators.config import SpeculatorModelConfig
 from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, VerifierStates

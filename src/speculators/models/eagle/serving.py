@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint.contract import CheckpointContract
 from speculators.checkpoint.findings import Finding, error, warning
-from speculators.checkpoint.formats import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint
+from speculators.checkpoint.formats import (
+    CheckpointContract,
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+)
 from speculators.models.eagle.checkpoint import check_servable, read_native, save_native
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
 from speculators.models.utils import make_speculators_config

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from speculators.checkpoint.contract import CheckpointContract
 from speculators.checkpoint.findings import Finding, error, missing_keys
 from speculators.checkpoint.formats import (
     SPECULATORS,
+    CheckpointContract,
     CheckpointFormat,
     Converted,
     ForeignCheckpoint,

@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint.contract import CheckpointContract
 from speculators.checkpoint.findings import Finding, error
-from speculators.checkpoint.formats import CheckpointFormat, Converted, ForeignCheckpoint, OurCheckpoint, Serving
+from speculators.checkpoint.formats import (
+    CheckpointContract,
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    Serving,
+)
 from speculators.models.last_state_model import norm_eps_of
 from speculators.models.medusa.checkpoint import read_native, save_native, to_our_name
 from speculators.models.medusa.config import MedusaSpeculatorConfig

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.checkpoint.contract import CheckpointContract
 from speculators.checkpoint.formats import (
+    CheckpointContract,
     CheckpointFormat,
     Converted,
     ForeignCheckpoint,

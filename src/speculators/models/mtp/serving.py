@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint.contract import CheckpointContract
 from speculators.checkpoint.formats import (
+    CheckpointContract,
     CheckpointFormat,
     Converted,
     ForeignCheckpoint,
