@@ -91,7 +91,7 @@ def copy_tensors(
     if mismatched and not ignore_mismatched_sizes:
         raise ValueError(
             "the checkpoint's tensors do not fit its config (name, shape in the checkpoint, shape by the config): "
-            f"{mismatched}; mend config.json, or pass ignore_mismatched_sizes=True to leave these out"
+            f"{mismatched}; correct config.json, or pass ignore_mismatched_sizes=True to leave these out"
         )
     left_out = {key for key, *_ in mismatched}
     model.load_state_dict({k: v for k, v in tensors.items() if k in own and k not in left_out}, strict=False)

@@ -295,7 +295,7 @@ def test_a_seeded_fault_is_caught_by_name(fault, copy_of):
     named = [found for found in report.findings if found.code == code and found.where.startswith(where)]
     assert named, [str(found) for found in report.findings]
     assert any(words in f"{found.found}; {found.rule}" for found in named), str(named[0])
-    assert all(found.mend for found in report.findings)
+    assert all(found.fix for found in report.findings)
     assert report.ok == (code == "tensor-edited")
 
 
@@ -422,4 +422,4 @@ def test_the_command_ends_with_0_or_1_and_one_json_line(trained, copy_of, capsys
     edit_tensors(broken, lambda tensors: tensors.pop("d2t"))
     assert main(["check", str(broken), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert report["findings"][0]["code"] == "tensor-missing" and report["findings"][0]["mend"]
+    assert report["findings"][0]["code"] == "tensor-missing" and report["findings"][0]["fix"]

@@ -5,7 +5,7 @@ verifier. Each pair is compared by a chi-squared test on which tokens stand at e
 counts are pooled). With 16 tests at ALPHA the suite fails by chance once in about 6,000 runs.
 
 The CPU build of vLLM 0.32 verifies sampled drafts with uninitialised temperatures (its issue 55005); `vllm_cpu_fixes`
-mends that, and without it this test must fail.
+corrects that, and without it this test must fail.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ from fakes import speculative_config
 
 from speculators.cli.app import main, run
 from speculators.cli.launch_vllm import split
-from speculators.deploy.environment import find_vllm, version_in
-from speculators.deploy.process import ServerFailedError
+from speculators.deploy.process import ServerFailedError, find_vllm, version_in
 from speculators.deploy.report import CheckError
 from speculators.deploy.serve import base_url_of, command_to_extract, command_to_serve, value_of
 from speculators.utils.extraction import ExtractionNote
@@ -58,7 +57,7 @@ def test_a_python_without_vllm_and_a_path_without_python_are_named(tmp_path, mon
 
 def test_looking_for_vllm_imports_no_torch():
     code = (
-        "import sys; from speculators.deploy.environment import find_vllm\n"
+        "import sys; from speculators.deploy.process import find_vllm\n"
         "try: find_vllm()\nexcept ValueError: pass\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -115,7 +114,7 @@ def test_an_export_is_what_vllm_serves_for_algorithms_with_a_layout_of_their_own
 def test_a_wrong_checkpoint_is_refused_before_vllm_starts(speculator, fake_environment):
     """The fixture has no weights. The environment has no vLLM behind its name: to start it is to see it end."""
     command = ["serve", speculator, "--python", str(fake_environment)]
-    with pytest.raises(CheckError, match=r"--no-check serves it all the same:\n  model.safetensors: .*Mend: copy the"):
+    with pytest.raises(CheckError, match=r"--no-check serves it all the same:\n  model.safetensors: .*Fix: copy the"):
         run(command)
     with pytest.raises(ServerFailedError, match="No module named"):
         run([*command, "--no-check"])

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from fakes import speculative_config
 
+from speculators.checkpoint.io import hub_config
 from speculators.cli.app import run
-from speculators.deploy.checkpoints import hub_config
 from speculators.deploy.report import CheckError
 
 
 @pytest.fixture
 def hub(monkeypatch):
     """The hub gives what the returned dict holds for a name: a directory, or the error it answers with."""
-    from speculators.deploy import checkpoints
+    from speculators.checkpoint import io
 
     answers: dict[str, Path | Exception] = {}
 
@@ -26,10 +26,10 @@ def hub(monkeypatch):
             raise answer
         return str(answer / file)
 
-    monkeypatch.setattr(checkpoints, "hf_hub_download", download)
-    checkpoints.hub_config.cache_clear()
+    monkeypatch.setattr(io, "hf_hub_download", download)
+    io.hub_config.cache_clear()
     yield answers
-    checkpoints.hub_config.cache_clear()
+    io.hub_config.cache_clear()
 
 
 NEEDS_A_DRAFT = {

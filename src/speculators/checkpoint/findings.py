@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, said so that the reader can mend it. Records only: nothing here looks at files.
+"""What can be wrong with a checkpoint, said and how to fix it. Records only: nothing here looks at files.
 
 The check itself is `speculators.deploy.check_checkpoint`; algorithms add what only they know through
 `CheckpointContract.findings`, formats through `CheckpointFormat.findings`.
@@ -26,21 +26,21 @@ class Finding:
     """The key of config.json, the tensor or the file."""
     found: str
     rule: str
-    mend: str
+    fix: str
 
     def as_dict(self) -> dict[str, str]:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.severity} {self.code}: {self.where}: {self.found}; {self.rule}. {self.mend}"
+        return f"{self.severity} {self.code}: {self.where}: {self.found}; {self.rule}. {self.fix}"
 
 
-def error(code: str, where: str, found: str, rule: str, mend: str) -> Finding:
-    return Finding("error", code, where, found, rule, mend)
+def error(code: str, where: str, found: str, rule: str, fix: str) -> Finding:
+    return Finding("error", code, where, found, rule, fix)
 
 
-def warning(code: str, where: str, found: str, rule: str, mend: str) -> Finding:
-    return Finding("warning", code, where, found, rule, mend)
+def warning(code: str, where: str, found: str, rule: str, fix: str) -> Finding:
+    return Finding("warning", code, where, found, rule, fix)
 
 
 def null_mask_token(values: Mapping[str, Any]) -> Iterable[Finding]:

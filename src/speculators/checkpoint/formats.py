@@ -51,7 +51,7 @@ class ForeignCheckpoint:
         try:
             return json.loads(file.read_text())
         except ValueError as problem:
-            raise ValueError(f"{file} is no JSON ({problem}): fetch it again, or mend it") from problem
+            raise ValueError(f"{file} is no JSON ({problem}): fetch it again, or correct it") from problem
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:

@@ -1,15 +1,16 @@
-"""Checkpoints of any format: opened in our terms (ours by config.json, another project's by what an algorithm
-recognises), and written as ours."""
+"""Opens checkpoints of any format in our terms (ours by config.json, another project's by what an algorithm
+recognises), writes ours, and says from config.json alone what a directory or hub id is."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from speculators.checkpoint.formats import (
@@ -23,9 +24,10 @@ from speculators.checkpoint.formats import (
     write_config,
     write_tensors,
 )
-from speculators.checkpoint.record import read_training_record
+from speculators.checkpoint.record import RECORD_FILE, read_training_record
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
+from speculators.utils.files import absolute_if_directory, looks_like_a_path
 
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
 BEST = "checkpoint_best"
@@ -33,7 +35,7 @@ BEST = "checkpoint_best"
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedCheckpoint:
     """A checkpoint in our terms, whatever it was."""
 
     path: Path
@@ -53,7 +55,7 @@ class Opened:
 
 def open_checkpoint(
     checkpoint: str | Path, *, verifier: str | None = None, algorithm: str | None = None, **options: Any
-) -> Opened:
+) -> OpenedCheckpoint:
     """`verifier`: the one to record for a checkpoint that names none. `algorithm`: for one that could be of several.
     `options` go to the format's reader."""
     path = local_directory(checkpoint)
@@ -61,10 +63,10 @@ def open_checkpoint(
     if "speculators_model_type" in source.values:
         config = SpeculatorModelConfig.from_pretrained(path)
         model_class = SpeculatorModel.registered_model_class_from_config(config)
-        return Opened(path, SPECULATORS, source.values, model_class, config, source.tensors())
+        return OpenedCheckpoint(path, SPECULATORS, source.values, model_class, config, source.tensors())
     model_class, known = recognise(source, algorithm)
     converted = read_foreign(source, known, verifier, **options)
-    return Opened(
+    return OpenedCheckpoint(
         path, known.name, source.values, model_class, converted.config, converted.tensors, tuple(converted.notes)
     )
 
@@ -142,3 +144,77 @@ def write_ours(ours: OurCheckpoint, model_class: type[SpeculatorModel], folder: 
     config.architectures = [model_class.__name__]
     values = json.loads(config.to_json_string())
     write_config(folder, {**values, "dtype": dtype_name(floating), "tie_word_embeddings": False})
+
+
+# -- from config.json alone --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpeculatorFacts:
+    """What a speculator's config.json says about serving it."""
+
+    path: str
+    """Absolute: the server may run elsewhere."""
+    speculators_model_type: str
+    verifier: str | None
+    num_speculative_tokens: int | None
+
+
+def read_model_config(name: str) -> dict[str, Any] | None:
+    """config.json behind a name, {} where a model of the hub has none. None: the hub cannot be asked from here, but
+    perhaps by the server."""
+    return local_config(name) if looks_like_a_path(name) else hub_config(name)
+
+
+def speculator_facts(name: str, values: dict[str, Any] | None) -> SpeculatorFacts | None:
+    """`values`: what `read_model_config` gave. None: no speculator, as far as is known."""
+    if values is None or "speculators_model_type" not in values:
+        return None
+    settings = values.get("speculators_config") or {}
+    methods = settings.get("proposal_methods") or [{}]
+    return SpeculatorFacts(
+        path=absolute_if_directory(name),
+        speculators_model_type=values["speculators_model_type"],
+        verifier=(settings.get("verifier") or {}).get("name_or_path"),
+        num_speculative_tokens=methods[0].get("speculative_tokens"),
+    )
+
+
+def is_export(model: str) -> bool:
+    """Whether it is a directory that `export` wrote, which keeps the record of training in any layout."""
+    return (Path(model) / RECORD_FILE).is_file()
+
+
+@lru_cache  # without a network, each time costs half a minute of tries
+def hub_config(name: str) -> dict[str, Any] | None:
+    try:
+        path = hf_hub_download(name, CONFIG_FILE)
+    except LocalEntryNotFoundError:  # not in the cache either
+        return None
+    except EntryNotFoundError:
+        return {}
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{name} is no directory here, and the hub gives no model of that name ({reason}); name the directory or "
+            "the hub id of a speculator or a model"
+        ) from error
+    return parse_config(Path(path))
+
+
+def local_config(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{name} {found}; give the directory of a checkpoint or model, or a model's hub id")
+    if not (path / CONFIG_FILE).is_file():
+        refuse_run(path)
+        raise ValueError(f"{name} has no {CONFIG_FILE}: it is neither a speculator nor a model")
+    return parse_config(path / CONFIG_FILE)
+
+
+def parse_config(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): the checkpoint is damaged") from error

@@ -39,11 +39,11 @@ def show_findings(report: CheckReport) -> None:
     if not report.findings:
         return
     table = Table(title="findings", title_justify="left", show_lines=True)
-    for column in ("", "what", "where", "found, and the rule", "mend"):
+    for column in ("", "what", "where", "found, and the rule", "fix"):
         table.add_column(column, overflow="fold")
     for found in report.findings:
         colour = "red" if found.severity == "error" else "yellow"
-        words = (found.code, found.where, f"{found.found}; {found.rule}", found.mend)
+        words = (found.code, found.where, f"{found.found}; {found.rule}", found.fix)
         table.add_row(f"[{colour}]{found.severity}[/]", *map(escape, words))
     out().print(table)
 

@@ -20,7 +20,7 @@ from speculators.cli.options import NumSpeculativeTokens, parse_json_object
 from speculators.cli.vllm_server import READY_TIMEOUT_S, DryRun, Python, ReadyTimeout, start, vllm_environment
 
 if TYPE_CHECKING:
-    from speculators.deploy.checkpoints import SpeculatorFacts
+    from speculators.checkpoint.io import SpeculatorFacts
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def serve(
 
 def what_to_serve(model: str, verifier: str | None, settings: dict[str, Any]) -> Served:
     """By the table above. `settings`: of speculation, as the user gave them."""
+    from speculators.checkpoint.io import is_export, speculator_facts
     from speculators.cli.serve_settings import drafts_with_a_model
-    from speculators.deploy.checkpoints import is_export, speculator_facts
     from speculators.utils.files import absolute_if_directory
 
     values = look_up(model, "a verifier" if verifier is None else "a drafter")
@@ -88,9 +88,9 @@ def what_to_serve(model: str, verifier: str | None, settings: dict[str, Any]) ->
 
 def look_up(name: str, taken_for: str) -> dict[str, Any] | None:
     """config.json; None, and a word about it, where only the server can find out what the name means."""
-    from speculators.deploy.checkpoints import read_config
+    from speculators.checkpoint.io import read_model_config
 
-    values = read_config(name)
+    values = read_model_config(name)
     if values is None:
         say(f"{escape(name)} is no directory here and the hub cannot be asked: it is taken for {taken_for}")
     return values
@@ -98,8 +98,8 @@ def look_up(name: str, taken_for: str) -> dict[str, Any] | None:
 
 def with_drafter(drafter: str, values: dict[str, Any] | None, verifier: str | None, settings: dict[str, Any]) -> Served:
     """`values`: config.json of the drafter. `verifier`: the one the user named."""
+    from speculators.checkpoint.io import is_export, speculator_facts
     from speculators.cli.serve_settings import refuse_method_without_model
-    from speculators.deploy.checkpoints import is_export, speculator_facts
     from speculators.utils.files import absolute_if_directory, refuse_missing_verifier
 
     if verifier is not None:

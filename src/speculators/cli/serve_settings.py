@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from speculators.checkpoint.io import read_model_config
 from speculators.decoding.config import ModelInfo, SpeculativeConfig
 from speculators.decoding.config.draft import is_readable_here, lookup, read_hf_config
 from speculators.decoding.config.infer import is_import_path
 from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, SPECULATORS_METHODS, MethodFacts
-from speculators.deploy.checkpoints import read_config
 from speculators.utils.names import did_you_mean
 
 FIRST = ("method", "model", "num_speculative_tokens")
@@ -65,7 +65,7 @@ def target_of(settings: dict[str, Any], verifier: str) -> ModelInfo | None:
         unread, why = settings["model"], "what kind of drafter it is would be a guess; say it with --method"
     else:
         return None
-    if not read_config(unread) or not read_config(verifier):
+    if not read_model_config(unread) or not read_model_config(verifier):
         raise ValueError(f"the config.json of {unread} cannot be read here, and {why}")
     config = read_hf_config(verifier)
     own_types = facts_of(method).own_drafter_in if method is not None else None

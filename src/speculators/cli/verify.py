@@ -76,8 +76,8 @@ def vllm_target(checkpoint: str, verifier: str | None, python: str | None, folde
     """What vLLM is to be given: the checkpoint itself, or the directory `export` makes of it. Text: why not."""
     from speculators.checkpoint.formats import SPECULATORS
     from speculators.config import SpeculatorModelConfig
-    from speculators.deploy.environment import find_vllm
     from speculators.deploy.export import export_checkpoint
+    from speculators.deploy.process import find_vllm
     from speculators.evaluation.parity_vllm import VllmTarget
     from speculators.model import SpeculatorModel
 

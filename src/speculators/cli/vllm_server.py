@@ -11,7 +11,7 @@ from rich.markup import escape
 from speculators.cli.console import err, out, say
 
 if TYPE_CHECKING:
-    from speculators.deploy.environment import VllmEnvironment
+    from speculators.deploy.process import VllmEnvironment
     from speculators.deploy.serve import Launch
 
 READY_TIMEOUT_S = 1800.0
@@ -28,7 +28,7 @@ ReadyTimeout = Annotated[float, typer.Option(min=1, help="Seconds the server may
 
 def vllm_environment(python: str | None, dry_run: bool) -> VllmEnvironment | None:
     """None only in a dry run without vLLM: the command is then for another machine."""
-    from speculators.deploy.environment import TESTED_VERSION, find_vllm
+    from speculators.deploy.process import TESTED_VERSION, find_vllm
 
     try:
         found = find_vllm(python)

@@ -26,7 +26,7 @@ DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_MAX_RETRIES = 3
 BACKOFF_S = 1.0
 """First wait before trying again; each further one is twice as long."""
-PASSING_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
+TRANSIENT_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP codes of a server that may answer in a moment."""
 
 
@@ -38,7 +38,7 @@ class ServerUnavailableError(ConnectionError):
     """The server could not be reached, or failed, as often as was allowed."""
 
 
-class PassingError(Exception):
+class TransientError(Exception):
     """A failure worth another try."""
 
 
@@ -59,7 +59,7 @@ def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
             for attempt in range(max_retries + 1):
                 try:
                     return await function(*args, **kwargs)
-                except (PassingError, httpx.TransportError) as error:
+                except (TransientError, httpx.TransportError) as error:
                     if attempt == max_retries:
                         raise gave_up(error, max_retries) from error
                     note_retry(error, attempt)
@@ -73,7 +73,7 @@ def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
         for attempt in range(max_retries + 1):
             try:
                 return function(*args, **kwargs)
-            except (PassingError, httpx.TransportError) as error:
+            except (TransientError, httpx.TransportError) as error:
                 if attempt == max_retries:
                     raise gave_up(error, max_retries) from error
                 note_retry(error, attempt)
@@ -125,8 +125,8 @@ def served_model(client: httpx.Client) -> ServedModel:
 
 def checked_json(response: httpx.Response) -> dict[str, Any]:
     """The body of a good answer; codes that pass are worth another try, others are final."""
-    if response.status_code in PASSING_CODES:
-        raise PassingError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
+    if response.status_code in TRANSIENT_CODES:
+        raise TransientError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
     if response.status_code != 200:
         raise InvalidResponseError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
     try:

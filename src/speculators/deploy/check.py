@@ -19,10 +19,10 @@ from torch import Tensor
 
 from speculators.checkpoint.findings import error
 from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint
-from speculators.checkpoint.io import Opened, local_directory, read_foreign, recognise
+from speculators.checkpoint.io import OpenedCheckpoint, local_directory, read_foreign, recognise
 from speculators.checkpoint.record import RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
 from speculators.config import SpeculatorModelConfig
-from speculators.deploy import config_check, record_check, tensor_check, verifier_check
+from speculators.deploy import config_check, tensor_check, verifier_check
 from speculators.deploy.report import CheckReport
 from speculators.model import SpeculatorModel
 
@@ -43,7 +43,18 @@ def check_checkpoint(
     try:
         values = ForeignCheckpoint(path).values
     except ValueError as problem:
-        report.add("config.json", [error("config-unreadable", "config.json", str(problem), "it is JSON", "mend it")])
+        report.add(
+            "config.json",
+            [
+                error(
+                    "config-unreadable",
+                    "config.json",
+                    str(problem),
+                    "config.json is JSON",
+                    "correct it, or fetch it again",
+                )
+            ],
+        )
         return report
     opened = (
         opened_ours(values, report)
@@ -55,7 +66,7 @@ def check_checkpoint(
     return report
 
 
-def opened_ours(values: dict[str, Any], report: CheckReport) -> Opened | None:
+def opened_ours(values: dict[str, Any], report: CheckReport) -> OpenedCheckpoint | None:
     report.format = SPECULATORS
     report.speculators_model_type = values["speculators_model_type"]
     report.add("config.json", config_check.structure_findings(values))
@@ -73,10 +84,12 @@ def opened_ours(values: dict[str, Any], report: CheckReport) -> Opened | None:
     if tensors is None:
         return None
     report.findings += tensor_check.dtype_findings(values, tensors)
-    return Opened(report.path, SPECULATORS, values, model_class, config, tensors)
+    return OpenedCheckpoint(report.path, SPECULATORS, values, model_class, config, tensors)
 
 
-def opened_foreign(path: Path, report: CheckReport, verifier: str | None, algorithm: str | None) -> Opened | None:
+def opened_foreign(
+    path: Path, report: CheckReport, verifier: str | None, algorithm: str | None
+) -> OpenedCheckpoint | None:
     source = ForeignCheckpoint(path)
     model_class, known = recognise(source, algorithm)
     report.format = known.name
@@ -90,7 +103,7 @@ def opened_foreign(path: Path, report: CheckReport, verifier: str | None, algori
     report.notes = tuple(converted.notes)
     report.speculators_model_type = converted.config.speculators_model_type
     config = json.loads(converted.config.to_json_string())
-    return Opened(path, known.name, config, model_class, converted.config, converted.tensors)
+    return OpenedCheckpoint(path, known.name, config, model_class, converted.config, converted.tensors)
 
 
 def weights(report: CheckReport) -> dict[str, Tensor] | None:
@@ -112,7 +125,7 @@ def weights(report: CheckReport) -> dict[str, Tensor] | None:
         return None
 
 
-def check_opened(opened: Opened, report: CheckReport, verifier: str | None) -> None:
+def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | None) -> None:
     contract, config, tensors = opened.model_class.contract, opened.config, opened.tensors
     report.served_format = contract.served_format
     is_served = contract.served_format == opened.format
@@ -138,14 +151,14 @@ def check_opened(opened: Opened, report: CheckReport, verifier: str | None) -> N
         report.add(
             RECORD,
             [
-                *record_check.config_findings(record, opened.values, contract.training_keys, is_ours=is_ours),
-                *record_check.tensor_findings(record, tensors, hidden),
+                *config_check.changed_config_findings(record, opened.values, contract.training_keys, is_ours=is_ours),
+                *tensor_check.changed_tensor_findings(record, tensors, hidden),
             ],
         )
     report.findings = without_echoes(report.findings)
 
 
-def read_layers(opened: Opened) -> tuple[int, ...]:
+def read_layers(opened: OpenedCheckpoint) -> tuple[int, ...]:
     """The verifier's layers that the drafter reads; none where config.json does not say (which is a finding)."""
     with torch.device("meta"):
         model = opened.model_class.to_be_loaded(SpeculatorModelConfig.from_dict(opened.config.to_dict()))
@@ -167,7 +180,7 @@ def record_of(report: CheckReport) -> Mapping[str, Any] | None:
 
 
 def check_verifier(
-    opened: Opened,
+    opened: OpenedCheckpoint,
     report: CheckReport,
     verifier: str | None,
     layer_ids: tuple[int, ...],
@@ -193,7 +206,7 @@ def check_verifier(
         origin = None if record is None else record.get("origin", "training")
         report.add(COPIES, verifier_check.copy_findings(opened.tensors, copies, name, origin))
     if record is not None:
-        report.add(LEARNED_FROM, record_check.verifier_findings(record, name))
+        report.add(LEARNED_FROM, verifier_check.changed_verifier_findings(record, name))
         if verifier_facts(name)["tokenizer"] is None:
             report.skip("the verifier's tokenizer", "it has none that can be read here")
 

@@ -8,11 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from speculators.checkpoint.findings import Finding, error, warning
-from speculators.checkpoint.record import LAYERS, ROPE_KEYS
+from speculators.checkpoint.record import LAYERS, ROPE_KEYS, computed_config
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 
 SETTINGS = "speculators_config"
+CONFIG_FIX = "write the value back, or take config.json from where the checkpoint was trained"
 # vLLM builds a generic config of the draft layers from the dict: nothing stands behind a missing key.
 LAYER_KEYS = (
     "model_type",
@@ -130,3 +131,24 @@ def read_config(values: Mapping[str, Any], path: Any) -> tuple[SpeculatorModelCo
             )
             for detail in problem.errors(include_url=False)
         ]
+
+
+def changed_config_findings(
+    record: Mapping[str, Any], values: Mapping[str, Any], training_keys: frozenset[str], *, is_ours: bool
+) -> Iterator[Finding]:
+    """`is_ours`: config.json is in our format, so that a key that is gone or new says something."""
+    trained, now = record["config"], computed_config(values)
+    for key in sorted(trained.keys() - training_keys):
+        if key not in now and is_ours:
+            yield error("config-changed", key, "not in config.json", f"it was {trained[key]!r} in training", CONFIG_FIX)
+        elif key in now and now[key] != trained[key]:
+            yield error("config-changed", key, repr(now[key]), f"it was {trained[key]!r} in training", CONFIG_FIX)
+    for key in sorted(now.keys() - trained.keys()):
+        if is_ours and key.startswith(LAYERS):
+            yield error(
+                "config-added",
+                key,
+                repr(now[key]),
+                "it was not there in training, and engines read it",
+                "remove the key, or take config.json from where the checkpoint was trained",
+            )

@@ -17,7 +17,7 @@ import torch
 
 from speculators.checkpoint.findings import VLLM_PROFILE
 from speculators.checkpoint.formats import SPECULATORS, OurCheckpoint, Serving
-from speculators.checkpoint.io import Opened, open_checkpoint, write_ours
+from speculators.checkpoint.io import OpenedCheckpoint, open_checkpoint, write_ours
 from speculators.checkpoint.record import RECORD_FILE
 from speculators.config import VerifierConfig
 from speculators.deploy.card import CARD_FILE, find_report, model_card
@@ -104,12 +104,12 @@ def serving_of_export(directory: str | Path, verifier: str | None = None) -> Ser
 
 
 def refuse_errors(report: CheckReport, checkpoint: str | Path) -> None:
-    """An export mends what it can; what is left is wrong in the checkpoint itself."""
+    """An export corrects what it can; the errors that remain are in the checkpoint itself."""
     if not report.ok:
         raise CheckError(replace(report, path=Path(checkpoint)), "; nothing was written")
 
 
-def chosen_format(opened: Opened, profile: str) -> str:
+def chosen_format(opened: OpenedCheckpoint, profile: str) -> str:
     contract, algorithm = opened.model_class.contract, opened.config.speculators_model_type
     own = [known.name for known in contract.formats]
     if profile == VLLM_PROFILE:
@@ -138,7 +138,7 @@ def named_verifier(verifier: str) -> VerifierConfig:
         ) from problem
 
 
-def prepared(opened: Opened, verifier: str | None, dtype: str | None) -> OurCheckpoint:
+def prepared(opened: OpenedCheckpoint, verifier: str | None, dtype: str | None) -> OurCheckpoint:
     """The checkpoint as it is to be written: complete config, tensors of the wanted type."""
     config = opened.model_class.contract.completed(opened.config)
     if verifier is not None and config.speculators_config is not None:

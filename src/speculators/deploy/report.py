@@ -15,7 +15,7 @@ class CheckError(ValueError):
     """A checkpoint that would fail in vLLM, or draft there otherwise than it was trained to."""
 
     def __init__(self, report: CheckReport, hint: str = "") -> None:
-        lines = [f"  {found.where}: {found.found}; {found.rule}. Mend: {found.mend}" for found in report.errors]
+        lines = [f"  {found.where}: {found.found}; {found.rule}. Fix: {found.fix}" for found in report.errors]
         super().__init__("\n".join([f"{report.path} is not what was trained, or cannot be served{hint}:", *lines]))
 
 

@@ -5,7 +5,7 @@ Shapes: V verifier vocabulary, D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from speculators.checkpoint.findings import Finding, error, warning
+from speculators.checkpoint.record import RECORD_FILE, fingerprint
 from speculators.nn.draft_vocab import verifier_ids
 from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX
 
 PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAP, KEPT = "d2t", "t2d"
 VALUES_AT_ONCE = 1 << 22
+ROUNDING = 0.05
+"""Sketches nearer than this are of the same weights: rounding moves them by some 0.002, fp8 by 0.03."""
+TENSOR_FIX = "take the tensor from where the checkpoint was trained"
 
 
 def tensor_findings(
@@ -113,7 +117,7 @@ def dtype_findings(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 def map_findings(tensors: Mapping[str, Tensor], vocab_size: int) -> Iterator[Finding]:
     """d2t as offsets to strictly increasing tokens, t2d as the same set."""
     d2t_D, t2d_V = tensors[MAP], tensors[KEPT]
-    mend = "take d2t and t2d from the same vocabulary mapping the drafter was trained with"
+    fix = "take d2t and t2d from the same vocabulary mapping the drafter was trained with"
     targets_D = verifier_ids(d2t_D)
     outside = int(((targets_D < 0) | (targets_D >= vocab_size)).sum())
     if outside:
@@ -122,7 +126,7 @@ def map_findings(tensors: Mapping[str, Tensor], vocab_size: int) -> Iterator[Fin
             MAP,
             f"{outside} draft ids stand for tokens outside 0..{vocab_size - 1}",
             "token = draft id + d2t[draft id] must be a token of the verifier",
-            mend,
+            fix,
         )
         return
     if not bool((targets_D[1:] > targets_D[:-1]).all()):
@@ -131,7 +135,7 @@ def map_findings(tensors: Mapping[str, Tensor], vocab_size: int) -> Iterator[Fin
             MAP,
             "two draft ids stand for the same token, or out of order",
             "d2t holds offsets to strictly increasing tokens (a list of tokens is not a list of offsets)",
-            mend,
+            fix,
         )
         return
     kept_V = torch.zeros(vocab_size, dtype=torch.bool)
@@ -142,8 +146,50 @@ def map_findings(tensors: Mapping[str, Tensor], vocab_size: int) -> Iterator[Fin
             f"{MAP}, {KEPT}",
             f"they disagree on {int((kept_V ^ t2d_V.bool()).sum())} tokens",
             "t2d marks the tokens that d2t reaches",
-            mend,
+            fix,
         )
+
+
+def changed_tensor_findings(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], hidden: int | None
+) -> Iterator[Finding]:
+    for name, trained in sorted(record["tensors"].items()):
+        if name not in tensors or list(tensors[name].shape) != trained["shape"]:
+            continue  # missing tensors and shapes are looked at elsewhere
+        now = fingerprint(tensors[name], hidden)
+        if now["sha256"] != trained["sha256"]:
+            yield from changed_tensor(name, trained, now)
+
+
+def changed_tensor(name: str, trained: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Finding]:
+    if "sketch" in trained and "sketch" in now and is_near(trained["sketch"], now["sketch"]):
+        if trained["dtype"] == now["dtype"]:
+            yield warning(
+                "tensor-edited",
+                name,
+                "nearly, not exactly, the trained values",
+                f"{RECORD_FILE} has their hash",
+                TENSOR_FIX,
+            )
+        return  # stored in another type
+    order = order_of(trained.get("chunks"), now.get("chunks"))
+    found = "not the trained values" if order is None else f"its column chunks are in the order {order}"
+    rule = "they have another hash and another sketch than in training"
+    if order is not None:
+        rule = f"it was trained in the order {sorted(order)}: each chunk reads one state of the verifier"
+    yield error("tensor-changed", name, found, rule, TENSOR_FIX)
+
+
+def order_of(trained: Sequence[Any] | None, now: Sequence[Any] | None) -> list[int] | None:
+    """Which trained chunk each chunk is; None unless they are all there."""
+    if not trained or not now:
+        return None
+    order = [next((j for j, old in enumerate(trained) if is_near(old, new)), -1) for new in now]
+    return order if sorted(order) == list(range(len(trained))) else None
+
+
+def is_near(a: Sequence[float], b: Sequence[float]) -> bool:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) < ROUNDING
 
 
 def shape_of(tensor: Tensor) -> str:

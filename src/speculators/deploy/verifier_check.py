@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from speculators.checkpoint.findings import Finding, error, warning
-from speculators.deploy.tensor_check import MAP
+from speculators.checkpoint.record import verifier_facts
+from speculators.deploy.tensor_check import MAP, is_near
 from speculators.utils.files import looks_like_a_path
 from speculators.utils.loading import Rows, load_rows, spaced
 
@@ -27,7 +28,7 @@ SAME_DIRECTION = 0.9
 
 def verifier_values(name: str) -> tuple[dict[str, Any] | None, list[Finding]]:
     """The verifier's config.json (its language model's part), if it can be reached from here."""
-    mend = "write a hub id, or an absolute path that is there on the serving machine; or check with --verifier"
+    fix = "write a hub id, or an absolute path that is there on the serving machine; or check with --verifier"
     if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
         return None, [
             error(
@@ -35,14 +36,14 @@ def verifier_values(name: str) -> tuple[dict[str, Any] | None, list[Finding]]:
                 f"{WHERE}.name_or_path",
                 repr(name),
                 "vLLM serves this model; it is no directory with a config.json here",
-                mend,
+                fix,
             )
         ]
     try:
         values, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0]
-        return None, [error("verifier-unreachable", f"{WHERE}.name_or_path", repr(name), reason, mend)]
+        return None, [error("verifier-unreachable", f"{WHERE}.name_or_path", repr(name), reason, fix)]
     relative = Path(name).is_dir() and not Path(name).is_absolute()
     found = [
         warning(
@@ -60,12 +61,12 @@ def verifier_values(name: str) -> tuple[dict[str, Any] | None, list[Finding]]:
 def fit_findings(values: Mapping[str, Any], config: Any, layer_ids: Sequence[int]) -> Iterator[Finding]:
     """Sizes, layers and class. `values` are the verifier's; `layer_ids` those the drafter reads."""
     layers = getattr(config, "transformer_layer_config", config)
-    mend = "use the verifier the drafter was trained for"
+    fix = "use the verifier the drafter was trained for"
     for what, ours in (("hidden_size", getattr(layers, "hidden_size", None)), ("vocab_size", vocab_size_of(config))):
         theirs = values.get(what)
         if None not in (theirs, ours) and theirs != ours:
             code = f"verifier-{what.replace('_', '-')}"
-            yield error(code, what, f"the drafter's is {ours}", f"the verifier's is {theirs}", mend)
+            yield error(code, what, f"the drafter's is {ours}", f"the verifier's is {theirs}", fix)
     num_layers = values.get("num_hidden_layers")
     if list(layer_ids) != sorted(set(layer_ids)):
         yield error(
@@ -87,7 +88,7 @@ def fit_findings(values: Mapping[str, Any], config: Any, layer_ids: Sequence[int
     recorded = config.speculators_config.verifier.architectures if config.speculators_config is not None else []
     actual = values.get("architectures") or []
     if recorded and actual and recorded != actual:
-        yield error("verifier-class", f"{WHERE}.architectures", str(recorded), f"the verifier is {actual}", mend)
+        yield error("verifier-class", f"{WHERE}.architectures", str(recorded), f"the verifier is {actual}", fix)
     longest, drafted = values.get("max_position_embeddings"), getattr(layers, "max_position_embeddings", None)
     if longest and drafted and drafted < longest:
         yield warning(
@@ -159,3 +160,36 @@ def verifier_rows(name: str, verifier: str, rows: list[int]) -> Rows | None:
         except (OSError, ValueError, IndexError, SafetensorError):
             return None
     return None
+
+
+def changed_verifier_findings(record: Mapping[str, Any], verifier: str) -> Iterator[Finding]:
+    """The verifier now against the one in training, by tokenizer and by some rows."""
+    trained, now = record.get("verifier"), verifier_facts(verifier)
+    if trained is None:
+        return
+    fix = f"use the verifier of training ({trained['name_or_path']}), or train a drafter for this one"
+    old, new = trained.get("tokenizer"), now.get("tokenizer")
+    if old and new and old["sha256"] != new["sha256"]:
+        yield error(
+            "verifier-tokenizer",
+            verifier,
+            f"its tokenizer has {new['num_tokens']} tokens, and gives them other ids",
+            f"in training the tokenizer had {old['num_tokens']} tokens",
+            fix,
+        )
+    for name, old in (trained.get("tensors") or {}).items():
+        new = (now.get("tensors") or {}).get(name)
+        if old and new and not same_rows(old, new):
+            yield error(
+                "verifier-differs",
+                f"{verifier}: {name}",
+                "not as in training",
+                "the drafter learned from another verifier",
+                fix,
+            )
+
+
+def same_rows(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    if old["shape"] != new["shape"]:
+        return False
+    return old["sha256"] == new["sha256"] or is_near(old["sketch"], new["sketch"])

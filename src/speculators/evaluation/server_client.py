@@ -12,7 +12,7 @@ import httpx
 
 from speculators.data_generation.vllm_client import (
     InvalidResponseError,
-    PassingError,
+    TransientError,
     checked_json,
     make_client,
     served_model,
@@ -113,5 +113,5 @@ def complete(client: httpx.Client, request: dict[str, object]) -> dict[str, obje
 def get_text(client: httpx.Client, url: str) -> str:
     response = client.get(url)
     if response.status_code != 200:
-        raise PassingError(f"{url} answered {response.status_code}")
+        raise TransientError(f"{url} answered {response.status_code}")
     return response.text

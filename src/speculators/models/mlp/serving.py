@@ -83,7 +83,7 @@ def stored_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             kept[name] = tensor
         elif first not in tensors or not torch.equal(tensor, tensors[first]):
             raise ValueError(
-                f'config.json says tie_weights, and {name} is not {first}: write "tie_weights": false, or mend the file'
+                f'config.json says tie_weights, and {name} is not {first}: write "tie_weights": false, or correct it'
             )
     return kept
 
