@@ -32,7 +32,7 @@ from speculators import SpeculatorModel, evaluation
 from speculators.assets import prompts_path, tiny_verifier_path
 from speculators.cli.app import Interrupted, quieten_libraries
 from speculators.cli.app import run as run_verb
-from speculators.evaluation.methods import PLAIN
+from speculators.decoding.method import PLAIN
 from speculators.train.config import TrainConfig
 from speculators.utils.files import atomic_write
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from speculators.decoding.method import PLAIN
 from speculators.evaluation import EvaluationReport, MethodRow
-from speculators.evaluation.methods import PLAIN
 from speculators.utils.files import atomic_write
 
 BEGIN = "<!-- results: begin, written by benchmarks/results.py -->"

@@ -10,19 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig, reload_schemas
+    from speculators.decoding.config import SpeculativeConfig
+    from speculators.decoding.engine import Engine
+    from speculators.decoding.sampling import SamplingParams
     from speculators.model import SpeculatorModel
     from speculators.proposals import TokenProposalConfig
+    from speculators.verifier import load_verifier
 
 __all__ = [
+    "Engine",
+    "SamplingParams",
+    "SpeculativeConfig",
     "SpeculatorModel",
     "SpeculatorModelConfig",
     "SpeculatorsConfig",
     "TokenProposalConfig",
     "VerifierConfig",
+    "load_verifier",
     "reload_schemas",
 ]
 
 _HOME = {
+    "Engine": "speculators.decoding.engine",
+    "SamplingParams": "speculators.decoding.sampling",
+    "SpeculativeConfig": "speculators.decoding.config",
+    "load_verifier": "speculators.verifier",
     "SpeculatorModel": "speculators.model",
     "SpeculatorModelConfig": "speculators.config",
     "SpeculatorsConfig": "speculators.config",

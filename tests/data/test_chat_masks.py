@@ -9,13 +9,13 @@ from chats import CHATML_WITH_GENERATION_BLOCKS, THINKING, chat, make_tokenizer
 
 from speculators.data_generation.conversations import Conversation, TokenRow, UnusableRow, parse_row
 from speculators.data_generation.masks import (
-    ChatRenderer,
     agrees_with_template,
     generation_start,
     mask_spans,
     merge_prefix_rows,
     turn_rows,
 )
+from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 
 
 def parsed(row: dict[str, object]) -> Conversation:
@@ -162,7 +162,7 @@ def test_the_templates_own_generation_blocks_agree():
 
 def test_a_template_that_refuses_a_conversation_is_a_reason_not_a_crash():
     tokenizer = make_tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UnusableRow, match="roles must alternate"):
+    with pytest.raises(ChatTemplateError, match="roles must alternate"):
         rows_of(tokenizer, chat("a", "b"))
 
 

@@ -7,11 +7,10 @@ import json
 import pytest
 import torch
 
-from speculators.decoding import Engine, SamplingParams
+from speculators.decoding import Engine, SamplingParams, parse_methods
 from speculators.decoding.config import SpeculativeConfig
 from speculators.decoding.proposers.static_tree import Expansions, StaticTreeProposer
 from speculators.decoding.tree import TokenTree
-from speculators.evaluation import parse_methods
 from speculators.interfaces import Committed, DraftSampling
 from speculators.model import SpeculatorModel
 

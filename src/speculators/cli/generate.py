@@ -45,8 +45,8 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> dict[str, Any]:
     """Decode prompts with draft-and-verify; greedy output is the verifier's own, token for token."""
-    from speculators.decoding import SamplingParams
-    from speculators.evaluation import load_decodable, parse_methods, render_question
+    from speculators.decoding import Engine, SamplingParams, open_target, parse_methods
+    from speculators.utils.chat_template import chat_prompt
 
     trees = {
         "speculative_token_tree": speculative_token_tree,
@@ -54,12 +54,13 @@ def generate(
     }
     trees = {name: tree for name, tree in trees.items() if tree is not None}
     chosen = parse_methods([method], num_speculative_tokens, trees)[0]
-    decodable = load_decodable(verifier, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    tokenizer = decodable.tokenizer
+    target = open_target(verifier, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    tokenizer = target.tokenizer
     texts = [sys.stdin.read() if text == "-" else text for text in prompt]
-    prompts = [tokenizer(text).input_ids if raw else render_question(text, tokenizer) for text in texts]
+    prompts = [tokenizer(text).input_ids if raw else chat_prompt(tokenizer, text) for text in texts]
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    outputs = decodable.engine(chosen, max_batch_size=len(prompts)).generate(prompts, sampling)
+    engine = Engine(target.model, chosen.speculative_config, tokenizer=tokenizer, max_batch_size=len(prompts))
+    outputs = engine.generate(prompts, sampling)
     for text, output in zip(texts, outputs, strict=True):
         out().print(text, style="bold", markup=False)
         out().print(output.text, markup=False)

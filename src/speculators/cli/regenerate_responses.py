@@ -44,12 +44,12 @@ def regenerate_responses(
 ) -> dict[str, Any]:
     """Replace the answers of a data set by the verifier's own: the text that a drafter will see when it serves."""
     from speculators.data_generation import regenerate_responses as regenerate
-    from speculators.decoding import SamplingParams
-    from speculators.evaluation import load_decodable, parse_method
+    from speculators.decoding import Engine, SamplingParams, open_target, parse_method
 
     template_kwargs = parse_json_object("--chat-template-kwargs", chat_template_kwargs)
-    decodable = load_decodable(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    engine = decodable.engine(parse_method(method, num_speculative_tokens), max_batch_size=batch_size)
+    target = open_target(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    drafter = parse_method(method, num_speculative_tokens).speculative_config
+    engine = Engine(target.model, drafter, tokenizer=target.tokenizer, max_batch_size=batch_size)
     how = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     sampling = SamplingParams(**how)
 
@@ -59,7 +59,7 @@ def regenerate_responses(
     with WorkProgress() as progress:
         report = regenerate(
             data,
-            decodable.tokenizer,
+            target.tokenizer,
             answer,
             output=output,
             limit=limit,

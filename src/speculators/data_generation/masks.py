@@ -12,18 +12,13 @@ one conversation need not be prefixes of each other.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
-
-from speculators.data_generation.conversations import Conversation, Message, TokenRow, UnusableRow
-
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-REASONING_KEYS = ("reasoning_content", "thinking")
+from speculators.data_generation.conversations import Conversation, TokenRow, UnusableRow
+from speculators.utils.chat_template import ChatRenderer
 
 
 @dataclass(frozen=True)
@@ -42,69 +37,6 @@ class TurnRows:
 
     rows: list[TokenRow] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
-
-
-class ChatRenderer:
-    """Messages -> token ids, as the verifier's serving engine would render them."""
-
-    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.template = chat_template_of(tokenizer)
-        self.template_kwargs = dict(template_kwargs or {})
-
-    @property
-    def marks_generations(self) -> bool:
-        """Does the template itself say, with {% generation %} blocks, which text is the assistant's?"""
-        return GENERATION_BLOCK.search(self.template) is not None
-
-    def token_ids(
-        self, messages: Sequence[Message], tools: list[Any] | None = None, *, add_generation_prompt: bool
-    ) -> list[int]:
-        rendered = self.render(messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False)
-        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-    def generation_mask(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
-        """The mask of the template's own {% generation %} blocks, over the tokens of the whole conversation."""
-        encoded = self.render(
-            messages,
-            tools,
-            add_generation_prompt=False,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        return list(encoded["assistant_masks"])
-
-    def render(self, messages: Sequence[Message], tools: list[Any] | None, **options: Any) -> Any:
-        renamed = [rename_reasoning(message, self.template) for message in messages]
-        try:
-            return self.tokenizer.apply_chat_template(renamed, tools=tools, **options, **self.template_kwargs)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise UnusableRow(f"chat template refuses it: {str(error)[:100]}") from error
-
-
-def chat_template_of(tokenizer: Any) -> str:
-    """The template's text. `ValueError` for a tokenizer that has none."""
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if not template:
-        name = getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__
-        raise ValueError(
-            f"the tokenizer of {name!r} has no chat template, so conversations cannot be rendered; use the chat "
-            "(instruct) version of the model, put a chat_template.jinja into its directory, or give pre-tokenised "
-            "rows (input_ids and loss_mask)"
-        )
-    return str(template)
-
-
-def rename_reasoning(message: Message, template: str) -> Message:
-    """Data sets say `thinking` or `reasoning_content`; a template reads one of them and would ignore the other."""
-    for given, other in (REASONING_KEYS, REASONING_KEYS[::-1]):
-        if given in message and other not in message and given not in template and other in template:
-            renamed = {key: value for key, value in message.items() if key != given}
-            return {**renamed, other: message[given]}
-    return message
 
 
 def turn_rows(conversation: Conversation, renderer: ChatRenderer, max_length: int) -> TurnRows:

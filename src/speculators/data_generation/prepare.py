@@ -22,7 +22,6 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from speculators.data_generation.masks import chat_template_of
 from speculators.data_generation.prepared import (
     HIDDEN_STATES_NAME,
     MANIFEST_NAME,
@@ -44,6 +43,7 @@ from speculators.data_generation.preprocessing import (
     vocabulary_size,
 )
 from speculators.data_generation.tokenizing import RowTokenizer, Tokenized, TokenizeOptions, warn_about
+from speculators.utils.chat_template import chat_template_of
 from speculators.utils.files import absolute_if_directory, atomic_directory, is_same_model
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from typing import Any
 
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
-from speculators.data_generation.masks import ChatRenderer
 from speculators.data_generation.preprocessing import Progress
 from speculators.data_generation.rollout import Provenance, Rollout, make_rollout
+from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Answering:
             for rollout in waiting:
                 try:
                     prompt = self.prompt_of(rollout)
-                except UnusableRow as error:
+                except (UnusableRow, ChatTemplateError) as error:
                     yield rollout, error
                     continue
                 if prompt is None:

@@ -21,7 +21,7 @@ from speculators.data_generation.conversations import (
     parse_conversation,
     parse_token_row,
 )
-from speculators.data_generation.masks import ChatRenderer
+from speculators.utils.chat_template import ChatRenderer
 
 TOOL_CALL = re.compile(r"<\|?tool_call|\[TOOL_CALLS\]|<function=")
 

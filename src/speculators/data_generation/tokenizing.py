@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from speculators.data_generation.conversations import TokenRow, UnusableRow, parse_row
-from speculators.data_generation.masks import ChatRenderer, agrees_with_template, merge_prefix_rows, turn_rows
+from speculators.data_generation.masks import agrees_with_template, merge_prefix_rows, turn_rows
+from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class RowTokenizer:
             done.num_read += 1
             try:
                 rows = self.rows_of(raw_row, done)
-            except UnusableRow as reason:
+            except (UnusableRow, ChatTemplateError) as reason:
                 done.dropped[str(reason)] += 1
                 continue
             done.rows += [row for row in rows if self.is_useful(row, done.dropped)]

@@ -14,6 +14,10 @@ _HOME = {
     "StreamEvent": "request",
     "TokenLogprobs": "request",
     "HFVerifier": "hf_verifier",
+    "DecodingTarget": "target",
+    "open_target": "target",
+    "parse_method": "method",
+    "parse_methods": "method",
 }
 __all__ = sorted(_HOME)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speculators.decoding.chat import ChatEngine, refuse_name
 from speculators.decoding.intake import Intake, Prompts, Samplings, end_of_sequence_ids, refuse_below_one, usable_length
 from speculators.decoding.prefill import score_chunk, shared_prefix
 from speculators.decoding.proposers import Drafting, build_drafting
@@ -49,7 +50,7 @@ PLAIN_RULE = resolve_rule("strict")
 OnToken = Callable[[StreamEvent], Any]
 
 
-class Engine:
+class Engine(ChatEngine):
     """Decodes prompts with a verifier, and a proposer when there is one.
 
     `speculative_config`: None, a SpeculativeConfig or vLLM's JSON as a dict, or a ready `Proposer` (then say
@@ -68,6 +69,7 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         seed: int = 0,
     ):
+        refuse_name(verifier)
         refuse_below_one(max_batch_size=max_batch_size, prefill_chunk=prefill_chunk)
         is_model = isinstance(verifier, torch.nn.Module)
         self.max_length = usable_length(verifier, max_length)

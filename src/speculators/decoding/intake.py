@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class Intake:
     def requests(self, prompts: Prompts, sampling: Samplings) -> list[ActiveRequest]:
         if isinstance(prompts, str):
             raise ValueError("prompts is one string; give a list of prompts")
+        if any(is_chat(prompt) for prompt in prompts):
+            raise ValueError("a prompt is a chat message; engine.chat(messages) applies the chat template to messages")
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or SamplingParams()] * len(prompts)
         if len(sampling) != len(prompts):
@@ -84,6 +86,11 @@ class Intake:
                 "another model's tokenizer?"
             )
         return token_ids
+
+
+def is_chat(prompt: object) -> bool:
+    """A message, or a list of messages."""
+    return isinstance(prompt, Mapping) or (isinstance(prompt, list) and any(isinstance(m, Mapping) for m in prompt))
 
 
 def end_of_sequence_ids(verifier: Any, tokenizer: Any) -> frozenset[int]:

@@ -25,10 +25,6 @@ EXPORTS = {
     "two_sample_p_value": "losslessness",
     "NotLosslessError": "losslessness",
     "load_prompts": "prompts",
-    "render_question": "prompts",
-    "parse_method": "methods",
-    "parse_methods": "methods",
-    "load_decodable": "setup",
     "report_table": "report",
     "save_report": "report",
 }

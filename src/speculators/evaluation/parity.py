@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from speculators.data_generation.sources import LocalSource
 from speculators.decoding import Engine, RequestOutput, SamplingParams
+from speculators.decoding.target import default_device
 from speculators.evaluation.environment import environment
 from speculators.evaluation.parity_checks import (
     Check,
@@ -35,7 +36,6 @@ from speculators.evaluation.parity_checks import (
 from speculators.evaluation.parity_rounds import RecordingProposer, RoundsCompared, compare_rounds, tie_tolerance
 from speculators.evaluation.parity_vllm import VllmRun, VllmTarget, decode_in_vllm
 from speculators.evaluation.prompts import load_prompts
-from speculators.evaluation.setup import default_device
 from speculators.interfaces import CaptureSpec, Proposer
 from speculators.model import SpeculatorModel
 from speculators.utils.files import atomic_write

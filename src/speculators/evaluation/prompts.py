@@ -7,8 +7,8 @@ from typing import Any
 
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import load_raw_dataset
-from speculators.data_generation.masks import ChatRenderer
 from speculators.data_generation.rollout import make_rollout
+from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def load_prompts(source: str, tokenizer: Any, *, limit: int | None = None) -> li
             if renderer is None and rollout.prompt_ids is None:
                 renderer = ChatRenderer(tokenizer)  # says what is wrong with a tokenizer without template
             prompts.append(rollout.next_prompt(renderer) or [])
-        except UnusableRow as reason:
+        except (UnusableRow, ChatTemplateError) as reason:
             reasons.append(str(reason))
     if not prompts:
         raise ValueError(
@@ -35,8 +35,3 @@ def load_prompts(source: str, tokenizer: Any, *, limit: int | None = None) -> li
     if reasons:
         logger.warning("%s: %d rows without a prompt are left out; the first: %s", source, len(reasons), reasons[0])
     return prompts
-
-
-def render_question(text: str, tokenizer: Any) -> list[int]:
-    """One user turn, up to where the verifier answers."""
-    return ChatRenderer(tokenizer).token_ids([{"role": "user", "content": text}], add_generation_prompt=True)

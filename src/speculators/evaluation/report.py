@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from speculators.evaluation.methods import PLAIN
+from speculators.decoding.method import PLAIN
 from speculators.evaluation.records import EvaluationReport, MethodRow
 from speculators.evaluation.statistics import Estimate
 from speculators.utils.files import atomic_write

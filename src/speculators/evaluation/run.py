@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import count
 from typing import Any
 
-from speculators.decoding import Engine, SamplingParams
+from speculators.decoding import Engine, SamplingParams, open_target
+from speculators.decoding.method import PLAIN, Method, parse_methods
 from speculators.evaluation.acceptance import summarise
 from speculators.evaluation.environment import environment
 from speculators.evaluation.latency import Generate, measure_interleaved
 from speculators.evaluation.losslessness import two_sample_p_value
-from speculators.evaluation.methods import PLAIN, Method, parse_methods
 from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.records import EvaluationReport
-from speculators.evaluation.setup import load_decodable
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,19 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] 
     trees = {name: tree for name, tree in trees.items() if tree is not None}
     methods = parse_methods(config.methods, config.num_speculative_tokens, trees)
     methods = [Method(PLAIN, None), *(method for method in methods if method.speculative_config is not None)]
-    decodable = load_decodable(
+    target = open_target(
         config.verifier, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
     )
-    prompts = load_prompts(config.data, decodable.tokenizer, limit=config.num_prompts)
+    prompts = load_prompts(config.data, target.tokenizer, limit=config.num_prompts)
     max_length = max(map(len, prompts)) + config.max_tokens
     engines = {
-        method.name: decodable.engine(method, max_batch_size=config.batch_size, max_length=max_length)
+        method.name: Engine(
+            target.model,
+            method.speculative_config,
+            tokenizer=target.tokenizer,
+            max_batch_size=config.batch_size,
+            max_length=max_length,
+        )
         for method in methods
     }
     sampling = sampling_of(config)

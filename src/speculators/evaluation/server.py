@@ -15,11 +15,11 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from speculators.data_generation.vllm_client import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, ServerUnavailableError
+from speculators.decoding.method import PLAIN
 from speculators.evaluation.acceptance import acceptance_length, doubts, measured_speedup
 from speculators.evaluation.environment import environment
 from speculators.evaluation.latency import rotated
 from speculators.evaluation.losslessness import count_identical
-from speculators.evaluation.methods import PLAIN
 from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.records import Measurement
 from speculators.evaluation.server_client import Answering, MeasuredServer, ServerRestartedError

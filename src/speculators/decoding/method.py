@@ -1,8 +1,9 @@
-"""What can be compared: `none` (plain decoding), a method's name, a speculator's directory, or vLLM's JSON."""
+"""What a user calls a drafter: `none` (plain decoding), a method's name, a speculator's directory, or vLLM's JSON."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
@@ -15,8 +16,11 @@ PLAIN = "none"
 PATH_KEYS = ("speculators_model_type", "model_type")
 """Where a checkpoint's config.json says what it is: ours first."""
 
-COMPARISON_DEFAULTS: dict[str, dict[str, Any]] = {"ngram": {"num_speculative_tokens": 4}}
-"""What a method's bare name stands for in a comparison, where its own configuration leaves it open."""
+NAME_DEFAULTS: dict[str, dict[str, Any]] = {"ngram": {"num_speculative_tokens": 4}}
+"""What a method's bare name stands for, where its own configuration leaves it open."""
+
+Drafter = str | os.PathLike[str] | Mapping[str, Any]
+"""`none`, `ngram`, a speculator's directory or anything that has one (a training result), vLLM's JSON or its dict."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,19 @@ class Method:
 
 
 def parse_methods(
-    texts: Sequence[str], num_speculative_tokens: int | None, tree: Mapping[str, Any] | None = None
+    drafters: Sequence[Drafter], num_speculative_tokens: int | None, tree: Mapping[str, Any] | None = None
 ) -> list[Method]:
     """The methods of a comparison, with names that differ; see `parse_method`."""
     methods: list[Method] = []
-    for text in texts:
-        method = parse_method(text, num_speculative_tokens, tree)
+    for drafter in drafters:
+        method = parse_method(drafter, num_speculative_tokens, tree)
         taken = {other.name for other in methods}
         name = next(name for name in chain([method.name], numbered(method.name)) if name not in taken)
         methods.append(replace(method, name=name))
     if tree and not any(
         method.speculative_config and tree.keys() <= method.speculative_config.keys() for method in methods
     ):
-        raise ValueError(f"{', '.join(tree)}: none of the methods {list(texts)} is a speculator's directory")
+        raise ValueError(f"{', '.join(tree)}: none of the methods {list(drafters)} is a speculator's directory")
     return methods
 
 
@@ -52,32 +56,42 @@ def numbered(name: str) -> Iterator[str]:
     return (f"{name}-{number}" for number in count(2))
 
 
-def parse_method(text: str, num_speculative_tokens: int | None, tree: Mapping[str, Any] | None = None) -> Method:
+def parse_method(
+    drafter: Drafter, num_speculative_tokens: int | None = None, tree: Mapping[str, Any] | None = None
+) -> Method:
     """`none`, `ngram`, `path/to/speculator` or '{"method": "ngram", "num_speculative_tokens": 3, ...}'.
 
-    `num_speculative_tokens`: for texts that do not say K. `tree`: what a speculator's directory is to draft (a
-    `speculative_token_tree` or a `dynamic_tree`); JSON says so itself.
+    `num_speculative_tokens`: for drafters that do not say K. `tree`: what a speculator's directory is to draft (a
+    `speculative_token_tree` or a `dynamic_tree`); JSON says so itself. Raises `ValueError` for a directory that is not
+    there and for text that is not JSON.
     """
-    if text == PLAIN:
-        return Method(PLAIN, None)
-    if text.lstrip().startswith("{"):
-        try:
-            config = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--method {text} looks like JSON but is not: {error}") from error
-    elif Path(text).is_dir() or ("/" in text and not looks_like_a_path(text)):
-        config = {"model": text, **(tree or {})}
-    elif "/" in text:
-        raise ValueError(
-            f"--method {text}: no such directory; give a speculator's directory or model id, a method's name or JSON"
-        )
+    if isinstance(drafter, Mapping):
+        config = dict(drafter)
     else:
-        config = {"method": text}
+        text = os.fspath(drafter)
+        if text == PLAIN:
+            return Method(PLAIN, None)
+        config = config_of(text, tree or {}, is_path=not isinstance(drafter, str))
     if num_speculative_tokens is not None:
         config.setdefault("num_speculative_tokens", num_speculative_tokens)
-    for key, value in COMPARISON_DEFAULTS.get(config.get("method", ""), {}).items():
+    for key, value in NAME_DEFAULTS.get(config.get("method", ""), {}).items():
         config.setdefault(key, value)
     return Method(name_of(config), config)
+
+
+def config_of(text: str, tree: Mapping[str, Any], *, is_path: bool) -> dict[str, Any]:
+    if text.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"method {text} looks like JSON but is not: {error}") from error
+    if Path(text).is_dir() or ("/" in text and not looks_like_a_path(text)):
+        return {"model": text, **tree}
+    if "/" in text or is_path:
+        raise ValueError(
+            f"method {text}: no such directory; give a speculator's directory or model id, a method's name or JSON"
+        )
+    return {"method": text}
 
 
 def name_of(config: dict[str, Any]) -> str:

@@ -1,0 +1,141 @@
+"""What people call an engine with: names in place of loaded models, questions in place of token ids."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Literal, overload
+
+from typing_extensions import Self
+
+from speculators.decoding.config import SpeculativeConfig
+from speculators.decoding.method import Drafter, parse_method
+from speculators.decoding.request import RequestOutput, StreamEvent
+from speculators.decoding.sampling import SamplingParams
+from speculators.decoding.target import Verifier, open_target
+from speculators.interfaces import Proposer
+from speculators.utils.chat_template import chat_prompt
+from speculators.utils.names import did_you_mean
+
+Message = Mapping[str, Any]
+"""`{"role": "user", "content": "..."}`"""
+
+
+class ChatEngine(ABC):
+    """The part of `Engine` that opens models by name and answers chats; what decodes is in the subclass."""
+
+    tokenizer: Any
+
+    @abstractmethod
+    def __init__(self, verifier: Any, speculative_config: Any = None, **options: Any) -> None: ...
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> list[RequestOutput]: ...
+
+    @abstractmethod
+    def stream(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> Iterator[StreamEvent]: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        verifier: Verifier,
+        drafter: Drafter | SpeculativeConfig | Proposer | None = None,
+        *,
+        num_speculative_tokens: int | None = None,
+        tokenizer: Any = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Self:
+        """An engine from names: `Engine.from_pretrained("Qwen/Qwen3-8B", drafter="run/checkpoint_best")`.
+
+        `verifier`: hub id, directory or loaded model; `tokenizer`, `dtype`, `device`: see `open_target`.
+        `drafter`: a speculator's directory or the result of its training, a method's name ("ngram"), vLLM's
+        speculative config as a dict, JSON or `SpeculativeConfig`, a ready `Proposer`; None or "none" decodes plainly.
+        `options`: further arguments of `Engine` (`max_batch_size`, `max_length`, ...).
+        Raises `ValueError` for a verifier or drafter that is not there, or that do not fit each other.
+        """
+        target = open_target(
+            verifier, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        config: dict[str, Any] | SpeculativeConfig | Proposer | None
+        if isinstance(drafter, str | os.PathLike | Mapping):
+            config = parse_method(drafter, num_speculative_tokens).speculative_config
+            num_speculative_tokens = None  # it is in the config
+        else:
+            config = drafter
+        return cls(
+            target.model, config, tokenizer=target.tokenizer, num_speculative_tokens=num_speculative_tokens, **options
+        )
+
+    @overload
+    def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> RequestOutput: ...
+
+    @overload
+    def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        stream: Literal[True],
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]: ...
+
+    def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        stream: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> RequestOutput | Iterator[str]:
+        """Answers one question, or a list of messages, through the verifier's chat template.
+
+        `sampling`: the fields of `SamplingParams` (`max_tokens`, `temperature`, ...). `stream=True` yields the text in
+        pieces as it becomes readable. `tools` and `chat_template_kwargs` (`enable_thinking`, ...) go to the template.
+        Raises `ValueError` without a tokenizer or template, and for settings that `SamplingParams` does not have.
+        """
+        if self.tokenizer is None:
+            raise ValueError("a chat is text but the engine has no tokenizer; pass Engine(..., tokenizer=...)")
+        prompt = chat_prompt(self.tokenizer, question, tools=tools, template_kwargs=chat_template_kwargs)
+        params = sampling_params(**sampling)
+        if stream:
+            return pieces(self.stream([prompt], params))
+        return self.generate([prompt], params)[0]
+
+
+def pieces(events: Iterator[StreamEvent]) -> Iterator[str]:
+    """The texts of one request's events."""
+    for event in events:
+        if event.text:
+            yield event.text
+
+
+def sampling_params(**settings: Any) -> SamplingParams:
+    known = [field.name for field in fields(SamplingParams)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"no sampling setting {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+    return SamplingParams(**settings)
+
+
+def refuse_name(verifier: object) -> None:
+    """`Engine("dir")`: a name where a loaded model belongs."""
+    if isinstance(verifier, str | os.PathLike):
+        raise ValueError(
+            f"Engine takes a loaded verifier, not the name {os.fspath(verifier)!r}; Engine.from_pretrained loads it, "
+            "with its tokenizer"
+        )

@@ -1,0 +1,74 @@
+"""Opens what decodes: a verifier with its tokenizer, from a name or from a model that is loaded already."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from speculators.verifier import load_verifier
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_DTYPE = "float32"
+"""Greedy answers are exactly the verifier's own in float32 only: lower precisions have ties."""
+
+Verifier = str | os.PathLike[str] | PreTrainedModel
+"""Hub id, directory, or a loaded causal LM (`load_verifier`)."""
+
+
+@dataclass(frozen=True)
+class DecodingTarget:
+    """A verifier ready to decode."""
+
+    name: str
+    """Hub id or directory; "" for a model that was never saved."""
+    model: PreTrainedModel
+    tokenizer: Any
+
+
+def open_target(
+    verifier: Verifier,
+    *,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> DecodingTarget:
+    """Loads the verifier unless it is a model already, and its tokenizer unless one is given.
+
+    `dtype` (None: float32) and `device` (None or "auto": the first CUDA device, else the CPU) are of a verifier that is
+    loaded here. Raises `ValueError` for one that cannot be loaded, and for a dtype or device given for a loaded model.
+    """
+    if isinstance(verifier, PreTrainedModel):
+        given = {"dtype": dtype, "device": None if device == "auto" else device}
+        for key, value in given.items():
+            if value is not None:
+                raise ValueError(f"{key}={value!r} but the verifier is loaded already; call verifier.to(...) instead")
+        name, model = verifier.name_or_path or "", verifier
+    else:
+        name = os.fspath(verifier)
+        dtype = dtype or DEFAULT_DTYPE
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
+        model = load_verifier(
+            name,
+            dtype=getattr(torch, dtype),
+            device=default_device() if device in (None, "auto") else device,
+            trust_remote_code=trust_remote_code,
+        )
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name, trust_remote_code)
+    return DecodingTarget(name, model, tokenizer)
+
+
+def load_tokenizer(name: str, trust_remote_code: bool) -> Any:
+    if not name:
+        raise ValueError("the verifier was not loaded from a directory or hub id: give its tokenizer too (tokenizer=)")
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
