@@ -8,8 +8,8 @@ from dspark_naive import NaiveDSpark, overlap
 from naive_layers import kl
 
 from speculators.losses import resolve_loss_config
-from speculators.losses.chunked import HeadTargets
-from speculators.losses.split_head import SplitHead, split_row_losses
+from speculators.losses.chunked import SplitHead, split_row_losses
+from speculators.losses.chunks import HeadTargets
 
 CASES = {
     "vanilla": {},

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from speculators.losses import resolve_loss_config
-from speculators.losses.chunked import HeadTargets, TokenTargets, row_losses
+from speculators.losses.chunked import row_losses
+from speculators.losses.chunks import HeadTargets, TokenTargets
 
 V, H, R = 13, 6, 11
 SPECS = ["kl_div", "rkl", "jsd", "ce", "tv", "nla", "lk_hybrid", '{"ce": 0.3, "tv": 0.7}', '{"kl_div": 2.0, "tv": 0.0}']

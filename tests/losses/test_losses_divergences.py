@@ -1,13 +1,15 @@
 """Losses against sums written out, their closed-form gradients against autograd and finite differences (float64)."""
 
+import inspect
 import math
+import pickle
 
 import pytest
 import torch
 
 from speculators import losses
 from speculators.losses import eager
-from speculators.losses.gradients import first_argmax
+from speculators.losses.closed_form import first_argmax
 from speculators.losses.registry import EAGER, FUSED, KERNELS
 
 NAMES = list(FUSED)
@@ -134,3 +136,17 @@ def test_every_exported_loss_has_its_slow_twin():
     for function in FUSED.values():
         assert getattr(eager, function.__name__) is not function
         assert getattr(losses, function.__name__) is function
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.5])
+def test_lk_hybrid_takes_eta_by_position_and_by_name(eta):
+    draft, target = logits(6)
+    expected = eager.lk_hybrid_loss(draft, target, eta=eta)
+    torch.testing.assert_close(losses.lk_hybrid_loss(draft, target, eta), expected)
+    torch.testing.assert_close(losses.lk_hybrid_loss(draft, target, eta=eta), expected)
+
+
+def test_exported_losses_survive_pickling_and_carry_their_reference_s_signature():
+    for function in FUSED.values():
+        assert pickle.loads(pickle.dumps(function)) is function
+        assert inspect.signature(function) == inspect.signature(getattr(eager, function.__name__))

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.losses.targets import HeadTargets
+from speculators.losses.chunks import HeadTargets
 from speculators.model import SpeculatorModel
 from speculators.verifier import capture_states
 

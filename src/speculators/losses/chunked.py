@@ -4,14 +4,15 @@ Shapes: N draft rows, T target rows, H hidden size, R features, X = H, R or H + 
 chunk, M loss terms.
 
 A head is linear and the loss of a row depends on that row alone. So forward can compute, chunk by chunk, the loss of
-each row and its gradient with respect to the hidden row, and drop the logits. What is returned are losses a row: masks,
+each row and its gradient with respect to the hidden row, and drop the logits. The result is one loss per row: masks,
 decays, D-PACE and denominators are ordinary autograd on top. Draft rows that share a target row (unroll steps, anchors)
 share its logits and softmax.
 
-The gradient of a head that is trained is a sum over rows, each weighed by the gradient that reaches its loss. Who knows
-these weights beforehand says so (`expected_weight_N`), and forward adds the gradient up as well; otherwise, or when
-other weights arrive, backward walks over the chunks a second time. The trained head may be one part of a head: logits =
-hidden @ frozen.T + features @ trained.T is one head [V, H + R] on rows [hidden ; features].
+The gradient of a head that is trained is a sum over rows, each weighted by the gradient that reaches its loss. A caller
+that knows these weights beforehand passes them (`expected_weight_N`), and forward sums the gradient as well; otherwise,
+or when other weights arrive, backward computes the chunks a second time. The trained head may be one part of a head:
+logits = hidden @ frozen.T + features @ trained.T is one head [V, H + R] on rows [hidden ; features], of which only the
+trained columns need a gradient.
 """
 
 from __future__ import annotations
@@ -24,22 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from speculators.losses.gradients import TokenRows
+from speculators.losses.chunks import Chunk, Pairing, Targets, Terms, iterate_chunks, kernel_of
+from speculators.losses.closed_form import TokenRows
 from speculators.losses.registry import LossConfig, is_reference
-from speculators.losses.targets import HeadTargets, Targets, TokenTargets
-from speculators.losses.walking import Chunk, Pairing, Terms, kernel_of, walk
-
-__all__ = ["HeadTargets", "RowLosses", "SplitHead", "Targets", "TokenTargets", "row_losses"]
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits of a chunk, by device: a CPU wants them in its cache, a GPU wants products worth launching."""
+"""Logits per chunk, by device: on a CPU they fit its cache, on a GPU products are worth launching."""
 ROUNDING = 1e-5
-"""Weights of rows that differ by less, relatively, are the expected ones."""
+"""Relative difference up to which the weights of rows equal the expected ones."""
 
 
 @dataclass(frozen=True)
 class RowLosses:
-    """One entry a draft row, in the order they were given."""
+    """One entry per draft row, in the given order."""
 
     loss_N: Tensor
     """Weighted sum of the terms; differentiable with respect to the hidden rows (and a trained head)."""
@@ -63,17 +61,37 @@ def row_losses(
     expected_weight_N: Tensor | None = None,
     chunk_elements: int | None = None,
 ) -> RowLosses:
-    """Loss of each draft row against target row `target_index_N`. Losses of `losses.eager` take the reference route:
-    all logits at once, plain autograd. `expected_weight_N`: what each loss will be weighed by, up to a common factor
-    (only a head that is trained has use for it)."""
+    """Computes the loss of each draft row against target row `target_index_N`. Losses of `losses.eager` take the
+    reference route: all logits at once, plain autograd. `expected_weight_N`: the weight of each loss in the total, up
+    to a common factor (used by a head that is trained)."""
     if is_reference_config(loss_config):
         return reference_row_losses(hidden_NH, head_VH, targets, target_index_N, loss_config)
     head = SplitHead(None, head_VH) if head_VH.requires_grad else SplitHead(head_VH, None)
     return head_losses(hidden_NH, head, targets, target_index_N, loss_config, expected_weight_N, chunk_elements)
 
 
+def split_row_losses(
+    hidden_NH: Tensor,
+    features_NR: Tensor,
+    head: SplitHead,
+    targets: Targets,
+    target_index_N: Tensor,
+    loss_config: LossConfig,
+    *,
+    expected_weight_N: Tensor | None = None,
+    chunk_elements: int | None = None,
+) -> RowLosses:
+    """`row_losses` for two heads whose logits add up: hidden @ frozen.T + features @ trained.T."""
+    rows_NX = torch.cat((hidden_NH, features_NR), -1)
+    if is_reference_config(loss_config):
+        assert head.frozen_VH is not None and head.trained_VR is not None
+        side_by_side_VX = torch.cat((head.frozen_VH, head.trained_VR), -1)
+        return reference_row_losses(rows_NX, side_by_side_VX, targets, target_index_N, loss_config)
+    return head_losses(rows_NX, head, targets, target_index_N, loss_config, expected_weight_N, chunk_elements)
+
+
 class SplitHead(NamedTuple):
-    """A head in two parts, side by side; at least one is there."""
+    """A head in two parts, side by side; at least one is given."""
 
     frozen_VH: Tensor | None
     trained_VR: Tensor | None
@@ -121,7 +139,7 @@ def is_reference_config(loss_config: LossConfig) -> bool:
 
 @dataclass
 class Gradients:
-    """Of sum(weight * loss) with respect to the rows and the trained part of the head, added up chunk by chunk."""
+    """Sums the gradient of sum(weight * loss) over chunks: for the rows and for the trained part of the head."""
 
     rows_NX: Tensor
     head_VX: Tensor
@@ -137,17 +155,17 @@ class Gradients:
 
     def add(self, chunk: Chunk) -> None:
         assert chunk.grad_logits is not None
-        rows, kept = chunk.group.draft_rows, chunk.group.kept
+        rows, real = chunk.group.draft_rows, chunk.group.real
         grad_logits = chunk.grad_logits.to(self.head_VX.dtype)
         grad_rows = grad_logits @ self.head_VX
         if self.weight_N is None:
-            chunk.put(self.grad_rows_NX, grad_rows)
+            chunk.write(self.grad_rows_NX, grad_rows)
             return
         weights = self.weight_N[rows, None]  # fp32: rounding them would scale whole rows
-        chunk.put(self.grad_rows_NX, (grad_rows * weights).to(grad_rows.dtype))
+        chunk.write(self.grad_rows_NX, (grad_rows * weights).to(grad_rows.dtype))
         if self.grad_trained_VR is not None:
-            if kept is not None:  # rows that only fill up count nothing
-                weights = torch.zeros_like(weights).index_copy(0, kept, weights[kept])
+            if real is not None:  # repeated rows weigh nothing
+                weights = torch.zeros_like(weights).index_copy(0, real, weights[real])
             features = (self.rows_NX[rows, -self.grad_trained_VR.shape[1] :] * weights).to(grad_logits.dtype)
             self.grad_trained_VR += (grad_logits.T @ features).to(self.grad_trained_VR.dtype)
 
@@ -167,11 +185,11 @@ class ChunkedRows(torch.autograd.Function):
         if any(ctx.needs_input_grad) and (trained_VR is None or expected_N is not None):
             gradients = Gradients.zeros(rows, head, trained_VR, None if trained_VR is None else expected_N)
         with torch.autocast(device.type, enabled=False):  # products are cast by hand; sums stay fp32
-            for chunk in walk(rows, head, targets, pairing, terms, gradients is not None):
+            for chunk in iterate_chunks(rows, head, targets, pairing, terms, gradients is not None):
                 for loss_N, loss in zip(losses_MN, chunk.losses, strict=True):
-                    chunk.put(loss_N, loss)
-                chunk.put(draft_ids_N, chunk.draft_ids)
-                chunk.put(target_ids_N, chunk.target_ids)
+                    chunk.write(loss_N, loss)
+                chunk.write(draft_ids_N, chunk.draft_ids)
+                chunk.write(target_ids_N, chunk.target_ids)
                 if gradients is not None:
                     gradients.add(chunk)
         known = (None, None) if gradients is None else (gradients.grad_rows_NX, gradients.grad_trained_VR)
@@ -198,14 +216,14 @@ class ChunkedRows(torch.autograd.Function):
             else:
                 gradients = Gradients.zeros(rows, head, trained_VR, grad_loss_N)
                 with torch.autocast(rows.device.type, enabled=False):
-                    for chunk in walk(rows, head, targets, pairing, terms, True):
+                    for chunk in iterate_chunks(rows, head, targets, pairing, terms, True):
                         gradients.add(chunk)
                 grad_rows_NX, grad_trained_VR = gradients.grad_rows_NX, gradients.grad_trained_VR
         return grad_rows_NX.to(rows_dtype), None, grad_trained_VR, None, None, None, None
 
 
 def common_factor(values_N: Tensor, of_N: Tensor) -> Tensor | None:
-    """c with values = c * of in every row, to rounding; None when there is none."""
+    """Returns c with values = c * of in every row, up to rounding; None if no c fits."""
     factor = values_N.sum() / of_N.sum().clamp_min(torch.finfo(of_N.dtype).tiny)
     expected_N = factor * of_N
     is_close_N = (values_N - expected_N).abs() <= ROUNDING * expected_N.abs()

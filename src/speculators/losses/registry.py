@@ -1,21 +1,22 @@
-"""Losses by name, mixes of them, and their reduction over positions.
+"""The table of losses by name, mixes of them, and their reduction over positions.
 
-The exported functions work on [..., V] logits on any device. Each exists twice: here in closed form, and in
-`losses.eager` as plain autograd. Training gives neither of them [T, V] logits: see `losses.chunked`.
+The exported functions work on [..., V] logits on any device. Each loss has two implementations: a closed form
+(`losses.closed_form`) and plain autograd (`losses.eager`). Training gives neither of them [T, V] logits: see
+`losses.chunked`.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from speculators.losses import eager, gradients
-from speculators.losses.divergence import LK_HYBRID_ETA
-from speculators.losses.gradients import ClosedForm, LossKernel
+from speculators.losses import closed_form, eager
+from speculators.losses.closed_form import ClosedForm, KernelOutput, LogitRows, LossKernel, TargetRows
 
 LossFunction = Callable[..., Tensor]
 LossConfig = dict[str, tuple[LossFunction, float]]
@@ -25,58 +26,50 @@ MASK_EPSILON = 1e-5
 """Added to the number of supervised positions: a row without any has loss 0, not NaN."""
 
 
-def kl_div_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return ClosedForm.apply(gradients.kl_div, logits, targets)
+class Loss(NamedTuple):
+    reference: LossFunction
+    """Plain autograd over logits."""
+    kernel: Callable[..., KernelOutput]
+    """The same in closed form, over rows: a `LossKernel`, perhaps with options of the reference."""
 
 
-def reverse_kl_div_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return ClosedForm.apply(gradients.reverse_kl, logits, targets)
-
-
-def js_div_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return ClosedForm.apply(gradients.js_div, logits, targets)
-
-
-def ce_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return ClosedForm.apply(gradients.ce, logits, targets)
-
-
-def tv_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return ClosedForm.apply(gradients.tv, logits, targets)
-
-
-def neg_log_acceptance_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return ClosedForm.apply(gradients.neg_log_acceptance, logits, targets)
-
-
-def lk_hybrid_loss(logits: Tensor, targets: Tensor, eta: float = LK_HYBRID_ETA) -> Tensor:
-    def kernel(draft, target, wants_grad):
-        return gradients.lk_hybrid(draft, target, wants_grad, eta)
-
-    return ClosedForm.apply(kernel, logits, targets)
-
-
-FUSED: dict[str, LossFunction] = {
-    "kl_div": kl_div_loss,
-    "rkl": reverse_kl_div_loss,
-    "jsd": js_div_loss,
-    "ce": ce_loss,
-    "tv": tv_loss,
-    "nla": neg_log_acceptance_loss,
-    "lk_hybrid": lk_hybrid_loss,
+LOSSES = {
+    "kl_div": Loss(eager.kl_div_loss, closed_form.kl_div),
+    "rkl": Loss(eager.reverse_kl_div_loss, closed_form.reverse_kl),
+    "jsd": Loss(eager.js_div_loss, closed_form.js_div),
+    "ce": Loss(eager.ce_loss, closed_form.ce),
+    "tv": Loss(eager.tv_loss, closed_form.tv),
+    "nla": Loss(eager.neg_log_acceptance_loss, closed_form.neg_log_acceptance),
+    "lk_hybrid": Loss(eager.lk_hybrid_loss, closed_form.lk_hybrid),
 }
-EAGER: dict[str, LossFunction] = {name: getattr(eager, function.__name__) for name, function in FUSED.items()}
+
+
+def fused(loss: Loss) -> LossFunction:
+    """Makes a function of logits from the kernel, with the reference's name, signature and docstring."""
+
+    @functools.wraps(loss.reference)
+    def function(logits: Tensor, targets: Tensor, *options: float, **named_options: float) -> Tensor:
+        def kernel(draft: LogitRows, target: TargetRows, wants_grad: bool) -> KernelOutput:
+            return loss.kernel(draft, target, wants_grad, *options, **named_options)
+
+        return ClosedForm.apply(kernel, logits, targets)
+
+    function.__module__ = __name__
+    return function
+
+
+EAGER = {name: loss.reference for name, loss in LOSSES.items()}
+FUSED = {name: fused(loss) for name, loss in LOSSES.items()}
 IMPLEMENTATIONS = {"fused": FUSED, "eager": EAGER}
+KERNELS: dict[LossFunction, LossKernel] = {FUSED[name]: loss.kernel for name, loss in LOSSES.items()}
 
-KERNELS: dict[LossFunction, LossKernel] = {
-    kl_div_loss: gradients.kl_div,
-    reverse_kl_div_loss: gradients.reverse_kl,
-    js_div_loss: gradients.js_div,
-    ce_loss: gradients.ce,
-    tv_loss: gradients.tv,
-    neg_log_acceptance_loss: gradients.neg_log_acceptance,
-    lk_hybrid_loss: gradients.lk_hybrid,
-}
+kl_div_loss = FUSED["kl_div"]
+reverse_kl_div_loss = FUSED["rkl"]
+js_div_loss = FUSED["jsd"]
+ce_loss = FUSED["ce"]
+tv_loss = FUSED["tv"]
+neg_log_acceptance_loss = FUSED["nla"]
+lk_hybrid_loss = FUSED["lk_hybrid"]
 
 
 def is_reference(function: LossFunction) -> bool:
@@ -86,7 +79,8 @@ def is_reference(function: LossFunction) -> bool:
 def resolve_loss_config(
     spec: str | Mapping[str, float] | LossFunction | LossConfig, implementation: str = "fused"
 ) -> LossConfig:
-    """{name: (function, weight)} of a name, a JSON object of weights, a mapping, a function, or a resolved config."""
+    """Returns {name: (function, weight)} from a name, a JSON object of weights, a mapping, a function, or a resolved
+    config. Raises `ValueError` on an unknown name or implementation, and on a weight that is no number."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"loss_implementation={implementation!r} is unknown; use one of {sorted(IMPLEMENTATIONS)}")
     functions = IMPLEMENTATIONS[implementation]
@@ -132,15 +126,15 @@ def resolve_loss_fn(name: str) -> LossFunction:
 
 
 def loss_keywords(*, loss_fn: Any, loss_implementation: str = "fused", **_: Any) -> dict[str, Any]:
-    """What training keys say of the loss, as forwards take it: `loss_config`, and `loss_fn` (the function of the only
-    loss, or what was given)."""
+    """Resolves the training keys of the loss into a forward's keywords: `loss_config`, and `loss_fn` (the function of
+    the only loss, or what was given)."""
     config = resolve_loss_config(loss_fn, loss_implementation)
     functions = [function for function, _ in config.values()]
     return {"loss_config": config, "loss_fn": functions[0] if len(functions) == 1 else loss_fn}
 
 
 def choose_loss_config(loss_config: LossConfig | None, loss_fn: Any, default: str) -> LossConfig:
-    """What a forward was told: `loss_config` wins over `loss_fn` (name, JSON, function), both may be absent."""
+    """Resolves a forward's keywords: `loss_config` wins over `loss_fn` (name, JSON, function); both may be absent."""
     return resolve_loss_config(loss_config or loss_fn or default)
 
 
@@ -172,7 +166,7 @@ def compound_loss(
     loss_config: LossConfig,
     decay_fn: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(weighted sum, {"<name>_loss": term} when there are several)."""
+    """Returns (weighted sum, {"<name>_loss": term} when there are several)."""
     terms = {
         name: loss_function(logits, targets, loss_mask, pos_idx, function, decay_fn)
         for name, (function, _) in loss_config.items()

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.losses.chunked import HeadTargets, Targets, TokenTargets, row_losses
+from speculators.losses.chunked import row_losses
+from speculators.losses.chunks import HeadTargets, Targets, TokenTargets
 from speculators.losses.metrics import counted
 from speculators.losses.registry import LossConfig
 from speculators.models.last_state_proposer import LastStateNetwork

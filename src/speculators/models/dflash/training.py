@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from speculators.losses.chunked import HeadTargets, RowLosses, row_losses
+from speculators.losses.chunked import RowLosses, row_losses
+from speculators.losses.chunks import HeadTargets
 from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig, choose_loss_config
 from speculators.losses.weights import dflash_loss_decay, dpace_loss_decay

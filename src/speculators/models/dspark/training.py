@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculators.losses.chunked import RowLosses, row_losses
+from speculators.losses.chunked import RowLosses, SplitHead, row_losses, split_row_losses
 from speculators.losses.metrics import counted
 from speculators.losses.registry import resolve_loss_fn
-from speculators.losses.split_head import SplitHead, split_row_losses
 from speculators.losses.weights import dflash_loss_decay
 from speculators.models.dflash.blocks import PackedBatch
 from speculators.models.dflash.training import Filled, Objective, fill_blocks, mean_length, on_grid, reduce, targets_of

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculators.losses.chunked import HeadTargets, RowLosses, row_losses
+from speculators.losses.chunked import RowLosses, row_losses
+from speculators.losses.chunks import HeadTargets
 from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig, choose_loss_config
 from speculators.models.draft_layers import attention_of

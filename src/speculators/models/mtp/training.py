@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculators.losses.chunked import HeadTargets, RowLosses, Targets, TokenTargets, row_losses
+from speculators.losses.chunked import RowLosses, row_losses
+from speculators.losses.chunks import HeadTargets, Targets, TokenTargets
 from speculators.losses.metrics import counted
 from speculators.losses.registry import LossConfig, resolve_loss_config
 from speculators.models.draft_layers import attention_of

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from speculators.losses.chunked import HeadTargets, RowLosses, row_losses
+from speculators.losses.chunked import RowLosses, row_losses
+from speculators.losses.chunks import HeadTargets
 from speculators.losses.metrics import counted
 from speculators.losses.registry import MASK_EPSILON, LossConfig
 from speculators.models.draft_layers import attention_of

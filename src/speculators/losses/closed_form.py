@@ -1,6 +1,6 @@
-"""The same divergences in closed form: value and gradient with respect to the draft logits, without autograd.
+"""The losses of `losses.eager` in closed form: value and gradient with respect to the draft logits, without autograd.
 
-Shapes: N rows, V draft vocabulary. All tensors fp32 (or fp64). With p, q and their logarithms at hand,
+Shapes: N rows, V draft vocabulary. All tensors fp32 (or fp64). With p, q and their logarithms computed,
 
     kl_div     q - p                                   tv    -q (1[q <= p] - sum_{q <= p} q)
     rkl        q (log q - log p - L)                   nla   grad(tv) / overlap, 0 below the floor
@@ -18,14 +18,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from speculators.losses.divergence import LK_HYBRID_ETA, MIN_ACCEPTANCE, wide
+from speculators.losses.eager import LK_HYBRID_ETA, MIN_ACCEPTANCE, at_least_fp32
 
 
-class Rows:
-    """Logits of rows and what follows from them, each computed when it is first asked for: a loss rarely needs all."""
+class LogitRows:
+    """Logits of rows, and their probabilities, entropies and most likely tokens. Each is computed on first use: a loss
+    rarely needs all of them."""
 
     def __init__(self, logits_NV: Tensor):
-        self.logits_NV = wide(logits_NV)
+        self.logits_NV = at_least_fp32(logits_NV)
 
     @cached_property
     def token_ids_N(self) -> Tensor:
@@ -38,7 +39,7 @@ class Rows:
 
     @cached_property
     def log_norm_N(self) -> Tensor:
-        """log sum exp, read off the largest entry: logits and probabilities are at hand, a pass over V is not free."""
+        """log sum exp, from the largest entry: logits and probabilities are known, and a pass over V is not free."""
         index = self.token_ids_N[:, None]
         return (self.logits_NV.gather(1, index) - self.probs_NV.gather(1, index).log()).squeeze(1)
 
@@ -50,9 +51,9 @@ class Rows:
     def negative_entropy_N(self) -> Tensor:
         return row_dot(self.probs_NV, self.logits_NV) - self.log_norm_N
 
-    def take(self, index: Tensor) -> Rows:
-        """Some of the rows, with what is known of them."""
-        taken = Rows(self.logits_NV[index])
+    def take(self, index: Tensor) -> LogitRows:
+        """Some of the rows, with what is already computed of them."""
+        taken = LogitRows(self.logits_NV[index])
         for name in ("token_ids_N", "probs_NV", "log_norm_N", "negative_entropy_N"):
             if name in self.__dict__:
                 setattr(taken, name, getattr(self, name)[index])
@@ -69,15 +70,15 @@ class TokenRows:
         return TokenRows(self.token_ids_N[index])
 
 
-TargetRows = Rows | TokenRows
+TargetRows = LogitRows | TokenRows
 
 
 ARGMAX_BLOCK = 64
 
 
 def first_argmax(values_NV: Tensor) -> Tensor:
-    """argmax of each row, the first on ties. torch's own is scalar code on a CPU: find the block by its maximum, which
-    is vectorised, then look inside."""
+    """argmax of each row, the first on ties. torch's own is scalar code on a CPU: this finds the block by its maximum,
+    which is vectorised, then searches inside."""
     num_rows, vocab = values_NV.shape
     whole = vocab - vocab % ARGMAX_BLOCK
     if values_NV.device.type != "cpu" or vocab < 8 * ARGMAX_BLOCK:
@@ -91,14 +92,15 @@ def first_argmax(values_NV: Tensor) -> Tensor:
     return torch.where(rest > best, rest_N + whole, index_N)
 
 
-LossRows = tuple[Tensor, Tensor | None]
-"""(loss [N], gradient with respect to the draft logits [N, V] if it was wanted)"""
+KernelOutput = tuple[Tensor, Tensor | None]
+"""(loss [N], gradient with respect to the draft logits [N, V] or None where `wants_grad` is false)"""
 
 
 class LossKernel(Protocol):
-    def __call__(self, draft: Rows, target: Any, wants_grad: bool, /) -> LossRows:
-        """`target`: `Rows`, or `TokenRows` where the loss asks for no more than tokens. The gradient is a new tensor,
-        the caller's to change."""
+    def __call__(self, draft: LogitRows, target: Any, wants_grad: bool, /) -> KernelOutput:
+        """Returns losses and, if `wants_grad`, their gradient: a new tensor, which the caller may change.
+
+        `target` is `LogitRows`, or `TokenRows` for a loss that needs the target tokens alone."""
         ...
 
 
@@ -106,19 +108,19 @@ def row_dot(left_NV: Tensor, right_NV: Tensor) -> Tensor:
     return torch.linalg.vecdot(left_NV, right_NV)
 
 
-def kl_div(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
+def kl_div(draft: LogitRows, target: LogitRows, wants_grad: bool) -> KernelOutput:
     # Entropy and cross entropy apart: no [N, V] tensor for log p - log q. Rounding may leave -1e-7 where KL is 0.
     cross_entropy_N = draft.log_norm_N - row_dot(target.probs_NV, draft.logits_NV)
     return target.negative_entropy_N + cross_entropy_N, draft.probs_NV - target.probs_NV if wants_grad else None
 
 
-def reverse_kl(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
+def reverse_kl(draft: LogitRows, target: LogitRows, wants_grad: bool) -> KernelOutput:
     ratio_NV = draft.log_probs_NV - target.log_probs_NV
     loss_N = row_dot(draft.probs_NV, ratio_NV)
     return loss_N, ratio_NV.sub_(loss_N[:, None]).mul_(draft.probs_NV) if wants_grad else None
 
 
-def js_div(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
+def js_div(draft: LogitRows, target: LogitRows, wants_grad: bool) -> KernelOutput:
     middle_NV = torch.logaddexp(draft.log_probs_NV, target.log_probs_NV) - math.log(2.0)
     ratio_NV = draft.log_probs_NV - middle_NV
     draft_part_N = row_dot(draft.probs_NV, ratio_NV)
@@ -126,7 +128,7 @@ def js_div(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
     return loss_N, ratio_NV.sub_(draft_part_N[:, None]).mul_(0.5 * draft.probs_NV) if wants_grad else None
 
 
-def ce(draft: Rows, target: TargetRows, wants_grad: bool) -> LossRows:
+def ce(draft: LogitRows, target: TargetRows, wants_grad: bool) -> KernelOutput:
     index = target.token_ids_N[:, None]
     loss_N = draft.log_norm_N - draft.logits_NV.gather(1, index).squeeze(1)
     if not wants_grad:
@@ -135,7 +137,7 @@ def ce(draft: Rows, target: TargetRows, wants_grad: bool) -> LossRows:
     return loss_N, grad_NV.scatter_add_(1, index, grad_NV.new_full(index.shape, -1.0))
 
 
-def tv(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
+def tv(draft: LogitRows, target: LogitRows, wants_grad: bool) -> KernelOutput:
     loss_N = 1.0 - torch.minimum(draft.probs_NV, target.probs_NV).sum(-1)
     if not wants_grad:
         return loss_N, None
@@ -145,7 +147,7 @@ def tv(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
     return loss_N, torch.addcmul(below_NV.neg_(), draft.probs_NV, -below_NV.sum(-1, keepdim=True))
 
 
-def neg_log_acceptance(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
+def neg_log_acceptance(draft: LogitRows, target: LogitRows, wants_grad: bool) -> KernelOutput:
     rejected_N, grad_NV = tv(draft, target, wants_grad)
     accepted_N = 1.0 - rejected_N
     floored_N = accepted_N.clamp_min(MIN_ACCEPTANCE)
@@ -154,7 +156,7 @@ def neg_log_acceptance(draft: Rows, target: Rows, wants_grad: bool) -> LossRows:
     return -floored_N.log(), grad_NV
 
 
-def lk_hybrid(draft: Rows, target: Rows, wants_grad: bool, eta: float = LK_HYBRID_ETA) -> LossRows:
+def lk_hybrid(draft: LogitRows, target: LogitRows, wants_grad: bool, eta: float = LK_HYBRID_ETA) -> KernelOutput:
     rejected_N, grad_NV = tv(draft, target, wants_grad)
     kl_N, kl_grad_NV = kl_div(draft, target, wants_grad)
     share_N = (-eta * (1.0 - rejected_N)).exp()
@@ -164,12 +166,12 @@ def lk_hybrid(draft: Rows, target: Rows, wants_grad: bool, eta: float = LK_HYBRI
 
 
 class ClosedForm(torch.autograd.Function):
-    """A kernel as a loss on logits, for callers that already hold [..., V]. Gradients reach the draft logits only."""
+    """Applies a kernel to logits [..., V]. Gradients reach the draft logits only."""
 
     @staticmethod
     def forward(ctx, kernel: LossKernel, logits: Tensor, targets: Tensor) -> Tensor:
-        draft = Rows(logits.detach().reshape(-1, logits.shape[-1]))
-        target = Rows(targets.detach().reshape(-1, targets.shape[-1]))
+        draft = LogitRows(logits.detach().reshape(-1, logits.shape[-1]))
+        target = LogitRows(targets.detach().reshape(-1, targets.shape[-1]))
         with torch.autocast(logits.device.type, enabled=False):
             loss_N, grad_NV = kernel(draft, target, ctx.needs_input_grad[1])
         ctx.save_for_backward(grad_NV)

@@ -1,34 +1,71 @@
-"""Walking over draft rows and the target rows they are compared with, chunk by chunk: what one chunk needs and gives.
+"""Chunks of draft rows and of the target rows they are compared with: how they are cut, computed and scored.
 
-Shapes: N draft rows, U target rows in use, K uses of a target row, C rows of a chunk, X width of a row, V vocabulary.
+Shapes: N draft rows, T target rows, U of them in use, K uses of a target row, C rows of a chunk, H hidden size, X width
+of a row, V draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculators.losses.gradients import LossKernel, LossRows, Rows, TargetRows, TokenRows
+from speculators.losses.closed_form import KernelOutput, LogitRows, LossKernel, TargetRows, TokenRows
 from speculators.losses.registry import KERNELS, LossFunction
-from speculators.losses.targets import Targets
 
 MIN_FILL = 0.5
-"""The k-th uses of target rows that cover at least this share of a chunk are padded rather than gathered."""
+"""A column of the table that fills at least this share of a chunk is padded; sparser ones are gathered."""
+
+
+class Targets(Protocol):
+    """What draft rows are compared with: computes the target distributions of chosen rows on demand."""
+
+    def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows: ...
+
+
+@dataclass(frozen=True)
+class HeadTargets:
+    """The verifier's own distributions: its head on its (normed) hidden rows, then its logit transform."""
+
+    hidden_TH: Tensor
+    weight_VH: Tensor
+    scale: float = 1.0
+    """Factor on the logits (`logit_scale`; 1 / `logits_scaling`)."""
+    softcap: float | None = None
+    """`final_logit_softcapping`: cap * tanh(logits / cap)."""
+
+    def logits(self, rows_C: Tensor, dtype: torch.dtype) -> Tensor:
+        logits_CV = F.linear(self.hidden_TH[rows_C].to(dtype), self.weight_VH.to(dtype))
+        if self.scale != 1.0:
+            logits_CV = logits_CV * self.scale
+        return logits_CV if self.softcap is None else self.softcap * torch.tanh(logits_CV / self.softcap)
+
+    def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows:
+        return LogitRows(self.logits(rows_C, dtype))
+
+
+@dataclass(frozen=True)
+class TokenTargets:
+    """Hard labels; only `ce` makes sense with them."""
+
+    token_ids_T: Tensor
+
+    def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows:
+        return TokenRows(self.token_ids_T[rows_C])
 
 
 class Group(NamedTuple):
     """Draft rows of a chunk that are scored together."""
 
     draft_rows: Tensor
-    """As computed: one for each target row (missing ones repeat a row) or only those that exist."""
-    kept: Tensor | None
-    """Places of the real ones among them; None = all."""
-    take: Tensor | None
+    """One per target row (missing ones repeat a row), or only those that exist."""
+    real: Tensor | None
+    """Indices of those that are no repetition; None = all."""
+    target_index: Tensor | None
     """Target rows of the chunk to gather; None = all, in order."""
 
 
@@ -40,7 +77,7 @@ class Pairing:
     table_UK: Tensor
     """Draft row of the k-th use of a target row, -1 = none."""
     counts: list[list[int]]
-    """[chunk][k]: how many rows of the column exist. The only thing the host must know."""
+    """[chunk][k]: rows of column k that exist. The only numbers that the host needs."""
     chunk_rows: int
     num_rows: int
 
@@ -77,14 +114,15 @@ def dense_group(draft_rows_C: Tensor, is_full: bool) -> Group:
 
 
 def gathered_groups(draft_rows_KC: Tensor, most: int) -> list[Group]:
-    """Those that exist, whichever use they are, together: a product of few rows costs as much as one of many."""
+    """Puts the rows that exist into few groups, whichever use they are: a product of few rows costs as much as one of
+    many."""
     use_M, place_M = (draft_rows_KC >= 0).nonzero().unbind(1)
     pieces = zip(draft_rows_KC[use_M, place_M].split(most), place_M.split(most), strict=True)
     return [Group(rows, None, places) for rows, places in pieces]
 
 
 class Chunk(NamedTuple):
-    """What one group of draft rows came to."""
+    """Results of one group of draft rows."""
 
     group: Group
     losses: list[Tensor]
@@ -93,29 +131,31 @@ class Chunk(NamedTuple):
     draft_ids: Tensor
     target_ids: Tensor
 
-    def put(self, out_N: Tensor, values: Tensor) -> None:
-        rows, kept = self.group.draft_rows, self.group.kept
-        if kept is None:
+    def write(self, out_N: Tensor, values: Tensor) -> None:
+        """Writes the values of the group's real rows into `out_N`."""
+        rows, real = self.group.draft_rows, self.group.real
+        if real is None:
             out_N[rows] = values
         else:
-            out_N[rows[kept]] = values[kept]
+            out_N[rows[real]] = values[real]
 
 
 Terms = list[tuple[LossKernel, float]]
 
 
-def walk(
+def iterate_chunks(
     rows_NX: Tensor, head_VX: Tensor, targets: Targets, pairing: Pairing, terms: Terms, wants_grad: bool
 ) -> Iterator[Chunk]:
-    """Chunk by chunk: target logits once, then the draft rows that share them."""
+    """Computes target logits once per chunk, then scores the draft rows that share them, group by group."""
     for target_rows_C, groups in pairing.chunks():
         target = targets.at(target_rows_C, head_VX.dtype)
         for group in groups:
-            draft = Rows(F.linear(rows_NX[group.draft_rows], head_VX))
-            yield score(group, draft, target if group.take is None else target.take(group.take), terms, wants_grad)
+            draft = LogitRows(F.linear(rows_NX[group.draft_rows], head_VX))
+            chosen = target if group.target_index is None else target.take(group.target_index)
+            yield score_group(group, draft, chosen, terms, wants_grad)
 
 
-def score(group: Group, draft: Rows, target: TargetRows, terms: Terms, wants_grad: bool) -> Chunk:
+def score_group(group: Group, draft: LogitRows, target: TargetRows, terms: Terms, wants_grad: bool) -> Chunk:
     losses, grad_logits = [], None
     for kernel, weight in terms:
         loss, grad = kernel(draft, target, wants_grad and weight != 0.0)
@@ -129,7 +169,7 @@ def score(group: Group, draft: Rows, target: TargetRows, terms: Terms, wants_gra
 
 
 def kernel_of(function: LossFunction) -> LossKernel:
-    """The closed form of a known loss; any other function of two distributions is differentiated within the chunk."""
+    """Returns the closed form of a known loss; autograd differentiates any other function within the chunk."""
     return KERNELS[function] if function in KERNELS else AutogradKernel(function)
 
 
@@ -137,7 +177,7 @@ def kernel_of(function: LossFunction) -> LossKernel:
 class AutogradKernel:
     function: LossFunction
 
-    def __call__(self, draft: Rows, target: TargetRows, wants_grad: bool) -> LossRows:
+    def __call__(self, draft: LogitRows, target: TargetRows, wants_grad: bool) -> KernelOutput:
         if isinstance(target, TokenRows):
             raise ValueError(f"loss {self.function!r} needs target distributions, but the targets are tokens; use 'ce'")
         if not wants_grad:
