@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from speculators.train import console
+from speculators.train import events
 from speculators.train.__main__ import main
 from speculators.train.config import TrainConfig
 from speculators.train.events import Event, Saved
@@ -52,8 +52,8 @@ def test_what_vllm_would_not_serve_as_trained_is_found(settings):
     assert result.checkpoint.is_dir()
 
 
-def test_errors_are_printed_with_their_mends_and_end_in_exit_code_1(settings, monkeypatch, capsys):
-    monkeypatch.setattr(console, "print_event", leave_stray_weights)
+def test_errors_are_printed_with_their_fixes_and_end_in_exit_code_1(settings, monkeypatch, capsys):
+    monkeypatch.setattr(events, "print_event", leave_stray_weights)
     flags = [
         [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
         for key, value in settings.items()

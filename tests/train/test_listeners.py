@@ -9,8 +9,7 @@ from types import ModuleType
 import pytest
 
 from speculators.train.config import ConfigError
-from speculators.train.console import line
-from speculators.train.events import Note, Saved, StepDone, Validated
+from speculators.train.events import Note, Saved, StepDone, Validated, line
 from speculators.train.logger import make_trackers
 
 STEP = StepDone(3, 10, 0, 0.5, {"loss": 2.0}, 1.75, 1000.0)

@@ -1,4 +1,4 @@
-"""Which parameter goes to which optimizer, and Muon's update against its definition."""
+"""Which parameter goes to which optimizer, Muon's update against its definition, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from training_toys import trainer_config
 
-from speculators.train.optimizers import make_optimizers
+from speculators.train.optimizers import Schedule, make_optimizers, make_schedule
 
 
 class Toy(nn.Module):
@@ -60,3 +60,38 @@ def test_the_learning_rate_is_a_share_of_each_peak():
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="no trainable parameter"):
         make_optimizers(nn.Linear(2, 2).requires_grad_(False), trainer_config())
+
+
+def test_linear_rises_over_the_warmup_then_falls_to_zero():
+    scales = [Schedule("linear", 2, 6).scale(step) for step in range(7)]
+    assert scales == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_cosine_is_half_at_half_way_and_none_stays():
+    assert [Schedule("cosine", 0, 4).scale(step) for step in (0, 2, 4)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [Schedule("none", 0, 4).scale(step) for step in (0, 2, 9)] == [1.0, 1.0, 1.0]
+
+
+def test_it_stays_at_zero_past_the_end():
+    assert Schedule("linear", 0, 4).scale(10) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup", "total"),
+    [
+        ({}, 10, 1000),
+        ({"warmup_ratio": 0.2}, 200, 1000),
+        ({"warmup_steps": 7}, 7, 1000),
+        ({"total_steps": 500}, 5, 500),
+    ],
+)
+def test_where_the_numbers_come_from(options, warmup, total):
+    schedule = make_schedule("linear", 1000, **options)
+    assert (schedule.num_warmup_steps, schedule.num_steps) == (warmup, total)
+
+
+def test_steps_win_over_the_ratio_and_a_ratio_is_a_share():
+    with pytest.warns(UserWarning, match="the steps count"):
+        assert make_schedule("linear", 100, warmup_steps=3, warmup_ratio=0.5).num_warmup_steps == 3
+    with pytest.raises(ValueError, match=r"scheduler_warmup_ratio=1\.5 .* within 0\.\.1"):
+        make_schedule("linear", 100, warmup_ratio=1.5)

@@ -11,9 +11,9 @@ import torch
 from training_toys import random_batch
 
 from speculators.train.checkpointer import Checkpointer
+from speculators.train.data import ListLoader
 from speculators.train.events import Saved, StepDone, Stopped, Validated
 from speculators.train.graceful_shutdown import TrainingInterrupted
-from speculators.train.loader import ListLoader
 from speculators.train.trainer import Trainer, TrainerConfig
 
 BATCHES = [random_batch(seed) for seed in range(5)]

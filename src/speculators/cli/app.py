@@ -19,7 +19,7 @@ import typer
 from typer.main import get_command
 
 from speculators.cli.console import say_error
-from speculators.train.errors import ConfigError
+from speculators.train.events import ConfigError
 from speculators.utils.names import did_you_mean
 
 VERBS: dict[str, str] = {

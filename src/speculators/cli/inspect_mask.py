@@ -11,7 +11,7 @@ from speculators.cli.console import out
 from speculators.cli.options import TrustRemoteCode, parse_json_object
 
 if TYPE_CHECKING:
-    from speculators.data_generation.inspection import InspectedRow
+    from speculators.data_generation.prepared import InspectedRow
 
 
 def inspect_mask(

@@ -1,23 +1,43 @@
-"""Hidden-state files on disk, by row: which exist, which are damaged, which are still to be made.
+"""One hidden-state file per row of a prepared dataset: its name, its bytes, and what may be wrong with it.
 
-    <directory>/hs_<row>.safetensors    hidden_states [S, slots, H], token_ids [S], and for fp8 hidden_states_scales
+    <directory>/hs_<row>.safetensors
+        hidden_states         [S, slots, H]   aux layers in order, then the last layer before the final norm
+        token_ids             [S] int64
+        hidden_states_scales  [S, 1, 1] f32   fp8 only: value = fp8 * scale
 
-The last slot is the verifier's last layer before the final norm, the others are the aux layers in order.
+The header says what the file is (capture, source dtype, verifier) and holds a checksum; files of other tools lack it.
+Shapes: S tokens (T in `VerifierStates`), slots = A aux layers (+ 1), H hidden size.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
+
+from speculators.interfaces import CaptureSpec, VerifierStates
 
 FILE_NAME = re.compile(r"hs_(\d+)\.safetensors")
 REQUIRED_KEYS = ("hidden_states", "token_ids")
+
+FORMAT = "speculators-hidden-states-1"
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+SMALLEST_SCALE = 1e-12
+"""So that a token whose states are all zero divides by something."""
+
+SOURCE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+
+TensorDict = dict[str, Tensor]
 
 
 def hidden_state_path(directory: str | Path, row: int) -> Path:
@@ -97,4 +117,101 @@ def check_finite(states: Tensor) -> None:
     raise ValueError(
         f"hidden states are not finite: shape={tuple(states.shape)}, {int((~finite).sum())} values are NaN or "
         f"infinite, affected layer slots={slots}, finite values min={low:.4g} max={high:.4g}"
+    )
+
+
+# -- contents ----------------------------------------------------------------------------------------------------------
+
+
+class CorruptHiddenStatesError(ValueError):
+    """A hidden-state file that is damaged, or does not hold what its name says."""
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """What a file says about itself; None where a file of another tool says nothing."""
+
+    capture: CaptureSpec | None
+    source_dtype: torch.dtype
+    """What fp8 values are restored to."""
+    verifier: str | None
+    crc32: int | None
+
+
+def num_slots(capture: CaptureSpec) -> int:
+    return len(capture.aux_layer_ids) + capture.last_hidden
+
+
+def estimate_bytes(num_tokens: int, capture: CaptureSpec, hidden_size: int, dtype: torch.dtype) -> int:
+    """Bytes on disk for the states of `num_tokens` tokens, headers aside. float8_e4m3fn comes with its scales."""
+    scale_bytes = torch.float32.itemsize if dtype == FP8 else 0
+    return num_tokens * (num_slots(capture) * hidden_size * dtype.itemsize + scale_bytes + torch.int64.itemsize)
+
+
+def to_tensors(states: VerifierStates, capture: CaptureSpec, dtype: torch.dtype | None) -> TensorDict:
+    """The tensors of a file; `dtype=None` keeps the states' own."""
+    parts = []
+    if states.aux_TD is not None:
+        parts.append(states.aux_TD.unflatten(-1, (len(capture.aux_layer_ids), -1)))
+    if states.last_hidden_TH is not None:
+        parts.append(states.last_hidden_TH[:, None])
+    states_TSH = torch.cat(parts, dim=1).cpu()
+    check_finite(states_TSH)
+    tensors = {"token_ids": states.token_ids_T.to("cpu", torch.int64).contiguous()}
+    if dtype == FP8:
+        tensors["hidden_states"], tensors["hidden_states_scales"] = quantise(states_TSH)
+    else:
+        tensors["hidden_states"] = states_TSH.to(dtype or states_TSH.dtype).contiguous()
+        check_finite(tensors["hidden_states"])  # float16 overflows where bfloat16 does not
+    return tensors
+
+
+def quantise(states_TSH: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale a token over all its slots; saturated before the cast, which would make NaN of what rounds past 448."""
+    values = states_TSH.float()
+    scales_T11 = (values.abs().amax(dim=(1, 2), keepdim=True) / FP8_MAX).clamp(min=SMALLEST_SCALE)
+    return (values / scales_T11).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales_T11
+
+
+def from_tensors(tensors: Mapping[str, Tensor], capture: CaptureSpec, source_dtype: torch.dtype) -> VerifierStates:
+    """The states `capture` asks for. A file of another tool may hold a last slot that nobody asked for."""
+    states_TSH = tensors["hidden_states"]
+    if "hidden_states_scales" in tensors:
+        states_TSH = (states_TSH.float() * tensors["hidden_states_scales"]).to(source_dtype)
+    num_aux = len(capture.aux_layer_ids)
+    return VerifierStates(
+        token_ids_T=tensors["token_ids"],
+        aux_TD=states_TSH[:, :num_aux].flatten(1) if num_aux else None,
+        last_hidden_TH=states_TSH[:, -1] if capture.last_hidden else None,
+    )
+
+
+def to_bytes(tensors: TensorDict, capture: CaptureSpec, source_dtype: torch.dtype, verifier: str | None) -> bytes:
+    metadata = {
+        "format": FORMAT,
+        "aux_layer_ids": json.dumps(list(capture.aux_layer_ids)),
+        "last_hidden": json.dumps(capture.last_hidden),
+        "source_dtype": str(source_dtype).removeprefix("torch."),
+        "crc32": str(checksum(tensors)),
+    }
+    if verifier is not None:
+        metadata["verifier"] = verifier
+    return save(tensors, metadata)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    crc = 0
+    for key in sorted(tensors):
+        crc = zlib.crc32(tensors[key].contiguous().flatten().view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def parse_header(metadata: Mapping[str, str] | None) -> FileHeader:
+    if metadata is None or metadata.get("format") != FORMAT:
+        return FileHeader(None, torch.bfloat16, None, None)
+    return FileHeader(
+        capture=CaptureSpec(tuple(json.loads(metadata["aux_layer_ids"])), json.loads(metadata["last_hidden"])),
+        source_dtype=SOURCE_DTYPES[metadata["source_dtype"]],
+        verifier=metadata.get("verifier"),
+        crc32=int(metadata["crc32"]),
     )

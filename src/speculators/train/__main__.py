@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = TrainConfig.resolve(sys.argv[1:] if argv is None else argv)
         # here, not at the top: --help must not wait for torch
-        from speculators.train.console import print_event
+        from speculators.train.events import print_event
         from speculators.train.run import train
 
         result = train(config, on_event=print_event)

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 import speculators
-from speculators.train.errors import ConfigError
+from speculators.train.events import ConfigError
 from speculators.train.flags import build_parser, flag_of, parse
 from speculators.train.keys import GROUPS, RETIRED_KEYS, RunKeys, group_of
 from speculators.utils.names import did_you_mean

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from speculators.train.algorithm import Algorithm, validate
-from speculators.train.errors import ConfigError
+from speculators.train.events import ConfigError
 from speculators.train.flags import build_parser, flag_of
 from speculators.train.keys import (
     GROUPS,

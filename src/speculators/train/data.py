@@ -1,4 +1,7 @@
-"""The prepared dataset as training samples: tokens and masks from disk, verifier states from a `HiddenStateSource`.
+"""The prepared dataset as training samples (tokens and masks from disk, verifier states from a `HiddenStateSource`),
+and the loader that packs them into batches in the order of the sampler.
+
+States on disk are read ahead by threads; states computed in process are asked for one packed row at a time.
 
 Shapes: S tokens of a document, A aux layers, H hidden size.
 
@@ -8,9 +11,11 @@ Shapes: S tokens of a document, A aux layers, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,8 +25,23 @@ from torch.utils.data import Dataset
 from speculators.data_generation import PreparedData
 from speculators.interfaces import HiddenStateSource, VerifierStates
 from speculators.train.collate import CollateFn, Sample
+from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 
-__all__ = ["ArrowDataset", "CollateFn", "Sample"]
+__all__ = [
+    "ArrowDataset",
+    "Batch",
+    "BatchLoader",
+    "CollateFn",
+    "ListLoader",
+    "PackedLoader",
+    "Sample",
+    "as_loader",
+    "check_supervised",
+    "check_token_ids",
+    "num_steps_of",
+]
+
+Batch = dict[str, Any]
 
 
 class ArrowDataset(Dataset[Sample]):
@@ -116,3 +136,89 @@ def check_token_ids(dataset: ArrowDataset, datapath: str | Path, vocab_size: int
             f"{datapath} has token {largest} but the verifier knows 0..{vocab_size - 1}: it was prepared with another "
             "tokenizer; prepare it again with this verifier"
         )
+
+
+class BatchLoader(Protocol):
+    """What the trainer needs of its data."""
+
+    def __len__(self) -> int:
+        """Batches of the current epoch."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """The epoch's batches from number `first` on."""
+        ...
+
+
+class PackedLoader:
+    def __init__(
+        self,
+        read: Callable[[Sequence[int]], list[Any]],
+        sampler: MultipackDistributedBatchSamplerV2,
+        collate: Callable[[Sequence[Any]], Batch],
+        *,
+        num_threads: int = 0,
+        num_ahead: int = 4,
+    ):
+        """`read` gives the samples of one packed row; `num_threads=0` reads in the training thread."""
+        self.read, self.sampler, self.collate = read, sampler, collate
+        self.num_threads, self.num_ahead = num_threads, num_ahead
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+    def make(self, row: Sequence[int]) -> Batch:
+        return self.collate(self.read(row))
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        rows = self.sampler.rows()[first:]
+        if self.num_threads == 0:
+            yield from map(self.make, rows)
+            return
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            ahead: deque[Future[Batch]] = deque()
+            try:
+                for row in rows:
+                    ahead.append(pool.submit(self.make, row))
+                    if len(ahead) > self.num_ahead:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+
+class ListLoader:
+    """Ready batches, the same every epoch."""
+
+    def __init__(self, ready: Sequence[Batch]):
+        self.ready = ready
+
+    def __len__(self) -> int:
+        return len(self.ready)
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        return iter(self.ready[first:])
+
+
+def as_loader(loader: BatchLoader | Sequence[Batch]) -> BatchLoader:
+    return ListLoader(loader) if isinstance(loader, Sequence) else loader
+
+
+def num_steps_of(loader: BatchLoader, num_epochs: int) -> int:
+    """Steps of all epochs; rows are packed anew each epoch, so their number varies a little."""
+    total = 0
+    for epoch in range(num_epochs):
+        loader.set_epoch(epoch)
+        total += len(loader)
+    loader.set_epoch(0)
+    return total

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from speculators.train.errors import ConfigError
+from speculators.train.events import ConfigError
 from speculators.train.keys import RETIRED_KEYS
 from speculators.utils.names import did_you_mean
 

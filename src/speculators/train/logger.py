@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from speculators.train.errors import ConfigError
-from speculators.train.events import Event, Listener, StepDone, Validated
+from speculators.train.events import ConfigError, Event, Listener, StepDone, Validated
 from speculators.utils.names import did_you_mean
 
 Log = Callable[[dict[str, float], int], None]

@@ -23,13 +23,12 @@ from speculators.model import SpeculatorModel
 from speculators.provenance import find_package_repo, git_diff, git_sha, package_versions
 from speculators.train.collate import CollateFn
 from speculators.train.config import TrainConfig
-from speculators.train.data import ArrowDataset, check_supervised, check_token_ids
+from speculators.train.data import ArrowDataset, PackedLoader, check_supervised, check_token_ids
 from speculators.train.distributed import Ranks, ranks_from_environment
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.draft_shape import draft_config, load_verifier_config, text_config
 from speculators.train.events import Event, Listener, Note, ignore
 from speculators.train.gate import run_gate
-from speculators.train.loader import PackedLoader
 from speculators.train.logger import make_trackers
 from speculators.train.memory import MemoryEstimate, check_disk_space, estimate_memory
 from speculators.train.records import TrainerConfig, TrainResult

@@ -8,15 +8,20 @@ files                                  read; what is missing: --on-missing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
-from speculators.data_generation import CachedSource, HiddenStateStore, LocalSource, PreparedData, VllmSource
-from speculators.interfaces import CaptureSpec, HiddenStateSource, VerifierStates
+from speculators.data_generation import (
+    CachedSource,
+    HiddenStateStore,
+    LocalSource,
+    MemoryCachedSource,
+    PreparedData,
+    StoredOrComputedSource,
+    VllmSource,
+)
+from speculators.interfaces import CaptureSpec, HiddenStateSource
 from speculators.train.keys import DataKeys
-from speculators.train.state_cache import KeptInMemory
 from speculators.utils.files import is_same_model
 
 HIDDEN_STATES_NAME = "hidden_states"
@@ -24,20 +29,6 @@ SERVER_ITEMSIZE = 4
 """Bytes of a server's values, before the first is seen: fp32 at most."""
 MAX_STORED_DIFFERENCE = 0.15
 """Relative. fp8 storage of bf16 states differs by about 0.03, other layers or models by 1."""
-
-
-class StoredOrComputed:
-    """A `HiddenStateSource`: files where they exist, the verifier for the rest; nothing is written."""
-
-    def __init__(self, store: HiddenStateStore, inner: HiddenStateSource):
-        self.store, self.inner = store, inner
-        self.capture = store.capture
-
-    def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
-        is_stored = [self.store.has(row) if (row := self.store.row_of(ids)) is not None else False for ids in token_ids]
-        computed = iter(self.inner.read([ids for ids, stored in zip(token_ids, is_stored, strict=True) if not stored]))
-        stored = iter(self.store.read([ids for ids, stored in zip(token_ids, is_stored, strict=True) if stored]))
-        return [next(stored) if from_store else next(computed) for from_store in is_stored]
 
 
 def directory_of(keys: DataKeys) -> Path:
@@ -81,7 +72,7 @@ def make_source(
     if store is None:
         return kept_in_memory(keys, computing, hidden_size)
     check_stored_states(store, computing, Path(keys.data_path))
-    return CachedSource(computing, store) if keys.cache_hidden_states else StoredOrComputed(store, computing)
+    return CachedSource(computing, store) if keys.cache_hidden_states else StoredOrComputedSource(store, computing)
 
 
 def ask_server(
@@ -123,11 +114,11 @@ def kept_in_memory(keys: DataKeys, computing: LocalSource | VllmSource, hidden_s
     if isinstance(computing, LocalSource):
         itemsize = next(computing.model.parameters()).element_size()
     data = PreparedData.open(keys.data_path).dataset()
-    return KeptInMemory(
+    return MemoryCachedSource(
         computing,
         lengths_of(keys),
         lambda row: data[row]["input_ids"][: keys.total_seq_len],
-        bytes_a_token=num_states * hidden_size * itemsize,
+        bytes_per_token=num_states * hidden_size * itemsize,
         budget_bytes=int(keys.hidden_states_memory_gb * 1e9),
     )
 

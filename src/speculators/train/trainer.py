@@ -16,14 +16,13 @@ import torch
 from speculators.data_generation import InvalidResponseError, ServerUnavailableError
 from speculators.model import SpeculatorModel
 from speculators.train.checkpointer import INTERRUPTED, Checkpointer, Position, is_saved_epoch, mid_epoch_saves
+from speculators.train.data import Batch, BatchLoader, as_loader, num_steps_of
 from speculators.train.distributed import Ranks, pick_device
 from speculators.train.events import Listener, Note, Saved, Started, StepDone, Stopped, Validated, ignore
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
-from speculators.train.loader import Batch, BatchLoader, as_loader, num_steps_of
 from speculators.train.metrics import MetricSums, RecentSteps, expected_acceptance_length
-from speculators.train.optimizers import make_optimizers
+from speculators.train.optimizers import make_optimizers, make_schedule
 from speculators.train.records import TrainerConfig, TrainResult
-from speculators.train.schedulers import make_schedule
 
 __all__ = ["TrainResult", "Trainer", "TrainerConfig"]
 

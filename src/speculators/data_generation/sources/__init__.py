@@ -1,13 +1,13 @@
 """Where training gets the verifier's states from. All are `speculators.interfaces.HiddenStateSource`s.
 
 LocalSource        runs the verifier in this process: no server, no disk
-CachedSource       the same, each row computed once and kept in a HiddenStateStore
 VllmSource         asks a vLLM server that extracts them (`speculators launch-vllm`)
 HiddenStateStore   files on disk, by row; also a source by itself when every row is there
+CachedSource, MemoryCachedSource, StoredOrComputedSource    keep what another source computes (see `cached.py`)
 """
 
-from speculators.data_generation.sources.cached import CachedSource
-from speculators.data_generation.sources.codec import CorruptHiddenStatesError, estimate_bytes
+from speculators.data_generation.offline import CorruptHiddenStatesError, estimate_bytes
+from speculators.data_generation.sources.cached import CachedSource, MemoryCachedSource, StoredOrComputedSource
 from speculators.data_generation.sources.local import LocalSource
 from speculators.data_generation.sources.store import HiddenStateStore, StoragePlan
 from speculators.data_generation.sources.vllm import VllmSource
@@ -17,7 +17,9 @@ __all__ = [
     "CorruptHiddenStatesError",
     "HiddenStateStore",
     "LocalSource",
+    "MemoryCachedSource",
     "StoragePlan",
+    "StoredOrComputedSource",
     "VllmSource",
     "estimate_bytes",
 ]

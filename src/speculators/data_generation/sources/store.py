@@ -21,16 +21,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speculators.data_generation.offline import (
-    check_hidden_states,
-    get_existing_hidden_state_indices,
-    hidden_state_path,
-)
-from speculators.data_generation.sources.codec import (
     CorruptHiddenStatesError,
     FileHeader,
+    check_hidden_states,
     checksum,
     estimate_bytes,
     from_tensors,
+    get_existing_hidden_state_indices,
+    hidden_state_path,
     num_slots,
     parse_header,
     to_bytes,

@@ -22,8 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from speculators.data_generation.offline import check_hidden_states
-from speculators.data_generation.sources.codec import num_slots
+from speculators.data_generation.offline import check_hidden_states, num_slots
 from speculators.data_generation.vllm_client import (
     DEFAULT_MAX_RETRIES,
     DEFAULT_TIMEOUT_S,

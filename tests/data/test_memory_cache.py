@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from speculators.data_generation.sources.cached import MemoryCachedSource, groups_of
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.train.state_cache import KeptInMemory, groups_of
 
 
 class Counting:
@@ -33,13 +33,13 @@ def test_groups_are_of_similar_length_and_of_what_fits():
     assert groups_of([3, 5], max_tokens=0) == []
 
 
-def cached(inner, **sizes) -> KeptInMemory:
-    return KeptInMemory(inner, [len(row) for row in ROWS], ROWS.__getitem__, **sizes)
+def cached(inner, **sizes) -> MemoryCachedSource:
+    return MemoryCachedSource(inner, [len(row) for row in ROWS], ROWS.__getitem__, **sizes)
 
 
 def test_each_row_is_computed_once_and_what_does_not_fit_every_time():
     inner = Counting()
-    cache = cached(inner, bytes_a_token=10, budget_bytes=120)  # 12 tokens: rows 0, 1, 2
+    cache = cached(inner, bytes_per_token=10, budget_bytes=120)  # 12 tokens: rows 0, 1, 2
     for _ in range(3):
         states = cache.read([ROWS[3], ROWS[1], ROWS[0]])
         assert [len(of_row.token_ids_T) for of_row in states] == [2, 5, 3]
@@ -50,7 +50,7 @@ def test_each_row_is_computed_once_and_what_does_not_fit_every_time():
 
 def test_bits_do_not_depend_on_what_was_asked_first():
     def last_states(order):
-        cache = cached(Counting(), bytes_a_token=1, budget_bytes=10**6)
+        cache = cached(Counting(), bytes_per_token=1, budget_bytes=10**6)
         for row in order:
             cache.read([ROWS[row]])
         return [cache.read([ids])[0].aux_TD for ids in ROWS]
