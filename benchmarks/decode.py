@@ -29,8 +29,7 @@ from proposals import CONTEXTS, proposals_per_second
 from transformers import PreTrainedModel
 
 from speculators.decoding import Engine
-from speculators.decoding.proposers.draft_model import DraftModelProposer
-from speculators.decoding.proposers.early_exit import first_layers
+from speculators.decoding.proposers.draft_model import DraftModelProposer, first_layers
 
 ACCURACIES = (0.7, 1.0)
 

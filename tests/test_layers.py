@@ -12,7 +12,7 @@ PACKAGE = "speculators"
 ROWS: tuple[set[str], ...] = (
     {"utils"},
     {"proposals", "config", "interfaces", "provenance"},
-    {"nn", "losses", "verifier", "packed_linear"},
+    {"nn", "losses", "verifier"},
     {"model", "model_loading", "draft_vocab", "checkpoint"},
     {"models"},
     {"data_generation", "decoding", "convert", "deploy", "assets"},

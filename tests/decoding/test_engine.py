@@ -7,7 +7,7 @@ import torch
 import toys
 
 from speculators.decoding import DecodeStats, Engine, HFVerifier, SamplingParams
-from speculators.decoding.intake import end_of_sequence_ids
+from speculators.decoding.request import end_of_sequence_ids
 from speculators.interfaces import CaptureSpec
 
 V = toys.VOCAB

@@ -6,7 +6,7 @@ import pytest
 import torch
 import toys
 
-from speculators.decoding.hf_verifier import HFVerifier
+from speculators.decoding.verifiers.hf_verifier import HFVerifier
 from speculators.interfaces import CaptureSpec
 from speculators.verifier import verifier_parts
 

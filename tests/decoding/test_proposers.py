@@ -10,9 +10,8 @@ import toys
 from toys import VOCAB
 
 from speculators.decoding import Engine, SamplingParams
-from speculators.decoding.proposers.early_exit import first_layers
+from speculators.decoding.proposers.draft_model import TokenIntersection, first_layers
 from speculators.decoding.proposers.ngram import NgramIndex, NgramProposer
-from speculators.decoding.proposers.vocabulary import TokenIntersection
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 
 
@@ -237,7 +236,7 @@ def test_a_speculators_weights_are_of_the_revision_its_config_was_read_from(tmp_
         asked.update(options)
         raise FileNotFoundError("no weights here")
 
-    monkeypatch.setattr("speculators.decoding.proposers.SpeculatorModel.from_pretrained", loads)
+    monkeypatch.setattr("speculators.decoding.proposers.build.SpeculatorModel.from_pretrained", loads)
     config = {"model": str(tmp_path), "num_speculative_tokens": 2}
     for given, expected in (({"revision": "v2"}, "v2"), ({}, "main")):
         with pytest.raises(FileNotFoundError, match="no weights here"):

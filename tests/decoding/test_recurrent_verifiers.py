@@ -8,7 +8,7 @@ import toys
 from transformers import AutoConfig, AutoModelForCausalLM, JambaConfig, RecurrentGemmaConfig
 
 from speculators.decoding import Engine, SamplingParams
-from speculators.decoding.recurrent_verifier import RecurrentVerifier, make_verifier
+from speculators.decoding.verifiers.recurrent_verifier import RecurrentVerifier, make_verifier
 from speculators.interfaces import CaptureSpec
 from speculators.verifier import capture_states
 

@@ -10,10 +10,9 @@ from drafter_toys import HIDDEN, VOCAB
 from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
-from speculators.decoding.proposers.dynamic_tree import DynamicTreeProposer
-from speculators.decoding.proposers.static_tree import StaticTreeProposer
-from speculators.decoding.tree import TokenTree
-from speculators.decoding.tree_growing import DynamicTreeShape
+from speculators.decoding.trees.dynamic_tree import DynamicTreeProposer, DynamicTreeShape
+from speculators.decoding.trees.static_tree import StaticTreeProposer
+from speculators.decoding.trees.token_tree import TokenTree
 from speculators.interfaces import Committed, DraftSampling, VerifierStates
 
 CASES = {

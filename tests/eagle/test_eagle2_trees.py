@@ -6,8 +6,7 @@ from drafter_toys import Request, commit
 from eagle1_drafting import PROMPTS, trained
 
 from speculators.decoding import Engine, SamplingParams
-from speculators.decoding.proposers.dynamic_tree import DynamicTreeProposer
-from speculators.decoding.tree_growing import DynamicTreeShape
+from speculators.decoding.trees.dynamic_tree import DynamicTreeProposer, DynamicTreeShape
 from speculators.interfaces import DraftSampling
 
 GREEDY = DraftSampling(torch.zeros(2))

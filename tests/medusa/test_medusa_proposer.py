@@ -8,8 +8,8 @@ from medusa_toys import NaiveMedusa
 from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
-from speculators.decoding.proposers.static_tree import StaticTreeProposer
-from speculators.decoding.tree import MEDUSA_63, TokenTree
+from speculators.decoding.trees.static_tree import StaticTreeProposer
+from speculators.decoding.trees.token_tree import MEDUSA_63, TokenTree
 from speculators.interfaces import DraftSampling
 
 SIZES = {"max_batch_size": 4, "max_length": 64}

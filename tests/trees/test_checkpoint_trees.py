@@ -9,8 +9,8 @@ import torch
 
 from speculators.decoding import Engine, SamplingParams, parse_methods
 from speculators.decoding.config import SpeculativeConfig
-from speculators.decoding.proposers.static_tree import Expansions, StaticTreeProposer
-from speculators.decoding.tree import TokenTree
+from speculators.decoding.trees.static_tree import Expansions, StaticTreeProposer
+from speculators.decoding.trees.token_tree import TokenTree
 from speculators.interfaces import Committed, DraftSampling
 from speculators.model import SpeculatorModel
 

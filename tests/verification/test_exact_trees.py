@@ -12,7 +12,8 @@ import pytest
 import torch
 from exact import Drafted, emitted_law, largest_error, paths, random_table
 
-from speculators.decoding.tree_growing import DynamicTreeShape, grow_dynamic_tree, sample_tree, share_shape
+from speculators.decoding.trees.dynamic_tree import DynamicTreeShape, grow_dynamic_tree, share_shape
+from speculators.decoding.trees.static_tree import sample_tree
 from speculators.decoding.verification import resolve_rule
 
 V, TOLERANCE = 3, 1e-10
@@ -125,7 +126,7 @@ def test_dynamic_trees_keep_the_verifiers_joint_law(shape, seed):
         frontier_paths[frontier.depth] = own
         return torch.stack([draft[path] for path in own])[None].log()
 
-    proposal = share_shape(grow_dynamic_tree(draft[()][None].log(), expand, shape)[0])
+    proposal = share_shape(grow_dynamic_tree(draft[()][None].log(), expand, shape))
     parents, tokens = proposal.parents_K.tolist(), tuple(proposal.token_ids_BK[0].tolist())
     assert len(tokens) == shape.total_token - 1
     for path in paths(tokens, parents):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from speculators.decoding.tree import EAGLE_25, MEDUSA_63, TokenTree, ancestor_mask, depths, expected_tokens
-from speculators.decoding.tree_growing import DynamicTreeShape, grow_dynamic_tree, rank_tree, sample_tree, share_shape
+from speculators.decoding.trees.dynamic_tree import DynamicTreeShape, GrownTrees, grow_dynamic_tree, share_shape
+from speculators.decoding.trees.static_tree import rank_tree, sample_tree
+from speculators.decoding.trees.token_tree import EAGLE_25, MEDUSA_63, TokenTree, ancestor_mask, depths, expected_tokens
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import Proposal
 
@@ -121,32 +123,34 @@ def test_dynamic_trees_equal_a_naive_search(depth, top_k, total):
 
     shape = DynamicTreeShape(total_token=total, depth=depth, top_k=top_k)
     root = torch.stack([table_of(b)(()) for b in range(B)])
-    proposal, scores = grow_dynamic_tree(root, expand, shape)
+    grown = grow_dynamic_tree(root, expand, shape)
     for b in range(B):
         expected = naive_dynamic_tree(table_of(b), shape)
         paths: list[tuple[int, ...]] = []
-        for token, parent in zip(proposal.token_ids_BK[b].tolist(), proposal.parents_K[b].tolist(), strict=True):
+        for token, parent in zip(grown.token_ids_BK[b].tolist(), grown.parents_BK[b].tolist(), strict=True):
             assert parent < len(paths)
             paths.append((*(paths[parent] if parent >= 0 else ()), token))
         assert sorted(paths) == sorted(path for path, _ in expected)
-        assert sorted(scores[b].tolist()) == pytest.approx(sorted(score for _, score in expected))
-    shared = share_shape(proposal)
-    greedy = resolve_rule("greedy")
+        assert sorted(grown.log_probs_BK[b].tolist()) == pytest.approx(sorted(score for _, score in expected))
     target = torch.randn(B, V, V, generator=generator)  # row by the last token, so both layouts can look it up
-    results = []
-    for trees in (proposal, shared):
-        token_BK1 = torch.cat([torch.zeros(B, 1, dtype=torch.int64), trees.token_ids_BK.clamp_min(0)], 1)
-        rows = target[torch.arange(B)[:, None], token_BK1]
-        result = greedy(trees, rows)
-        emitted = [
-            [
-                *trees.token_ids_BK[b, result.path_BK[b, : result.num_accepted_B[b]]].tolist(),
-                int(result.next_token_B[b]),
-            ]
-            for b in range(B)
-        ]
-        results.append(emitted)
-    assert results[0] == results[1]
+    alone = [emitted_by("greedy", own_tree(grown, b), target[b : b + 1]) for b in range(B)]
+    assert emitted_by("greedy", share_shape(grown), target) == [row for rows in alone for row in rows]
+
+
+def own_tree(grown, row):
+    """A row's tree by itself, in its own shape."""
+    return Proposal(grown.token_ids_BK[row : row + 1], None, grown.parents_BK[row])
+
+
+def emitted_by(rule, proposal, target_BVV):
+    """The tokens each row emits: accepted ones and the one after them. `target_BVV`: a row's law by the last token."""
+    B = len(target_BVV)
+    token_BK1 = torch.cat([torch.zeros(B, 1, dtype=torch.int64), proposal.token_ids_BK.clamp_min(0)], 1)
+    result = resolve_rule(rule)(proposal, target_BVV[torch.arange(B)[:, None], token_BK1], None)
+    return [
+        [*proposal.token_ids_BK[b, result.path_BK[b, : result.num_accepted_B[b]]].tolist(), int(result.next_token_B[b])]
+        for b in range(B)
+    ]
 
 
 def test_sampled_siblings_are_distinct_and_carry_the_law_they_were_drawn_from():
@@ -174,19 +178,32 @@ def test_siblings_beyond_the_last_token_are_absent():
     assert sorted(proposal.token_ids_BK[0].tolist()) == [-1, 0, 1]
 
 
-def test_rows_may_have_trees_of_their_own():
+def test_rows_of_different_shapes_accept_together_what_each_accepts_alone():
+    """Trees 1(2) 0 and 1 0(2); the shared shape has both kinds of child, so slot 1 is the second child of the root."""
     parents = torch.tensor([[-1, 0, -1], [-1, -1, 1]])
     tokens = torch.tensor([[1, 2, 0], [1, 0, 2]])
-    target = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0, 0], [0, 1, 2, 1]]), 3).float()
-    together = {
-        name: resolve_rule(name)(Proposal(tokens, None, parents), target, None) for name in ("greedy", "strict")
-    }
-    for result in together.values():
-        assert result.path_BK.tolist() == [[0, 1, -1], [1, 2, -1]]
+    grown = GrownTrees(tokens, parents, torch.zeros(2, 3))
+    alone_target = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0, 0], [0, 1, 2, 1]]), 3).float()
+    shared = share_shape(grown)
+    assert shared.parents_K.tolist() == [-1, -1, 0, 1]
+    assert shared.token_ids_BK.tolist() == [[1, 0, 2, -1], [1, 0, -1, 2]]
+    shared_target = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0, 0, 0], [0, 1, 2, 0, 1]]), 3).float()
+    for name in ("greedy", "strict", "standard"):
+        rule = resolve_rule(name)
+        for row, path, next_token in ((0, [0, 1, -1], 0), (1, [1, 2, -1], 1)):
+            result = rule(with_point_laws(own_tree(grown, row), name), alone_target[row : row + 1], None)
+            assert result.path_BK.tolist() == [path] and result.next_token_B.tolist() == [next_token]
+        result = rule(with_point_laws(shared, name), shared_target, None)
+        assert result.path_BK.tolist() == [[0, 2, -1, -1], [1, 3, -1, -1]]
         assert result.next_token_B.tolist() == [0, 1]
-    one_hot = torch.nn.functional.one_hot(tokens, 3).float()
-    result = resolve_rule("standard")(Proposal(tokens, one_hot, parents), target, None)
-    assert result.path_BK.tolist() == [[0, 1, -1], [1, 2, -1]]
+
+
+def with_point_laws(proposal, rule):
+    """q written out, for the rule that reads it on trees (else it draws and matches)."""
+    if rule != "standard":
+        return proposal
+    one_hot_BKV = torch.nn.functional.one_hot(proposal.token_ids_BK.clamp_min(0), 3).float()
+    return replace(proposal, probs_BKV=one_hot_BKV)
 
 
 def test_nothing_is_drafted_below_a_slot_that_stays_empty():
@@ -205,6 +222,6 @@ def test_of_a_parent_and_a_child_as_likely_the_parent_is_kept():
         return torch.tensor([0.0, 0.0, 1.0]).log().expand(1, 2, 3)
 
     for total_token, tokens, parents in ((2, [0], [-1]), (3, [0, 2], [-1, 0]), (4, [0, 1, 2], [-1, -1, 0])):
-        proposal, _ = grow_dynamic_tree(root, certain, DynamicTreeShape(total_token, 1, 2))
-        assert proposal.token_ids_BK.tolist() == [tokens]
-        assert proposal.parents_K.tolist() == [parents]
+        grown = grow_dynamic_tree(root, certain, DynamicTreeShape(total_token, 1, 2))
+        assert grown.token_ids_BK.tolist() == [tokens]
+        assert grown.parents_BK.tolist() == [parents]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from speculators.utils.names import lazy_attributes
 
 _HOME = {
     "Engine": "engine",
@@ -13,17 +12,12 @@ _HOME = {
     "RequestOutput": "request",
     "StreamEvent": "request",
     "TokenLogprobs": "request",
-    "HFVerifier": "hf_verifier",
+    "HFVerifier": "verifiers.hf_verifier",
     "DecodingTarget": "target",
     "open_target": "target",
     "parse_method": "method",
     "parse_methods": "method",
 }
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: the command line asks for small records without wanting transformers."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+# Importing on first use lets the command line read small records without importing transformers.
+__getattr__, __dir__ = lazy_attributes(__name__, _HOME)

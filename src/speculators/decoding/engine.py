@@ -10,68 +10,79 @@ Shapes: B rows, K draft slots, K1 = K + 1 scored columns, T tokens, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speculators.decoding.chat import ChatEngine, refuse_name
-from speculators.decoding.intake import Intake, Prompts, Samplings, end_of_sequence_ids, refuse_below_one, usable_length
-from speculators.decoding.prefill import score_chunk, shared_prefix
-from speculators.decoding.proposers import Drafting, build_drafting
-from speculators.decoding.recurrent_verifier import make_verifier
-from speculators.decoding.request import RequestOutput, StreamEvent
-from speculators.decoding.round import (
-    Accepted,
-    RoundTimes,
-    account,
-    argmax_of,
-    drafted_tokens,
-    logprobs_of,
-    neighbours,
-    no_drafts,
-    on_host,
-    to_score,
+from speculators.decoding.config import SpeculativeConfig
+from speculators.decoding.drafting import Drafting, ReadyModels, build_drafting
+from speculators.decoding.prefill import score_chunk, share_prompt_prefix
+from speculators.decoding.request import (
+    ActiveRequest,
+    Prompts,
+    RequestBuilder,
+    RequestOutput,
+    Samplings,
+    StreamEvent,
+    end_of_sequence_ids,
+    refuse_below_one,
+    usable_length,
 )
-from speculators.decoding.rows import ActiveRequest, Batch
-from speculators.decoding.sampling import BatchSampling
+from speculators.decoding.round import Accepted, RoundTimes, account, logprobs_of, no_drafts, on_host, to_score, verify
+from speculators.decoding.rows import Batch
 from speculators.decoding.stats import DecodeStats
-from speculators.decoding.verification import DRAFT_STREAM, GreedyRule, keyed_draws, keyed_uniform, resolve_rule
-from speculators.interfaces import CaptureSpec, DraftSampling, Proposal, RemembersRequests, Verification
+from speculators.decoding.verification import resolve_rule, seed_drafts
+from speculators.decoding.verifiers.cache import neighbours
+from speculators.decoding.verifiers.recurrent_verifier import make_verifier
+from speculators.interfaces import (
+    AcceptanceRule,
+    CaptureSpec,
+    DraftSampling,
+    Proposal,
+    Proposer,
+    RemembersRequests,
+    Verification,
+    Verifier,
+)
 
 PREFILL_CHUNK = 512
-"""Prompt tokens a forward: bounds the memory of a prefill and how long it keeps the other rows waiting."""
+"""Prompt tokens per forward: bounds the memory of a prefill and how long it keeps the other rows waiting."""
 
 PLAIN_RULE = resolve_rule("strict")
 """Without drafts it only draws the next token."""
 
-OnToken = Callable[[StreamEvent], Any]
+OnToken = Callable[[StreamEvent], bool | None]
+"""Sees every event; returning False cancels the request."""
 
 
 class Engine(ChatEngine):
-    """Decodes prompts with a verifier, and a proposer when there is one.
+    """Decodes prompts with a verifier: speculatively if it is told how to draft, else plainly.
 
-    `speculative_config`: None, a SpeculativeConfig or vLLM's JSON as a dict, or a ready `Proposer` (then say
-    `num_speculative_tokens`). `rule`: an acceptance rule, or its name, in place of the config's."""
+    `verifier`: a transformers causal LM, or any object with the methods of `interfaces.Verifier`.
+    `speculative_config`: a SpeculativeConfig or vLLM's JSON as a dict, or a ready `Proposer` (then say
+    `num_speculative_tokens`); None: plain decoding. `rule`: an acceptance rule, or its name, in place of the config's.
+    `max_length`: prompt plus output in tokens. `prefill_chunk`: prompt tokens per forward.
+    Raises ValueError for settings that contradict one another or that cannot be followed."""
 
     def __init__(
         self,
-        verifier: Any,
-        speculative_config: Any = None,
+        verifier: PreTrainedModel | Verifier,
+        speculative_config: SpeculativeConfig | dict[str, Any] | Proposer | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         max_batch_size: int = 8,
         max_length: int | None = None,
         num_speculative_tokens: int | None = None,
-        rule: Any = None,
+        rule: AcceptanceRule | str | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         seed: int = 0,
     ):
         refuse_name(verifier)
         refuse_below_one(max_batch_size=max_batch_size, prefill_chunk=prefill_chunk)
-        is_model = isinstance(verifier, torch.nn.Module)
         self.max_length = usable_length(verifier, max_length)
         self.tokenizer = tokenizer
         self.drafting: Drafting | None = build_drafting(
@@ -84,16 +95,17 @@ class Engine(ChatEngine):
             rule=rule,
         )
         capture = self.drafting.proposer.capture if self.drafting is not None else CaptureSpec()
-        self.verifier = make_verifier(verifier, max_batch_size, capture) if is_model else verifier
+        self.verifier = make_verifier(verifier, max_batch_size, capture)
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
         self.stats = DecodeStats()
         eos_ids, vocab_size = end_of_sequence_ids(verifier, tokenizer), self.verifier.vocab_size
         # a rule that reads logits never sees the temperature
         greedy_only = self.drafting is not None and self.drafting.rule.reads_logits
-        self._intake = Intake(tokenizer, eos_ids, vocab_size, self.max_length, seed, greedy_only=greedy_only)
+        self._builder = RequestBuilder(tokenizer, eos_ids, vocab_size, self.max_length, seed, greedy_only=greedy_only)
+        self._models = ReadyModels(self.verifier, self.drafting.proposer if self.drafting is not None else None)
         self._generator = torch.Generator(device="cpu")
         self._cancelled: set[int] = set()
-        self._is_running = self._is_ready = False
+        self._is_running = False
 
     # -- what callers use
 
@@ -103,15 +115,16 @@ class Engine(ChatEngine):
         sampling: Samplings = None,
         *,
         on_token: OnToken | None = None,
-        progress: Callable[[int, int], Any] | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> list[RequestOutput]:
-        """Decode all prompts and return their outputs in order.
+        """Decode all prompts (texts or token ids) and return their outputs in order.
 
         `on_token` sees every event and cancels its request by returning False; `progress(done, total)` counts requests.
+        Raises ValueError for a prompt or parameters that the verifier cannot decode.
         """
-        requests = self._intake.requests(prompts, sampling)
+        requests = self._builder.requests(prompts, sampling)
         num_done = 0
-        with self._ready():
+        with self._models:
             for event in self._run(requests):
                 if on_token is not None and on_token(event) is False:
                     self.cancel(event.request_index)
@@ -123,7 +136,7 @@ class Engine(ChatEngine):
 
     def stream(self, prompts: Prompts, sampling: Samplings = None) -> Iterator[StreamEvent]:
         """Yield what each request gains, round by round. Closing the iterator cancels everything."""
-        return self._run(self._intake.requests(prompts, sampling))
+        return self._run(self._builder.requests(prompts, sampling))
 
     def cancel(self, request_index: int) -> None:
         """End a running request before the next round; its output so far stays."""
@@ -155,7 +168,7 @@ class Engine(ChatEngine):
             while batch.has_work:
                 yield from self._cancel(batch)
                 batch.admit()
-                with self._ready():  # not held across a yield: inference mode would leak into the caller's code
+                with self._models:  # not held across a yield: inference mode would leak into the caller's code
                     events = self._prefill(batch) if batch.prefilling() else []
                     events += self._round(batch) if batch.decoding() else []
                 yield from events
@@ -178,7 +191,7 @@ class Engine(ChatEngine):
         accepted = on_host(verification, proposal, requests)
         self.verifier.keep(*accepted.to_keep(batch.width))
         if self.drafting is not None:
-            batch.tell(accepted.token_ids_by_row, accepted.states(output.states_BTD))
+            batch.publish(accepted.token_ids_by_row, accepted.states(output.states_BTD))
         events = self._commit(batch, accepted, output.logits_BTV)
         times = RoundTimes(drafted - start, scored - drafted, perf_counter() - scored)
         account(requests, accepted, times, self.drafting.adaptive if self.drafting is not None else None)
@@ -192,26 +205,14 @@ class Engine(ChatEngine):
         sampling = batch.sampling(0, batch.width)
         probabilistic = drafting.is_probabilistic and not sampling.all_greedy
         if probabilistic:
-            self._seed_drafts(batch, sampling)
+            seed_drafts(self._generator, sampling.seed_B, batch.lengths(0, batch.width))
         wants_confidence = drafting.adaptive is not None
         draft_sampling = DraftSampling(sampling.temperature_B, self._generator, probabilistic, wants_confidence)
         return drafting.propose(batch.committed(), num_tokens, draft_sampling)
 
     def _verify(self, batch: Batch, proposal: Proposal, logits_BTV: Tensor, first_row: int = 0) -> Verification:
-        last_row = first_row + len(logits_BTV)
-        sampling = batch.sampling(first_row, last_row)
         rule = self.drafting.rule if self.drafting is not None else PLAIN_RULE
-        if sampling.is_argmax and rule.lossless:
-            return GreedyRule()(proposal, logits_BTV) if proposal.token_ids_BK.shape[1] else argmax_of(logits_BTV)
-        if sampling.has_penalties:
-            assert batch.seen is not None
-            seen = batch.seen.rows(first_row, last_row)
-            logits_BTV = sampling.penalised(logits_BTV, seen, drafted_tokens(proposal))
-        if rule.reads_logits:
-            return rule(proposal, logits_BTV, None)
-        position_B = batch.lengths(first_row, last_row)
-        draws = keyed_draws(sampling.seed_B, position_B, logits_BTV.shape[1])
-        return rule(proposal, sampling.probs(logits_BTV), draws)
+        return verify(rule, batch, proposal, logits_BTV, first_row)
 
     def _commit(self, batch: Batch, accepted: Accepted, logits_BTV: Tensor, first_row: int = 0) -> list[StreamEvent]:
         """Append the accepted runs to their requests, free the rows of those that ended."""
@@ -223,7 +224,7 @@ class Engine(ChatEngine):
             assert request is not None
             columns = accepted.columns_by_row[row]
             logprobs = logprobs_of(request.params, logits_BTV[row - first_row], columns, token_ids)
-            events.append(request.take(token_ids, logprobs))
+            events.append(request.append(token_ids, logprobs))
             if events[-1].finish_reason is not None:
                 self._release(batch, row)
         return events
@@ -231,25 +232,17 @@ class Engine(ChatEngine):
     def _prefill(self, batch: Batch) -> list[StreamEvent]:
         """One chunk of every unfinished prompt (neighbouring rows together); prompts that end here emit a token."""
         start = perf_counter()
-        requests = {row: request for row, request in batch.prefilling().items() if not self._waits(batch, row, request)}
+        requests = {
+            row: request
+            for row, request in batch.prefilling().items()
+            if request.num_prefilled or not share_prompt_prefix(self.verifier, row, batch.rows)
+        }
         events: list[StreamEvent] = []
         for rows in neighbours(list(requests)):
             events += self._prefill_rows(batch, {row: requests[row] for row in rows})
         for request in requests.values():
             request.output.stats.prefill_s += (perf_counter() - start) / len(requests)
         return events
-
-    def _waits(self, batch: Batch, row: int, request: ActiveRequest) -> bool:
-        """Copy what another row computed of this prompt; True: another row is about to compute it."""
-        if request.num_prefilled:
-            return False
-        shared = shared_prefix(row, batch.rows)
-        if shared is not None and shared.is_ready:
-            self.verifier.share_prefix(shared.from_row, row, shared.num_tokens)
-            donor = batch.rows[shared.from_row]
-            assert donor is not None
-            request.take_over(donor, shared.num_tokens)
-        return shared is not None and not shared.is_ready
 
     def _prefill_rows(self, batch: Batch, requests: dict[int, ActiveRequest]) -> list[StreamEvent]:
         first_row, num_rows = next(iter(requests)), len(requests)
@@ -261,9 +254,9 @@ class Engine(ChatEngine):
         verification = self._verify(batch, nothing, output.logits_BTV, first_row)
         accepted = on_host(verification, nothing, ended, first_row)
         if self.drafting is not None:  # the proposer learns the prompt together with its first token
-            told = {row: request.prompt + accepted.token_ids_by_row[row] for row, request in ended.items()}
+            token_ids = {row: request.prompt + accepted.token_ids_by_row[row] for row, request in ended.items()}
             has_states = output.states_BTD is not None
-            batch.tell(told, {r: q.take_prompt_states() for r, q in ended.items()} if has_states else None)
+            batch.publish(token_ids, {r: q.states_of_prompt() for r, q in ended.items()} if has_states else None)
         return self._commit(batch, accepted, output.logits_BTV, first_row)
 
     def _cancel(self, batch: Batch) -> Iterator[StreamEvent]:
@@ -281,26 +274,3 @@ class Engine(ChatEngine):
     def _release(self, batch: Batch, row: int) -> None:
         batch.release(row)
         self.verifier.truncate(row, 0)
-
-    # -- setting up
-
-    @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """The models are set up for decoding; nests cheaply."""
-        if self._is_ready:
-            yield
-            return
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            stack.enter_context(self.verifier)
-            if self.drafting is not None and isinstance(self.drafting.proposer, AbstractContextManager):
-                stack.enter_context(self.drafting.proposer)
-            self._is_ready = True
-            stack.callback(setattr, self, "_is_ready", False)
-            yield
-
-    def _seed_drafts(self, batch: Batch, sampling: BatchSampling) -> None:
-        # a function of seeds and positions alone, in a stream that verification does not use
-        position_B = batch.lengths(0, batch.width)
-        uniform_B = keyed_uniform(sampling.seed_B, DRAFT_STREAM, position_B)
-        self._generator.manual_seed(hash(tuple(uniform_B.tolist())) & (2**63 - 1))

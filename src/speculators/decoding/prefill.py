@@ -1,4 +1,4 @@
-"""Prompts into the cache: chunk by chunk, and only once where prompts of a batch begin alike (a system prompt)."""
+"""Puts prompts into the cache: chunk by chunk, and a start that several prompts share (a system prompt) only once."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from speculators.decoding.rows import ActiveRequest
+from speculators.decoding.request import ActiveRequest
 from speculators.interfaces import Verifier, VerifierOutput
 
 MIN_SHARED_TOKENS = 16
-"""Below this a copy is not worth a wait."""
+"""Shorter common starts are computed twice: a copy saves less than the row waits for it."""
 
 
 def score_chunk(verifier: Verifier, requests: dict[int, ActiveRequest], num_tokens: int) -> VerifierOutput:
-    """The next `num_tokens` of each prompt, in one forward over neighbouring rows; logits of each row's last token."""
+    """Score the next `num_tokens` of each prompt in one forward over neighbouring rows, with one row of logits each."""
     chunks = [q.prompt[q.num_prefilled : q.num_prefilled + num_tokens] for q in requests.values()]
     num_valid_B = torch.tensor([len(chunk) for chunk in chunks])
     T = max(len(chunk) for chunk in chunks)
@@ -30,12 +30,25 @@ def score_chunk(verifier: Verifier, requests: dict[int, ActiveRequest], num_toke
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Where a row gets the start of its prompt from."""
+    """The row that has the start of another row's prompt."""
 
     from_row: int
     num_tokens: int
     is_ready: bool
     """The other row has computed it; if not, it will, and waiting is cheaper than computing it twice."""
+
+
+def share_prompt_prefix(verifier: Verifier, row: int, rows: list[ActiveRequest | None]) -> bool:
+    """Copy the start of a new row's prompt from a row that has computed it; True: wait, one is about to compute it."""
+    shared = shared_prefix(row, rows)
+    if shared is None:
+        return False
+    if shared.is_ready:
+        request, donor = rows[row], rows[shared.from_row]
+        assert request is not None and donor is not None
+        verifier.share_prefix(shared.from_row, row, shared.num_tokens)
+        request.copy_prefix(donor, shared.num_tokens)
+    return not shared.is_ready
 
 
 def shared_prefix(row: int, rows: list[ActiveRequest | None]) -> SharedPrefix | None:

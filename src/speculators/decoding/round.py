@@ -1,4 +1,4 @@
-"""The small pieces of one round: what to score, what was accepted (on the host), log-probabilities of what was emitted.
+"""The steps of one round: tokens to score, verification, its result on the host, statistics, log-probabilities.
 
 Shapes: B rows, K draft slots, K1 = K + 1 columns (column 0 = the last committed token, column j + 1 = draft slot j).
 """
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from speculators.decoding.adaptive import AdaptiveLength
-from speculators.decoding.request import TokenLogprobs
-from speculators.decoding.rows import ActiveRequest, Batch
+from speculators.decoding.request import ActiveRequest, TokenLogprobs
+from speculators.decoding.rows import Batch
 from speculators.decoding.sampling import DraftedTokens, SamplingParams
-from speculators.decoding.tree import ancestor_mask, depths
-from speculators.interfaces import Proposal, Verification
+from speculators.decoding.trees.token_tree import ancestor_mask, depths
+from speculators.decoding.verification import GreedyRule, keyed_draws
+from speculators.interfaces import AcceptanceRule, Proposal, Verification
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,25 @@ def argmax_of(logits_B1V: Tensor) -> Verification:
     """The greedy rule where nothing was drafted, without its arithmetic on empty drafts."""
     next_token_B = logits_B1V[:, 0].argmax(-1)
     return Verification(next_token_B.new_empty(len(next_token_B), 0), torch.zeros_like(next_token_B), next_token_B)
+
+
+def verify(
+    rule: AcceptanceRule, batch: Batch, proposal: Proposal, logits_BTV: Tensor, first_row: int = 0
+) -> Verification:
+    """Apply a rule to the law each row is really sampled from: penalties, temperature, filters, and its own seed."""
+    last_row = first_row + len(logits_BTV)
+    sampling = batch.sampling(first_row, last_row)
+    if sampling.is_argmax and rule.lossless:
+        return GreedyRule()(proposal, logits_BTV) if proposal.token_ids_BK.shape[1] else argmax_of(logits_BTV)
+    if sampling.has_penalties:
+        assert batch.seen is not None
+        seen = batch.seen.rows(first_row, last_row)
+        logits_BTV = sampling.penalised(logits_BTV, seen, drafted_tokens(proposal))
+    if rule.reads_logits:
+        return rule(proposal, logits_BTV, None)
+    position_B = batch.lengths(first_row, last_row)
+    draws = keyed_draws(sampling.seed_B, position_B, logits_BTV.shape[1])
+    return rule(proposal, sampling.probs(logits_BTV), draws)
 
 
 def to_score(batch: Batch, proposal: Proposal) -> tuple[Tensor, Tensor]:
@@ -151,14 +171,3 @@ def logprobs_of(
         )
         for i, token_id in enumerate(token_ids)
     ]
-
-
-def neighbours(rows: list[int]) -> list[list[int]]:
-    """Split ascending rows into runs without gaps."""
-    runs: list[list[int]] = []
-    for row in rows:
-        if runs and runs[-1][-1] == row - 1:
-            runs[-1].append(row)
-        else:
-            runs.append([row])
-    return runs

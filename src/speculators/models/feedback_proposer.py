@@ -23,8 +23,8 @@ from speculators.nn.attention import AttentionFunction
 from speculators.nn.cache import DraftCache, Span
 from speculators.nn.draft_sampling import draft_probs, draw
 from speculators.nn.draft_vocab import scatter_to_verifier, verifier_ids
+from speculators.nn.prepacked_linear import PrepackedLinears
 from speculators.nn.rope import Rope, RopeTables
-from speculators.packed_linear import PackedLinears
 
 NO_DRAFT = -1
 INITIAL_CAPACITY = 1024
@@ -103,7 +103,7 @@ class FeedbackProposer:
         )
         self.cache.reserve(min(max_length, INITIAL_CAPACITY))
         self.layer_attention = self.cache.layer_attention(network.windows)
-        self.packed = PackedLinears(*network.layers, nn.ModuleList(network.linears))
+        self.packed = PrepackedLinears(*network.layers, nn.ModuleList(network.linears))
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:

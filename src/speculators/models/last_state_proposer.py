@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.nn.draft_sampling import draft_probs, draw
-from speculators.packed_linear import PackedLinears
+from speculators.nn.prepacked_linear import PrepackedLinears
 
 NO_DRAFT = -1
 
@@ -51,7 +51,7 @@ class LastStateProposer:
         self.network = network
         weight = network.heads[0].weight
         self.dtype, self.device = weight.dtype, weight.device
-        self.packed = PackedLinears(*modules)
+        self.packed = PrepackedLinears(*modules)
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:

@@ -8,7 +8,7 @@ from speculators.decoding.config.draft import lookup, text_config_of
 from speculators.decoding.config.methods import METHODS_THAT_NEED_AUX_STATES, TARGETS_WITH_AUX_STATES
 from speculators.decoding.config.qwen3_omni import check_qwen3_omni_dspark, is_qwen3_omni
 from speculators.decoding.config.schedule import check_batch_size_ranges, synthetic_rates
-from speculators.decoding.tree import TokenTree
+from speculators.decoding.trees.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from speculators.decoding.config.speculative import SpeculativeConfig

@@ -28,7 +28,7 @@ from speculators.decoding.config.methods import (
     TARGETS_WITHOUT_MTP,
 )
 from speculators.decoding.config.mtp_families import hf_config_override
-from speculators.decoding.tree import TokenTree
+from speculators.decoding.trees.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from speculators.decoding.config.speculative import SpeculativeConfig

@@ -24,8 +24,8 @@ from speculators.decoding.config.infer import infer
 from speculators.decoding.config.methods import ATTENTION_BACKENDS, METHODS, Method
 from speculators.decoding.config.schedule import BatchSizeRange, scheduled_num_tokens
 from speculators.decoding.config.vllm_json import vllm_settings
-from speculators.decoding.tree import TokenTree
-from speculators.decoding.tree_growing import DynamicTreeShape
+from speculators.decoding.trees.dynamic_tree import DynamicTreeShape
+from speculators.decoding.trees.token_tree import TokenTree
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from speculators.decoding.config.methods import METHODS
-from speculators.decoding.tree import TokenTree
+from speculators.decoding.trees.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from speculators.decoding.config.speculative import SpeculativeConfig

@@ -1,6 +1,7 @@
-"""A smaller causal LM drafts: greedily, or drawing from its own distribution.
+"""Drafting with a causal LM, greedily or by drawing from its distribution: a smaller model of the same vocabulary, one
+of another vocabulary (`TokenIntersection`), or the verifier's own first layers (`first_layers`).
 
-Shapes: B rows, K draft tokens, V vocabulary of the verifier, T new tokens.
+Shapes: B rows, K draft tokens, V vocabulary of the verifier, U vocabulary of the draft, T new tokens.
 
     sequence   x0 .. x[L-1]  x[L]          committed; the draft's cache holds a prefix of it, and last round's drafts
     fed        the tokens committed since the last call, at their own positions: drafts beyond them are overwritten
@@ -9,24 +10,29 @@ Shapes: B rows, K draft tokens, V vocabulary of the verifier, T new tokens.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from speculators.decoding.hf_verifier import HFVerifier
-from speculators.decoding.proposers.vocabulary import TokenIntersection
+from speculators.decoding.verifiers.hf_verifier import HFVerifier
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
+from speculators.verifier import verifier_parts
 
 ALONE_FROM = 32
 """A row with this many new tokens (a prompt) is fed alone: padding the other rows to it would cost more."""
-PREFILL_CHUNK = 512
+MAX_FED_TOKENS = 512
+"""Tokens of one prompt per forward."""
+SPACE_MARKERS = ("Ġ", "▁")
+"""How byte-level BPE and SentencePiece write a leading space."""
 
 
 class DraftModelProposer:
     """Any causal LM with the verifier's vocabulary, or with a `TokenIntersection` (greedy only)."""
 
-    def __init__(self, model: Any, *, max_batch_size: int, intersection: TokenIntersection | None = None):
+    def __init__(self, model: PreTrainedModel, *, max_batch_size: int, intersection: TokenIntersection | None = None):
         self.capture = CaptureSpec()
         self.lm = HFVerifier(model, max_batch_size)
         self.intersection = intersection
@@ -80,7 +86,7 @@ class DraftModelProposer:
         return logits_BV, committed.num_new_B > 0
 
     def _feed_alone(self, row: int, token_ids_1T: Tensor) -> Tensor:
-        for chunk_1T in token_ids_1T.split(PREFILL_CHUNK, dim=1):
+        for chunk_1T in token_ids_1T.split(MAX_FED_TOKENS, dim=1):
             num_valid_1 = torch.tensor([chunk_1T.shape[1]])
             output = self.lm.score(chunk_1T, num_valid_1, first_row=row, last_only=True)
             self.lm.keep(torch.arange(chunk_1T.shape[1])[None], num_valid_1)
@@ -112,7 +118,78 @@ def draft_probs(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
 
 
 def draw(probs_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token a row, where the generator lives."""
+    """int64 [B]: one token per row, drawn on the generator's device."""
     if generator is None or generator.device == probs_BV.device:
         return torch.multinomial(probs_BV, 1, generator=generator)[:, 0]
     return torch.multinomial(probs_BV.to(generator.device), 1, generator=generator)[:, 0].to(probs_BV.device)
+
+
+class TokenIntersection:
+    """The tokens that two vocabularies spell the same way, with their ids in both.
+
+    Other draft tokens are never drafted; other committed tokens are fed to the draft as its unknown token."""
+
+    def __init__(
+        self,
+        verifier_tokenizer: PreTrainedTokenizerBase,
+        draft_tokenizer: PreTrainedTokenizerBase,
+        *,
+        num_verifier: int,
+        num_draft: int,
+    ):
+        verifier_ids = {normalised(token): i for token, i in verifier_tokenizer.get_vocab().items() if i < num_verifier}
+        draft_ids = {normalised(token): i for token, i in draft_tokenizer.get_vocab().items() if i < num_draft}
+        shared = sorted(verifier_ids.keys() & draft_ids.keys())
+        if not shared:
+            raise ValueError("verifier and draft tokenizers have no token in common; choose another draft model")
+        unknown = (
+            draft_tokenizer.unk_token_id if draft_tokenizer.unk_token_id is not None else draft_tokenizer.eos_token_id
+        )
+        self.draft_id_V = torch.full((num_verifier,), unknown or 0, dtype=torch.int64)
+        self.verifier_id_U = torch.full((num_draft,), -1, dtype=torch.int64)
+        for token in shared:
+            self.draft_id_V[verifier_ids[token]] = draft_ids[token]
+            self.verifier_id_U[draft_ids[token]] = verifier_ids[token]
+
+    def to_draft(self, token_ids: Tensor) -> Tensor:
+        return self.draft_id_V.to(token_ids.device)[token_ids]
+
+    def best(self, logits_BU: Tensor) -> Tensor:
+        """The likeliest shared token of each row, as a verifier id."""
+        verifier_id_U = self.verifier_id_U.to(logits_BU.device)
+        return verifier_id_U[logits_BU.masked_fill(verifier_id_U < 0, -torch.inf).argmax(-1)]
+
+
+def normalised(token: str) -> str:
+    for marker in SPACE_MARKERS:
+        token = token.replace(marker, " ")
+    return token
+
+
+def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """A causal LM of the first layers of `model` with its norm and head: a drafter without training.
+
+    It shares every module and weight; nothing is copied. Raises ValueError for a number that is not below the total."""
+    parts = verifier_parts(model)
+    total = len(parts.layers)
+    if not 1 <= num_layers < total:
+        raise ValueError(f"early_exit_layer={num_layers} must be in 1..{total - 1}: the verifier has {total} layers")
+    config = copy.deepcopy(parts.config)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    return _with_replaced(model, parts.layers, nn.ModuleList(list(parts.layers)[:num_layers]), parts.config, config)
+
+
+def _with_replaced(module: Any, layers: nn.Module, kept: nn.Module, config: Any, shorter: Any) -> Any:
+    """A shallow copy of the modules that contain `layers`; all other modules are shared."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    if getattr(module, "config", None) is config:
+        twin.config = shorter
+    for name, child in module.named_children():
+        if child is layers:
+            twin._modules[name] = kept
+        elif any(inner is layers for inner in child.modules()):
+            twin._modules[name] = _with_replaced(child, layers, kept, config, shorter)
+    return twin

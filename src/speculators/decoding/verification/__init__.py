@@ -8,6 +8,7 @@ from speculators.decoding.verification.draws import (
     inverse_cdf,
     keyed_draws,
     keyed_uniform,
+    seed_drafts,
     uniform_draws,
 )
 from speculators.decoding.verification.lossy import SyntheticRule, ToleranceRule, TypicalRule
@@ -28,5 +29,6 @@ __all__ = [
     "keyed_draws",
     "keyed_uniform",
     "resolve_rule",
+    "seed_drafts",
     "uniform_draws",
 ]

@@ -72,6 +72,12 @@ def keyed_draws(seed_B: Tensor, first_position_B: Tensor, num_columns: int) -> D
     return UniformDraws(accept_BN, pick_BN)
 
 
+def seed_drafts(generator: torch.Generator, seed_B: Tensor, position_B: Tensor) -> None:
+    """Seed the generator of drafts by seeds and positions alone, from a stream that verification does not use."""
+    uniform_B = keyed_uniform(seed_B, DRAFT_STREAM, position_B)
+    generator.manual_seed(hash(tuple(uniform_B.tolist())) & (2**63 - 1))
+
+
 def keyed_uniform(seed: Tensor, *key: Tensor | int) -> Tensor:
     """float64 uniforms in [0, 1) from int64 seeds and keys, broadcast together: a hash, no state."""
     state = _mix(seed)

@@ -2,8 +2,8 @@
 
 Shapes: B sequences, K tree nodes (slots), V verifier vocabulary; K1 = K + 1 target rows: row 0 follows the last
 committed token, row j + 1 follows node j. `parents_K[j]` is node j's parent (-1 = the last committed token), parents
-come first, siblings are tested in slot order; parents may also be [B, K], a shape for each row. A slot holding -1 is
-absent, and so is everything below it.
+come first, siblings are tested in slot order. All rows share this topology: a slot holding -1 is absent from its row,
+and so is everything below it.
 
     slot      0   1   2   3          a tree of two children of the root (0, 1), two below slot 0
     parent   -1  -1   0   0

@@ -21,7 +21,7 @@ from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Propos
 from speculators.models.dflash.block_cache import BlockCache, BlockPass
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.nn.draft_sampling import draft_slots
-from speculators.packed_linear import PackedLinears
+from speculators.nn.prepacked_linear import PrepackedLinears
 
 NO_DRAFT = -1
 INITIAL_CAPACITY = 1024
@@ -57,7 +57,7 @@ class DFlashProposer:
         )
         self.cache.reserve(min(max_length, INITIAL_CAPACITY))
         self.layer_attention = self.cache.block_attention(network.layer_masks)
-        self.packed = PackedLinears(
+        self.packed = PrepackedLinears(
             *self.network.layers, nn.ModuleList([self.network.fc, self.network.lm_head, self.context_kv])
         )
 

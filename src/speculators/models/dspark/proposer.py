@@ -22,7 +22,7 @@ from speculators.models.dflash.proposer import NO_DRAFT, DFlashProposer, Drafts
 from speculators.models.dspark.heads import ConfidenceHead, MarkovHead
 from speculators.nn.draft_sampling import draft_probs, draw
 from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
-from speculators.packed_linear import PackedLinears
+from speculators.nn.prepacked_linear import PrepackedLinears
 
 
 class DSparkProposer(DFlashProposer):
@@ -53,7 +53,7 @@ class DSparkProposer(DFlashProposer):
         self.confidence_BK: Tensor | None = None
         heads: list[Any] = [head for head in (self.markov_head, self.confidence_head) if head is not None]
         linears = [*self.network.layers, self.network.fc, self.network.lm_head, self.context_kv, *heads]
-        self.packed = PackedLinears(nn.ModuleList(linears))
+        self.packed = PrepackedLinears(nn.ModuleList(linears))
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:

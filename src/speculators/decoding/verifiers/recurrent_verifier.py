@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
@@ -28,11 +28,9 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from speculators.decoding.cache import WriteSpan
-from speculators.decoding.hf_verifier import HFVerifier
-from speculators.decoding.masks import MaskBuilder
-from speculators.decoding.recurrent_cache import HybridCache, States, tensors_of
-from speculators.decoding.round import neighbours
+from speculators.decoding.verifiers.cache import HybridCache, States, WriteSpan, neighbours, tensors_of
+from speculators.decoding.verifiers.hf_verifier import HFVerifier
+from speculators.decoding.verifiers.masks import MaskBuilder
 from speculators.interfaces import CaptureSpec, Verifier, VerifierOutput
 from speculators.verifier import CapturedStates, capture_states, verifier_parts
 
@@ -49,9 +47,11 @@ def is_recurrent(model: PreTrainedModel) -> bool:
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
-def make_verifier(model: PreTrainedModel, num_rows: int, capture: CaptureSpec | None = None) -> Verifier:
-    """What decodes with a model, by how its layers keep the past."""
-    return (RecurrentVerifier if is_recurrent(model) else HFVerifier)(model, num_rows, capture)
+def make_verifier(verifier: PreTrainedModel | Verifier, num_rows: int, capture: CaptureSpec | None = None) -> Verifier:
+    """The verifier for a model, by how its layers keep the past; a ready verifier is returned as it is."""
+    if not isinstance(verifier, nn.Module):
+        return verifier
+    return (RecurrentVerifier if is_recurrent(verifier) else HFVerifier)(verifier, num_rows, capture)
 
 
 class RecurrentVerifier:

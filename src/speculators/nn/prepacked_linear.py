@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_PACKED_BYTES = 4 << 30
+MAX_PREPACKED_BYTES = 4 << 30
 """Linears of a module beyond this total stay as they are: packing keeps a second copy of every weight."""
 MAX_STOCK_PRODUCTS = 300_000
 """Rows times weight entries up to which torch's own kernel is the sooner one."""
@@ -23,11 +23,11 @@ MAX_STOCK_PRODUCTS = 300_000
 Apply = Callable[[Tensor], Tensor]
 
 
-class PackedLinears:
+class PrepackedLinears:
     """Context manager: inside, the fp32 CPU linears of `modules` run prepacked. Re-entering is cheap and nests."""
 
-    def __init__(self, *modules: nn.Module, max_bytes: int = MAX_PACKED_BYTES):
-        self.linears: list[_PackedLinear] = []
+    def __init__(self, *modules: nn.Module, max_bytes: int = MAX_PREPACKED_BYTES):
+        self.linears: list[_PrepackedLinear] = []
         if not torch.backends.mkldnn.is_available():
             return
         linears = (m for module in modules for m in module.modules() if isinstance(m, nn.Linear) and _can_replace(m))
@@ -35,10 +35,10 @@ class PackedLinears:
             max_bytes -= linear.weight.numel() * linear.weight.element_size()
             if max_bytes < 0:
                 break
-            self.linears.append(_PackedLinear(linear))
+            self.linears.append(_PrepackedLinear(linear))
         self._depth = 0
 
-    def __enter__(self) -> PackedLinears:
+    def __enter__(self) -> PrepackedLinears:
         if self.linears:
             self._depth += 1
             if self._depth == 1:
@@ -54,12 +54,12 @@ class PackedLinears:
                     linear.remove()
 
 
-def can_pack(weight: Tensor) -> bool:
+def can_prepack(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 def is_installed(module: nn.Module) -> bool:
-    """Whether a module's forward is one of ours, put there by `PackedLinears` for as long as its block lasts."""
+    """Whether a module's forward is one of ours, put there by `PrepackedLinears` for as long as its block lasts."""
     return getattr(vars(module).get("forward"), "__module__", None) == __name__
 
 
@@ -111,10 +111,10 @@ def _whole_of(parameters: Sequence[Tensor]) -> Tensor | None:
 
 
 def _can_replace(module: nn.Linear) -> bool:
-    return type(module) is nn.Linear and can_pack(module.weight) and "forward" not in vars(module)
+    return type(module) is nn.Linear and can_prepack(module.weight) and "forward" not in vars(module)
 
 
-class _PackedLinear:
+class _PrepackedLinear:
     """One linear: its packed weight, and the state of the weight it was packed from."""
 
     def __init__(self, linear: nn.Linear):

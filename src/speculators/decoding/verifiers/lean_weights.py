@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from speculators.nn.norms import rms_norm
-from speculators.packed_linear import MAX_PACKED_BYTES, Apply, apply_linear, can_pack, is_installed, joined, version_of
+from speculators.nn.prepacked_linear import (
+    MAX_PREPACKED_BYTES,
+    Apply,
+    apply_linear,
+    can_prepack,
+    is_installed,
+    joined,
+    version_of,
+)
 from speculators.verifier import VerifierParts
 
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -89,7 +97,7 @@ class LeanWeights:
         now = version_of(self._sources())
         if now == self._read_at:
             return
-        self._bytes_left = MAX_PACKED_BYTES
+        self._bytes_left = MAX_PREPACKED_BYTES
         self.layers = [self._layer(layer) for layer in self.layer_modules]
         self.final_norm = norm_of(self.final_norm_module)
         self.head = self._linear(self.head_module)
@@ -115,7 +123,7 @@ class LeanWeights:
         weight = joined([linear.weight for linear in linears])
         bias = joined([linear.bias for linear in linears]) if linears[0].bias is not None else None
         self._bytes_left -= weight.numel() * weight.element_size()
-        return apply_linear(weight, bias, pack=can_pack(weight) and self._bytes_left >= 0)
+        return apply_linear(weight, bias, pack=can_prepack(weight) and self._bytes_left >= 0)
 
 
 # -- what a layer is made of

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from speculators.decoding.tree import ancestor_mask, depths
+from speculators.decoding.trees.token_tree import ancestor_mask, depths
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""A preallocated key/value cache with rows of different lengths, behind transformers' `Cache` interface.
+"""Preallocated caches with rows of different lengths, behind transformers' `Cache` interface.
 
+`RowCache` holds keys and values; `HybridCache` also loads the states of recurrent layers before each forward.
 Shapes: R rows, B rows of this forward, S slots, T new tokens, N key/value heads, D head size.
 
 Slot s of a row holds its token at position s (a draft tree being scored lies flat behind the committed tokens). The
@@ -12,8 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 GROWTH_SLOTS = 256
 """Capacity is a multiple of this: growing copies, so it must be rare."""
@@ -35,6 +38,17 @@ class WriteSpan:
     """Otherwise int64 [num_rows * num_tokens]: flat slots, row * capacity + position."""
     is_chain: bool = True
     """False: a tree; its slots are no positions."""
+
+
+def neighbours(rows: list[int]) -> list[list[int]]:
+    """Split ascending rows into runs without gaps: one forward works on neighbouring rows."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and runs[-1][-1] == row - 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
 
 
 def grown_capacity(old_capacity: int, num_slots: int) -> int:
@@ -144,3 +158,70 @@ def _store(store_RSND: Tensor, states_BNTD: Tensor, span: WriteSpan) -> Tensor:
         assert span.slots_M is not None
         store_RSND.view(-1, N, D).index_copy_(0, span.slots_M, states_BNTD.transpose(1, 2).reshape(-1, N, D))
     return store_RSND.as_strided((B, N, span.num_slots_read, D), strides, first)
+
+
+# -- recurrent layers
+
+
+@dataclass(frozen=True)
+class RowState:
+    """The states of one layer for one row: the last inputs of its convolutions and its recurrent memory, [1, ...]."""
+
+    conv: tuple[Tensor | None, ...]
+    recurrent: tuple[Tensor | None, ...]
+
+
+States = dict[int, RowState]
+"""By layer."""
+
+
+class HybridCache(RowCache):
+    """Keys and values of attention layers in rows; states of the others in `layers`, set up before each forward."""
+
+    def __init__(self, num_rows: int, kinds: list[Any]):
+        super().__init__(num_rows)
+        self.num_states = {
+            i: kind.number_of_states for i, kind in enumerate(kinds) if isinstance(kind, LinearAttentionCacheLayerMixin)
+        }
+        self.layers = [DynamicLayer() for _ in kinds]
+
+    def load(self, states_by_row: list[States | None]) -> None:
+        """Start the next forward from these; None: from nothing."""
+        known = next((states for states in states_by_row if states is not None), None)
+        for i, num_states in self.num_states.items():
+            layer: Any = LinearAttentionLayer(number_of_states=num_states)
+            self.layers[i] = layer
+            if known is None:
+                continue
+            rows: list[Any] = [states[i] if states is not None else zeros_like(known[i]) for states in states_by_row]
+            for k in range(num_states):
+                conv, recurrent = known[i].conv[k], known[i].recurrent[k]
+                layer.has_previous_state[k] = True
+                if conv is not None:
+                    layer.conv_states[k] = torch.cat([row.conv[k] for row in rows])
+                    layer.conv_kernel_size[k], layer.is_conv_states_initialized[k] = conv.shape[-1], True
+                    layer.dtype, layer.device = conv.dtype, conv.device
+                if recurrent is not None:
+                    layer.recurrent_states[k] = torch.cat([row.recurrent[k] for row in rows])
+                    layer.is_recurrent_states_initialized[k] = True
+
+    def states_of(self, index: int) -> States:
+        """What the forward left for its row `index`."""
+
+        def of_row(states: dict[int, Tensor | None]) -> tuple[Tensor | None, ...]:
+            return tuple(None if state is None else state[index : index + 1] for state in states.values())
+
+        layers: Any = self.layers
+        return {i: RowState(of_row(layers[i].conv_states), of_row(layers[i].recurrent_states)) for i in self.num_states}
+
+
+def zeros_like(state: RowState) -> RowState:
+    def zeros(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in tensors)
+
+    return RowState(zeros(state.conv), zeros(state.recurrent))
+
+
+def tensors_of(states: States) -> list[Tensor]:
+    every = [tensor for state in states.values() for tensor in (*state.conv, *state.recurrent)]
+    return [tensor for tensor in every if tensor is not None]

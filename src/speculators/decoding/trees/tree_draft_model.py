@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from speculators.decoding.proposers.draft_model import DraftModelProposer
-from speculators.decoding.tree import TokenTree
-from speculators.decoding.tree_growing import Law, draw_uniforms, rank_tree, sample_tree
+from speculators.decoding.trees.static_tree import Law, draw_uniforms, rank_tree, sample_tree
+from speculators.decoding.trees.token_tree import TokenTree
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 
 

@@ -1,23 +1,101 @@
-"""A fixed draft tree, filled each round by any drafter that can expand nodes: its likeliest tokens, or drawn ones.
+"""Draft trees of a fixed shape, filled each round: by each node's likeliest tokens (`rank_tree`) or by drawn ones.
+
+`StaticTreeProposer` fills a tree with any drafter that can expand nodes (`TreeDrafter`).
 
 Shapes: B rows, K slots, S source nodes of one depth, F = the most sources at any depth, N nodes run so far,
 V vocabulary of the drafter.
 
     slots      0 1 | 2 3 | 4         depth 1 | 2 | 3, parents -1 -1 | 0 1 | 2
-    run        0 1 | 2 2             what has children, filled up to F = 2 with copies that nobody looks at
+    run        0 1 | 2 2             the nodes that have children, padded to F = 2 with copies that no node attends to
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from speculators.decoding.tree import TokenTree, ancestor_mask, depths
-from speculators.decoding.tree_growing import Law, draw_uniforms, rank_tree, sample_tree
+from speculators.decoding.trees.token_tree import TokenTree, ancestor_mask, depths
+from speculators.decoding.verification import inverse_cdf
 from speculators.interfaces import Committed, DraftSampling, Proposal, TreeDrafter
+
+Law = Callable[[list[int], Tensor], Tensor]
+"""`law(slots, token_ids_BK)`: [B, len(slots), V], what follows each of the slots (-1: the root), which are all of one
+depth and filled in `token_ids_BK`. Called once a depth, downwards."""
+
+
+def rank_tree(tree: TokenTree, law: Law, num_rows: int, device: torch.device) -> Proposal:
+    """A fixed shape filled with each node's likeliest tokens: a function of the context, so point masses."""
+    depth_K, rank_K = depths(tree.parents), tree.ranks
+    token_ids_BK = torch.full((num_rows, len(tree.paths)), -1, dtype=torch.int64, device=device)
+    for depth in range(1, tree.depth + 1):
+        level = [slot for slot, slot_depth in enumerate(depth_K) if slot_depth == depth]
+        sources = sorted({tree.parents[slot] for slot in level})
+        law_BSV = law(sources, token_ids_BK)
+        best_BSR = law_BSV.topk(min(max(rank_K[slot] for slot in level) + 1, law_BSV.shape[-1]), -1).indices
+        for slot in level:
+            if rank_K[slot] < best_BSR.shape[-1]:  # a vocabulary may be smaller than a node has children
+                token_ids_BK[:, slot] = best_BSR[:, sources.index(tree.parents[slot]), rank_K[slot]]
+    return Proposal(_without_orphans(token_ids_BK, tree.parents), None, torch.tensor(tree.parents, device=device))
+
+
+def sample_tree(
+    parents: Sequence[int],
+    law: Law,
+    uniform_BK: Tensor,
+    *,
+    replacement: bool = False,
+    is_greedy_B: Tensor | None = None,
+) -> Proposal:
+    """Tokens drawn for a fixed shape, each with the law it was really drawn from: what `StandardRule` needs.
+
+    Siblings are drawn without replacement unless asked otherwise: once q has no token left, the remaining siblings
+    hold -1. Rows of `is_greedy_B` take the likeliest token left each time, a point mass.
+    """
+    B, K = uniform_BK.shape
+    depth_K = depths(parents)
+    token_ids_BK = torch.full((B, K), -1, dtype=torch.int64, device=uniform_BK.device)
+    probs: dict[int, Tensor] = {}
+    for depth in range(1, max(depth_K, default=0) + 1):
+        level = [slot for slot in range(K) if depth_K[slot] == depth]
+        sources = sorted({parents[slot] for slot in level})
+        q_BSV = law(sources, token_ids_BK)
+        left = {source: q_BSV[:, i] for i, source in enumerate(sources)}
+        for slot in level:
+            q_BV = left[parents[slot]]
+            total_B1 = q_BV.sum(-1, keepdim=True)
+            q_BV = torch.where(total_B1 > 0, q_BV / total_B1.clamp_min(torch.finfo(q_BV.dtype).tiny), 0.0)
+            drawn_B = inverse_cdf(q_BV[:, None], uniform_BK[:, slot, None])[:, 0]
+            probs[slot] = q_BV
+            if is_greedy_B is not None:
+                drawn_B = torch.where(is_greedy_B, q_BV.argmax(-1), drawn_B)
+                point_BV = torch.zeros_like(q_BV).scatter(1, drawn_B[:, None], 1.0)
+                probs[slot] = torch.where(is_greedy_B[:, None], point_BV, q_BV)
+            token_ids_BK[:, slot] = torch.where(total_B1[:, 0] > 0, drawn_B, -1)
+            if not replacement:
+                left[parents[slot]] = q_BV.scatter(1, drawn_B[:, None], 0.0)
+    probs_BKV = torch.stack([probs[slot] for slot in range(K)], 1) if K else None
+    token_ids_BK = _without_orphans(token_ids_BK, parents)
+    return Proposal(token_ids_BK, probs_BKV, torch.tensor(list(parents), device=uniform_BK.device))
+
+
+def _without_orphans(token_ids_BK: Tensor, parents: Sequence[int]) -> Tensor:
+    """Nothing is drafted below an empty slot."""
+    if bool((token_ids_BK >= 0).all()):
+        return token_ids_BK
+    for slot, parent in enumerate(parents):
+        if parent >= 0:
+            token_ids_BK[:, slot].masked_fill_(token_ids_BK[:, parent] < 0, -1)
+    return token_ids_BK
+
+
+def draw_uniforms(num_rows: int, num_slots: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """float64 [B, K], made where the generator lives."""
+    made_on = generator.device if generator is not None else device
+    return torch.rand(num_rows, num_slots, dtype=torch.float64, generator=generator, device=made_on).to(device)
 
 
 @dataclass(frozen=True)

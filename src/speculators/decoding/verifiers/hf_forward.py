@@ -1,6 +1,11 @@
 """The forward of any Hugging Face causal LM, through its own modules, on a preallocated cache.
 
-Shapes: B rows, T tokens, V vocabulary, D width of captured states, C columns.
+Shapes: B rows, T tokens, S slots, N key/value heads, G query heads each, D head size or width of captured states,
+V vocabulary, C columns.
+
+Attention: transformers' sdpa path repeats keys and values G times whenever there is a mask. For decoding (few queries
+over a long cache) [B, N * G, T, D] queries seen as [B, N, G * T, D] need no copy of the cache; the mask comes with its
+rows already repeated (`MaskBuilder`).
 """
 
 from __future__ import annotations
@@ -10,14 +15,42 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
 
-from speculators.decoding.attention import IMPLEMENTATION
-from speculators.decoding.cache import RowCache, WriteSpan
+from speculators.decoding.verifiers.cache import RowCache, WriteSpan
 from speculators.interfaces import CaptureSpec
-from speculators.packed_linear import PackedLinears
+from speculators.nn.prepacked_linear import PrepackedLinears
 from speculators.verifier import CapturedStates, VerifierParts, capture_states
+
+IMPLEMENTATION = "speculators_grouped_sdpa"
+"""Registered without a mask function, so models build no masks of their own: ours arrive, or None."""
+
+
+def grouped_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    B, num_heads, T, D = query.shape
+    num_key_heads = key.shape[1]
+    num_rows = num_heads // num_key_heads * T
+    if T > 1 and (attention_mask is None or attention_mask.shape[2] != num_rows):  # prefill: many queries
+        return sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scaling, **kwargs)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(B, num_key_heads, num_rows, D), key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return out.reshape(B, num_heads, T, value.shape[-1]).transpose(1, 2), None
+
+
+AttentionInterface.register(IMPLEMENTATION, grouped_sdpa)
 
 
 class HFForward:
@@ -29,7 +62,7 @@ class HFForward:
         self.is_grouped = _can_replace_attention(model, parts.config)
         self.num_groups = _uniform_groups(parts.config) if self.is_grouped else 1
         self.max_position: int | None = getattr(parts.config, "max_position_embeddings", None)
-        self._packed = PackedLinears(model)
+        self._packed = PrepackedLinears(model)
         self._states: CapturedStates | None = None
         self._has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._exit = ExitStack()

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speculators.decoding.cache import WriteSpan
-from speculators.decoding.hf_forward import HFForward
-from speculators.decoding.lean_forward import LeanForward
-from speculators.decoding.lean_weights import LeanWeights, NotLlamaShaped
-from speculators.decoding.masks import MaskBuilder
+from speculators.decoding.verifiers.cache import WriteSpan
+from speculators.decoding.verifiers.hf_forward import HFForward
+from speculators.decoding.verifiers.lean_forward import LeanForward
+from speculators.decoding.verifiers.lean_weights import LeanWeights, NotLlamaShaped
+from speculators.decoding.verifiers.masks import MaskBuilder
 from speculators.interfaces import CaptureSpec, VerifierOutput
 from speculators.verifier import VerifierParts, capture_states, verifier_parts
 
