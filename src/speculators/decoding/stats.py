@@ -10,6 +10,7 @@ nothing was drafted (a lookup found nothing, K = 0): vLLM leaves them out.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -109,5 +110,5 @@ class DecodeStats:
     def _max_depth(self) -> int:
         return max((depth for _, depth, _ in self.rounds), default=0)
 
-    def _count(self, holds) -> int:  # type: ignore[no-untyped-def]
+    def _count(self, holds: Callable[[int, int], bool]) -> int:
         return sum(count for (_, depth, accepted), count in self.rounds.items() if holds(depth, accepted))

@@ -61,7 +61,7 @@ class PydanticClassRegistryMixin(ReloadableBaseModel, ABC, ClassRegistryMixin):
             if isinstance(clazz, type):
                 raise TypeError(f"{cls.__name__}.register: {clazz!r} is not a subclass of Pydantic BaseModel")
             raise TypeError(f"{cls.__name__}.register must be used as a class decorator, got {clazz!r}")
-        return super().register_decorator(clazz, name)  # type: ignore[return-value]
+        return super().register_decorator(clazz, name)
 
     def __init__(self, **data: Any) -> None:
         if type(self) is not type(self).__pydantic_schema_base_type__():

@@ -64,6 +64,7 @@ class HFForward:
         self.max_position: int | None = getattr(parts.config, "max_position_embeddings", None)
         self._packed = PrepackedLinears(model)
         self._states: CapturedStates | None = None
+        self._cache_name = cache_argument(model)
         self._has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._exit = ExitStack()
 
@@ -90,23 +91,24 @@ class HFForward:
     ) -> tuple[Tensor, Tensor | None]:
         """Logits, and the states a drafter reads. `columns_B`: logits of this column of each row alone, [B, 1, V]."""
         self.cache.span = span
-        kwargs: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {self._cache_name: self.cache}
         if columns_B is not None and self._has_logits_to_keep:
             columns_C, columns_B = columns_B.unique(return_inverse=True)
             kwargs["logits_to_keep"] = columns_C
         if self.max_position is not None and span.num_slots_read > self.max_position:
             position_BT = position_BT.clamp(max=self.max_position - 1)  # drafts past the end are never kept
         logits = self.model(
-            input_ids=token_ids_BT,
-            attention_mask=masks,
-            position_ids=position_BT,
-            past_key_values=self.cache,
-            use_cache=True,
-            **kwargs,
+            input_ids=token_ids_BT, attention_mask=masks, position_ids=position_BT, use_cache=True, **kwargs
         ).logits
         if columns_B is not None:
             logits = logits[torch.arange(len(columns_B), device=logits.device), columns_B][:, None]
         return logits, self._states.drafter_input if self._states is not None else None
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a model's forward takes its cache: one for all models since transformers 5.24."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in takes), "past_key_values")
 
 
 def _can_replace_attention(model: PreTrainedModel, config: Any) -> bool:

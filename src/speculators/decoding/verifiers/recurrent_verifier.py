@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 )
 
 from speculators.decoding.verifiers.cache import HybridCache, States, WriteSpan, neighbours, tensors_of
+from speculators.decoding.verifiers.hf_forward import cache_argument
 from speculators.decoding.verifiers.hf_verifier import HFVerifier
 from speculators.decoding.verifiers.masks import MaskBuilder
 from speculators.interfaces import CaptureSpec, Verifier, VerifierOutput
@@ -68,7 +69,7 @@ class RecurrentVerifier:
         self._cache = HybridCache(num_rows, kinds)
         self._masks = MaskBuilder(self._windows, parameter.dtype, self.device) if self._windows else None
         takes = inspect.signature(model.forward).parameters
-        self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
+        self._cache_name = cache_argument(model)
         self._takes_positions, self._takes_logits_to_keep = "position_ids" in takes, "logits_to_keep" in takes
         self._tokens_by_row: list[list[int]] = [[] for _ in range(num_rows)]
         self._states_by_row: list[States | None] = [None] * num_rows
@@ -198,6 +199,8 @@ class RecurrentVerifier:
         several tokens. States are compared because they differ whatever the weights are."""
         token_ids_15 = torch.arange(1, 6, device=self.device)[None] % self.vocab_size
         whole = [self._run(token_ids_15, 0, last_only=True).logits_BTV, *tensors_of(self._cache.states_of(0))]
+        if not all(tensors_of({i: state}) for i, state in self._cache.states_of(0).items()):
+            raise _states_outside_the_cache(self.model)
         self._advance([0], token_ids_15[:, :2].tolist())
         parts = [self._run(token_ids_15[:, 2:], 0, last_only=True).logits_BTV, *tensors_of(self._cache.states_of(0))]
         self._tokens_by_row[0], self._states_by_row[0] = [], None
@@ -209,6 +212,13 @@ class RecurrentVerifier:
             )
 
 
+def _states_outside_the_cache(model: PreTrainedModel) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} keeps its states outside transformers' cache, where they cannot be put back when "
+        "drafts are rejected; decode it with transformers' generate"
+    )
+
+
 def relative_difference(whole: Tensor, parts: Tensor) -> float:
     whole, parts = whole.float(), parts.float()
     return ((whole - parts).abs().max() / whole.abs().max().clamp_min(1e-30)).item()
@@ -217,10 +227,7 @@ def relative_difference(whole: Tensor, parts: Tensor) -> float:
 def attention_windows(model: PreTrainedModel, config: Any, kinds: list[Any]) -> dict[str, int | None]:
     """Sliding window by layer type of the layers that keep keys and values; refuses what is neither."""
     if not any(isinstance(kind, LinearAttentionCacheLayerMixin) for kind in kinds):
-        raise ValueError(
-            f"{type(model).__name__} keeps its states outside transformers' cache, where they cannot be put back when "
-            "drafts are rejected; decode it with transformers' generate"
-        )
+        raise _states_outside_the_cache(model)
     names = list(getattr(config, "layer_types", None) or [])
     windows: dict[str, int | None] = {}
     for i, kind in enumerate(kinds):
