@@ -196,7 +196,7 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
     __hash__ = None  # type: ignore[assignment]
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SpeculatorModelConfig:  # type: ignore[override]
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SpeculatorModelConfig:
         """The config a dictionary describes, of the class its `speculators_model_type` names; kwargs win."""
         values = {**config_dict, **kwargs}
         if "speculators_model_type" not in values:
@@ -207,7 +207,7 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
         return SpeculatorModelConfig.model_validate(values)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         cache_dir: str | os.PathLike | None = None,

@@ -182,9 +182,9 @@ def was_never_loaded(weight: Tensor) -> bool:
 def _never_loaded(kind: type[nn.Module], *sizes: int, **options: Any) -> Any:
     """A frozen module whose weight is NaN, flagged so that transformers' initialisation leaves it that way."""
     module = torch.nn.utils.skip_init(kind, *sizes, **options)
-    nn.init.constant_(module.weight, math.nan)  # type: ignore[arg-type]
+    nn.init.constant_(module.weight, math.nan)
     module.requires_grad_(False)
-    module._is_hf_initialized = True  # type: ignore[assignment]
+    module._is_hf_initialized = True
     return module
 
 

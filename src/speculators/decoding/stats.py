@@ -110,5 +110,5 @@ class DecodeStats:
     def _max_depth(self) -> int:
         return max((depth for _, depth, _ in self.rounds), default=0)
 
-    def _count(self, holds: Callable[[int, int], bool]) -> int:
+    def _count(self, holds: Callable[..., bool]) -> int:
         return sum(count for (_, depth, accepted), count in self.rounds.items() if holds(depth, accepted))

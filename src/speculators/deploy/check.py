@@ -142,7 +142,7 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
     report.add("tensors", tensor_check.tensor_findings(tensors, expected, shared, is_served=is_served))
     report.findings += tensor_check.file_findings(report.path)
     if {tensor_check.MAP, tensor_check.KEPT} <= tensors.keys() & expected.keys():
-        report.add(MAP, tensor_check.map_findings(tensors, config.target_vocab_size))  # type: ignore[attr-defined]
+        report.add(MAP, tensor_check.map_findings(tensors, config.target_vocab_size))
     record = record_of(report)
     check_verifier(opened, report, verifier, layer_ids, record)
     if record is not None:

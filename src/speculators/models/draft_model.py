@@ -28,7 +28,7 @@ class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         raise NotImplementedError(f"{cls.__name__} does not implement config_values")
 
     @classmethod
-    def from_training_args(  # type: ignore[override]
+    def from_training_args(
         cls, verifier_config: Any, t2d: Tensor | None = None, d2t: Tensor | None = None, **kwargs: Any
     ) -> Self:
         config = cls.config_class(**cls.config_values(verifier_config, **kwargs))

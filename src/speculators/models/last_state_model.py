@@ -105,7 +105,7 @@ class LastStateModel(SpeculatorModel):
             shared["head_weight_decay"] = kwargs["head_weight_decay"]
         return shared, dict(shared)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         hidden_states: Tensor,

@@ -14,7 +14,7 @@ from speculators.nn.attention import layer_window
 
 @SpeculatorModelConfig.register("dflash")
 class DFlashSpeculatorConfig(SpeculatorModelConfig):
-    speculators_model_type: Literal["dflash"] = "dflash"  # type: ignore[assignment]
+    speculators_model_type: Literal["dflash"] = "dflash"
     architectures: list[str] = Field(default_factory=lambda: ["DFlashSpeculator"], description="Model classes")
     transformer_layer_config: PretrainedConfig = Field(
         default_factory=Qwen3Config,

@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 class DFlashDraftModel(DraftModel):
     """Owns the weights under the names of the checkpoint."""
 
-    config_class: type[DFlashSpeculatorConfig] = DFlashSpeculatorConfig  # type: ignore[assignment]
+    config_class: type[DFlashSpeculatorConfig] = DFlashSpeculatorConfig
     contract = DFlashContract()
     training_args: ClassVar[type[BaseModel]] = DFlashTrainingArgs
     training_defaults = TRAINING_DEFAULTS
@@ -186,7 +186,7 @@ class DFlashDraftModel(DraftModel):
         check_weighting(shared["per_position_loss_weight"], shared["dpace_alpha"], shared["loss_config"])
         return shared, {**shared, "loss_config": dict(shared["loss_config"])}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         input_ids: Tensor,

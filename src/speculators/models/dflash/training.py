@@ -135,7 +135,7 @@ def run_blocks(network: DFlashNetwork, row: PackedBatch, blocks: Blocks, attenti
     attend_class = block_attention_class(attention, context_CH.device)
     layer_attention = []
     for layer, layer_mask in zip(network.layers, network.layer_masks, strict=True):
-        key_1CGd, value_1CGd = layer.self_attn.project_kv(context_CH[None], context_rope)  # type: ignore[union-attr,operator]
+        key_1CGd, value_1CGd = layer.self_attn.project_kv(context_CH[None], context_rope)  # type: ignore[operator]
         layer_attention.append(attend_class(blocks.layout, layer_mask, ContextKV(key_1CGd[0], value_1CGd[0])))
     token_ids_PS = network.blocks(row.token_ids_T[blocks.anchors_P], blocks.layout.block_size)
     return network.forward(token_ids_PS, network.rope.at(blocks.positions_PS(row), torch.float32), layer_attention)

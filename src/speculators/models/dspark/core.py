@@ -64,7 +64,7 @@ class DSparkDraftModel(DFlashDraftModel):
     # -- training ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def config_values(  # type: ignore[override]
+    def config_values(
         cls,
         verifier_config: Any,
         *,

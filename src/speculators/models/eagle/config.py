@@ -23,7 +23,7 @@ class EagleSpeculatorConfig(SpeculatorModelConfig):
 
     default_transformer_model_type: ClassVar[str] = "llama"
 
-    speculators_model_type: Literal["eagle"] = "eagle"  # type: ignore[assignment]
+    speculators_model_type: Literal["eagle"] = "eagle"
     architectures: list[str] = Field(default_factory=lambda: ["EagleSpeculator"], description="Model and layer classes")
     transformer_layer_architecture: str = Field(default=AUTO, description="Decoder layer class; auto: by the config")
     transformer_layer_config: PretrainedConfig = Field(

@@ -46,7 +46,7 @@ from speculators.verifier import verifier_parts
 
 
 @SpeculatorModel.register("eagle")
-class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
+class EagleSpeculator(Generating, SpeculatorModel):
     """Owns the drafter's weights under the names of the checkpoint; embedding, head and norm are borrowed."""
 
     config_class = EagleSpeculatorConfig  # type: ignore[assignment]
@@ -136,7 +136,7 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
             self.attach_verifier(path, mode)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, verifier: Any = None, **kwargs: Any
     ) -> Any:
         """As `SpeculatorModel.from_pretrained`; `verifier` may also be a loaded model, which is attached."""
@@ -213,7 +213,7 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
             )
         return shared, dict(shared)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         hidden_states: Tensor,
@@ -251,9 +251,7 @@ class EagleSpeculator(Generating, SpeculatorModel):  # type: ignore[misc]
             return_dict = bool(getattr(self.config, "use_return_dict", True))
         if not return_dict:
             return logits
-        return CausalLMOutputWithPast(
-            logits=cast("Any", logits), past_key_values=past if use_cache else None, attentions=None
-        )
+        return CausalLMOutputWithPast(None, cast("Any", logits), past if use_cache else None)
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
         row = self.training_row(states)

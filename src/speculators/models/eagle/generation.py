@@ -28,7 +28,7 @@ class Generating(VerifierAttachment):
     """Where `generate` finds an engine; see `generation`."""
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,

@@ -15,7 +15,7 @@ DEFAULT_NUM_AUX = 3
 
 @SpeculatorModelConfig.register("eagle3")
 class Eagle3SpeculatorConfig(SpeculatorModelConfig):
-    speculators_model_type: Literal["eagle3"] = "eagle3"  # type: ignore[assignment]
+    speculators_model_type: Literal["eagle3"] = "eagle3"
     architectures: list[str] = Field(default_factory=lambda: ["Eagle3Speculator"], description="Model classes")
     transformer_layer_config: PretrainedConfig = Field(
         default_factory=Qwen3Config,

@@ -142,7 +142,7 @@ class Eagle3DraftModel(DraftModel):
         }
         return shared, {**shared, "loss_config": dict(shared["loss_config"])}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         input_ids: Tensor,

@@ -11,7 +11,7 @@ from speculators.config import SpeculatorModelConfig
 
 @SpeculatorModelConfig.register("medusa")
 class MedusaSpeculatorConfig(SpeculatorModelConfig):
-    speculators_model_type: Literal["medusa"] = "medusa"  # type: ignore[assignment]
+    speculators_model_type: Literal["medusa"] = "medusa"
     architectures: list[str] = Field(default_factory=lambda: ["MedusaDraftModel"], description="Model classes")
     hidden_size: int = Field(default=4096, ge=1, description="The verifier's hidden size")
     vocab_size: int = Field(default=32000, ge=1, description="The verifier's vocabulary")

@@ -88,7 +88,7 @@ class MedusaDraftModel(LastStateModel):
     def start_from_verifier_head(self) -> None:
         scale, _ = self.target_transform
         for head in self.lm_heads:
-            head.weight.copy_(scale * self.verifier_lm_head.weight)  # type: ignore[union-attr, operator]
+            head.weight.copy_(scale * self.verifier_lm_head.weight)  # type: ignore[operator]
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

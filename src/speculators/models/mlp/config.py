@@ -14,7 +14,7 @@ OLD_NAMES = {"emb_dim": "hidden_size", "inner_dim": "intermediate_size", "n_pred
 
 @SpeculatorModelConfig.register("mlp")
 class MLPSpeculatorConfig(SpeculatorModelConfig):
-    speculators_model_type: Literal["mlp"] = "mlp"  # type: ignore[assignment]
+    speculators_model_type: Literal["mlp"] = "mlp"
     architectures: list[str] = Field(default_factory=lambda: ["MLPSpeculator"], description="Model classes")
     hidden_size: int = Field(default=4096, ge=1, description="The verifier's hidden size")
     intermediate_size: int = Field(default=4096, ge=1, description="Width of the state that goes from step to step")

@@ -14,7 +14,7 @@ from speculators.config import SpeculatorModelConfig
 class MTPSpeculatorConfig(SpeculatorModelConfig):
     default_transformer_model_type: ClassVar[str] = "qwen2"
 
-    speculators_model_type: Literal["mtp"] = "mtp"  # type: ignore[assignment]
+    speculators_model_type: Literal["mtp"] = "mtp"
     architectures: list[str] = Field(default_factory=lambda: ["MTPDraftModel"], description="Model classes")
     transformer_layer_config: PretrainedConfig = Field(
         default_factory=Qwen2Config,

@@ -116,7 +116,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     # -- training ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_training_args(  # type: ignore[override]
+    def from_training_args(
         cls,
         verifier_config: Any,
         *,
@@ -183,7 +183,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         shared["loss_config"] = resolve_loss_config(spec, kwargs.get("loss_implementation", "fused"))
         return shared, dict(shared)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         hidden_states: Tensor,

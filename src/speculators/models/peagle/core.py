@@ -39,7 +39,7 @@ class PEagleDraftModel(Eagle3DraftModel):
     ]
 
     def __init__(self, config: PEagleSpeculatorConfig, **kwargs: Any):
-        super().__init__(config, **kwargs)  # type: ignore[arg-type]
+        super().__init__(config, **kwargs)
         self.mask_hidden = nn.Parameter(torch.randn(1, 1, self.fc.in_features))
         self.num_depths: int = config.training_value("num_depths")
         self.down_sample_ratio: float = config.training_value("down_sample_ratio")
@@ -91,7 +91,7 @@ class PEagleDraftModel(Eagle3DraftModel):
         }
         return shared, {**shared, "loss_config": dict(shared["loss_config"])}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         input_ids: Tensor,

@@ -32,7 +32,7 @@ class PEagleFormat(Eagle3Format):
         super().write(checkpoint, directory, verifier)
         # the class names of EAGLE-3: with method "eagle3" vLLM puts Eagle3 before any other
         values = ForeignCheckpoint(directory).values
-        token = checkpoint.config.mask_token_id  # type: ignore[attr-defined]
+        token = checkpoint.config.mask_token_id
         write_config(directory, {**values, "mask_token_id": token, "pard_token": token})
 
     def serving(self, config: Any, directory: str, verifier: str) -> Serving:
