@@ -184,7 +184,12 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
     def load_verifier_weights(self) -> None:
         """Fill the weights that are the verifier's; nothing to do for a model without any."""
 
-    # -- loading -----------------------------------------------------------------------------------------------------
+    # -- saving and loading --------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # type: ignore[override]
+        """Saves as transformers does, after the contract's check: engines do not report missing tensors."""
+        self.contract.check_before_saving(self, kwargs.get("state_dict") or self.state_dict())
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def to_be_loaded(cls, config: SpeculatorModelConfig, *args: Any, **kwargs: Any) -> SpeculatorModel:
@@ -252,6 +257,12 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
         model.load_vocab_mappings(t2d, d2t)
         model.load_verifier_weights()
         return (model, loading_info) if options.output_loading_info else model
+
+    @classmethod
+    def expected_tensors(cls, config: SpeculatorModelConfig) -> dict[str, Tensor]:
+        """Returns name, shape and dtype of every tensor on disk, without data, for a checkpoint with this config."""
+        model_class = cls._class_to_load(config)
+        return model_class.contract.expected_tensors(model_class, config)
 
     @classmethod
     def _class_to_load(cls, config: SpeculatorModelConfig) -> type[SpeculatorModel]:

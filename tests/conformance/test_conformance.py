@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, K drafts, V vocabulary.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import types
 from typing import get_args
@@ -90,6 +91,21 @@ def test_files_hold_what_the_golden_ones_hold(name, counting_path, data_path, tm
     path = golden_path(name)
     assert path.exists(), "a new folder: write its golden file with `python tests/conformance/golden.py`, and read it"
     assert what_is_written(tmp_path / "saved", counting_path) == json.loads(path.read_text())
+
+
+def test_a_state_dict_without_a_tensor_is_not_saved_where_engines_would_serve_it(name, trained, tmp_path):
+    """They would read uninitialised memory in its place."""
+    path = trained(name).checkpoint
+    model = SpeculatorModel.from_pretrained(path)
+    on_disk = load_file(path / "model.safetensors").keys()
+    assert SpeculatorModel.expected_tensors(model.config).keys() == on_disk
+    if model.contract.served_format is None:
+        return
+    for missing in on_disk:
+        state = {key: tensor for key, tensor in model.state_dict().items() if key != missing}
+        with pytest.raises(ValueError, match=f"would lack .*{re.escape(missing)}"):
+            model.save_pretrained(tmp_path, state_dict=state)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_check_before_serving_passes_it_and_misses_what_is_taken_away(name, trained, tmp_path):

@@ -14,7 +14,7 @@ from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.losses import ce_loss, kl_div_loss, tv_loss
 from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig, shift_batch
 from speculators.models.eagle3.arguments import Eagle3TrainingArgs
-from speculators.models.eagle3.checkpoint import complete_transformer_layer_config, expected_keys
+from speculators.models.eagle3.checkpoint import complete_transformer_layer_config
 
 ATTENTION = {f"layers.0.self_attn.{name}_proj.weight" for name in "qkvo"}
 MLP = {f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
@@ -47,7 +47,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def test_files_hold_exactly_the_contracts_keys(make_drafter, tmp_path, case):
     arguments, expected = CASES[case]
     model = make_drafter(**arguments)
-    assert expected_keys(model.config) == expected
+    assert SpeculatorModel.expected_tensors(model.config).keys() == expected
     model.save_pretrained(tmp_path)
     saved = tensors(tmp_path)
     assert set(saved) == expected

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.losses import kl_div_loss
 from speculators.models.peagle import PEagleDraftModel, PEagleSpeculatorConfig
-from speculators.models.peagle.checkpoint import expected_keys
 
 NAMES = ["embed_tokens", "fc", "norm", "lm_head"]
 LAYER = ["input_layernorm", "post_attention_layernorm", *(f"self_attn.{n}_proj" for n in "qkvo")]
@@ -40,7 +39,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def test_files_hold_exactly_the_contracts_keys(make_drafter, tmp_path, case):
     arguments, expected = CASES[case]
     model = make_drafter(**arguments)
-    assert expected_keys(model.config) == expected
+    assert SpeculatorModel.expected_tensors(model.config).keys() == expected
     model.save_pretrained(tmp_path)
     saved = tensors(tmp_path)
     assert set(saved) == expected

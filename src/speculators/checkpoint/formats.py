@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -151,9 +151,8 @@ class CheckpointContract:
     def expected_tensors(self, model_class: type[SpeculatorModel], config: SpeculatorModelConfig) -> dict[str, Tensor]:
         """Name, shape and kind of every tensor on disk, without data."""
         with torch.device("meta"):
-            model: Any = model_class.to_be_loaded(copy.deepcopy(config))
-        left_out = set(model._keys_to_ignore_on_save or ())
-        return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+            model = model_class.to_be_loaded(copy.deepcopy(config))
+        return saved_tensors(model)
 
     def shared_tensors(self, config: SpeculatorModelConfig) -> frozenset[str]:
         """Tensors a checkpoint may leave out, because engines then use the verifier's: the embedding unless it is
@@ -173,6 +172,16 @@ class CheckpointContract:
         is_trained = getattr(config, "embed_requires_grad", False)
         names = ["lm_head.weight"] if is_trained else ["embed_tokens.weight", "lm_head.weight"]
         return {name: name for name in names}
+
+    def check_before_saving(self, model: SpeculatorModel, saved: Collection[str]) -> None:
+        """Warns of what engines will serve otherwise than it was trained; raises `ValueError` if they serve such
+        checkpoints and a tensor is not in `saved` (names on disk)."""
+        if self.served_format is not None:
+            refuse_missing(saved_tensors(model).keys() - set(saved))
+        self.warn_before_saving(model.config)
+
+    def warn_before_saving(self, config: Any) -> None:
+        """Logs what engines will serve otherwise than it was trained."""
 
     def findings(self, values: Mapping[str, Any], config: SpeculatorModelConfig) -> list[Finding]:
         """What vLLM would drop, misread or refuse. `values` is config.json as it is, `config` what we read in it."""
@@ -195,6 +204,20 @@ class CheckpointContract:
         if format_name == SPECULATORS:
             return Serving(directory) if self.served_format == SPECULATORS else None
         return self.format_named(format_name).serving(config, directory, verifier)
+
+
+def saved_tensors(model: SpeculatorModel) -> dict[str, Tensor]:
+    """Tensors of a model that its checkpoint holds: not those that are left to the verifier."""
+    left_out = set(model._keys_to_ignore_on_save or ())
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+
+
+def refuse_missing(names: Collection[str]) -> None:
+    if names:
+        raise ValueError(
+            f"the checkpoint would lack {sorted(names)}: engines would serve them from uninitialised memory; save the "
+            "whole state dict"
+        )
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:

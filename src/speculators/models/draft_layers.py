@@ -1,4 +1,4 @@
-"""The nested decoder config of a speculator as engines read it, and the names of its layers' tensors."""
+"""The nested decoder config of a speculator as engines read it."""
 
 from __future__ import annotations
 
@@ -57,23 +57,3 @@ def complete_layer_config(config: Any) -> Any:
         )
     config.layer_types = layer_types
     return config
-
-
-def layer_keys(config: Any, output_bias: bool | None = None) -> set[str]:
-    """Tensor names of one decoder layer. `output_bias`: whether a biased attention has one on o_proj too; None = as
-    the decoder's family does."""
-    shape = attention_shape(config)
-    biased = bool(getattr(config, "attention_bias", False))
-    on_output = shape.output_bias if output_bias is None else output_bias
-    keys = {"input_layernorm.weight", "post_attention_layernorm.weight"}
-    for name in ("q", "k", "v", "o"):
-        keys.add(f"self_attn.{name}_proj.weight")
-        if biased and (name != "o" or on_output):
-            keys.add(f"self_attn.{name}_proj.bias")
-    if shape.qk_norm:
-        keys |= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
-    for name in ("gate", "up", "down"):
-        keys.add(f"mlp.{name}_proj.weight")
-        if getattr(config, "mlp_bias", False):
-            keys.add(f"mlp.{name}_proj.bias")
-    return keys

@@ -30,7 +30,7 @@ DEFAULT_LOSS = "kl_div"
 
 
 class LastStateModel(SpeculatorModel):
-    """Subclasses define `network` and say in `trained_keys` what is on disk."""
+    """Subclasses define `network`."""
 
     align = staticmethod(align)
     has_chosen_layers = False
@@ -51,10 +51,6 @@ class LastStateModel(SpeculatorModel):
 
     @property
     def network(self) -> LastStateNetwork:
-        raise NotImplementedError
-
-    @property
-    def trained_keys(self) -> set[str]:
         raise NotImplementedError
 
     @property
@@ -88,11 +84,6 @@ class LastStateModel(SpeculatorModel):
             self.verifier_lm_head.weight.copy_(head_VH)
             self.verifier_norm.weight.copy_(1.0 + norm_H.float() if norm_is_unit_offset(path) else norm_H)
         self.target_transform = target_logit_transform(path)
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        missing = self.trained_keys - set(kwargs.get("state_dict") or self.state_dict())
-        assert not missing, f"a checkpoint without {sorted(missing)} would be incomplete"
-        super().save_pretrained(save_directory, **kwargs)
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -18,16 +18,10 @@ from speculators.losses.registry import loss_keywords
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.arguments import TRAINING_DEFAULTS, DFlashTrainingArgs
 from speculators.models.dflash.blocks import PackedBatch, last_block
-from speculators.models.dflash.checkpoint import (
-    complete_block_config,
-    expected_keys,
-    pin_causality,
-    warn_if_served_differently,
-)
+from speculators.models.dflash.checkpoint import DFlashContract, complete_block_config, pin_causality
 from speculators.models.dflash.config import DFlashSpeculatorConfig, check_buildable
 from speculators.models.dflash.network import BlockDecoderLayer, DFlashNetwork
 from speculators.models.dflash.proposer import DFlashProposer
-from speculators.models.dflash.serving import DFlashContract
 from speculators.models.dflash.training import (
     DEFAULT_MAX_ANCHORS,
     DPACE_ALPHA,
@@ -267,12 +261,3 @@ class DFlashDraftModel(DraftModel):
             d2t=chain.d2t,
             verifier_vocab_size=chain.verifier_vocab_size,
         )
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        missing = self.expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())
-        assert not missing, f"a checkpoint without {sorted(missing)} would be served from uninitialised memory"
-        self.warn_if_served_differently(self.config)
-        super().save_pretrained(save_directory, **kwargs)
-
-    expected_keys: ClassVar[Any] = staticmethod(expected_keys)
-    warn_if_served_differently = staticmethod(warn_if_served_differently)

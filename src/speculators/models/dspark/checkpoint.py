@@ -1,26 +1,59 @@
-"""What a DSpark checkpoint must hold beside DFlash's tensors, and the mask it is served with."""
+"""DSpark on disk: our directory and the dense format of its authors. vLLM serves both; the contract says what it
+misreads.
+
+The dense format has our tensors; its config is the draft layers' with the drafter's keys beside them, and
+`target_layer_ids` j counts outputs: our j + 1.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
-from speculators.models.dflash.checkpoint import expected_keys as backbone_keys
+from transformers import PretrainedConfig
+
+from speculators.checkpoint.findings import Finding, error
+from speculators.checkpoint.formats import (
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    dtype_name,
+    write_config,
+    write_tensors,
+)
+from speculators.model import SpeculatorModel
+from speculators.models.dflash.checkpoint import (
+    NOT_THE_LAYERS,
+    DFlashContract,
+    check_names,
+    complete_block_config,
+    reaching_as_far,
+)
 from speculators.models.dflash.config import is_sliding
+from speculators.models.draft_layers import layer_config_of, layer_values
 from speculators.models.dspark.config import DSparkSpeculatorConfig
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from speculators.models.utils import make_speculators_config
 
 logger = logging.getLogger(__name__)
 
+DENSE = "dspark"
+SERVED_CLASS, OTHER_CLASS = "Qwen3DSparkModel", "DSparkDraftModel"
+OWN_KEYS = (
+    "block_size",
+    "mask_token_id",
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "sample_from_anchor",
+)
+OLD_PREFIX, PREFIX = "logit_head.", "markov_head."
+
+
 SERVED_HEAD = "vanilla"
 """The one kind of Markov head vLLM loads; the tensors of the others are unknown names to it."""
-HEAD_TENSORS = {
-    "vanilla": [],
-    "gated": ["gate_proj.weight", "gate_proj.bias"],
-    "rnn": ["joint_proj.weight", "joint_proj.bias"],
-}
 
 
 def pin_causality(nested: PretrainedConfig, sliding_window_non_causal: bool) -> None:
@@ -40,12 +73,84 @@ def warn_if_not_served(config: DSparkSpeculatorConfig) -> None:
         )
 
 
-def expected_keys(config: DSparkSpeculatorConfig) -> set[str]:
-    """Names of the tensors on disk."""
-    keys = backbone_keys(config)
-    if config.markov_rank:
-        names = ["markov_w1.weight", "markov_w2.weight", *HEAD_TENSORS[config.markov_head_type]]
-        keys |= {f"markov_head.{name}" for name in names}
-    if config.enable_confidence_head:
-        keys |= {"confidence_head.proj.weight", "confidence_head.proj.bias"}
-    return keys
+class DenseFormat(CheckpointFormat):
+    name = DENSE
+    method = "dspark"
+
+    def recognises(self, source: ForeignCheckpoint) -> bool:
+        return bool({SERVED_CLASS, OTHER_CLASS} & set(source.values.get("architectures") or []))
+
+    def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
+        values = {**source.values, **(source.values.get("dflash_config") or {})}
+        own = {key: values[key] for key in OWN_KEYS if values.get(key) is not None}
+        ids = options.get("aux_hidden_state_layer_ids") or [layer + 1 for layer in values.get("target_layer_ids") or []]
+        if not ids or "block_size" not in own:
+            raise ValueError(f"{source.path / 'config.json'} must say target_layer_ids and block_size")
+        left_out = {*NOT_THE_LAYERS, *OWN_KEYS, "target_layer_ids", "dspark_bonus_anchor"}
+        nested = complete_block_config(layer_config_of(source.values, left_out, model_type="qwen3"))
+        nested = reaching_as_far(nested, verifier)
+        drafts_at_anchor = own.setdefault("sample_from_anchor", not source.values.get("dspark_bonus_anchor", False))
+        tensors = {name.replace(OLD_PREFIX, PREFIX): tensor for name, tensor in source.tensors().items()}
+        own.setdefault("enable_confidence_head", "confidence_head.proj.weight" in tensors)
+        num_tokens = own["block_size"] - (not drafts_at_anchor)
+        config = DSparkSpeculatorConfig(
+            transformer_layer_config=nested,
+            draft_vocab_size=values.get("draft_vocab_size") or nested.vocab_size,
+            aux_hidden_state_layer_ids=ids,
+            speculators_config=make_speculators_config("dspark", num_tokens, verifier),
+            **own,
+        )
+        is_whole = config.draft_vocab_size == nested.vocab_size
+        copies = {"embed_tokens.weight", "lm_head.weight"} if is_whole else {"embed_tokens.weight"}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
+        check_names(set(tensors), set(SpeculatorModel.expected_tensors(config)), source.path)
+        return Converted(config, tensors)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        config: Any = checkpoint.config
+        tensors = {name: checkpoint.tensors[name] for name in SpeculatorModel.expected_tensors(config)}
+        values = layer_values(config.transformer_layer_config)
+        if config.trained_causal != config.served_causal:
+            values["is_causal"] = config.trained_causal[0]
+        write_tensors(directory, tensors)
+        write_config(
+            directory,
+            {
+                **values,
+                **{key: getattr(config, key) for key in OWN_KEYS},
+                "architectures": [SERVED_CLASS],
+                "model_type": "qwen3",
+                "draft_vocab_size": config.draft_vocab_size,
+                "dspark_bonus_anchor": not config.sample_from_anchor,
+                "target_layer_ids": [layer - 1 for layer in config.aux_hidden_state_layer_ids],
+                "dtype": dtype_name(tensors["fc.weight"].dtype),
+            },
+        )
+
+
+class DSparkContract(DFlashContract):
+    formats = (DenseFormat(),)
+    absent_means = {
+        "aux_hidden_state_layer_ids": "does not load the checkpoint",
+        "mask_token_id": "has no token for masked slots",
+        "sample_from_anchor": "takes it for false: every draft would be one token late",
+        "markov_rank": "builds no Markov head",
+        "markov_head_type": "takes it for vanilla",
+    }
+
+    def warn_before_saving(self, config: Any) -> None:
+        super().warn_before_saving(config)
+        warn_if_not_served(config)
+
+    def own_findings(self, config: Any) -> list[Finding]:
+        if config.markov_head_type == SERVED_HEAD and config.markov_rank > 0:
+            return []
+        return [
+            error(
+                "not-servable",
+                "markov_head_type",
+                f"{config.markov_head_type!r} of rank {config.markov_rank}",
+                f"vLLM loads a {SERVED_HEAD!r} head with a rank above 0, nothing else",
+                f"train with --markov-head-type {SERVED_HEAD}, or decode here",
+            )
+        ]

@@ -14,11 +14,10 @@ from speculators.models.dflash import DFlashDraftModel
 from speculators.models.dflash.blocks import PackedBatch
 from speculators.models.dflash.training import DPACE_ALPHA, FIXED_DECAY, GAMMA, Objective
 from speculators.models.dspark.arguments import TRAINING_DEFAULTS, DSparkTrainingArgs
-from speculators.models.dspark.checkpoint import expected_keys, pin_causality, warn_if_not_served
+from speculators.models.dspark.checkpoint import DSparkContract, pin_causality
 from speculators.models.dspark.config import DSparkSpeculatorConfig
 from speculators.models.dspark.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
 from speculators.models.dspark.proposer import DSparkProposer
-from speculators.models.dspark.serving import DSparkContract
 from speculators.models.dspark.training import (
     CONFIDENCE_ALPHA,
     CONFIDENCE_TARGET,
@@ -41,7 +40,6 @@ class DSparkDraftModel(DFlashDraftModel):
     training_defaults = TRAINING_DEFAULTS
     anchor_may_draft = True
     pin_causality = staticmethod(pin_causality)
-    expected_keys = staticmethod(expected_keys)
     drafts_logits = staticmethod(drafts_logits)
 
     def __init__(self, config: DSparkSpeculatorConfig, **kwargs: Any):
@@ -144,7 +142,3 @@ class DSparkDraftModel(DFlashDraftModel):
         if chain.markov_head is None:
             return super().make_tree_drafter(verifier_model, **sizes)
         return DSparkTreeDrafter(chain, chain.markov_head, self.config.num_drafts)
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        warn_if_not_served(self.config)
-        super().save_pretrained(save_directory, **kwargs)

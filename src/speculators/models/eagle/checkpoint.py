@@ -1,4 +1,4 @@
-"""EAGLE on disk: our key set, and the native directory of the EAGLE repository, which vLLM serves.
+"""EAGLE on disk: our directory, and the native one of the EAGLE repository, which vLLM serves with method "eagle".
 
 native                              ours
 fc.weight, fc.bias                  fusion_fc.*             (fusion_bias iff there is a bias)
@@ -12,6 +12,7 @@ embed_tokens.weight                 -                       (the verifier's)
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,29 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from speculators.checkpoint.formats import dtype_name, write_config, write_tensors
-from speculators.models.draft_layers import complete_layer_config, layer_keys
-from speculators.models.eagle.config import EagleSpeculatorConfig
+from speculators.checkpoint.findings import Finding, error, warning
+from speculators.checkpoint.formats import (
+    CheckpointContract,
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    dtype_name,
+    refuse_missing,
+    write_config,
+    write_tensors,
+)
+from speculators.model import SpeculatorModel
+from speculators.models.draft_layers import complete_layer_config
+from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
+from speculators.models.utils import make_speculators_config
 from speculators.nn.attention import layer_window
 from speculators.utils.loading import load_checkpoint
 
+NATIVE = "eagle"
+FUSION = "fc.weight"
+UNLOADABLE = ("lm_head.weight", "layers.0.input_layernorm.weight")
+"""vLLM's EAGLE class has no such parameters, and refuses the names."""
 EXTRA_NORMS = {
     "embed_layernorm.weight": "embedding_layernorm.weight",
     "lm_head_layernorm.weight": "pre_lm_head_layernorm.weight",
@@ -45,15 +63,6 @@ def complete_eagle_config(config: Any) -> Any:
     config = complete_layer_config(config)
     config.layer_types, config.sliding_window, config.use_sliding_window = ["full_attention"], None, False
     return config
-
-
-def expected_keys(config: EagleSpeculatorConfig) -> set[str]:
-    """Names of the tensors on disk."""
-    keys = {f"transformer.{name}" for name in layer_keys(config.transformer_layer_config)} | {"fusion_fc.weight"}
-    if config.fusion_bias:
-        keys.add("fusion_fc.bias")
-    extra = set(EXTRA_NORMS.values())
-    return keys | extra if config.layernorms else keys - extra
 
 
 def native_to_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,11 +130,11 @@ def native_config(config: EagleSpeculatorConfig, dtype: torch.dtype) -> dict[str
 def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path: str | Path) -> Path:
     """The directory to serve with `{"method": "eagle", "model": path}`."""
     check_servable(config)
-    missing = expected_keys(config) - tensors.keys()
-    assert not missing, f"a checkpoint without {sorted(missing)} would be served from uninitialised memory"
+    names = SpeculatorModel.expected_tensors(config).keys()
+    refuse_missing(names - tensors.keys())
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    native = ours_to_native({name: tensors[name] for name in expected_keys(config)})
+    native = ours_to_native({name: tensors[name] for name in names})
     write_tensors(path, native)
     write_config(path, native_config(config, native["fc.weight"].dtype))
     return path
@@ -145,3 +154,70 @@ def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "fusion_bias": "fusion_fc.bias" in ours,
     }
     return fields, ours
+
+
+class EagleFormat(CheckpointFormat):
+    name = NATIVE
+    method = "eagle"
+
+    def recognises(self, source: ForeignCheckpoint) -> bool:
+        names = source.tensor_names
+        first = "layers.0.self_attn.q_proj.weight"
+        others = {"hidden_norm.weight", "norm.weight", "layers.0.hidden_norm.weight", "d2t"}
+        return FUSION in names and first in names and not (names & others)
+
+    def findings(self, source: ForeignCheckpoint) -> list[Finding]:
+        found = [
+            error(
+                "name-unloadable",
+                name,
+                "is in the checkpoint",
+                "vLLM's EAGLE class has no such parameter and refuses to load",
+                "leave it out: the verifier's is used",
+            )
+            for name in UNLOADABLE
+            if name in source.tensor_names
+        ]
+        if source.values.get("architectures") != ["LlamaForCausalLM"]:
+            found.append(
+                error(
+                    "architecture-unknown",
+                    "architectures",
+                    repr(source.values.get("architectures")),
+                    "vLLM puts Eagle before it, and EagleLlamaForCausalLM is the class there is",
+                    'write "architectures": ["LlamaForCausalLM"]',
+                )
+            )
+        if "layer_types" in source.values:
+            found.append(
+                error(
+                    "layer-types-short",
+                    "layer_types",
+                    repr(source.values["layer_types"]),
+                    "vLLM's EAGLE layers count on from the verifier's, past the end of this list",
+                    "leave it out",
+                )
+            )
+        return found
+
+    def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
+        fields, tensors = read_native(source.path)
+        recorded = make_speculators_config("eagle", NUM_TOKENS, verifier)
+        config = EagleSpeculatorConfig(**fields, speculators_config=recorded)
+        config.transformer_layer_architecture = layer_architecture(config)
+        return Converted(config, tensors)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        save_native(checkpoint.config, dict(checkpoint.tensors), directory)  # type: ignore[arg-type]
+
+
+class EagleContract(CheckpointContract):
+    formats = (EagleFormat(),)
+    served_format = NATIVE
+
+    def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
+        try:
+            check_servable(config)
+        except ValueError as problem:
+            return [warning("not-servable", "config.json", str(problem), "no engine can serve it", "decode it here")]
+        return []

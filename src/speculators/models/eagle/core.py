@@ -20,13 +20,12 @@ from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.eagle.arguments import TRAINING_DEFAULTS, EagleTrainingArgs, default_of
 from speculators.models.eagle.attachment import DETACHED, head_of, no_grad_weight
-from speculators.models.eagle.checkpoint import complete_eagle_config, expected_keys, save_native
+from speculators.models.eagle.checkpoint import EagleContract, complete_eagle_config, save_native
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
 from speculators.models.eagle.generation import Generating
 from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
 from speculators.models.eagle.proposer import EagleProposer
 from speculators.models.eagle.sequence import run_sequences
-from speculators.models.eagle.serving import EagleContract
 from speculators.models.eagle.training import (
     OBJECTIVE_KEYS,
     PackedBatch,
@@ -162,11 +161,6 @@ class EagleSpeculator(Generating, SpeculatorModel):
         this drafter."""
         tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
         return save_native(self.config, tensors, path)
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        found = set(kwargs.get("state_dict") or self.state_dict())
-        assert found == expected_keys(self.config), f"not the tensors of this config: {found}"
-        super().save_pretrained(save_directory, **kwargs)
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,68 @@
-"""What an EAGLE-3 checkpoint must hold. Engines do not report missing tensors or keys, so we check before writing."""
+"""EAGLE-3 on disk: our directory and that of the EAGLE repository. vLLM serves both; the contract says what it
+misreads.
+
+EAGLE repository, SpecForge             ours
+midlayer.*                              layers.0.*
+d2t, t2d, fc, norm, lm_head             the same
+embed_tokens (often absent)             the same
+config: that of the draft layer, with   top level beside transformer_layer_config
+draft_vocab_size, eagle_config, flags
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
-from speculators.models.draft_layers import complete_layer_config, layer_keys
+from torch import Tensor
+
+from speculators.checkpoint.findings import Finding, error, missing_keys
+from speculators.checkpoint.formats import (
+    SPECULATORS,
+    CheckpointContract,
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    dtype_name,
+    write_config,
+    write_tensors,
+)
+from speculators.models.draft_layers import complete_layer_config, layer_config_of, layer_values
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
+from speculators.models.utils import get_verifier_config, make_speculators_config, resolve_target_layer_ids
+from speculators.utils.loading import load_model_layers
+
+NATIVE = "eagle3"
+IDS = "eagle_aux_hidden_state_layer_ids"
+THEIR_LAYER, OUR_LAYER = "midlayer.", "layers.0."
+SERVED_FAMILIES = ("llama", "qwen3")
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+NOT_THE_LAYERS = (
+    *FLAGS,
+    IDS,
+    "architectures",
+    "auto_map",
+    "eagle_config",
+    "draft_vocab_size",
+    "target_hidden_size",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)
+CONVERTED_TOKENS = 3
+"""Draft tokens a round of a converted checkpoint, whose own config does not say."""
+ASSUMED = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+}
+"""Values that the authors' code assumes for keys that an old config.json lacks."""
 
 
 def complete_transformer_layer_config(config: Any, num_aux: int = DEFAULT_NUM_AUX) -> Any:
@@ -17,17 +74,165 @@ def complete_transformer_layer_config(config: Any, num_aux: int = DEFAULT_NUM_AU
     return config
 
 
-def expected_keys(config: Eagle3SpeculatorConfig) -> set[str]:
-    """Names of the tensors on disk."""
-    nested = config.transformer_layer_config
-    keys = {"embed_tokens.weight", "fc.weight", "norm.weight", "lm_head.weight"}
-    if config.draft_vocab_size != nested.vocab_size:
-        keys |= {"d2t", "t2d"}
-    if config.norm_before_fc:
-        keys.add("input_norm.weight")
-    if config.fc_norm:
-        keys |= {f"fc_norm.{j}.weight" for j in range(config.num_aux)}
-    keys.add("layers.0.hidden_norm.weight")
-    for i in range(nested.num_hidden_layers):
-        keys |= {f"layers.{i}.{name}" for name in layer_keys(nested)}
-    return keys
+class Eagle3Format(CheckpointFormat):
+    name = NATIVE
+    method = "eagle3"
+    has_mask_hidden: ClassVar[bool] = False
+
+    def recognises(self, source: ForeignCheckpoint) -> bool:
+        names = source.tensor_names
+        is_head = "fc.weight" in names and {"midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"} & names
+        return bool(is_head) and ("mask_hidden" in names) == self.has_mask_hidden
+
+    def findings(self, source: ForeignCheckpoint) -> list[Finding]:
+        values, found = source.values, []
+        nested = (values.get("eagle_config") or {}).get(IDS)
+        if nested and not values.get(IDS):
+            found.append(ids_nested("eagle_config." + IDS, nested))
+        if values.get("draft_vocab_size") is None and "d2t" in source.tensor_names:
+            found += missing_keys(values, {"draft_vocab_size": "takes the verifier's, and ignores d2t"})
+        return found
+
+    def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
+        tensors = {name.replace(THEIR_LAYER, OUR_LAYER): tensor for name, tensor in source.tensors().items()}
+        values, own = source.values, source.values.get("eagle_config") or {}
+        nested = nested_config(values, tensors, verifier)
+        flags: dict[str, Any] = {
+            flag: options[flag] if options.get(flag) is not None else values.get(flag) for flag in FLAGS
+        }
+        flags["norm_before_fc"] = flags["norm_before_fc"] or "input_norm.weight" in tensors
+        flags["fc_norm"] = flags["fc_norm"] or "fc_norm.0.weight" in tensors
+        num_aux = tensors["fc.weight"].shape[1] // (values.get("target_hidden_size") or nested.hidden_size)
+        ids = options.get(IDS) or values.get(IDS) or own.get(IDS)
+        notes = []
+        if ids is None and verifier is not None and num_aux == DEFAULT_NUM_AUX:
+            ids = resolve_target_layer_ids(None, verifier)
+            notes.append(f"the checkpoint names no layers to read: {ids}, the default of engines, was written down")
+        nested = complete_transformer_layer_config(nested, num_aux)
+        if "embed_tokens.weight" not in tensors and verifier is not None:
+            tensors |= load_model_layers(["embed_tokens.weight"], verifier)
+        config = self.config_of(
+            values,
+            transformer_layer_config=nested,
+            draft_vocab_size=values.get("draft_vocab_size") or tensors["lm_head.weight"].shape[0],
+            target_hidden_size=values.get("target_hidden_size"),
+            eagle_aux_hidden_state_layer_ids=ids,
+            speculators_config=make_speculators_config(self.name, CONVERTED_TOKENS, verifier),
+            **{flag: bool(value) for flag, value in flags.items()},
+        )
+        return Converted(config, without_whole_map(tensors, config), notes)
+
+    def config_of(self, values: Mapping[str, Any], **fields: Any) -> Eagle3SpeculatorConfig:
+        return Eagle3SpeculatorConfig(**fields)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        config: Any = checkpoint.config
+        nested = config.transformer_layer_config
+        tensors = {name.replace(OUR_LAYER, THEIR_LAYER): tensor for name, tensor in checkpoint.tensors.items()}
+        write_tensors(directory, tensors)
+        write_config(
+            directory,
+            {
+                **layer_values(nested),
+                **{flag: getattr(config, flag) for flag in FLAGS},
+                IDS: config.eagle_aux_hidden_state_layer_ids,
+                "eagle_config": {IDS: config.eagle_aux_hidden_state_layer_ids},
+                "architectures": [
+                    "LlamaForCausalLMEagle3" if nested.model_type == "llama" else "Eagle3Qwen3ForCausalLM"
+                ],
+                "draft_vocab_size": config.draft_vocab_size,
+                "dtype": dtype_name(tensors["fc.weight"].dtype),
+            },
+        )
+
+
+class Eagle3Contract(CheckpointContract):
+    formats = (Eagle3Format(),)
+    served_format = SPECULATORS
+    borrows_from_verifier = True
+    training_keys = frozenset({"embed_requires_grad"})
+    absent_means: ClassVar[Mapping[str, str]] = {
+        "norm_before_residual": "takes it for true (a config of ours without it means false)",
+        "draft_vocab_size": "takes the verifier's",
+    }
+
+    def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
+        return [
+            *missing_keys(values, self.absent_means),
+            *layer_findings(values, config.transformer_layer_config, config.num_aux),
+        ]
+
+    def completed(self, config: Any) -> Any:
+        config = copy.deepcopy(config)
+        nested = config.transformer_layer_config
+        ids = config.eagle_aux_hidden_state_layer_ids or (getattr(nested, "eagle_config", None) or {}).get(IDS)
+        config.eagle_aux_hidden_state_layer_ids = ids
+        if hasattr(nested, "eagle_config"):
+            del nested.eagle_config  # said at the top level now
+        config.transformer_layer_config = complete_transformer_layer_config(nested, config.num_aux)
+        return config
+
+
+def layer_findings(values: Mapping[str, Any], nested: Any, num_aux: int) -> Iterator[Finding]:
+    """What vLLM reads of the draft layers and of the verifier's that feed them."""
+    if nested.model_type not in SERVED_FAMILIES:
+        yield error(
+            "not-servable",
+            "transformer_layer_config.model_type",
+            repr(nested.model_type),
+            f"vLLM has draft layers for {SERVED_FAMILIES}",
+            "train with --draft-arch llama or qwen3",
+        )
+    inside = (getattr(nested, "eagle_config", None) or values.get("eagle_config") or {}).get(IDS)
+    if not values.get(IDS) and inside:
+        yield ids_nested("eagle_config." + IDS, inside)
+    elif not values.get(IDS):
+        yield error(
+            "aux-ids-missing",
+            IDS,
+            repr(values.get(IDS)),
+            "vLLM then reads the layers 2, n // 2 and n - 3",
+            "write the ids that the drafter was trained with",
+        )
+    written = getattr(nested, "num_aux_hidden_states", None)
+    if nested.model_type == "llama" and (written or DEFAULT_NUM_AUX) != num_aux:
+        yield error(
+            "num-aux-missing",
+            "transformer_layer_config.num_aux_hidden_states",
+            repr(written),
+            f"vLLM's llama drafts size fc by this key alone, {DEFAULT_NUM_AUX} without it",
+            f"write {num_aux} there",
+        )
+
+
+def ids_nested(where: str, ids: Any) -> Finding:
+    return error(
+        "aux-ids-nested",
+        where,
+        repr(ids),
+        "vLLM's newer model runner reads the top level only, and falls back to the layers 2, n // 2 and n - 3",
+        f"write {IDS} at the top level of config.json",
+    )
+
+
+def nested_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor], verifier: str | None) -> Any:
+    """The draft layers' config. Its vocabulary is the verifier's, whatever the file says."""
+    verifier_config = None if verifier is None else get_verifier_config(verifier)
+    nested = layer_config_of(values, NOT_THE_LAYERS, model_type="llama", **ASSUMED)
+    if "t2d" in tensors:
+        nested.vocab_size = tensors["t2d"].shape[0]
+    elif verifier_config is not None:
+        nested.vocab_size = verifier_config.vocab_size
+    if verifier_config is not None:
+        longest = getattr(verifier_config, "max_position_embeddings", 0)
+        nested.max_position_embeddings = max(nested.max_position_embeddings, longest)
+    return nested
+
+
+def without_whole_map(tensors: dict[str, Tensor], config: Eagle3SpeculatorConfig) -> dict[str, Tensor]:
+    """A map of the whole vocabulary onto itself is no map: neither we nor vLLM have a place for it."""
+    if config.draft_vocab_size != config.target_vocab_size:
+        return tensors
+    if "d2t" in tensors and tensors["d2t"].any():
+        raise ValueError("d2t moves tokens although the draft vocabulary is the verifier's: one of them is wrong")
+    return {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}

@@ -14,11 +14,10 @@ from speculators.losses.registry import loss_keywords
 from speculators.model import SpeculatorModel
 from speculators.models.draft_model import DraftModel
 from speculators.models.eagle3.arguments import TRAINING_DEFAULTS, Eagle3TrainingArgs
-from speculators.models.eagle3.checkpoint import complete_transformer_layer_config, expected_keys
+from speculators.models.eagle3.checkpoint import Eagle3Contract, complete_transformer_layer_config
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.eagle3.proposer import Eagle3Proposer
-from speculators.models.eagle3.serving import Eagle3Contract
 from speculators.models.eagle3.training import PackedBatch, drafts_read, shift_batch, train_forward
 from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.models.utils import make_speculators_config, resolve_target_layer_ids, target_logit_transform
@@ -184,8 +183,3 @@ class Eagle3DraftModel(DraftModel):
         return FeedbackTreeDrafter(
             self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
         )
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        missing = expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())
-        assert not missing, f"a checkpoint without {sorted(missing)} would be served from uninitialised memory"
-        super().save_pretrained(save_directory, **kwargs)

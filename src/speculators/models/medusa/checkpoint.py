@@ -1,4 +1,4 @@
-"""Medusa on disk: our key set, which is vLLM's too, and the native directory that vLLM serves.
+"""Medusa on disk: our directory, and the native one of the heads, which vLLM serves with method "medusa".
 
 ours and vLLM                    FasterDecoding/Medusa (read only; also behind `medusa_heads.`)
 blocks.{i}.layers.{j}.weight     {i}.{j}.linear.weight
@@ -15,20 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.checkpoint.formats import dtype_name, write_config, write_tensors
+from speculators.checkpoint.findings import Finding, error
+from speculators.checkpoint.formats import (
+    CheckpointContract,
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    Serving,
+    dtype_name,
+    write_config,
+    write_tensors,
+)
+from speculators.model import SpeculatorModel
+from speculators.models.last_state_model import norm_eps_of
 from speculators.models.medusa.config import MedusaSpeculatorConfig
+from speculators.models.utils import get_verifier_config, make_speculators_config
 from speculators.utils.loading import load_checkpoint
 
+NATIVE = "medusa"
 OLD_LAYER = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
 OLD_HEAD = re.compile(r"(\d+)\.(\d+)\.weight")
 OLD_PREFIX = "medusa_heads."
-
-
-def expected_keys(config: MedusaSpeculatorConfig) -> set[str]:
-    """Names of the tensors on disk."""
-    heads, layers = range(config.num_heads), range(config.num_hidden_layers)
-    blocks = {f"blocks.{i}.layers.{j}.{kind}" for i in heads for j in layers for kind in ("weight", "bias")}
-    return blocks | {f"lm_heads.{i}.weight" for i in heads}
 
 
 def native_config(config: MedusaSpeculatorConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -48,7 +56,7 @@ def save_native(config: MedusaSpeculatorConfig, tensors: dict[str, Tensor], path
     """The directory to serve with `{"method": "medusa", "model": path}` and num_speculative_tokens <= num_heads."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    native = {name: tensors[name] for name in expected_keys(config)}
+    native = {name: tensors[name] for name in SpeculatorModel.expected_tensors(config)}
     write_tensors(path, native)
     write_config(path, native_config(config, native["lm_heads.0.weight"].dtype))
     return path
@@ -81,7 +89,59 @@ def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for j in range(num_layers):  # a head without biases is one whose biases are zero
             weight = tensors[f"blocks.{i}.layers.{j}.weight"]
             tensors.setdefault(f"blocks.{i}.layers.{j}.bias", weight.new_zeros(hidden_size))
-    odd = tensors.keys() ^ expected_keys(MedusaSpeculatorConfig(**fields))
+    odd = tensors.keys() ^ SpeculatorModel.expected_tensors(MedusaSpeculatorConfig(**fields)).keys()
     if odd:
         raise ValueError(f"{path} is not a Medusa with whole-vocabulary heads: {sorted(odd)} do not belong or lack")
     return fields, tensors
+
+
+class MedusaFormat(CheckpointFormat):
+    name = NATIVE
+
+    def recognises(self, source: ForeignCheckpoint) -> bool:
+        return {"blocks.0.layers.0.weight", "lm_heads.0.weight"} <= {to_our_name(name) for name in source.tensor_names}
+
+    def findings(self, source: ForeignCheckpoint) -> list[Finding]:
+        found = []
+        biased = sorted(name for name in source.tensor_names if name.endswith(".bias"))
+        if biased and not source.values.get("medusa_fc_bias"):
+            found.append(
+                error(
+                    "option-dropped",
+                    "medusa_fc_bias",
+                    f"not true, and there is {biased[0]}",
+                    "vLLM then leaves every bias out, silently",
+                    'write "medusa_fc_bias": true',
+                )
+            )
+        if source.values.get("model_type") != "medusa":
+            found.append(
+                error(
+                    "key-missing",
+                    "model_type",
+                    repr(source.values.get("model_type")),
+                    "vLLM finds its config class by it",
+                    'write "model_type": "medusa"',
+                )
+            )
+        return found
+
+    def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
+        fields, tensors = read_native(source.path)
+        if verifier is not None:
+            fields["rms_norm_eps"] = norm_eps_of(get_verifier_config(verifier), MedusaSpeculatorConfig)
+            fields["speculators_config"] = make_speculators_config("medusa", fields["num_heads"], verifier)
+        return Converted(MedusaSpeculatorConfig(**fields), tensors)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        save_native(checkpoint.config, dict(checkpoint.tensors), directory)  # type: ignore[arg-type]
+
+    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
+        # vLLM takes as many heads as this says: more than there are fails, fewer drops the last ones
+        method = {"method": "medusa", "model": directory, "num_speculative_tokens": config.num_heads}
+        return Serving(verifier, method)
+
+
+class MedusaContract(CheckpointContract):
+    formats = (MedusaFormat(),)
+    served_format = NATIVE

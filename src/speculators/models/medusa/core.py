@@ -17,10 +17,9 @@ from speculators.model import SpeculatorModel
 from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, norm_eps_of
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.medusa.arguments import TRAINING_DEFAULTS, MedusaTrainingArgs
-from speculators.models.medusa.checkpoint import expected_keys, save_native
+from speculators.models.medusa.checkpoint import MedusaContract, save_native
 from speculators.models.medusa.config import MedusaSpeculatorConfig
 from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
-from speculators.models.medusa.serving import MedusaContract
 from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.models.utils import fitting_embedding, get_verifier_config, make_speculators_config
 from speculators.verifier import verifier_parts
@@ -51,10 +50,6 @@ class MedusaDraftModel(LastStateModel):
     @property
     def network(self) -> MedusaNetwork:
         return MedusaNetwork(self.verifier_norm, self.blocks, self.lm_heads)  # type: ignore[arg-type]
-
-    @property
-    def trained_keys(self) -> set[str]:
-        return expected_keys(self.config)
 
     @classmethod
     def from_training_args(  # type: ignore[override]

@@ -17,9 +17,9 @@ from speculators.model import SpeculatorModel
 from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, norm_eps_of
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.mlp.arguments import TRAINING_DEFAULTS, MLPTrainingArgs, default_of
+from speculators.models.mlp.checkpoint import MLPContract
 from speculators.models.mlp.config import MLPSpeculatorConfig
 from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
-from speculators.models.mlp.serving import MLPContract
 from speculators.models.tree_drafting import CarriedTreeDrafter
 from speculators.models.utils import fitting_embedding, get_verifier_config, make_speculators_config
 from speculators.verifier import verifier_parts
@@ -62,12 +62,6 @@ class MLPSpeculator(LastStateModel):
             self.config.num_layers,
             self.config.scale_input,
         )
-
-    @property
-    def trained_keys(self) -> set[str]:
-        own = range(len(self.emb))
-        keys = {f"{kind}.{i}.weight" for kind in ("emb", "ln", "head") for i in own} | {f"ln.{i}.bias" for i in own}
-        return keys | {f"proj.{i}.weight" for i in range(len(self.proj))}
 
     @classmethod
     def from_training_args(  # type: ignore[override]

@@ -1,49 +1,38 @@
-"""What an MTP checkpoint holds: the layer alone. Embedding, head and final norm are the verifier's and stay there."""
+"""MTP on disk: our directory holds the layer alone (embedding, head and final norm are the verifier's and stay there).
+vLLM serves the layer inside its verifier's own checkpoint, with method "mtp"."""
 
 from __future__ import annotations
 
 import copy
+import shutil
+from pathlib import Path
 from typing import Any
 
-from speculators.models.draft_layers import layer_keys
-from speculators.models.mtp.attention import LatentAttention
+from speculators.checkpoint.formats import (
+    CheckpointContract,
+    CheckpointFormat,
+    Converted,
+    ForeignCheckpoint,
+    OurCheckpoint,
+    Serving,
+    num_speculative_tokens,
+)
+from speculators.model import SpeculatorModel
 from speculators.models.mtp.config import MTPSpeculatorConfig
-from speculators.models.mtp.experts import GroupRoutedMLP, SparseMLP
-from speculators.models.mtp.families import LAYER, OWN_NAMES
-from speculators.models.mtp.layer import decoder_shape, decoder_view
+from speculators.models.mtp.families import family_of
+from speculators.models.mtp.layer import decoder_shape
+from speculators.models.mtp.native import native_keys, read_native
+from speculators.models.mtp.stitch import stitch
+from speculators.models.mtp.training import NUM_STEPS
+from speculators.models.utils import get_verifier_config, make_speculators_config
 
+STITCHED = "stitched"
 NOT_THE_DECODERS = ("quantization_config",)
 """Keys of a verifier's config that describe its checkpoint, not its layers."""
 
 
-EXPERTS = {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
-MLP_KEYS = {
-    SparseMLP: {
-        *EXPERTS,
-        "mlp.shared_expert.gate_proj.weight",
-        "mlp.shared_expert.up_proj.weight",
-        "mlp.shared_expert.down_proj.weight",
-        "mlp.shared_expert_gate.weight",
-    },
-    GroupRoutedMLP: {
-        *EXPERTS,
-        "mlp.gate.e_score_correction_bias",
-        "mlp.shared_experts.gate_proj.weight",
-        "mlp.shared_experts.up_proj.weight",
-        "mlp.shared_experts.down_proj.weight",
-    },
-}
-
-
-def latent_attention_keys(config: Any) -> set[str]:
-    names = ["kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"]
-    names += ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_a_layernorm", "q_b_proj"]
-    biased = {"q_a_proj", "kv_a_proj_with_mqa", "o_proj"} & set(names) if config.attention_bias else set()
-    return {f"self_attn.{name}.weight" for name in names} | {f"self_attn.{name}.bias" for name in biased}
-
-
-def layer_config_of(verifier_config: Any) -> Any:
-    """The verifier's text config as it is written into ours."""
+def verifier_layer_config(verifier_config: Any) -> Any:
+    """Copies the verifier's text config as our config.json holds it."""
     config = copy.deepcopy(verifier_config)
     decoder_shape(config)  # refuses what there are no layers for
     for key in NOT_THE_DECODERS:
@@ -52,13 +41,49 @@ def layer_config_of(verifier_config: Any) -> Any:
     return config
 
 
-def expected_keys(config: MTPSpeculatorConfig) -> set[str]:
-    """Names of the tensors on disk."""
-    nested = config.transformer_layer_config
-    shape = decoder_shape(nested)
-    decoder = layer_keys(decoder_view(nested, shape), output_bias=shape.output_biased)
-    if shape.mlp is not None:
-        decoder = {name for name in decoder if not name.startswith("mlp.")} | MLP_KEYS[shape.mlp]
-    if shape.attention is LatentAttention:
-        decoder = {name for name in decoder if not name.startswith("self_attn.")} | latent_attention_keys(nested)
-    return {LAYER + name for name in {*OWN_NAMES, *decoder}}
+class StitchedFormat(CheckpointFormat):
+    name = STITCHED
+    needs_verifier = True
+
+    def recognises(self, source: ForeignCheckpoint) -> bool:
+        """A whole verifier that ships an MTP layer, or the layer's tensors with the verifier's config."""
+        if not source.values.get("model_type"):
+            return False
+        try:
+            config = get_verifier_config(str(source.path))
+            return bool(native_keys(source.tensor_names, family_of(config), config))
+        except ValueError:  # a family without MTP layers, or no language model
+            return False
+
+    def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
+        nested = verifier_layer_config(get_verifier_config(verifier or str(source.path)))
+        family = family_of(nested)
+        tensors = read_native(str(source.path), family, nested)
+        if not tensors:
+            raise ValueError(f"'{source.path}' has no tensors under {family.native_prefix(nested)}: there is no layer")
+        config = MTPSpeculatorConfig(
+            transformer_layer_config=nested,
+            speculators_config=make_speculators_config(
+                "mtp", options.get("num_speculative_steps", NUM_STEPS), verifier or str(source.path)
+            ),
+        )
+        odd = sorted(SpeculatorModel.expected_tensors(config).keys() ^ tensors.keys())
+        if odd:
+            raise ValueError(f"the MTP layer of '{source.path}' is not of its family: {odd} do not belong or lack")
+        return Converted(config, tensors)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        if verifier is None:
+            raise ValueError("the layer is written into a copy of its verifier: name it with --verifier")
+        stitched = stitch(checkpoint.path, verifier, directory / "stitched")
+        for file in stitched.path.iterdir():  # `stitch` makes its directory itself
+            shutil.move(str(file), directory / file.name)
+        stitched.path.rmdir()
+
+    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
+        return Serving(directory, {"method": "mtp", "num_speculative_tokens": num_speculative_tokens(config)})
+
+
+class MTPContract(CheckpointContract):
+    formats = (StitchedFormat(),)
+    served_format = STITCHED

@@ -20,14 +20,13 @@ from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.last_state_training import HARD_LABELS
 from speculators.models.mtp.arguments import TRAINING_DEFAULTS, MTPTrainingArgs
-from speculators.models.mtp.checkpoint import expected_keys, layer_config_of
+from speculators.models.mtp.checkpoint import MTPContract, verifier_layer_config
 from speculators.models.mtp.config import MTPSpeculatorConfig
 from speculators.models.mtp.families import LAYER, family_of
 from speculators.models.mtp.layer import MTPLayer, decoder_shape
 from speculators.models.mtp.native import read_native
 from speculators.models.mtp.network import MTPNetwork
 from speculators.models.mtp.proposer import MTPProposer
-from speculators.models.mtp.serving import MTPContract
 from speculators.models.mtp.stitch import stitch
 from speculators.models.mtp.training import (
     NUM_STEPS,
@@ -133,7 +132,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             raise ValueError(
                 "verifier_name_or_path is required: the embedding, the head and the final norm are the verifier's"
             )
-        nested = layer_config_of(getattr(verifier_config, "text_config", None) or verifier_config)
+        nested = verifier_layer_config(getattr(verifier_config, "text_config", None) or verifier_config)
         if draft_vocab_size not in (None, nested.vocab_size):
             raise ValueError(
                 f"draft_vocab_size={draft_vocab_size}: an MTP layer drafts through the verifier's own head, over its "
@@ -233,11 +232,6 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         model = copy.deepcopy(self)  # training keeps its own
         model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
         return model
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        missing = expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())
-        assert not missing, f"a checkpoint without {sorted(missing)} would be incomplete"
-        super().save_pretrained(save_directory, **kwargs)
 
 
 def check_buildable(config: MTPSpeculatorConfig) -> None:

@@ -1,16 +1,18 @@
-"""What a P-EAGLE checkpoint must hold beside what EAGLE-3's does."""
+"""P-EAGLE on disk: our directory and SpecForge's. vLLM serves both as EAGLE-3 with parallel drafting; the contract says
+what it misreads."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from speculators.models.eagle3.checkpoint import expected_keys as eagle3_keys
+from speculators.checkpoint.findings import Finding, error, null_mask_token
+from speculators.checkpoint.formats import ForeignCheckpoint, OurCheckpoint, Serving, write_config
+from speculators.models.eagle3.checkpoint import Eagle3Contract, Eagle3Format
 from speculators.models.peagle.config import PEagleSpeculatorConfig
 
-
-def expected_keys(config: PEagleSpeculatorConfig) -> set[str]:
-    """Names of the tensors on disk. The embedding is trained, so it is never left to the verifier."""
-    return eagle3_keys(config) | {"mask_hidden"}
+MASK_TOKENS = ("mask_token_id", "pard_token", "ptd_token_id")
 
 
 def write_fc_norm(nested: Any, fc_norm: bool) -> None:
@@ -18,3 +20,59 @@ def write_fc_norm(nested: Any, fc_norm: bool) -> None:
     `transformer_layer_config` becomes one of the draft's config: so it is written there too."""
     if fc_norm:
         nested.fc_norm = True
+
+
+class PEagleFormat(Eagle3Format):
+    """SpecForge's: the tensors of its EAGLE-3 and `mask_hidden`. The mask token has several names."""
+
+    name = "peagle"
+    has_mask_hidden = True
+
+    def config_of(self, values: Mapping[str, Any], **fields: Any) -> PEagleSpeculatorConfig:
+        token = next((values[key] for key in MASK_TOKENS if values.get(key) is not None), None)
+        if token is None:
+            raise ValueError(f"config.json names no mask token under any of {MASK_TOKENS}: add mask_token_id")
+        write_fc_norm(fields["transformer_layer_config"], fields["fc_norm"])
+        return PEagleSpeculatorConfig(mask_token_id=token, **fields)
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        super().write(checkpoint, directory, verifier)
+        # the class names of EAGLE-3: with method "eagle3" vLLM puts Eagle3 before any other
+        values = ForeignCheckpoint(directory).values
+        token = checkpoint.config.mask_token_id
+        write_config(directory, {**values, "mask_token_id": token, "pard_token": token})
+
+    def serving(self, config: Any, directory: str, verifier: str) -> Serving:
+        chain = super().serving(config, directory, verifier)
+        assert chain is not None and chain.speculative_config is not None
+        return Serving(verifier, {**chain.speculative_config, "parallel_drafting": True})
+
+
+class PEagleContract(Eagle3Contract):
+    formats = (PEagleFormat(),)
+    training_keys = Eagle3Contract.training_keys | set(PEagleSpeculatorConfig.training_fields)
+    absent_means = {"mask_token_id": "does not load the checkpoint", "draft_vocab_size": "takes the verifier's"}
+
+    def shared_tensors(self, config: Any) -> frozenset[str]:
+        """Never the embedding: engines would take the verifier's for the trained one."""
+        return super().shared_tensors(config) - {"embed_tokens.weight"}
+
+    def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
+        found = [*super().findings(values, config), *null_mask_token(values)]
+        nested = config.transformer_layer_config
+        if config.fc_norm and not getattr(nested, "fc_norm", False):
+            found.append(
+                error(
+                    "option-dropped",
+                    "fc_norm",
+                    "true at the top level only",
+                    "vLLM does not pass it on for this type",
+                    "write fc_norm inside transformer_layer_config too",
+                )
+            )
+        return found
+
+    def completed(self, config: Any) -> Any:
+        config = super().completed(config)
+        write_fc_norm(config.transformer_layer_config, config.fc_norm)
+        return config

@@ -16,10 +16,9 @@ from speculators.model import SpeculatorModel
 from speculators.models.eagle3.core import Eagle3DraftModel
 from speculators.models.eagle3.training import PackedBatch
 from speculators.models.peagle.arguments import TRAINING_DEFAULTS, PEagleTrainingArgs
-from speculators.models.peagle.checkpoint import expected_keys, write_fc_norm
+from speculators.models.peagle.checkpoint import PEagleContract, write_fc_norm
 from speculators.models.peagle.config import PEagleSpeculatorConfig, default_of
 from speculators.models.peagle.proposer import PEagleProposer
-from speculators.models.peagle.serving import PEagleContract
 from speculators.models.peagle.training import Sampling, drafts_read, train_forward
 from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.models.utils import resolve_mask_token_id
@@ -145,8 +144,3 @@ class PEagleDraftModel(Eagle3DraftModel):
         return SlotTreeDrafter(
             chain.slot_log_probs, chain.capture, d2t=chain.d2t, verifier_vocab_size=chain.verifier_vocab_size
         )
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        missing = expected_keys(self.config) - set(kwargs.get("state_dict") or self.state_dict())
-        assert not missing, f"a checkpoint without {sorted(missing)} would be served from uninitialised memory"
-        super().save_pretrained(save_directory, **kwargs)
