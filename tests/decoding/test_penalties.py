@@ -1,4 +1,4 @@
-"""Penalties: what each scored column counts as emitted, however many tokens a round drafts, compared with plain Python."""
+"""Penalties: what each scored column counts as emitted, for any number of drafts, compared with plain Python."""
 
 from __future__ import annotations
 

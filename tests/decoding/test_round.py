@@ -28,9 +28,7 @@ def zeros_forever() -> toys.MarkovVerifier:
 def test_a_draft_of_token_0_is_offered_and_accepted():
     proposal = Proposal(torch.tensor([[0, 0, -1], [0, -1, -1], [-1, -1, -1]]))
     path_BK = torch.tensor([[0, 1, -1], [-1, -1, -1], [-1, -1, -1]])
-    accepted = on_host(
-        Verification(path_BK, torch.tensor([2, 0, 0]), torch.tensor([0, 3, 0])), proposal, rows=range(3)
-    )
+    accepted = on_host(Verification(path_BK, torch.tensor([2, 0, 0]), torch.tensor([0, 3, 0])), proposal, rows=range(3))
     assert accepted.offered_by_row == {0: (2, 2), 1: (1, 1), 2: (0, 0)}
     assert accepted.token_ids_by_row == {0: [0, 0, 0], 1: [3], 2: [0]}
     assert accepted.columns_by_row == {0: [0, 1, 2], 1: [0], 2: [0]}

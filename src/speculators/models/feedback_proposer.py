@@ -103,12 +103,12 @@ class FeedbackProposer:
         )
         self.cache.reserve(min(max_length, INITIAL_CAPACITY))
         self.layer_attention = self.cache.layer_attention(network.windows)
-        self.packed = PrepackedLinears(*network.layers, nn.ModuleList(network.linears))
+        self.prepacked = PrepackedLinears(*network.layers, nn.ModuleList(network.linears))
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
-        with self.packed:
+        with self.prepacked:
             output = self.commit(committed, num_new, num_committed)
             draft_ids_BK, probs_BKV, confidence_BK = self.draft(output, num_tokens, sampling)
         drafts_B = [new > 0 and total > 1 for new, total in zip(num_new, num_committed, strict=True)]

@@ -51,7 +51,7 @@ class LastStateProposer:
         self.network = network
         weight = network.heads[0].weight
         self.dtype, self.device = weight.dtype, weight.device
-        self.packed = PrepackedLinears(*modules)
+        self.prepacked = PrepackedLinears(*modules)
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
@@ -59,7 +59,7 @@ class LastStateProposer:
         shape = (len(token_ids_B), num_tokens)
         draft_ids_BK = torch.full(shape, NO_DRAFT, dtype=torch.int64, device=self.device)
         probs: list[Tensor] = []
-        with self.packed:
+        with self.prepacked:
             carried = self.network.start(states_BH)
             for k in range(min(num_tokens, len(self.network.heads))):
                 features, carried = self.network.step(k, carried, token_ids_B)
@@ -80,7 +80,7 @@ class LastStateProposer:
     def head_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
         """[B, K, V] of the first K heads, for networks whose heads do not read tokens."""
         states_BH, token_ids_B, _ = self.last_of(committed)
-        with self.packed:
+        with self.prepacked:
             carried = self.network.start(states_BH)
             logits = []
             for k in range(num_tokens):

@@ -29,7 +29,7 @@ class FeedbackTreeDrafter:
     @torch.inference_mode()
     def start(self, committed: Committed, depth: int) -> Tensor:
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
-        with self.chain.packed:
+        with self.chain.prepacked:
             output = self.chain.commit(committed, num_new, num_committed)
             self.states_BFH = output.fed_back_BRH
             self.lengths = self.chain.cache.lengths[: len(num_new)]
@@ -56,7 +56,7 @@ class FeedbackTreeDrafter:
         )
         position_BF = (lengths_B + depth - 1)[:, None].expand(-1, num_frontier)
         rope = chain.network.rope.tables(end, chain.device, chain.dtype).at(position_BF)
-        with chain.packed:
+        with chain.prepacked:
             output = chain.network.step(token_ids_BF, self.states_BFH.gather(1, index_BFH), rope, chain.layer_attention)
             self.states_BFH = output.fed_back_BRH
             return self.log_probs(output.normed_BRH)
@@ -114,7 +114,7 @@ class CarriedTreeDrafter:
     @torch.inference_mode()
     def start(self, committed: Committed, depth: int) -> Tensor:
         states_BH, last_B, _ = self.chain.last_of(committed)
-        with self.chain.packed:
+        with self.chain.prepacked:
             carried_B1H = self.chain.network.start(states_BH)[:, None]
             return self.step(0, carried_B1H, last_B[:, None])[:, 0]
 
@@ -122,7 +122,7 @@ class CarriedTreeDrafter:
     def expand(self, token_ids_BF: Tensor, parent_BF: Tensor, visible_BFN: Tensor) -> Tensor:
         num_frontier, num_nodes = visible_BFN.shape[1:]
         index_BFR = parent_BF[..., None].expand(-1, -1, self.carried.shape[-1])
-        with self.chain.packed:
+        with self.chain.prepacked:
             return self.step(num_nodes // num_frontier, self.carried.gather(1, index_BFR), token_ids_BF)
 
     def step(self, k: int, carried: Tensor, token_ids: Tensor) -> Tensor:

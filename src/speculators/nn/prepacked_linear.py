@@ -1,30 +1,34 @@
 """Linear layers for decoding: oneDNN's prepacked kernels on a CPU, and several layers of one input as one product.
 
 torch's stock fp32 linear re-reads the weight in its storage order; for 2 to 16 rows (one verification) that is far from
-memory speed, and 5 rows cost three times 1 row. With the weight reordered once they cost nearly the same, which is what
-speculative decoding lives on. Weights are copied, so packing is bounded, and repacked when a weight changed. One row of
-a small layer stays with the stock kernel: oneDNN takes 10 us a call before it computes anything.
+memory speed, and 5 rows cost three times 1 row. With the weight reordered (prepacked) once they cost nearly the same,
+which is what makes speculative decoding fast. Prepacked weights are copies, so their total is bounded, and they are
+made again when a weight changes. One row of a small layer stays with the stock kernel: a oneDNN call takes 10 us before
+it computes anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speculators.utils.nested_context import NestedContext
+
 MAX_PREPACKED_BYTES = 4 << 30
-"""Linears of a module beyond this total stay as they are: packing keeps a second copy of every weight."""
+"""Linears of a module beyond this total stay as they are: prepacking keeps a second copy of every weight."""
 MAX_STOCK_PRODUCTS = 300_000
-"""Rows times weight entries up to which torch's own kernel is the sooner one."""
+"""Rows times weight entries up to which torch's own kernel is the faster one."""
 
 Apply = Callable[[Tensor], Tensor]
 
 
-class PrepackedLinears:
-    """Context manager: inside, the fp32 CPU linears of `modules` run prepacked. Re-entering is cheap and nests."""
+class PrepackedLinears(NestedContext):
+    """Inside, the fp32 CPU linears of `modules` run prepacked. Entering again is cheap and nests."""
 
     def __init__(self, *modules: nn.Module, max_bytes: int = MAX_PREPACKED_BYTES):
         self.linears: list[_PrepackedLinear] = []
@@ -36,22 +40,11 @@ class PrepackedLinears:
             if max_bytes < 0:
                 break
             self.linears.append(_PrepackedLinear(linear))
-        self._depth = 0
 
-    def __enter__(self) -> PrepackedLinears:
-        if self.linears:
-            self._depth += 1
-            if self._depth == 1:
-                for linear in self.linears:
-                    linear.install()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.linears:
-            self._depth -= 1
-            if self._depth == 0:
-                for linear in self.linears:
-                    linear.remove()
+    def set_up(self, stack: ExitStack) -> None:
+        for linear in self.linears:
+            linear.install()
+            stack.callback(linear.remove)
 
 
 def can_prepack(weight: Tensor) -> bool:
@@ -59,28 +52,29 @@ def can_prepack(weight: Tensor) -> bool:
 
 
 def is_installed(module: nn.Module) -> bool:
-    """Whether a module's forward is one of ours, put there by `PrepackedLinears` for as long as its block lasts."""
+    """Whether `PrepackedLinears` has replaced a module's forward (until its block ends)."""
     return getattr(vars(module).get("forward"), "__module__", None) == __name__
 
 
 def version_of(weights: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Changes when one of them does: an optimizer step bumps the counter, load_state_dict(assign=True) the address."""
+    """A value that changes with the weights: an optimizer step raises the counter, load_state_dict(assign=True) changes
+    the address."""
     return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
 
 
-def apply_linear(weight: Tensor, bias: Tensor | None, *, pack: bool) -> Apply:
-    """x -> x W' + b, by whichever kernel is the sooner for the rows of x. `pack`: keep a reordered copy (CPU, fp32)."""
-    if not pack:
+def apply_linear(weight: Tensor, bias: Tensor | None, *, prepack: bool) -> Apply:
+    """x -> x W' + b, by whichever kernel is faster for the rows of x. `prepack`: keep a reordered copy (CPU, fp32)."""
+    if not prepack:
         return lambda x: F.linear(x, weight, bias)
     with torch.no_grad():
-        packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        prepacked_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
     kernel = torch.ops.mkldnn._linear_pointwise.default
     most_inputs = MAX_STOCK_PRODUCTS // weight.shape[0]
 
     def forward(x: Tensor) -> Tensor:
         if x.numel() <= most_inputs:
             return F.linear(x, weight, bias)
-        return kernel(x, packed_weight, bias, "none", [], "")
+        return kernel(x, prepacked_weight, bias, "none", [], "")
 
     return forward
 
@@ -98,7 +92,7 @@ def joined(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _whole_of(parameters: Sequence[Tensor]) -> Tensor | None:
-    """What `joined` made of them before, if they still lie side by side."""
+    """The tensor that `joined` made of them before, if they still lie side by side in it."""
     first = parameters[0]
     end = first.storage_offset()
     for parameter in parameters:
@@ -115,19 +109,19 @@ def _can_replace(module: nn.Linear) -> bool:
 
 
 class _PrepackedLinear:
-    """One linear: its packed weight, and the state of the weight it was packed from."""
+    """One linear: its prepacked weight, and the version of the weight it was made from."""
 
     def __init__(self, linear: nn.Linear):
         self.linear = linear
-        self.packed: Any = None
-        self.packed_from: Any = None
+        self.prepacked: Any = None
+        self.prepacked_from: Any = None
 
     def install(self) -> None:
         now = version_of((self.linear.weight,))
-        if now != self.packed_from:
-            self.packed = apply_linear(self.linear.weight.detach(), self.linear.bias, pack=True)
-            self.packed_from = now
-        self.linear.__dict__["forward"] = self.packed
+        if now != self.prepacked_from:
+            self.prepacked = apply_linear(self.linear.weight.detach(), self.linear.bias, prepack=True)
+            self.prepacked_from = now
+        self.linear.__dict__["forward"] = self.prepacked
 
     def remove(self) -> None:
         self.linear.__dict__.pop("forward", None)

@@ -23,6 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 from speculators.decoding.verifiers.cache import RowCache, WriteSpan
 from speculators.interfaces import CaptureSpec
 from speculators.nn.prepacked_linear import PrepackedLinears
+from speculators.utils.nested_context import NestedContext
 from speculators.verifier import CapturedStates, VerifierParts, capture_states
 
 IMPLEMENTATION = "speculators_grouped_sdpa"
@@ -53,8 +54,8 @@ def grouped_sdpa(
 AttentionInterface.register(IMPLEMENTATION, grouped_sdpa)
 
 
-class HFForward:
-    """A context manager: inside, the model is set up for decoding (attention, packed linears, hooks), then restored."""
+class HFForward(NestedContext):
+    """Inside, the model is set up for decoding: attention, prepacked linears, hooks. Restored after the last exit."""
 
     def __init__(self, model: PreTrainedModel, parts: VerifierParts, num_rows: int, capture: CaptureSpec):
         self.model, self.config, self.capture = model, parts.config, capture
@@ -62,24 +63,19 @@ class HFForward:
         self.is_grouped = _can_replace_attention(model, parts.config)
         self.num_groups = _uniform_groups(parts.config) if self.is_grouped else 1
         self.max_position: int | None = getattr(parts.config, "max_position_embeddings", None)
-        self._packed = PrepackedLinears(model)
+        self._prepacked = PrepackedLinears(model)
         self._states: CapturedStates | None = None
         self._cache_name = cache_argument(model)
         self._has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._exit = ExitStack()
 
-    def __enter__(self) -> HFForward:
-        self._exit.enter_context(self._packed)
+    def set_up(self, stack: ExitStack) -> None:
+        stack.enter_context(self._prepacked)
         if self.capture != CaptureSpec():
-            self._states = self._exit.enter_context(capture_states(self.model, self.capture))
+            self._states = stack.enter_context(capture_states(self.model, self.capture))
         if self.is_grouped:
             before = self.config._attn_implementation_internal
-            self._exit.callback(setattr, self.config, "_attn_implementation_internal", before)
+            stack.callback(setattr, self.config, "_attn_implementation_internal", before)
             self.config._attn_implementation_internal = IMPLEMENTATION
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._exit.close()
 
     def __call__(
         self,

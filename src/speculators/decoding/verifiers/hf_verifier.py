@@ -25,6 +25,7 @@ from speculators.decoding.verifiers.lean_forward import LeanForward
 from speculators.decoding.verifiers.lean_weights import LeanWeights, NotLlamaShaped
 from speculators.decoding.verifiers.masks import MaskBuilder
 from speculators.interfaces import CaptureSpec, VerifierOutput
+from speculators.utils.nested_context import NestedContext
 from speculators.verifier import VerifierParts, capture_states, verifier_parts
 
 MAX_GROUPED_TOKENS = 32
@@ -35,7 +36,7 @@ TOLERANCE_BY_DTYPE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 
 """Largest difference that is rounding, as a share of the largest value."""
 
 
-class HFVerifier:
+class HFVerifier(NestedContext):
     """Keys and values of `num_rows` sequences under one model. `lean=False` leaves it to the model's own forward."""
 
     def __init__(self, model: PreTrainedModel, num_rows: int, capture: CaptureSpec | None = None, *, lean: bool = True):
@@ -43,9 +44,9 @@ class HFVerifier:
         capture = capture or CaptureSpec()
         refuse_unknown_layers(capture, parts)
         forward, self.forward_reason = lean_forward(model, parts, num_rows, capture) if lean else (None, "asked for")
-        self._set_up(model, parts, num_rows, forward or HFForward(model, parts, num_rows, capture))
+        self._start(model, parts, num_rows, forward or HFForward(model, parts, num_rows, capture))
 
-    def _set_up(
+    def _start(
         self, model: PreTrainedModel, parts: VerifierParts, num_rows: int, forward: LeanForward | HFForward
     ) -> None:
         parameter = parts.head.weight
@@ -56,28 +57,23 @@ class HFVerifier:
         self._forward, self._cache = forward, forward.cache
         self._masks = MaskBuilder(_attention_windows(model, parts.config), parameter.dtype, self.device)  # type: ignore[arg-type]
         self._position_S = torch.arange(0, device=self.device)
-        self._exit = ExitStack()
-        self._depth = 0
         self._last_rows: tuple[int, bool] = (0, False)
 
     @classmethod
     def around(cls, forward: LeanForward, model: PreTrainedModel, parts: VerifierParts, num_rows: int) -> HFVerifier:
         """On a forward that is there already."""
         verifier = cls.__new__(cls)
-        verifier._set_up(model, parts, num_rows, forward)
+        verifier._start(model, parts, num_rows, forward)
         return verifier
 
     @property
     def is_lean(self) -> bool:
         return isinstance(self._forward, LeanForward)
 
-    def __enter__(self) -> HFVerifier:
-        self._depth += 1
-        if self._depth == 1:
-            self._exit.enter_context(torch.inference_mode())
-            self._leave_lean_if_changed()
-            self._exit.enter_context(self._forward)
-        return self
+    def set_up(self, stack: ExitStack) -> None:
+        stack.enter_context(torch.inference_mode())
+        self._leave_lean_if_changed()
+        stack.enter_context(self._forward)
 
     def _leave_lean_if_changed(self) -> None:
         """What was put into the model since does not run in the lean forward: go on with the model's own."""
@@ -90,11 +86,6 @@ class HFVerifier:
             if self._cache.capacity:
                 forward.cache.adopt(*self._forward.cache.by_layer())
             self._forward, self._cache, self.forward_reason = forward, forward.cache, str(reason)
-
-    def __exit__(self, *exc: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._exit.close()
 
     # -- scoring
 

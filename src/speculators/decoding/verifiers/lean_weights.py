@@ -123,7 +123,7 @@ class LeanWeights:
         weight = joined([linear.weight for linear in linears])
         bias = joined([linear.bias for linear in linears]) if linears[0].bias is not None else None
         self._bytes_left -= weight.numel() * weight.element_size()
-        return apply_linear(weight, bias, pack=can_prepack(weight) and self._bytes_left >= 0)
+        return apply_linear(weight, bias, prepack=can_prepack(weight) and self._bytes_left >= 0)
 
 
 # -- what a layer is made of

@@ -33,6 +33,7 @@ from speculators.decoding.verifiers.hf_forward import cache_argument
 from speculators.decoding.verifiers.hf_verifier import HFVerifier
 from speculators.decoding.verifiers.masks import MaskBuilder
 from speculators.interfaces import CaptureSpec, Verifier, VerifierOutput
+from speculators.utils.nested_context import NestedContext
 from speculators.verifier import CapturedStates, capture_states, verifier_parts
 
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -55,7 +56,7 @@ def make_verifier(verifier: PreTrainedModel | Verifier, num_rows: int, capture: 
     return (RecurrentVerifier if is_recurrent(verifier) else HFVerifier)(verifier, num_rows, capture)
 
 
-class RecurrentVerifier:
+class RecurrentVerifier(NestedContext):
     """A `Verifier` over transformers' own recurrent and hybrid models."""
 
     def __init__(self, model: PreTrainedModel, num_rows: int, capture: CaptureSpec | None = None):
@@ -75,7 +76,6 @@ class RecurrentVerifier:
         self._states_by_row: list[States | None] = [None] * num_rows
         self._scored_first = 0
         self._scored: list[tuple[list[int], States]] = []
-        self._exit, self._depth = ExitStack(), 0
         self._captured: CapturedStates | None = None
         with torch.inference_mode():
             self._check_that_states_continue()
@@ -84,18 +84,10 @@ class RecurrentVerifier:
     def length_by_row(self) -> list[int]:
         return [len(token_ids) for token_ids in self._tokens_by_row]
 
-    def __enter__(self) -> RecurrentVerifier:
-        self._depth += 1
-        if self._depth == 1:
-            self._exit.enter_context(torch.inference_mode())
-            if self.capture != CaptureSpec():
-                self._captured = self._exit.enter_context(capture_states(self.model, self.capture))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._exit.close()
+    def set_up(self, stack: ExitStack) -> None:
+        stack.enter_context(torch.inference_mode())
+        if self.capture != CaptureSpec():
+            self._captured = stack.enter_context(capture_states(self.model, self.capture))
 
     # -- the seam
 

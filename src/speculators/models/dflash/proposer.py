@@ -57,14 +57,14 @@ class DFlashProposer:
         )
         self.cache.reserve(min(max_length, INITIAL_CAPACITY))
         self.layer_attention = self.cache.block_attention(network.layer_masks)
-        self.packed = PrepackedLinears(
+        self.prepacked = PrepackedLinears(
             *self.network.layers, nn.ModuleList([self.network.fc, self.network.lm_head, self.context_kv])
         )
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
-        with self.packed:
+        with self.prepacked:
             anchor_B = self.take_in(committed, num_new, num_committed)
             if num_tokens == 0:
                 return Proposal(anchor_B.new_empty(len(num_new), 0))
@@ -79,7 +79,7 @@ class DFlashProposer:
     def slots_after(self, committed: Committed, num_tokens: int) -> tuple[Tensor, Tensor]:
         """(logits [B, K, V_draft] of the head and what it read [B, K, H]) of the slots behind what was committed."""
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
-        with self.packed:
+        with self.prepacked:
             hidden_BKH = self.fill(self.take_in(committed, num_new, num_committed), num_tokens)
             return self.network.lm_head(hidden_BKH), hidden_BKH
 

@@ -53,7 +53,7 @@ class DSparkProposer(DFlashProposer):
         self.confidence_BK: Tensor | None = None
         heads: list[Any] = [head for head in (self.markov_head, self.confidence_head) if head is not None]
         linears = [*self.network.layers, self.network.fc, self.network.lm_head, self.context_kv, *heads]
-        self.packed = PrepackedLinears(nn.ModuleList(linears))
+        self.prepacked = PrepackedLinears(nn.ModuleList(linears))
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:

@@ -40,7 +40,7 @@ class DSparkTreeDrafter:
     def after(self, k: int, token_ids_BF: Tensor, state_BFR: Tensor) -> Tensor:
         """Log-probabilities [B, F, V] of slot k after each token; the states of the nodes are kept."""
         hidden_BFH = self.hidden_BKH[:, k, None].expand(-1, token_ids_BF.shape[1], -1)
-        with self.chain.packed:
+        with self.chain.prepacked:
             phi_BFR, self.state_BFR = self.head.step(state_BFR, self.head.markov_w1(token_ids_BF), hidden_BFH)
             logits_BFV = self.logits_BKV[:, k, None] + self.head.markov_w2(phi_BFR)
         return logits_BFV.float().log_softmax(-1)

@@ -47,7 +47,7 @@ class PEagleProposer(Eagle3Proposer):
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
-        with self.packed:
+        with self.prepacked:
             normed_BKH = self.fill(committed, num_new, num_committed, max(num_tokens, 1))[:, :num_tokens]
             logits_BKV = self.network.lm_head(normed_BKH)
             draft_ids_BK, probs_BKV = draft_slots(logits_BKV, sampling, self.d2t, self.verifier_vocab_size)
@@ -60,7 +60,7 @@ class PEagleProposer(Eagle3Proposer):
     def slot_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
         """[B, K, V_draft]: what each slot says, whatever the others draft."""
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
-        with self.packed:
+        with self.prepacked:
             normed_BKH = self.fill(committed, num_new, num_committed, num_tokens)
             return self.network.lm_head(normed_BKH).float().log_softmax(-1)
 
