@@ -13,7 +13,6 @@ from transformers import AutoConfig
 
 from speculators.checkpoint.record import RECORD_FILE
 from speculators.cli.app import main
-from speculators.cli.check import served_by
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.export import export_checkpoint
 from speculators.train.checkpointer import save_speculator
@@ -403,7 +402,7 @@ def test_an_algorithm_of_others_is_checked_as_far_as_it_says(tmp_path, monkeypat
 def test_only_what_vllm_serves_as_it_is_is_called_ready_to_serve(case, verdict, served, trained):
     report = check_checkpoint(trained(case))
     assert report.ok and report.verdict == verdict
-    assert served in served_by(report)
+    assert served in report.served_by
 
 
 def test_a_directory_of_no_format_is_an_error_that_says_so(tmp_path):

@@ -10,12 +10,9 @@ import pytest
 
 from speculators.decoding.request import RequestOutput
 from speculators.decoding.stats import DecodeStats
-from speculators.evaluation.acceptance import summarise
-from speculators.evaluation.latency import measure_interleaved
-from speculators.evaluation.losslessness import NotLosslessError, count_identical, first_difference
-from speculators.evaluation.records import EvaluationReport, Measurement
-from speculators.evaluation.report import report_table, save_report
-from speculators.evaluation.statistics import bootstrap
+from speculators.evaluation.measurement import Measurement, measure_interleaved, summarise
+from speculators.evaluation.report import EvaluationReport, NotLosslessError
+from speculators.evaluation.statistics import bootstrap, count_identical, first_difference
 
 
 class Clock:
@@ -181,10 +178,10 @@ def test_a_report_survives_json_and_shows_every_method(tmp_path):
     import json
 
     report = EvaluationReport("verifier", "heldout.jsonl", (row(),), {"max_tokens": 7}, {"commit": "abc"})
-    saved = json.loads(save_report(report, tmp_path / "made" / "report.json").read_text())
+    saved = json.loads(report.save(tmp_path / "made" / "report.json").read_text())
     assert saved["rows"][0]["acceptance_length"]["value"] == pytest.approx(7 / 3)
     assert saved["lossless"] is True
-    table = report_table(report)
+    [table] = report.tables()
     assert list(table.columns[0].cells) == ["toy"]
     assert list(table.columns[2].cells) == ["2.33 ±0.00"]
     assert list(table.columns[7].cells) == ["4/4"]

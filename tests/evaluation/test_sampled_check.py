@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from speculators.evaluation.losslessness import likeness, two_sample_p_value
+from speculators.evaluation.statistics import likeness, two_sample_p_value
 
 
 def draws(rng: np.random.Generator, probs: list[float], num_answers: int = 64, length: int = 6) -> list[list[int]]:

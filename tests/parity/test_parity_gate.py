@@ -11,9 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speculators.evaluation.parity import ParityConfig, ParityError, verify
-from speculators.evaluation.parity_checks import accepted_check, drafts_check, text_check
-from speculators.evaluation.parity_rounds import RoundsCompared, compare_drafts
+from speculators.evaluation.config import ParityConfig
+from speculators.evaluation.parity import ParityError, check_parity
+from speculators.evaluation.parity_checks import (
+    RoundsCompared,
+    accepted_check,
+    compare_drafts,
+    drafts_check,
+    text_check,
+)
 from speculators.interfaces import CaptureSpec
 from speculators.model import SpeculatorModel
 from speculators.models.feedback_proposer import FeedbackProposer
@@ -38,7 +44,7 @@ def gate(make_checkpoint):
     def run(case: str, checkpoint: str | None = None, **changes):
         checkpoint = checkpoint or make_checkpoint(case.split(",")[0], **CASES[case])
         settings = {"checkpoint": checkpoint, "max_tokens": 16, "batch_size": 2, "device": "cpu", **changes}
-        report = verify(ParityConfig(**settings), PROMPTS)
+        report = check_parity(ParityConfig(**settings), PROMPTS)
         return report, {check.name: check for check in report.checks}
 
     return run

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from speculators.evaluation.parity_vllm import VllmRun, VllmTarget, decode_in_vllm
+from speculators.evaluation.config import VllmTarget
+from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm, speculative_run
 
 STAND_IN = """
 from types import SimpleNamespace as N
@@ -54,7 +55,7 @@ def test_runs_come_back_in_order_and_one_failure_stops_no_other(env):
         [
             VllmRun("good", prompts, 3),
             VllmRun("broken", prompts, 3),
-            target.run(4, prompts=prompts, max_tokens=2),
+            speculative_run(target, 4, prompts=prompts, max_tokens=2),
             VllmRun("good", prompts, 1, {"method": "m"}, sampling={"temperature": 1.0, "seeds": [5, 6]}),
         ],
         env=target.env,

@@ -12,7 +12,7 @@ import pytest
 from speculators import assets
 from speculators.cli.app import main, run
 from speculators.decoding.stats import DecodeStats
-from speculators.evaluation.server_metrics import ServerCounters, parse_metrics, stats_of
+from speculators.evaluation.server_client import ServerCounters, parse_metrics, stats_of
 
 pytestmark = pytest.mark.usefixtures("fast_retries")
 

@@ -11,7 +11,8 @@ from real_servers import STOP_TIMEOUT_S, RealServer
 from speculators import assets
 from speculators.cli.app import run
 from speculators.deploy.process import group_members
-from speculators.evaluation.server import ServerEvaluation, evaluate_server
+from speculators.evaluation.config import ServerConfig
+from speculators.evaluation.server import evaluate_server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -134,7 +135,7 @@ def test_a_server_killed_in_the_middle_leaves_its_measured_prompts(servers):
         if done == 4:
             killed.append(server.kill_front_end())
 
-    config = ServerEvaluation(server.endpoint, DATA, num_warmup=0, max_retries=1, **MEASURED)
+    config = ServerConfig(server=server.endpoint, data=DATA, num_warmup=0, max_retries=1, **MEASURED)
     report = evaluate_server(config, on_progress=kill_after_four)
     assert report.interrupted is not None
     assert "no answer from" in report.interrupted and "4 prompts of this level" in report.interrupted

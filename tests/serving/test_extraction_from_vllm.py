@@ -96,7 +96,7 @@ def test_prefix_caching_leaves_no_hole(server, verifier_model, rows):
 def cached_tokens(server) -> int:
     import httpx
 
-    from speculators.evaluation.server_metrics import parse_metrics
+    from speculators.evaluation.server_client import parse_metrics
 
     return parse_metrics(httpx.get(f"http://127.0.0.1:{server.port}/metrics").text).num_cached_prompt_tokens
 

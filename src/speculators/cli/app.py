@@ -39,7 +39,9 @@ VERBS: dict[str, str] = {
     "verify": "Check that training, the engine and vLLM draft the same tokens with a checkpoint.",
     "evaluate": "Measure drafting methods against plain decoding on held-out prompts.",
 }
-"""Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`."""
+"""Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`, or of the file below."""
+
+FILES = dict.fromkeys(("check", "export", "convert", "stitch-mtp"), "checkpoints")
 
 VERBS_READING_THEIR_FLAGS = ("train", "launch-vllm")
 VERBS_PASSING_FLAGS_ON = ("serve", "launch-vllm")
@@ -105,7 +107,7 @@ def is_about_an_unknown_flag(error: Exception) -> bool:
 def command_of(verb: str) -> Any:
     """The parser of one verb. Imports the verb's file and nothing else of the command line."""
     name = verb.replace("-", "_")
-    function: Callable[..., Any] = getattr(importlib.import_module(f"speculators.cli.{name}"), name)
+    function: Callable[..., Any] = getattr(importlib.import_module(f"speculators.cli.{FILES.get(verb, name)}"), name)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     settings = FLAGS_READ_ELSEWHERE if verb in VERBS_READING_THEIR_FLAGS else {}
     app.command(verb, epilog="--debug shows the traceback of an error.", context_settings=settings)(

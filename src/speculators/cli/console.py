@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-WIDTH_OF_FILES = 120
-"""Columns of what is written when stdout is not a terminal."""
+from speculators.utils.report import WIDTH, facts_table
 
 
 def out() -> Console:
     """For people: tables and text. Made on each call, so that a redirected stdout is honoured."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 
 
 def err() -> Console:
@@ -35,14 +32,8 @@ def say_error(message: str, hint: str | None = None) -> None:
         err().print(f"[dim]{escape(hint)}[/]")
 
 
-def print_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """A two-column table: what was done, in names and values."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, escape(str(value)))
-    out().print(table)
+def print_facts(title: str, facts: Mapping[str, object]) -> None:
+    out().print(facts_table(title, facts))
 
 
 class WorkProgress:

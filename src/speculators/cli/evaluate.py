@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from speculators.cli.console import WorkProgress, out, say
-from speculators.cli.evaluate_server import (
-    LOCAL_FLAGS,
-    SERVER_FLAGS,
-    evaluate_running_server,
-    label_of,
-    parse_concurrency,
-    refuse_flags,
-)
 from speculators.cli.options import (
     Device,
     Dtype,
@@ -30,7 +25,21 @@ from speculators.cli.options import (
     parse_json_object,
 )
 
+if TYPE_CHECKING:
+    from speculators.evaluation.server import ServerReport
+
 OptionalVerifier = Annotated[str | None, typer.Option(help="Verifier: hub id or directory. Default: the server's.")]
+LOCAL_FLAGS = (
+    "num_speculative_tokens",
+    "speculative_token_tree",
+    "dynamic_tree",
+    "batch_size",
+    "num_repeats",
+    "dtype",
+    "device",
+)
+"""Decided where the server was started, or of no meaning for one."""
+SERVER_FLAGS = ("baseline_server", "concurrency", "request_timeout", "max_retries")
 METHOD_HELP = 'none, ngram, a speculator\'s directory, or JSON such as {"method": "ngram"}. Repeatable.'
 
 
@@ -113,13 +122,68 @@ def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) ->
 
     config = evaluation.EvaluateConfig(**settings, check_sampling=lossless)
     with WorkProgress() as progress:
-        report = evaluation.evaluate(config, on_progress=lambda done, total: progress("decode", done, total))
-    out().print(evaluation.report_table(report))
-    for row in report.rows:
-        for warning in row.warnings:
-            say(f"[yellow]{row.method}: {warning}[/]")
+        report = evaluation.measure_methods(config, on_progress=lambda done, total: progress("decode", done, total))
+    out().print(report)
+    for warning in report.warnings():
+        say(f"[yellow]{escape(warning)}[/]")
     if output is not None:
-        say(f"report: {evaluation.save_report(report, output)}")
-    if lossless and report.lossless is False:
-        raise evaluation.NotLosslessError(report.rows, config.dtype)
+        say(f"report: {report.save(output)}")
+    if lossless:
+        report.raise_for_errors()
     return {"verb": "evaluate", **report.to_dict()}
+
+
+def refuse_flags(context: typer.Context, names: tuple[str, ...], reason: str) -> None:
+    """A flag that would be ignored is an error."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")
+
+
+def parse_concurrency(text: str) -> tuple[int, ...]:
+    """`1,4,8`"""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"--concurrency {text}: numbers of clients with commas, such as 1,4,8") from error
+
+
+def label_of(methods: Sequence[str] | None) -> dict[str, str]:
+    """What the row is called: a server does not say what drafts in it."""
+    if methods and len(methods) > 1:
+        raise typer.BadParameter("--method names the row of --server, which has one: give it once")
+    return {"label": methods[0]} if methods else {}
+
+
+def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: Any) -> dict[str, Any]:
+    """`settings`: the fields of `ServerConfig`."""
+    from speculators.evaluation.config import ServerConfig
+    from speculators.evaluation.server import NO_BASELINE, evaluate_server
+
+    config = ServerConfig(**settings)
+    if lossless and (config.baseline is None or config.temperature > 0):
+        raise typer.BadParameter("--lossless of a server needs --baseline-server and greedy answers")
+    with WorkProgress() as progress:
+        report = evaluate_server(config, on_progress=progress)
+    if report.rows:
+        out().print(report)
+    if config.baseline is None:
+        say(NO_BASELINE)
+    for warning in report.warnings():
+        say(f"[yellow]{escape(warning)}[/]")
+    if output is not None:
+        say(f"report: {report.save(output)}")
+    result = {"verb": "evaluate", **report.to_dict()}
+    refuse_half_a_measurement(report, result)
+    if lossless and any(row.num_identical != row.num_prompts for row in report.rows):
+        found = "; ".join(f"{row.num_clients} clients: {row.num_identical}/{row.num_prompts}" for row in report.rows)
+        raise ValueError(f"not lossless: identical greedy answers {found} (bfloat16 has ties that rounding decides)")
+    return result
+
+
+def refuse_half_a_measurement(report: ServerReport, result: dict[str, Any]) -> None:
+    """What was measured is shown and printed as JSON all the same; the exit code says that it is not the whole."""
+    if report.interrupted is not None:
+        print(json.dumps(result, default=str), flush=True)
+        raise ConnectionError(f"the measurement ended early: {report.interrupted}")

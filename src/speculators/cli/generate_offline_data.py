@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.console import WorkProgress, print_facts, say
+from speculators.cli.console import WorkProgress, out, say
 
 NUM_SHOWN = 5
 """Failed rows named one by one; all are in the JSON line."""
@@ -55,15 +55,7 @@ def generate_offline_data(
     )
     with WorkProgress() as progress:
         report = data_generation.generate_offline_data(config, progress)
-    facts = {
-        "directory": report.directory,
-        "layers": f"{list(report.capture.aux_layer_ids)}{' and the last' if report.capture.last_hidden else ''}",
-        "written": f"{report.num_written:,} rows of {report.num_tokens:,} tokens",
-        "of those repaired": f"{report.num_repaired:,}",
-        "already there": f"{report.num_kept:,}",
-        "failed": f"{len(report.failed):,}",
-    }
-    print_facts("Hidden states", facts)
+    out().print(report)
     for row, reason in list(report.failed.items())[:NUM_SHOWN]:
         say(f"[yellow]row {row}: {reason}[/]")
     return {

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.console import WorkProgress, print_facts
+from speculators.cli.console import WorkProgress, out
 from speculators.cli.options import TrustRemoteCode, parse_json_object
-
-if TYPE_CHECKING:
-    from speculators.data_generation.prepare import PreparedData
 
 
 def prepare_data(
@@ -49,27 +46,14 @@ def prepare_data(
             chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
             progress=progress,
         )
-    return show(prepared)
-
-
-def show(prepared: PreparedData) -> dict[str, Any]:
-    facts: dict[str, Any] = {"directory": prepared.path}
+    out().print(prepared)
     record: dict[str, Any] = {"verb": "prepare-data", "path": str(prepared.path), "reused": prepared.reused}
-    if prepared.reused:
-        facts["reused"] = "it was there already, made the same way"
     manifest = prepared.manifest
     if manifest is not None:
-        facts |= {
-            "rows": f"{manifest.num_rows:,} of {manifest.num_read:,} read",
-            "tokens": f"{manifest.num_tokens:,}, {manifest.supervised_share:.0%} trained on",
-            "row length": f"{manifest.shortest_row} to {manifest.longest_row}",
-            "left out": "; ".join(f"{count} x {reason}" for reason, count in manifest.dropped.items()) or "nothing",
-        }
         record |= {
             "num_rows": manifest.num_rows,
             "num_tokens": manifest.num_tokens,
             "supervised_share": manifest.supervised_share,
             "dropped": manifest.dropped,
         }
-    print_facts("Prepared", facts)
     return record

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.console import WorkProgress, print_facts
+from speculators.cli.console import WorkProgress, out
 from speculators.cli.options import (
     Device,
     Dtype,
@@ -70,14 +70,7 @@ def regenerate_responses(
             chat_template_kwargs=template_kwargs,
             progress=progress,
         )
-    facts = {
-        "file": report.path,
-        "conversations": f"{report.num_conversations:,}, and {report.num_already_done:,} that were there",
-        "answers": f"{report.num_rows:,} of {report.num_tokens:,} tokens, {report.num_cut:,} cut at the limit",
-        "failed": f"{report.num_failed:,}",
-        "left out": "; ".join(f"{count} x {reason}" for reason, count in report.dropped.items()) or "nothing",
-    }
-    print_facts("Regenerated", facts)
+    out().print(report)
     return {
         "verb": "regenerate-responses",
         "path": str(report.path),

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from speculators.cli.console import print_facts, say
+from speculators.cli.console import out, say
 from speculators.cli.options import Device, Dtype, NumSpeculativeTokens, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from speculators.evaluation.parity import ParityReport
-    from speculators.evaluation.parity_vllm import VllmTarget
+    from speculators.evaluation import VllmTarget
 
 
 def verify(
@@ -37,14 +36,13 @@ def verify(
 ) -> dict[str, Any]:
     """Check that training, the engine and vLLM draft the same tokens, and that the text is the verifier's. Exit code 1
     when they do not; the first round that differs is named."""
-    from speculators import assets
+    from speculators import assets, evaluation
     from speculators.checkpoint.io import local_directory
-    from speculators.evaluation import parity
 
     checkpoint = str(local_directory(checkpoint))
     with tempfile.TemporaryDirectory() as folder:
-        report = parity.verify(
-            parity.ParityConfig(
+        report = evaluation.check_parity(
+            evaluation.ParityConfig(
                 checkpoint=checkpoint,
                 verifier=verifier,
                 data=prompts or str(assets.prompts_path("heldout")),
@@ -58,18 +56,11 @@ def verify(
             ),
             on_progress=say,
         )
-    print_report(report)
+    out().print(report)
     if output is not None:
         say(f"report: {report.save(output)}")
-    if not report.passed:
-        raise parity.ParityError(report)
+    report.raise_for_errors()
     return {"verb": "verify", **report.to_dict()}
-
-
-def print_report(report: ParityReport) -> None:
-    length = "" if report.acceptance_length is None else f", acceptance length {report.acceptance_length:.2f}"
-    title = f"Parity of {report.num_prompts} prompts x {report.num_tokens} tokens, K = {report.num_speculative_tokens}"
-    print_facts(title + length, report.facts())
 
 
 def vllm_target(checkpoint: str, verifier: str | None, python: str | None, folder: Path) -> VllmTarget | str:
@@ -78,7 +69,7 @@ def vllm_target(checkpoint: str, verifier: str | None, python: str | None, folde
     from speculators.config import SpeculatorModelConfig
     from speculators.deploy.export import export_checkpoint
     from speculators.deploy.process import find_vllm
-    from speculators.evaluation.parity_vllm import VllmTarget
+    from speculators.evaluation import VllmTarget
     from speculators.model import SpeculatorModel
 
     try:

@@ -9,12 +9,14 @@ Converter                            base of the converter classes of earlier re
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from rich.table import Table
 from transformers import PretrainedConfig
 
 from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint, OurCheckpoint
@@ -22,19 +24,32 @@ from speculators.checkpoint.io import local_directory, open_checkpoint, recognis
 from speculators.checkpoint.record import write_training_record
 from speculators.model import SpeculatorModel
 from speculators.utils.files import absolute_if_directory, atomic_directory, refuse_to_replace
+from speculators.utils.report import TableReport, facts_table
 
 OLDER_OPTIONS = ("validate", "trust_remote_code")
 """Arguments of earlier releases that decide nothing here: what is written is always checked, code is never run."""
 
 
 @dataclass(frozen=True)
-class ConvertedCheckpoint:
-    """What was written."""
+class ConvertedCheckpoint(TableReport, os.PathLike[str]):
+    """What was written; a path wherever a checkpoint is asked for."""
 
     path: Path
     speculators_model_type: str
     source_format: str
     notes: tuple[str, ...] = ()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def tables(self) -> list[Table]:
+        facts = {
+            "written to": self.path,
+            "from format": self.source_format,
+            "speculator": self.speculators_model_type,
+            "check it with": f"speculators check {self.path}",
+        }
+        return [facts_table("converted", facts | ({"note": "\n".join(self.notes)} if self.notes else {}))]
 
 
 def convert_checkpoint(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
 from speculators.data_generation.offline import find_corrupt_hidden_state_indices, get_indices_to_process
 from speculators.data_generation.prepared import HIDDEN_STATES_NAME, PreparedData
@@ -29,6 +30,7 @@ from speculators.data_generation.vllm_client import (
     ServerUnavailableError,
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
+from speculators.utils.report import TableReport, facts_table
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ class OfflineConfig:
 
 
 @dataclass
-class OfflineReport:
+class OfflineReport(TableReport):
     """What became of the rows of this rank."""
 
     directory: Path
@@ -76,6 +78,18 @@ class OfflineReport:
     num_tokens: int = 0
     failed: dict[int, str] = field(default_factory=dict)
     """Row -> why it has no file."""
+
+    def tables(self) -> list[Table]:
+        last = " and the last" if self.capture.last_hidden else ""
+        facts = {
+            "directory": self.directory,
+            "layers": f"{list(self.capture.aux_layer_ids)}{last}",
+            "written": f"{self.num_written:,} rows of {self.num_tokens:,} tokens",
+            "of those repaired": f"{self.num_repaired:,}",
+            "already there": f"{self.num_kept:,}",
+            "failed": f"{len(self.failed):,}",
+        }
+        return [facts_table("Hidden states", facts)]
 
 
 def generate_offline_data(config: OfflineConfig, progress: Progress | None = None) -> OfflineReport:

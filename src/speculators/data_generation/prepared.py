@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -17,12 +18,14 @@ from typing import Any
 
 import datasets
 import torch
+from rich.table import Table
 
 from speculators.data_generation.conversations import TokenRow
 from speculators.data_generation.datasets import load_raw_dataset
 from speculators.data_generation.masks import MaskSpan, mask_spans
 from speculators.data_generation.preprocessing import explain_no_rows, load_tokenizer
 from speculators.data_generation.tokenizing import RowTokenizer, Tokenized, TokenizeOptions
+from speculators.utils.report import TableReport, facts_table
 
 MANIFEST_NAME = "manifest.json"
 TOKEN_FREQ_NAME = "token_freq.pt"
@@ -69,6 +72,15 @@ class Manifest:
     def supervised_share(self) -> float:
         return self.num_supervised_tokens / self.num_tokens if self.num_tokens else 0.0
 
+    def facts(self) -> dict[str, str]:
+        """For people."""
+        return {
+            "rows": f"{self.num_rows:,} of {self.num_read:,} read",
+            "tokens": f"{self.num_tokens:,}, {self.supervised_share:.0%} trained on",
+            "row length": f"{self.shortest_row} to {self.longest_row}",
+            "left out": "; ".join(f"{count} x {reason}" for reason, count in self.dropped.items()) or "nothing",
+        }
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
@@ -84,8 +96,8 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """A prepared directory."""
+class PreparedData(TableReport, os.PathLike[str]):
+    """A prepared directory: a path wherever one is asked for, and a report of what is in it."""
 
     path: Path
     manifest: Manifest | None
@@ -93,8 +105,20 @@ class PreparedData:
     reused: bool = False
     """True: it was there already and nothing was written."""
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def tables(self) -> list[Table]:
+        facts: dict[str, Any] = {"directory": self.path}
+        if self.reused:
+            facts["reused"] = "it was there already, made the same way"
+        if self.manifest is not None:
+            facts |= self.manifest.facts()
+        return [facts_table("Prepared", facts)]
+
     @classmethod
-    def open(cls, path: str | Path) -> PreparedData:
+    def open(cls, path: str | os.PathLike[str]) -> PreparedData:
+        """Raises `ValueError` for what is not a prepared directory."""
         path = Path(path)
         if not is_prepared(path):
             raise ValueError(f"{str(path)!r} is not a prepared dataset (no state.json); make one with prepare-data")

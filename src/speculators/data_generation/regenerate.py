@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
 from speculators.data_generation.preprocessing import Progress
 from speculators.data_generation.rollout import Provenance, Rollout, make_rollout
 from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
+from speculators.utils.report import TableReport, facts_table
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +33,8 @@ Generate = Callable[[list[list[int]]], list[list[int]]]
 
 
 @dataclass
-class RegenerationReport:
-    """What was written."""
+class RegenerationReport(TableReport, os.PathLike[str]):
+    """What was written; a path wherever data is asked for."""
 
     path: Path
     errors_path: Path
@@ -45,6 +49,19 @@ class RegenerationReport:
     num_failed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     """Reason -> rows of the source that could not be asked."""
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def tables(self) -> list[Table]:
+        facts = {
+            "file": self.path,
+            "conversations": f"{self.num_conversations:,}, and {self.num_already_done:,} that were there",
+            "answers": f"{self.num_rows:,} of {self.num_tokens:,} tokens, {self.num_cut:,} cut at the limit",
+            "failed": f"{self.num_failed:,}",
+            "left out": "; ".join(f"{count} x {reason}" for reason, count in self.dropped.items()) or "nothing",
+        }
+        return [facts_table("Regenerated", facts)]
 
     def why_not(self) -> str:
         reasons = [f"{num_dropped} x {reason}" for reason, num_dropped in self.dropped.most_common(5)]

@@ -27,6 +27,7 @@ class DecodingTarget:
     """Hub id or directory; "" for a model that was never saved."""
     model: PreTrainedModel
     tokenizer: Any
+    """None where nothing needs one."""
 
 
 def open_target(
@@ -36,6 +37,7 @@ def open_target(
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    needs_tokenizer: bool = True,
 ) -> DecodingTarget:
     """Loads the verifier unless it is a model already, and its tokenizer unless one is given.
 
@@ -59,7 +61,7 @@ def open_target(
             device=default_device() if device in (None, "auto") else device,
             trust_remote_code=trust_remote_code,
         )
-    if tokenizer is None:
+    if tokenizer is None and needs_tokenizer:
         tokenizer = load_tokenizer(name, trust_remote_code)
     return DecodingTarget(name, model, tokenizer)
 

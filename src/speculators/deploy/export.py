@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
 from speculators.checkpoint.findings import VLLM_PROFILE
 from speculators.checkpoint.formats import SPECULATORS, OurCheckpoint, Serving
@@ -24,18 +25,33 @@ from speculators.deploy.card import CARD_FILE, find_report, model_card
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.report import CheckError, CheckReport
 from speculators.utils.files import absolute_if_directory, atomic_directory, refuse_missing_verifier, refuse_to_replace
+from speculators.utils.report import TableReport, facts_table
 
 NATIVE = "native"
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(TableReport, os.PathLike[str]):
+    """What was written; a path wherever a checkpoint is asked for."""
+
     path: Path
     speculators_model_type: str
     format: str
     serving: Serving | None
     """None: no vLLM serves this."""
     notes: tuple[str, ...] = ()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def tables(self) -> list[Table]:
+        facts = {
+            "written to": self.path,
+            "drafter": self.speculators_model_type,
+            "format": self.format,
+            "serve with": "not by vLLM" if self.serving is None else self.serving.command,
+        }
+        return [facts_table("exported", facts | ({"note": "\n".join(self.notes)} if self.notes else {}))]
 
 
 def export_checkpoint(

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+
 from speculators.checkpoint.findings import VLLM_PROFILE, Finding
 from speculators.checkpoint.formats import Serving
+from speculators.utils.report import TableReport, facts_table
 
 
 class CheckError(ValueError):
@@ -20,7 +24,7 @@ class CheckError(ValueError):
 
 
 @dataclass
-class CheckReport:
+class CheckReport(TableReport):
     """Filled while the check runs."""
 
     path: Path
@@ -52,6 +56,11 @@ class CheckReport:
     def ok(self) -> bool:
         return not self.errors
 
+    def raise_for_errors(self, hint: str = "") -> None:
+        """Raises `CheckError`, with every error and its fix, when the checkpoint must not be served."""
+        if not self.ok:
+            raise CheckError(self, hint)
+
     @property
     def verdict(self) -> str:
         num_errors = len(self.errors)
@@ -76,3 +85,40 @@ class CheckReport:
             "not_checked": self.not_done,
             "serve_with": self.serving.command if self.serving is not None else None,
         }
+
+    def findings_tables(self) -> list[Table]:
+        """None or one."""
+        if not self.findings:
+            return []
+        table = Table(title="findings", title_justify="left", show_lines=True)
+        for column in ("", "what", "where", "found, and the rule", "fix"):
+            table.add_column(column, overflow="fold")
+        for found in self.findings:
+            colour = "red" if found.severity == "error" else "yellow"
+            words = (found.code, found.where, f"{found.found}; {found.rule}", found.fix)
+            table.add_row(f"[{colour}]{found.severity}[/]", *map(escape, words))
+        return [table]
+
+    def tables(self) -> list[Table]:
+        facts = {
+            "checkpoint": self.path,
+            "format": f"{self.format} ({self.speculators_model_type})",
+            "verifier": self.verifier,
+            "checked": ", ".join(self.done),
+        }
+        for what, why in self.not_done.items():
+            facts[f"not checked: {what}"] = why
+        if self.notes:
+            facts["note"] = "\n".join(self.notes)
+        return [*self.findings_tables(), facts_table(self.verdict, {**facts, "serve with": self.served_by})]
+
+    @property
+    def served_by(self) -> str:
+        """The command that serves the checkpoint, or what is missing."""
+        if self.serving is not None:
+            return self.serving.command
+        if self.served_format == self.format:
+            return "a verifier that is named: --verifier"
+        if self.served_format is None:
+            return "nothing: decode here with `speculators generate`"
+        return f"what this writes: speculators export {self.path} --output DIRECTORY"

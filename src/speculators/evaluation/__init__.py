@@ -1,4 +1,4 @@
-"""Measuring drafters: acceptance, losslessness and speed of any methods beside plain decoding, in one process.
+"""Measures drafters: acceptance, losslessness and speed of any methods beside plain decoding, in one process.
 
     prompts -> [plain, method, method, ...] interleaved -> measurements -> rows with intervals -> report
 
@@ -7,36 +7,33 @@ Names are imported on first use, so that `import speculators` stays fast.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from speculators.utils.names import lazy_attributes
 
 EXPORTS = {
-    "EvaluateConfig": "run",
-    "evaluate": "run",
-    "EvaluationReport": "records",
-    "MethodRow": "records",
-    "Measurement": "records",
+    "EvaluateConfig": "config",
+    "ParityConfig": "config",
+    "ServerConfig": "config",
+    "VllmTarget": "config",
+    "measure_methods": "run",
+    "check_parity": "parity",
+    "ParityReport": "parity",
+    "ParityError": "parity",
+    "evaluate_server": "server",
+    "ServerReport": "server",
+    "EvaluationReport": "report",
+    "MethodRow": "report",
+    "NotLosslessError": "report",
+    "Measurement": "measurement",
+    "measure_interleaved": "measurement",
+    "summarise": "measurement",
     "Estimate": "statistics",
     "bootstrap": "statistics",
-    "measure_interleaved": "latency",
-    "summarise": "acceptance",
-    "count_identical": "losslessness",
-    "first_difference": "losslessness",
-    "two_sample_p_value": "losslessness",
-    "NotLosslessError": "losslessness",
+    "count_identical": "statistics",
+    "first_difference": "statistics",
+    "two_sample_p_value": "statistics",
     "load_prompts": "prompts",
-    "report_table": "report",
-    "save_report": "report",
 }
 
 __all__ = sorted(EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_attributes(__name__, EXPORTS)

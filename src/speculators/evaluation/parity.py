@@ -4,70 +4,51 @@
             -> every round again by the training forward  drafts equal: what was trained is what drafts
             -> vLLM, speculative and plain                text equal, as many accepted: what drafts is what serves
 
-All greedy. The training forward is `SpeculatorModel.draft_logits`; see `parity_rounds` for how a round is asked again.
+All greedy. The training forward is `SpeculatorModel.draft_logits`; see `parity_checks` for how a round is asked again.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from rich.table import Table
+from transformers import PreTrainedModel
 
 from speculators.data_generation.sources import LocalSource
 from speculators.decoding import Engine, RequestOutput, SamplingParams
-from speculators.decoding.target import default_device
-from speculators.evaluation.environment import environment
+from speculators.decoding.target import DecodingTarget, open_target
+from speculators.evaluation.config import ParityConfig, VllmTarget
 from speculators.evaluation.parity_checks import (
     Check,
+    RecordingProposer,
+    RoundsCompared,
     accepted_check,
+    compare_rounds,
     drafts_check,
     drafts_tokens,
     text_check,
+    tie_tolerance,
     vocabulary_check,
 )
-from speculators.evaluation.parity_rounds import RecordingProposer, RoundsCompared, compare_rounds, tie_tolerance
-from speculators.evaluation.parity_vllm import VllmRun, VllmTarget, decode_in_vllm
+from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm, speculative_run
 from speculators.evaluation.prompts import load_prompts
+from speculators.evaluation.report import SavedReport, environment
 from speculators.interfaces import CaptureSpec, Proposer
 from speculators.model import SpeculatorModel
-from speculators.utils.files import atomic_write
-from speculators.verifier import load_verifier, verifier_parts
+from speculators.utils.report import facts_table
+from speculators.verifier import verifier_parts
 
 REPORT_NAME = "parity.json"
 
 
 @dataclass(frozen=True)
-class ParityConfig:
-    checkpoint: str
-    verifier: str | None = None
-    """None: the one the checkpoint names."""
-    data: str = ""
-    """Conversations to take prompts from, when none are given."""
-    num_prompts: int = 6
-    max_tokens: int = 48
-    num_speculative_tokens: int | None = None
-    """None: what the checkpoint says."""
-    max_prompt_tokens: int = 256
-    """Longer prompts lose their beginning."""
-    batch_size: int = 3
-    """Prompts decoded together: rows of different lengths, and rows that are taken over, are part of the proof."""
-    dtype: str = "float32"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    vllm: VllmTarget | str | None = None
-    """What vLLM serves of the checkpoint, and where vLLM is. Text: why it cannot be asked; None: it is not to be."""
-
-
-@dataclass(frozen=True)
-class ParityReport:
+class ParityReport(SavedReport):
     checkpoint: str
     verifier: str
     num_prompts: int
@@ -95,11 +76,15 @@ class ParityReport:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed, "environment": environment()}
 
-    def save(self, path: str | Path) -> Path:
-        path = Path(path)
-        with atomic_write(path) as file:
-            file.write(json.dumps(self.to_dict(), indent=2) + "\n")
-        return path
+    def tables(self) -> list[Table]:
+        length = "" if self.acceptance_length is None else f", acceptance length {self.acceptance_length:.2f}"
+        title = f"Parity of {self.num_prompts} prompts x {self.num_tokens} tokens, K = {self.num_speculative_tokens}"
+        return [facts_table(title + length, self.facts())]
+
+    def raise_for_errors(self) -> None:
+        """Raises `ParityError`, with every failed check, unless the gate is passed."""
+        if not self.passed:
+            raise ParityError(self)
 
 
 class ParityError(RuntimeError):
@@ -133,27 +118,33 @@ class Replayed:
         return gap <= tie_tolerance(logits_V.dtype) * max(1.0, float(logits_V.abs().max()))
 
 
-def verify(
+def check_parity(
     config: ParityConfig,
     prompts: Sequence[Sequence[int]] | None = None,
     *,
+    target: DecodingTarget | None = None,
     on_progress: Callable[[str], Any] = lambda text: None,
 ) -> ParityReport:
-    """Replay prompts (token ids; else those `config` names) through training, engine and, if asked for, vLLM."""
+    """Replay prompts (token ids; else those `config` names) through training, engine and, if asked for, vLLM.
+
+    `target`: the verifier, in place of loading it. Raises `ValueError` for what cannot be read.
+    """
     begun_s = time.perf_counter()
     # fp32 while loading: what is the verifier's is then not rounded to the checkpoint's type on its way here
     model = SpeculatorModel.from_pretrained(config.checkpoint, verifier=config.verifier, dtype=torch.float32)
     verifier_path = config.verifier or recorded_verifier(model, config.checkpoint)
-    verifier = load_verifier(
-        verifier_path,
-        dtype=getattr(torch, config.dtype),
-        device=default_device() if config.device == "auto" else config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    if target is None:
+        target = open_target(
+            verifier_path,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            needs_tokenizer=prompts is None,
+        )
+    verifier = target.model
     model.to(verifier.device)
     if prompts is None:
-        tokenizer = AutoTokenizer.from_pretrained(verifier_path, trust_remote_code=config.trust_remote_code)
-        prompts = load_prompts(config.data, tokenizer, limit=config.num_prompts)
+        prompts = load_prompts(config.data, target.tokenizer, limit=config.num_prompts)
     cut_prompts = [list(prompt)[-config.max_prompt_tokens :] for prompt in prompts]
     num_drafts = config.num_speculative_tokens or recorded_num_tokens(model)
 
@@ -222,7 +213,7 @@ def vllm_checks(
         "engine": {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code},
     }
     plain, speculative = decode_in_vllm(
-        target.python, [VllmRun(verifier, **shared), target.run(num_drafts, **shared)], env=target.env
+        target.python, [VllmRun(verifier, **shared), speculative_run(target, num_drafts, **shared)], env=target.env
     )
     for name, run in (("vLLM serves the verifier", plain), ("vLLM serves the checkpoint", speculative)):
         if run.error is not None:

@@ -1,18 +1,31 @@
-"""The checks of the parity gate: each says what it compared, and a failure names the first thing that differs."""
+"""What the parity gate compares: rounds of the engine beside the training forward, and texts. A failed check names the
+first thing that differs.
+
+Shapes: T tokens, L of them known when drafting, K drafts, V vocabulary, D width of states.
+
+    text the engine emitted   x0 .. x[L-1] | x[L] ...            one forward of the verifier gives its states, as in
+    states when drafting      g0 .. g[L-2]                       training; row L - 1 and later were not known: zeros
+    training forward          x0 .. x[L-1]   d1 .. dK            what it answers in the places of d1 .. dK (teacher
+                                                                 forcing) must be d1 .. dK
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from speculators.draft_vocab import DraftVocabMixin
-from speculators.evaluation.losslessness import first_difference
-from speculators.evaluation.parity_rounds import RoundsCompared
+from speculators.evaluation.statistics import first_difference
+from speculators.interfaces import Committed, DraftSampling, Proposal, Proposer, VerifierStates
 from speculators.model import SpeculatorModel
 from speculators.nn.draft_vocab import verifier_ids
 
+TIE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""Two logits closer than this share of the largest one are a tie: sums in another order may swap them."""
+LOW_PRECISION_TIE_TOLERANCE = 5e-2
 MAX_TIE_SHARE = 0.1
 """More ties than this among the drafts, and nothing can be told from them."""
 ACCEPTED_TOLERANCE = 0.03
@@ -20,6 +33,117 @@ ACCEPTED_TOLERANCE = 0.03
 
 IsTie = Callable[[int, int, int], bool]
 """(prompt, position, other token) -> whether the verifier cannot tell that token from plain decoding's."""
+
+
+def tie_tolerance(dtype: torch.dtype) -> float:
+    return TIE_TOLERANCE.get(dtype, LOW_PRECISION_TIE_TOLERANCE)
+
+
+@dataclass
+class DraftedText:
+    """One request as the proposer saw it."""
+
+    token_ids: list[int] = field(default_factory=list)
+    rounds: list[tuple[int, list[int]]] = field(default_factory=list)
+    """(tokens known, drafts) of each round in which something was drafted."""
+
+
+class RecordingProposer:
+    """A proposer whose drafts are kept, with the text they were made after."""
+
+    def __init__(self, inner: Proposer, vocab_size: int):
+        self.inner, self.capture, self.vocab_size = inner, inner.capture, vocab_size
+        self.texts: list[DraftedText] = []
+        self.text_of_row: dict[int, DraftedText] = {}
+
+    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+        counts = zip(committed.num_new_B.tolist(), committed.num_committed_B.tolist(), strict=True)
+        for row, (new, total) in enumerate(counts):
+            if 0 < new == total:
+                self.text_of_row[row] = DraftedText()
+                self.texts.append(self.text_of_row[row])
+            if new:
+                self.text_of_row[row].token_ids += committed.token_ids_BT[row, :new].tolist()
+        proposal = self.inner.propose(committed, num_tokens, sampling)
+        for row, drafts in enumerate(proposal.token_ids_BK.tolist()):
+            drafts = [token_id for token_id in drafts if token_id >= 0]
+            if drafts:
+                text = self.text_of_row[row]
+                text.rounds.append((len(text.token_ids), drafts))
+        # a token outside the vocabulary is a finding of the gate, not a crash of the verifier's embedding
+        is_token_BK = proposal.token_ids_BK < self.vocab_size
+        return replace(proposal, token_ids_BK=proposal.token_ids_BK.where(is_token_BK.cummin(1).values, -1))
+
+
+@dataclass
+class RoundsCompared:
+    """Drafts that were compared, and the first that differs."""
+
+    num_rounds: int = 0
+    num_drafts: int = 0
+    num_ties: int = 0
+    largest_tie: float = 0.0
+    num_differing: int = 0
+    first_difference: str | None = None
+    is_comparable: bool = True
+    """False: the algorithm has no training forward to compare with."""
+
+
+@torch.no_grad()
+def compare_rounds(
+    model: SpeculatorModel, texts: Sequence[DraftedText], states: Sequence[VerifierStates], dtype: torch.dtype
+) -> RoundsCompared:
+    """The training forward of `model` against every recorded round. `dtype` is the engine's."""
+    found = RoundsCompared()
+    for number, (text, of_text) in enumerate(zip(texts, states, strict=True)):
+        for index, (num_known, drafts) in enumerate(text.rounds):
+            if num_known < 2:
+                continue  # no state is known yet: drafters that draft all the same are not trained on it
+            logits_KV = model.draft_logits(states_when_drafting(of_text, num_known, drafts), len(drafts))
+            if logits_KV is None:
+                return RoundsCompared(is_comparable=False)
+            where = f"prompt {number}, round {index} (after {num_known} tokens)"
+            compare_drafts(found, where, logits_KV.float(), drafts, tie_tolerance(dtype))
+            found.num_rounds += 1
+    return found
+
+
+def compare_drafts(
+    found: RoundsCompared, where: str, logits_KV: Tensor, drafts: Sequence[int], tolerance: float
+) -> None:
+    """Add one round. Slots the training forward does not answer would be a bug, and count as differing."""
+    vocab_size = logits_KV.shape[-1]
+    for k, drafted in enumerate(drafts):
+        found.num_drafts += 1
+        if k >= len(logits_KV) or not 0 <= drafted < vocab_size:
+            differs, says = True, "nothing" if k >= len(logits_KV) else f"a token of 0..{vocab_size - 1}"
+        else:
+            best = int(logits_KV[k].argmax())
+            gap = float(logits_KV[k, best] - logits_KV[k, drafted])
+            differs = not gap <= tolerance * max(1.0, abs(float(logits_KV[k, best])))
+            says = f"{best} ({gap:.3g} above it)"
+            if not differs and drafted != best:
+                found.num_ties += 1
+                found.largest_tie = max(found.largest_tie, gap)
+        if differs:
+            found.num_differing += 1
+            if found.first_difference is None:
+                found.first_difference = f"{where}, draft {k + 1}: drafted {drafted}, training says {says}"
+
+
+def states_when_drafting(states: VerifierStates, num_known: int, drafts: Sequence[int]) -> VerifierStates:
+    """The known tokens and their drafts, with the states that were known; the others are zeros."""
+    num_states, num_tokens = num_known - 1, num_known + len(drafts)
+
+    def known(of_text: Tensor | None) -> Tensor | None:
+        if of_text is None:
+            return None
+        rows = of_text.new_zeros(num_tokens, of_text.shape[1], dtype=torch.float32)
+        rows[:num_states] = of_text[:num_states]
+        return rows
+
+    token_ids_T = torch.cat((states.token_ids_T[:num_known], states.token_ids_T.new_tensor(list(drafts))))
+    return VerifierStates(token_ids_T, known(states.aux_TD), known(states.last_hidden_TH))
 
 
 @dataclass(frozen=True)

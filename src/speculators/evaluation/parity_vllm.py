@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from speculators.evaluation.config import VllmTarget
+
 JOB = Path(__file__).with_name("vllm_job.py")
 KV_CACHE_BYTES = 256 << 20
 TIMEOUT_S = 1800
@@ -32,7 +34,7 @@ class VllmRun:
 
 @dataclass(frozen=True)
 class VllmResult:
-    """A list has one entry a prompt; counts are empty without speculation."""
+    """A list has one entry per prompt; counts are empty without speculation."""
 
     token_ids: list[list[int]] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
@@ -42,21 +44,10 @@ class VllmResult:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class VllmTarget:
-    """What is served, and by whom."""
-
-    python: str
-    """Python of an environment with vLLM."""
-    model: str
-    """What `vllm serve` is given: the verifier, or a directory that names it."""
-    speculative_config: dict[str, Any] = field(default_factory=dict)
-    env: dict[str, str] = field(default_factory=dict)
-    """Further environment variables."""
-
-    def run(self, num_speculative_tokens: int, **shared: Any) -> VllmRun:
-        drafting = {**self.speculative_config, "num_speculative_tokens": num_speculative_tokens}
-        return VllmRun(self.model, speculative_config=drafting, **shared)
+def speculative_run(target: VllmTarget, num_speculative_tokens: int, **shared: Any) -> VllmRun:
+    """`shared`: the fields that it has in common with the plain run."""
+    drafting = {**target.speculative_config, "num_speculative_tokens": num_speculative_tokens}
+    return VllmRun(target.model, speculative_config=drafting, **shared)
 
 
 def decode_in_vllm(

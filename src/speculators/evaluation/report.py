@@ -1,35 +1,145 @@
-"""How a report is shown: a table for people, one JSON document for machines."""
+"""What an evaluation hands over: one row per method, shown as a table for people and one JSON document for machines.
+
+Words: acceptance length counts the recovered or bonus token (1 + accepted / rounds); conditional acceptance of
+position i is the share of rounds accepting draft i among those that accepted draft i - 1. Times are wall-clock seconds.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from speculators.decoding.method import PLAIN
-from speculators.evaluation.records import EvaluationReport, MethodRow
 from speculators.evaluation.statistics import Estimate
+from speculators.provenance import find_package_repo, git_diff, git_sha, package_versions
 from speculators.utils.files import atomic_write
+from speculators.utils.report import TableReport
 
+SIGNIFICANCE = 0.001
+"""A lossless method fails the sampled check once in so many runs."""
 COLUMNS = ("K", "acceptance\nlength τ", "conditional\nacceptance", "tokens/s", "speedup", "speedup\n/ τ", "lossless")
 
 
-class Report(Protocol):
+class SavedReport(TableReport):
+    """A report that is also one JSON document."""
+
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]: ...
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it as JSON; makes the directories above it."""
+        path = Path(path)
+        with atomic_write(path, "w") as file:
+            json.dump(self.to_dict(), file, indent=2, default=str)
+            file.write("\n")
+        return path
 
-def report_table(report: EvaluationReport) -> Table:
-    """The house table. Acceptance length counts the recovered or bonus token; ± is a 95 % bootstrap over prompts."""
-    first = report.rows[0]
-    caption = "± 95 % bootstrap over prompts; speeds interleaved in one process; conditional: given all before"
-    table = house_table(f"{first.num_prompts} prompts of {report.dataset}", first.temperature, caption, COLUMNS)
-    for row in report.rows:
-        table.add_row(*cells(row))
-    return table
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One row of the house table: a method on a data set, beside plain decoding of the same prompts."""
+
+    method: str
+    num_speculative_tokens: int
+    temperature: float
+    num_prompts: int
+    num_tokens: int
+    acceptance_length: Estimate
+    acceptance_rate: float
+    """accepted / drafted"""
+    conditional_acceptance: tuple[float, ...]
+    tokens_per_s: float
+    plain_tokens_per_s: float
+    speedup: Estimate
+    speedup_per_token: float
+    """speedup / acceptance length: the share of the possible gain that was realised"""
+    num_identical: int | None
+    """prompts whose tokens equal plain decoding's; None where sampling makes the question meaningless"""
+    draft_share: float
+    """share of the time spent making drafts"""
+    draft_cost: float | None
+    """seconds of drafting a round, over seconds of a plain step; None when no plain step was taken"""
+    verify_cost: float | None
+    """seconds of the rest of a round (scoring the drafts, keeping books), over seconds of a plain step"""
+    sampling_p_value: float | None = None
+    """two-sample test of sampled answers against plain decoding's; None when it was not made"""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def lossless(self) -> bool | None:
+        """None when nothing was checked."""
+        if self.num_identical is not None:
+            return self.num_identical == self.num_prompts
+        return None if self.sampling_p_value is None else self.sampling_p_value >= SIGNIFICANCE
+
+
+@dataclass(frozen=True)
+class EvaluationReport(SavedReport):
+    """Everything needed to read the rows, and to measure them again."""
+
+    verifier: str
+    dataset: str
+    rows: tuple[MethodRow, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def row(self, method: str) -> MethodRow:
+        for row in self.rows:
+            if row.method == method:
+                return row
+        raise ValueError(f"no method '{method}' in this report; it has {[row.method for row in self.rows]}")
+
+    @property
+    def lossless(self) -> bool | None:
+        """Whether every method that was checked is; None when none was."""
+        checked = [row.lossless for row in self.rows if row.lossless is not None]
+        return all(checked) if checked else None
+
+    def raise_for_errors(self) -> None:
+        """Raises `NotLosslessError` when a method that was checked does not give the verifier's text."""
+        if self.lossless is False:
+            raise NotLosslessError(self.rows, str(self.settings.get("dtype", "float32")))
+
+    def warnings(self) -> list[str]:
+        """What makes a figure doubtful, by method."""
+        return [f"{row.method}: {warning}" for row in self.rows for warning in row.warnings]
+
+    def tables(self) -> list[Table]:
+        """The house table: acceptance length counts the recovered or bonus token."""
+        first = self.rows[0]
+        caption = "± 95 % bootstrap over prompts; speeds interleaved in one process; conditional: given all before"
+        table = house_table(f"{first.num_prompts} prompts of {self.dataset}", first.temperature, caption, COLUMNS)
+        for row in self.rows:
+            table.add_row(*cells(row))
+        return [table]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"lossless": self.lossless}
+
+
+class NotLosslessError(RuntimeError):
+    """Greedy answers differ from plain decoding's, or sampled ones follow another law."""
+
+    def __init__(self, rows: Sequence[MethodRow], dtype: str) -> None:
+        found = "; ".join(f"{row.method}: {evidence(row)}" for row in rows if row.lossless is False)
+        reason = "" if dtype == "float32" else f" ({dtype} has ties that rounding decides; --dtype float32 has none)"
+        super().__init__(f"not lossless: {found}{reason}")
+
+
+def evidence(row: MethodRow) -> str:
+    if row.num_identical is not None:
+        return f"{row.num_identical} of {row.num_prompts} answers are identical"
+    return f"answers drawn both ways differ (p = {row.sampling_p_value:.4f})"
 
 
 def house_table(measured: str, temperature: float, caption: str, columns: Sequence[str]) -> Table:
@@ -75,11 +185,14 @@ def with_interval(estimate: Estimate) -> str:
     return f"{estimate.value:.2f} ±{estimate.half_width:.2f}"
 
 
-def save_report(report: Report, path: str | Path) -> Path:
-    """Write the report as one JSON document."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "w") as file:
-        json.dump(report.to_dict(), file, indent=2)
-        file.write("\n")
-    return path
+def environment() -> dict[str, Any]:
+    """Where figures were measured: versions, commit, machine. Part of every report."""
+    repo = find_package_repo()
+    return {
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "commit": git_sha(repo),
+        "uncommitted_changes": bool(git_diff(repo)),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+    }

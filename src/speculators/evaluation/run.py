@@ -1,68 +1,44 @@
-"""`evaluate`: one verifier, held-out prompts decoded plainly and with every method side by side, and the report."""
+"""Measures methods of drafting beside plain decoding: one verifier, the same prompts, all engines in one process."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import count
-from typing import Any
 
-from speculators.decoding import Engine, SamplingParams, open_target
+from speculators.decoding import Engine, RequestOutput, SamplingParams
 from speculators.decoding.method import PLAIN, Method, parse_methods
-from speculators.evaluation.acceptance import summarise
-from speculators.evaluation.environment import environment
-from speculators.evaluation.latency import Generate, measure_interleaved
-from speculators.evaluation.losslessness import two_sample_p_value
+from speculators.decoding.target import DecodingTarget, open_target
+from speculators.evaluation.config import EvaluateConfig
+from speculators.evaluation.measurement import Generate, measure_interleaved, summarise
 from speculators.evaluation.prompts import load_prompts
-from speculators.evaluation.records import EvaluationReport
+from speculators.evaluation.report import EvaluationReport, environment
+from speculators.evaluation.statistics import two_sample_p_value
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """One comparison. Everything that changes a figure is here, and is written into the report."""
+def measure_methods(
+    config: EvaluateConfig,
+    *,
+    target: DecodingTarget | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EvaluationReport:
+    """Measure every method on the same prompts. `on_progress(done, total)` counts prompts.
 
-    verifier: str
-    data: str
-    """Conversations nobody trained on: a file, a directory or a preset."""
-    methods: tuple[str, ...] = (PLAIN, "ngram")
-    """Plain decoding is always measured; it is what the others are compared with."""
-    num_speculative_tokens: int | None = None
-    """Draft tokens a round; None: what each method's own configuration says."""
-    speculative_token_tree: str | None = None
-    dynamic_tree: dict[str, Any] | None = None
-    """What speculators' directories draft in place of a chain: one of the two."""
-    num_prompts: int = 32
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    batch_size: int = 1
-    num_warmup: int = 2
-    """Groups of prompts decoded before the clock counts."""
-    num_repeats: int = 1
-    """Timings of each group, of which the fastest counts."""
-    dtype: str = "float32"
-    """Greedy equality is exact in float32 only: lower precisions have ties."""
-    device: str = "auto"
-    seed: int = 0
-    trust_remote_code: bool = False
-    check_sampling: bool = False
-    """With a temperature: draw `num_samples` short answers of each prompt both ways, and test that their law is one."""
-    num_samples: int = 64
-    num_sampled_tokens: int = 16
-
-
-def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] | None = None) -> EvaluationReport:
-    """Measure every method on the same prompts. `on_progress(done, total)` counts prompts."""
+    `target`, `prompts` (token ids): used in place of what the config names. Raises `ValueError` for a verifier, drafter
+    or data set that cannot be read.
+    """
     trees = {"speculative_token_tree": config.speculative_token_tree, "dynamic_tree": config.dynamic_tree}
     trees = {name: tree for name, tree in trees.items() if tree is not None}
     methods = parse_methods(config.methods, config.num_speculative_tokens, trees)
     methods = [Method(PLAIN, None), *(method for method in methods if method.speculative_config is not None)]
-    target = open_target(
-        config.verifier, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
-    )
-    prompts = load_prompts(config.data, target.tokenizer, limit=config.num_prompts)
+    if target is None:
+        target = open_target(
+            config.verifier, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+        )
+    if prompts is None:
+        prompts = load_prompts(config.data, target.tokenizer, limit=config.num_prompts)
     max_length = max(map(len, prompts)) + config.max_tokens
     engines = {
         method.name: Engine(
@@ -75,13 +51,13 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[int, int], None] 
         for method in methods
     }
     sampling = sampling_of(config)
-    done = 0
+    done, total = 0, len(prompts)
 
     def add(num_prompts: int) -> None:
         nonlocal done
         done += num_prompts
         if on_progress is not None:
-            on_progress(done, len(prompts))
+            on_progress(done, total)
 
     measurements = measure_interleaved(
         {name: decoder(engine, sampling) for name, engine in engines.items()},
@@ -141,7 +117,7 @@ def sampling_p_values(
 
 
 def decoder(engine: Engine, sampling: SamplingParams) -> Generate:
-    def generate(prompts: Sequence[Sequence[int]]) -> Any:
+    def generate(prompts: Sequence[Sequence[int]]) -> list[RequestOutput]:
         engine.forget_requests()  # the answer to a prompt that was decoded before must not be a draft
         params = [seeded_by_prompt(sampling, prompt) for prompt in prompts]
         return engine.generate([list(prompt) for prompt in prompts], params)

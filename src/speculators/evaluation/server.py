@@ -12,48 +12,31 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from rich.table import Table
 from transformers import AutoTokenizer
 
-from speculators.data_generation.vllm_client import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, ServerUnavailableError
+from speculators.data_generation.vllm_client import ServerUnavailableError
 from speculators.decoding.method import PLAIN
-from speculators.evaluation.acceptance import acceptance_length, doubts, measured_speedup
-from speculators.evaluation.environment import environment
-from speculators.evaluation.latency import rotated
-from speculators.evaluation.losslessness import count_identical
+from speculators.evaluation.config import SERVED, ServerConfig
+from speculators.evaluation.measurement import Measurement, acceptance_length, doubts, measured_speedup, rotated
 from speculators.evaluation.prompts import load_prompts
-from speculators.evaluation.records import Measurement
-from speculators.evaluation.server_client import Answering, MeasuredServer, ServerRestartedError
-from speculators.evaluation.server_metrics import ServerCounters
-from speculators.evaluation.statistics import Estimate
+from speculators.evaluation.report import SavedReport, environment, house_table, with_interval
+from speculators.evaluation.server_client import Answering, MeasuredServer, ServerCounters, ServerRestartedError
+from speculators.evaluation.statistics import Estimate, count_identical
 
-SERVED = "served"
-"""The row's name where nobody gave one: a server does not say what drafts in it."""
+COLUMNS = (
+    "clients",
+    "K",
+    "acceptance\nlength τ",
+    "conditional\nacceptance",
+    "tokens/s",
+    "plain\ntokens/s",
+    "speedup",
+    "speedup\n/ τ",
+    "lossless",
+)
+UNKNOWN = "-"
 NO_BASELINE = "no plain server was given (--baseline-server), so speedup and losslessness were not measured"
-
-
-@dataclass(frozen=True)
-class ServerEvaluation:
-    """What to measure. Everything that changes a figure is here, and is written into the report."""
-
-    server: str
-    data: str
-    baseline: str | None = None
-    """A server of the same verifier that drafts nothing."""
-    verifier: str | None = None
-    """Whose tokenizer renders the prompts; None: what the server says it loaded."""
-    label: str = SERVED
-    num_clients: tuple[int, ...] = (1,)
-    num_prompts: int = 32
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    num_warmup: int = 2
-    """Groups asked before the clock counts."""
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    max_retries: int = DEFAULT_MAX_RETRIES
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +62,7 @@ class ServerRow:
 
 
 @dataclass(frozen=True)
-class ServerReport:
+class ServerReport(SavedReport):
     """The rows measured, all of them or those before the server went away."""
 
     server: str
@@ -91,8 +74,39 @@ class ServerReport:
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
+    def warnings(self) -> list[str]:
+        """What makes a figure doubtful, by number of clients."""
+        return [f"{row.num_clients} clients: {warning}" for row in self.rows for warning in row.warnings]
+
+    def tables(self) -> list[Table]:
+        """The house table with one row per number of clients. A dash: it needs a plain server, and none was given."""
+        if not self.rows:
+            return []
+        first = self.rows[0]
+        measured = f"{first.num_prompts} prompts of {self.dataset} at {self.server}"
+        caption = "± 95 % bootstrap over groups of prompts; rounds from the server's own counters"
+        table = house_table(measured, first.temperature, caption, COLUMNS)
+        for row in self.rows:
+            table.add_row(*cells(row))
+        return [table]
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def cells(row: ServerRow) -> list[str]:
+    return [
+        row.method,
+        str(row.num_clients),
+        str(row.num_speculative_tokens),
+        with_interval(row.acceptance_length),
+        " ".join(f"{rate:.2f}" for rate in row.conditional_acceptance),
+        f"{row.tokens_per_s:.1f}",
+        UNKNOWN if row.plain_tokens_per_s is None else f"{row.plain_tokens_per_s:.1f}",
+        UNKNOWN if row.speedup is None else with_interval(row.speedup) + "x",
+        UNKNOWN if row.speedup_per_token is None else f"{row.speedup_per_token:.2f}",
+        UNKNOWN if row.num_identical is None else f"{row.num_identical}/{row.num_prompts}",
+    ]
 
 
 @dataclass
@@ -107,7 +121,7 @@ class Level:
 
 
 def evaluate_server(
-    config: ServerEvaluation, *, on_progress: Callable[[str, int, int | None], None] | None = None
+    config: ServerConfig, *, on_progress: Callable[[str, int, int | None], None] | None = None
 ) -> ServerReport:
     """Measure a running server. One that goes away for good ends the measurement; what there is, is reported."""
     if not config.num_clients or min(config.num_clients) < 1:
@@ -140,7 +154,7 @@ def evaluate_server(
     )
 
 
-def connect(config: ServerEvaluation, url: str) -> MeasuredServer:
+def connect(config: ServerConfig, url: str) -> MeasuredServer:
     return MeasuredServer(
         url, timeout_s=config.timeout_s, max_retries=config.max_retries, max_clients=max(config.num_clients)
     )
@@ -156,7 +170,7 @@ def refuse_wrong_roles(servers: dict[str, MeasuredServer]) -> None:
         raise ValueError(f"--baseline-server {servers[PLAIN].base_url} drafts too; it must serve the verifier plainly")
 
 
-def tokenizer_of(config: ServerEvaluation, root: str) -> Any:
+def tokenizer_of(config: ServerConfig, root: str) -> Any:
     name = config.verifier or root
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
@@ -168,7 +182,7 @@ def measure_level(
     level: Level,
     servers: dict[str, MeasuredServer],
     prompts: Sequence[Sequence[int]],
-    config: ServerEvaluation,
+    config: ServerConfig,
     on_progress: Callable[[str, int, int | None], None] | None,
 ) -> None:
     """Fill `level`, a group at a time; a group counts only when every server answered all of it."""
@@ -202,7 +216,7 @@ def measured_again(
         return server.measure(group, answering)
 
 
-def row_of(level: Level, config: ServerEvaluation) -> ServerRow:
+def row_of(level: Level, config: ServerConfig) -> ServerRow:
     stats = reduce(add, (measurement.stats for measurement in level.served))
     num_tokens = sum(measurement.num_tokens for measurement in level.served)
     length = acceptance_length(level.served)

@@ -1,6 +1,7 @@
-"""Uncertainty by resampling prompts. Pure numpy.
+"""Uncertainty by resampling prompts, and whether two sets of answers follow one law. Pure numpy.
 
-Shapes: N prompts (or groups of prompts measured together), R resamples.
+Shapes: N prompts (or groups of prompts measured together), R resamples; S answers drawn of one prompt (half plain,
+half speculative), T tokens of an answer, P permutations.
 Every figure of a report is a ratio of sums over prompts, so the bootstrap resamples prompts and recomputes the ratio:
 tokens of one prompt depend on each other, prompts do not.
 """
@@ -54,3 +55,49 @@ def bootstrap(
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(figures_R, [tail, 1 - tail])
     return Estimate(value, float(low), float(high))
+
+
+def count_identical(plain: Sequence[Sequence[int]], speculative: Sequence[Sequence[int]]) -> int:
+    return sum(first_difference(a, b) is None for a, b in zip(plain, speculative, strict=True))
+
+
+def first_difference(plain: Sequence[int], speculative: Sequence[int]) -> int | None:
+    """Position of the first token that differs (a missing token differs); None when the sequences are equal."""
+    for position, (a, b) in enumerate(zip(plain, speculative, strict=False)):
+        if a != b:
+            return position
+    return None if len(plain) == len(speculative) else min(len(plain), len(speculative))
+
+
+def two_sample_p_value(
+    plain: Sequence[Sequence[Sequence[int]]],
+    speculative: Sequence[Sequence[Sequence[int]]],
+    *,
+    num_permutations: int = 2000,
+    seed: int = 0,
+) -> float:
+    """Chance of a difference this large if both were drawn from one law. [prompt][answer] -> token ids.
+
+    A permutation test, exact for any vocabulary and any number of answers: within each prompt the labels plain and
+    speculative are shuffled. The statistic is the squared mean difference under the kernel of `likeness`.
+    """
+    rng = np.random.default_rng(seed)
+    observed, shuffled_P = 0.0, np.zeros(num_permutations)
+    for ours, theirs in zip(plain, speculative, strict=True):
+        likeness_SS = likeness([*ours, *theirs])
+        sign_S = np.concatenate([np.full(len(ours), 1 / len(ours)), np.full(len(theirs), -1 / len(theirs))])
+        signs_PS = rng.permuted(np.tile(sign_S, (num_permutations, 1)), axis=1)
+        observed += sign_S @ likeness_SS @ sign_S
+        shuffled_P += np.einsum("ps,st,pt->p", signs_PS, likeness_SS, signs_PS, optimize=True)
+    return float((1 + (shuffled_P >= observed * (1 - 1e-9)).sum()) / (1 + num_permutations))
+
+
+def likeness(answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """[S, S]: positions at which two answers agree, plus the length of what they begin with alike.
+
+    The first part sees wrong frequencies of single tokens, the second wrong frequencies of sequences.
+    """
+    length = max(map(len, answers), default=0)
+    ids_ST = np.array([[*answer, *[-1] * (length - len(answer))] for answer in answers])
+    agree_SST = ids_ST[:, None] == ids_ST[None]
+    return (agree_SST.sum(-1) + np.cumprod(agree_SST, axis=-1).sum(-1)).astype(np.float64)

@@ -5,6 +5,7 @@ The run itself prints nothing: consoles, trackers and tests listen through `on_e
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +81,10 @@ def ignore(event: Event) -> None:
     """The listener that does nothing."""
 
 
+STEP_ACCURACY = re.compile(r"full_acc_(\d+)")
+"""Metric of one unrolled step: the share of positions whose drafts are right up to and including this step."""
+
+
 def print_event(event: Event) -> None:
     print(line(event), file=sys.stderr, flush=True)
 
@@ -108,3 +113,14 @@ def line(event: Event) -> str:
 def numbers(event: StepDone | Validated) -> str:
     length = "" if event.acceptance_length is None else f" acceptance length {event.acceptance_length:.2f}"
     return f"loss {event.metrics.get('loss', float('nan')):.4f}{length}"
+
+
+def describe(metrics: dict[str, float], acceptance_length: float | None) -> str:
+    """Loss, accuracy by unrolled step and expected acceptance length, as far as they are there."""
+    parts = [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
+    accuracies = {int(name[1]): value for key, value in metrics.items() if (name := STEP_ACCURACY.fullmatch(key))}
+    if accuracies:
+        parts.append("accuracy " + " ".join(f"{accuracies[step]:.2f}" for step in sorted(accuracies)))
+    if acceptance_length is not None:
+        parts.append(f"expected acceptance length {acceptance_length:.2f}")
+    return ", ".join(parts)

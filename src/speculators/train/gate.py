@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from speculators.data_generation import PreparedData
-from speculators.evaluation.parity import REPORT_NAME, ParityConfig, ParityReport, verify
+from speculators.evaluation.config import ParityConfig
+from speculators.evaluation.parity import REPORT_NAME, ParityReport, check_parity
 from speculators.train.config import TrainConfig
 
 NUM_PROMPTS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 64, 32
@@ -20,7 +21,7 @@ NUM_PROMPTS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 64, 32
 def run_gate(config: TrainConfig, verifier: str, checkpoint: Path, device: torch.device) -> ParityReport:
     """Also written beside the checkpoint's weights. On an accelerator in the run's own precision: a second verifier in
     fp32 may not fit."""
-    report = verify(
+    report = check_parity(
         ParityConfig(
             checkpoint=str(checkpoint),
             verifier=verifier,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from rich.table import Table
+
+from speculators.train.events import describe
+from speculators.utils.report import TableReport, facts_table
 
 if TYPE_CHECKING:
     from speculators.deploy.report import CheckReport
@@ -44,7 +49,9 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(TableReport, os.PathLike[str]):
+    """What a run leaves; a path wherever a checkpoint is asked for."""
+
     checkpoint: Path
     """The speculator directory to use: the best by validation loss, or the last when nothing was validated."""
     metrics: dict[str, float]
@@ -55,3 +62,21 @@ class TrainResult:
     """Of the gate at the end of a run; None when it was not made."""
     check: CheckReport | None = None
     """Of the contract check at the end of a run; None when it was not made."""
+
+    def __fspath__(self) -> str:
+        return str(self.checkpoint)
+
+    def tables(self) -> list[Table]:
+        facts: dict[str, object] = {"checkpoint": self.checkpoint, "steps": self.num_steps}
+        if self.metrics:
+            facts["metrics"] = describe(self.metrics, self.acceptance_length)
+        if self.check is not None:
+            facts["check"] = self.check.verdict
+        findings = [] if self.check is None else self.check.findings_tables()
+        return [*findings, facts_table("Trained", facts), *([] if self.parity is None else self.parity.tables())]
+
+    def raise_for_errors(self) -> None:
+        """Raises `ParityError` or `CheckError` when the gate or the check at the end of the run failed."""
+        for report in (self.parity, self.check):
+            if report is not None:
+                report.raise_for_errors()

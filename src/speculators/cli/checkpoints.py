@@ -1,0 +1,118 @@
+"""The verbs of checkpoints: `check`, `export`, `convert`, `stitch-mtp`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from speculators.checkpoint.findings import VLLM_PROFILE
+from speculators.cli.console import out, print_facts
+from speculators.cli.options import Verifier, parse_json_object
+
+
+def check(
+    checkpoint: Annotated[str, typer.Argument(help="The speculator: directory or hub id, of any known format.")],
+    verifier: Annotated[
+        str | None, typer.Option(help="Check against this verifier: hub id or directory. Default: as recorded.")
+    ] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="Whose format a directory of another project is, if that is unclear.")
+    ] = None,
+    only_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON alone.")] = False,
+) -> Any:
+    """Check a checkpoint before serving it: config, tensors, vocabulary, verifier, and the record of its training."""
+    from speculators.deploy.check import check_checkpoint
+
+    report = check_checkpoint(checkpoint, verifier=verifier, algorithm=algorithm)
+    if not only_json:
+        out().print(report)
+    print(json.dumps({"verb": "check", **report.as_dict()}, default=str), flush=True)
+    return 0 if report.ok else 1
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="The speculator: directory or hub id.")],
+    output: Annotated[Path, typer.Option(help="New directory to write.")],
+    profile: Annotated[
+        str, typer.Option(help="vllm-0.32, native, speculators, or another format of the drafter.")
+    ] = VLLM_PROFILE,
+    verifier: Annotated[
+        str | None, typer.Option(help="Verifier to record: hub id or directory. Default: as recorded.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: as stored.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Evaluation to quote in the card. Default: report.json beside the run.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
+) -> dict[str, Any]:
+    """Write what an engine needs from the same checkpoint, with a card that says how to serve it."""
+    from speculators.deploy.export import export_checkpoint
+
+    exported = export_checkpoint(
+        checkpoint, output, profile=profile, verifier=verifier, dtype=dtype, overwrite=overwrite, report=report
+    )
+    out().print(exported)
+    serving = exported.serving
+    return {
+        "verb": "export",
+        "path": str(exported.path),
+        "speculators_model_type": exported.speculators_model_type,
+        "format": exported.format,
+        "model": serving.model if serving is not None else None,
+        "speculative_config": serving.speculative_config if serving is not None else None,
+    }
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="The checkpoint: directory or hub id.")],
+    verifier: Verifier,
+    output: Annotated[Path, typer.Option("--output", "--output-path", help="New directory to write.")] = Path(
+        "converted"
+    ),
+    algorithm: Annotated[
+        str | None, typer.Option(help="Speculator type. Default: recognised by config and tensors.")
+    ] = None,
+    algorithm_kwargs: Annotated[
+        str | None, typer.Option(help='What the source does not say, as JSON: {"norm_before_residual": true}.')
+    ] = None,
+    validate_device: Annotated[str | None, typer.Option(help="Load the result once on this device.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
+) -> dict[str, Any]:
+    """Convert a checkpoint of another project (EAGLE, EAGLE-3, Medusa, MTP, DFlash, DSpark) to a speculator."""
+    from speculators.convert import convert_model
+
+    options = parse_json_object("--algorithm-kwargs", algorithm_kwargs) or {}
+    written = convert_model(model, verifier, algorithm, output, validate_device, overwrite=overwrite, **options)
+    out().print(written)
+    return {
+        "verb": "convert",
+        "path": str(written.path),
+        "source_format": written.source_format,
+        "speculators_model_type": written.speculators_model_type,
+        "notes": list(written.notes),
+    }
+
+
+def stitch_mtp(
+    finetuned: Annotated[str, typer.Argument(help="Directory of the trained MTP speculator.")],
+    verifier: Annotated[str, typer.Argument(help="The verifier it was trained for: directory or hub id.")],
+    output_path: Annotated[
+        Path | None, typer.Option(help="New directory to write. Default: ./<verifier's name>-stitched.")
+    ] = None,
+) -> dict[str, Any]:
+    """Write a trained MTP layer into a copy of its verifier; nothing else of the copy differs."""
+    from speculators.model import SpeculatorModel
+
+    speculator: Any = SpeculatorModel.get_class("mtp")
+    stitched = speculator.stitch(finetuned, verifier, output_path)
+    facts = {"written to": stitched.path, "tensors replaced": len(stitched.keys), "in files": ", ".join(stitched.files)}
+    print_facts("stitched", facts)
+    return {
+        "verb": "stitch-mtp",
+        "path": str(stitched.path),
+        "tensors": list(stitched.keys),
+        "files": list(stitched.files),
+    }

@@ -1,0 +1,105 @@
+"""What an evaluation and the parity gate are told: every default is written here, once. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from speculators.data_generation.vllm_client import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S
+from speculators.decoding.method import Drafter
+
+SERVED = "served"
+"""Name of a server's row where nobody gave one: a server does not say what drafts in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Prompts and how they are answered. Everything that changes a figure is here and is written into the report."""
+
+    data: str
+    """Conversations nobody trained on: a file, a directory or a preset."""
+    num_prompts: int = 32
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    num_warmup: int = 2
+    """Groups of prompts answered before the clock counts."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Workload):
+    """One comparison of methods in this process."""
+
+    verifier: str
+    methods: tuple[Drafter, ...] = ("none", "ngram")
+    """Plain decoding is always measured; it is what the others are compared with."""
+    num_speculative_tokens: int | None = None
+    """Draft tokens per round; None: what each method's own configuration says."""
+    speculative_token_tree: str | None = None
+    dynamic_tree: dict[str, Any] | None = None
+    """What speculators' directories draft in place of a chain: one of the two."""
+    batch_size: int = 1
+    num_repeats: int = 1
+    """Timings of each group, of which the fastest counts."""
+    dtype: str = "float32"
+    """Greedy equality is exact in float32 only: lower precisions have ties."""
+    device: str = "auto"
+    check_sampling: bool = False
+    """With a temperature: draw `num_samples` short answers of each prompt both ways, and test that their law is one."""
+    num_samples: int = 64
+    num_sampled_tokens: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig(Workload):
+    """One comparison of running servers."""
+
+    server: str
+    baseline: str | None = None
+    """A server of the same verifier that drafts nothing."""
+    verifier: str | None = None
+    """Whose tokenizer renders the prompts; None: what the server says it loaded."""
+    label: str = SERVED
+    num_clients: tuple[int, ...] = (1,)
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    max_retries: int = DEFAULT_MAX_RETRIES
+
+
+@dataclass(frozen=True)
+class VllmTarget:
+    """What vLLM serves of a checkpoint, and where vLLM is."""
+
+    python: str
+    """Python of an environment with vLLM."""
+    model: str
+    """What `vllm serve` is given: the verifier, or a directory that names it."""
+    speculative_config: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    """Further environment variables."""
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """What the parity gate replays."""
+
+    checkpoint: str
+    verifier: str | None = None
+    """None: the one the checkpoint names."""
+    data: str = ""
+    """Conversations to take prompts from, when none are given."""
+    num_prompts: int = 6
+    max_tokens: int = 48
+    num_speculative_tokens: int | None = None
+    """None: what the checkpoint says."""
+    max_prompt_tokens: int = 256
+    """Longer prompts lose their beginning."""
+    batch_size: int = 3
+    """Prompts decoded together: rows of different lengths, and rows that are taken over, are part of the proof."""
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    vllm: VllmTarget | str | None = None
+    """Text: why vLLM cannot be asked; None: it is not to be."""
