@@ -180,7 +180,7 @@ def test_a_cut_off_checkpoint_is_named(verifier, checkpoint, tmp_path, capsys):
 
 def test_lossless_fails_for_answers_that_differ(verifier, chats, checkpoint, capsys, monkeypatch):
     """The check itself can fail: a rule that keeps every draft gives other tokens."""
-    from speculators.decoding import engine
+    from speculators.decoding import round as decoding_round
     from speculators.interfaces import Verification
 
     def keep_everything(proposal, logits_BTV):
@@ -190,7 +190,7 @@ def test_lossless_fails_for_answers_that_differ(verifier, chats, checkpoint, cap
         last = logits_BTV.argmax(-1)[torch.arange(B), num_accepted_B]
         return Verification(path_BK=path_BK, num_accepted_B=num_accepted_B, next_token_B=last)
 
-    monkeypatch.setattr(engine, "GreedyRule", lambda: keep_everything)
+    monkeypatch.setattr(decoding_round, "GreedyRule", lambda: keep_everything)
     args = ["evaluate", "--verifier", verifier, "--data", chats, "--method", checkpoint, "-k", "2", "--lossless"]
     assert main([*args, "--num-prompts", "2", "--max-tokens", "12", "--num-warmup", "0"]) == 1
     assert "not lossless" in capsys.readouterr().err
