@@ -7,38 +7,17 @@ Shapes: V verifier vocabulary, D draft vocabulary, H hidden size. List the mixin
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from speculators.nn.draft_vocab import select_rows
-from speculators.nn.norms import RMSNormPlusOne
-from speculators.utils.files import refuse_missing_verifier
-from speculators.utils.loading import find_key, list_checkpoint_keys, load_model_layers
+from speculators.verifier.config import LogitTransform
+from speculators.verifier.weights import read_verifier_weights
 
-logger = logging.getLogger(__name__)
-
-# Families whose RMSNorm multiplies by 1 + w: their stored norm weights are gains minus one.
-UNIT_OFFSET_NORM_FAMILIES = frozenset(
-    {
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "recurrent_gemma",
-        "qwen3_next",
-        "qwen3_5",
-        "qwen3_5_text",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
-    }
-)
-
-VERIFIER_ONLY_KEYS = ["verifier_lm_head.weight", "verifier_norm.weight"]
+VERIFIER_ONLY_KEYS = ["verifier_lm_head.weight", "verifier_norm.weight", "verifier_norm.bias"]
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -58,6 +37,8 @@ class DraftVocabMixin(_Base):
     _keys_to_ignore_on_load_missing = ["embed_tokens.weight", "lm_head.weight", *VERIFIER_ONLY_KEYS]
 
     config: Any
+    target_transform = LogitTransform()
+    """What the verifier does to the numbers its head gives."""
     t2d: Tensor | None
     d2t: Tensor | None
 
@@ -113,27 +94,25 @@ class DraftVocabMixin(_Base):
         path = self.config.recorded_verifier
         if path is None:
             return
-        refuse_missing_verifier(path)
         norm = getattr(self, "verifier_norm", None)
-        names = ["embed_tokens.weight"] + (["model.norm.weight"] if norm is not None else [])
-        if find_key("lm_head.weight", list_checkpoint_keys(path)) is not None:  # else it is tied to the embedding
-            names.append("lm_head.weight")
-        weights = load_model_layers(names, path)
-        embed_VH, head_VH = self._embedding_and_head(weights, path)
-
+        weights = read_verifier_weights(
+            path, vocab_size=self.verifier_vocab_size, hidden_size=self.hidden_size, needs_norm=norm is not None
+        )
         if self.use_draft_vocab and not bool(self.t2d.any()):  # type: ignore[union-attr]
             raise ValueError(
                 "t2d tensor hasn't been set, so the rows of the verifier's head cannot be chosen; call "
                 "load_vocab_mappings(t2d, d2t) first, or pass both to from_pretrained"
             )
-        head_DH = select_rows(head_VH, self.t2d)
+        head_DH = select_rows(weights.head_VH, self.t2d)
         _fill(self.verifier_lm_head.weight, head_DH)
         if was_never_loaded(self.lm_head.weight):
             _fill(self.lm_head.weight, head_DH)
         if was_never_loaded(self.embed_tokens.weight):
-            _fill(self.embed_tokens.weight, embed_VH)
+            assert weights.embedding_VH is not None
+            _fill(self.embed_tokens.weight, weights.embedding_VH)
         if norm is not None:
-            self._load_norm(norm, weights.get("model.norm.weight"), path)
+            self.verifier_norm = weights.fill_norm(norm)
+        self.target_transform = weights.logit_transform
 
     def freeze_verifier_weights(self) -> None:
         """What is the verifier's is not trained."""
@@ -144,35 +123,6 @@ class DraftVocabMixin(_Base):
 
     def _buffer(self, size: int, dtype: torch.dtype) -> Tensor | None:
         return torch.zeros(size, dtype=dtype) if self.use_draft_vocab else None
-
-    def _embedding_and_head(self, weights: dict[str, Tensor], path: str) -> tuple[Tensor, Tensor]:
-        if "embed_tokens.weight" not in weights:
-            raise ValueError(f"verifier '{path}' has no tensor embed_tokens.weight under any name known here")
-        embed_VH = weights["embed_tokens.weight"]
-        head_VH = weights.get("lm_head.weight", embed_VH)  # a tied head is stored once, as the embedding
-        expected = (self.verifier_vocab_size, self.hidden_size)
-        for name, weight in (("embedding", embed_VH), ("head", head_VH)):
-            if tuple(weight.shape) != expected:
-                raise ValueError(
-                    f"the {name} of verifier '{path}' is {tuple(weight.shape)}; this drafter's vocabulary and hidden "
-                    f"size are {expected}. Use the verifier it was made for, or train a drafter for this one"
-                )
-        return embed_VH, head_VH
-
-    def _load_norm(self, norm: nn.Module, weight_H: Tensor | None, path: str) -> None:
-        if weight_H is None:
-            logger.warning("verifier '%s' has no final norm weight; its norm stays at ones", path)
-            return
-        if norm_is_unit_offset(path) and not isinstance(norm, RMSNormPlusOne):
-            weight_H = 1.0 + weight_H.float()
-        _fill(norm.weight, weight_H)  # type: ignore[arg-type]
-
-
-def norm_is_unit_offset(verifier: str) -> bool:
-    """Whether the verifier's norms multiply by 1 + w."""
-    values, _ = PretrainedConfig.get_config_dict(verifier)
-    model_types = {values.get("model_type"), (values.get("text_config") or {}).get("model_type")}
-    return bool(model_types & UNIT_OFFSET_NORM_FAMILIES)
 
 
 def was_never_loaded(weight: Tensor) -> bool:

@@ -82,7 +82,7 @@ def test_a_proposer_is_a_snapshot_in_the_verifiers_dtype(make_drafter, verifier)
     assert torch.equal(proposer.propose(commit([Request(2, 9)]), 3, sampled(1)).probs_BKV, before)
     assert model.make_proposer(verifier.bfloat16(), **SIZES).dtype == torch.bfloat16
     other = LlamaForCausalLM(type(verifier.config)(**{**verifier.config.to_dict(), "vocab_size": 50}))
-    with pytest.raises(ValueError, match="decode with the verifier it was trained for"):
+    with pytest.raises(ValueError, match="use the verifier it was trained for"):
         model.make_proposer(other, **SIZES)
 
 

@@ -97,7 +97,7 @@ def test_a_proposer_is_a_snapshot_in_the_verifiers_dtype(drafter, verifier):
 
 def test_a_verifier_of_another_shape_is_refused(drafter, verifier):
     other = LlamaForCausalLM(type(verifier().config)(**{**verifier().config.to_dict(), "vocab_size": 50}))
-    with pytest.raises(ValueError, match="decode with the verifier it was trained for"):
+    with pytest.raises(ValueError, match="use the verifier it was trained for"):
         drafter().make_proposer(other, max_batch_size=1, max_length=8)
 
 

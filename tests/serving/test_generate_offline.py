@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from speculators.cli.app import main, run
 from speculators.data_generation import HiddenStateStore, ServerUnavailableError
 from speculators.interfaces import CaptureSpec
-from speculators.utils.extraction import ExtractionNote
+from speculators.verifier.capture import ExtractionNote
 
 pytestmark = pytest.mark.usefixtures("fast_retries")
 

@@ -17,7 +17,7 @@ from speculators.cli.launch_vllm import split
 from speculators.deploy.process import ServerFailedError, find_vllm, version_in
 from speculators.deploy.report import CheckError
 from speculators.deploy.serve import base_url_of, command_to_extract, command_to_serve, value_of
-from speculators.utils.extraction import ExtractionNote
+from speculators.verifier.capture import ExtractionNote
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from speculators.data_generation import InvalidResponseError, ServerUnavailableE
 from speculators.train.config import TrainConfig
 from speculators.train.events import Note, StepDone
 from speculators.train.run import train
-from speculators.utils.extraction import ExtractionNote
+from speculators.verifier.capture import ExtractionNote
 
 pytestmark = pytest.mark.usefixtures("fast_retries")
 HIDDEN_SIZE = 16

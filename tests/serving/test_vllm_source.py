@@ -22,7 +22,7 @@ from speculators.data_generation.vllm_client import (
     with_retries,
 )
 from speculators.interfaces import CaptureSpec
-from speculators.utils.extraction import ExtractionNote
+from speculators.verifier.capture import ExtractionNote
 
 pytestmark = pytest.mark.usefixtures("fast_retries")
 

@@ -61,11 +61,12 @@ def test_head_size_is_the_verifiers_own_not_hidden_over_heads():
     assert draft_config(verifier, keys()).head_dim == 32
 
 
-def test_experts_have_no_dense_width():
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])
+def test_experts_have_no_dense_width(key, caplog):
     verifier = Qwen3Config(vocab_size=100, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
-    verifier.num_experts = 8
-    with pytest.warns(UserWarning, match="192 wide"):
-        assert draft_config(verifier, keys()).intermediate_size == 192
+    setattr(verifier, key, 8)
+    assert draft_config(verifier, keys()).intermediate_size == 192
+    assert "intermediate_size=192" in caplog.text
 
 
 def test_heads_that_do_not_divide_are_refused():

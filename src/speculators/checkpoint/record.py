@@ -23,14 +23,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer
 
 from speculators.checkpoint.formats import dtype_name
 from speculators.config import installed_version
 from speculators.utils.files import atomic_write
-from speculators.utils.loading import load_checkpoint, load_rows
+from speculators.utils.loading import load_checkpoint
+from speculators.verifier.config import open_config, text_config
+from speculators.verifier.weights import verifier_rows
 
 RECORD_FILE = "training_record.json"
 RECORD_VERSION = 1
@@ -212,23 +213,20 @@ def verifier_facts(name: str) -> dict[str, Any]:
     """What tells one verifier from another, without loading it. What cannot be had here is null."""
     facts: dict[str, Any] = {"name_or_path": name, "tokenizer": tokenizer_facts(name)}
     try:
-        values, _ = PretrainedConfig.get_config_dict(name)
+        config = text_config(open_config(name))
     except (OSError, ValueError):
         return facts
-    text = values.get("text_config") or values
-    facts |= {key: text.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size", "model_type")}
+    facts |= {
+        key: getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers", "vocab_size", "model_type")
+    }
     facts["tensors"] = {tensor: rows_fingerprint(tensor, name) for tensor in VERIFIER_TENSORS}
     return facts
 
 
 def rows_fingerprint(tensor: str, verifier: str) -> dict[str, Any] | None:
-    """Of some rows; None when there is no such tensor (a tied head) or it is not on this machine: gigabytes are not
-    fetched to look at 64 rows."""
-    try:
-        shape, rows = load_rows(tensor, verifier, local_files_only=True)
-    except (KeyError, OSError, ValueError, SafetensorError):
-        return None
-    return {**fingerprint(rows), "shape": list(shape)}
+    """Of some rows; None when they cannot be read here."""
+    found = verifier_rows(tensor, verifier)
+    return None if found is None else {**fingerprint(found.rows), "shape": list(found.shape)}
 
 
 def tokenizer_facts(name: str) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import typer
 from speculators.cli.vllm_server import READY_TIMEOUT_S, start, vllm_environment
 
 if TYPE_CHECKING:
-    from speculators.utils.extraction import ExtractionNote
+    from speculators.verifier.capture import ExtractionNote
 
 DEFAULT_DIRECTORY = Path(tempfile.gettempdir()) / "hidden_states"
 
@@ -101,9 +101,9 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def what_to_extract(args: argparse.Namespace) -> ExtractionNote:
     """The layers, ascending: engines hand them over in the order of the network."""
-    from speculators.utils.extraction import ExtractionNote
     from speculators.utils.files import absolute_if_directory, refuse_missing_verifier
-    from speculators.utils.target_layers import get_verifier_config, resolve_target_layer_ids
+    from speculators.verifier.capture import ExtractionNote
+    from speculators.verifier.config import get_verifier_config, resolve_target_layer_ids
 
     refuse_missing_verifier(args.model)
     config = get_verifier_config(args.model, args.trust_remote_code)

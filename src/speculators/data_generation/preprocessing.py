@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from speculators.data_generation.conversations import TokenRow
 from speculators.data_generation.datasets import Chain, RawRows, load_raw_dataset
@@ -27,6 +27,7 @@ from speculators.data_generation.tokenizing import (
     warn_about,
 )
 from speculators.utils.files import atomic_write
+from speculators.verifier.config import get_verifier_config
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +118,9 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
 def vocabulary_size(model: str, tokenizer: Any, *, trust_remote_code: bool = False) -> int:
     """Rows of the verifier's embedding; from the tokenizer where there is no model config beside it."""
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
+        return int(get_verifier_config(model, trust_remote_code).vocab_size)
+    except ValueError:
         return len(tokenizer)
-    return int(config.get_text_config().vocab_size)
 
 
 def explain_no_rows(done: Tokenized, sources: Sequence[str | Path]) -> str:

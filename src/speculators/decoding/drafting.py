@@ -20,6 +20,7 @@ from speculators.decoding.proposers.build import ProposerContext, build_proposer
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule, Committed, DraftSampling, Proposal, Proposer, Verifier
 from speculators.utils.nested_context import NestedContext
+from speculators.verifier.config import text_config
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def resolve(
         given["num_speculative_tokens"] = num_speculative_tokens
     if isinstance(verifier, nn.Module) and "target_model_config" not in given:
         hf_config = verifier.config
-        length = getattr(hf_config.get_text_config(decoder=True), "max_position_embeddings", None)
+        length = getattr(text_config(hf_config), "max_position_embeddings", None)
         given["target_model_config"] = ModelInfo(hf_config.name_or_path or "", hf_config, length)
     return SpeculativeConfig(**given)
 

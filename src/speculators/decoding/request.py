@@ -15,6 +15,7 @@ from speculators.decoding.sampling import SamplingParams
 from speculators.decoding.stats import DecodeStats
 from speculators.decoding.text import IncrementalText
 from speculators.interfaces import Verifier
+from speculators.verifier.config import text_config
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Prompts = Sequence[str | Sequence[int]]
@@ -249,5 +250,5 @@ def usable_length(verifier: PreTrainedModel | Verifier, max_length: int | None) 
     if not isinstance(verifier, torch.nn.Module):
         return wanted
     config: Any = verifier.config
-    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    most = getattr(text_config(config), "max_position_embeddings", None)
     return min(wanted, most) if most is not None else wanted

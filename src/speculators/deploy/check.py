@@ -194,12 +194,12 @@ def check_verifier(
         report.skip(FIT, f"{report.path} names no verifier; give it with --verifier")
         return
     report.serving = contract.serving(opened.config, opened.format, str(report.path), name)
-    values, found = verifier_check.verifier_values(name)
+    verifier_config, found = verifier_check.verifier_config(name)
     report.add("verifier is there", found)
-    if values is None:
+    if verifier_config is None:
         report.skip(FIT, "the verifier cannot be reached")
         return
-    report.add(FIT, verifier_check.fit_findings(values, opened.config, layer_ids))
+    report.add(FIT, verifier_check.fit_findings(verifier_config, opened.config, layer_ids))
     if not verifier_check.weights_are_here(name):
         report.skip("the verifier's weights", "they are not on this machine; put them in the cache, or name --verifier")
     elif copies := {k: v for k, v in contract.verifier_copies(opened.config).items() if k in opened.tensors}:

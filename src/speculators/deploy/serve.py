@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from speculators.deploy.process import ServerProcess, ignore
-from speculators.utils.extraction import ExtractionNote
+from speculators.verifier.capture import ExtractionNote
 
 DEFAULT_PORT = 8000
 """vLLM's."""

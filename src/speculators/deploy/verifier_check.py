@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -19,15 +18,17 @@ from speculators.checkpoint.findings import Finding, error, warning
 from speculators.checkpoint.record import verifier_facts
 from speculators.deploy.tensor_check import MAP, is_near
 from speculators.utils.files import looks_like_a_path
-from speculators.utils.loading import Rows, load_rows, spaced
+from speculators.utils.loading import Rows, spaced
+from speculators.verifier.config import open_config, text_config
+from speculators.verifier.weights import EMBEDDING, verifier_rows
 
 WHERE = "speculators_config.verifier"
 SAME_DIRECTION = 0.9
 """Median cosine between copied rows and the verifier's: 1 but for rounding; about 0 for other rows."""
 
 
-def verifier_values(name: str) -> tuple[dict[str, Any] | None, list[Finding]]:
-    """The verifier's config.json (its language model's part), if it can be reached from here."""
+def verifier_config(name: str) -> tuple[PretrainedConfig | None, list[Finding]]:
+    """The verifier's config, if it can be reached from here."""
     fix = "write a hub id, or an absolute path that is there on the serving machine; or check with --verifier"
     if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
         return None, [
@@ -40,7 +41,7 @@ def verifier_values(name: str) -> tuple[dict[str, Any] | None, list[Finding]]:
             )
         ]
     try:
-        values, _ = PretrainedConfig.get_config_dict(name)
+        config = open_config(name)
     except (OSError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0]
         return None, [error("verifier-unreachable", f"{WHERE}.name_or_path", repr(name), reason, fix)]
@@ -54,20 +55,20 @@ def verifier_values(name: str) -> tuple[dict[str, Any] | None, list[Finding]]:
             "write the absolute path",
         )
     ]
-    text = values.get("text_config") or {}
-    return {**values, **text, "architectures": values.get("architectures")}, found if relative else []
+    return config, found if relative else []
 
 
-def fit_findings(values: Mapping[str, Any], config: Any, layer_ids: Sequence[int]) -> Iterator[Finding]:
-    """Sizes, layers and class. `values` are the verifier's; `layer_ids` those the drafter reads."""
+def fit_findings(verifier: PretrainedConfig, config: Any, layer_ids: Sequence[int]) -> Iterator[Finding]:
+    """Sizes, layers and class of the verifier against the drafter's `config`; `layer_ids` are those it reads."""
+    text = text_config(verifier)
     layers = getattr(config, "transformer_layer_config", config)
     fix = "use the verifier the drafter was trained for"
     for what, ours in (("hidden_size", getattr(layers, "hidden_size", None)), ("vocab_size", vocab_size_of(config))):
-        theirs = values.get(what)
+        theirs = getattr(text, what, None)
         if None not in (theirs, ours) and theirs != ours:
             code = f"verifier-{what.replace('_', '-')}"
             yield error(code, what, f"the drafter's is {ours}", f"the verifier's is {theirs}", fix)
-    num_layers = values.get("num_hidden_layers")
+    num_layers = getattr(text, "num_hidden_layers", None)
     if list(layer_ids) != sorted(set(layer_ids)):
         yield error(
             "aux-ids-order",
@@ -86,10 +87,10 @@ def fit_findings(values: Mapping[str, Any], config: Any, layer_ids: Sequence[int
             "write the ids that the drafter was trained with",
         )
     recorded = config.speculators_config.verifier.architectures if config.speculators_config is not None else []
-    actual = values.get("architectures") or []
+    actual = verifier.architectures or []
     if recorded and actual and recorded != actual:
         yield error("verifier-class", f"{WHERE}.architectures", str(recorded), f"the verifier is {actual}", fix)
-    longest, drafted = values.get("max_position_embeddings"), getattr(layers, "max_position_embeddings", None)
+    longest, drafted = getattr(text, "max_position_embeddings", None), getattr(layers, "max_position_embeddings", None)
     if longest and drafted and drafted < longest:
         yield warning(
             "positions-short",
@@ -114,13 +115,13 @@ def copy_findings(
         if name not in tensors or tensors[name].ndim != 2:
             continue
         rows_R, found = own_rows(tensors, name), None
-        if rows_R is None or (found := verifier_rows(theirs, verifier, rows_R)) is None:
+        if rows_R is None or (found := rows_of_copied(theirs, verifier, rows_R)) is None:
             continue
         ours_RH = tensors[name][spaced(len(tensors[name]))]
         if found.rows.shape != ours_RH.shape:
             continue  # the sizes are compared elsewhere
         cosine = float(torch.cosine_similarity(ours_RH.float(), found.rows.float(), dim=1).median())
-        is_head = name != "embed_tokens.weight"
+        is_head = name != EMBEDDING
         if cosine < SAME_DIRECTION and not (is_head and origin == "conversion"):
             is_surely_copy = not is_head or origin == "training"
             severity = error if is_surely_copy else warning
@@ -137,29 +138,23 @@ def copy_findings(
 
 def weights_are_here(verifier: str) -> bool:
     """Whether rows of the verifier can be read without fetching gigabytes."""
-    return verifier_rows("embed_tokens.weight", verifier, [0]) is not None
+    return verifier_rows(EMBEDDING, verifier, [0]) is not None
 
 
 def own_rows(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:
     """The verifier's row for each of our sampled rows; None where the map is not usable."""
     rows = spaced(len(tensors[name]))
-    if name == "embed_tokens.weight" or MAP not in tensors:
+    if name == EMBEDDING or MAP not in tensors:
         return rows
     if len(tensors[MAP]) != len(tensors[name]):
         return None
     return [i + int(tensors[MAP][i]) for i in rows]
 
 
-def verifier_rows(name: str, verifier: str, rows: list[int]) -> Rows | None:
+def rows_of_copied(name: str, verifier: str, rows: list[int]) -> Rows | None:
     """None when they cannot be read. A tied head is stored as the embedding."""
-    for stored in (name, "embed_tokens.weight"):
-        try:
-            return load_rows(stored, verifier, rows, local_files_only=True)
-        except KeyError:
-            continue
-        except (OSError, ValueError, IndexError, SafetensorError):
-            return None
-    return None
+    found = verifier_rows(name, verifier, rows)
+    return found if found is not None else verifier_rows(EMBEDDING, verifier, rows)
 
 
 def changed_verifier_findings(record: Mapping[str, Any], verifier: str) -> Iterator[Finding]:

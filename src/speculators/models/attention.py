@@ -1,4 +1,4 @@
-"""The attention name "simple_flex_attention" for transformers' modules, and block masks written out as tensors.
+"""Public names of earlier releases: "simple_flex_attention" for transformers' modules, block masks as tensors.
 
 Shapes: B rows, N query heads, G key/value heads, T queries, L keys, d head size.
 Our own layers do not pass here (see `speculators.nn`); layers taken from transformers do.

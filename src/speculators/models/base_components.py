@@ -1,4 +1,4 @@
-"""Building blocks by architecture, with the calling convention of transformers' own modules:
+"""Public names of earlier releases: building blocks by architecture, called as transformers' own modules are.
 
     rotary = components.rotary_emb_class(config)
     layer = components.decoder_layer_class(config, layer_idx)

@@ -13,8 +13,8 @@ from typing_extensions import Self
 
 from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
 from speculators.model import SpeculatorModel
-from speculators.models.utils import fitting_embedding
 from speculators.nn.draft_vocab import select_rows
+from speculators.verifier.capture import fitting_embedding
 
 
 class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]

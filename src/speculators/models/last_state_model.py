@@ -14,17 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speculators.config import SpeculatorModelConfig
-from speculators.draft_vocab import VERIFIER_ONLY_KEYS, norm_is_unit_offset
+from speculators.draft_vocab import VERIFIER_ONLY_KEYS
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import choose_loss_config, resolve_loss_config
 from speculators.model import SpeculatorModel
 from speculators.models.last_state_proposer import LastStateNetwork
 from speculators.models.last_state_training import Places, align, all_logits, targets_of, train_losses
-from speculators.models.utils import target_logit_transform
 from speculators.nn.norms import RMSNorm
-from speculators.utils.files import refuse_missing_verifier
-from speculators.utils.loading import find_key, list_checkpoint_keys, load_model_layers
+from speculators.verifier.config import LogitTransform
+from speculators.verifier.weights import read_verifier_weights
 
 DEFAULT_LOSS = "kl_div"
 
@@ -34,20 +32,20 @@ class LastStateModel(SpeculatorModel):
 
     align = staticmethod(align)
     has_chosen_layers = False
+    target_transform = LogitTransform()
+    """What the verifier does to the numbers its head gives."""
     _keys_to_ignore_on_save = list(VERIFIER_ONLY_KEYS)
     _keys_to_ignore_on_load_missing = list(VERIFIER_ONLY_KEYS)
 
     def add_verifier_tail(self) -> None:
         """Frozen copies, never saved. The head is NaN until loaded, so that it cannot pass for one."""
         config: Any = self.config
-        self.verifier_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.verifier_norm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.verifier_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.constant_(self.verifier_lm_head.weight, math.nan)
         self.verifier_lm_head._is_hf_initialized = True  # type: ignore[assignment]
         for module in (self.verifier_norm, self.verifier_lm_head):
             module.requires_grad_(False)
-        self.target_transform: tuple[float, float | None] = (1.0, None)
-        """(scale, softcap) the verifier applies to what its head gives."""
 
     @property
     def network(self) -> LastStateNetwork:
@@ -66,24 +64,12 @@ class LastStateModel(SpeculatorModel):
         path = self.config.recorded_verifier
         if path is None:
             return
-        refuse_missing_verifier(path)
-        is_tied = find_key("lm_head.weight", list_checkpoint_keys(path)) is None
-        head_name = "embed_tokens.weight" if is_tied else "lm_head.weight"
-        weights = load_model_layers([head_name, "model.norm.weight"], path)
-        missing = sorted({head_name, "model.norm.weight"} - weights.keys())
-        if missing:
-            raise ValueError(f"verifier '{path}' has no tensor {missing} under any name known here")
-        head_VH = weights[head_name]
-        if head_VH.shape != self.verifier_lm_head.weight.shape:
-            raise ValueError(
-                f"the head of verifier '{path}' is {tuple(head_VH.shape)}; this drafter's vocabulary and hidden size "
-                f"are {tuple(self.verifier_lm_head.weight.shape)}. Use the verifier it was made for"
-            )
-        norm_H = weights["model.norm.weight"]
+        V, H = self.verifier_lm_head.weight.shape
+        weights = read_verifier_weights(path, vocab_size=V, hidden_size=H, needs_embedding=False)
         with torch.no_grad():
-            self.verifier_lm_head.weight.copy_(head_VH)
-            self.verifier_norm.weight.copy_(1.0 + norm_H.float() if norm_is_unit_offset(path) else norm_H)
-        self.target_transform = target_logit_transform(path)
+            self.verifier_lm_head.weight.copy_(weights.head_VH)
+        self.verifier_norm = weights.fill_norm(self.verifier_norm)
+        self.target_transform = weights.logit_transform
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -113,7 +99,7 @@ class LastStateModel(SpeculatorModel):
         its final norm. `return_logits=False` (what the trainer gives): the list is empty."""
         network, config = self.network, choose_loss_config(loss_config, loss_fn, DEFAULT_LOSS)
         if hidden_states.shape[-1] == 0:  # a batch of which no sample could be had
-            hidden_states = hidden_states.new_zeros(*input_ids.shape, self.verifier_norm.weight.shape[0])
+            hidden_states = hidden_states.new_zeros(*input_ids.shape, self.verifier_lm_head.in_features)
         states_RH = hidden_states.flatten(0, 1)
         targets = targets_of(
             config, input_ids, self.verifier_norm(states_RH), self.verifier_lm_head.weight, self.target_transform
@@ -131,11 +117,6 @@ class LastStateModel(SpeculatorModel):
         padded_ids = F.pad(row["input_ids"], (0, num_heads))  # every head answers up to the last column
         logits = all_logits(self.network, row["hidden_states"], padded_ids)
         return torch.stack([of_head[0, column] for of_head in logits[:num_drafts]])
-
-
-def norm_eps_of(verifier_config: Any, config_class: type[SpeculatorModelConfig]) -> float:
-    """The verifier's, for the copy of its final norm; families without the key have the drafter's default."""
-    return getattr(verifier_config, "rms_norm_eps", config_class.model_fields["rms_norm_eps"].default)
 
 
 def check_whole_vocabulary(draft_vocab_size: int | None, vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""RMSNorm with statistics in fp32, in the two gains found in the wild: `w` and `1 + w`."""
+"""RMSNorm with statistics in fp32, in the two gains found in the wild (`w` and `1 + w`), and LayerNorm beside it."""
 
 from __future__ import annotations
 
@@ -73,3 +73,16 @@ class RMSNormPlusOne(RMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         gain = 1.0 + self.weight.float()
         return F.rms_norm(hidden_states.float(), gain.shape, gain, self.variance_epsilon).to(hidden_states.dtype)
+
+
+class LayerNorm(RMSNorm):
+    """w * (x - mean(x)) / sqrt(var(x) + eps) + b, the bias where there is one (Cohere has none, GPT-2 has)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5, has_bias: bool = False):
+        super().__init__(hidden_size, eps)
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if has_bias else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        wide = F.layer_norm(hidden_states.float(), self.weight.shape, self.weight.float(), bias, self.variance_epsilon)
+        return wide.to(hidden_states.dtype)

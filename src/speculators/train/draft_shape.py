@@ -15,6 +15,12 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from speculators.train.keys import DraftKeys
+from speculators.verifier.config import (
+    flatten_rope_parameters,
+    open_verifier_config,
+    resolve_draft_intermediate_size,
+    text_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +38,13 @@ COPIED = (
 )
 MAX_LAYER_SHARE = 1 / 3
 """Of the verifier's layers: a drafter with more of them takes a large part of the time that it is to save."""
-MLP_RATIO_OF_MOE = 3
-"""An MoE verifier has no dense width to copy: 3 x hidden is the common ratio of gated MLPs."""
 
 
 def load_verifier_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"--verifier-name-or-path {name}: no model config can be read there ({reason}); give the directory of a "
-            "saved causal LM, or a model id of the Hugging Face hub"
-        ) from error
-
-
-def text_config(verifier: PretrainedConfig) -> PretrainedConfig:
-    """The decoder's part of a multimodal config, or the config itself."""
-    return getattr(verifier, "text_config", None) or verifier
+        return open_verifier_config(name, trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"--verifier-name-or-path {error}") from error
 
 
 def draft_config(verifier: PretrainedConfig, keys: DraftKeys) -> PretrainedConfig:
@@ -71,7 +66,7 @@ def draft_config(verifier: PretrainedConfig, keys: DraftKeys) -> PretrainedConfi
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "num_hidden_layers": keys.num_layers,
-        "intermediate_size": dense_mlp_size(source),
+        "intermediate_size": resolve_draft_intermediate_size(source),
         "hidden_act": keys.draft_hidden_act,
         "tie_word_embeddings": False,
         **sliding_layers(keys),
@@ -115,23 +110,12 @@ def sliding_layers(keys: DraftKeys) -> dict[str, Any]:
     }
 
 
-def dense_mlp_size(source: PretrainedConfig) -> int:
-    is_moe = any(getattr(source, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    size = getattr(source, "intermediate_size", None)
-    if size is None or is_moe:
-        size = MLP_RATIO_OF_MOE * source.hidden_size
-        warnings.warn(f"the verifier's MLP is not dense: the drafter's is {size} wide", stacklevel=2)
-    return size
-
-
 def rope(source: PretrainedConfig) -> dict[str, Any]:
     """Rope settings of the verifier, without what only its own kernels read."""
-    settings = getattr(source, "rope_parameters", None)
+    settings = flatten_rope_parameters(getattr(source, "rope_parameters", None))
     if settings is None:
         return {}
     settings = dict(settings)
-    if any(isinstance(value, dict) for value in settings.values()):  # one entry a layer type
-        settings = dict(settings.get("sliding_attention") or next(iter(settings.values())))
     settings.pop("type", None)
     settings.pop("mrope_interleaved", None)
     if "mrope_section" not in settings:

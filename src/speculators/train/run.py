@@ -26,7 +26,7 @@ from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset, PackedLoader, check_supervised, check_token_ids
 from speculators.train.distributed import Ranks, ranks_from_environment
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
-from speculators.train.draft_shape import draft_config, load_verifier_config, text_config
+from speculators.train.draft_shape import draft_config, load_verifier_config
 from speculators.train.events import Event, Listener, Note, ignore
 from speculators.train.gate import run_gate
 from speculators.train.logger import make_trackers
@@ -36,7 +36,7 @@ from speculators.train.sources import ask_server, make_source, open_store, rows_
 from speculators.train.trainer import Trainer
 from speculators.train.vocab_mapping import resolve_vocab_mapping
 from speculators.utils.files import absolute_if_directory, atomic_write
-from speculators.verifier import check_reproduces_logits, load_verifier
+from speculators.verifier import check_reproduces_logits, load_verifier, text_config
 
 DRY_RUN_NAME = "dry_run"
 

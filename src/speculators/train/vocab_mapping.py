@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from speculators.nn.draft_vocab import offsets_of
 from speculators.utils.files import atomic_write
+from speculators.verifier.config import get_verifier_config
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +62,7 @@ def get_target_vocab_size(size: int | None = None, model_path: str | None = None
         return size
     if size is not None or model_path is None:
         raise ValueError(f"target_vocab_size={size} and target_model_path={model_path!r}: give exactly one of the two")
-    try:
-        config = AutoConfig.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no model config at {model_path!r}: {str(error).splitlines()[0]}") from error
-    return int(getattr(config, "text_config", config).vocab_size)
+    return int(get_verifier_config(model_path).vocab_size)
 
 
 def supervised_share(token_freq_dict: Mapping[int, int], t2d: Tensor) -> float:

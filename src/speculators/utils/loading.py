@@ -21,9 +21,23 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 # The same weight under the names other families give it.
 ALIASES = {
-    "embed_tokens.weight": ("tok_embeddings.weight", "llm.embed.weight", "backbone.embeddings.weight"),
-    "lm_head.weight": ("output.weight", "llm.unembed.weight"),
-    "model.norm.weight": ("llm.norm.weight", "backbone.norm_f.weight", "norm.weight"),
+    "embed_tokens.weight": (
+        "tok_embeddings.weight",
+        "llm.embed.weight",
+        "backbone.embeddings.weight",
+        "wte.weight",
+        "embed_in.weight",
+    ),
+    "lm_head.weight": ("output.weight", "llm.unembed.weight", "embed_out.weight"),
+    "model.norm.weight": (
+        "llm.norm.weight",
+        "backbone.norm_f.weight",
+        "norm.weight",
+        "ln_f.weight",
+        "final_layer_norm.weight",
+        "final_layernorm.weight",
+    ),
+    "model.norm.bias": ("norm.bias", "ln_f.bias", "final_layer_norm.bias", "final_layernorm.bias"),
 }
 
 

@@ -34,7 +34,7 @@ from speculators.data_generation.vllm_client import (
     served_model,
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.utils.extraction import ExtractionNote
+from speculators.verifier.capture import ExtractionNote
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from speculators.decoding.config.draft import lookup, text_config_of
+from speculators.decoding.config.draft import lookup
 from speculators.decoding.config.methods import METHODS_THAT_NEED_AUX_STATES, TARGETS_WITH_AUX_STATES
 from speculators.decoding.config.qwen3_omni import check_qwen3_omni_dspark, is_qwen3_omni
 from speculators.decoding.config.schedule import check_batch_size_ranges, synthetic_rates
 from speculators.decoding.trees.token_tree import TokenTree
+from speculators.verifier.config import text_config
 
 if TYPE_CHECKING:
     from speculators.decoding.config.speculative import SpeculativeConfig
@@ -57,7 +58,7 @@ def _check_target_gives_aux_states(config: SpeculativeConfig) -> None:
     target = config.target_model_config
     if config.method not in METHODS_THAT_NEED_AUX_STATES or target is None or lookup(target, "gives_aux_states", False):
         return
-    target_type = lookup(text_config_of(target.hf_config), "model_type", "")
+    target_type = lookup(text_config(target.hf_config), "model_type", "")
     if not any(part in target_type for part in TARGETS_WITH_AUX_STATES):
         raise ValueError(
             f"{config.method} is only supported for {list(TARGETS_WITH_AUX_STATES)} models. Got {target_type=}"

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from speculators.utils.files import refuse_missing_model
+from speculators.verifier.config import open_config, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,10 @@ class ModelInfo:
     """Intermediate states can be read whatever the model type is: our engine hooks any decoder layer."""
 
     def get_vocab_size(self) -> int | None:
-        return lookup(text_config_of(self.hf_config), "vocab_size")
+        return lookup(text_config(self.hf_config), "vocab_size")
 
     def verify_with_parallel_config(self, parallel_config: Any) -> None:
-        num_heads = lookup(text_config_of(self.hf_config), "num_attention_heads")
+        num_heads = lookup(text_config(self.hf_config), "num_attention_heads")
         ways = parallel_config.tensor_parallel_size
         if num_heads and num_heads % ways:
             raise ValueError(
@@ -55,10 +56,6 @@ def lookup(config: Any, path: str, default: Any = None) -> Any:
         if config is None:
             return default
     return config
-
-
-def text_config_of(hf_config: Any) -> Any:
-    return lookup(hf_config, "text_config", hf_config)
 
 
 def architectures_of(hf_config: Any) -> list[str]:
@@ -91,26 +88,13 @@ def read_hf_config(
     """The checkpoint's config; one of a type transformers does not know becomes a plain record of its keys."""
     refuse_missing_model(model, "draft model", "a speculator or of a draft model")
     try:
-        values, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+        return open_config(model, revision=revision, code_revision=code_revision, trust_remote_code=trust_remote_code)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"no draft model {model!r}: there is no such directory, and the hub does not give a model of that name "
             f"({reason})"
         ) from error
-    if values.get("model_type") in CONFIG_MAPPING or (trust_remote_code and values.get("auto_map")):
-        return AutoConfig.from_pretrained(
-            model, revision=revision, code_revision=code_revision, trust_remote_code=trust_remote_code
-        )
-    return _plain_config(values)
-
-
-def _plain_config(values: dict[str, Any]) -> PretrainedConfig:
-    hf_config: Any = PretrainedConfig.from_dict(values)
-    hf_config.model_type = values.get("model_type", "")  # the class has one of its own
-    if isinstance(values.get("text_config"), dict):
-        hf_config.text_config = _plain_config(values["text_config"])
-    return hf_config
 
 
 def draft_max_model_len(user_max_model_len: int | None, draft: int | None, target: int | None) -> int | None:

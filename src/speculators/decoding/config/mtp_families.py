@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from speculators.decoding.config.draft import architectures_of, lookup, text_config_of
+from speculators.decoding.config.draft import architectures_of, lookup
+from speculators.verifier.config import text_config
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ def _dots3_layer_types(original: Any, draft: Any) -> dict[str, Any]:
 
 
 def _shared_index(original: Any, draft: Any) -> dict[str, Any]:
-    shares = lookup(text_config_of(original), "index_share_for_mtp_iteration", False)
+    shares = lookup(text_config(original), "index_share_for_mtp_iteration", False)
     return {"index_share_for_mtp_iteration": shares}
 
 
 def _qwen4_feedback(original: Any, draft: Any) -> dict[str, Any]:
-    return {"hc_mult": int(lookup(text_config_of(original), "hc_count", 1)), **_shared_index(original, draft)}
+    return {"hc_mult": int(lookup(text_config(original), "hc_count", 1)), **_shared_index(original, draft)}
 
 
 def _inkling_depths(original: Any, draft: Any) -> dict[str, Any]:
@@ -71,17 +72,17 @@ def _inkling_depths(original: Any, draft: Any) -> dict[str, Any]:
 
 
 def _gemma_own_kv(original: Any, draft: Any) -> dict[str, Any]:
-    text_config = text_config_of(draft)
-    if lookup(text_config, "num_kv_shared_layers") is not None:
-        text_config.num_kv_shared_layers = 0  # sharing with the target is set up after the draft is built
+    text = text_config(draft)
+    if lookup(text, "num_kv_shared_layers") is not None:
+        text.num_kv_shared_layers = 0  # sharing with the target is set up after the draft is built
     return {}
 
 
 def _interns_experts(original: Any, draft: Any) -> dict[str, Any]:
-    text_config = text_config_of(draft)
-    text_config.model_type = "qwen3_5_moe_text"
-    text_config.num_experts = text_config.mtp_num_experts
-    text_config.num_experts_per_tok = text_config.mtp_num_experts_per_tok
+    text = text_config(draft)
+    text.model_type = "qwen3_5_moe_text"
+    text.num_experts = text.mtp_num_experts
+    text.num_experts_per_tok = text.mtp_num_experts_per_tok
     return {}
 
 
@@ -231,7 +232,7 @@ def hf_config_override(hf_config: Any) -> Any:
         hf_config.architectures = [RENAMED_ARCHITECTURES[architectures[0]]]
         return hf_config
     if architectures[0] in PROMOTED_WRAPPERS:
-        hf_config = text_config_of(hf_config)
+        hf_config = text_config(hf_config)
     if _is_interns_preview(hf_config):
         return _apply(_interns_preview_row(hf_config), hf_config)
     for family in MTP_FAMILIES:
@@ -257,7 +258,7 @@ def _matches(family: MtpFamily, hf_config: Any, architecture: str) -> bool:
 
 
 def _apply(family: MtpFamily, hf_config: Any) -> Any:
-    draft = text_config_of(hf_config) if family.uses_text_config else hf_config
+    draft = text_config(hf_config) if family.uses_text_config else hf_config
     if draft is not hf_config and lookup(draft, "quantization_config") is None:
         quantization = lookup(hf_config, "quantization_config")
         if quantization is not None:

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from speculators.decoding.config.draft import architectures_of, lookup
+from speculators.verifier.config import text_config
 
 DRAFT_ARCHITECTURE = "Qwen3OmniDSparkModel"
 TARGET_ARCHITECTURES = frozenset(
@@ -23,8 +24,8 @@ def is_qwen3_omni(hf_config: Any) -> bool:
 
 def check_qwen3_omni_dspark(target: Any, draft: Any, num_tokens: int) -> None:
     """Both are Hugging Face configs. The first thing that is wrong is an error."""
-    text = lookup(target, "thinker_config.text_config") or lookup(target, "text_config")
-    if text is None:
+    text = text_config(target)
+    if text is target:
         raise ValueError("Qwen3-Omni DSpark: the target has no thinker_config.text_config to compare the draft with")
     for is_right, problem in requirements(text, draft, num_tokens):
         if not is_right:

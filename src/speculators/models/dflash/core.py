@@ -35,16 +35,11 @@ from speculators.models.dflash.training import (
 )
 from speculators.models.draft_model import DraftModel
 from speculators.models.tree_drafting import SlotTreeDrafter
-from speculators.models.utils import (
-    make_speculators_config,
-    resolve_mask_token_id,
-    resolve_target_layer_ids,
-    target_logit_transform,
-)
 from speculators.nn.decoder import DecoderLayer
 from speculators.nn.draft_vocab import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
+from speculators.verifier.config import make_speculators_config, resolve_mask_token_id, resolve_target_layer_ids
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +67,6 @@ class DFlashDraftModel(DraftModel):
         self.norm = RMSNorm(size, eps)
         self.verifier_norm = RMSNorm(size, eps)
         self.verifier_norm.requires_grad_(False)
-        self.target_transform: tuple[float, float | None] = (1.0, None)
-        """(scale, softcap) the verifier applies to what its head gives."""
         verifiers_own = ["embed_tokens.weight"] if self.use_draft_vocab else ["embed_tokens.weight", "lm_head.weight"]
         self._keys_to_ignore_on_save = [*verifiers_own, *type(self)._keys_to_ignore_on_save]
         if config.sample_from_anchor and not self.anchor_may_draft:
@@ -114,8 +107,6 @@ class DFlashDraftModel(DraftModel):
             if not self.use_draft_vocab:
                 nn.init.constant_(self.lm_head.weight, math.nan)
         super().load_verifier_weights()
-        if path is not None:
-            self.target_transform = target_logit_transform(path)
 
     # -- training ----------------------------------------------------------------------------------------------------
 

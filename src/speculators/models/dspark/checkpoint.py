@@ -34,7 +34,7 @@ from speculators.models.dflash.checkpoint import (
 from speculators.models.dflash.config import is_sliding
 from speculators.models.draft_layers import layer_config_of, layer_values
 from speculators.models.dspark.config import DSparkSpeculatorConfig
-from speculators.models.utils import make_speculators_config
+from speculators.verifier.config import make_speculators_config
 
 logger = logging.getLogger(__name__)
 

@@ -11,19 +11,17 @@ are in `state_dict`.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from speculators.draft_vocab import norm_is_unit_offset
-from speculators.models.utils import target_logit_transform
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
-from speculators.utils.files import refuse_missing_verifier
-from speculators.utils.loading import find_key, list_checkpoint_keys, load_model_layers
-from speculators.verifier import load_verifier, verifier_parts
+from speculators.verifier.capture import fitting_embedding, verifier_parts
+from speculators.verifier.config import LogitTransform, logit_transform
+from speculators.verifier.loading import load_verifier
+from speculators.verifier.weights import read_verifier_weights
 
 DETACHED, TRAIN_ONLY, FULL = "detached", "train_only", "full"
 BORROWED = ("embed_tokens", "rotary_emb", "lm_head", "verifier_norm")
@@ -43,7 +41,7 @@ class VerifierAttachment(_Base):
     def detach_all(self) -> None:
         for name in (*BORROWED, "verifier"):
             self.lend(name, None)
-        self.target_transform: tuple[float, float | None] = (1.0, None)
+        self.target_transform = LogitTransform()
         self.verifier_attachment_mode = DETACHED
         self.is_attached_for_loading = False
 
@@ -69,17 +67,16 @@ class VerifierAttachment(_Base):
             )
         parts = verifier_parts(verifier)
         self.detach_all()
-        embedding = verifier.get_input_embeddings()
-        self.check_shape(tuple(no_grad_weight(embedding).shape))
+        nested = self.config.transformer_layer_config
+        fitting_embedding(verifier, nested.vocab_size, nested.hidden_size)
         decoder = getattr(verifier, "model", verifier)
-        self.lend("embed_tokens", embedding)
+        self.lend("embed_tokens", verifier.get_input_embeddings())
         self.lend("lm_head", parts.head)
         self.lend("verifier_norm", parts.final_norm)
-        self.lend("rotary_emb", getattr(decoder, "rotary_emb", None) or Rope(self.config.transformer_layer_config))
+        self.lend("rotary_emb", getattr(decoder, "rotary_emb", None) or Rope(nested))
         if mode == FULL:
             self.lend("verifier", verifier)
-        if verifier.config.name_or_path:
-            self.target_transform = target_logit_transform(verifier.config.name_or_path)
+        self.target_transform = logit_transform(verifier.config)
         self.verifier_attachment_mode = mode
         return verifier
 
@@ -90,45 +87,24 @@ class VerifierAttachment(_Base):
 
     def attach_files(self, path: str) -> None:
         """What training needs from the verifier's files, as frozen modules of our own: the verifier is not loaded."""
-        refuse_missing_verifier(path)
-        names = ["embed_tokens.weight", "model.norm.weight"]
-        if find_key("lm_head.weight", list_checkpoint_keys(path)) is not None:  # else it is tied to the embedding
-            names.append("lm_head.weight")
-        weights = load_model_layers(names, path)
-        missing = sorted(set(names) - weights.keys())
-        if missing:
-            raise ValueError(f"verifier '{path}' has no tensor {missing} under any name known here")
-        embedding_VH, norm_H = weights["embed_tokens.weight"], weights["model.norm.weight"]
-        head_VH = weights.get("lm_head.weight", embedding_VH)
-        self.check_shape(tuple(embedding_VH.shape))
+        nested = self.config.transformer_layer_config
+        weights = read_verifier_weights(path, vocab_size=nested.vocab_size, hidden_size=nested.hidden_size)
+        assert weights.embedding_VH is not None
         self.detach_all()
         like = next(self.parameters())
-        nested = self.config.transformer_layer_config
-        norm = RMSNorm(nested.hidden_size, nested.rms_norm_eps)
-        if norm_is_unit_offset(path):
-            norm_H = 1.0 + norm_H.float()
-        self.keep(
-            "embed_tokens", nn.Embedding(nested.vocab_size, nested.hidden_size, device="meta"), embedding_VH, like
-        )
-        self.keep("lm_head", head_of(head_VH), head_VH, like)
-        self.keep("verifier_norm", norm, norm_H, like)
+        embedding = nn.Embedding(nested.vocab_size, nested.hidden_size, device="meta")
+        norm = weights.fill_norm(RMSNorm(nested.hidden_size))
+        self.keep("embed_tokens", embedding, weights.embedding_VH, like)
+        self.keep("lm_head", head_of(weights.head_VH), weights.head_VH, like)
+        self.keep("verifier_norm", norm.to(like), cast("Tensor", norm.weight), like)
         self.lend("rotary_emb", Rope(nested))
-        self.target_transform = target_logit_transform(path)
+        self.target_transform = weights.logit_transform
         self.verifier_attachment_mode, self.is_attached_for_loading = TRAIN_ONLY, True
 
     def keep(self, name: str, module: nn.Module, weight: Tensor, like: Tensor) -> None:
         module.weight = nn.Parameter(weight.to(like), requires_grad=False)
         self.__dict__.pop(name, None)
         self.add_module(name, module)
-
-    def check_shape(self, shape: tuple[int, ...]) -> None:
-        nested = self.config.transformer_layer_config
-        expected = (nested.vocab_size, nested.hidden_size)
-        if shape != expected:
-            raise ValueError(
-                f"the verifier's embedding is {shape} and this drafter was trained for {expected} (vocabulary, hidden "
-                "size); use the verifier it was trained for"
-            )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Without the verifier's weights."""
@@ -149,5 +125,5 @@ def head_of(weight_VH: Tensor) -> nn.Linear:
 
 
 def no_grad_weight(module: Any) -> Tensor:
-    assert isinstance(module.weight, torch.Tensor)
+    assert isinstance(module.weight, Tensor)
     return module.weight.detach()

@@ -35,9 +35,9 @@ from speculators.checkpoint.formats import (
 from speculators.model import SpeculatorModel
 from speculators.models.draft_layers import complete_layer_config
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
-from speculators.models.utils import make_speculators_config
 from speculators.nn.attention import layer_window
 from speculators.utils.loading import load_checkpoint
+from speculators.verifier.config import make_speculators_config
 
 NATIVE = "eagle"
 FUSION = "fc.weight"

@@ -37,11 +37,11 @@ from speculators.models.eagle.training import (
 )
 from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.models.unrolled_steps import padded
-from speculators.models.utils import make_speculators_config
 from speculators.nn.attention import layer_window
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
-from speculators.verifier import verifier_parts
+from speculators.verifier.capture import fitting_embedding, verifier_parts
+from speculators.verifier.config import make_speculators_config
 
 
 @SpeculatorModel.register("eagle")
@@ -267,8 +267,8 @@ class EagleSpeculator(Generating, SpeculatorModel):
         )
 
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> EagleProposer:
-        embedding = verifier_model.get_input_embeddings()
-        self.check_shape(tuple(embedding.weight.shape))
+        embedding, nested = verifier_model.get_input_embeddings(), self.config.transformer_layer_config
+        fitting_embedding(verifier_model, nested.vocab_size, nested.hidden_size)
         parts = verifier_parts(verifier_model)
         network = self.network_with(embedding, parts.head, parts.final_norm).snapshot(embedding.weight)
         return EagleProposer(

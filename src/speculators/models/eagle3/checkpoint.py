@@ -32,8 +32,8 @@ from speculators.checkpoint.formats import (
 )
 from speculators.models.draft_layers import complete_layer_config, layer_config_of, layer_values
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
-from speculators.models.utils import get_verifier_config, make_speculators_config, resolve_target_layer_ids
 from speculators.utils.loading import load_model_layers
+from speculators.verifier.config import get_verifier_config, make_speculators_config, resolve_target_layer_ids
 
 NATIVE = "eagle3"
 IDS = "eagle_aux_hidden_state_layer_ids"

@@ -20,12 +20,12 @@ from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.eagle3.proposer import Eagle3Proposer
 from speculators.models.eagle3.training import PackedBatch, drafts_read, shift_batch, train_forward
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.utils import make_speculators_config, resolve_target_layer_ids, target_logit_transform
 from speculators.nn.attention import layer_window
 from speculators.nn.decoder import DecoderLayer, FusionDecoderLayer
 from speculators.nn.draft_vocab import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
+from speculators.verifier.config import make_speculators_config, resolve_target_layer_ids
 
 
 @SpeculatorModel.register("eagle3")
@@ -51,8 +51,6 @@ class Eagle3DraftModel(DraftModel):
         self.norm = RMSNorm(size, eps)
         self.verifier_norm = RMSNorm(size, eps)
         self.verifier_norm.requires_grad_(False)
-        self.target_transform: tuple[float, float | None] = (1.0, None)
-        """(scale, softcap) the verifier applies to what its head gives."""
         self.post_init()
 
     @property
@@ -86,11 +84,9 @@ class Eagle3DraftModel(DraftModel):
         super().load_verifier_weights()
         self.embed_tokens.requires_grad_(self.config.embed_requires_grad)
         verifier = self.config.recorded_verifier
-        if verifier is not None:
-            self.target_transform = target_logit_transform(verifier)
-            if self.config.eagle_aux_hidden_state_layer_ids is None:
-                # what engines choose where a config is silent, written down from here on
-                self.config.eagle_aux_hidden_state_layer_ids = resolve_target_layer_ids(None, verifier)
+        if verifier is not None and self.config.eagle_aux_hidden_state_layer_ids is None:
+            # what engines choose where a config is silent, written down from here on
+            self.config.eagle_aux_hidden_state_layer_ids = resolve_target_layer_ids(None, verifier)
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -28,10 +28,9 @@ from speculators.checkpoint.formats import (
     write_tensors,
 )
 from speculators.model import SpeculatorModel
-from speculators.models.last_state_model import norm_eps_of
 from speculators.models.medusa.config import MedusaSpeculatorConfig
-from speculators.models.utils import get_verifier_config, make_speculators_config
 from speculators.utils.loading import load_checkpoint
+from speculators.verifier.config import get_verifier_config, make_speculators_config, norm_kind
 
 NATIVE = "medusa"
 OLD_LAYER = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
@@ -129,7 +128,7 @@ class MedusaFormat(CheckpointFormat):
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         fields, tensors = read_native(source.path)
         if verifier is not None:
-            fields["rms_norm_eps"] = norm_eps_of(get_verifier_config(verifier), MedusaSpeculatorConfig)
+            fields["rms_norm_eps"] = norm_kind(get_verifier_config(verifier)).eps
             fields["speculators_config"] = make_speculators_config("medusa", fields["num_heads"], verifier)
         return Converted(MedusaSpeculatorConfig(**fields), tensors)
 

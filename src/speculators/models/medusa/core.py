@@ -14,15 +14,15 @@ from torch import nn
 
 from speculators.checkpoint.formats import ForeignCheckpoint
 from speculators.model import SpeculatorModel
-from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, norm_eps_of
+from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.medusa.arguments import TRAINING_DEFAULTS, MedusaTrainingArgs
 from speculators.models.medusa.checkpoint import MedusaContract, save_native
 from speculators.models.medusa.config import MedusaSpeculatorConfig
 from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
 from speculators.models.tree_drafting import SlotTreeDrafter
-from speculators.models.utils import fitting_embedding, get_verifier_config, make_speculators_config
-from speculators.verifier import verifier_parts
+from speculators.verifier.capture import fitting_embedding, verifier_parts
+from speculators.verifier.config import get_verifier_config, make_speculators_config, norm_kind
 
 
 @SpeculatorModel.register("medusa")
@@ -71,7 +71,7 @@ class MedusaDraftModel(LastStateModel):
             vocab_size=verifier.vocab_size,
             num_heads=num_heads,
             num_hidden_layers=num_layers,
-            rms_norm_eps=norm_eps_of(verifier, MedusaSpeculatorConfig),
+            rms_norm_eps=norm_kind(verifier).eps,
             speculators_config=make_speculators_config("medusa", num_heads, verifier_name_or_path, trust_remote_code),
         )
         model = cls(config)

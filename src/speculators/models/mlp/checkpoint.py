@@ -26,9 +26,8 @@ from speculators.checkpoint.formats import (
     write_config,
     write_tensors,
 )
-from speculators.models.last_state_model import norm_eps_of
 from speculators.models.mlp.config import OLD_NAMES, MLPSpeculatorConfig
-from speculators.models.utils import get_verifier_config, make_speculators_config
+from speculators.verifier.config import get_verifier_config, make_speculators_config, norm_kind
 
 PREFIX = "speculator."
 THEIR_DEFAULTS = {"tie_weights": False, "scale_input": False}
@@ -48,7 +47,7 @@ class FmsFormat(CheckpointFormat):
         fields = {key: values[key] for key in FIELDS if key in values}
         if verifier is not None:
             fields["speculators_config"] = make_speculators_config("mlp", values["n_predict"], verifier)
-            fields["rms_norm_eps"] = norm_eps_of(get_verifier_config(verifier), MLPSpeculatorConfig)
+            fields["rms_norm_eps"] = norm_kind(get_verifier_config(verifier)).eps
         config = MLPSpeculatorConfig(**fields)
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in source.tensors().items()}
         return Converted(config, stored_once(tensors) if config.tie_weights else tensors)

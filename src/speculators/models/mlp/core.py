@@ -14,15 +14,15 @@ from typing import Any
 from torch import nn
 
 from speculators.model import SpeculatorModel
-from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary, norm_eps_of
+from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.mlp.arguments import TRAINING_DEFAULTS, MLPTrainingArgs, default_of
 from speculators.models.mlp.checkpoint import MLPContract
 from speculators.models.mlp.config import MLPSpeculatorConfig
 from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
 from speculators.models.tree_drafting import CarriedTreeDrafter
-from speculators.models.utils import fitting_embedding, get_verifier_config, make_speculators_config
-from speculators.verifier import verifier_parts
+from speculators.verifier.capture import fitting_embedding, verifier_parts
+from speculators.verifier.config import get_verifier_config, make_speculators_config, norm_kind
 
 
 @SpeculatorModel.register("mlp")
@@ -86,7 +86,7 @@ class MLPSpeculator(LastStateModel):
             num_layers=n_predict,
             tie_weights=tie_weights,
             scale_input=scale_input,
-            rms_norm_eps=norm_eps_of(verifier, MLPSpeculatorConfig),
+            rms_norm_eps=norm_kind(verifier).eps,
             speculators_config=make_speculators_config("mlp", n_predict, verifier_name_or_path, trust_remote_code),
         )
         model = cls(config)

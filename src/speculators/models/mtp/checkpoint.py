@@ -24,7 +24,7 @@ from speculators.models.mtp.layer import decoder_shape
 from speculators.models.mtp.native import native_keys, read_native
 from speculators.models.mtp.stitch import stitch
 from speculators.models.mtp.training import NUM_STEPS
-from speculators.models.utils import get_verifier_config, make_speculators_config
+from speculators.verifier.config import get_verifier_config, make_speculators_config
 
 STITCHED = "stitched"
 NOT_THE_DECODERS = ("quantization_config",)

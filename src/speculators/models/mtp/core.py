@@ -37,10 +37,10 @@ from speculators.models.mtp.training import (
     train_forward,
 )
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.utils import fitting_embedding, make_speculators_config, target_logit_transform
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
-from speculators.verifier import verifier_parts
+from speculators.verifier.capture import fitting_embedding, verifier_parts
+from speculators.verifier.config import make_speculators_config, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,6 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         self.mtp_layers = nn.ModuleList([MTPLayer(nested, self.family)])
         self.verifier_norm = RMSNorm(nested.hidden_size, nested.rms_norm_eps)
         self.verifier_norm.requires_grad_(False)
-        self.target_transform: tuple[float, float | None] = (1.0, None)
-        """(scale, softcap) the verifier applies to what its head gives."""
         self.post_init()
 
     @property
@@ -110,7 +108,6 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         self.verifier_lm_head = self.lm_head  # which the mixin fills
         super().load_verifier_weights()
         del self.verifier_lm_head
-        self.target_transform = target_logit_transform(path)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -132,7 +129,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             raise ValueError(
                 "verifier_name_or_path is required: the embedding, the head and the final norm are the verifier's"
             )
-        nested = verifier_layer_config(getattr(verifier_config, "text_config", None) or verifier_config)
+        nested = verifier_layer_config(text_config(verifier_config))
         if draft_vocab_size not in (None, nested.vocab_size):
             raise ValueError(
                 f"draft_vocab_size={draft_vocab_size}: an MTP layer drafts through the verifier's own head, over its "

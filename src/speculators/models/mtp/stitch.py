@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from speculators.models.mtp.config import MTPSpeculatorConfig
 from speculators.models.mtp.families import LAYER, family_of
 from speculators.models.mtp.native import GATE_UP, export_native, native_keys
-from speculators.models.utils import get_verifier_config
 from speculators.utils.files import atomic_directory
 from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX, load_checkpoint
+from speculators.verifier.config import open_verifier_config, text_config
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of stored weights that can be written."""
@@ -86,10 +85,10 @@ def native_layer(
     layer: Mapping[str, Tensor], config: MTPSpeculatorConfig, directory: Path, keys: set[str]
 ) -> dict[str, Tensor]:
     """The layer under the verifier's names, every one of which the verifier has, and none of whose it lacks."""
-    values, _ = PretrainedConfig.get_config_dict(directory)
-    if (values.get("text_config") or values).get("quantization_config") or values.get("quantization_config"):
+    whole_config = open_verifier_config(str(directory))
+    verifier_config: Any = text_config(whole_config)
+    if any(getattr(part, "quantization_config", None) for part in (whole_config, verifier_config)):
         raise ValueError(f"verifier '{directory}' is quantised: weights cannot replace its scaled ones")
-    verifier_config: Any = get_verifier_config(str(directory))
     trained_for = config.transformer_layer_config.model_type
     if verifier_config.model_type != trained_for:
         raise ValueError(

@@ -21,7 +21,7 @@ from speculators.models.peagle.config import PEagleSpeculatorConfig, default_of
 from speculators.models.peagle.proposer import PEagleProposer
 from speculators.models.peagle.training import Sampling, drafts_read, train_forward
 from speculators.models.tree_drafting import SlotTreeDrafter
-from speculators.models.utils import resolve_mask_token_id
+from speculators.verifier.config import resolve_mask_token_id
 
 
 @SpeculatorModel.register("peagle")

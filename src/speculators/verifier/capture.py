@@ -1,4 +1,4 @@
-"""The verifier, a Hugging Face causal LM: load it, read its residual stream, reproduce its logits.
+"""Reads a loaded verifier's residual stream and makes its logits from it; notes which layers a server extracts.
 
 Shapes: B sequences, T tokens, H hidden size, A aux layers, V vocabulary.
 
@@ -11,17 +11,19 @@ Shapes: B sequences, T tokens, H hidden size, A aux layers, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec
-from speculators.utils.files import refuse_missing_verifier
+from speculators.utils.files import atomic_write
+from speculators.verifier.config import logit_transform, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,61 +37,12 @@ class VerifierParts:
     final_norm: nn.Module
     head: nn.Module
     config: PreTrainedConfig
-    """The text model's config (of a multimodal wrapper: its `text_config`)."""
-
-
-def load_verifier(
-    name_or_path: str | Path,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-) -> PreTrainedModel:
-    """A causal LM in eval mode, from safetensors only; `dtype=None` keeps the checkpoint's own dtype."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    name = str(name_or_path)
-    refuse_missing_device(device)
-    refuse_missing_verifier(name)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot read the verifier's config from {name!r}: {_first_line(error)}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name!r} is an encoder-decoder ({config.model_type}); a verifier must be a causal LM")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype if dtype is not None else "auto",
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            use_safetensors=True,
-            # sdpa has no soft cap and transformers drops it silently there: the eager path is the trained model
-            **({"attn_implementation": "eager"} if _text_config(config).get("attn_logit_softcapping") else {}),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot load {name!r} as a causal LM from safetensors: {_first_line(error)}") from error
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]
-    return model.eval().requires_grad_(False)
-
-
-def refuse_missing_device(device: torch.device | str | None) -> None:
-    """Before anything is loaded, and in words of ours: torch only asserts."""
-    try:
-        wanted = torch.device(device if device is not None else "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} is none that torch knows; say cpu, cuda, cuda:1, ...") from error
-    num_devices = torch.cuda.device_count()
-    if wanted.type == "cuda" and (wanted.index or 0) >= num_devices:
-        raise ValueError(f"device={str(device)!r} but torch sees {num_devices} CUDA devices; use cpu or another one")
+    """The config (of a multimodal wrapper: its language model's part)."""
 
 
 def verifier_parts(model: nn.Module) -> VerifierParts:
     """Find decoder layers, final norm and head by what they are, not by the architecture's name."""
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = text_config(model.config)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     for parent in decoder.modules():
         for child in parent.children():
@@ -160,15 +113,19 @@ def capture_states(model: nn.Module, spec: CaptureSpec) -> Iterator[CapturedStat
 def logits_from_last_hidden(model: nn.Module, last_hidden_BTH: Tensor) -> Tensor:
     """The verifier's logits from the stream before its final norm: its own norm, head, scale and soft cap."""
     parts = verifier_parts(model)
-    logits_BTV = parts.head(parts.final_norm(last_hidden_BTH))
-    config = parts.config
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        logits_BTV = logits_BTV * scale
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        logits_BTV = logits_BTV / divisor
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-        logits_BTV = torch.tanh(logits_BTV / cap) * cap
-    return logits_BTV
+    return logit_transform(parts.config).apply(parts.head(parts.final_norm(last_hidden_BTH)))
+
+
+def fitting_embedding(verifier_model: PreTrainedModel, vocab_size: int, hidden_size: int) -> Tensor:
+    """The verifier's embedding [V, H]. ValueError when it has not the sizes a drafter was trained for."""
+    weight = cast("Tensor", verifier_model.get_input_embeddings().weight)
+    expected = (vocab_size, hidden_size)
+    if tuple(weight.shape) != expected:
+        raise ValueError(
+            f"the verifier's embedding is {tuple(weight.shape)} and this drafter was trained for {expected} "
+            "(vocabulary, hidden size); use the verifier it was trained for"
+        )
+    return weight
 
 
 @torch.no_grad()
@@ -217,9 +174,40 @@ def _head(model: nn.Module) -> nn.Module:
     return head
 
 
-def _text_config(config: PreTrainedConfig) -> dict[str, Any]:
-    return config.get_text_config(decoder=True).to_dict()
+# -- states captured by a server ---------------------------------------------------------------------------------------
+
+NOTE_NAME = "extraction.json"
+NOTE_FORMAT = 1
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+@dataclass(frozen=True)
+class ExtractionNote:
+    """Which layers one server extracts, written beside its files, which hold [T, slots, H] and do not say it:
+
+    <directory>/extraction.json    {"format": 1, "model": ..., "layer_ids": [2, 4, 5, 8], "num_layers": 8}"""
+
+    model: str
+    """Hub id, or absolute path of a directory."""
+    layer_ids: tuple[int, ...]
+    """Slot i holds the residual stream after `layer_ids[i]` layers; `num_layers` is the last, before the final norm."""
+    num_layers: int
+
+    def write(self, directory: Path) -> Path:
+        with atomic_write(directory / NOTE_NAME) as file:
+            json.dump({"format": NOTE_FORMAT, **asdict(self)}, file, indent=2)
+            file.write("\n")
+        return directory / NOTE_NAME
+
+    @classmethod
+    def read(cls, directory: Path) -> ExtractionNote | None:
+        """None when the server was started by other means and left none."""
+        path = directory / NOTE_NAME
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); start the extraction server again") from error
+        if not isinstance(values, dict) or values.pop("format", None) != NOTE_FORMAT:
+            raise ValueError(f"{path} is not of format {NOTE_FORMAT}; start the extraction server with this version")
+        return cls(values["model"], tuple(values["layer_ids"]), values["num_layers"])

@@ -1,0 +1,45 @@
+"""The one place that knows what a verifier is: its config, the weights a drafter takes from its files, loading it,
+reading its residual stream.
+
+    config     text part, layers, final norm, logit transform
+    weights    embedding, head and final norm, read from files
+    loading    the model itself
+    capture    its residual stream, and logits made from it
+"""
+
+from speculators.verifier.capture import (
+    CapturedStates,
+    VerifierParts,
+    capture_states,
+    check_reproduces_logits,
+    logits_from_last_hidden,
+    verifier_parts,
+)
+from speculators.verifier.config import (
+    LogitTransform,
+    get_verifier_config,
+    logit_transform,
+    open_verifier_config,
+    resolve_target_layer_ids,
+    text_config,
+)
+from speculators.verifier.loading import load_verifier
+from speculators.verifier.weights import VerifierWeights, read_verifier_weights
+
+__all__ = [
+    "CapturedStates",
+    "LogitTransform",
+    "VerifierParts",
+    "VerifierWeights",
+    "capture_states",
+    "check_reproduces_logits",
+    "get_verifier_config",
+    "load_verifier",
+    "logit_transform",
+    "logits_from_last_hidden",
+    "open_verifier_config",
+    "read_verifier_weights",
+    "resolve_target_layer_ids",
+    "text_config",
+    "verifier_parts",
+]
