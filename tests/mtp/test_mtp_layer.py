@@ -12,10 +12,11 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
+from speculators.interfaces import CaptureSpec
+from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.mtp import MTPDraftModel, MTPSpeculatorConfig
 from speculators.models.mtp.families import family_of
 from speculators.models.mtp.layer import MTPLayer
-from speculators.models.mtp.proposer import MTPProposer
 from speculators.nn.masks import PackedRow
 from speculators.nn.rope import Rope
 from speculators.nn.unrolled import unrolled_attention
@@ -157,7 +158,11 @@ def test_it_trains_drafts_and_is_saved(name, tmp_path):
     loss.backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
 
-    proposer = MTPProposer(model.network.fused(), VOCAB, max_batch_size=1, max_length=32)
+    network = model.network.fused()
+    reads_last_state = CaptureSpec(last_hidden=True)
+    proposer = FeedbackProposer(
+        network, reads_last_state, None, VOCAB, max_batch_size=1, max_length=32, input_tokens=network.tokens_at
+    )
     request = Request(0, 6)
     request.tokens, request.states = batch["input_ids"][0, :6].tolist(), batch["hidden_states"][0]
     probs_BKV = proposer.propose(commit([request]), 3, sampled(1)).probs_BKV

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.models.mtp import MTPDraftModel
-from speculators.models.mtp.experts import GroupRouter
+from speculators.models.mtp.decoder_modules import GroupRouter
 from speculators.models.mtp.families import LAYER
 from speculators.train.config import TrainConfig
 from speculators.train.run import build_model

@@ -12,8 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from speculators.cli import app
-from speculators.models.mtp.families import FAMILIES, family_of
-from speculators.models.mtp.native import export_native, import_native
+from speculators.models.mtp.families import FAMILIES, export_native, family_of, import_native
 from speculators.models.mtp.stitch import stitch
 
 NUM_EXPERTS, WIDTH = 3, 5

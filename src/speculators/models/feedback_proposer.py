@@ -1,4 +1,4 @@
-"""How drafters that are fed their own states draft: a chain, every row of the batch at once, on their own cache.
+"""Drafts chains with drafters that are fed their own states: all rows of the batch at once, on the drafter's own cache.
 
 Shapes: B rows, T committed columns, R query columns, K draft tokens, D width of verifier states, V verifier
 vocabulary.
@@ -12,7 +12,7 @@ Rejected drafts are never erased: the next commit writes true entries over them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,17 +20,14 @@ from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.nn.attention import AttentionFunction
-from speculators.nn.cache import DraftCache, Span
-from speculators.nn.draft_sampling import draft_probs, draw
+from speculators.nn.cache import INITIAL_CAPACITY, DraftCache, Span
+from speculators.nn.draft_sampling import NO_DRAFT, draft_probs, draw
 from speculators.nn.draft_vocab import scatter_to_verifier, verifier_ids
 from speculators.nn.prepacked_linear import PrepackedLinears
 from speculators.nn.rope import Rope, RopeTables
 
-NO_DRAFT = -1
-INITIAL_CAPACITY = 1024
-"""Entries a row holds before the cache grows the first time."""
 ALONE_FROM = 32
-"""A row with this many new entries beside rows with other counts is read alone: padding the others would cost more."""
+"""A row with this many new entries is read alone when others have other counts: padding those would cost more."""
 
 
 class StepOutput(NamedTuple):
@@ -41,7 +38,7 @@ class StepOutput(NamedTuple):
 
 
 class FeedbackNetwork(Protocol):
-    """What is asked of a network."""
+    """A drafter's network as the proposer uses it."""
 
     @property
     def layers(self) -> Sequence[Any]: ...
@@ -57,11 +54,11 @@ class FeedbackNetwork(Protocol):
 
     @property
     def linears(self) -> Sequence[nn.Linear]:
-        """Those outside the layers that every step goes through."""
+        """Linears outside the layers that every step uses."""
         ...
 
     def combine(self, features_BTD: Tensor, /) -> Tensor:
-        """Verifier states to the hidden states of true entries: [B, T, H]."""
+        """Maps verifier states to the hidden states of true entries: [B, T, H]."""
         ...
 
     def step(
@@ -86,8 +83,11 @@ class FeedbackProposer:
         *,
         max_batch_size: int,
         max_length: int,
+        input_tokens: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
+        """`input_tokens`: (token ids, positions) -> the ids that the network embeds; None = the ids themselves."""
         self.network: Any = network
+        self.input_tokens = input_tokens
         self.capture, self.d2t, self.verifier_vocab_size = capture, d2t, verifier_vocab_size
         self.verifier_id_D = verifier_ids(d2t) if d2t is not None else None
         attention = network.layers[0].self_attn
@@ -116,10 +116,10 @@ class FeedbackProposer:
             draft_ids_BK[~torch.tensor(drafts_B, device=self.device)] = NO_DRAFT
         return Proposal(draft_ids_BK, probs_BKV, confidence_BK=confidence_BK)
 
-    # -- taking in what was committed --------------------------------------------------------------------------------
+    # -- reading what was committed ----------------------------------------------------------------------------------
 
     def commit(self, committed: Committed, num_new: list[int], num_committed: list[int]) -> StepOutput:
-        """Write true entries over the drafted ones; returns the state behind each row's last token, [B, 1, H]."""
+        """Writes true entries over the drafted ones; returns the output at each row's last token, [B, 1, H]."""
         assert committed.states_BTD is not None
         is_new = [new == total for new, total in zip(num_new, num_committed, strict=True)]
         starts = [
@@ -145,7 +145,7 @@ class FeedbackProposer:
         together = [0 if b in alone else count for b, count in enumerate(counts)]
         outputs: list[StepOutput] = []
         if any(together):
-            # Rows that do not take part write past their end, where nobody looks.
+            # Rows without new entries write past their end, where no query reads.
             begins = [start + counts[b] if b in alone else start for b, start in enumerate(starts)]
             width = max(together)
             self.cache.reserve(max(begins) + width)
@@ -173,6 +173,8 @@ class FeedbackProposer:
             rope = tables.slice(span.end - span.num_columns, span.end)
         else:
             rope = tables.at(span.positions(self.device))
+        if self.input_tokens is not None:
+            token_ids_BT = self.input_tokens(token_ids_BT, span.positions(self.device))
         self.cache.span = span
         return self.network.step(token_ids_BT, hidden_BTH, rope, self.layer_attention)
 
@@ -184,7 +186,7 @@ class FeedbackProposer:
     def draft(
         self, output: StepOutput, num_tokens: int, sampling: DraftSampling
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Drafts, the laws they were drawn from, and the largest probability of each."""
+        """Returns drafts [B, K], the distributions they were drawn from, and the largest probability of each."""
         lengths = self.cache.lengths[: output.normed_BRH.shape[0]]
         longest, same_length = max(lengths), len(set(lengths)) == 1
         self.cache.reserve(longest + num_tokens)

@@ -1,4 +1,4 @@
-"""How drafters that read the verifier's last state alone draft: no cache, nothing kept between rounds.
+"""Drafts with drafters that read the verifier's last state alone: no cache, no state between rounds.
 
 Shapes: B rows, T committed columns, K draft tokens, H hidden size, R width of what a head reads, V vocabulary.
 
@@ -6,7 +6,7 @@ Shapes: B rows, T committed columns, K draft tokens, H hidden size, R width of w
     read       (x3, y2) alone               f = final norm of y2
     drafts     head 0 -> x4'   head 1 -> x5'   ...
 
-Every call brings at least one new token with its state, so a row that starts, waits or is replaced needs no care.
+Every call brings at least one new token with its state, so rows that start, wait or are replaced need no handling.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
-from speculators.nn.draft_sampling import draft_probs, draw
+from speculators.nn.draft_sampling import NO_DRAFT, draft_probs, draw
 from speculators.nn.prepacked_linear import PrepackedLinears
-
-NO_DRAFT = -1
 
 
 class LastStateNetwork(Protocol):
-    """What training and drafting ask of a network; shapes are [..., H] and [..., R] for any leading axes."""
+    """A network as training and drafting use it; shapes are [..., H] and [..., R] for any leading axes."""
 
     @property
     def heads(self) -> Sequence[nn.Linear]:
-        """One for each token drafted a round, over the verifier's vocabulary."""
+        """One per token drafted in a round, over the verifier's vocabulary."""
         ...
 
     def start(self, states: Tensor, /) -> Tensor:
-        """Verifier states, before the final norm, to what is carried from head to head."""
+        """Maps verifier states, before the final norm, to the state carried from head to head."""
         ...
 
     def step(self, k: int, carried: Tensor, token_ids: Tensor, /) -> tuple[Tensor, Tensor]:
-        """(what head k reads, what is carried on). `token_ids` is the token before the one that head k predicts."""
+        """Returns (input of head k, state carried on). `token_ids` is the token before the one that head k predicts."""
         ...
 
 
@@ -78,7 +76,7 @@ class LastStateProposer:
 
     @torch.inference_mode()
     def head_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
-        """[B, K, V] of the first K heads, for networks whose heads do not read tokens."""
+        """Log-probabilities [B, K, V] of the first K heads, for networks whose heads do not read tokens."""
         states_BH, token_ids_B, _ = self.last_of(committed)
         with self.prepacked:
             carried = self.network.start(states_BH)
@@ -89,7 +87,7 @@ class LastStateProposer:
         return torch.stack(logits, 1).float().log_softmax(-1)
 
     def last_of(self, committed: Committed) -> tuple[Tensor, Tensor, Tensor]:
-        """(state [B, H] and token [B] of each row's last column, rows that draft [B])."""
+        """Returns (state [B, H] and token [B] of each row's last column, rows that draft [B])."""
         assert committed.states_BTD is not None
         last_B = (committed.num_new_B - 1).clamp_min(0).to(self.device)
         rows_B = torch.arange(len(last_B), device=self.device)

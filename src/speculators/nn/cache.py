@@ -32,6 +32,8 @@ from torch import Tensor
 from speculators.nn.masks import additive_mask
 
 MIN_CAPACITY = 256
+INITIAL_CAPACITY = 1024
+"""Positions per row that a proposer reserves before the cache first grows."""
 
 
 @dataclass

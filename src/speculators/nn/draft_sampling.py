@@ -11,6 +11,8 @@ from torch import Tensor
 from speculators.interfaces import DraftSampling
 from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
 
+NO_DRAFT = -1
+"""In place of a token id: this slot has no draft."""
 MIN_TEMPERATURE = 1e-5
 MIN_NOISE = 1e-30
 

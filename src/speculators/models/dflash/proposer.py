@@ -1,4 +1,4 @@
-"""How DFlash drafts: the context's keys and values are kept, one forward fills a block of every row.
+"""Drafts with DFlash: keeps the context's keys and values, and fills one block per row in one forward.
 
 Shapes: B rows, T committed columns, K draft tokens, S slots, M new context entries, H hidden size, V vocabulary.
 
@@ -7,7 +7,7 @@ Shapes: B rows, T committed columns, K draft tokens, S slots, M new context entr
     block                     x3  m  m  m   positions 3, 4, 5, 6: the last token has no state yet, so it is slot 0
     drafts                    .   x4 x5 x6  (sample_from_anchor: slot k drafts x[4 + k])
 
-The block's own keys are scratch behind the context; the next commit writes over them (see `nn.block_cache`).
+The block's own keys are scratch behind the context; the next commit writes over them (see `block_cache`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from torch import Tensor, nn
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.models.dflash.block_cache import BlockCache, BlockPass
 from speculators.models.dflash.network import DFlashNetwork
-from speculators.nn.draft_sampling import draft_slots
+from speculators.nn.cache import INITIAL_CAPACITY
+from speculators.nn.draft_sampling import NO_DRAFT, draft_slots
 from speculators.nn.prepacked_linear import PrepackedLinears
-
-NO_DRAFT = -1
-INITIAL_CAPACITY = 1024
-"""Entries a row holds before the cache grows the first time."""
 
 Drafts = tuple[Tensor, Tensor | None]
 """(verifier ids [B, K], q [B, K, V] or None)"""
@@ -44,7 +41,7 @@ class DFlashProposer:
         max_batch_size: int,
         max_length: int,
     ):
-        """`network` as it trains; it is fused here."""
+        """`network` as it trains: the constructor fuses it."""
         self.capture = CaptureSpec(aux_layer_ids=tuple(target_layer_ids))
         self.d2t, self.verifier_vocab_size = d2t, verifier_vocab_size
         self.context_kv = network.context_projection()
@@ -65,7 +62,7 @@ class DFlashProposer:
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
         with self.prepacked:
-            anchor_B = self.take_in(committed, num_new, num_committed)
+            anchor_B = self.ingest(committed, num_new, num_committed)
             if num_tokens == 0:
                 return Proposal(anchor_B.new_empty(len(num_new), 0))
             hidden_BKH = self.fill(anchor_B, num_tokens)
@@ -77,23 +74,23 @@ class DFlashProposer:
 
     @torch.inference_mode()
     def slots_after(self, committed: Committed, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """(logits [B, K, V_draft] of the head and what it read [B, K, H]) of the slots behind what was committed."""
+        """Returns logits [B, K, V_draft] and hidden states [B, K, H] of the slots behind what was committed."""
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
         with self.prepacked:
-            hidden_BKH = self.fill(self.take_in(committed, num_new, num_committed), num_tokens)
+            hidden_BKH = self.fill(self.ingest(committed, num_new, num_committed), num_tokens)
             return self.network.lm_head(hidden_BKH), hidden_BKH
 
     def slot_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
-        """[B, K, V_draft]: what each slot says, whatever the others draft."""
+        """Log-probabilities [B, K, V_draft] of each slot, which do not depend on the other drafts."""
         return self.slots_after(committed, num_tokens)[0].float().log_softmax(-1)
 
-    def take_in(self, committed: Committed, num_new: list[int], num_committed: list[int]) -> Tensor:
-        """Commit; the last token of each row, [B]."""
+    def ingest(self, committed: Committed, num_new: list[int], num_committed: list[int]) -> Tensor:
+        """Writes the context entries of what was committed; returns the last token of each row, [B]."""
         self.commit(committed, num_new, num_committed)
         return committed.token_ids_BT.gather(1, last_column(committed)[:, None])[:, 0]
 
     def commit(self, committed: Committed, num_new: list[int], num_committed: list[int]) -> None:
-        """Write the context entries of the new states, of all rows and layers at once."""
+        """Writes the context entries of the new states, of all rows and layers at once."""
         assert committed.states_BTD is not None
         for row, (new, total) in enumerate(zip(num_new, num_committed, strict=True)):
             if new:
@@ -110,7 +107,7 @@ class DFlashProposer:
         self.cache.write_context(row_M, position_M, self.context_kv(context_MH, rope))
 
     def fill(self, anchor_B: Tensor, num_tokens: int) -> Tensor:
-        """What the head reads of the slots that draft: [B, K, H]."""
+        """Runs the blocks; returns the hidden states of the slots that draft: [B, K, H]."""
         first_slot = self.network.first_slot
         running = BlockPass(self.cache.lengths[: len(anchor_B)], num_tokens + first_slot, self.device)
         self.cache.start(running)
@@ -119,7 +116,7 @@ class DFlashProposer:
         return self.network.forward(token_ids_BS, rope, self.layer_attention)[:, first_slot:]
 
     def draft(self, hidden_BKH: Tensor, anchor_B: Tensor, sampling: DraftSampling) -> Drafts:
-        """Each slot on its own."""
+        """Drafts each slot independently of the others."""
         return draft_slots(self.network.lm_head(hidden_BKH), sampling, self.d2t, self.verifier_vocab_size)
 
 

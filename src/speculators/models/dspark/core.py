@@ -17,7 +17,7 @@ from speculators.models.dspark.arguments import TRAINING_DEFAULTS, DSparkTrainin
 from speculators.models.dspark.checkpoint import DSparkContract, pin_causality
 from speculators.models.dspark.config import DSparkSpeculatorConfig
 from speculators.models.dspark.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
-from speculators.models.dspark.proposer import DSparkProposer
+from speculators.models.dspark.proposer import DSparkProposer, DSparkTreeDrafter
 from speculators.models.dspark.training import (
     CONFIDENCE_ALPHA,
     CONFIDENCE_TARGET,
@@ -26,7 +26,6 @@ from speculators.models.dspark.training import (
     drafts_logits,
     train_forward,
 )
-from speculators.models.dspark.tree import DSparkTreeDrafter
 
 DEFAULT_MAX_ANCHORS = 3072
 """Of `get_trainer_kwargs` called by hand; the command line gives its own."""

@@ -1,10 +1,16 @@
-"""How DSpark drafts: the states of all slots in one forward, then the tokens one after the other.
+"""Drafts with DSpark: chains, and trees of `interfaces.TreeDrafter`.
 
-Shapes: B rows, K draft tokens, H hidden size, R Markov rank, V draft vocabulary.
+Shapes: B rows, K draft tokens, F nodes of one depth, N nodes so far, H hidden size, R Markov rank, V draft vocabulary.
+
+One forward computes the states of all slots, then the tokens follow one after the other:
 
     base logits     head(h_0)        head(h_1)        head(h_2)          one product for all slots
     + W2 phi        W1[x3], h_0      W1[x4'], h_1     W1[x5'], h_2       K tiny steps
     draft           x4'              x5'              x6'                q is this corrected softmax
+
+In a tree, each node corrects its slot by the token before it:
+
+    node of depth k below a node with token u:   head(h_k) + W2 phi(W1[u], h_k, state of the parent)
 """
 
 from __future__ import annotations
@@ -18,9 +24,9 @@ from torch import Tensor, nn
 
 from speculators.interfaces import Committed, DraftSampling, Proposal
 from speculators.models.dflash.network import DFlashNetwork
-from speculators.models.dflash.proposer import NO_DRAFT, DFlashProposer, Drafts
+from speculators.models.dflash.proposer import DFlashProposer, Drafts, last_column
 from speculators.models.dspark.heads import ConfidenceHead, MarkovHead
-from speculators.nn.draft_sampling import draft_probs, draw
+from speculators.nn.draft_sampling import NO_DRAFT, draft_probs, draw
 from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
 from speculators.nn.prepacked_linear import PrepackedLinears
 
@@ -95,3 +101,38 @@ class DSparkProposer(DFlashProposer):
     def estimate(self, hidden_BKH: Tensor, embedded_BKR: Tensor | None) -> None:
         if self.confidence_head is not None:
             self.confidence_BK = self.confidence_head(hidden_BKH, embedded_BKR).float().sigmoid()
+
+
+class DSparkTreeDrafter:
+    """Grows draft trees with a chain's proposer that has a Markov head."""
+
+    def __init__(self, chain: DSparkProposer, head: MarkovHead, max_depth: int):
+        self.chain, self.head, self.capture = chain, head, chain.capture
+        self.max_depth: int | None = max_depth
+
+    @torch.inference_mode()
+    def start(self, committed: Committed, depth: int) -> Tensor:
+        self.logits_BKV, self.hidden_BKH = self.chain.slots_after(committed, max(depth, 1))
+        self.state_BFR = self.head.start(self.hidden_BKH[:, :1])
+        last_B1 = committed.token_ids_BT.gather(1, last_column(committed)[:, None])
+        return self.after(0, last_B1, self.state_BFR)[:, 0]
+
+    @torch.inference_mode()
+    def expand(self, token_ids_BF: Tensor, parent_BF: Tensor, visible_BFN: Tensor) -> Tensor:
+        num_frontier, num_nodes = visible_BFN.shape[1:]
+        index_BFR = parent_BF[..., None].expand(-1, -1, self.state_BFR.shape[-1])
+        return self.after(num_nodes // num_frontier, token_ids_BF, self.state_BFR.gather(1, index_BFR))
+
+    def after(self, k: int, token_ids_BF: Tensor, state_BFR: Tensor) -> Tensor:
+        """Log-probabilities [B, F, V] of slot k after each token; keeps the states of the nodes."""
+        hidden_BFH = self.hidden_BKH[:, k, None].expand(-1, token_ids_BF.shape[1], -1)
+        with self.chain.prepacked:
+            phi_BFR, self.state_BFR = self.head.step(state_BFR, self.head.markov_w1(token_ids_BF), hidden_BFH)
+            logits_BFV = self.logits_BKV[:, k, None] + self.head.markov_w2(phi_BFR)
+        return logits_BFV.float().log_softmax(-1)
+
+    def to_verifier_ids(self, draft_ids: Tensor) -> Tensor:
+        return draft_to_verifier_ids(draft_ids, self.chain.d2t)
+
+    def to_verifier_probs(self, draft_probs: Tensor) -> Tensor:
+        return scatter_to_verifier(draft_probs, self.chain.d2t, self.chain.verifier_vocab_size)

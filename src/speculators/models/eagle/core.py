@@ -22,10 +22,8 @@ from speculators.models.eagle.arguments import TRAINING_DEFAULTS, EagleTrainingA
 from speculators.models.eagle.attachment import DETACHED, head_of, no_grad_weight
 from speculators.models.eagle.checkpoint import EagleContract, complete_eagle_config, save_native
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
-from speculators.models.eagle.generation import Generating
+from speculators.models.eagle.generation import Generating, run_sequences
 from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
-from speculators.models.eagle.proposer import EagleProposer
-from speculators.models.eagle.sequence import run_sequences
 from speculators.models.eagle.training import (
     OBJECTIVE_KEYS,
     PackedBatch,
@@ -35,6 +33,7 @@ from speculators.models.eagle.training import (
     train_forward,
     weighted_losses,
 )
+from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.models.unrolled_steps import padded
 from speculators.nn.attention import layer_window
@@ -266,11 +265,17 @@ class EagleSpeculator(Generating, SpeculatorModel):
             self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
         )
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> EagleProposer:
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackProposer:
+        """Entry i of its cache is token x[i+1] with the verifier's final norm of the state that predicted it."""
         embedding, nested = verifier_model.get_input_embeddings(), self.config.transformer_layer_config
         fitting_embedding(verifier_model, nested.vocab_size, nested.hidden_size)
         parts = verifier_parts(verifier_model)
         network = self.network_with(embedding, parts.head, parts.final_norm).snapshot(embedding.weight)
-        return EagleProposer(
-            network, network.lm_head.out_features, max_batch_size=max_batch_size, max_length=max_length
+        return FeedbackProposer(
+            network,
+            CaptureSpec(last_hidden=True),
+            None,
+            network.lm_head.out_features,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
         )

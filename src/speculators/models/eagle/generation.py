@@ -1,10 +1,13 @@
-"""`generate`: tokens in, tokens out, drafted here and verified by the attached verifier, through the decoding engine.
+"""The drafter as a model of transformers: `generate` through the decoding engine, and `forward` over whole sequences.
 
 The engine is found by name when somebody generates. Algorithms may not import decoding (it is above them: it finds
 algorithms through the registry), and nothing here needs it otherwise; a name is what the registries use in the other
 direction (`SpeculatorModel.auto_package`). A subclass may name another module with an `Engine` and `SamplingParams`.
 
-Shapes: B prompts, P prompt columns, T = P + new columns.
+`run_sequences` computes logits under padding masks and with a cache of transformers.
+
+Shapes: B rows, T columns, P prompt columns (in `run_sequences`: columns in the cache), L = P + T keys, N query heads,
+G key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -16,7 +19,11 @@ import torch
 from torch import Tensor
 
 from speculators.models.eagle.attachment import FULL, VerifierAttachment
+from speculators.models.eagle.network import EagleNetwork
+from speculators.nn.attention import dense_attention
 
+DEFAULT_NEW_TOKENS = 20
+"""The default of transformers."""
 SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 ALWAYS = ("repetition_penalty", "seed")
 
@@ -25,7 +32,7 @@ class Generating(VerifierAttachment):
     """`generate`, for a drafter that has its whole verifier attached."""
 
     decoding_module: ClassVar[str] = "speculators.decoding"
-    """Where `generate` finds an engine; see `generation`."""
+    """Module with the `Engine` and `SamplingParams` that `generate` uses."""
 
     @torch.no_grad()
     def generate(
@@ -41,7 +48,7 @@ class Generating(VerifierAttachment):
         pad_token_id: int | None = None,
         **sampling: Any,
     ) -> Tensor:
-        """Prompts and what the verifier says to them, [B, T], right padded; drafted by this model. Greedy, or sampled
+        """Returns prompts and the verifier's continuations, [B, T], right padded; this model drafts. Greedy, or sampled
         with `do_sample` (temperature, top_k, top_p, min_p, seed)."""
         if self.is_attached_for_loading and self.config.recorded_verifier is not None:
             self.attach_verifier(self.config.recorded_verifier)
@@ -108,12 +115,61 @@ def generate(
     return padded(input_ids_BP, outputs, stops[0] if pad_token_id is None and stops else pad_token_id or 0)
 
 
-DEFAULT_NEW_TOKENS = 20
-"""As transformers has it."""
-
-
 def padded(input_ids_BP: Tensor, outputs: list[list[int]], pad_token_id: int) -> Tensor:
     """Prompts as given, then what was generated, right padded."""
     width = max(len(output) for output in outputs)
     rows = [output + [pad_token_id] * (width - len(output)) for output in outputs]
     return torch.cat((input_ids_BP, torch.tensor(rows, dtype=input_ids_BP.dtype, device=input_ids_BP.device)), dim=1)
+
+
+class SequenceAttention:
+    """Causal attention over the cache (anything with transformers' `update`) and this call's columns."""
+
+    def __init__(self, past: Any, visible_BTL: Tensor):
+        self.past, self.visible_BTL = past, visible_BTL
+
+    def select_queries(self, hidden_BTH: Tensor) -> Tensor:
+        return hidden_BTH
+
+    def __call__(self, query_BTNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor) -> Tensor:
+        if self.past is not None:
+            key_BGLd, value_BGLd = self.past.update(key_BTGd.transpose(1, 2), value_BTGd.transpose(1, 2), 0)
+            key_BTGd, value_BTGd = key_BGLd.transpose(1, 2), value_BGLd.transpose(1, 2)
+        return dense_attention(query_BTNd, key_BTGd, value_BTGd, self.visible_BTL[:, None, None])
+
+
+def run_sequences(
+    network: EagleNetwork,
+    input_ids_BT: Tensor,
+    features_BTH: Tensor,
+    attention_mask: Tensor | None,
+    position_ids_BT: Tensor | None,
+    past: Any,
+) -> Tensor:
+    """Returns logits [B, T, V] after each column."""
+    B, T = input_ids_BT.shape
+    num_past = 0 if past is None else past.get_seq_length()
+    device = input_ids_BT.device
+    if position_ids_BT is None:
+        position_ids_BT = torch.arange(num_past, num_past + T, device=device).expand(B, T)
+    visible_BTL = visible(attention_mask, num_past, T, device).expand(B, T, num_past + T)
+    window = network.windows[0]
+    if window is not None:
+        keys_L = torch.arange(num_past + T, device=device)
+        visible_BTL = visible_BTL & (keys_L > keys_L[num_past:, None] - window)
+    rope = network.rope.at(position_ids_BT, torch.float32)
+    attention = SequenceAttention(past, visible_BTL)
+    return network.lm_head(network.step(input_ids_BT, features_BTH, rope, [attention]).normed_BRH)
+
+
+def visible(attention_mask: Tensor | None, num_past: int, T: int, device: torch.device) -> Tensor:
+    """bool [B or 1, T, L] of a mask [B, L] (1 = a token), an additive or boolean mask [B, 1, T, L], or none."""
+    if attention_mask is not None and attention_mask.ndim == 4:
+        mask = attention_mask[:, 0]
+        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    index_L = torch.arange(num_past + T, device=device)
+    causal_TL = index_L <= index_L[num_past:, None]
+    if attention_mask is None:
+        return causal_TL[None]
+    itself_TL = index_L == index_L[num_past:, None]  # padding sees itself: its softmax stays finite
+    return (causal_TL & attention_mask[:, None].bool()) | itself_TL

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from speculators.interfaces import TreeDrafter, VerifierStates
+from speculators.interfaces import CaptureSpec, TreeDrafter, VerifierStates
 from speculators.losses.registry import loss_keywords
 from speculators.model import SpeculatorModel
 from speculators.models.draft_model import DraftModel
@@ -17,8 +17,8 @@ from speculators.models.eagle3.arguments import TRAINING_DEFAULTS, Eagle3Trainin
 from speculators.models.eagle3.checkpoint import Eagle3Contract, complete_transformer_layer_config
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
 from speculators.models.eagle3.network import Eagle3Network
-from speculators.models.eagle3.proposer import Eagle3Proposer
 from speculators.models.eagle3.training import PackedBatch, drafts_read, shift_batch, train_forward
+from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.nn.attention import layer_window
 from speculators.nn.decoder import DecoderLayer, FusionDecoderLayer
@@ -164,11 +164,11 @@ class Eagle3DraftModel(DraftModel):
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> Eagle3Proposer:
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackProposer:
         model = self.beside(verifier_model)
-        return Eagle3Proposer(
+        return FeedbackProposer(
             model.network.fused(),
-            model.target_layer_ids,
+            CaptureSpec(aux_layer_ids=tuple(model.target_layer_ids)),
             model.d2t,
             model.verifier_vocab_size,
             max_batch_size=max_batch_size,

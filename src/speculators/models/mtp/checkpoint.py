@@ -19,9 +19,8 @@ from speculators.checkpoint.formats import (
 )
 from speculators.model import SpeculatorModel
 from speculators.models.mtp.config import MTPSpeculatorConfig
-from speculators.models.mtp.families import family_of
+from speculators.models.mtp.families import family_of, native_keys, read_native
 from speculators.models.mtp.layer import decoder_shape
-from speculators.models.mtp.native import native_keys, read_native
 from speculators.models.mtp.stitch import stitch
 from speculators.models.mtp.training import NUM_STEPS
 from speculators.verifier.config import get_verifier_config, make_speculators_config

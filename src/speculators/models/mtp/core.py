@@ -18,15 +18,14 @@ from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.losses.registry import resolve_loss_config
 from speculators.model import SpeculatorModel
+from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.last_state_training import HARD_LABELS
 from speculators.models.mtp.arguments import TRAINING_DEFAULTS, MTPTrainingArgs
 from speculators.models.mtp.checkpoint import MTPContract, verifier_layer_config
 from speculators.models.mtp.config import MTPSpeculatorConfig
-from speculators.models.mtp.families import LAYER, family_of
+from speculators.models.mtp.families import LAYER, family_of, read_native
 from speculators.models.mtp.layer import MTPLayer, decoder_shape
-from speculators.models.mtp.native import read_native
 from speculators.models.mtp.network import MTPNetwork
-from speculators.models.mtp.proposer import MTPProposer
 from speculators.models.mtp.stitch import stitch
 from speculators.models.mtp.training import (
     NUM_STEPS,
@@ -203,16 +202,23 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> MTPProposer:
+    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackProposer:
+        """Entry i of its cache is token x[i+1] with the state y[i] that predicted it, normed as the family reads it."""
         model = self.beside(verifier_model)
         network = dataclasses.replace(
             model.network,
             embed_tokens=verifier_model.get_input_embeddings(),
             lm_head=verifier_model.get_output_embeddings(),
             verifier_norm=verifier_parts(verifier_model).final_norm,
-        )
-        return MTPProposer(
-            network.fused(), self.verifier_vocab_size, max_batch_size=max_batch_size, max_length=max_length
+        ).fused()
+        return FeedbackProposer(
+            network,
+            CaptureSpec(last_hidden=True),
+            None,
+            self.verifier_vocab_size,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
+            input_tokens=network.tokens_at,
         )
 
     def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackTreeDrafter:

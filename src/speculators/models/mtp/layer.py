@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from speculators.models.mtp.attention import GatedAttention, LatentAttention
-from speculators.models.mtp.experts import GroupRoutedMLP, SparseMLP
+from speculators.models.mtp.decoder_modules import GatedAttention, GroupRoutedMLP, LatentAttention, SparseMLP
 from speculators.models.mtp.families import MTPFamily
 from speculators.nn.attention import Attention, AttentionFunction
 from speculators.nn.decoder import MLP, DecoderLayer

@@ -19,8 +19,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from speculators.models.mtp.config import MTPSpeculatorConfig
-from speculators.models.mtp.families import LAYER, family_of
-from speculators.models.mtp.native import GATE_UP, export_native, native_keys
+from speculators.models.mtp.families import GATE_UP, LAYER, export_native, family_of, native_keys
 from speculators.utils.files import atomic_directory
 from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX, load_checkpoint
 from speculators.verifier.config import open_verifier_config, text_config

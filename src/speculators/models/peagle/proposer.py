@@ -1,4 +1,4 @@
-"""How P-EAGLE drafts: one forward takes in what was committed and fills the masked slots behind it.
+"""Drafts with P-EAGLE: one forward reads what was committed and fills the masked slots behind it.
 
 Shapes: B rows, T committed columns, C new entries, K draft tokens, W = C + K - 1 columns, V verifier vocabulary.
 
@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.interfaces import Committed, DraftSampling, Proposal
+from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.models.eagle3.network import Eagle3Network
-from speculators.models.eagle3.proposer import Eagle3Proposer
-from speculators.models.feedback_proposer import ALONE_FROM, NO_DRAFT
+from speculators.models.feedback_proposer import ALONE_FROM, FeedbackProposer
 from speculators.nn.cache import Span
-from speculators.nn.draft_sampling import draft_slots
+from speculators.nn.draft_sampling import NO_DRAFT, draft_slots
 
 
-class PEagleProposer(Eagle3Proposer):
+class PEagleProposer(FeedbackProposer):
     """Snapshot of a drafter, made to draft. `network` should be fused."""
 
     def __init__(
@@ -39,7 +38,8 @@ class PEagleProposer(Eagle3Proposer):
         verifier_vocab_size: int,
         **sizes: Any,
     ):
-        super().__init__(network, target_layer_ids, d2t, verifier_vocab_size, **sizes)
+        capture = CaptureSpec(aux_layer_ids=tuple(target_layer_ids))
+        super().__init__(network, capture, d2t, verifier_vocab_size, **sizes)
         self.mask_token_id = mask_token_id
         with torch.inference_mode():
             self.slot_11H = network.combine(mask_hidden_11D.to(self.dtype))
@@ -58,15 +58,15 @@ class PEagleProposer(Eagle3Proposer):
 
     @torch.inference_mode()
     def slot_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
-        """[B, K, V_draft]: what each slot says, whatever the others draft."""
+        """Log-probabilities [B, K, V_draft] of each slot, which do not depend on the other drafts."""
         num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
         with self.prepacked:
             normed_BKH = self.fill(committed, num_new, num_committed, num_tokens)
             return self.network.lm_head(normed_BKH).float().log_softmax(-1)
 
     def fill(self, committed: Committed, num_new: list[int], num_committed: list[int], num_tokens: int) -> Tensor:
-        """Write the new entries and the slots behind them; what the head reads at the last entry and the slots."""
-        starts, counts, skips = self.places(num_new, num_committed)
+        """Writes the new entries and the slots behind them; returns the hidden states of last entry and slots."""
+        starts, counts, skips = self.new_entries(num_new, num_committed)
         if len(set(counts)) > 1:
             for b in [b for b, count in enumerate(counts) if count >= ALONE_FROM]:
                 # padding the other rows to this one would cost more than a forward of its own
@@ -81,8 +81,8 @@ class PEagleProposer(Eagle3Proposer):
         self.cache.lengths[: len(starts)] = [start + count for start, count in zip(starts, counts, strict=True)]
         return self.step(tokens_BW, hidden_BWH, span).normed_BRH
 
-    def places(self, num_new: list[int], num_committed: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """Of each row: position of its first new entry, how many it has, and the columns before them."""
+    def new_entries(self, num_new: list[int], num_committed: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Returns, per row: position of its first new entry, number of new entries, and columns before them."""
         starts, counts, skips = [], [], []
         for length, new, total in zip(self.cache.lengths, num_new, num_committed, strict=False):
             is_new = 0 < new == total
@@ -95,7 +95,7 @@ class PEagleProposer(Eagle3Proposer):
         rows, width = slice(0, len(starts)), max(1, *counts) + num_tokens - 1
         if counts[0] > 0 and len(set(zip(starts, counts, strict=True))) == 1:
             return Span(rows, width, end=starts[0] + width, start=starts[0], num_queries=num_tokens)
-        # Rows that do not take part write past their end, where nobody looks.
+        # Rows without new entries write past their end, where no query reads.
         span = Span(rows, width, end=max(starts) + width, starts_B=self.tensor(starts), num_queries=num_tokens)
         span.first_query_B = (self.tensor(counts) - 1).clamp_min(0)
         return span
@@ -103,7 +103,7 @@ class PEagleProposer(Eagle3Proposer):
     def columns_of(
         self, committed: Committed, counts: list[int], skips: list[int], num_tokens: int
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and states of the columns: a row's entries, then masked slots up to the common width."""
+        """Returns tokens and states of the columns: each row's entries, then masked slots up to the common width."""
         assert committed.states_BTD is not None
         num_entries = max(1, *counts)
         column_C = torch.arange(num_entries, device=self.device)
