@@ -268,7 +268,7 @@ FAULTS = {
         "eagle3",
         lambda path: (path / "config.json").write_text("{"),
         ("config-unreadable", "config.json"),
-        "no JSON",
+        "not JSON",
     ),
     "another weights file": (
         "dflash",
@@ -409,7 +409,7 @@ def test_a_directory_of_no_format_is_an_error_that_says_so(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="has no weights"):
         check_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no directory here"):
+    with pytest.raises(FileNotFoundError, match="not a directory here"):
         check_checkpoint(tmp_path / "none")
 
 

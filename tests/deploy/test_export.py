@@ -205,7 +205,7 @@ def test_verifier_and_type_can_be_chosen(trained, tmp_path):
     assert result["format"] == "speculators" and result["speculative_config"] is None
     assert values_of(tmp_path / "out")["dtype"] == "float32"
     assert load_file(tmp_path / "out" / "model.safetensors")["fc.weight"].dtype == torch.float32
-    with pytest.raises(ValueError, match="dtype='int64' is no floating type"):
+    with pytest.raises(ValueError, match="dtype='int64' is not a floating type"):
         export_checkpoint(trained("eagle3"), tmp_path / "other", dtype="int64")
 
 
@@ -251,15 +251,15 @@ def test_an_mtp_layer_is_exported_inside_its_verifier(tmp_path):
     assert all(torch.allclose(ours[name].float(), theirs[name].float()) for name in ours)
 
 
-def test_overwriting_never_deletes_what_is_no_checkpoint_nor_what_is_read(copy_of, tmp_path):
+def test_overwriting_deletes_neither_other_directories_nor_the_source(copy_of, tmp_path):
     checkpoint, home = copy_of("eagle"), tmp_path / "home"
     home.mkdir()
     (home / "thesis.txt").write_text("precious")
     (tmp_path / "link").symlink_to(checkpoint)
     for output, words in (
-        (home, "is no checkpoint"),
+        (home, "is not a checkpoint"),
         (home / "thesis.txt", "is a file"),
-        (tmp_path / "link", "is read"),
+        (tmp_path / "link", "is the source itself"),
     ):
         with pytest.raises(ValueError, match=words):
             export_checkpoint(checkpoint, output, overwrite=True)
@@ -272,7 +272,7 @@ def test_a_verifier_or_report_that_cannot_be_read_is_named_with_its_flag(trained
         export_checkpoint(trained("eagle"), tmp_path / "out", verifier="./nowhere")
     for text, words in (("{", "is not JSON"), ("[]", "it has no rows")):
         (tmp_path / "report.json").write_text(text)
-        with pytest.raises(ValueError, match=rf"report.json (is no evaluation: )?{words}.*--report"):
+        with pytest.raises(ValueError, match=rf"report.json (is not an evaluation: )?{words}.*--report"):
             export_checkpoint(trained("eagle"), tmp_path / "out", report=tmp_path / "report.json")
     assert not (tmp_path / "out").exists()
 

@@ -51,7 +51,7 @@ def test_a_python_without_vllm_and_a_path_without_python_are_named(tmp_path, mon
     bare.chmod(0o755)
     with pytest.raises(ValueError, match="that Python has no vllm"):
         find_vllm(str(bare))
-    with pytest.raises(ValueError, match="/no/where is no Python"):
+    with pytest.raises(ValueError, match="/no/where is not a Python"):
         find_vllm("/no/where")
 
 

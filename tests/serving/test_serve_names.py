@@ -99,7 +99,7 @@ def test_a_name_that_the_hub_does_not_know_is_refused_and_one_that_cannot_be_ask
 
     answer = Response(404, request=Request("HEAD", "https://hub/org/typo"))
     hub["org/typo"] = RepositoryNotFoundError("404: no such repository", response=answer)
-    with pytest.raises(ValueError, match=r"org/typo is no directory here, and the hub gives no model .*404: no such"):
+    with pytest.raises(ValueError, match=r"org/typo is not a directory here, and the hub gives no .*404: no such"):
         run(["serve", "org/typo", "--dry-run"])
     hub["org/model"] = Path(verifier)
     assert run(["serve", "org/model", "--dry-run"])["command"][1:] == ["serve", "org/model"]

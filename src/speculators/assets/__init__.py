@@ -1,6 +1,6 @@
-"""The embedded verifier and its prompts: what lets every command run on a machine without a network.
+"""Finds the embedded verifier and its prompts, with which every command runs on a machine without a network.
 
-Made by `scripts/build_tiny_verifier.py`; how, and how good it is, stands in the model folder's README.md.
+`scripts/build_tiny_verifier.py` made them; the README.md of the model folder says how, and how good the model is.
 """
 
 from importlib.resources import files
@@ -11,12 +11,15 @@ __all__ = ["prompts_path", "tiny_verifier_path"]
 
 
 def tiny_verifier_path() -> Path:
-    """Folder of the embedded verifier, for `from_pretrained` of transformers and for `vllm serve`."""
+    """Returns the folder of the embedded verifier, for `from_pretrained` of transformers and for `vllm serve`."""
     return Path(str(files(__name__) / "tiny_verifier"))
 
 
 def prompts_path(split: Literal["train", "heldout"] = "train") -> Path:
-    """JSONL file of conversations about objects the verifier was trained on, or was never shown."""
+    """Returns a JSONL file of conversations about objects that the verifier was trained on, or has never seen.
+
+    Raises `ValueError` for another split.
+    """
     if split not in ("train", "heldout"):
-        raise ValueError(f"split={split!r} is no set of embedded prompts; there are 'train' and 'heldout'")
+        raise ValueError(f"split={split!r} is not a set of embedded prompts; use 'train' or 'heldout'")
     return Path(str(files(__name__) / "prompts" / f"{split}.jsonl"))

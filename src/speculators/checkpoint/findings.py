@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, said and how to fix it. Records only: nothing here looks at files.
+"""Describes what is wrong with a checkpoint and how to fix it. Records only: nothing here reads files.
 
 The check itself is `speculators.deploy.check_checkpoint`; algorithms add what only they know through
 `CheckpointContract.findings`, formats through `CheckpointFormat.findings`.
@@ -14,11 +14,13 @@ VLLM_PROFILE = "vllm-0.32"
 """The engine version whose reading of a checkpoint the rules describe."""
 
 Severity = Literal["error", "warning"]
-"""error: served, it would fail or be another drafter than the one that was trained. warning: look at it."""
+"""error: the served drafter would fail, or would not be the one that was trained. warning: worth a look."""
 
 
 @dataclass(frozen=True)
 class Finding:
+    """One thing that is wrong, the rule it breaks, and the fix."""
+
     severity: Severity
     code: str
     """Short and stable: scripts may compare it."""
@@ -27,6 +29,7 @@ class Finding:
     found: str
     rule: str
     fix: str
+    """What to do about it."""
 
     def as_dict(self) -> dict[str, str]:
         return asdict(self)
@@ -44,7 +47,7 @@ def warning(code: str, where: str, found: str, rule: str, fix: str) -> Finding:
 
 
 def null_mask_token(values: Mapping[str, Any]) -> Iterable[Finding]:
-    """An error if `mask_token_id` is there without a value."""
+    """Reports a `mask_token_id` that is null."""
     if values.get("mask_token_id", 0) is None:
         yield error(
             "mask-token-missing",
@@ -56,7 +59,7 @@ def null_mask_token(values: Mapping[str, Any]) -> Iterable[Finding]:
 
 
 def missing_keys(values: Mapping[str, Any], meaning_of_absence: Mapping[str, str]) -> Iterable[Finding]:
-    """Errors for keys of config.json that are absent; `meaning_of_absence` says what an engine then does."""
+    """Reports keys that config.json lacks; `meaning_of_absence` says what an engine does without each."""
     for key, meaning in meaning_of_absence.items():
         if key not in values:
             yield error(

@@ -38,20 +38,20 @@ CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True)
 class ForeignCheckpoint:
-    """What lies in a directory, as it lies there."""
+    """A directory of another project (or ours), read as it is."""
 
     path: Path
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """config.json; empty when there is none."""
+        """The values of config.json; empty when the file is missing. Raises `ValueError` when it is not JSON."""
         file = self.path / CONFIG_FILE
         if not file.is_file():
             return {}
         try:
             return json.loads(file.read_text())
         except ValueError as problem:
-            raise ValueError(f"{file} is no JSON ({problem}): fetch it again, or correct it") from problem
+            raise ValueError(f"{file} is not JSON ({problem}): fetch it again, or correct it") from problem
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
@@ -63,7 +63,7 @@ class ForeignCheckpoint:
 
 @dataclass(frozen=True)
 class OurCheckpoint:
-    """A speculator in our terms, and where it comes from."""
+    """A speculator under our names, and the directory it comes from."""
 
     config: SpeculatorModelConfig
     tensors: Mapping[str, Tensor]
@@ -77,11 +77,11 @@ class OurCheckpoint:
 
 @dataclass(frozen=True)
 class Serving:
-    """What to give vLLM."""
+    """The model and the speculative config to give vLLM."""
 
     model: str
     speculative_config: Mapping[str, Any] | None = None
-    """None: the directory says everything itself."""
+    """None: the directory's config.json says everything."""
 
     @property
     def command(self) -> str:
@@ -92,7 +92,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Converted:
-    """A foreign checkpoint in our terms."""
+    """A checkpoint of another project under our names."""
 
     config: SpeculatorModelConfig
     tensors: dict[str, Tensor]
@@ -101,7 +101,7 @@ class Converted:
 
 
 class CheckpointFormat:
-    """One format of one algorithm. Subclasses define what they can do; the rest says that it cannot."""
+    """One directory format of one algorithm. Subclasses define what they support; the rest raises `ValueError`."""
 
     name: ClassVar[str]
     method: ClassVar[str | None] = None
@@ -110,22 +110,23 @@ class CheckpointFormat:
     """Whether writing copies the verifier's own files (so that it must be on this machine)."""
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
-        """Whether the directory is of this format, by config.json and the names of its tensors."""
+        """Says whether the directory is in this format, by config.json and the names of its tensors."""
         return False
 
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
-        """What an engine would drop or misread in such a directory."""
+        """Reports what an engine would drop or misread in such a directory."""
         return []
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
+        """Reads the directory for `verifier`; `options` are the format's own."""
         raise ValueError(f"format '{self.name}' is only written, not read")
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
-        """Fill an empty directory."""
+        """Writes the checkpoint into an empty directory."""
         raise ValueError(f"format '{self.name}' is only read, not written")
 
     def serving(self, config: SpeculatorModelConfig, directory: str, verifier: str) -> Serving | None:
-        """How vLLM serves such a directory; None: it does not."""
+        """Says how vLLM serves such a directory; None: it does not."""
         if self.method is None:
             return None
         return Serving(
@@ -135,28 +136,28 @@ class CheckpointFormat:
 
 
 class CheckpointContract:
-    """The defaults fit an algorithm that is only trained and decoded here."""
+    """What an algorithm knows of its checkpoints. The defaults fit one that is only trained and decoded here."""
 
     formats: ClassVar[tuple[CheckpointFormat, ...]] = ()
     """Formats of other projects."""
     served_format: ClassVar[str | None] = None
-    """The format of the directory that vLLM serves (`findings.VLLM_PROFILE`); None: it serves no such drafter."""
+    """The format of the directory that vLLM serves (`findings.VLLM_PROFILE`); None: it does not serve the type."""
 
     training_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of config.json that only training reads."""
 
     borrows_from_verifier: ClassVar[bool] = False
-    """Whether `embed_tokens` and `lm_head` are the verifier's, as `DraftVocabMixin` has them."""
+    """Whether `embed_tokens` and `lm_head` are copies of the verifier's, as in `DraftVocabMixin`."""
 
     def expected_tensors(self, model_class: type[SpeculatorModel], config: SpeculatorModelConfig) -> dict[str, Tensor]:
-        """Name, shape and kind of every tensor on disk, without data."""
+        """Returns every tensor that a checkpoint holds, by name, on the meta device (shape and type, no data)."""
         with torch.device("meta"):
             model = model_class.to_be_loaded(copy.deepcopy(config))
         return saved_tensors(model)
 
     def shared_tensors(self, config: SpeculatorModelConfig) -> frozenset[str]:
-        """Tensors a checkpoint may leave out, because engines then use the verifier's: the embedding unless it is
-        trained, the head unless it has rows of its own."""
+        """Names the tensors that a checkpoint may leave out because engines then use the verifier's: the embedding
+        unless it is trained, the head unless it has rows of its own."""
         if not self.borrows_from_verifier:
             return frozenset()
         is_trained = getattr(config, "embed_requires_grad", False)
@@ -165,8 +166,8 @@ class CheckpointContract:
         return frozenset([*embedding, *(["lm_head.weight"] if is_whole else [])])
 
     def verifier_copies(self, config: SpeculatorModelConfig) -> Mapping[str, str]:
-        """Tensors that are the verifier's, unchanged: name on disk -> name in the verifier (a head of fewer rows: its
-        rows by `d2t`)."""
+        """Maps the name of each unchanged copy of a verifier tensor to its name in the verifier. A head with fewer rows
+        holds the verifier's rows that `d2t` selects."""
         if not self.borrows_from_verifier:
             return {}
         is_trained = getattr(config, "embed_requires_grad", False)
@@ -184,14 +185,15 @@ class CheckpointContract:
         """Logs what engines will serve otherwise than it was trained."""
 
     def findings(self, values: Mapping[str, Any], config: SpeculatorModelConfig) -> list[Finding]:
-        """What vLLM would drop, misread or refuse. `values` is config.json as it is, `config` what we read in it."""
+        """Reports what vLLM would drop, misread or refuse. `values` is config.json as it is, `config` our reading."""
         return []
 
     def completed(self, config: SpeculatorModelConfig) -> SpeculatorModelConfig:
-        """A copy of the config with every key written that engines read."""
+        """Returns a copy of the config with every key that engines read."""
         return copy.deepcopy(config)
 
     def format_named(self, name: str) -> CheckpointFormat:
+        """Returns the format of that name. Raises `ValueError` when the algorithm has no such format."""
         for known in self.formats:
             if known.name == name:
                 return known
@@ -200,7 +202,7 @@ class CheckpointContract:
         )
 
     def serving(self, config: SpeculatorModelConfig, format_name: str, directory: str, verifier: str) -> Serving | None:
-        """How vLLM serves a directory of that format; None: it does not."""
+        """Says how vLLM serves a directory of that format; None: it does not."""
         if format_name == SPECULATORS:
             return Serving(directory) if self.served_format == SPECULATORS else None
         return self.format_named(format_name).serving(config, directory, verifier)
@@ -226,7 +228,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json spells it: "bfloat16"."""
+    """Returns a type's name as config.json spells it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -236,12 +238,12 @@ def write_config(directory: Path, values: Mapping[str, Any]) -> None:
 
 
 def num_speculative_tokens(config: SpeculatorModelConfig) -> int:
-    """Draft tokens a round, as recorded in config.json."""
+    """Returns the recorded draft tokens per round. Raises `ValueError` when config.json does not say."""
     recorded = config.speculators_config
     tokens = getattr(recorded.proposal_methods[0], "speculative_tokens", None) if recorded is not None else None
     if tokens is None:
         raise ValueError(
-            "config.json does not say how many tokens to draft a round: write "
+            "config.json does not say how many tokens to draft per round: write "
             "speculators_config.proposal_methods[0].speculative_tokens"
         )
     return int(tokens)

@@ -36,12 +36,12 @@ BEST = "checkpoint_best"
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint in our terms, whatever it was."""
+    """A checkpoint under our names, whatever format it was in."""
 
     path: Path
     format: str
     values: dict[str, Any]
-    """config.json as it lies there."""
+    """The values of config.json, unchanged."""
     model_class: type[SpeculatorModel]
     config: SpeculatorModelConfig
     tensors: dict[str, Tensor]
@@ -56,8 +56,12 @@ class OpenedCheckpoint:
 def open_checkpoint(
     checkpoint: str | Path, *, verifier: str | None = None, algorithm: str | None = None, **options: Any
 ) -> OpenedCheckpoint:
-    """`verifier`: the one to record for a checkpoint that names none. `algorithm`: for one that could be of several.
-    `options` go to the format's reader."""
+    """Opens a directory or hub id of any known format.
+
+    `verifier`: the one to record for a checkpoint that names none. `algorithm`: needed only where several algorithms
+    recognise the directory. `options` go to the format's reader. Raises `FileNotFoundError` when there is no such
+    checkpoint, `ValueError` when no algorithm, or more than one, recognises it.
+    """
     path = local_directory(checkpoint)
     source = ForeignCheckpoint(path)
     if "speculators_model_type" in source.values:
@@ -72,8 +76,8 @@ def open_checkpoint(
 
 
 def read_foreign(source: ForeignCheckpoint, known: CheckpointFormat, verifier: str | None, **options: Any) -> Converted:
-    """Formats of other projects name neither the verifier nor the number of draft tokens. A directory that was trained
-    or converted here has them in its record."""
+    """Reads another project's format, which names neither the verifier nor the number of draft tokens; takes both from
+    the record of a directory that was trained or converted here."""
     record = read_training_record(source.path) or {}
     converted = known.read(source, verifier or (record.get("verifier") or {}).get("name_or_path"), **options)
     settings, num_tokens = converted.config.speculators_config, record.get("num_speculative_tokens")
@@ -83,7 +87,7 @@ def read_foreign(source: ForeignCheckpoint, known: CheckpointFormat, verifier: s
 
 
 def local_directory(checkpoint: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """A directory as it is, else the hub's copy."""
+    """Returns a directory as it is, else downloads it from the hub. Raises `FileNotFoundError` when neither works."""
     if Path(checkpoint).is_dir():
         refuse_run(Path(checkpoint))
         return Path(checkpoint).resolve()
@@ -91,13 +95,13 @@ def local_directory(checkpoint: str | Path, cache_dir: str | Path | None = None)
         return Path(snapshot_download(str(checkpoint), allow_patterns=list(WEIGHTS_AND_CONFIG), cache_dir=cache_dir))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as problem:
         raise FileNotFoundError(
-            f"Checkpoint not found: '{checkpoint}' is no directory here and no repository of the hub that can be "
+            f"Checkpoint not found: '{checkpoint}' is not a directory here, nor a repository of the hub that can be "
             "reached; name a directory with config.json and the weights"
         ) from problem
 
 
 def refuse_run(directory: Path) -> None:
-    """A run holds checkpoints, and is easily taken for one."""
+    """Raises `ValueError` for the directory of a training run, which holds checkpoints but is not one."""
     best = directory / BEST
     if best.is_dir() and not (directory / CONFIG_FILE).exists():
         raise ValueError(f"{directory} is a training run, not a checkpoint; name a checkpoint of it, such as {best}")
@@ -106,7 +110,7 @@ def refuse_run(directory: Path) -> None:
 def recognise(
     source: ForeignCheckpoint, algorithm: str | None = None
 ) -> tuple[type[SpeculatorModel], CheckpointFormat]:
-    """Whose format a directory is in."""
+    """Finds the algorithm and the format of a directory. Raises `ValueError` unless exactly one format fits."""
     names = [algorithm] if algorithm is not None else SpeculatorModel.available_names()
     found = []
     for name in names:
@@ -125,7 +129,10 @@ def recognise(
 
 
 def write_ours(ours: OurCheckpoint, model_class: type[SpeculatorModel], folder: Path) -> None:
-    """The directory that `from_pretrained` reads and, of the types it knows, vLLM."""
+    """Writes the directory that `from_pretrained` reads, and vLLM for the types it serves.
+
+    Raises `ValueError` when a tensor is missing or has another shape than its config says.
+    """
     config, contract = ours.config, model_class.contract
     expected = contract.expected_tensors(model_class, config)
     missing = sorted(expected.keys() - ours.tensors.keys() - contract.shared_tensors(config))
@@ -151,7 +158,7 @@ def write_ours(ours: OurCheckpoint, model_class: type[SpeculatorModel], folder: 
 
 @dataclass(frozen=True)
 class SpeculatorFacts:
-    """What a speculator's config.json says about serving it."""
+    """The part of a speculator's config.json that serving needs."""
 
     path: str
     """Absolute: the server may run elsewhere."""
@@ -161,13 +168,16 @@ class SpeculatorFacts:
 
 
 def read_model_config(name: str) -> dict[str, Any] | None:
-    """config.json behind a name, {} where a model of the hub has none. None: the hub cannot be asked from here, but
-    perhaps by the server."""
+    """Reads the config.json of a directory or hub id; {} for a model of the hub without one.
+
+    Returns None when the hub cannot be reached from here (the server may reach it). Raises `ValueError` for a path
+    without a model, or a name that the hub refuses.
+    """
     return local_config(name) if looks_like_a_path(name) else hub_config(name)
 
 
 def speculator_facts(name: str, values: dict[str, Any] | None) -> SpeculatorFacts | None:
-    """`values`: what `read_model_config` gave. None: no speculator, as far as is known."""
+    """Reads what serving needs from `values`, the result of `read_model_config`; None when it is not a speculator."""
     if values is None or "speculators_model_type" not in values:
         return None
     settings = values.get("speculators_config") or {}
@@ -181,7 +191,7 @@ def speculator_facts(name: str, values: dict[str, Any] | None) -> SpeculatorFact
 
 
 def is_export(model: str) -> bool:
-    """Whether it is a directory that `export` wrote, which keeps the record of training in any layout."""
+    """Says whether `export` wrote the directory: it keeps the record of training in every format."""
     return (Path(model) / RECORD_FILE).is_file()
 
 
@@ -196,8 +206,8 @@ def hub_config(name: str) -> dict[str, Any] | None:
     except (HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{name} is no directory here, and the hub gives no model of that name ({reason}); name the directory or "
-            "the hub id of a speculator or a model"
+            f"{name} is not a directory here, and the hub gives no model of that name ({reason}); name the directory "
+            "or the hub id of a speculator or a model"
         ) from error
     return parse_config(Path(path))
 

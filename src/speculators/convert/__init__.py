@@ -1,5 +1,5 @@
-"""Checkpoints of other projects, as speculators. Formats are read by their algorithms' folders; nothing here names one
-but the modules that keep the public names of earlier releases (`eagle`, `mtp`, `dflash`)."""
+"""Converts checkpoints of other projects. Each algorithm's folder reads its own formats; nothing here names an
+algorithm except the modules that keep the public names of earlier releases (`eagle`, `mtp`, `dflash`)."""
 
 from speculators.convert.entrypoints import (
     ConvertedCheckpoint,

@@ -1,4 +1,4 @@
-"""The DFlash converter of earlier releases."""
+"""Public path of earlier releases: the DFlash converter."""
 
 from __future__ import annotations
 
@@ -6,5 +6,7 @@ from speculators.convert.entrypoints import Converter
 
 
 class DFlashConverter(Converter):
+    """Converts DFlash checkpoints of other projects."""
+
     algorithm = "dflash"
     options = {"aux_hidden_state_layer_ids": None}

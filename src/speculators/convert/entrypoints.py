@@ -32,7 +32,7 @@ OLDER_OPTIONS = ("validate", "trust_remote_code")
 
 @dataclass(frozen=True)
 class ConvertedCheckpoint(TableReport, os.PathLike[str]):
-    """What was written; a path wherever a checkpoint is asked for."""
+    """The directory that a conversion wrote, and notes on it; a path wherever a checkpoint is asked for."""
 
     path: Path
     speculators_model_type: str
@@ -62,8 +62,12 @@ def convert_checkpoint(
     cache_dir: str | Path | None = None,
     **options: Any,
 ) -> ConvertedCheckpoint:
-    """`source`: directory or hub id. `algorithm` is needed only where several could have made it. `options` say what
-    the source does not, such as the verifier layers an EAGLE-3 head reads; each format takes its own."""
+    """Reads `source` (a directory or hub id in another project's format) and writes it to `output` in ours.
+
+    `algorithm` is needed only where several recognise the source. `options` give what the source does not say, such as
+    the verifier layers that an EAGLE-3 head reads; each format takes its own. Raises `ValueError` for a source that
+    cannot be converted, `FileNotFoundError` for one that does not exist, `RuntimeError` for an unreadable verifier.
+    """
     output = Path(output)
     refuse_to_replace(output, source, overwrite=overwrite)
     require_verifier(verifier)
@@ -88,7 +92,7 @@ def convert_checkpoint(
 
 
 def require_verifier(verifier: str) -> None:
-    """Its config must be readable: vocabulary, layers and class are written into ours."""
+    """Raises `RuntimeError` unless the verifier's config can be read: its vocabulary, layers and class go into ours."""
     try:
         PretrainedConfig.get_config_dict(verifier)
     except (OSError, ValueError) as problem:
@@ -106,7 +110,10 @@ def convert_model(
     validate_device: str | None = None,
     **kwargs: Any,
 ) -> ConvertedCheckpoint:
-    """Convert the checkpoint `model` for `verifier`. With `validate_device` the result is loaded there once."""
+    """Converts the checkpoint `model` for `verifier`; with `validate_device`, loads the result there once.
+
+    Raises as `convert_checkpoint` does, and `ValueError` for an algorithm without formats of other projects.
+    """
     readers = [name for name in SpeculatorModel.available_names() if SpeculatorModel.get_class(name).contract.formats]
     if algorithm is not None and algorithm not in readers:
         raise ValueError(f"Unsupported algorithm: {algorithm!r}; formats of other projects are known of {readers}")
@@ -118,13 +125,13 @@ def convert_model(
 
 
 def load_once(path: Path, device: str) -> None:
-    """The drafter of a directory must load whole."""
+    """Raises `ValueError` unless the drafter of a directory loads without missing or unexpected tensors."""
     _, info = SpeculatorModel.from_pretrained(
         str(path), device_map=device, dtype=torch.float32, output_loading_info=True
     )
     odd = info["missing_keys"] + info["unexpected_keys"]
     if odd:
-        raise ValueError(f"{path} does not load whole: {odd} are missing or have no place")
+        raise ValueError(f"{path} does not load completely: {odd} are missing or unexpected")
 
 
 def maybe_convert_external_checkpoint(
@@ -134,7 +141,11 @@ def maybe_convert_external_checkpoint(
     output_path: str | Path | None = None,
     config_dict: dict[str, Any] | None = None,
 ) -> str:
-    """A speculator's path as it is; a checkpoint of another project converted, by default to a temporary directory."""
+    """Returns a speculator's path as it is; converts a checkpoint of another project, by default to a temporary
+    directory, and returns that path.
+
+    Raises `NotImplementedError` when no algorithm recognises it, `ValueError` when it needs a verifier.
+    """
     path = local_directory(model, cache_dir)
     values = config_dict if config_dict is not None else json.loads((path / "config.json").read_text())
     if "speculators_model_type" in values:
@@ -150,9 +161,11 @@ def maybe_convert_external_checkpoint(
 
 
 class Converter:
+    """Base of the converter classes of earlier releases: one algorithm and its options."""
+
     algorithm: ClassVar[str]
     options: ClassVar[dict[str, Any]] = {}
-    """Names of the further arguments, and their defaults (None: as the source says)."""
+    """Further arguments of `convert` and their defaults (None: as the source says)."""
 
     def convert(
         self,
@@ -164,7 +177,10 @@ class Converter:
         cache_dir: str | Path | None = None,
         **kwargs: Any,
     ) -> ConvertedCheckpoint:
-        """Convert `input_path` for the verifier `base_model`. What is written is always checked."""
+        """Converts `input_path` for the verifier `base_model` and replaces `output_path`; the result is always checked.
+
+        Raises as `convert_checkpoint` does, and `TypeError` for an argument that the converter does not have.
+        """
         unknown = sorted(kwargs.keys() - self.options.keys())
         if unknown:
             raise TypeError(

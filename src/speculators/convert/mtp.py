@@ -1,4 +1,4 @@
-"""The MTP converter of earlier releases, and its tables."""
+"""Public path of earlier releases: the MTP converter and its tables of tensor names."""
 
 from __future__ import annotations
 
@@ -16,5 +16,7 @@ MTP_PREFIX_REMAP = {
 
 
 class MTPConverter(Converter):
+    """Converts the MTP layer of a verifier's own checkpoint."""
+
     algorithm = "mtp"
     options = {"num_speculative_steps": 3}

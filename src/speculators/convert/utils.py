@@ -1,4 +1,4 @@
-"""Reading checkpoints of other projects piece by piece."""
+"""Public path of earlier releases: reads checkpoints of other projects piece by piece."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from speculators.utils.loading import BIN_INDEX, SAFETENSORS_INDEX, load_checkpo
 
 
 def ensure_checkpoint_is_local(checkpoint_path: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """A path that exists as it is, else the hub's copy. FileNotFoundError: there is neither."""
+    """Returns an existing path, else downloads it from the hub. Raises `FileNotFoundError` if neither works."""
     return Path(checkpoint_path) if Path(checkpoint_path).exists() else local_directory(checkpoint_path, cache_dir)
 
 
 def download_checkpoint_from_hub(model_id: str, cache_dir: str | Path | None = None) -> Path:
+    """Downloads config and weights of a hub id. Raises `FileNotFoundError` when the hub does not have it."""
     return local_directory(model_id, cache_dir)
 
 
 def load_checkpoint_config(checkpoint_dir: str | Path) -> dict[str, Any]:
+    """Reads config.json. Raises `FileNotFoundError` when the directory has none."""
     file = Path(checkpoint_dir) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"No config.json found at {checkpoint_dir}")
@@ -29,7 +31,8 @@ def load_checkpoint_config(checkpoint_dir: str | Path) -> dict[str, Any]:
 
 
 def load_checkpoint_weights(checkpoint_dir: str | Path) -> dict[str, Tensor]:
-    """Of a single file. `utils.loading.load_checkpoint` also reads sharded ones; so does conversion itself."""
+    """Reads the tensors of an unsharded checkpoint. Raises `NotImplementedError` for a sharded one, which
+    `utils.loading.load_checkpoint` and conversion itself read."""
     for index in (SAFETENSORS_INDEX, BIN_INDEX):
         if (Path(checkpoint_dir) / index).is_file():
             raise NotImplementedError(

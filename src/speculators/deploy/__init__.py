@@ -1,1 +1,1 @@
-"""What stands between a checkpoint and a server: checks, exports, and starting vLLM. Import the module you need."""
+"""Checks checkpoints, exports them, and starts vLLM. Import the module you need."""

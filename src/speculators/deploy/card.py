@@ -1,4 +1,4 @@
-"""The model card (README.md) of an exported directory: how to serve it, what made it, how well it drafts."""
+"""Writes the model card (README.md) of an exported directory: how to serve it, what made it, how well it drafts."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ def model_card(
     verifier: str | None,
     report: Mapping[str, Any] | None,
 ) -> str:
-    """Markdown with the metadata the hub reads."""
+    """Returns the card as Markdown, headed by the metadata that the hub reads.
+
+    `serving=None`: vLLM does not serve the format. `report=None`: the card says that nothing was measured.
+    """
     versions = ", ".join(f"{package} {version}" for package, version in package_versions().items() if version)
     how = f"    {serving.command}\n" if serving is not None else "vLLM does not serve this kind of drafter.\n"
     return f"""---
 library_name: speculators
 tags: [speculative-decoding, {config.speculators_model_type}]
-{metadata_of(verifier)}---
+{base_model_line(verifier)}---
 
 # {name}
 
@@ -44,20 +47,20 @@ A drafter of type `{config.speculators_model_type}` for `{verifier or "an unname
 Written for {VLLM_PROFILE.replace("-", " ")}:
 
 {how}
-{measured(report)}
+{acceptance_section(report)}
 ## Made with
 
 {versions}
 """
 
 
-def metadata_of(verifier: str | None) -> str:
-    """A verifier of the hub is named; a path would mean nothing there."""
+def base_model_line(verifier: str | None) -> str:
+    """Names a verifier of the hub; leaves out a local path, which would mean nothing there."""
     is_hub_id = verifier is not None and verifier.count("/") == 1 and not verifier.startswith((".", "/"))
     return f"base_model: {verifier}\n" if is_hub_id else ""
 
 
-def measured(report: Mapping[str, Any] | None) -> str:
+def acceptance_section(report: Mapping[str, Any] | None) -> str:
     if report is None:
         return "## Acceptance\n\nNot measured: run `speculators evaluate` and export again with its report.\n"
     cells = [
@@ -76,7 +79,11 @@ def measured(report: Mapping[str, Any] | None) -> str:
 
 
 def find_report(checkpoint: Path, algorithm: str, given: Path | None) -> dict[str, Any] | None:
-    """The evaluation report named, or one lying beside the checkpoint or its run, with its rows about this drafter."""
+    """Reads the report `given`, or one beside the checkpoint or its run, and keeps its rows about this drafter.
+
+    Returns None when nothing was given and none is found. Raises `ValueError` when the given report has no row about
+    this checkpoint or another drafter of its algorithm.
+    """
     if given is not None:
         report = read_report(given)
         rows = rows_about(report, checkpoint) or [row for row in report["rows"] if row.get("method") == algorithm]
@@ -96,7 +103,7 @@ def find_report(checkpoint: Path, algorithm: str, given: Path | None) -> dict[st
 
 
 def rows_about(report: Mapping[str, Any], checkpoint: Path) -> list[Any]:
-    """Rows of a method whose model is this very directory: a report that merely lies near may be about another."""
+    """Selects the rows whose method uses this very directory: a report found nearby may be about another drafter."""
     configs = (report.get("settings") or {}).get("speculative_configs") or {}
     models = {name: (config or {}).get("model") for name, config in configs.items()}
     rows = [(row, models.get(row.get("method"))) for row in report["rows"]]
@@ -111,5 +118,7 @@ def read_report(file: Path) -> dict[str, Any]:
             f"{file} is not JSON ({problem}); name what `evaluate --output` wrote by --report"
         ) from problem
     if not isinstance(found, dict) or "rows" not in found:
-        raise ValueError(f"{file} is no evaluation: it has no rows; name what `evaluate --output` wrote by --report")
+        raise ValueError(
+            f"{file} is not an evaluation: it has no rows; name what `evaluate --output` wrote by --report"
+        )
     return found

@@ -43,18 +43,8 @@ def check_checkpoint(
     try:
         values = ForeignCheckpoint(path).values
     except ValueError as problem:
-        report.add(
-            "config.json",
-            [
-                error(
-                    "config-unreadable",
-                    "config.json",
-                    str(problem),
-                    "config.json is JSON",
-                    "correct it, or fetch it again",
-                )
-            ],
-        )
+        fix = "correct the file, or fetch it again"
+        report.add("config.json", [error("config-unreadable", "config.json", str(problem), "it must be JSON", fix)])
         return report
     opened = (
         opened_ours(values, report)
@@ -72,7 +62,7 @@ def opened_ours(values: dict[str, Any], report: CheckReport) -> OpenedCheckpoint
     report.add("config.json", config_check.structure_findings(values))
     if any(found.code == "type-unknown" for found in report.findings):
         return None
-    config, invalid = config_check.read_config(values, report.path)
+    config, invalid = config_check.read_config(report.path)
     report.findings += invalid
     if config is None:
         return None

@@ -1,8 +1,10 @@
-"""config.json by itself: what engines read there and have no defaults for, and what they would misread."""
+"""Checks config.json by itself (keys that engines read without a default, values they would misread) and against the
+record of training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -30,20 +32,22 @@ LAYER_KEYS = (
 
 
 def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
-    """Of the parts every speculator has."""
+    """Checks the parts that every speculator's config.json has."""
     name = values.get("speculators_model_type")
     known = SpeculatorModel.available_names()
     if name not in known:
         yield error("type-unknown", "speculators_model_type", repr(name), f"known are {known}", "correct the name")
     settings = values.get(SETTINGS)
     if not isinstance(settings, Mapping):
-        yield absent(SETTINGS, "vLLM recognises a speculator by it")
+        yield missing_key(SETTINGS, "vLLM recognises a speculator by it")
         return
     methods = settings.get("proposal_methods") or [{}]
     if methods[0].get("speculative_tokens") is None:
-        yield absent(f"{SETTINGS}.proposal_methods[0].speculative_tokens", "vLLM drafts so many tokens a round")
+        yield missing_key(
+            f"{SETTINGS}.proposal_methods[0].speculative_tokens", "vLLM drafts this many tokens per round"
+        )
     if (settings.get("verifier") or {}).get("name_or_path") is None:
-        yield absent(f"{SETTINGS}.verifier.name_or_path", "vLLM serves this model, with its tokenizer")
+        yield missing_key(f"{SETTINGS}.verifier.name_or_path", "vLLM serves this model, with its tokenizer")
     default, first = settings.get("default_proposal_method"), methods[0].get("proposal_type")
     if default != first:
         yield warning(
@@ -58,7 +62,7 @@ def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
             "algorithm-differs",
             f"{SETTINGS}.algorithm",
             repr(settings.get("algorithm")),
-            f"speculators_model_type is {name!r}, and decides",
+            f"speculators_model_type is {name!r}, and that is what counts",
             f"write {name!r}",
         )
     if "model_type" in values:
@@ -66,7 +70,7 @@ def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
             "stray-model-type",
             "model_type",
             repr(values["model_type"]),
-            "loaders of other libraries take the directory for such a model",
+            "loaders of other libraries would load the directory as such a model",
             "remove the key",
         )
     if "auto_map" in values:
@@ -74,16 +78,18 @@ def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def layer_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
-    """Of the draft layers' config, for a drafter that vLLM builds from it."""
+    """Checks the draft layers' config of a drafter that vLLM builds from it."""
     layers = values.get(LAYERS)
     if not isinstance(layers, Mapping):
-        yield absent(LAYERS, "vLLM builds the draft layers from it")
+        yield missing_key(LAYERS, "vLLM builds the draft layers from it")
         return
     for key in LAYER_KEYS:
         if layers.get(key) is None:
-            yield absent(f"{LAYERS}.{key}", "vLLM has no default of the family behind it")
+            yield missing_key(f"{LAYERS}.{key}", "vLLM has no default for it")
     if not any(layers.get(key) for key in ROPE_KEYS[:3]):
-        yield absent(f"{LAYERS}.rope_parameters", "vLLM then takes a theta of its own, which differs by drafter type")
+        yield missing_key(
+            f"{LAYERS}.rope_parameters", "vLLM then takes a theta of its own, which differs by drafter type"
+        )
     rope = layers.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
         yield error(
@@ -112,12 +118,12 @@ def layer_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def absent(where: str, meaning: str) -> Finding:
+def missing_key(where: str, meaning: str) -> Finding:
     return error("key-missing", where, "not in config.json", meaning, f"write {where}")
 
 
-def read_config(values: Mapping[str, Any], path: Any) -> tuple[SpeculatorModelConfig | None, list[Finding]]:
-    """The config as we read it; None where it cannot be read, with the reasons."""
+def read_config(path: Path) -> tuple[SpeculatorModelConfig | None, list[Finding]]:
+    """Reads the config of the directory `path`; returns None and the reasons when a value is invalid."""
     try:
         return SpeculatorModelConfig.from_pretrained(path), []
     except ValidationError as problem:
@@ -136,7 +142,10 @@ def read_config(values: Mapping[str, Any], path: Any) -> tuple[SpeculatorModelCo
 def changed_config_findings(
     record: Mapping[str, Any], values: Mapping[str, Any], training_keys: frozenset[str], *, is_ours: bool
 ) -> Iterator[Finding]:
-    """`is_ours`: config.json is in our format, so that a key that is gone or new says something."""
+    """Reports each value that differs from the record of training.
+
+    `is_ours`: config.json is in our format, so a key that was added or removed matters too.
+    """
     trained, now = record["config"], computed_config(values)
     for key in sorted(trained.keys() - training_keys):
         if key not in now and is_ours:

@@ -1,6 +1,6 @@
-"""`export_checkpoint`: write what a given engine needs from one and the same checkpoint.
+"""Writes from one checkpoint the directory that a given engine needs.
 
-profile         what is written
+profile         the format that is written
 vllm-0.32       the format in which vLLM 0.32 serves the algorithm (the default)
 native          the algorithm's format beside ours, if it has one
 <format>        that format: "speculators", or one of the algorithm's own
@@ -32,13 +32,13 @@ NATIVE = "native"
 
 @dataclass(frozen=True)
 class Exported(TableReport, os.PathLike[str]):
-    """What was written; a path wherever a checkpoint is asked for."""
+    """Says where and in which format an export was written; a path wherever a checkpoint is asked for."""
 
     path: Path
     speculators_model_type: str
     format: str
     serving: Serving | None
-    """None: no vLLM serves this."""
+    """How to serve the directory; None: vLLM does not serve such drafters."""
     notes: tuple[str, ...] = ()
 
     def __fspath__(self) -> str:
@@ -64,8 +64,13 @@ def export_checkpoint(
     overwrite: bool = False,
     report: Path | None = None,
 ) -> Exported:
-    """Write a directory that `profile` can be given. `verifier`: the name to record in place of the one there, such as
-    the hub id under which the serving machine knows it. `report`: an evaluation to quote in the card."""
+    """Writes the directory `output` for the engine `profile` and checks it.
+
+    `verifier`: the name to record in place of the recorded one, such as the hub id that the serving machine knows.
+    `dtype`: the type of float tensors ("bfloat16", ...); None keeps them. `report`: an evaluation to quote in the card.
+    Raises `ValueError` for a setting that cannot be met, and `CheckError` (a `ValueError`) when the checkpoint itself
+    is wrong; nothing is written then.
+    """
     output = Path(output)
     path = Path(os.path.abspath(output))  # links stay, as in every name that is written down
     refuse_to_replace(output, checkpoint, overwrite=overwrite)
@@ -104,7 +109,10 @@ def export_checkpoint(
 
 
 def serving_of_export(directory: str | Path, verifier: str | None = None) -> Serving:
-    """How vLLM serves a directory that was exported in a layout other than ours."""
+    """Says how vLLM serves a directory that was exported in another project's format.
+
+    Raises `ValueError` when it names no verifier, or vLLM does not serve it.
+    """
     opened = open_checkpoint(directory, verifier=verifier)
     recorded, contract = opened.config.speculators_config, opened.model_class.contract
     named = verifier or (None if recorded is None else recorded.verifier.name_or_path)
@@ -131,7 +139,7 @@ def chosen_format(opened: OpenedCheckpoint, profile: str) -> str:
     if profile == VLLM_PROFILE:
         if contract.served_format is None:
             raise ValueError(
-                f"{VLLM_PROFILE} serves no '{algorithm}' drafter; --profile {SPECULATORS} keeps it for here"
+                f"{VLLM_PROFILE} serves no '{algorithm}' drafter; --profile {SPECULATORS} writes our own format"
             )
         return contract.served_format
     if profile == NATIVE:
@@ -155,7 +163,7 @@ def named_verifier(verifier: str) -> VerifierConfig:
 
 
 def prepared(opened: OpenedCheckpoint, verifier: str | None, dtype: str | None) -> OurCheckpoint:
-    """The checkpoint as it is to be written: complete config, tensors of the wanted type."""
+    """Completes the config, records `verifier`, and converts float tensors to `dtype`."""
     config = opened.model_class.contract.completed(opened.config)
     if verifier is not None and config.speculators_config is not None:
         config.speculators_config.verifier = named_verifier(verifier)
@@ -163,6 +171,6 @@ def prepared(opened: OpenedCheckpoint, verifier: str | None, dtype: str | None) 
     if dtype is not None:
         wanted = getattr(torch, dtype, None)
         if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-            raise ValueError(f"dtype={dtype!r} is no floating type; use bfloat16, float16 or float32")
+            raise ValueError(f"dtype={dtype!r} is not a floating type; use bfloat16, float16 or float32")
         tensors = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
     return OurCheckpoint(config, tensors, opened.path)

@@ -51,7 +51,7 @@ class VllmEnvironment:
 
     @property
     def command(self) -> list[str]:
-        """What `vllm` is called here: its script beside that Python, else the module behind the script."""
+        """How to call `vllm` here: its script beside that Python, else the module behind the script."""
         script = self.python.parent / "vllm"
         return [str(script)] if script.is_file() else [str(self.python), "-m", "vllm.entrypoints.cli.main"]
 
@@ -61,7 +61,11 @@ class VllmEnvironment:
 
 
 def find_vllm(python: str | None = None) -> VllmEnvironment:
-    """`python`: an interpreter or its environment's directory. Else $SPECULATORS_VLLM_PYTHON, this Python, `vllm`."""
+    """Finds a Python that has vLLM: the named one, else this Python, else the one behind `vllm` on PATH.
+
+    `python`: an interpreter or the directory of its environment; None reads $SPECULATORS_VLLM_PYTHON. Raises
+    `ValueError` when the named Python, or none of them, has vLLM.
+    """
     named = python or os.environ.get(PYTHON_VARIABLE)
     if named:
         path = interpreter_of(named)
@@ -81,20 +85,20 @@ def find_vllm(python: str | None = None) -> VllmEnvironment:
 
 
 def interpreter_of(named: str) -> Path:
-    """The interpreter itself; of an environment's directory, the one in its bin/. Links stay: they make the venv."""
+    """Returns the interpreter, or the one in bin/ of an environment's directory. Links stay: they make the venv."""
     path = Path(named).expanduser().absolute()
     if path.is_dir():
         path = path / "bin" / "python"
     if not path.is_file():
         found = shutil.which(named)
         if found is None:
-            raise ValueError(f"{named} is no Python: give an interpreter, or the directory of its environment")
+            raise ValueError(f"{named} is not a Python: give an interpreter, or the directory of its environment")
         path = Path(found)
     return path
 
 
 def version_in(python: Path) -> str | None:
-    """Version of vllm that this Python would run; None when it has none or does not run."""
+    """Returns the version of vllm that this Python would run; None when it has no vllm or does not start."""
     try:
         answer = subprocess.run([python, "-c", QUERY], capture_output=True, text=True, timeout=QUERY_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
@@ -103,7 +107,7 @@ def version_in(python: Path) -> str | None:
 
 
 def python_behind_the_command() -> Path | None:
-    """The interpreter in the first line of the `vllm` script on PATH."""
+    """Returns the interpreter that the first line of the `vllm` script on PATH names."""
     script = shutil.which("vllm")
     if script is None:
         return None
@@ -114,7 +118,7 @@ def python_behind_the_command() -> Path | None:
 
 
 class ServerFailedError(OSError):
-    """The server ended, or never became healthy. The message carries its last words."""
+    """The server ended, or never became healthy. The message carries the end of its log."""
 
 
 def ignore(*_: object) -> None:
@@ -122,7 +126,10 @@ def ignore(*_: object) -> None:
 
 
 class ServerProcess:
-    """A context manager. `on_line` receives each line the server prints, from a thread."""
+    """Context manager: starts the server and stops it with everything it started.
+
+    `env` is added to this process's environment. `on_line` receives each line that the server prints, from a thread.
+    """
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str] | None = None, on_line: Callable[[str], None] = ignore
@@ -175,36 +182,40 @@ class ServerProcess:
     def wait_until_healthy(
         self, health_url: str, timeout_s: float, on_wait: Callable[[float, str], None] = ignore
     ) -> float:
-        """Seconds until `health_url` answered 200. `on_wait(seconds, last line)` is called at each poll."""
+        """Waits until `health_url` answers 200; returns the seconds it took.
+
+        Calls `on_wait(seconds, last line of the log)` at each poll. Raises `ServerFailedError` when the server ends or
+        `timeout_s` passes.
+        """
         start = time.monotonic()
         with httpx.Client(timeout=5.0, trust_env=False) as client:
             while True:
                 waited_s = time.monotonic() - start
                 if not self.is_running:
-                    raise ServerFailedError(f"the server ended with {self.describe_end()}{self.last_words()}")
+                    raise ServerFailedError(f"the server ended with {self.describe_end()}{self.end_of_log()}")
                 with contextlib.suppress(httpx.TransportError):
                     if client.get(health_url).status_code == 200:
                         return waited_s
                 if waited_s > timeout_s:
                     raise ServerFailedError(
                         f"the server was not healthy after {timeout_s:.0f} s ({health_url}); large models need longer: "
-                        f"--ready-timeout{self.last_words()}"
+                        f"--ready-timeout{self.end_of_log()}"
                     )
                 on_wait(waited_s, self.lines[-1] if self.lines else "")
                 time.sleep(POLL_S)
 
     def wait(self) -> None:
-        """Until the server ends by itself, which is a failure."""
+        """Waits until the server ends by itself, then raises `ServerFailedError`."""
         self.process.wait()
-        raise ServerFailedError(f"the server ended with {self.describe_end()}{self.last_words()}")
+        raise ServerFailedError(f"the server ended with {self.describe_end()}{self.end_of_log()}")
 
     def describe_end(self) -> str:
         code = self.process.poll()
         assert code is not None
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
-    def last_words(self) -> str:
-        """The end of the log, for a message."""
+    def end_of_log(self) -> str:
+        """Returns the last lines of the log, for a message."""
         self.reader.join(timeout=2.0)  # what is still in the pipe
         lines = list(self.lines)
         if not lines:
@@ -213,7 +224,10 @@ class ServerProcess:
         return f". Its last {len(shown)} lines:\n" + "\n".join(f"  {line}" for line in shown)
 
     def stop(self, grace_s: float = GRACE_S) -> None:
-        """Ask the front end to end, wait, then end what is left of its group. Interrupted: the group dies at once."""
+        """Asks the front end to stop, waits `grace_s` seconds, then ends the rest of its group.
+
+        An interrupt while it waits kills the group at once.
+        """
         try:
             if self.is_running:
                 self.process.terminate()
@@ -231,7 +245,7 @@ class ServerProcess:
 
 
 def end_with_parent() -> None:
-    """In the child, before it becomes the server: be told when whoever started it dies, however it dies."""
+    """Asks the kernel, in the child before it becomes the server, to end it when its parent dies, however that dies."""
     assert LIBC is not None
     LIBC.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
@@ -242,7 +256,7 @@ def signal_group(group: int, number: signal.Signals) -> None:
 
 
 def group_members(group: int) -> list[int]:
-    """Processes of a group that are alive: zombies that nobody has reaped do not count."""
+    """Lists the living processes of a group; zombies that nobody has reaped do not count."""
     if not Path("/proc/self/stat").exists():
         try:
             os.killpg(group, 0)

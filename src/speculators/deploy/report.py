@@ -1,4 +1,4 @@
-"""What a check found, what it looked at, and what it could not look at."""
+"""`CheckReport`: what a check found, what it checked, and what it could not check."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from speculators.utils.report import TableReport, facts_table
 
 
 class CheckError(ValueError):
-    """A checkpoint that would fail in vLLM, or draft there otherwise than it was trained to."""
+    """The checkpoint would fail in vLLM, or draft there otherwise than it was trained to."""
 
     def __init__(self, report: CheckReport, hint: str = "") -> None:
         lines = [f"  {found.where}: {found.found}; {found.rule}. Fix: {found.fix}" for found in report.errors]
@@ -25,7 +25,7 @@ class CheckError(ValueError):
 
 @dataclass
 class CheckReport(TableReport):
-    """Filled while the check runs."""
+    """The result of a check; `add` and `skip` fill it while the check runs."""
 
     path: Path
     format: str = "unknown"
@@ -37,15 +37,16 @@ class CheckReport(TableReport):
     """What could not be checked -> why."""
     serving: Serving | None = None
     served_format: str | None = None
-    """The one in which `export` writes such a drafter for vLLM; None: vLLM has none of the kind."""
+    """The format in which `export` writes such a drafter for vLLM; None: vLLM does not serve the type."""
     notes: tuple[str, ...] = ()
 
     def add(self, what: str, found: Iterable[Finding]) -> None:
-        """One thing that was looked at."""
+        """Records that `what` was checked, and its findings."""
         self.done.append(what)
         self.findings += list(found)
 
     def skip(self, what: str, why: str) -> None:
+        """Records that `what` could not be checked."""
         self.not_done[what] = why
 
     @property

@@ -1,4 +1,4 @@
-"""The tensors: names, shapes, kinds, values, and the draft vocabulary's map.
+"""Checks the tensors: names, shapes, types, values, the map of the draft vocabulary, and changes since training.
 
 Shapes: V verifier vocabulary, D draft vocabulary.
 """
@@ -28,7 +28,10 @@ TENSOR_FIX = "take the tensor from where the checkpoint was trained"
 def tensor_findings(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], shared: frozenset[str], *, is_served: bool
 ) -> Iterator[Finding]:
-    """`is_served`: vLLM loads this very directory, so that names it does not know stop it."""
+    """Compares tensors with those that config.json calls for; `shared` ones may be missing.
+
+    `is_served`: vLLM loads this very directory, and refuses names that it does not know.
+    """
     for name in sorted(expected.keys() - tensors.keys() - shared):
         served_as = "zeros: draft id i would stand for token i" if name == MAP else "whatever the memory holds"
         yield error(
@@ -48,23 +51,22 @@ def tensor_findings(
             "remove the tensor, or correct the option in config.json it is for",
         )
     for name in sorted(tensors.keys() & expected.keys()):
-        yield from one_tensor(name, tensors[name], expected[name])
+        yield from single_tensor_findings(name, tensors[name], expected[name])
 
 
-def one_tensor(name: str, tensor: Tensor, expected: Tensor) -> Iterator[Finding]:
+def single_tensor_findings(name: str, tensor: Tensor, expected: Tensor) -> Iterator[Finding]:
     if tensor.shape != expected.shape:
         yield error(
             "tensor-shape",
             name,
             shape_of(tensor),
-            f"by config.json it is {shape_of(expected)}",
+            f"config.json calls for {shape_of(expected)}",
             "correct config.json, or take the tensor of this drafter",
         )
     if not expected.is_floating_point():
         if tensor.dtype != expected.dtype:
-            yield error(
-                "tensor-type", name, type_of(tensor), f"it is {type_of(expected)}", f"store it as {type_of(expected)}"
-            )
+            kind = type_of(expected)
+            yield error("tensor-type", name, type_of(tensor), f"it must be {kind}", f"store it as {kind}")
         return
     if tensor.dtype not in PLAIN_TYPES:
         yield error(
@@ -79,13 +81,13 @@ def one_tensor(name: str, tensor: Tensor, expected: Tensor) -> Iterator[Finding]
             "not-finite",
             name,
             f"{int((~torch.isfinite(tensor)).sum())} values are NaN or infinite",
-            "a weight that nobody loaded is NaN",
+            "a weight that was never loaded is NaN",
             "save the drafter again after load_verifier_weights",
         )
 
 
 def file_findings(path: Path) -> Iterator[Finding]:
-    """Without an index, vLLM loads every safetensors file of a directory, one over the other."""
+    """Reports stray weight files: without an index, vLLM loads every safetensors file of a directory."""
     if (path / SAFETENSORS_INDEX).is_file():
         return
     for file in sorted(path.glob("*.safetensors")):
@@ -93,14 +95,14 @@ def file_findings(path: Path) -> Iterator[Finding]:
             yield error(
                 "stray-weights",
                 file.name,
-                f"lies beside {SAFETENSORS}",
+                f"is in the same directory as {SAFETENSORS}",
                 "vLLM loads every *.safetensors of the directory, in no certain order",
                 "move the file away, or export",
             )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are. A sum of squares in blocks says so many times faster than a look at each."""
+    """Says whether all values are finite; sums squares in blocks, many times faster than testing each value."""
     blocks = (block.float() for block in tensor.reshape(-1).split(VALUES_AT_ONCE))
     return all(bool(torch.isfinite(torch.dot(block, block))) for block in blocks) or bool(torch.isfinite(tensor).all())
 
@@ -115,7 +117,7 @@ def dtype_findings(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 
 def map_findings(tensors: Mapping[str, Tensor], vocab_size: int) -> Iterator[Finding]:
-    """d2t as offsets to strictly increasing tokens, t2d as the same set."""
+    """Checks that d2t [D] holds offsets to strictly increasing tokens, and that t2d [V] marks the same tokens."""
     d2t_D, t2d_V = tensors[MAP], tensors[KEPT]
     fix = "take d2t and t2d from the same vocabulary mapping the drafter was trained with"
     targets_D = verifier_ids(d2t_D)

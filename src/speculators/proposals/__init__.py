@@ -1,4 +1,4 @@
-"""How drafting is described in config.json: the token-proposal records of `speculators_config.proposal_methods`."""
+"""Describes drafting in config.json: the token-proposal records of `speculators_config.proposal_methods`."""
 
 from speculators.proposals.base import TokenProposalConfig
 from speculators.proposals.greedy import GreedyTokenProposalConfig

@@ -1,4 +1,4 @@
-"""Root of the token proposals: `proposal_type` says which one a record is."""
+"""Public path: the root of the token proposals; `proposal_type` says which one a record is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from speculators.utils.pydantic_utils import PydanticClassRegistryMixin
 
 
 class TokenProposalConfig(PydanticClassRegistryMixin):
-    """How a speculator proposes tokens. `TokenProposalConfig.model_validate(record)` gives the class its type names."""
+    """Describes how a speculator proposes tokens. `TokenProposalConfig.model_validate(record)` returns an instance of
+    the class that the record's `proposal_type` names."""
 
     auto_package: ClassVar[str] = "speculators.proposals"
     auto_ignore_modules: ClassVar[tuple[str, ...]] = ("base",)

@@ -1,4 +1,4 @@
-"""A chain of draft tokens, each the drafter's most likely one."""
+"""Public path: greedy drafting, a chain of draft tokens of which each is the drafter's most likely one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from speculators.proposals.base import TokenProposalConfig
 
 @TokenProposalConfig.register("greedy")
 class GreedyTokenProposalConfig(TokenProposalConfig):
-    """Draft greedily; accept what agrees with the verifier, or is near enough to its best token."""
+    """Drafts greedily; accepts tokens that agree with the verifier, or come near enough to its best token."""
 
     proposal_type: Literal["greedy"] = "greedy"
     speculative_tokens: int = Field(default=5, ge=1, description="Longest chain drafted per verifier pass")

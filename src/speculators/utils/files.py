@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never half of it; and names of directories."""
+"""Writes files so that a reader sees the old content or the new, never half of it; compares names of directories."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import IO, Any
 
 
 def absolute_if_directory(name: str) -> str:
-    """How a model's name is written down: a hub id as it is given, a directory by its absolute path, since whoever
-    reads the name later stands elsewhere. Links stay: they are the name that is meant to last (`models/current`, a
-    mount), while what they lead to may be named by a hash (the hub's cache) or not exist on the next machine."""
+    """Returns the name under which a model is recorded: a hub id unchanged, a directory as an absolute path, because a
+    later reader has another working directory. Links are kept: they are the name that is meant to last
+    (`models/current`, a mount), while their target may be a hash (the hub's cache) or missing on the next machine."""
     return os.path.abspath(name) if Path(name).is_dir() else name
 
 
 def refuse_to_replace(output: Path, made_from: str | os.PathLike, *, overwrite: bool) -> None:
-    """What may not become a checkpoint: replacing a directory deletes all it holds."""
+    """Raises `ValueError` unless `output` may be written: replacing a directory deletes everything in it.
+
+    Refuses an existing path without `overwrite`, a file, a directory that is not a checkpoint, and the source itself.
+    """
     if not output.exists():
         return
     if not overwrite:
@@ -28,20 +31,20 @@ def refuse_to_replace(output: Path, made_from: str | os.PathLike, *, overwrite: 
         raise ValueError(f"{output} is a file; name a directory")
     if any(output.iterdir()) and not (output / "config.json").is_file():
         raise ValueError(
-            f"{output} is no checkpoint, and --overwrite would delete what it holds; name another --output"
+            f"{output} is not a checkpoint, and --overwrite would delete its contents; name another --output"
         )
     if Path(made_from).is_dir() and output.samefile(made_from):
-        raise ValueError(f"{output} is what is read; name another --output")
+        raise ValueError(f"{output} is the source itself; name another --output")
 
 
 def is_same_model(name: str, other: str) -> bool:
-    """Whether two written names mean one model: the same words, or one directory by two paths."""
+    """Says whether two names mean the same model: equal names, or two paths of one directory."""
     return name == other or (Path(name).is_dir() and Path(other).is_dir() and os.path.samefile(name, other))
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file for writing that takes its name only when the block ends well.
+    """Opens a file for writing that replaces `path` only when the block ends without an error.
 
     with atomic_write("config.json") as file:
         file.write(text)
@@ -65,7 +68,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """A fresh directory to fill; it takes the name `path`, replacing what was there, only when the block ends well.
+    """Yields a fresh directory to fill; it replaces `path` only when the block ends without an error.
 
     with atomic_directory("checkpoint") as folder:
         model.save_pretrained(folder)
@@ -105,12 +108,12 @@ def _umask() -> int:
 
 
 def looks_like_a_path(name: str) -> bool:
-    """Whether a model's name means a directory. `org/name` is an id of the hub unless there is such a directory."""
+    """Says whether a model's name means a directory. `org/name` is a hub id unless such a directory exists."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def refuse_missing_model(name: str, what: str, kind: str) -> None:
-    """What is said of a model that is not where it should be, before the hub is asked for a model of that name."""
+    """Raises `ValueError` for a path without a model, before the hub is asked for a model of that name."""
     if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(
             f"no {what} at {name!r}: it is not a directory with a config.json; give the directory of {kind}, or a "
@@ -119,4 +122,5 @@ def refuse_missing_model(name: str, what: str, kind: str) -> None:
 
 
 def refuse_missing_verifier(name: str) -> None:
+    """Raises `ValueError` for a path without a verifier."""
     refuse_missing_model(name, "verifier", "a saved causal LM")

@@ -1,4 +1,4 @@
-"""Names: the nearest one for an error message about an unknown one, and names of a package imported on first use."""
+"""Finds the name nearest to an unknown one, for error messages; imports the names of a package on first use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
-    """The option most like `name`, or None when nothing is near."""
+    """Returns the option most like `name`, or None when nothing is near."""
     options = sorted(options)
     by_lower = {option.lower(): option for option in options}
     if name.lower() in by_lower:
@@ -19,13 +19,13 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """The words " Did you mean 'x'?" to append to a message; empty when nothing is near."""
+    """Returns " Did you mean 'x'?" to append to a message; an empty string when nothing is near."""
     guess = nearest(name, options)
     return f" Did you mean '{guess}'?" if guess else ""
 
 
 def lazy_attributes(package: str, module_of: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package that imports each public name on first use.
+    """Returns `__getattr__` and `__dir__` of a package that imports each public name on first use.
 
     `module_of`: name -> module below the package that defines it. Unknown names raise `AttributeError`.
     """

@@ -1,7 +1,7 @@
-"""Pydantic bases: schemas that can be rebuilt, and families of models told apart by a tag field.
+"""Pydantic base classes: schemas that can be rebuilt, and families of models distinguished by a tag field.
 
-Validating the root of a family returns an instance of the class its tag names. The tag is looked up in the registry
-at validation time, so a class registered a moment ago (or found by discovery) is known at once: no schema goes stale.
+Validating the root of a family returns an instance of the class that its tag names. The tag is looked up in the
+registry at validation time, so a newly registered (or discovered) class is known at once: no schema goes stale.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ class ReloadableBaseModel(BaseModel):
 
     @classmethod
     def reload_schema(cls) -> None:
+        """Rebuilds the schema."""
         cls.model_rebuild(force=True)
 
 
 class PydanticClassRegistryMixin(ReloadableBaseModel, ABC, ClassRegistryMixin):
     """Base of a family of pydantic models; `schema_discriminator` names the field that says which member it is.
 
-    Calling the root as a constructor gives an object of the ROOT type with the member's fields (its callers know);
+    Calling the root as a constructor gives an object of the ROOT type with the member's fields (callers rely on it);
     `Root.model_validate(data)` gives the member itself.
     """
 
@@ -38,11 +39,11 @@ class PydanticClassRegistryMixin(ReloadableBaseModel, ABC, ClassRegistryMixin):
     @classmethod
     @abstractmethod
     def __pydantic_schema_base_type__(cls) -> type[Any]:
-        """The root type of the family."""
+        """Returns the root type of the family."""
 
     @classmethod
     def __pydantic_generate_base_schema__(cls, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Schema of the root while nothing is registered: anything goes."""
+        """Returns the schema of the root while nothing is registered: it accepts anything."""
         return core_schema.any_schema()
 
     @classmethod
@@ -57,6 +58,7 @@ class PydanticClassRegistryMixin(ReloadableBaseModel, ABC, ClassRegistryMixin):
 
     @classmethod
     def register_decorator(cls, clazz: T, name: str | None = None) -> T:
+        """Registers a pydantic model. Raises `TypeError` for another class, else as the base class does."""
         if not isinstance(clazz, type) or not issubclass(clazz, BaseModel):
             if isinstance(clazz, type):
                 raise TypeError(f"{cls.__name__}.register: {clazz!r} is not a subclass of Pydantic BaseModel")
@@ -95,7 +97,7 @@ class PydanticClassRegistryMixin(ReloadableBaseModel, ABC, ClassRegistryMixin):
 
 
 def _dump(value: Any, info: core_schema.SerializationInfo) -> Any:
-    """Every field of the member that is really there, whatever the annotation says."""
+    """Dumps every field of the actual member, whatever the annotation says."""
     if not isinstance(value, PydanticClassRegistryMixin):
         return value
     base = type(value).__pydantic_schema_base_type__()

@@ -1,5 +1,4 @@
-"""Named classes: register by decorator, find by name; classes of our own package are imported the first time they
-are asked for.
+"""Registers classes by decorator and finds them by name; imports classes of our own package on first use.
 
 A family (model configs, models, token proposals) is a root class with its own `registry`. `find` looks in the
 registry, then for a module of that name in `auto_package`, then for an installed entry point of that name.
@@ -18,7 +17,7 @@ T = TypeVar("T", bound=type)
 
 
 class ClassRegistryMixin:
-    """Gives a class the decorators `register(name)` and `register_decorator`, and a registry of its own."""
+    """Gives a class a registry of its own and the decorators `register(name)` and `register_decorator`."""
 
     registry: ClassVar[dict[str, Any] | None] = None
     """name -> class in registration order; None until the first class is registered."""
@@ -34,13 +33,17 @@ class ClassRegistryMixin:
 
     @classmethod
     def register(cls, name: str | None = None) -> Callable[[T], T]:
-        """A class decorator that registers under `name`, or under the class's own name."""
+        """Returns a class decorator that registers under `name`, or under the class's own name.
+
+        Raises `ValueError` for a name that is not a string or is taken, `TypeError` for anything but a class.
+        """
         if name is not None and not isinstance(name, str):
             raise ValueError(f"{cls.__name__}.register: name must be a string or None, got {name!r}")
         return lambda clazz: cls.register_decorator(clazz, name)
 
     @classmethod
     def register_decorator(cls, clazz: T, name: str | None = None) -> T:
+        """Registers `clazz` under `name`, or under its own name, and returns it. Raises as `register` does."""
         if not isinstance(clazz, type):
             raise TypeError(f"{cls.__name__}.register must be used as a class decorator, got {clazz!r}")
         if name is not None and not isinstance(name, str):
@@ -57,7 +60,7 @@ class ClassRegistryMixin:
 
     @classmethod
     def registered_classes(cls) -> tuple[type, ...]:
-        """Every registered class, in registration order."""
+        """Returns every registered class, in registration order. Raises `ValueError` when nothing was registered."""
         if cls.registry_auto_discovery:
             cls.auto_populate_registry()
         if cls.registry is None:
@@ -66,14 +69,14 @@ class ClassRegistryMixin:
 
     @classmethod
     def find(cls, name: str) -> Any | None:
-        """The class registered as `name`, importing what provides it if need be; None when there is none."""
+        """Returns the class registered as `name`, importing its module if needed; None when no class has the name."""
         if name not in (cls.registry or {}) and cls.registry_auto_discovery:
             cls._import_provider(name)
         return (cls.registry or {}).get(name)
 
     @classmethod
     def find_all(cls) -> tuple[dict[str, Any], dict[str, Exception]]:
-        """(name -> class, name -> why it cannot be imported). One that is broken does not hide the others."""
+        """Returns (name -> class, name -> import error): a broken module does not hide the others."""
         errors: dict[str, Exception] = {}
         for name in cls.available_names():
             try:
@@ -84,7 +87,7 @@ class ClassRegistryMixin:
 
     @classmethod
     def available_names(cls) -> list[str]:
-        """Registered names and those that could be imported (sorted); imports nothing but the package itself."""
+        """Lists registered names and those that could be imported, sorted; imports only the package itself."""
         names = set(cls.registry or {})
         if cls.registry_auto_discovery:
             names.update(name.rpartition(".")[2] for name in cls._discoverable_modules())
@@ -93,7 +96,10 @@ class ClassRegistryMixin:
 
     @classmethod
     def auto_populate_registry(cls) -> bool:
-        """Import everything discoverable. True the first time, False when it was done before."""
+        """Imports everything discoverable. Returns True the first time, False when it was done before.
+
+        Raises `ValueError` when the class does not discover (`registry_auto_discovery`).
+        """
         if not cls.registry_auto_discovery:
             raise ValueError(f"{cls.__name__}.auto_populate_registry() needs registry_auto_discovery = True")
         if cls.registry_populated:
@@ -128,7 +134,7 @@ class ClassRegistryMixin:
 
     @classmethod
     def _discoverable_modules(cls) -> list[str]:
-        """Sub-packages of `auto_package`; its plain modules only when it has no sub-packages."""
+        """Lists the sub-packages of `auto_package`, or its modules when it has no sub-packages."""
         found: list[str] = []
         for package in cls._auto_packages():
             modules = list(pkgutil.iter_modules(importlib.import_module(package).__path__))

@@ -1,4 +1,4 @@
-"""The device to work on, whatever kind it is."""
+"""Finds the device to work on: CUDA, Ascend NPU or CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def is_npu_available() -> bool:
-    """Whether an Ascend NPU and its torch package are here."""
+    """Says whether this machine has an Ascend NPU and its torch package."""
     if importlib.util.find_spec("torch_npu") is None:
         return False
     return hasattr(torch, "npu") and bool(torch.npu.is_available())
@@ -21,7 +21,7 @@ def _kind() -> str:
 
 
 def get_current_device() -> torch.device:
-    """The accelerator this process uses, else the CPU."""
+    """Returns the accelerator that this process uses, else the CPU."""
     kind = _kind()
     if kind == "cpu":
         return torch.device("cpu")
@@ -29,19 +29,19 @@ def get_current_device() -> torch.device:
 
 
 def get_device_name() -> str:
-    """A name for people: "NVIDIA H100 80GB HBM3", "cpu"."""
+    """Returns the device's name for display: "NVIDIA H100 80GB HBM3", "cpu"."""
     kind = _kind()
     return "cpu" if kind == "cpu" else getattr(torch, kind).get_device_name()
 
 
 def mem_get_info() -> tuple[int, int]:
-    """(free, total) bytes of the accelerator; (0, 0) on the CPU."""
+    """Returns (free, total) bytes of the accelerator; (0, 0) on the CPU."""
     kind = _kind()
     return (0, 0) if kind == "cpu" else getattr(torch, kind).mem_get_info()
 
 
 def empty_cache() -> None:
-    """Give cached accelerator memory back; nothing on the CPU."""
+    """Returns cached accelerator memory to the device; does nothing on the CPU."""
     kind = _kind()
     if kind != "cpu":
         getattr(torch, kind).empty_cache()

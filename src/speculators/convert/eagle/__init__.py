@@ -1,4 +1,4 @@
-"""The EAGLE-3 converter of earlier releases."""
+"""Public path of earlier releases: the EAGLE-3 converter."""
 
 from speculators.convert.eagle.utils import Eagle3Converter
 

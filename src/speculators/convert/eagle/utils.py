@@ -1,4 +1,4 @@
-"""The EAGLE-3 converter of earlier releases, and the functions it offered for older EAGLE checkpoints."""
+"""Public path of earlier releases: the EAGLE-3 converter and two functions for older EAGLE checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Eagle3Converter(Converter):
 
 
 def find_vocab_size(config: Mapping[str, Any]) -> int | None:
-    """The first `vocab_size` of a config, at any depth; None when there is none."""
+    """Finds the first `vocab_size` of a config, at any depth; None when it has none."""
     if isinstance(config.get("vocab_size"), int):
         return config["vocab_size"]
     inner = (find_vocab_size(value) for value in config.values() if isinstance(value, Mapping))
@@ -32,6 +32,6 @@ def find_vocab_size(config: Mapping[str, Any]) -> int | None:
 
 
 def detect_fusion_bias_and_layernorms(weights: Iterable[str]) -> tuple[bool, bool]:
-    """(fusion_bias, layernorms) of an EAGLE-1 or HASS checkpoint, by the names of its tensors."""
+    """Tells from the tensor names of an EAGLE-1 or HASS checkpoint whether it has a fusion bias and extra norms."""
     names = set(weights)
     return "fc.bias" in names, bool(names & set(EXTRA_NORMS))
