@@ -45,7 +45,7 @@ ROW = MethodRow(
     verify_cost=1.1,
 )
 REPORTS = {
-    "prepared": (PreparedData(Path("data"), None, reused=True), ["Prepared", "data", "made the same way"]),
+    "prepared": (PreparedData(Path("data"), None, reused=True), ["Prepared", "data", "made from the same recipe"]),
     "regenerated": (
         RegenerationReport(Path("a.jsonl"), Path("a.errors.jsonl"), num_rows=1200, dropped=Counter({"no user": 2})),
         ["Regenerated", "1,200 of 0 tokens", "2 x no user"],

@@ -1,7 +1,7 @@
-"""Training data: raw conversations in, tokenised rows with loss masks out, and the verifier's states for them.
+"""Makes training data: tokenised rows with loss masks from raw conversations, and the verifier's states for them.
 
     raw data -> datasets -> conversations -> masks -> prepare -> <directory>   (tokens, loss masks, manifest)
-    prompts -> regenerate -> on-policy rows that prepare takes as they are
+    prompts -> regenerate -> on-policy rows that prepare-data reads unchanged
     tokens -> sources -> VerifierStates                                        (in process, from a server, from disk)
 
 Names are imported on first use, so that `import speculators` stays fast.

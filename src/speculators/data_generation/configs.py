@@ -1,6 +1,6 @@
-"""Named data sets: what `--data ultrachat` means. A preset says where the rows are and how they become conversations.
+"""Defines the presets, such as `--data ultrachat`: where the rows are and how they become conversations.
 
-None of them is on-policy for your verifier: regenerate the responses (`regenerate_responses`) for a better drafter.
+No preset is on-policy for your verifier: regenerate the responses (`regenerate_responses`) for a better drafter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """One data set of the Hugging Face hub."""
+    """Describes one data set of the Hugging Face hub."""
 
     name: str
     hf_path: str
@@ -23,7 +23,7 @@ class DatasetConfig:
     filter_fn: Callable[[Row], bool] | None = None
     """Rows for which this is False are left out (and counted)."""
     normalize_fn: Callable[[Row], Row] | None = None
-    """Turns a raw row into one with `conversations`. None: the rows have them already."""
+    """Turns a raw row into one with `conversations`. None: the rows already have that column."""
     prompt_field: str | None = None
     """Column that holds the bare prompt, for regeneration; None: the first user turn is the prompt."""
 
@@ -33,7 +33,7 @@ def question_and_answer(row: Row) -> Row:
 
 
 def input_and_output(row: Row) -> Row:
-    """`input` is a list of messages (or one prompt), `output` the response."""
+    """Reads rows whose `input` is a list of messages (or one prompt) and whose `output` is the response."""
     prompt = row["input"]
     messages = [turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
     return {"conversations": [*messages, turn("assistant", row["output"])]}
@@ -71,7 +71,7 @@ DATASET_CONFIGS: dict[str, DatasetConfig] = {
             split="chat",
             normalize_fn=input_and_output,
         ),
-        # Rows with images are dropped and counted: only text conversations are tokenised.
+        # Rows with images are dropped and counted: only text is tokenised.
         DatasetConfig(name="sharegpt4v_coco", hf_path="Lin-Chen/ShareGPT4V", subset="ShareGPT4V", split="train"),
         DatasetConfig(name="open-perfectblend", hf_path="mlabonne/open-perfectblend", split="train"),
         DatasetConfig(

@@ -1,7 +1,7 @@
-"""One raw row -> a conversation or a pre-tokenised row. Pure: no tokenizer, no files.
+"""Parses one raw row into a conversation or a pre-tokenised row. Pure: no tokenizer, no files.
 
-A row that cannot be used raises `UnusableRow` with a short reason; callers count reasons, nothing vanishes silently.
-A pre-tokenised row whose lengths differ is a broken generator, not a bad sample: that is a `ValueError`.
+A row that cannot be used raises `UnusableRow` with a short reason; callers count the reasons.
+A pre-tokenised row whose lengths differ shows a broken generator, not a bad sample: that raises `ValueError`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IMAGE_COLUMNS = ("image", "images")
 
 
 class UnusableRow(ValueError):
-    """This row cannot become a training row. The message is the reason rows are counted under."""
+    """This row cannot become a training row. The message is the reason under which rows are counted."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,17 @@ class Conversation:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A training row. `loss_mask[i] == 1`: token i was (or is to be treated as) written by the verifier."""
+    """A training row. `loss_mask[i] == 1`: the verifier wrote token i, or it is treated so."""
 
     input_ids: list[int]
     loss_mask: list[int]
 
 
 def parse_row(row: Mapping[str, Any], unknown_roles: Counter[str]) -> Conversation | TokenRow:
-    """Raises `UnusableRow`. Roles that are not known are counted in `unknown_roles` and treated as the assistant's."""
+    """Parses a row; counts unknown roles in `unknown_roles` and treats them as the assistant's.
+
+    Raises `UnusableRow` for a row to leave out, `ValueError` for a broken pre-tokenised row.
+    """
     if row is None:
         raise UnusableRow("left out by the preset's filter")
     if not isinstance(row, Mapping):
@@ -65,7 +68,7 @@ def parse_row(row: Mapping[str, Any], unknown_roles: Counter[str]) -> Conversati
 
 
 def parse_conversation(row: Mapping[str, Any], unknown_roles: Counter[str]) -> Conversation:
-    """The turns of a row, answered or not."""
+    """Reads the turns and tools of a row, whether they are answered or not. Raises `UnusableRow`."""
     if any(row.get(column) for column in IMAGE_COLUMNS):
         raise UnusableRow("row has images (only text is supported)")
     turns = next((row[column] for column in CONVERSATION_COLUMNS if row.get(column) is not None), None)
@@ -78,6 +81,7 @@ def parse_conversation(row: Mapping[str, Any], unknown_roles: Counter[str]) -> C
 
 
 def parse_token_row(input_ids: Sequence[int], loss_mask: Sequence[int]) -> TokenRow:
+    """Checks a pre-tokenised row. Raises `ValueError` unless every token has a mask entry of 0 or 1."""
     if len(input_ids) != len(loss_mask):
         raise ValueError(
             f"a pre-tokenised row has {len(input_ids)} input_ids but {len(loss_mask)} loss_mask entries; "
@@ -90,7 +94,7 @@ def parse_token_row(input_ids: Sequence[int], loss_mask: Sequence[int]) -> Token
 
 
 def as_turns(turns: Any) -> Sequence[Any]:
-    """A list of turns; some Arrow files hold a struct of lists instead: {"role": [...], "content": [...]}."""
+    """Returns a list of turns, also from JSON text and from a struct of lists ({"role": [...], "content": [...]})."""
     if isinstance(turns, str):
         try:
             turns = json.loads(turns)

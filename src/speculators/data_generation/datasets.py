@@ -1,13 +1,13 @@
-"""Where raw rows come from: JSON, JSONL, parquet, dataset directories, the hub, presets. All become `RawRows`.
+"""Opens sources of raw rows (JSON, JSONL, parquet, dataset directories, the hub, presets) as `RawRows`.
 
-Rows are read when they are asked for (JSONL by byte offset, parquet and Arrow memory-mapped), so a source larger
-than memory is fine. JSON is read by us, not by Arrow: tool calls with differing keys do not fit one Arrow schema.
+Rows are read on access (JSONL by byte offset, parquet and Arrow memory-mapped), so a source may be larger than
+memory. We read JSON ourselves, not with Arrow: tool calls with differing keys do not fit one Arrow schema.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ FORMS = (
 
 
 class JsonLines(Sequence[Any]):
-    """The rows of a JSONL file, parsed on access. A line that is not JSON is returned as its text, not as a mapping."""
+    """The rows of a JSONL file, parsed on access. A line that is not JSON is returned as text."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +54,7 @@ def line_offsets(path: Path) -> list[int]:
 
 
 class Chain(Sequence[Any]):
-    """Several row sequences, one after the other."""
+    """Concatenates several sequences of rows."""
 
     def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
         self.parts = [part for part in parts if len(part)]
@@ -94,16 +94,16 @@ class RawRows(Sequence[Any]):
         return (self[i] for i in range(len(self)))
 
     def conversation_ids(self) -> Iterable[Any]:
-        """One a row: its `primary_id`, which regenerated turns of a conversation share, or else its index."""
+        """Returns one id per row: its `primary_id`, which regenerated turns of a conversation share, else its index."""
         if len(self) == 0 or not isinstance(first := self[0], Mapping) or "primary_id" not in first:
             return range(len(self))
         if isinstance(self.rows, datasets.Dataset):
-            return self.rows["primary_id"]  # one column, in place of all tokens
+            return self.rows["primary_id"]  # reads one column, not all tokens
         return (row.get("primary_id", index) if isinstance(row, Mapping) else index for index, row in enumerate(self))
 
 
 def load_raw_dataset(source: str | Path) -> RawRows:
-    """Open a source; see `FORMS` for what it may be. `ValueError` when it is none of them or cannot be read."""
+    """Opens a source in one of the `FORMS`. Raises `ValueError` when it has another form or cannot be read."""
     text = str(source)
     if text.startswith("hf://datasets/"):
         return RawRows(text, load_hub_file(text))
@@ -130,7 +130,7 @@ def load_file(path: Path) -> Any:
 
 
 def load_json(path: Path) -> Sequence[Any]:
-    """A JSON list of rows; one object a line under the name .json is common too, and read as such."""
+    """Reads a JSON list of rows, or one object per line, which is common under the name .json too."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -157,12 +157,13 @@ def load_directory(path: Path) -> Any:
         return load_directory(path / "train")
     files = sorted(file for file in path.rglob("*") if file.suffix in FILE_KINDS and file.is_file())
     if not files:
-        raise ValueError(f"data directory {str(path)!r} has no {', '.join(FILE_KINDS)} file and is no saved dataset")
+        kinds = ", ".join(FILE_KINDS)
+        raise ValueError(f"data directory {str(path)!r} has no {kinds} file and is not a saved dataset")
     return Chain([load_file(file) for file in files])
 
 
 def parse_hub_name(text: str) -> dict[str, Any]:
-    """hf:<id>, hf:<id>:<split> or hf:<id>:<subset>:<split>."""
+    """Parses hf:<id>, hf:<id>:<split> or hf:<id>:<subset>:<split>. Raises `ValueError` for another form."""
     parts = text.removeprefix("hf:").split(":")
     if not parts[0] or len(parts) > 3:
         raise ValueError(f"data {text!r} is not of the form hf:<id>[:<subset>][:<split>]")
@@ -183,8 +184,8 @@ def load_hub_file(url: str) -> Any:
     return open_with_datasets(url, lambda: datasets.load_dataset(kind, data_files=url, split="train"))
 
 
-def open_with_datasets(name: str, load: Any) -> Any:
-    """Run one call of the `datasets` library; its many error types become one that names the source."""
+def open_with_datasets(name: str, load: Callable[[], datasets.Dataset]) -> datasets.Dataset:
+    """Runs one call of the `datasets` library and turns its many error types into one that names the source."""
     try:
         return load()
     except Exception as error:  # datasets raises its own, pyarrow's, fsspec's and the hub's errors

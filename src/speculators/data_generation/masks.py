@@ -1,4 +1,4 @@
-"""Loss masks from a tokenizer's own chat template: which tokens of a conversation the verifier wrote.
+"""Makes loss masks with a tokenizer's own chat template: which tokens of a conversation the verifier wrote.
 
 The boundary of an assistant turn j is found by rendering, never by searching for marker strings:
 
@@ -33,7 +33,7 @@ class MaskSpan:
 
 @dataclass
 class TurnRows:
-    """The rows of one conversation, and why turns of it gave none."""
+    """The rows of one conversation, and why some of its turns gave no row."""
 
     rows: list[TokenRow] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)

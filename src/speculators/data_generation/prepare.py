@@ -1,9 +1,4 @@
-"""prepare_data: raw conversations -> one directory that training reads, written whole or not at all.
-
-<output>/*.arrow, dataset_info.json, state.json    `datasets.save_to_disk`: input_ids, loss_mask, seq_len
-<output>/token_freq.pt                             dict[int, int], supervised tokens only
-<output>/manifest.json                             what the rows were made from and what was left out
-"""
+"""Prepares raw conversations: writes the directory that training reads (see `prepared.py`), whole or not at all."""
 
 from __future__ import annotations
 
@@ -49,7 +44,7 @@ from speculators.utils.files import absolute_if_directory, atomic_directory, is_
 logger = logging.getLogger(__name__)
 
 OWN_FILES = ("*.arrow", "dataset_info.json", "state.json", TOKEN_FREQ_NAME, MANIFEST_NAME, "d2t*.npy", "t2d*.npy")
-"""What `overwrite` may delete, with the hidden states below: all of it derives from the rows."""
+"""Files that `overwrite` may delete, besides the hidden states: everything that derives from the rows."""
 
 
 def prepare_data(
@@ -70,10 +65,13 @@ def prepare_data(
     merge_turns: bool = False,
     progress: Progress | None = None,
 ) -> PreparedData:
-    """Tokenise `data` for the verifier `model` into the directory `output`.
+    """Tokenises `data` (files, directories, hub names or presets) for the verifier `model` into the directory `output`.
 
-    An `output` made from the same recipe is reused; one made from another is an error unless `overwrite`.
-    `num_workers=None` chooses. `chat_template_kwargs` go to the template (`enable_thinking`, ...).
+    Reuses an `output` that was made from the same recipe. `seq_length`: longest row, in tokens. `max_samples`: most
+    rows. `num_workers=None` chooses by the number of rows. `chat_template_kwargs` go to the template
+    (`enable_thinking`, ...). Raises `ValueError` for a source that cannot be read, data without a training row (unless
+    `allow_empty_output`), data in which every token is supervised, and an `output` that was made from another recipe
+    (unless `overwrite`) or holds other files.
     """
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
@@ -132,7 +130,10 @@ def write_prepared(path: Path, chunks: Iterable[Tokenized], recipe: Recipe, allo
 
 
 def write_rows(chunks: Iterable[Tokenized], directory: Path) -> tuple[Tokenized, Counter[int], list[int]]:
-    """Stream the rows to disk as they come, then save them as a dataset: (counts, frequencies, row lengths)."""
+    """Streams the rows to disk as they come, then saves them as a dataset.
+
+    Returns the counts, the frequency of each supervised token, and the length of each row.
+    """
     done, token_freq, lengths = Tokenized(), Counter[int](), list[int]()
     stream_path = directory / "stream" / "rows.arrow"  # a dataset cannot be saved into the directory it is read from
     stream_path.parent.mkdir()
@@ -152,14 +153,14 @@ def write_rows(chunks: Iterable[Tokenized], directory: Path) -> tuple[Tokenized,
 
 
 def export_token_freq(prepared: PreparedData, token_freq_path: str | Path | None) -> None:
-    """The frequencies also lie in the prepared directory; this is the copy a user asked for elsewhere."""
+    """Writes the copy of the token frequencies that a user asked for outside the prepared directory."""
     if token_freq_path is not None and Path(token_freq_path) != prepared.path / TOKEN_FREQ_NAME:
         save_token_freq(Counter(prepared.token_freq()), Path(token_freq_path))
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Progress is the caller's to show; the datasets library would print bars of its own."""
+    """Turns the progress bars of the datasets library off inside the block: the caller shows progress."""
     if datasets.are_progress_bars_disabled():
         yield
         return
@@ -173,7 +174,7 @@ def quiet_datasets() -> Iterator[None]:
 def refuse_all_supervised(num_tokens: int, num_supervised: int) -> None:
     if num_tokens and num_supervised == num_tokens:
         raise ValueError(
-            f"all {num_tokens} tokens are supervised, so prompts would be learned as if the verifier had written them; "
+            f"all {num_tokens} tokens are supervised, so the drafter would learn prompts as the verifier's own text; "
             "set loss_mask to 0 over the prompts (to train on whole documents, set it to 0 on each first token)"
         )
 
@@ -205,7 +206,7 @@ def make_recipe(
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash of what decides token ids: the whole fast tokenizer, or the vocabulary of a slow one."""
+    """Hashes what decides token ids: the whole fast tokenizer, or the vocabulary of a slow one."""
     if getattr(tokenizer, "is_fast", False):
         return sha256(tokenizer.backend_tokenizer.to_str())
     return sha256(json.dumps(sorted(tokenizer.get_vocab().items())))
@@ -216,6 +217,7 @@ def sha256(text: str) -> str:
 
 
 def contents_sha256(path: Path) -> str | None:
+    """Hashes a file, or all files of a directory; None when the path does not exist (a source on the hub)."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not path.exists():
         return None
@@ -228,7 +230,7 @@ def contents_sha256(path: Path) -> str | None:
 
 
 def reuse(path: Path, recipe: Recipe) -> PreparedData:
-    """The directory that is there already, if it was made from this recipe."""
+    """Opens the existing directory. Raises `ValueError`, naming the differences, if it has another recipe."""
     found = PreparedData.open(path)
     if found.manifest is None:
         logger.warning("%s has no %s: reused as it is, unchecked", path, MANIFEST_NAME)
@@ -246,7 +248,7 @@ def reuse(path: Path, recipe: Recipe) -> PreparedData:
 
 
 def refuse_foreign_files(path: Path) -> None:
-    """The whole directory is replaced, so it must hold nothing but what preparing and its followers wrote."""
+    """Raises `ValueError` if the directory, which is replaced as a whole, holds files that we did not write."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"output {str(path)!r} is a file; name a directory")
     foreign = [entry.name for entry in sorted(path.glob("*")) if not is_own(entry)]

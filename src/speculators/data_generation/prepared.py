@@ -34,7 +34,7 @@ HIDDEN_STATES_NAME = "hidden_states"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the rows are made from. Two directories with equal recipes hold equal rows."""
+    """Everything that determines the rows: two directories with equal recipes hold equal rows."""
 
     verifier: str
     tokenizer_sha256: str
@@ -42,7 +42,7 @@ class Recipe:
     chat_template_kwargs: dict[str, Any]
     sources: list[str]
     sources_sha256: list[str | None]
-    """Contents of local sources; None for what lies on the hub."""
+    """Hash of each local source's contents; None for a source on the hub."""
     seq_length: int
     max_samples: int | None
     seed: int
@@ -53,7 +53,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`: the recipe, and what came out of it."""
+    """`manifest.json`: the recipe and its result."""
 
     recipe: Recipe
     library_version: str
@@ -65,11 +65,12 @@ class Manifest:
     shortest_row: int
     longest_row: int
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> raw rows or turns that gave no training row."""
+    """Reason -> number of raw rows or turns that gave no training row."""
     unknown_roles: dict[str, int] = field(default_factory=dict)
 
     @property
     def supervised_share(self) -> float:
+        """Supervised tokens / all tokens."""
         return self.num_supervised_tokens / self.num_tokens if self.num_tokens else 0.0
 
     def facts(self) -> dict[str, str]:
@@ -86,12 +87,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Manifest:
+        """Raises `ValueError`, naming `path`, when this version cannot read the text."""
         try:
             values = json.loads(text)
             return cls(**{**values, "recipe": Recipe(**values["recipe"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path} is not a manifest this version of speculators can read ({error}); prepare again (overwrite)"
+                f"{path} is not a manifest that this version of speculators can read ({error}); prepare the data again "
+                "(--overwrite)"
             ) from error
 
 
@@ -101,9 +104,9 @@ class PreparedData(TableReport, os.PathLike[str]):
 
     path: Path
     manifest: Manifest | None
-    """None: the directory was written by another tool."""
+    """None: another tool wrote the directory."""
     reused: bool = False
-    """True: it was there already and nothing was written."""
+    """True: the directory existed already and nothing was written."""
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -111,14 +114,14 @@ class PreparedData(TableReport, os.PathLike[str]):
     def tables(self) -> list[Table]:
         facts: dict[str, Any] = {"directory": self.path}
         if self.reused:
-            facts["reused"] = "it was there already, made the same way"
+            facts["reused"] = "it existed already, made from the same recipe"
         if self.manifest is not None:
             facts |= self.manifest.facts()
         return [facts_table("Prepared", facts)]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> PreparedData:
-        """Raises `ValueError` for what is not a prepared directory."""
+        """Opens a directory that `prepare_data` wrote. Raises `ValueError` when it is not one."""
         path = Path(path)
         if not is_prepared(path):
             raise ValueError(f"{str(path)!r} is not a prepared dataset (no state.json); make one with prepare-data")
@@ -127,10 +130,11 @@ class PreparedData(TableReport, os.PathLike[str]):
         return cls(path, manifest)
 
     def dataset(self) -> datasets.Dataset:
-        """Rows `input_ids`, `loss_mask`, `seq_len` as torch tensors, memory-mapped."""
+        """Returns the rows `input_ids`, `loss_mask`, `seq_len` as torch tensors, memory-mapped."""
         return datasets.Dataset.load_from_disk(str(self.path)).with_format("torch")
 
     def token_freq(self) -> dict[int, int]:
+        """Returns how often each token is supervised. Raises `ValueError` when the file is missing."""
         path = self.path / TOKEN_FREQ_NAME
         if not path.is_file():
             raise ValueError(f"{str(path)!r} does not exist: the data was prepared by another tool; prepare it again")
@@ -165,7 +169,10 @@ def inspect_mask(
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[InspectedRow]:
-    """Rows of a prepared directory (`model` is known from its manifest), or of raw data for the verifier `model`."""
+    """Shows rows of a prepared directory (its manifest names the `model`), or of raw data for the verifier `model`.
+
+    Raises `ValueError` when the verifier is not known, or no raw row gives a training row.
+    """
     prepared = PreparedData.open(data) if is_prepared(Path(data)) else None
     if model is None and prepared is not None and prepared.manifest is not None:
         model = prepared.manifest.recipe.verifier
@@ -184,6 +191,7 @@ def inspect_mask(
 
 
 def raw_training_rows(data: str | Path, row_tokenizer: RowTokenizer) -> Iterator[TokenRow]:
+    """Yields the training rows of raw data, one source row at a time."""
     done = Tokenized()
     num_rows = 0
     for raw_row in load_raw_dataset(data):

@@ -1,4 +1,4 @@
-"""One conversation, answered anew: whose turn it is, what to ask the verifier, what to write down. No files, no model.
+"""Answers one conversation anew: whose turn it is, what to ask the verifier, which rows to write. No files, no model.
 
 original    system  user  assistant  user  assistant          (an answer is asked for at the end, too, if it is missing)
 rollout     system  user  GENERATE   user  GENERATE           each answer is context for the next question
@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.conversations import (
     CONVERSATION_COLUMNS,
@@ -28,7 +30,7 @@ TOOL_CALL = re.compile(r"<\|?tool_call|\[TOOL_CALLS\]|<function=")
 
 @dataclass(frozen=True)
 class Provenance:
-    """Who answered, and how: written into every row."""
+    """Who answered and how; every row records it."""
 
     endpoint: str
     sampling_params: Mapping[str, Any]
@@ -45,16 +47,16 @@ class Rollout:
     turns: list[Message]
     tools: list[Any] | None = None
     prompt_ids: list[int] | None = None
-    """A prompt that is given as tokens, instead of turns."""
+    """A prompt given as tokens instead of turns."""
     position: int = 0
-    """Turns of the original that were dealt with."""
+    """Number of turns of the original that were handled."""
     messages: list[Message] = field(default_factory=list)
-    """The conversation as it really went."""
+    """The new conversation so far."""
     answers: list[dict[str, Any]] = field(default_factory=list)
     """Rows to write."""
 
     def next_prompt(self, renderer: ChatRenderer | None) -> list[int] | None:
-        """Tokens the verifier is to continue; None when the conversation is over."""
+        """Returns the tokens that the verifier should continue; None when the conversation is over."""
         if self.prompt_ids is not None:
             return self.prompt_ids if not self.answers else None
         assert renderer is not None
@@ -63,11 +65,11 @@ class Rollout:
         return renderer.token_ids(self.messages, self.tools, add_generation_prompt=True)
 
     def advance_to_question(self) -> bool:
-        """Copy turns up to the next answer; step over the original's answer. False: nothing is left to answer."""
+        """Copies turns up to the next answer and skips the original's answer. False: nothing is left to answer."""
         while self.position < len(self.turns):
             turn = self.turns[self.position]
             if turn["role"] == "tool" and self.answers and self.messages[-1]["role"] == "assistant":
-                return False  # the result of a call that was never made in this conversation
+                return False  # the result of a tool call that the new conversation did not make
             self.position += 1
             if turn["role"] != "assistant":
                 self.messages.append(turn)
@@ -80,11 +82,18 @@ class Rollout:
     def is_waiting(self) -> bool:
         return bool(self.messages) and self.messages[-1]["role"] in ("user", "tool")
 
-    def accept(self, prompt: Sequence[int], token_ids: Sequence[int], tokenizer: Any, provenance: Provenance) -> None:
+    def accept(
+        self,
+        prompt: Sequence[int],
+        token_ids: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        provenance: Provenance,
+    ) -> None:
+        """Adds the verifier's answer to the conversation and to the rows. Raises `ValueError` when it is empty."""
         ids = [int(token) for token in token_ids]
         if not ids:
-            raise ValueError("the verifier answered with no token")
-        text = tokenizer.decode(ids, skip_special_tokens=False)
+            raise ValueError("the verifier's answer has no token")
+        text = str(tokenizer.decode(ids, skip_special_tokens=False))
         self.messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
         self.answers.append(
             {
@@ -106,7 +115,10 @@ class Rollout:
 
 
 def make_rollout(index: int, row: Any, primary_id: str, prompt_field: str | None = None) -> Rollout:
-    """A rollout of a raw row: turns, a bare prompt, or tokens (the prompt is those before the first supervised one)."""
+    """Starts a rollout from a raw row: turns, a bare prompt, or tokens, whose prompt ends at the first supervised one.
+
+    Raises `UnusableRow` when the row has nothing to answer.
+    """
     if not isinstance(row, Mapping):
         raise UnusableRow("row is not a JSON object")
     if row.get("input_ids") is not None and row.get("loss_mask") is not None:
@@ -123,5 +135,5 @@ def make_rollout(index: int, row: Any, primary_id: str, prompt_field: str | None
 def prompt_of(row: TokenRow) -> list[int]:
     prompt = [token for token, _ in takewhile(lambda pair: not pair[1], zip(row.input_ids, row.loss_mask, strict=True))]
     if not prompt:
-        raise UnusableRow("pre-tokenised row without context tokens: nothing to answer")
+        raise UnusableRow("pre-tokenised row without a prompt: nothing to answer")
     return prompt

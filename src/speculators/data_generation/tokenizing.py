@@ -1,4 +1,4 @@
-"""Raw rows -> training rows, over one or several processes, every raw row accounted for."""
+"""Turns raw rows into training rows, in one or several processes, and counts why rows are dropped."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Progress = Callable[[str, int, "int | None"], None]
 """Called with (what is being done, how much is done, of how much or None)."""
 
 CHUNK_ROWS = 64
-"""Raw rows a unit of work: small enough for a lively progress bar, large enough to hide the hand-over."""
+"""Raw rows per unit of work: small enough for a lively progress bar, large enough to hide the cost of passing them."""
 ROWS_WORTH_A_WORKER = 2000
 """Below this many raw rows another process costs more than it saves."""
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """How a raw row becomes training rows."""
+    """Settings that decide how a raw row becomes training rows."""
 
     seq_length: int
     minimum_valid_tokens: int = 1
@@ -49,13 +49,13 @@ class TokenizeOptions:
 
 @dataclass
 class Tokenized:
-    """Training rows and what became of the raw ones."""
+    """Training rows, and counts of what happened to the raw ones."""
 
     rows: list[TokenRow] = field(default_factory=list)
     num_read: int = 0
     """Raw rows read."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Reason -> raw rows or turns that gave no training row."""
+    """Reason -> number of raw rows or turns that gave no training row."""
     unknown_roles: Counter[str] = field(default_factory=Counter)
     num_cross_checked: int = 0
     """Rows whose boundary could be compared with the template's own {% generation %} blocks."""
@@ -74,7 +74,7 @@ class Tokenized:
 
 
 class RowTokenizer:
-    """Turns raw rows into training rows. Works in any process; the template is needed for conversations only."""
+    """Turns raw rows into training rows, in any process. Only conversations need a chat template."""
 
     def __init__(
         self, tokenizer: Any, options: TokenizeOptions, template_kwargs: Mapping[str, Any] | None = None
@@ -137,7 +137,7 @@ def default_num_workers(num_rows: int) -> int:
 def tokenize_chunks(
     raw_rows: Any, order: Sequence[int], row_tokenizer: RowTokenizer, num_workers: int | None = None
 ) -> Iterator[Tokenized]:
-    """`raw_rows[i] for i in order`, tokenised chunk by chunk, in order, whatever the number of processes."""
+    """Tokenises `raw_rows[i] for i in order` chunk by chunk; yields in that order for any number of processes."""
     chunks = [order[start : start + CHUNK_ROWS] for start in range(0, len(order), CHUNK_ROWS)]
     if num_workers is None:
         num_workers = default_num_workers(len(order))
@@ -166,9 +166,9 @@ def tokenize_in_worker(chunk: Sequence[int]) -> Tokenized:
 
 
 def warn_about(done: Tokenized) -> None:
-    """Everything unusual, once, with its count."""
+    """Logs each unusual thing once, with its count."""
     for role, count in sorted(done.unknown_roles.items()):
-        logger.warning("role %r is not known; its %d turns were treated as the assistant's", role, count)
+        logger.warning("role %r is unknown; its %d turns were treated as the assistant's", role, count)
     for reason, count in done.dropped.most_common():
         logger.warning("dropped %d: %s", count, reason)
     if done.num_disagreeing:
