@@ -241,7 +241,7 @@ def test_sequences_outside_the_dataset_are_computed_and_reported(verifier, rows,
     (states,) = cached.read([stranger])
     assert_same_states(states, LocalSource(verifier, CAPTURE).read([stranger])[0], atol=1e-5, rtol=1e-5)
     assert cached.num_uncached == 1
-    assert "no row of the cached dataset" in caplog.text
+    assert "not a row of the cached dataset" in caplog.text
 
 
 def test_the_estimate_is_the_size_on_disk(verifier, rows, tmp_path):

@@ -170,7 +170,7 @@ def test_a_tokenizer_without_template_and_a_wrong_output_name_are_refused(parrot
         regenerate_responses([chat("hi")], make_tokenizer(None), parrot, output=tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="returned 0 answers for 1"):
         regenerate_responses([chat("hi")], tokenizer, lambda prompts: [], output=tmp_path / "out.jsonl")
-    for rows, reason in (([], "none to ask"), ([{"text": "x"}], "1 x no 'conversations'")):
+    for rows, reason in (([], "no conversation to answer"), ([{"text": "x"}], "1 x no 'conversations'")):
         with pytest.raises(ValueError, match=reason):
             regenerate_responses(rows, tokenizer, parrot, output=tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == []

@@ -110,7 +110,7 @@ def test_failed_rows_are_counted_and_many_in_a_row_end_it(start_fake, prepared):
 def test_so_many_failures_in_a_row_end_the_run(start_fake, prepared):
     server = start(start_fake)
     server.inject("", "", *["500"] * 100)
-    with pytest.raises(ServerUnavailableError, match=r"\(2 rows failed one after the other\). 1 rows were written"):
+    with pytest.raises(ServerUnavailableError, match=r"\(2 rows failed in sequence\). 1 rows were written"):
         generate(server, prepared, "--concurrency", "1", "--max-consecutive-errors", "2")
 
 

@@ -146,7 +146,7 @@ def test_a_server_that_comes_back_in_time_is_not_even_noticed(start_fake, settin
 
 def test_states_of_another_width_and_rows_too_long_are_refused(start_fake, settings, tmp_path):
     server = leave_note(start_fake("--slots", "5", "--hidden", "8"))
-    with pytest.raises(InvalidResponseError, match="states 8 wide, the verifier's are 16: it is another model"):
+    with pytest.raises(InvalidResponseError, match="hidden size is 8; the verifier's is 16: it is another model"):
         run(settings, server.endpoint)
     normal = start(start_fake, name="normal")  # takes 64 tokens, one of which it generates
     Dataset.from_list([{"input_ids": [1] * 64, "loss_mask": [1] * 64, "seq_len": 64}] * 4).save_to_disk(

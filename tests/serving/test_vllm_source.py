@@ -123,7 +123,7 @@ def test_a_wrong_answer_is_final(start_fake, fault, message):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("500", "500.*4 tries"),
+        ("500", "500.*4 attempts"),
         ("truncated", "3 requests of 5 tokens"),
         ("nan", r"shape=\(5, 3, 4\).*affected layer slots=\[0\].*min="),
         ("other tokens in file", "token_ids mismatch"),
@@ -159,7 +159,7 @@ def test_a_server_that_stays_away_is_named(start_fake):
     source = VllmSource(server.endpoint, CAPTURE)
     server.process.kill()
     server.process.wait()
-    with pytest.raises(ServerUnavailableError, match=rf"no answer from .*:{server.port}/v1/completions.*4 tries"):
+    with pytest.raises(ServerUnavailableError, match=rf"no answer from .*:{server.port}/v1/completions.*4 attempts"):
         source.read(ROWS)
     with pytest.raises(ServerUnavailableError, match="no answer from"):
         VllmSource(server.endpoint, CAPTURE)

@@ -13,9 +13,11 @@ one conversation need not be prefixes of each other.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.conversations import Conversation, TokenRow, UnusableRow
 from speculators.utils.chat_template import ChatRenderer
@@ -40,7 +42,10 @@ class TurnRows:
 
 
 def turn_rows(conversation: Conversation, renderer: ChatRenderer, max_length: int) -> TurnRows:
-    """One row per assistant turn that follows something. Raises `UnusableRow` when a boundary cannot be found."""
+    """Makes one row per assistant turn that follows another turn, clipped to `max_length` tokens.
+
+    Raises `UnusableRow` when a boundary cannot be found.
+    """
     found = TurnRows()
     messages, tools = conversation.messages, conversation.tools
     for j, message in enumerate(messages):
@@ -54,19 +59,19 @@ def turn_rows(conversation: Conversation, renderer: ChatRenderer, max_length: in
             found.dropped["turn's prompt fills the whole window (seq_length)"] += 1
             continue
         full = renderer.token_ids(messages[: j + 1], tools, add_generation_prompt=False)[:max_length]
-        start = generation_start(
-            prompt, full, lambda j=j: renderer.token_ids(messages[:j], tools, add_generation_prompt=False)
-        )
+        context = partial(renderer.token_ids, messages[:j], tools, add_generation_prompt=False)
+        start = generation_start(prompt, full, context)
         found.rows.append(TokenRow(full, [0] * start + [1] * (len(full) - start)))
     return found
 
 
-def generation_start(prompt: Sequence[int], full: Sequence[int], context: Any) -> int:
-    """Index of the first token the verifier wrote. `context()` gives the earlier messages without generation prompt.
+def generation_start(prompt: Sequence[int], full: Sequence[int], context: Callable[[], list[int]]) -> int:
+    """Finds the index of the first token that the verifier wrote.
 
-    The full text need not start with the prompt: a generation prompt may open a reasoning block that the rendered
-    answer lacks, or a merge of the tokenizer may span the boundary. Then what they share is the boundary, as long as
-    all earlier messages are inside it.
+    `context()` returns the tokens of the earlier messages without generation prompt. The full text need not start with
+    the prompt: a generation prompt may open a reasoning block that the rendered answer lacks, or a merge of the
+    tokenizer may span the boundary. Then the end of their common prefix is the boundary, provided that it contains all
+    earlier messages. Raises `UnusableRow` otherwise.
     """
     if list(full[: len(prompt)]) == list(prompt):
         return len(prompt)
@@ -85,7 +90,7 @@ def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def merge_prefix_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
-    """Join each row into the next one of the conversation where it is a prefix of it: same states, fewer tokens."""
+    """Joins a row into the next one of the conversation where it is a prefix of it: same states, fewer tokens."""
     merged: list[TokenRow] = []
     for row in rows:
         previous = merged[-1] if merged else None
@@ -98,23 +103,25 @@ def merge_prefix_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
 
 
 def agrees_with_template(row: TokenRow, generation_mask: Sequence[int]) -> bool:
-    """Does our boundary sit where the template's own {% generation %} block of the last turn starts?
+    """Says whether our boundary is where the template's own {% generation %} block of the last turn starts.
 
-    Only the start is compared: blocks differ in whether they include the end-of-turn marker.
+    Compares only the start: blocks differ in whether they include the end-of-turn marker.
     """
     start = row.loss_mask.index(1)
     mask = list(generation_mask[: len(row.input_ids)])
     return mask[start] == 1 and (start == 0 or mask[start - 1] == 0)
 
 
-def mask_spans(tokenizer: Any, input_ids: Sequence[int], loss_mask: Sequence[int]) -> list[MaskSpan]:
-    """The row as runs of supervised and context text, for printing in two colours."""
+def mask_spans(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], loss_mask: Sequence[int]
+) -> list[MaskSpan]:
+    """Splits the row into runs of supervised and context text, for printing in two colours."""
     spans: list[MaskSpan] = []
     ids, mask = [int(token) for token in input_ids], [bool(bit) for bit in loss_mask]
     start = 0
     for stop in range(1, len(ids) + 1):
         if stop == len(ids) or mask[stop] != mask[start]:
-            text = tokenizer.decode(ids[start:stop], skip_special_tokens=False)
+            text = str(tokenizer.decode(ids[start:stop], skip_special_tokens=False))
             spans.append(MaskSpan(start, stop, mask[start], text))
             start = stop
     return spans

@@ -33,7 +33,7 @@ FORMAT = "speculators-hidden-states-1"
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST_SCALE = 1e-12
-"""So that a token whose states are all zero divides by something."""
+"""Lower bound of a scale: a token whose states are all zero must not divide by zero."""
 
 SOURCE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
@@ -45,7 +45,7 @@ def hidden_state_path(directory: str | Path, row: int) -> Path:
 
 
 def get_existing_hidden_state_indices(directory: str | Path) -> list[int]:
-    """Rows that have a file, ascending; a directory that does not exist has none."""
+    """Lists the rows that have a file, ascending; an empty list when the directory does not exist."""
     path = Path(directory)
     if not path.is_dir():
         return []
@@ -53,7 +53,7 @@ def get_existing_hidden_state_indices(directory: str | Path) -> list[int]:
 
 
 def find_corrupt_hidden_state_indices(directory: str | Path, indices: Iterable[int]) -> dict[int, str]:
-    """Row -> what is wrong with its file, from the headers alone (a store's `audit` also checks the contents)."""
+    """Returns row -> what is wrong with its file, from the header alone (a store's `audit` also reads the contents)."""
     problems = ((row, header_problem(hidden_state_path(directory, row))) for row in indices)
     return {row: problem for row, problem in problems if problem is not None}
 
@@ -76,7 +76,10 @@ def header_problem(path: Path) -> str | None:
 def get_indices_to_process(
     num_samples: int, max_samples: int | None, existing: Collection[int], world_size: int = 1, rank: int = 0
 ) -> list[int]:
-    """This rank's rows: a contiguous share of the first `max_samples` rows, less those that exist."""
+    """Lists this rank's rows: a contiguous share of the first `max_samples` rows, without those in `existing`.
+
+    Raises `ValueError` unless `0 <= rank < world_size`.
+    """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} of world_size={world_size}; ranks are 0..world_size-1")
     target = num_samples if max_samples is None else min(max_samples, num_samples)
@@ -88,7 +91,10 @@ def get_indices_to_process(
 
 
 def check_hidden_states(data: Mapping[str, Any], tokens: Sequence[int] | Tensor | None) -> None:
-    """`ValueError` unless the tensors of one file belong together, to these tokens, and are finite."""
+    """Raises `ValueError` unless the tensors of one file fit each other and `tokens`, and are finite.
+
+    `data`: hidden_states [S, slots, H] and token_ids [S].
+    """
     missing = [key for key in REQUIRED_KEYS if key not in data]
     if missing:
         raise ValueError(f"hidden-state data has no {' and no '.join(missing)}; it has {sorted(data)}")
@@ -107,6 +113,7 @@ def check_hidden_states(data: Mapping[str, Any], tokens: Sequence[int] | Tensor 
 
 
 def check_finite(states: Tensor) -> None:
+    """Raises `ValueError`, naming the layer slots, when a value is NaN or infinite."""
     readable = states.float() if states.dtype == torch.float8_e4m3fn else states
     finite = torch.isfinite(readable)
     if finite.all():
@@ -124,16 +131,16 @@ def check_finite(states: Tensor) -> None:
 
 
 class CorruptHiddenStatesError(ValueError):
-    """A hidden-state file that is damaged, or does not hold what its name says."""
+    """The hidden-state file is damaged, or holds the states of another row."""
 
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What a file says about itself; None where a file of another tool says nothing."""
+    """The facts in a file's header; None where a file of another tool lacks them."""
 
     capture: CaptureSpec | None
     source_dtype: torch.dtype
-    """What fp8 values are restored to."""
+    """The type to which fp8 values are restored."""
     verifier: str | None
     crc32: int | None
 
@@ -143,13 +150,13 @@ def num_slots(capture: CaptureSpec) -> int:
 
 
 def estimate_bytes(num_tokens: int, capture: CaptureSpec, hidden_size: int, dtype: torch.dtype) -> int:
-    """Bytes on disk for the states of `num_tokens` tokens, headers aside. float8_e4m3fn comes with its scales."""
+    """Estimates the bytes on disk for `num_tokens` tokens, without headers; float8_e4m3fn includes its scales."""
     scale_bytes = torch.float32.itemsize if dtype == FP8 else 0
     return num_tokens * (num_slots(capture) * hidden_size * dtype.itemsize + scale_bytes + torch.int64.itemsize)
 
 
 def to_tensors(states: VerifierStates, capture: CaptureSpec, dtype: torch.dtype | None) -> TensorDict:
-    """The tensors of a file; `dtype=None` keeps the states' own."""
+    """Makes the tensors of a file; `dtype=None` keeps the states' type. Raises `ValueError` for NaN or infinity."""
     parts = []
     if states.aux_TD is not None:
         parts.append(states.aux_TD.unflatten(-1, (len(capture.aux_layer_ids), -1)))
@@ -167,14 +174,18 @@ def to_tensors(states: VerifierStates, capture: CaptureSpec, dtype: torch.dtype 
 
 
 def quantise(states_TSH: Tensor) -> tuple[Tensor, Tensor]:
-    """One scale a token over all its slots; saturated before the cast, which would make NaN of what rounds past 448."""
+    """Quantises to fp8 with one scale per token over all its slots.
+
+    Saturates before the cast, which would turn values that round past 448 into NaN. Returns fp8 [T, slots, H] and
+    scales [T, 1, 1].
+    """
     values = states_TSH.float()
     scales_T11 = (values.abs().amax(dim=(1, 2), keepdim=True) / FP8_MAX).clamp(min=SMALLEST_SCALE)
     return (values / scales_T11).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales_T11
 
 
 def from_tensors(tensors: Mapping[str, Tensor], capture: CaptureSpec, source_dtype: torch.dtype) -> VerifierStates:
-    """The states `capture` asks for. A file of another tool may hold a last slot that nobody asked for."""
+    """Returns the states that `capture` asks for; ignores a last slot that a file of another tool may have."""
     states_TSH = tensors["hidden_states"]
     if "hidden_states_scales" in tensors:
         states_TSH = (states_TSH.float() * tensors["hidden_states_scales"]).to(source_dtype)

@@ -1,8 +1,8 @@
-"""Verifier states of a prepared dataset to disk, from an extraction server: a file a row, what exists is kept.
+"""Writes verifier states of a prepared dataset from an extraction server: one file per row; existing files are kept.
 
     <prepared>/hidden_states/hs_<row>.safetensors     read by `train`, also on machines without the verifier
 
-A run that ended early, however it ended, is continued by the same command: files appear whole or not at all.
+The same command continues a run that ended early in any way: files appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ from speculators.utils.report import TableReport, facts_table
 logger = logging.getLogger(__name__)
 
 NUM_AHEAD = 2
-"""Rows asked for ahead of the one being written, in units of `concurrency`: bounds what is held in memory."""
+"""Rows requested ahead of the one being written, in units of `concurrency`: bounds the states held in memory."""
 
 
 @dataclass(frozen=True)
 class OfflineConfig:
-    """Where from, where to, and what to do when a row fails."""
+    """Settings of `generate_offline_data`: source, target, and what to do when a row fails."""
 
     preprocessed_data: str
     endpoint: str = DEFAULT_ENDPOINT
     output: str | None = None
     """None: beside the prepared data, where `train` looks."""
     model: str | None = None
-    """Only a check: the model that the server must serve."""
+    """The model that the server must serve; only checked."""
     target_layer_ids: tuple[int, ...] | None = None
-    """What a server extracts that `launch-vllm` did not start, the last layer at the end."""
+    """Layers that the server extracts if `launch-vllm` did not start it, the last layer at the end."""
     max_samples: int | None = None
     concurrency: int = DEFAULT_CONCURRENCY
     validate_outputs: bool = False
-    """Read files that exist in full, and make damaged ones again. Otherwise only their headers are looked at."""
+    """Reads existing files in full, and replaces damaged ones. Otherwise reads only their headers."""
     request_timeout_s: float = DEFAULT_TIMEOUT_S
     max_retries: int = DEFAULT_MAX_RETRIES
     fail_on_error: bool = False
     max_consecutive_errors: int | None = None
-    """So many rows failed one after the other end the run; None: `concurrency`."""
+    """Ends the run after so many failed rows in sequence; None: `concurrency`."""
     world_size: int = 1
     rank: int = 0
-    """Several machines share the rows: this is number `rank` of `world_size`."""
+    """Several machines share the rows: this one is number `rank` of `world_size`."""
 
 
 @dataclass
@@ -71,9 +71,9 @@ class OfflineReport(TableReport):
     directory: Path
     capture: CaptureSpec
     num_kept: int = 0
-    """Files that were there and are whole."""
+    """Files that existed and are whole."""
     num_repaired: int = 0
-    """Of those written: files that were there, damaged."""
+    """Written files that replaced a damaged one."""
     num_written: int = 0
     num_tokens: int = 0
     failed: dict[int, str] = field(default_factory=dict)
@@ -93,7 +93,11 @@ class OfflineReport(TableReport):
 
 
 def generate_offline_data(config: OfflineConfig, progress: Progress | None = None) -> OfflineReport:
-    """Write what is missing. `ServerUnavailableError` when the server is gone; what was written stays."""
+    """Writes the missing files.
+
+    Raises `ServerUnavailableError` or `InvalidResponseError` when too many rows fail, and `ValueError` when the server
+    serves another model or its layers are unknown. Files that were written stay.
+    """
     capture = capture_of(config)
     source = VllmSource(
         config.endpoint,
@@ -118,7 +122,7 @@ def generate_offline_data(config: OfflineConfig, progress: Progress | None = Non
 
 
 def capture_of(config: OfflineConfig) -> CaptureSpec:
-    """Everything the server extracts."""
+    """Finds everything that the server extracts. Raises `ValueError` when neither a note nor the settings say."""
     ids, num_layers = config.target_layer_ids, max(config.target_layer_ids or (0,))
     if ids is None:
         note = what_the_server_extracts(
@@ -126,7 +130,7 @@ def capture_of(config: OfflineConfig) -> CaptureSpec:
         )
         if note is None:
             raise ValueError(
-                f"{config.endpoint} left no note which layers it extracts; start it with `speculators launch-vllm`, or "
+                f"{config.endpoint} left no note of its layers; start it with `speculators launch-vllm`, or "
                 "give --target-layer-ids as it was started, the last layer at the end"
             )
         ids, num_layers = note.layer_ids, note.num_layers
@@ -134,6 +138,7 @@ def capture_of(config: OfflineConfig) -> CaptureSpec:
 
 
 def rows_to_make(config: OfflineConfig, store: HiddenStateStore, report: OfflineReport) -> list[int]:
+    """Lists the rows of this rank without a whole file; counts the others in the report."""
     damaged = set(find_corrupt_hidden_state_indices(store.directory, store.present))
     if config.validate_outputs:
         damaged |= set(store.audit())
@@ -157,7 +162,8 @@ def write_rows(
 ) -> None:
     limit = config.max_consecutive_errors or config.concurrency
     num_consecutive = 0
-    for num_done, (row, states) in enumerate(asked_ahead(source, rows, todo, config.concurrency * NUM_AHEAD), start=1):
+    ahead = request_ahead(source, rows, todo, config.concurrency * NUM_AHEAD)
+    for num_done, (row, states) in enumerate(ahead, start=1):
         try:
             store.write_row(row, states.result())
         except (ServerUnavailableError, InvalidResponseError) as error:
@@ -166,8 +172,8 @@ def write_rows(
             logger.warning("row %d: %s", row, error)
             if config.fail_on_error or num_consecutive >= limit:
                 raise type(error)(
-                    f"{error} ({num_consecutive} rows failed one after the other). {report.num_written} rows were "
-                    f"written to {store.directory}; the same command makes the others"
+                    f"{error} ({num_consecutive} rows failed in sequence). {report.num_written} rows were written to "
+                    f"{store.directory}; the same command writes the others"
                 ) from error
         else:
             num_consecutive = 0
@@ -177,13 +183,13 @@ def write_rows(
             progress("hidden states", num_done, len(todo))
 
 
-def asked_ahead(
+def request_ahead(
     source: VllmSource, rows: Sequence[torch.Tensor], todo: Sequence[int], num_ahead: int
 ) -> Iterator[tuple[int, Future[VerifierStates]]]:
-    """Each row in order, with the states it was asked for some rows ago."""
-    asked: deque[tuple[int, Future[VerifierStates]]] = deque()
+    """Yields each row in order with its requested states; keeps `num_ahead` requests open."""
+    requested: deque[tuple[int, Future[VerifierStates]]] = deque()
     for row in todo:
-        asked.append((row, source.pool.submit(source.read_one, torch.as_tensor(rows[row]))))
-        if len(asked) >= num_ahead:
-            yield asked.popleft()
-    yield from asked
+        requested.append((row, source.pool.submit(source.read_one, torch.as_tensor(rows[row]))))
+        if len(requested) >= num_ahead:
+            yield requested.popleft()
+    yield from requested

@@ -1,9 +1,9 @@
-"""regenerate_responses: the verifier answers the prompts itself, so that a drafter learns the text it will see.
+"""Regenerates responses: the verifier answers the prompts itself, so that a drafter learns the text it will see.
 
-    <output>.jsonl          one row per answer, pre-tokenised: prepare-data takes the file as it is
+    <output>.jsonl          one row per answer, pre-tokenised: prepare-data reads the file unchanged
     <output>.errors.jsonl   conversations that failed; a resumed run tries them again
 
-A conversation is written whole, when its last answer is there: a resumed run skips what is written and repeats nothing.
+A conversation is written as a whole after its last answer: a resumed run skips what is written and repeats nothing.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from speculators.utils.report import TableReport, facts_table
 logger = logging.getLogger(__name__)
 
 Generate = Callable[[list[list[int]]], list[list[int]]]
-"""Prompts in, the generated tokens (without the prompts, with the end token) out; same order."""
+"""Takes prompts (token ids), returns the generated tokens (without prompt, with end token) in the same order."""
 
 
 @dataclass
 class RegenerationReport(TableReport, os.PathLike[str]):
-    """What was written; a path wherever data is asked for."""
+    """Counts what a regeneration wrote; a path wherever data is asked for."""
 
     path: Path
     errors_path: Path
     num_conversations: int = 0
-    """Answered in this run."""
+    """Conversations answered in this run."""
     num_rows: int = 0
     num_tokens: int = 0
-    """Generated ones."""
+    """Generated tokens."""
     num_cut: int = 0
-    """Answers that did not end by themselves."""
+    """Answers cut at the length limit."""
     num_already_done: int = 0
     num_failed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """Reason -> rows of the source that could not be asked."""
+    """Reason -> rows of the source that could not be answered."""
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -56,18 +56,19 @@ class RegenerationReport(TableReport, os.PathLike[str]):
     def tables(self) -> list[Table]:
         facts = {
             "file": self.path,
-            "conversations": f"{self.num_conversations:,}, and {self.num_already_done:,} that were there",
+            "conversations": f"{self.num_conversations:,}, and {self.num_already_done:,} of an earlier run",
             "answers": f"{self.num_rows:,} of {self.num_tokens:,} tokens, {self.num_cut:,} cut at the limit",
             "failed": f"{self.num_failed:,}",
             "left out": "; ".join(f"{count} x {reason}" for reason, count in self.dropped.items()) or "nothing",
         }
         return [facts_table("Regenerated", facts)]
 
-    def why_not(self) -> str:
+    def reasons(self) -> str:
+        """Lists why conversations gave no row, for a message."""
         reasons = [f"{num_dropped} x {reason}" for reason, num_dropped in self.dropped.most_common(5)]
         if self.num_failed:
             reasons.append(f"{self.num_failed} failed (see {self.errors_path})")
-        return "; ".join(reasons) or "none to ask"
+        return "; ".join(reasons) or "no conversation to answer"
 
 
 def regenerate_responses(
@@ -87,19 +88,22 @@ def regenerate_responses(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> RegenerationReport:
-    """Answer every user turn of `conversations` (rows, or a source for `load_raw_dataset`) with `generate`.
+    """Answers every user turn of `conversations` (rows, or a source for `load_raw_dataset`) with `generate`.
 
-    `batch_size` conversations are answered together, turn by turn. `endpoint` and `sampling_params` are only noted.
+    Answers `batch_size` conversations together, turn by turn. `limit`: most conversations. `max_prompt_tokens`:
+    conversations end before a longer prompt. `resume` completes an existing `output` (a .jsonl file). `endpoint` and
+    `sampling_params` are only recorded in the rows. Raises `ValueError` for a wrong or existing `output` and when
+    nothing was answered; raises the error of `generate` after `max_consecutive_errors` failures in sequence.
     """
     path = Path(output)
     if path.suffix != ".jsonl":
-        raise ValueError(f"output {str(path)!r} must end in .jsonl: one row is written a line")
+        raise ValueError(f"output {str(path)!r} must end in .jsonl: it holds one row per line")
     if path.exists() and not resume:
         raise ValueError(f"{str(path)!r} exists; pass resume (--resume) to complete it, or choose another output")
     rows = load_raw_dataset(conversations) if isinstance(conversations, str | Path) else RawRows("rows", conversations)
     report = RegenerationReport(path, path.with_suffix(".errors.jsonl"))
     stop_ids = {tokenizer.eos_token_id} if stop_token_ids is None else set(stop_token_ids)
-    answering = Answering(
+    answering = RolloutBatches(
         tokenizer=tokenizer,
         generate=generate,
         provenance=Provenance(endpoint, sampling_params or {}, stop_ids),
@@ -131,13 +135,13 @@ def regenerate_responses(
                 file.unlink()
     warn_about(report)
     if report.num_rows == 0 and report.num_already_done == 0:
-        raise ValueError(f"nothing was answered: {num_rows} rows in {rows.name}, {report.why_not()}")
+        raise ValueError(f"nothing was answered: {num_rows} rows in {rows.name}, {report.reasons()}")
     return report
 
 
 @dataclass
-class Answering:
-    """Takes batches of rollouts to their ends."""
+class RolloutBatches:
+    """Answers batches of rollouts turn by turn until each conversation is over."""
 
     tokenizer: Any
     generate: Generate
@@ -148,7 +152,7 @@ class Answering:
     num_consecutive_errors: int = 0
 
     def answer(self, batch: Sequence[Rollout]) -> Iterator[tuple[Rollout, Exception | None]]:
-        """Each rollout, with the error that ended it if one did, as soon as it is over."""
+        """Yields each rollout as soon as it is over, with the error that ended it or None."""
         waiting = list(batch)
         while waiting:
             asked: list[tuple[Rollout, list[int]]] = []
@@ -174,19 +178,20 @@ class Answering:
                     waiting.append(rollout)
 
     def prompt_of(self, rollout: Rollout) -> list[int] | None:
+        """Returns the next prompt; None when the conversation is over. Raises `UnusableRow` when it has no answer."""
         if self.renderer is None and rollout.prompt_ids is None:
-            self.renderer = ChatRenderer(self.tokenizer)  # says what is wrong with a tokenizer without template
+            self.renderer = ChatRenderer(self.tokenizer)  # raises: the tokenizer has no template
         prompt = rollout.next_prompt(self.renderer)
         if prompt is None and not rollout.answers:
-            raise UnusableRow("no turn of this conversation is to be answered")
+            raise UnusableRow("no turn of this conversation needs an answer")
         if prompt is None or self.max_prompt_tokens is None or len(prompt) <= self.max_prompt_tokens:
             return prompt
         if rollout.answers:
-            return None  # the conversation outgrew the window: its answers so far are good
+            return None  # the conversation outgrew the window: its answers so far are kept
         raise UnusableRow(f"prompt of {len(prompt)} tokens is longer than max_prompt_tokens={self.max_prompt_tokens}")
 
     def ask(self, prompts: list[list[int]]) -> list[list[int] | Exception]:
-        """Answers; where the batch as a whole fails, each prompt is tried alone, so one bad prompt costs one row."""
+        """Generates answers; if the whole batch fails, tries each prompt alone, so one bad prompt costs one row."""
         if not prompts:
             return []
         try:
@@ -194,7 +199,7 @@ class Answering:
         except Exception as error:
             if len(prompts) == 1:
                 return [self.failed(error)]
-            logger.warning("a batch of %d prompts failed (%s); each is tried alone", len(prompts), error)
+            logger.warning("a batch of %d prompts failed (%s); trying each prompt alone", len(prompts), error)
             return [self.ask([prompt])[0] for prompt in prompts]
         if len(answers) != len(prompts):
             raise ValueError(f"generate returned {len(answers)} answers for {len(prompts)} prompts; one each is needed")
@@ -202,7 +207,7 @@ class Answering:
         return answers
 
     def failed(self, error: Exception) -> Exception:
-        """The error, as an answer; raised when there were so many in a row that the verifier must be gone."""
+        """Returns the error as an answer; raises it after so many in sequence that the verifier must be gone."""
         self.num_consecutive_errors += 1
         if self.num_consecutive_errors >= self.max_consecutive_errors:
             raise error
@@ -212,7 +217,7 @@ class Answering:
 def rollouts(
     rows: RawRows, num_rows: int, already_done: Collection[str], report: RegenerationReport
 ) -> Iterator[Rollout]:
-    """The conversations still to be answered; the others are counted in the report."""
+    """Yields the conversations that still need answers; counts the others in the report."""
     prompt_field = None if rows.config is None else rows.config.prompt_field
     seen: set[str] = set()
     for index in range(num_rows):
@@ -231,7 +236,10 @@ def rollouts(
 
 
 def finished_ids(path: Path) -> set[str]:
-    """Conversations an earlier run wrote. A last line that was cut off in writing is removed from the file."""
+    """Returns the conversations that an earlier run wrote; removes a last line that was cut off in writing.
+
+    Raises `ValueError` for a line that regeneration did not write.
+    """
     if not path.exists():
         return set()
     content = path.read_bytes()
@@ -245,7 +253,7 @@ def finished_ids(path: Path) -> set[str]:
             finished.add(str(json.loads(line)["primary_id"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"line {number} of {str(path)!r} is no regenerated row ({error}); remove it or choose another output"
+                f"line {number} of {str(path)!r} is not a regenerated row ({error}); remove it or choose another output"
             ) from error
     return finished
 

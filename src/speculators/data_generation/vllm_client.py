@@ -1,9 +1,9 @@
-"""Asking a vLLM server for the hidden states of token sequences: requests, answers, retries. No tensors here.
+"""Asks a vLLM server for the hidden states of token sequences: requests, answers, retries. No tensors here.
 
     POST <endpoint>/completions  {"prompt": [ids], "max_tokens": 1, "return_token_ids": true}
     answer                       choices[0].prompt_token_ids, kv_transfer_params.hidden_states_path
 
-What may pass (a dropped connection, a busy or restarting server) is tried again; what was answered wrongly is not.
+Transient failures (a dropped connection, a busy or restarting server) are tried again; wrong answers are not.
 """
 
 from __future__ import annotations
@@ -25,30 +25,33 @@ DEFAULT_ENDPOINT = "http://localhost:8000/v1"
 DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_MAX_RETRIES = 3
 BACKOFF_S = 1.0
-"""First wait before trying again; each further one is twice as long."""
+"""Wait before the first retry; each further wait is twice as long."""
 TRANSIENT_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP codes of a server that may answer in a moment."""
+"""HTTP codes of a server that may answer soon."""
 
 
 class InvalidResponseError(ValueError):
-    """The server answered, but not what was asked. Asking again would not help."""
+    """The server answered wrongly. Another request would not help."""
 
 
 class ServerUnavailableError(ConnectionError):
-    """The server could not be reached, or failed, as often as was allowed."""
+    """The server could not be reached, or failed, in every allowed attempt."""
 
 
 class TransientError(Exception):
-    """A failure worth another try."""
+    """A failure that another attempt may not meet."""
 
 
 def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `max_retries=3`: another try after 1, 2, 4, ... s when one failed in passing. Plain and async functions."""
+    """Adds `max_retries=3` to a plain or async function: retries after 1, 2, 4, ... s when it fails transiently.
+
+    The result raises `ServerUnavailableError` after the last attempt.
+    """
 
     def gave_up(error: Exception, max_retries: int) -> ServerUnavailableError:
         waited_s = BACKOFF_S * (2**max_retries - 1)
         return ServerUnavailableError(
-            f"{describe(error)}: {max_retries + 1} tries in {waited_s:.0f} s. Look at the server's log and start it "
+            f"{describe(error)}: {max_retries + 1} attempts in {waited_s:.0f} s. Look at the server's log and start it "
             "again; more retries wait longer (7: about two minutes)"
         )
 
@@ -62,9 +65,9 @@ def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
                 except (TransientError, httpx.TransportError) as error:
                     if attempt == max_retries:
                         raise gave_up(error, max_retries) from error
-                    note_retry(error, attempt)
+                    log_retry(error, attempt)
                     await asyncio.sleep(BACKOFF_S * 2**attempt)
-            raise AssertionError("the last try returns or raises")
+            raise AssertionError("the last attempt returns or raises")
 
         return retried
 
@@ -76,36 +79,40 @@ def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
             except (TransientError, httpx.TransportError) as error:
                 if attempt == max_retries:
                     raise gave_up(error, max_retries) from error
-                note_retry(error, attempt)
+                log_retry(error, attempt)
                 time.sleep(BACKOFF_S * 2**attempt)
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
     return retried_plainly
 
 
-def note_retry(error: Exception, attempt: int) -> None:
+def log_retry(error: Exception, attempt: int) -> None:
     logger.warning("%s; trying again in %.0f s", describe(error), BACKOFF_S * 2**attempt)
 
 
 def describe(error: Exception) -> str:
-    if isinstance(error, httpx.TransportError):  # its own text is about sockets
+    if isinstance(error, httpx.TransportError):  # httpx's own text speaks of sockets
         return f"no answer from {error.request.url} ({error or type(error).__name__})"
     return str(error)
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model a server serves."""
+    """The model that a server serves."""
 
     name: str
-    """What requests call it."""
+    """Its name in requests."""
     root: str
-    """What it was loaded from."""
+    """The directory or hub id it was loaded from."""
     max_model_len: int | None
+    """Longest sequence, in tokens; None when the server does not say."""
 
 
 def make_client(endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, num_connections: int = 32) -> httpx.Client:
-    """For one server: paths are relative to `endpoint` (which ends in /v1)."""
+    """Makes a client whose paths are relative to `endpoint` (which ends in /v1).
+
+    Raises `ValueError` when the endpoint is not an http address.
+    """
     if not endpoint.startswith(("http://", "https://")):
         raise ValueError(f"endpoint {endpoint!r}: an address begins with http://, e.g. {DEFAULT_ENDPOINT}")
     limits = httpx.Limits(max_connections=num_connections, max_keepalive_connections=num_connections)
@@ -114,7 +121,7 @@ def make_client(endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, num_conn
 
 @with_retries
 def served_model(client: httpx.Client) -> ServedModel:
-    """The first model of the server."""
+    """Asks the server for its first model. Raises `InvalidResponseError` when it serves no model."""
     body = checked_json(client.get("models"))
     models = body.get("data") or []
     if not models:
@@ -124,7 +131,7 @@ def served_model(client: httpx.Client) -> ServedModel:
 
 
 def checked_json(response: httpx.Response) -> dict[str, Any]:
-    """The body of a good answer; codes that pass are worth another try, others are final."""
+    """Returns the body of a good answer. Raises `TransientError` (worth a retry), else `InvalidResponseError`."""
     if response.status_code in TRANSIENT_CODES:
         raise TransientError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
     if response.status_code != 200:
@@ -132,13 +139,14 @@ def checked_json(response: httpx.Response) -> dict[str, Any]:
     try:
         body = response.json()
     except ValueError as error:
-        raise InvalidResponseError(f"{response.url} answered no JSON: {response.text[:300]}") from error
+        raise InvalidResponseError(f"{response.url} did not answer with JSON: {response.text[:300]}") from error
     if not isinstance(body, dict):
         raise InvalidResponseError(f"{response.url} answered {type(body).__name__}, not an object")
     return body
 
 
 def completion_request(model: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes the request for `item["input_ids"]`. Raises `ValueError` for a row of messages."""
     if "messages" in item and "input_ids" not in item:
         raise ValueError("rows of messages have no token ids; prepare them with prepare-data")
     return {
@@ -154,7 +162,10 @@ def completion_request(model: str, item: Mapping[str, Any]) -> dict[str, Any]:
 def generate_hidden_states(
     client: httpx.Client, model: str, item: Mapping[str, Any], *, timeout: float = DEFAULT_TIMEOUT_S
 ) -> tuple[str, dict[str, Any]]:
-    """(handle of the states, all transfer parameters) for `item["input_ids"]`."""
+    """Asks for the states of `item["input_ids"]`; returns (handle, all transfer parameters). `timeout` in seconds.
+
+    Raises `InvalidResponseError` for a wrong answer, `ServerUnavailableError` after the last attempt.
+    """
     request = completion_request(model, item)
     return extract_output(checked_json(client.post("completions", json=request, timeout=timeout)), request["prompt"])
 
@@ -163,13 +174,17 @@ def generate_hidden_states(
 async def generate_hidden_states_async(
     client: httpx.AsyncClient, model: str, item: Mapping[str, Any], *, timeout: float = DEFAULT_TIMEOUT_S
 ) -> tuple[str, dict[str, Any]]:
+    """Does the same as `generate_hidden_states` with an async client."""
     request = completion_request(model, item)
     response = await client.post("completions", json=request, timeout=timeout)
     return extract_output(checked_json(response), request["prompt"])
 
 
 def extract_output(response: Mapping[str, Any], token_ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
-    """(handle, transfer parameters) of an answer to these tokens."""
+    """Returns (handle, transfer parameters) of an answer to these tokens.
+
+    Raises `InvalidResponseError` when the answer is about other tokens or has no handle.
+    """
     choices = response.get("choices") or [{}]
     seen = choices[0].get("prompt_token_ids")
     if seen is None:

@@ -1,4 +1,4 @@
-"""Chat templates: messages -> token ids, rendered as the verifier's serving engine would render them."""
+"""Renders chat messages as token ids with a tokenizer's own template, as the verifier's serving engine would."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ChatTemplateError(ValueError):
 
 
 class ChatRenderer:
-    """Messages -> token ids. Raises `ValueError` for a tokenizer without a chat template."""
+    """Renders messages as token ids. Raises `ValueError` for a tokenizer without a chat template."""
 
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
@@ -26,18 +26,18 @@ class ChatRenderer:
 
     @property
     def marks_generations(self) -> bool:
-        """Does the template itself say, with {% generation %} blocks, which text is the assistant's?"""
+        """Whether the template itself marks the assistant's text with {% generation %} blocks."""
         return GENERATION_BLOCK.search(self.template) is not None
 
     def token_ids(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool
     ) -> list[int]:
-        """Raises `ChatTemplateError` when the template refuses the messages."""
+        """Renders the messages. Raises `ChatTemplateError` when the template refuses them."""
         rendered = self.render(messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False)
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def generation_mask(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
-        """The mask of the template's own {% generation %} blocks, over the tokens of the whole conversation."""
+        """Returns the mask of the template's own {% generation %} blocks, one entry per token of the conversation."""
         encoded = self.render(
             messages,
             tools,
@@ -63,10 +63,10 @@ def chat_prompt(
     tools: Sequence[Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """One user turn, or a list of messages (`{"role": ..., "content": ...}`), up to where the verifier answers.
+    """Renders one user turn, or a list of messages (`{"role": ..., "content": ...}`), up to where the verifier answers.
 
-    Raises `ValueError` for a tokenizer without a chat template, for what is no list of messages, and (as
-    `ChatTemplateError`) for messages that the template refuses.
+    Raises `ValueError` for a tokenizer without a chat template and for anything but text or a list of messages, and
+    `ChatTemplateError` (a `ValueError`) for messages that the template refuses.
     """
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
     if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
@@ -78,7 +78,7 @@ def chat_prompt(
 
 
 def chat_template_of(tokenizer: Any) -> str:
-    """The template's text. `ValueError` for a tokenizer that has none."""
+    """Returns the template's text. Raises `ValueError` for a tokenizer without a template."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, Mapping):
         template = template.get("default")
@@ -93,7 +93,7 @@ def chat_template_of(tokenizer: Any) -> str:
 
 
 def rename_reasoning(message: Mapping[str, Any], template: str) -> dict[str, Any]:
-    """Data sets say `thinking` or `reasoning_content`; a template reads one of them and would ignore the other."""
+    """Renames `thinking` or `reasoning_content` to the one that the template reads; it would ignore the other."""
     for given, other in (REASONING_KEYS, REASONING_KEYS[::-1]):
         if given in message and other not in message and given not in template and other in template:
             renamed = {key: value for key, value in message.items() if key != given}

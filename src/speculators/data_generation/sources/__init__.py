@@ -1,8 +1,8 @@
-"""Where training gets the verifier's states from. All are `speculators.interfaces.HiddenStateSource`s.
+"""Gives training the verifier's states. Every class is a `speculators.interfaces.HiddenStateSource`.
 
 LocalSource        runs the verifier in this process: no server, no disk
 VllmSource         asks a vLLM server that extracts them (`speculators launch-vllm`)
-HiddenStateStore   files on disk, by row; also a source by itself when every row is there
+HiddenStateStore   reads and writes files on disk, by row; a source by itself when every row has a file
 CachedSource, MemoryCachedSource, StoredOrComputedSource    keep what another source computes (see `cached.py`)
 """
 

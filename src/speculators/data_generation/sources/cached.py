@@ -1,4 +1,4 @@
-"""Sources over another source: what it computed is kept on disk or in memory, or files on disk come first.
+"""Sources over another source: they keep what it computes on disk or in memory, or prefer files on disk.
 
 CachedSource              computes each row once, by any source, and reads it from disk afterwards
 MemoryCachedSource        keeps rows in memory, so that later epochs of a small dataset cost no verifier forwards
@@ -21,23 +21,23 @@ from speculators.interfaces import HiddenStateSource, VerifierStates
 logger = logging.getLogger(__name__)
 
 MAX_GROUP_TOKENS = 4096
-"""Tokens computed together. More saves little; the first batch waits for its groups."""
+"""Most tokens computed together. More saves little, and the first batch waits for its groups."""
 
 
 class CachedSource:
-    """A `HiddenStateSource`: what the store lacks comes from `inner` and is stored.
+    """A `HiddenStateSource`: computes what the store lacks with `inner` and stores it.
 
-    What is returned is always what the store holds (its dtype, on the CPU), the first time too.
+    Always returns what the store holds (its dtype, on the CPU), the first time too.
     """
 
     def __init__(self, inner: HiddenStateSource, store: HiddenStateStore) -> None:
         if inner.capture != store.capture:
-            raise ValueError(f"the source gives {inner.capture}, the store is for {store.capture}; use one of the two")
+            raise ValueError(f"the source captures {inner.capture}, the store {store.capture}; use one of the two")
         self.inner = inner
         self.store = store
         self.capture = inner.capture
         self.num_uncached = 0
-        """Sequences that are no row of the store's dataset: computed every time."""
+        """Number of sequences that are not a row of the store's dataset and are computed every time."""
 
     def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
         rows = [self.store.row_of(ids) for ids in token_ids]
@@ -50,6 +50,7 @@ class CachedSource:
         return [states for states in found if states is not None]
 
     def stored(self, row: int | None, token_ids: Tensor) -> VerifierStates | None:
+        """Reads a stored row; None when it is not stored or its file is damaged."""
         if row is None or not self.store.has(row):
             return None
         try:
@@ -64,7 +65,7 @@ class CachedSource:
             return self.store.write_row(row, states)
         if self.num_uncached == 0:
             logger.warning(
-                "a sequence of %d tokens is no row of the cached dataset; such sequences are computed every time",
+                "a sequence of %d tokens is not a row of the cached dataset; such sequences are computed every time",
                 len(states.token_ids_T),
             )
         self.num_uncached += 1
@@ -72,7 +73,7 @@ class CachedSource:
 
 
 class StoredOrComputedSource:
-    """A `HiddenStateSource`: files where they exist, the verifier for the rest; nothing is written."""
+    """A `HiddenStateSource`: reads the rows that have a file, computes the others with `inner`, writes nothing."""
 
     def __init__(self, store: HiddenStateStore, inner: HiddenStateSource):
         self.store, self.inner = store, inner
@@ -102,7 +103,7 @@ class MemoryCachedSource:
         bytes_per_token: int,
         budget_bytes: int,
     ):
-        """`row(i)` are the `lengths[i]` tokens of a sequence that will be asked for; the first that fit are kept."""
+        """`row(i)` returns the `lengths[i]` tokens of a sequence that will be read; the first that fit are kept."""
         self.inner = inner
         self.capture = inner.capture
         self.groups = groups_of(lengths, budget_bytes // max(1, bytes_per_token))
@@ -121,14 +122,14 @@ class MemoryCachedSource:
         return [next(rest) if row is None else self.kept[row] for row in wanted]
 
     def keep(self, group: list[int], row: int) -> None:
-        with self.lock:  # threads that read ahead: a second one asking for this group waits for the first
+        with self.lock:  # threads read ahead: a second one that needs this group waits for the first
             if row not in self.kept:
                 computed = self.inner.read([self.rows[member] for member in group])
                 self.kept |= {member: detached(states) for member, states in zip(group, computed, strict=True)}
 
 
 def groups_of(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """The first rows that fit `max_tokens`, grouped by similar length (least padding), empty rows left out."""
+    """Groups the first rows that fit `max_tokens` by similar length (least padding); leaves out empty rows."""
     kept, total = [], 0
     for row, length in enumerate(lengths):
         total += length
@@ -150,7 +151,7 @@ def key_of(token_ids: Tensor) -> bytes:
 
 
 def detached(states: VerifierStates) -> VerifierStates:
-    """On the CPU, and no view into the batch it was computed in."""
+    """Copies states to the CPU, so that they do not keep their batch in memory."""
     aux_TD, last_TH = (
         None if values is None else values.cpu().clone() for values in (states.aux_TD, states.last_hidden_TH)
     )

@@ -1,7 +1,7 @@
-"""LocalSource: the verifier in this process. Several sequences a forward, the same states as one by one.
+"""LocalSource: runs the verifier in this process on several sequences per forward.
 
-Sequences of similar length share a right-padded batch. No attention mask is needed: attention is causal, so what
-follows a token cannot change its state, and the kernels for plain causal attention are the fast ones.
+Sequences of similar length share a right-padded batch. No attention mask is needed: attention is causal, so padding
+after a token cannot change its state, and kernels for plain causal attention are the fastest.
 
 Shapes: B sequences of a batch, T tokens, A aux layers, H hidden size.
 """
@@ -23,18 +23,18 @@ class LocalSource:
     """A `HiddenStateSource` over a loaded verifier."""
 
     def __init__(self, verifier_model: nn.Module, capture: CaptureSpec, *, max_batch_tokens: int = 8192) -> None:
-        """At most `max_batch_tokens` positions (padding included) go through the verifier at once; a longer sequence
-        goes alone."""
+        """Runs at most `max_batch_tokens` positions (padding included) per forward; a longer sequence runs alone."""
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens={max_batch_tokens}; a forward needs at least 1 token")
         self.capture = capture
         self.model = verifier_model
         self.max_batch_tokens = max_batch_tokens
-        # the decoder alone: training makes its own logits, and [B, T, V] is the largest tensor of a forward
+        # runs the decoder alone: training makes its own logits, and [B, T, V] is the largest tensor of a forward
         get_decoder: Any = getattr(verifier_model, "get_decoder", None)
         self.decoder: nn.Module = verifier_model if get_decoder is None else get_decoder()
 
     def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
+        """Computes the states of each sequence, in order. Raises `ValueError` for an empty sequence or NaN states."""
         if any(len(ids) == 0 for ids in token_ids):
             raise ValueError("a sequence without tokens has no states; leave it out")
         found: list[VerifierStates | None] = [None] * len(token_ids)
@@ -45,7 +45,7 @@ class LocalSource:
 
     @torch.no_grad()
     def forward(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
-        """One forward of the verifier over all the sequences."""
+        """Runs one forward of the verifier over all the sequences."""
         device = next(self.model.parameters()).device
         token_ids_BT = pad_sequence([ids.to(device, torch.int64) for ids in token_ids], batch_first=True)
         # a caller's autocast would silently change the states' precision
@@ -66,7 +66,7 @@ class LocalSource:
 
 
 def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
-    """Indices grouped, longest first, so that count x longest stays within the limit."""
+    """Groups indices, longest first, so that count x longest stays within the limit."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_batch_tokens:

@@ -1,7 +1,7 @@
-"""HiddenStateStore: one file a row of a prepared dataset, checked when written and when read.
+"""HiddenStateStore: keeps one file per row of a prepared dataset, and checks it when it writes and when it reads.
 
-A row is found by its tokens, so the store answers the same `read(token_ids)` as every other source.
-Its size is known before anything is written; a cap and the free disk are respected.
+It finds a row by its tokens, so it has the same `read(token_ids)` as every other source. It knows its size before it
+writes anything, and respects a cap and the free disk space.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from speculators.utils.files import atomic_write, is_same_model
 logger = logging.getLogger(__name__)
 
 WRITER_TIMEOUT_S = 10.0
-"""How long a file is waited for that another process is still writing (it holds `<file>.lock`)."""
+"""Longest wait for a file that another process is still writing (it holds `<file>.lock`)."""
 
 
 @dataclass(frozen=True)
 class StoragePlan:
-    """What filling the store would take."""
+    """What it takes to fill the store."""
 
     num_files: int
     num_tokens: int
     num_bytes: int
-    """Of the files still to be written."""
+    """Bytes of the files still to be written."""
     present_bytes: int
     free_bytes: int
 
     def __str__(self) -> str:
         return (
             f"{self.num_files} files, {self.num_tokens} tokens, {human_bytes(self.num_bytes)} to write "
-            f"({human_bytes(self.present_bytes)} there already, {human_bytes(self.free_bytes)} free)"
+            f"({human_bytes(self.present_bytes)} written already, {human_bytes(self.free_bytes)} free)"
         )
 
 
 class HiddenStateStore:
-    """`hs_<row>.safetensors` files of one dataset. `rows[i]` are the tokens of row i."""
+    """The `hs_<row>.safetensors` files of one dataset. `rows[i]` are the tokens of row i."""
 
     def __init__(
         self,
@@ -74,8 +74,11 @@ class HiddenStateStore:
         max_bytes: int | None = None,
         verifier: str | None = None,
     ) -> None:
-        """`dtype=None` keeps the states as they come, `torch.float8_e4m3fn` halves bfloat16. `max_bytes` caps the
-        whole directory. `verifier` is written into the files, and files of another one are refused."""
+        """`dtype=None` keeps the type of the states, `torch.float8_e4m3fn` halves bfloat16. `max_bytes` caps the whole
+        directory. `verifier` is written into the files; files of another verifier are refused.
+
+        Raises `ValueError` when `capture` is empty.
+        """
         if num_slots(capture) == 0:
             raise ValueError("the drafter reads no verifier states, so there is nothing to store")
         self.directory = Path(directory)
@@ -92,14 +95,14 @@ class HiddenStateStore:
         self.space_was_checked = False
 
     def row_of(self, token_ids: Sequence[int] | Tensor) -> int | None:
-        """The row with exactly these tokens; None when the dataset has none."""
+        """Finds the row with exactly these tokens; None when the dataset has no such row."""
         return self.row_by_digest.get(digest(token_ids))
 
     def has(self, row: int) -> bool:
         return row in self.present
 
     def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
-        """States of rows that are all in the store."""
+        """Reads rows that are all in the store. Raises `ValueError` when one is not."""
         return [self.read_row(self.stored_row_of(ids), ids) for ids in token_ids]
 
     def stored_row_of(self, token_ids: Tensor) -> int:
@@ -114,7 +117,11 @@ class HiddenStateStore:
         return row
 
     def read_row(self, row: int, token_ids: Sequence[int] | Tensor) -> VerifierStates:
-        """Raises `CorruptHiddenStatesError`, naming the file, unless contents, checksum and tokens are right."""
+        """Reads one row, or its first tokens.
+
+        Raises `CorruptHiddenStatesError`, naming the file, unless contents, checksum and tokens are right, and
+        `ValueError` for a file of another capture or verifier.
+        """
         path = hidden_state_path(self.directory, row)
         wait_for_writer(path)
         header, tensors = load_file(path)
@@ -127,7 +134,7 @@ class HiddenStateStore:
         return from_tensors(clipped, self.capture, header.source_dtype)
 
     def refuse_other_capture(self, path: Path, header: FileHeader, states: Tensor) -> None:
-        """Not corrupt, but of no use: computing it all again silently would be worse than stopping."""
+        """Raises `ValueError` for a whole file that is useless here: computing all again silently would be worse."""
         stored: Any = header.capture or states.shape[1]
         wanted: Any = self.capture if header.capture else len(self.capture.aux_layer_ids) + 1
         if stored != wanted:
@@ -143,7 +150,7 @@ class HiddenStateStore:
             )
 
     def write_row(self, row: int, states: VerifierStates) -> VerifierStates:
-        """Store one row; returns it as it will be read back, so that cached and computed training see equal numbers."""
+        """Stores one row and returns it as it will be read back, so that the first epoch sees the same numbers."""
         source = states.last_hidden_TH if states.last_hidden_TH is not None else states.aux_TD
         assert source is not None
         if not self.space_was_checked:
@@ -157,7 +164,7 @@ class HiddenStateStore:
         return from_tensors(tensors, self.capture, source.dtype)
 
     def plan(self, hidden_size: int, source_dtype: torch.dtype) -> StoragePlan:
-        """Before writing: what is still to be written, and what there is room for."""
+        """Measures what is still to be written and how much space is free."""
         missing = [row for row in self.row_by_digest.values() if row not in self.present]
         num_tokens = sum(self.lengths[row] for row in missing)
         existing = next(parent for parent in (self.directory, *self.directory.absolute().parents) if parent.exists())
@@ -170,7 +177,7 @@ class HiddenStateStore:
         )
 
     def check_space(self, hidden_size: int, source_dtype: torch.dtype) -> StoragePlan:
-        """`ValueError`, before the first byte, when the store would not fit."""
+        """Raises `ValueError`, before the first byte is written, when the store would not fit."""
         plan = self.plan(hidden_size, source_dtype)
         ways_out = "store fp8, prepare fewer or shorter rows, or keep the states in memory (no cache)"
         if self.max_bytes is not None and plan.num_bytes + plan.present_bytes > self.max_bytes:
@@ -184,7 +191,7 @@ class HiddenStateStore:
         return plan
 
     def audit(self, progress: Callable[[str, int, int | None], None] | None = None) -> dict[int, str]:
-        """Read every file in full: row -> what is wrong with it."""
+        """Reads every file in full; returns row -> what is wrong with it."""
         problems: dict[int, str] = {}
         for num_done, row in enumerate(sorted(self.present), start=1):
             try:
@@ -197,7 +204,7 @@ class HiddenStateStore:
 
 
 def load_file(path: Path) -> tuple[FileHeader, dict[str, Tensor]]:
-    """A file's header and tensors, checked for damage."""
+    """Reads a file's header and tensors. Raises `CorruptHiddenStatesError` when it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             header = parse_header(file.metadata())
@@ -214,11 +221,11 @@ def load_file(path: Path) -> tuple[FileHeader, dict[str, Tensor]]:
 
 
 def wait_for_writer(path: Path) -> None:
-    """Wait while another process holds `<path>.lock`, then remove the lock it left."""
+    """Waits while another process holds `<path>.lock`, then removes the lock. Raises `TimeoutError`."""
     lock = path.with_name(path.name + ".lock")
     if not lock.exists():
         return
-    import fcntl  # there on POSIX only, and so are the writers that lock
+    import fcntl  # exists on POSIX only, as do the writers that lock
 
     deadline = time.monotonic() + WRITER_TIMEOUT_S
     with lock.open("rb") as handle:

@@ -1,8 +1,8 @@
-"""VllmSource: verifier states from a vLLM server that extracts them (`speculators launch-vllm`). Threads may share it.
+"""VllmSource: asks a vLLM server that extracts verifier states (`speculators launch-vllm`). Threads may share it.
 
     tokens -> request -> path of a file -> wait for its writer -> read, check, delete -> VerifierStates
 
-The server holds `<path>.lock` exclusively while it writes and never deletes anything; whoever reads does.
+The server holds `<path>.lock` exclusively while it writes, and never deletes a file; the reader does.
 Shapes: T tokens, S slots (layers in the file), H hidden size.
 """
 
@@ -44,21 +44,21 @@ POLL_S = 0.01
 
 
 class DamagedStatesError(ValueError):
-    """The server announced states, but its file is missing, cut off or of something else. Worth another request."""
+    """The server's file of states is missing, cut off or about other tokens. Worth another request."""
 
 
 @dataclass
 class Counts:
-    """What a source asked for, so that nothing fails unseen."""
+    """Counts the requests of a source, so that failures are seen."""
 
     num_read: int = 0
     num_retried: int = 0
-    """Requests made again because the file was damaged."""
+    """Requests repeated because the file was damaged."""
     num_failed: int = 0
 
 
 class VllmSource:
-    """A `HiddenStateSource`. Asks the server once when made, so that a wrong address is known at once."""
+    """A `HiddenStateSource`. Asks the server once when it is made, so that a wrong address fails at once."""
 
     def __init__(
         self,
@@ -73,8 +73,11 @@ class VllmSource:
         max_retries: int = DEFAULT_MAX_RETRIES,
         validation_retries: int = DEFAULT_VALIDATION_RETRIES,
     ) -> None:
-        """`layer_ids`: what a server extracts that was not started by `launch-vllm` (which leaves a note of it),
-        ascending, the last layer's included. `hidden_size`: the verifier's, to tell another model by."""
+        """`layer_ids`: layers that the server extracts if `launch-vllm` (which leaves a note) did not start it,
+        ascending, including the last layer. `hidden_size`: the verifier's, to detect another model.
+
+        Raises `ServerUnavailableError` when the server does not answer, `ValueError` for a wrong setting.
+        """
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency}; at least one request at a time is needed")
         self.endpoint = endpoint
@@ -89,13 +92,14 @@ class VllmSource:
         self.pool = ThreadPoolExecutor(concurrency, thread_name_prefix="extract")
         self.lock = threading.Lock()
         self.slots: list[int] | None = None
-        """Where the wanted layers are in a file; known once the first file showed where the server's note is."""
+        """Slots of the wanted layers in a file; known after the first file, beside which the server's note is."""
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
         self.client.close()
 
     def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
+        """Requests the states of all sequences at once; returns them in order. Raises as `read_one` does."""
         if any(len(ids) == 0 for ids in token_ids):
             raise ValueError("a sequence without tokens has no states; leave it out")
         futures = [self.pool.submit(self.read_one, ids) for ids in token_ids]
@@ -107,7 +111,10 @@ class VllmSource:
             raise
 
     def read_one(self, token_ids: Tensor) -> VerifierStates:
-        """States of one sequence. A damaged file is asked for again; a server that is gone was waited for already."""
+        """Reads the states of one sequence; requests a damaged file again.
+
+        Raises `ServerUnavailableError` after the last attempt, `InvalidResponseError` for a wrong answer.
+        """
         ids_T = token_ids.to("cpu", torch.int64)
         for attempt in range(self.validation_retries + 1):
             try:
@@ -116,7 +123,7 @@ class VllmSource:
                 if attempt == self.validation_retries:
                     self.count(num_failed=1)
                     raise ServerUnavailableError(f"{error}: {attempt + 1} requests of {len(ids_T)} tokens") from error
-                logger.warning("%s; asking again", error)
+                logger.warning("%s; requesting it again", error)
                 self.count(num_retried=1)
             except (ServerUnavailableError, InvalidResponseError):
                 self.count(num_failed=1)
@@ -140,8 +147,8 @@ class VllmSource:
         states_TSH = read_and_delete(path, ids_T, self.timeout_s)
         if self.hidden_size is not None and states_TSH.shape[2] != self.hidden_size:
             raise InvalidResponseError(
-                f"{self.endpoint} serves {self.served.root} with states {states_TSH.shape[2]} wide, the verifier's are "
-                f"{self.hidden_size}: it is another model"
+                f"{self.endpoint} serves {self.served.root}, whose hidden size is {states_TSH.shape[2]}; "
+                f"the verifier's is {self.hidden_size}: it is another model"
             )
         slots = self.find_slots(path.parent, states_TSH.shape[1])
         num_aux = len(self.capture.aux_layer_ids)
@@ -152,7 +159,7 @@ class VllmSource:
         )
 
     def find_slots(self, directory: Path, num_slots_in_file: int) -> list[int]:
-        """Which slots of a file hold what the drafter reads, in its order."""
+        """Finds the slots of a file that hold the layers that the drafter reads, in its order."""
         with self.lock:
             if self.slots is None:
                 note = ExtractionNote.read(directory)
@@ -163,7 +170,7 @@ class VllmSource:
         if num_slots_in_file != self.num_slots_in_file:
             raise InvalidResponseError(
                 f"the server's files hold {num_slots_in_file} layers, its note in {directory} says "
-                f"{self.num_slots_in_file}: another server wrote there; give each its own --hidden-states-path"
+                f"{self.num_slots_in_file}: another server wrote to it; give each its own --hidden-states-path"
             )
         return self.slots
 
@@ -171,7 +178,7 @@ class VllmSource:
 def what_the_server_extracts(
     endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, max_retries: int = DEFAULT_MAX_RETRIES
 ) -> ExtractionNote | None:
-    """The note of its starter, found by asking for the states of one token; None when there is none."""
+    """Finds the note that `launch-vllm` left, by requesting the states of one token; None when there is no note."""
     with make_client(endpoint, timeout_s=timeout_s) as client:
         model = served_model(client, max_retries=max_retries).name
         handle, _ = generate_hidden_states(
@@ -182,12 +189,15 @@ def what_the_server_extracts(
 
 
 def slots_of(capture: CaptureSpec, note: ExtractionNote | None, num_slots_in_file: int) -> list[int]:
-    """By the server's note; without one the file must hold exactly what is wanted, in order."""
+    """Finds the slots of the wanted layers by the server's note; without one the file must hold exactly those layers.
+
+    Raises `InvalidResponseError` when a layer is missing or the number of layers differs.
+    """
     if note is None:
         if num_slots_in_file != num_slots(capture):
             raise InvalidResponseError(
                 f"the server extracts {num_slots_in_file} layers, the drafter reads {num_slots(capture)} ({capture}), "
-                "and the server left no note which they are; start it with `speculators launch-vllm`"
+                "and the server left no note of its layers; start it with `speculators launch-vllm`"
             )
         return list(range(num_slots_in_file))
     wanted = [*capture.aux_layer_ids, *([note.num_layers] if capture.last_hidden else [])]
@@ -202,7 +212,10 @@ def slots_of(capture: CaptureSpec, note: ExtractionNote | None, num_slots_in_fil
 
 
 def read_and_delete(path: Path, ids_T: Tensor, timeout_s: float) -> Tensor:
-    """The states of these tokens, [T, S, H], checked. The file and its lock are gone afterwards, whatever they held."""
+    """Reads and checks the states [T, S, H] of these tokens; always deletes the file and its lock.
+
+    Raises `DamagedStatesError` when the file is missing, damaged or about other tokens.
+    """
     lock = path.with_name(path.name + ".lock")
     try:
         wait_for_writer(path, lock, timeout_s)
@@ -225,11 +238,14 @@ def read_and_delete(path: Path, ids_T: Tensor, timeout_s: float) -> Tensor:
 
 
 def wait_for_writer(path: Path, lock: Path, timeout_s: float) -> None:
-    """Until the writer lets go of its lock. It holds it before the path is announced; a dead writer holds nothing."""
-    import fcntl  # there on POSIX only, and so is vLLM
+    """Waits until the writer releases its lock, which it takes before it announces the path; a dead writer holds none.
+
+    Raises `DamagedStatesError` after `timeout_s`.
+    """
+    import fcntl  # exists on POSIX only, as does vLLM
 
     if not lock.exists():
-        return  # a server that writes without locks has finished before it answers
+        return  # a server that writes without locks finishes before it answers
     deadline = time.monotonic() + timeout_s
     with lock.open("rb") as handle:
         while True:
