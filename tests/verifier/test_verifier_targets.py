@@ -3,6 +3,8 @@
 The target logits that reach the loss are compared with the logits of the verifier's own forward over the same tokens.
 """
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
@@ -13,10 +15,18 @@ from speculators.model import SpeculatorModel
 from speculators.verifier import capture_states
 
 VOCAB, HIDDEN, LENGTH = 40, 16, 24
+# By family: model type, fields, keys that are not on disk, so that the class's default holds.
 VERIFIERS = {
-    "soft cap, 1 + w": ("gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8, "sliding_window": 64}),
-    "scale": ("granite", {"logits_scaling": 2.5, "tie_word_embeddings": False}),
-    "plain": ("llama", {"tie_word_embeddings": False}),
+    "soft cap by class default": (
+        "gemma2",
+        {"head_dim": 8, "sliding_window": 64, "initializer_range": 6.0},
+        ["final_logit_softcapping"],
+    ),
+    "LayerNorm, scale by class default": ("cohere", {}, ["logit_scale", "layer_norm_eps"]),
+    "LayerNorm with a bias": ("stablelm", {"tie_word_embeddings": False}, ["layer_norm_eps"]),
+    "soft cap, 1 + w": ("gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8, "sliding_window": 64}, []),
+    "scale": ("granite", {"logits_scaling": 2.5, "tie_word_embeddings": False}, []),
+    "plain": ("llama", {"tie_word_embeddings": False}, []),
     "1 + w": (
         "qwen3_5_text",
         {
@@ -27,6 +37,7 @@ VERIFIERS = {
             "linear_value_head_dim": 4,
             "tie_word_embeddings": False,
         },
+        [],
     ),
 }
 DRAFTERS = ("eagle3", "peagle", "dflash", "dspark", "eagle", "medusa", "mlp")
@@ -42,7 +53,7 @@ def verifiers(tmp_path_factory):
     def make(name):
         if name not in made:
             torch.manual_seed(0)
-            model_type, fields = VERIFIERS[name]
+            model_type, fields, missing = VERIFIERS[name]
             config = AutoConfig.for_model(
                 model_type,
                 vocab_size=VOCAB,
@@ -52,19 +63,26 @@ def verifiers(tmp_path_factory):
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=64,
-                initializer_range=0.4,
                 eos_token_id=None,
                 bos_token_id=None,
                 pad_token_id=None,
-                **fields,
+                **{"initializer_range": 0.4, **fields},
             )
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
             model.model.norm.weight.data += 0.5 * torch.randn(HIDDEN)
             made[name] = tmp_path_factory.mktemp(model_type), model
+            if getattr(model.model.norm, "bias", None) is not None:
+                model.model.norm.bias.data += 0.5 * torch.randn(HIDDEN)
             model.save_pretrained(made[name][0])
+            leave_out(made[name][0] / "config.json", missing)
         return made[name]
 
     return make
+
+
+def leave_out(file, keys):
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in values.items() if key not in keys}))
 
 
 def drafter_of(name, path):
@@ -78,7 +96,6 @@ def drafter_of(name, path):
         num_key_value_heads=2,
         head_dim=4,
         max_position_embeddings=64,
-        rms_norm_eps=AutoConfig.from_pretrained(path).rms_norm_eps,
     )
     return SpeculatorModel.get_class(name).from_training_args(
         AutoConfig.from_pretrained(path) if name == "mtp" else nested,
