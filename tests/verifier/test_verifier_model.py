@@ -11,6 +11,7 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GraniteConfig,
     SiglipVisionConfig,
@@ -41,6 +42,18 @@ def more_models() -> dict[str, torch.nn.Module]:
         "granite": AutoModelForCausalLM.from_config(
             GraniteConfig(**toys.SHAPE, num_hidden_layers=2, logits_scaling=3.0)
         ),
+        "gemma4": AutoModelForCausalLM.from_config(  # a second norm beside the final one
+            Gemma4TextConfig(
+                **toys.SHAPE,
+                num_hidden_layers=2,
+                head_dim=8,
+                global_head_dim=8,
+                num_kv_shared_layers=0,
+                hidden_size_per_layer_input=4,
+                vocab_size_per_layer_input=97,
+                layer_types=["sliding_attention", "full_attention"],
+            )
+        ),
         "gpt2": AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97)),
         "gemma3_multimodal": Gemma3ForConditionalGeneration(
             Gemma3Config(text_config=gemma3, vision_config=vision, mm_tokens_per_image=4)
@@ -48,7 +61,7 @@ def more_models() -> dict[str, torch.nn.Module]:
     }
 
 
-ALL = [*toys.CONFIGS, "cohere", "granite", "gpt2", "gemma3_multimodal"]
+ALL = [*toys.CONFIGS, "cohere", "granite", "gemma4", "gpt2", "gemma3_multimodal"]
 
 
 @pytest.fixture(scope="module", params=ALL)
@@ -111,8 +124,8 @@ def test_aux_ids_outside_the_model_are_named():
         pass
 
 
-def test_multimodal_and_gpt2_models_decode():
-    for name in ("gemma3_multimodal", "gpt2"):
+def test_multimodal_gemma4_and_gpt2_models_decode():
+    for name in ("gemma3_multimodal", "gemma4", "gpt2"):
         model = more_models()[name].eval()
         prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
         outputs = Engine(model).generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))

@@ -158,7 +158,7 @@ def check_reproduces_logits(model: nn.Module) -> None:
 
 def _final_norm(parent: nn.Module, model: nn.Module) -> nn.Module:
     named = [(name, child) for name, child in parent.named_children() if "norm" in type(child).__name__.lower()]
-    norms = [child for name, child in named if "embed" not in name and "embd" not in name]
+    norms = [child for name, child in named if not any(part in name for part in ("embed", "embd", "projection"))]
     if not norms and len(named) == 1:
         norms = [named[0][1]]  # Lfm2 calls the norm before its head `embedding_norm`
     if len(norms) != 1:
