@@ -91,7 +91,7 @@ def test_where_the_numbers_come_from(options, warmup, total):
 
 
 def test_steps_win_over_the_ratio_and_a_ratio_is_a_share():
-    with pytest.warns(UserWarning, match="the steps count"):
+    with pytest.warns(UserWarning, match="using the steps"):
         assert make_schedule("linear", 100, warmup_steps=3, warmup_ratio=0.5).num_warmup_steps == 3
     with pytest.raises(ValueError, match=r"scheduler_warmup_ratio=1\.5 .* within 0\.\.1"):
         make_schedule("linear", 100, warmup_ratio=1.5)

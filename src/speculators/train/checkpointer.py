@@ -1,4 +1,4 @@
-"""The run directory: what is saved, when and where, and what a run continues from.
+"""Saves the checkpoints of a run and loads the one that a run continues from.
 
     <save_path>/<epoch>/     config.json model.safetensors        the speculator, bf16: load, serve, publish this
                              training_record.json                 what it was trained with: `speculators check`
@@ -7,8 +7,8 @@
     <save_path>/epoch<N>_end, epoch<N>_step<K>, checkpoint_best   symlinks to <N>
     <save_path>/interrupted/                                      saved on SIGINT or SIGTERM
 
-A directory appears whole or not at all. Resuming from it is exact: masters, optimizer, step and random state are kept
-as they were.
+A directory appears whole or not at all. Resuming from it is exact: it keeps master weights, optimizer, step and random
+state.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ INTERRUPTED = "interrupted"
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is. `local_step > 0`: inside the epoch, that many rows of it are done."""
+    """How far a run is. `local_step > 0`: the run is inside the epoch, after so many of its rows."""
 
     epoch: int = 0
     local_step: int = 0
@@ -52,6 +52,8 @@ class Position:
 
 
 class Checkpointer:
+    """Manages the checkpoints below `save_path`; with `save_best`, a new best one replaces the others."""
+
     def __init__(self, save_path: str | Path, *, save_best: bool = False, train_command: str = ""):
         self.root = Path(save_path)
         self.save_best = save_best
@@ -59,16 +61,16 @@ class Checkpointer:
 
     @property
     def best(self) -> Path:
-        """The link to the checkpoint with the lowest validation loss; it need not exist."""
+        """The link to the checkpoint with the lowest validation loss; it may not exist."""
         return self.root / BEST
 
     def newest(self) -> Path | None:
-        """What a run continues from: the highest epoch, or `interrupted` when that went further."""
+        """Returns the checkpoint to continue from: the highest epoch, or `interrupted` if that went further."""
         candidates = [path for path in (*self.epochs(), self.root / INTERRUPTED) if (path / STATE_FILE).exists()]
         return max(candidates, key=lambda path: read_position(path).global_step, default=None)
 
     def epochs(self) -> list[Path]:
-        """Our own epoch directories; never links, never what others put here."""
+        """Lists our own epoch directories; never links, never directories of others."""
         if not self.root.is_dir():
             return []
         ours = [path for path in self.root.iterdir() if path.name.isdigit() and path.is_dir() and not path.is_symlink()]
@@ -82,7 +84,10 @@ class Checkpointer:
         position: Position,
         val_metrics: dict[str, float] | None = None,
     ) -> None:
-        """Write one checkpoint directory below `root`; one named by its epoch gets its link."""
+        """Writes one checkpoint directory below `root`, and the link of one that is named by its epoch.
+
+        Raises `OSError` when it cannot be written, e.g. because the disk is full.
+        """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with atomic_directory(path) as directory:
@@ -99,7 +104,7 @@ class Checkpointer:
             self.link(f"epoch{path.name}_" + (f"step{position.local_step}" if position.local_step else "end"), path)
 
     def link(self, name: str, target: Path) -> None:
-        """Point a symlink at a checkpoint; links of the same epoch named before are void."""
+        """Points a symlink at a checkpoint; removes earlier links to the same epoch."""
         if name.startswith("epoch"):
             for old in self.root.glob(f"epoch{target.name}_*"):
                 if old.is_symlink():
@@ -110,25 +115,25 @@ class Checkpointer:
         os.replace(fresh, self.root / name)
 
     def best_loss(self) -> float:
-        """Validation loss of `checkpoint_best`; infinity when there is none."""
+        """Returns the validation loss of `checkpoint_best`; infinity when no such checkpoint exists."""
         return self.val_metrics(self.best).get("loss", math.inf)
 
     def val_metrics(self, path: Path) -> dict[str, float]:
-        """What validation found when this checkpoint was saved; empty when nothing was validated then."""
+        """Returns the validation metrics saved with a checkpoint; empty when nothing was validated then."""
         file = path / METRICS_FILE
         return json.loads(file.read_text()) if file.exists() else {}
 
     def refuse_other_runs(self) -> None:
-        """A run that starts anew must not mix its checkpoints with an earlier run's: the better one would win."""
+        """Raises `ValueError` if `root` holds an earlier run: a new run must not mix its checkpoints with those."""
         if (newest := self.newest()) is not None:
             raise ValueError(
-                f"{self.root} holds a run ({newest.name} at step {read_position(newest).global_step}) and this one is "
-                "to start anew: name another --save-path, delete that directory, or continue it by leaving "
+                f"{self.root} holds a run ({newest.name} at step {read_position(newest).global_step}) and this one "
+                "starts anew: name another --save-path, delete that directory, or continue it by leaving "
                 "--no-resume-from-checkpoint out"
             )
 
     def mark_best(self, path: Path) -> None:
-        """Point `checkpoint_best` at it; with `save_best`, remove the other epochs we wrote, and nothing else."""
+        """Points `checkpoint_best` at a checkpoint; with `save_best`, removes the other epochs we wrote."""
         self.link(BEST, path)
         if self.save_best:
             for old in self.epochs():
@@ -139,7 +144,10 @@ class Checkpointer:
                     link.unlink()
 
     def load(self, path: Path, model: SpeculatorModel, optimizers: Optimizers) -> Position:
-        """Put a run back to where it was, bit for bit."""
+        """Restores a run bit for bit and returns its position.
+
+        Raises `ValueError` for a damaged checkpoint, or one of another drafter or optimizer.
+        """
         try:
             weights = load_file(path / MASTERS_FILE)
             state = torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
@@ -157,7 +165,7 @@ class Checkpointer:
 
 
 def mid_epoch_saves(checkpoint_freq: float, num_steps: int) -> set[int]:
-    """Steps inside an epoch after which to save: freq 0.25 of 8 steps -> {2, 4, 6}; the end of the epoch is not one."""
+    """Returns the steps inside an epoch after which to save, without its end: freq 0.25 of 8 steps -> {2, 4, 6}."""
     if checkpoint_freq >= 1:
         return set()
     count = round(1 / checkpoint_freq)
@@ -165,7 +173,7 @@ def mid_epoch_saves(checkpoint_freq: float, num_steps: int) -> set[int]:
 
 
 def is_saved_epoch(checkpoint_freq: float, epoch: int) -> bool:
-    """Epoch 0 always, then every `checkpoint_freq`-th."""
+    """Says whether to save at the end of an epoch: after epoch 0, then after every `checkpoint_freq`-th."""
     return epoch % max(1, int(checkpoint_freq)) == 0
 
 
@@ -182,7 +190,7 @@ def write_checkpoint(
 
 
 def save_speculator(model: SpeculatorModel, path: Path) -> None:
-    """The Hugging Face directory, every float tensor in bf16."""
+    """Writes the Hugging Face directory, with every float tensor in bf16, and its training record."""
     state = {
         name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
@@ -194,7 +202,7 @@ def save_speculator(model: SpeculatorModel, path: Path) -> None:
 
 
 def masters(model: SpeculatorModel) -> dict[str, Tensor]:
-    """What training changes, as it is: trainable parameters and saved buffers."""
+    """Returns what training changes, in its own precision: trainable parameters and saved buffers."""
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
     return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in frozen}
 

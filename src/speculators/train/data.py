@@ -1,7 +1,7 @@
-"""The prepared dataset as training samples (tokens and masks from disk, verifier states from a `HiddenStateSource`),
-and the loader that packs them into batches in the order of the sampler.
+"""Reads the prepared dataset as training samples (tokens and masks from disk, verifier states from a
+`HiddenStateSource`) and packs them into batches in the order of the sampler.
 
-States on disk are read ahead by threads; states computed in process are asked for one packed row at a time.
+Threads read states on disk ahead; states computed in process are requested one packed row at a time.
 
 Shapes: S tokens of a document, A aux layers, H hidden size.
 
@@ -45,6 +45,8 @@ Batch = dict[str, Any]
 
 
 class ArrowDataset(Dataset[Sample]):
+    """The training or validation rows of a prepared directory."""
+
     def __init__(
         self,
         max_len: int,
@@ -55,7 +57,10 @@ class ArrowDataset(Dataset[Sample]):
         split: Literal["train", "val"] = "train",
         hidden_states_dtype: torch.dtype = torch.bfloat16,
     ):
-        """Rows are clipped to `max_len`. Without a `source` only tokens and lengths can be asked for."""
+        """Clips rows to `max_len` tokens. Without a `source`, only tokens and lengths are available.
+
+        Raises `ValueError` for a ratio outside (0, 1] and for an empty split.
+        """
         if not 0.0 < train_ratio <= 1.0:
             raise ValueError(f"train_ratio must be in (0.0, 1.0], not {train_ratio}")
         if split == "val" and train_ratio == 1.0:
@@ -81,7 +86,7 @@ class ArrowDataset(Dataset[Sample]):
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[Sample]:
-        """Samples of several rows; the source is asked for all of them at once."""
+        """Reads several rows, with one request to the source for all of them."""
         assert self.source is not None
         rows = [self.rows[index] for index in indices]
         token_ids = [torch.as_tensor(row["input_ids"])[: self.max_len] for row in rows]
@@ -106,7 +111,10 @@ class ArrowDataset(Dataset[Sample]):
         }
 
     def keep_rows(self, usable: set[int] | None) -> None:
-        """Leave out rows of the prepared dataset that are not in `usable`; None keeps all."""
+        """Keeps the rows of the prepared dataset that are in `usable`; None keeps all.
+
+        Raises `ValueError` when no row is left.
+        """
         if usable is None:
             return
         kept = [index for index in range(len(self)) if self.first + index in usable]
@@ -116,11 +124,12 @@ class ArrowDataset(Dataset[Sample]):
         self.lengths = [self.lengths[index] for index in kept]
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """All values of a list column, rows clipped as they are trained on, end to end."""
+        """Returns all values of a list column, concatenated, with rows clipped to `max_len`."""
         return pc.list_flatten(pc.list_slice(self.rows.with_format("arrow")[:][name], 0, self.max_len))
 
 
 def check_supervised(dataset: ArrowDataset, datapath: str | Path) -> None:
+    """Raises `ValueError` when no row has a supervised token."""
     if not pc.sum(dataset.column("loss_mask")).as_py():
         raise ValueError(
             f"not one of the {len(dataset)} rows in {datapath} has a supervised token within total_seq_len="
@@ -130,6 +139,7 @@ def check_supervised(dataset: ArrowDataset, datapath: str | Path) -> None:
 
 
 def check_token_ids(dataset: ArrowDataset, datapath: str | Path, vocab_size: int) -> None:
+    """Raises `ValueError` when a token id is outside the verifier's vocabulary."""
     largest = pc.max(dataset.column("input_ids")).as_py()
     if largest >= vocab_size:
         raise ValueError(
@@ -139,20 +149,22 @@ def check_token_ids(dataset: ArrowDataset, datapath: str | Path, vocab_size: int
 
 
 class BatchLoader(Protocol):
-    """What the trainer needs of its data."""
+    """The batches that a trainer reads."""
 
     def __len__(self) -> int:
-        """Batches of the current epoch."""
+        """Number of batches of the current epoch."""
         ...
 
     def set_epoch(self, epoch: int) -> None: ...
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from number `first` on."""
+        """Yields the epoch's batches from number `first` on: a resumed epoch does not read what came before."""
         ...
 
 
 class PackedLoader:
+    """Reads, packs and collates the rows of a sampler."""
+
     def __init__(
         self,
         read: Callable[[Sequence[int]], list[Any]],
@@ -162,7 +174,7 @@ class PackedLoader:
         num_threads: int = 0,
         num_ahead: int = 4,
     ):
-        """`read` gives the samples of one packed row; `num_threads=0` reads in the training thread."""
+        """`read` returns the samples of one packed row; `num_threads=0` reads in the training thread."""
         self.read, self.sampler, self.collate = read, sampler, collate
         self.num_threads, self.num_ahead = num_threads, num_ahead
 
@@ -195,7 +207,7 @@ class PackedLoader:
 
 
 class ListLoader:
-    """Ready batches, the same every epoch."""
+    """Serves a list of batches, the same every epoch."""
 
     def __init__(self, ready: Sequence[Batch]):
         self.ready = ready
@@ -215,7 +227,7 @@ def as_loader(loader: BatchLoader | Sequence[Batch]) -> BatchLoader:
 
 
 def num_steps_of(loader: BatchLoader, num_epochs: int) -> int:
-    """Steps of all epochs; rows are packed anew each epoch, so their number varies a little."""
+    """Counts the steps of all epochs; rows are packed anew each epoch, so their number varies a little."""
     total = 0
     for epoch in range(num_epochs):
         loader.set_epoch(epoch)

@@ -1,6 +1,6 @@
-"""Several processes, one run: what torchrun says about them. A single process needs none of this and pays nothing.
+"""Runs one training run in several processes that torchrun started. A single process pays nothing for it.
 
-Gradients are averaged after the backward pass (every rank holds the whole drafter, which is small beside the verifier).
+Gradients are averaged after the backward pass: every rank holds the whole drafter, which is small beside the verifier.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among all processes of the run, and the collective operations that training needs."""
+
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -26,11 +28,12 @@ class Ranks:
         return self.rank == 0
 
     def add_up(self, values: Tensor) -> None:
-        """Sum over ranks, in place."""
+        """Sums `values` over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
 
     def average_gradients(self, params: Iterable[torch.nn.Parameter]) -> None:
+        """Averages the gradients over all ranks, in place, with one collective call."""
         if self.world_size == 1:
             return
         grads = [param.grad for param in params if param.grad is not None]
@@ -41,7 +44,7 @@ class Ranks:
             grad.copy_(mean.view_as(grad))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank: all stop together, or none."""
+        """Says whether the flag is set on any rank, so that all ranks stop together."""
         if self.world_size == 1:
             return flag
         values = torch.tensor(float(flag), device=self.device)
@@ -59,7 +62,7 @@ def pick_device(local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def ranks_from_environment() -> Iterator[Ranks]:
-    """The ranks torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or this process alone."""
+    """Joins the ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or runs this process alone."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = pick_device(local_rank)

@@ -1,7 +1,7 @@
-"""Packing: which documents share a row. Every rank gets the same number of rows, none longer than the limit.
+"""Packs documents into rows. Every rank gets the same number of rows, and no row is longer than the limit.
 
-Greedy best fit in shuffled order over a bounded number of open rows: one pass, no sorting by length, so rows stay
-random mixtures of lengths. Deterministic in (seed, epoch): a resumed run sees the rows it would have seen.
+Packs by greedy best fit in shuffled order over a bounded number of open rows: one pass without sorting by length, so
+rows stay random mixtures of lengths. Deterministic in (seed, epoch): a resumed run sees the rows it would have seen.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import numpy as np
 from torch.utils.data import Sampler
 
 NUM_OPEN_ROWS = 64
-"""Rows still accepting documents. More packs tighter; 64 wastes about 1 % on chat data and stays linear."""
+"""Rows that still accept documents. More rows pack tighter; 64 waste about 1 % on chat data and stay linear."""
 
 
 class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
-    """Yields lists of dataset indices, one list a packed row."""
+    """Yields lists of dataset indices, one list per packed row.
+
+    `batch_max_length`: longest row, in tokens. `lengths`: tokens of each document. `max_batches`: most rows per epoch
+    and rank. Raises `ValueError` for a wrong rank, and for documents that are too long unless they may be clipped.
+    """
 
     def __init__(
         self,
@@ -56,7 +60,7 @@ class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
         self.epoch = epoch
 
     def rows(self) -> list[list[int]]:
-        """The rows of this rank in this epoch."""
+        """Returns the rows of this rank in this epoch."""
         if self._rows is None or self._rows[0] != self.epoch:
             order = np.random.default_rng(self.seed + self.epoch).permutation(len(self.lengths))
             rows = pack(order.tolist(), self.lengths.tolist(), self.batch_max_length)
@@ -74,10 +78,10 @@ class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
 
 
 def pack(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Put each document, in order, into the open row where it leaves the least room; empty documents nowhere.
+    """Puts each document, in order, into the open row where it leaves the least room; leaves out empty documents.
 
-    A document that fits nowhere opens a row; when too many are open the fullest is closed. Rows come out in the
-    order they were closed.
+    A document that fits into no row opens one; when too many are open, the fullest is closed. Returns the rows in the
+    order in which they were closed.
     """
     closed: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens still free, row), ascending: the fullest open row first

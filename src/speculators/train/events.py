@@ -13,28 +13,30 @@ from pathlib import Path
 
 
 class ConfigError(ValueError):
-    """A flag, a YAML key or a combination of them is wrong. Command lines end with `exit_code`."""
+    """A flag, a YAML key or a combination of them is wrong. The command line exits with `exit_code`."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something a person should read: a choice made, rows left out, a checkpoint continued from."""
+    """A message for a person: a choice made, rows left out, the checkpoint that the run continues from."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Started:
+    """The run is about to take its first step."""
+
     num_steps: int
     """Optimizer steps of the whole run."""
     first_step: int
-    """Steps already done by the run this one continues; 0 for a new one."""
+    """Steps that the continued run has done; 0 for a new run."""
     num_trainable_params: int
     num_documents: int
     num_tokens: int
-    """Tokens of the training split, one epoch."""
+    """Tokens of the training split, per epoch."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class StepDone:
     lr: float
     metrics: dict[str, float]
     acceptance_length: float | None
-    """Expected tokens a round, from the drafter's accuracy on training data; None when the algorithm reports none."""
+    """Expected tokens per round, from the drafter's accuracy on training data; None when it is not reported."""
     tokens_per_s: float
 
 
 @dataclass(frozen=True)
 class Validated:
+    """Metrics on the validation split."""
+
     step: int
     epoch: int
     metrics: dict[str, float]
@@ -61,6 +65,8 @@ class Validated:
 
 @dataclass(frozen=True)
 class Saved:
+    """A checkpoint was written."""
+
     path: Path
     step: int
 
@@ -78,7 +84,7 @@ Listener = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The listener that does nothing."""
+    """A listener that does nothing."""
 
 
 STEP_ACCURACY = re.compile(r"full_acc_(\d+)")
@@ -86,10 +92,12 @@ STEP_ACCURACY = re.compile(r"full_acc_(\d+)")
 
 
 def print_event(event: Event) -> None:
+    """A listener that prints each event as a line to stderr."""
     print(line(event), file=sys.stderr, flush=True)
 
 
 def line(event: Event) -> str:
+    """Returns an event as one line of text."""
     match event:
         case Note(text):
             return text

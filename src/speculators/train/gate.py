@@ -1,6 +1,6 @@
-"""The parity gate at the end of a run: the checkpoint, on prompts of the run's own data, in seconds.
+"""Runs the parity gate at the end of a run: the checkpoint on prompts of the run's own data, in seconds.
 
-Made where the run itself held the verifier; a run on stored states may be on a machine that cannot.
+It runs only if the run itself held the verifier: a run on stored states may be on a machine that cannot.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from speculators.evaluation.parity import REPORT_NAME, ParityReport, check_parit
 from speculators.train.config import TrainConfig
 
 NUM_PROMPTS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 64, 32
-"""A drafter that is wrong is wrong within a few rounds."""
+"""A wrong drafter shows within a few rounds."""
 
 
 def run_gate(config: TrainConfig, verifier: str, checkpoint: Path, device: torch.device) -> ParityReport:
-    """Also written beside the checkpoint's weights. On an accelerator in the run's own precision: a second verifier in
-    fp32 may not fit."""
+    """Verifies the checkpoint and writes the report beside its weights.
+
+    On an accelerator it uses the run's own precision: a second verifier in fp32 may not fit.
+    """
     report = check_parity(
         ParityConfig(
             checkpoint=str(checkpoint),
@@ -38,7 +40,7 @@ def run_gate(config: TrainConfig, verifier: str, checkpoint: Path, device: torch
 
 
 def gate_prompts(config: TrainConfig) -> list[list[int]]:
-    """The last rows of the data up to the first supervised token: held out, when anything was."""
+    """Returns the last rows of the data up to their first supervised token: the held-out ones, if there are any."""
     rows = PreparedData.open(config.data.data_path).dataset()
     last = rows.select(range(max(0, len(rows) - NUM_PROMPTS), len(rows)))
     return [prompt_of(row["input_ids"], row["loss_mask"]) for row in last]

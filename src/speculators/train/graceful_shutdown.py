@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, so that a checkpoint can be saved. A second Ctrl-C does not wait."""
+"""Ends a run between two steps on Ctrl-C or SIGTERM, so that it can save first; a second Ctrl-C does not wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was told to stop and has saved what it had."""
+    """A signal asked training to stop; it saved a checkpoint at `path`."""
 
     def __init__(self, path: Path, signal_name: str):
         super().__init__(f"stopped by {signal_name}; saved {path}: run the same command to continue from there")
@@ -21,7 +21,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class GracefulShutdown:
-    """While active, the first signal only sets `requested` to its name. Outside the main thread it does nothing."""
+    """Context manager: the first signal only sets `requested` to its name. Outside the main thread it does nothing."""
 
     def __init__(self) -> None:
         self.requested: str | None = None

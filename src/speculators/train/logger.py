@@ -1,4 +1,4 @@
-"""Experiment trackers as listeners: `--logger wandb,tensorboard`. Each is optional and imported only when named."""
+"""Makes experiment trackers into listeners: `--logger wandb,tensorboard`. Imports only the trackers that are named."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TRACKERS: dict[str, tuple[str, Callable[..., Log]]] = {
 
 
 def make_trackers(names: str, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> list[Listener]:
-    """Listeners for a comma list of tracker names."""
+    """Makes a listener for each name of a comma-separated list. Raises `ConfigError` for an unknown or missing one."""
     return [
         as_listener(make_log(name.strip(), log_dir, run_name, settings)) for name in names.split(",") if name.strip()
     ]
@@ -58,7 +58,8 @@ def make_trackers(names: str, log_dir: str, run_name: str | None, settings: dict
 
 def make_log(name: str, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> Log:
     if name not in TRACKERS:
-        raise ConfigError(f"--logger {name}: unknown.{did_you_mean(name, TRACKERS)} Known: {', '.join(TRACKERS)}")
+        known = ", ".join(TRACKERS)
+        raise ConfigError(f"--logger {name} is unknown.{did_you_mean(name, TRACKERS)} Known trackers: {known}")
     module_name, make = TRACKERS[name]
     try:
         module = importlib.import_module(module_name)

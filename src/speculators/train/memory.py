@@ -1,4 +1,4 @@
-"""What a run will need, said before it starts: device memory and disk. Estimates, not measurements."""
+"""Estimates, before a run starts, the device memory and disk space that it needs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ BYTES_FP32, BYTES_BF16 = 4, 2
 
 @dataclass(frozen=True)
 class MemoryEstimate:
+    """Estimated bytes of a run, by use. `str()` is a sentence."""
+
     weights_bytes: int
     """Masters, gradients and optimizer moments of the drafter, and its frozen copies of verifier weights."""
     verifier_bytes: int
@@ -30,14 +32,17 @@ class MemoryEstimate:
         return (
             f"about {human(self.total_bytes)} of memory: drafter and optimizer {human(self.weights_bytes)}, verifier "
             f"{human(self.verifier_bytes)}, states {human(self.states_bytes)}, activations "
-            f"{human(self.activations_bytes)}; {human(self.checkpoint_bytes)} of disk a checkpoint"
+            f"{human(self.activations_bytes)}; {human(self.checkpoint_bytes)} of disk per checkpoint"
         )
 
 
 def estimate_memory(
     model: SpeculatorModel, *, num_tokens: int, hidden_size: int, num_states: int, num_unrolls: int, verifier_bytes: int
 ) -> MemoryEstimate:
-    """`num_unrolls`: forwards of the draft layers a row; `num_states`: verifier states kept a token."""
+    """Estimates a run on packed rows of `num_tokens`.
+
+    `num_unrolls`: forwards of the draft layers per row; `num_states`: verifier states kept per token.
+    """
     num_trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
     num_frozen = sum(param.numel() for param in model.parameters() if not param.requires_grad)
     num_layers = len(list(model.layers))  # type: ignore[arg-type]
@@ -53,7 +58,7 @@ def estimate_memory(
 
 
 def check_disk_space(path: Path, num_bytes: int) -> None:
-    """An error now is cheaper than one after an epoch."""
+    """Raises `OSError` if the disk cannot hold a checkpoint: an error now is cheaper than one after an epoch."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:

@@ -1,8 +1,8 @@
-"""Optimizers (AdamW for everything, or Muon for the matrices and AdamW for the rest) and the learning-rate schedule, a
-pure function of the step.
+"""Makes the optimizers (AdamW for everything, or Muon for the matrices and AdamW for the rest) and the learning-rate
+schedule, a pure function of the step.
 
-Muon orthogonalises the momentum of a matrix. It suits weights that map features to features, not tables looked up by
-token (embeddings, heads, codebooks): those, vectors and scalars always go to AdamW.
+Muon orthogonalises the momentum of a matrix (Jordan et al. 2024). It suits weights that map features to features, not
+tables indexed by token (embeddings, heads, codebooks): those, vectors and scalars always go to AdamW.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOT_FOR_MUON = ("embed_tokens", "lm_head", "codebook", "markov_w1", "markov_w2")
 
 
 class Optimizers:
-    """One or two optimizers that step together. Learning rates are set from outside, as a share of each peak."""
+    """One or two optimizers that step together. The caller scales each peak learning rate at every step."""
 
     def __init__(self, optimizers: Iterable[Optimizer]):
         self.optimizers = tuple(optimizers)
@@ -54,6 +54,7 @@ class Optimizers:
 
 
 def make_optimizers(model: nn.Module, config: TrainerConfig) -> Optimizers:
+    """Assigns every trainable parameter to an optimizer. Raises `ValueError` when the model has none to train."""
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no trainable parameter: nothing to train")
@@ -79,7 +80,7 @@ def make_optimizers(model: nn.Module, config: TrainerConfig) -> Optimizers:
 
 
 def adamw(params: list[torch.nn.Parameter], config: TrainerConfig) -> AdamW:
-    # foreach/fused are chosen by torch per device; both give the same bits in every run on one machine.
+    # torch chooses foreach or fused per device; both give the same bits in every run on one machine
     return AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
 
 
@@ -89,13 +90,15 @@ def suits_muon(name: str, param: torch.nn.Parameter) -> bool:
 
 @dataclass(frozen=True)
 class Schedule:
+    """The learning rate as a function of the step: a resumed run needs only the step."""
+
     kind: Literal["linear", "cosine", "none"]
     num_warmup_steps: int
     num_steps: int
     num_cosine_cycles: float = 0.5
 
     def scale(self, step: int) -> float:
-        """Multiplier of the peak rate at this step (0 = the first). Warm-up rises to 1, then decays to 0."""
+        """Returns the multiplier of the peak rate at a step (0 = the first): it rises to 1, then decays to 0."""
         if step < self.num_warmup_steps:
             return (step + 1) / (self.num_warmup_steps + 1)
         if self.kind == "none":
@@ -115,12 +118,16 @@ def make_schedule(
     warmup_ratio: float | None = None,
     num_cosine_cycles: float = 0.5,
 ) -> Schedule:
-    """Explicit totals win over the run's own length, warm-up steps over the ratio, the ratio over 1 %."""
+    """Makes a schedule for a run of `num_run_steps`.
+
+    `total_steps` wins over the run's own length, `warmup_steps` over `warmup_ratio`, and that over the default of 1 %.
+    Raises `ValueError` for a ratio outside 0..1.
+    """
     num_steps = total_steps if total_steps is not None else num_run_steps
     if warmup_ratio is not None and not 0.0 <= warmup_ratio <= 1.0:
         raise ValueError(f"scheduler_warmup_ratio={warmup_ratio} is a share of all steps, so it must be within 0..1")
     if warmup_steps is not None and warmup_ratio is not None:
-        warnings.warn("both scheduler_warmup_steps and scheduler_warmup_ratio are given: the steps count", stacklevel=2)
+        warnings.warn("scheduler_warmup_steps and scheduler_warmup_ratio are both given: using the steps", stacklevel=2)
     if warmup_steps is None:
         warmup_steps = int(num_steps * warmup_ratio) if warmup_ratio is not None else num_steps // 100
     return Schedule(kind, warmup_steps, num_steps, num_cosine_cycles)

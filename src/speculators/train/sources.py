@@ -1,9 +1,9 @@
-"""Which source the trainer asks for verifier states: computed (in process, or by a server), from files, or both.
+"""Chooses the source of verifier states for training: computed (in process, or by a server), from files, or both.
 
-no files, no --cache-hidden-states     computed, kept in memory while they fit, forgotten
-files                                  read; what is missing: --on-missing
---cache-hidden-states                  read, or computed once and kept
---vllm-endpoint URL                    computed means: by that server
+no files, no --cache-hidden-states     computes the states and keeps in memory those that fit
+files                                  reads them; --on-missing says what to do about missing ones
+--cache-hidden-states                  reads them, or computes them once and keeps them on disk
+--vllm-endpoint URL                    computes with that server
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from speculators.utils.files import is_same_model
 
 HIDDEN_STATES_NAME = "hidden_states"
 SERVER_ITEMSIZE = 4
-"""Bytes of a server's values, before the first is seen: fp32 at most."""
+"""Bytes per value of a server's states, assumed before the first one is seen: fp32 at most."""
 MAX_STORED_DIFFERENCE = 0.15
-"""Relative. fp8 storage of bf16 states differs by about 0.03, other layers or models by 1."""
+"""Largest relative difference. fp8 storage of bf16 states differs by about 0.03, another layer or model by 1."""
 
 
 def directory_of(keys: DataKeys) -> Path:
@@ -36,7 +36,7 @@ def directory_of(keys: DataKeys) -> Path:
 
 
 def open_store(keys: DataKeys, capture: CaptureSpec, verifier: str) -> HiddenStateStore | None:
-    """The files beside the prepared data; None when there are none and none are to be made."""
+    """Opens the files beside the prepared data; None when no files exist and the run is not to write them."""
     directory = directory_of(keys)
     if not keys.cache_hidden_states and not directory.is_dir():
         return None
@@ -46,7 +46,10 @@ def open_store(keys: DataKeys, capture: CaptureSpec, verifier: str) -> HiddenSta
 
 
 def rows_to_use(keys: DataKeys, store: HiddenStateStore | None, note: Callable[[str], None]) -> set[int] | None:
-    """Rows that may be trained on; None = all of them. Decides before training what `--on-missing` says."""
+    """Applies `--on-missing` before training; returns the rows to train on, None for all.
+
+    Raises `ValueError` when rows are missing and may be neither computed nor left out.
+    """
     if keys.on_missing == "generate" or keys.cache_hidden_states:
         return None
     present = set() if store is None else {row for row in range(len(store.lengths)) if store.has(row)}
@@ -54,8 +57,8 @@ def rows_to_use(keys: DataKeys, store: HiddenStateStore | None, note: Callable[[
     num_missing = num_rows - len(present)
     if num_missing and (keys.on_missing == "raise" or not present):
         raise ValueError(
-            f"{num_missing} of {num_rows} rows have no file in {directory_of(keys)}: compute "
-            "them as training goes with --on-missing generate, or leave them out with --on-missing warn"
+            f"{num_missing} of {num_rows} rows have no file in {directory_of(keys)}: compute them during training "
+            "with --on-missing generate, or leave them out with --on-missing warn"
         )
     if num_missing and keys.on_missing == "warn":
         note(f"{num_missing} of {num_rows} rows have no stored verifier states and are left out")
@@ -65,7 +68,7 @@ def rows_to_use(keys: DataKeys, store: HiddenStateStore | None, note: Callable[[
 def make_source(
     keys: DataKeys, store: HiddenStateStore | None, computing: LocalSource | VllmSource | None, hidden_size: int
 ) -> HiddenStateSource:
-    """`computing=None`: every row that is used has a file."""
+    """Combines the store and the computing source; `computing=None`: every row that is used has a file."""
     if computing is None:
         assert store is not None
         return store
@@ -78,7 +81,10 @@ def make_source(
 def ask_server(
     keys: DataKeys, capture: CaptureSpec, verifier: str, hidden_size: int, note: Callable[[str], None]
 ) -> VllmSource:
-    """The server behind `--vllm-endpoint`, asked once: it is there, and no row is too long for it."""
+    """Connects to the server behind `--vllm-endpoint`.
+
+    Raises `ServerUnavailableError` when it does not answer, `ValueError` when a row is too long for it.
+    """
     assert keys.vllm_endpoint is not None
     source = VllmSource(
         keys.vllm_endpoint,
@@ -101,12 +107,12 @@ def ask_server(
 
 
 def lengths_of(keys: DataKeys) -> list[int]:
-    """Tokens of each row, as it is trained on."""
+    """Returns the tokens of each row after clipping."""
     return [min(int(length), keys.total_seq_len) for length in PreparedData.open(keys.data_path).dataset()["seq_len"]]
 
 
 def kept_in_memory(keys: DataKeys, computing: LocalSource | VllmSource, hidden_size: int) -> HiddenStateSource:
-    """Only where later epochs can use them: `--hidden-states-memory-gb 0` computes them anew each time."""
+    """Keeps states in memory for later epochs; `--hidden-states-memory-gb 0` computes them anew each time."""
     if keys.hidden_states_memory_gb == 0:
         return computing
     num_states = len(computing.capture.aux_layer_ids) + computing.capture.last_hidden
@@ -124,7 +130,10 @@ def kept_in_memory(keys: DataKeys, computing: LocalSource | VllmSource, hidden_s
 
 
 def check_stored_states(store: HiddenStateStore, computing: HiddenStateSource, datapath: Path) -> None:
-    """Compare the first stored row with what the verifier says now: states of another model train a useless drafter."""
+    """Compares the first stored row with the verifier's states: states of another model train a useless drafter.
+
+    Raises `ValueError` when they differ by more than `MAX_STORED_DIFFERENCE`.
+    """
     row = min(store.present, default=None)
     if row is None:
         return
@@ -137,5 +146,5 @@ def check_stored_states(store: HiddenStateStore, computing: HiddenStateSource, d
         if not difference <= MAX_STORED_DIFFERENCE:
             raise ValueError(
                 f"the states stored for row {row} in {store.directory} differ from the verifier's by {difference:.0%}: "
-                "they are of another model or of other layers; delete them, or use another --data-path"
+                "they come from another model or other layers; delete them, or use another --data-path"
             )

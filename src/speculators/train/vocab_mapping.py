@@ -1,9 +1,9 @@
-"""The reduced draft vocabulary: which verifier tokens a drafter can say, chosen by how often they were said.
+"""Chooses the reduced draft vocabulary: the verifier tokens that occur most often in the training data.
 
     t2d  bool  [V]   True where the verifier's token is in the draft vocabulary
     d2t  int64 [D]   OFFSETS: verifier id = draft id + d2t[draft id]; draft ids ascend with verifier ids
 
-On disk: `d2t-<D>.npy` and `t2d-<D>.npy` beside the data. The names without size, of earlier versions, are read too.
+On disk: `d2t-<D>.npy` and `t2d-<D>.npy` beside the data. Names without a size, of earlier versions, are read too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ VocabMapping = tuple[Tensor, Tensor]
 def build_vocab_mappings_from_distribution(
     token_freq_dict: Mapping[int, int], draft_vocab_size: int, target_vocab_size: int
 ) -> VocabMapping:
-    """The `draft_vocab_size` most frequent tokens (ties: the smaller id), filled up with the smallest unused ids."""
+    """Takes the `draft_vocab_size` most frequent tokens (ties: the smaller id), then the smallest unused ids.
+
+    Returns (d2t [D], t2d [V]). Raises `ValueError` for an impossible size or a counted token outside the vocabulary.
+    """
     check_sizes(draft_vocab_size, target_vocab_size)
     outside = [token for token in token_freq_dict if not 0 <= token < target_vocab_size]
     if outside:
@@ -57,7 +60,7 @@ def check_sizes(draft_vocab_size: int, target_vocab_size: int) -> None:
 
 
 def get_target_vocab_size(size: int | None = None, model_path: str | None = None) -> int:
-    """The verifier's vocabulary size, given or read from its config; exactly one of the two."""
+    """Returns the verifier's vocabulary size, given or read from its config. Raises `ValueError` unless given one."""
     if size is not None and model_path is None:
         return size
     if size is not None or model_path is None:
@@ -66,21 +69,21 @@ def get_target_vocab_size(size: int | None = None, model_path: str | None = None
 
 
 def supervised_share(token_freq_dict: Mapping[int, int], t2d: Tensor) -> float:
-    """Share of the counted tokens a drafter with this vocabulary can say: an upper bound of its acceptance rate."""
+    """Returns the share of counted tokens in the draft vocabulary: an upper bound of the acceptance rate."""
     total = sum(token_freq_dict.values())
     kept = sum(count for token, count in token_freq_dict.items() if t2d[token])
     return kept / total if total else 0.0
 
 
 def check_vocab_mapping(d2t: Tensor, t2d: Tensor, draft_vocab_size: int | None, target_vocab_size: int) -> None:
-    """Do the two say the same thing, in the right sizes?"""
+    """Raises `ValueError` unless d2t [D] and t2d [V] have the right sizes and describe the same tokens."""
     if draft_vocab_size is not None and len(d2t) != draft_vocab_size:
         raise ValueError(
             f"d2t has {len(d2t)} entries but draft_vocab_size={draft_vocab_size}; use a mapping of that size"
         )
     if len(t2d) != target_vocab_size:
         raise ValueError(
-            f"t2d has {len(t2d)} entries but the verifier has {target_vocab_size} tokens; it is of another verifier"
+            f"t2d has {len(t2d)} entries but the verifier has {target_vocab_size} tokens; it is another verifier's"
         )
     kept_D = t2d.nonzero().flatten()
     if len(kept_D) != len(d2t) or not torch.equal(offsets_of(kept_D), d2t):
@@ -95,12 +98,14 @@ def mapping_paths(directory: Path, draft_vocab_size: int) -> tuple[Path, Path]:
 
 
 def save_vocab_mapping(directory: str | Path, d2t: Tensor, t2d: Tensor) -> None:
+    """Writes both files, named by the size of the draft vocabulary."""
     for path, mapping in zip(mapping_paths(Path(directory), len(d2t)), (d2t, t2d), strict=True):
         with atomic_write(path, "wb") as file:
             np.save(file, mapping.cpu().numpy())
 
 
 def load_vocab_mapping(d2t_path: str | Path, t2d_path: str | Path) -> VocabMapping:
+    """Reads (d2t, t2d) from .npy or torch files. Raises `ValueError` for a file that cannot be read."""
     d2t, t2d = (load_array(Path(path)) for path in (d2t_path, t2d_path))
     return d2t.to(torch.int64), t2d.to(torch.bool)
 
@@ -118,6 +123,7 @@ def load_array(path: Path) -> Tensor:
 
 
 def load_token_freq(path: str | Path) -> dict[int, int]:
+    """Reads how often each token occurs. Raises `ValueError` for a damaged or foreign file."""
     try:
         counts = torch.load(path, weights_only=True)
     except (OSError, ValueError, EOFError, RuntimeError) as error:
@@ -130,7 +136,7 @@ def load_token_freq(path: str | Path) -> dict[int, int]:
 
 
 def cached_vocab_mapping(directory: Path, draft_vocab_size: int | None) -> VocabMapping | None:
-    """The mapping that lies beside the data: of the size asked for, else under the names without size."""
+    """Reads the mapping beside the data: of the wanted size, else under the names without a size; None if missing."""
     candidates = [(directory / "d2t.npy", directory / "t2d.npy")]
     if draft_vocab_size is not None:
         candidates.insert(0, mapping_paths(directory, draft_vocab_size))
@@ -149,10 +155,10 @@ def resolve_vocab_mapping(
     d2t_path: str | Path | None = None,
     t2d_path: str | Path | None = None,
 ) -> VocabMapping | None:
-    """The mapping to train with; None = the verifier's whole vocabulary.
+    """Returns the mapping (d2t, t2d) to train with; None = the verifier's whole vocabulary.
 
-    Explicit files, else those cached in the data directory, else built from token frequencies (and cached there).
-    A `draft_vocab_size` that cannot be honoured is an error, not a larger vocabulary.
+    Uses explicit files, else those cached in the data directory, else builds one from token frequencies and caches it.
+    Raises `ValueError` for a `draft_vocab_size` that cannot be met, and for files that do not fit.
     """
     if (d2t_path is None) != (t2d_path is None):
         given, missing = ("d2t_path", "t2d_path") if t2d_path is None else ("t2d_path", "d2t_path")
@@ -164,7 +170,7 @@ def resolve_vocab_mapping(
         if draft_vocab_size == target_vocab_size:
             return None
     directory = Path(data_path) if data_path is not None else None
-    # frequencies named by the user are a wish: they win over a cache that may have been built from others
+    # frequencies named by the user win over a cache that may have been built from others
     if directory is not None and token_freq_path is None:
         cached = cached_vocab_mapping(directory, draft_vocab_size)
         if cached is not None:
