@@ -192,7 +192,7 @@ def test_layers_not_named_are_the_formats_default(zlab_drafter, tmp_path):
     [
         (lambda tensors: tensors.pop("fc.weight"), "Draft weights missing"),
         (lambda tensors: tensors.update(other=torch.ones(1)), "Unexpected keys"),
-        (lambda tensors: tensors.update({"layers.0.g_proj.weight": torch.ones(1)}), "computes something else"),
+        (lambda tensors: tensors.update({"layers.0.g_proj.weight": torch.ones(1)}), "computes another function"),
         (lambda tensors: tensors.update({"fc.weight": torch.ones(HIDDEN, 9)}), "Architecture mismatch"),
     ],
 )

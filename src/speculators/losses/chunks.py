@@ -64,7 +64,7 @@ class Group(NamedTuple):
     draft_rows: Tensor
     """One per target row (missing ones repeat a row), or only those that exist."""
     real: Tensor | None
-    """Indices of those that are no repetition; None = all."""
+    """Indices of the rows that are not repetitions; None = all."""
     target_index: Tensor | None
     """Target rows of the chunk to gather; None = all, in order."""
 

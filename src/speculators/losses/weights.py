@@ -1,4 +1,4 @@
-"""How much each position counts. Weights never carry gradient.
+"""Weights of positions in a loss. They never carry gradient.
 
 Shapes: any; `pos_idx` is the slot inside a block (or the unroll step).
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def dflash_loss_decay(pos_idx: Tensor, gamma: float, sample_from_anchor: bool = False) -> Tensor:
-    """exp(-(k - 1) / gamma), slot 0 (the bonus token) weighs nothing; sampling from the anchor: exp(-k / gamma)."""
+    """exp(-(k - 1) / gamma) with weight 0 at slot 0 (the bonus token); sampling from the anchor: exp(-k / gamma)."""
     pos_idx = pos_idx.float()
     if sample_from_anchor:
         return (-pos_idx / gamma).exp()
@@ -26,7 +26,7 @@ def exp_loss_decay(pos_idx: Tensor, gamma: float) -> Tensor:
 def dpace_loss_decay(
     pos_idx: Tensor, loss_mask: Tensor, block_size: int, dpace_alpha: float, elementwise_loss: Tensor
 ) -> Tensor:
-    """D-PACE: a slot weighs what its success is worth, the chance that the chain reaches each slot after it.
+    """D-PACE: the weight of a slot is the summed chance that the chain reaches it and each slot after it.
 
     c_k = exp(-ce_k), s_k = (1 - alpha) c_k + alpha (1 where masked), P_k = prod_{j <= k} s_j,
     w_k = m_k sum_{j >= k} P_j m_j                                                     block by block

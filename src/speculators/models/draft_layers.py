@@ -22,25 +22,25 @@ COMPLETED = {
 
 
 def layer_config_of(values: Mapping[str, Any], left_out: Collection[str], **assumed: Any) -> Any:
-    """The decoder config in a foreign config.json that mixes it with the drafter's keys (`left_out`). `assumed`: what
-    stands for keys that are not there."""
+    """Reads the decoder config from a foreign config.json that mixes it with the drafter's keys (`left_out`).
+    `assumed`: values for absent keys."""
     return AutoConfig.for_model(**{**assumed, **{key: value for key, value in values.items() if key not in left_out}})
 
 
 def attention_of(config: Any) -> str | None:
-    """The attention chosen for training the draft layers of a speculator; None: by device."""
+    """Returns the attention implementation chosen for training the draft layers; None: by device."""
     return getattr(config.transformer_layer_config, "_attn_implementation", None)
 
 
 def layer_values(config: Any) -> dict[str, Any]:
-    """A decoder config as such a config.json has it."""
+    """Returns the values of a decoder config as such a config.json holds them."""
     return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
 
 
 def complete_layer_config(config: Any) -> Any:
-    """A copy with every key an engine reads written down."""
+    """Returns a copy with every key that an engine reads."""
     config = copy.deepcopy(config)
-    attention_shape(config)  # refuses what there are no layers for
+    attention_shape(config)  # refuses families without layers here
     config.tie_word_embeddings = False
     config.head_dim = head_dim(config)
     config.rope_parameters = rope_parameters(config)

@@ -32,7 +32,7 @@ ALONE_FROM = 32
 
 class StepOutput(NamedTuple):
     normed_BRH: Tensor
-    """What the head reads."""
+    """Input of the head."""
     fed_back_BRH: Tensor
     """The hidden state of the next step."""
 
@@ -161,7 +161,7 @@ class FeedbackProposer:
         return StepOutput(normed, fed_back)
 
     def read(self, committed: Committed, span: Span, skip: int) -> StepOutput:
-        """One step over true states: columns `skip` on of the span's rows."""
+        """Runs one step over true states: the span's rows from column `skip` on."""
         assert committed.states_BTD is not None
         columns = slice(skip, skip + span.num_columns)
         states_BTD = committed.states_BTD[span.rows, columns].to(self.dtype)

@@ -1,7 +1,8 @@
-"""Drafters as `interfaces.TreeDrafter`: fed their own states, in parallel slots, or carrying a state.
+"""Grows draft trees (`interfaces.TreeDrafter`) with drafters that are fed their own states, fill parallel slots, or
+carry a state.
 
-Shapes: B rows, F nodes of the frontier, N nodes so far, K depths, H hidden size, R width of what a head reads,
-V draft vocabulary.
+Shapes: B rows, F nodes of the frontier (the last depth), N nodes so far, K depths, H hidden size, R width of a head's
+input, V draft vocabulary.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class FeedbackTreeDrafter:
 
     @torch.inference_mode()
     def expand(self, token_ids_BF: Tensor, parent_BF: Tensor, visible_BFN: Tensor) -> Tensor:
-        """Each node reads its parent's state, and sees the prefix and the nodes of `visible`."""
+        """Runs the frontier: each node reads its parent's state and sees the prefix and the nodes of `visible`."""
         num_frontier, num_nodes = visible_BFN.shape[1:]
         depth = num_nodes // num_frontier
         first = num_nodes - num_frontier
@@ -72,9 +73,9 @@ class FeedbackTreeDrafter:
 
 
 class SlotTreeDrafter:
-    """A drafter whose depths do not see each other's tokens: what follows a node depends on its depth alone.
+    """Wraps a drafter whose depths do not see each other's tokens: continuations of a node depend on its depth alone.
 
-    `log_probs(committed, depth)` gives [B, depth, V] in one pass.
+    `log_probs(committed, depth)` returns [B, depth, V] in one pass.
     """
 
     def __init__(

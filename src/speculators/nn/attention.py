@@ -1,9 +1,9 @@
-"""Attention of a drafter: projections and rope here, "what do I look at" in an `AttentionFunction` given by the caller.
+"""Attention of a drafter: projections and rope here; the caller's `AttentionFunction` decides what a query sees.
 
 Shapes: B rows, T new positions, N query heads, G key/value heads, d head size, L keys, W width of the layer's input.
 
-Training (packed rows, unrolled) and decoding (a cache) differ in what a query may look at and in nothing else, so that
-part is a parameter: the projections, norms and rope are the same code in both, which is what makes them agree.
+Training (packed rows, unrolled) and decoding (a cache) differ only in what a query sees, so that part is a parameter:
+projections, norms and rope are the same code in both, which makes them agree.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from speculators.nn.rope import RopeTables, head_dim
 
 
 class AttentionFunction(Protocol):
-    """Answers queries, from the keys of this call and from those it remembers. One for each layer."""
+    """Attends from the queries of a call to its keys and to remembered ones. One per layer."""
 
     def __call__(self, query_BTNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor, /) -> Tensor:
-        """Returns [B, R, N, d]: the R rows that are answered, all T of them or fewer."""
+        """Returns [B, R, N, d] for the R query positions, all T of them or fewer."""
         ...
 
     def select_queries(self, hidden_BTH: Tensor, /) -> Tensor:
-        """The rows of the residual stream that belong to the answered queries: [B, R, H]."""
+        """Selects the query positions of the residual stream: [B, R, H]."""
         ...
 
 
@@ -53,7 +53,7 @@ def attention_shape(config: Any) -> AttentionShape:
 
 
 def layer_window(config: Any, layer: int) -> int | None:
-    """Keys a layer may see, itself included; None = all."""
+    """Number of keys that a query of the layer sees, its own included; None = all."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types and layer_types[layer] == "sliding_attention":
         return config.sliding_window
@@ -111,7 +111,7 @@ class FusedAttention(nn.Module):
         self.o_proj, self.q_norm, self.k_norm = source.o_proj, source.q_norm, source.k_norm
 
     def __call__(self, hidden_BTW: Tensor, rope: RopeTables, attention: AttentionFunction) -> Tensor:
-        return self.forward(hidden_BTW, rope, attention)  # nobody hooks a snapshot
+        return self.forward(hidden_BTW, rope, attention)  # a snapshot has no hooks
 
     def forward(self, hidden_BTW: Tensor, rope: RopeTables, attention: AttentionFunction) -> Tensor:
         N, G = self.num_heads, self.num_kv_heads
@@ -126,7 +126,7 @@ class FusedAttention(nn.Module):
 
 
 def concatenated(*linears: nn.Linear) -> nn.Linear:
-    """One linear whose outputs are those of the given ones, side by side. Holds copies of their weights."""
+    """Builds one linear whose outputs are those of the given ones, side by side. It holds copies of their weights."""
     first = linears[0]
     weight = torch.cat([linear.weight.detach() for linear in linears])
     fused = nn.Linear(first.in_features, weight.shape[0], bias=first.bias is not None, device="meta")

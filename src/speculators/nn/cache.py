@@ -136,7 +136,7 @@ class DraftCache:
         self.keys_values: list[tuple[Tensor, Tensor]] = []
         """Views of the storage per layer: keys and values, each [B, G, M, d]."""
         self.lengths = [0] * num_rows
-        """Entries of each row that are true; everything past them may be overwritten."""
+        """True entries of each row; positions past them may be overwritten."""
         self.span: Span | None = None
         self.reserve(MIN_CAPACITY)
 
@@ -145,7 +145,7 @@ class DraftCache:
         return self.storage.shape[4]
 
     def reserve(self, num_positions: int) -> None:
-        """Grows by doubling: a long context is paid for when it is there, not when the cache is made."""
+        """Grows by doubling: memory for a long context is taken when it arrives, not when the cache is made."""
         if num_positions <= self.capacity:
             return
         capacity = max(MIN_CAPACITY, 1 << (num_positions - 1).bit_length())
@@ -155,7 +155,7 @@ class DraftCache:
         self.keys_values = [(layer[0], layer[1]) for layer in grown]
 
     def rows_of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the span's rows."""
+        """Returns keys and values of the span's rows."""
         assert self.span is not None
         keys, values = self.keys_values[layer]
         rows = self.span.rows

@@ -1,6 +1,6 @@
 """Pre-norm decoder layers of Llama and Qwen3 shape, and the first layer of an EAGLE drafter.
 
-Shapes: B rows, T positions in, R positions answered (see `AttentionFunction.select_queries`), H hidden size.
+Shapes: B rows, T positions in, R query positions (see `AttentionFunction.select_queries`), H hidden size.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class FusedMLP(nn.Module):
         self.down_proj, self.act = source.down_proj, source.act
 
     def __call__(self, hidden_BTH: Tensor) -> Tensor:
-        return self.forward(hidden_BTH)  # nobody hooks a snapshot
+        return self.forward(hidden_BTH)  # a snapshot has no hooks
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         gate, up = self.gate_up_proj.forward(hidden_BTH).chunk(2, dim=-1)
@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module):
         return hidden_BRH + self.mlp(self.post_attention_layernorm(hidden_BRH))
 
     def fused(self) -> DecoderLayer:
-        """A copy for decoding whose products are fused."""
+        """Returns a copy for decoding with fused products."""
         twin = copy.deepcopy(self).requires_grad_(False)
         assert isinstance(twin.self_attn, Attention) and isinstance(twin.mlp, MLP)
         twin._modules |= {"self_attn": twin.self_attn.fused(), "mlp": twin.mlp.fused()}

@@ -1,4 +1,4 @@
-"""The draft vocabulary: a subset of the verifier's ids. The one place that knows that `d2t` holds offsets.
+"""The draft vocabulary, a subset of the verifier's ids. No other module interprets `d2t`, which holds offsets.
 
 Shapes: V verifier vocabulary, D draft vocabulary (draft ids ascend with verifier ids).
 
@@ -23,12 +23,12 @@ def verifier_ids(d2t: Tensor) -> Tensor:
 
 
 def select_rows(weight_VH: Tensor, t2d: Tensor | None) -> Tensor:
-    """Rows of a verifier head that the draft head keeps, in draft order."""
+    """Selects the rows of a verifier head that the draft head keeps, in draft order."""
     return weight_VH if t2d is None else weight_VH[t2d.to(weight_VH.device)]
 
 
 def logits_over_verifier(logits_D: Tensor, t2d: Tensor | None) -> Tensor:
-    """[..., D] to [..., V] by the mask training chooses its targets with; -inf outside the draft vocabulary."""
+    """Spreads [..., D] over [..., V] by the mask that selects training targets; -inf outside the draft vocabulary."""
     if t2d is None:
         return logits_D
     out = logits_D.new_full((*logits_D.shape[:-1], t2d.shape[0]), float("-inf"))
@@ -37,12 +37,12 @@ def logits_over_verifier(logits_D: Tensor, t2d: Tensor | None) -> Tensor:
 
 
 def offsets_of(kept_ids_D: Tensor) -> Tensor:
-    """`d2t` of an ascending list of verifier ids."""
+    """Computes `d2t` from an ascending list of verifier ids."""
     return kept_ids_D - torch.arange(kept_ids_D.shape[0], device=kept_ids_D.device)
 
 
 def scatter_to_verifier(probs_D: Tensor, d2t: Tensor | None, vocab_size: int, fill: float = 0.0) -> Tensor:
-    """[..., D] over the draft vocabulary to [..., V]; ids outside the draft vocabulary get `fill`.
+    """Spreads [..., D] over the verifier vocabulary [..., V]; ids outside the draft vocabulary get `fill`.
 
     0 for probabilities (rejection sampling stays exact: such tokens come from the residual), -inf for logits.
     """

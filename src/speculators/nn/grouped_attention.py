@@ -1,11 +1,11 @@
-"""Attention of rows in groups: a group sees a stretch of columns that all share, and its own rows. CPU flash kernels.
+"""Attention of rows in groups: a group sees a range of columns that its rows share, and its own rows.
 
 Shapes: M rows, T columns, N query heads, G key/value heads, d head size.
 
-    keys of a group     columns [low, high) | rows [first, last)        under a mask of its own
+    keys of a group     columns [low, high) | rows [first, last)        under the group's mask
 
-The rows of a group are neighbours that look at nearly the same columns: one flash call, little of it masked. Nothing
-of the size of the whole mask is made; masks are made again for the backward pass.
+The rows of a group are neighbours that see nearly the same columns: one flash call, little of it masked. The whole mask
+never exists; the backward pass makes the masks of groups again. Runs on the flash kernels of the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 GROUP_ROWS = 128
-"""Rows of a group: neighbours share the keys they read; larger groups compute more that is masked."""
+"""Rows per group: neighbours share the keys they read; larger groups compute more masked scores."""
 
 
 class Group(NamedTuple):
@@ -38,7 +38,7 @@ class Group(NamedTuple):
 
 
 class GroupedAttention(torch.autograd.Function):
-    """out [M, N, d] of the rows over the columns and their own group. `visible`: bool [rows, columns + rows] of one."""
+    """out [M, N, d] of the rows over the columns and their own group. `visible(group)`: bool [rows, columns + rows]."""
 
     @staticmethod
     def forward(
@@ -56,7 +56,7 @@ class GroupedAttention(torch.autograd.Function):
         for group in groups:
             own = slice(group.first, group.last)
             mask = additive_mask(visible(group), query_MNd.dtype)
-            keys, values = together(key_TGd, key_MGd, group), together(value_TGd, value_MGd, group)
+            keys, values = visible_to(key_TGd, key_MGd, group), visible_to(value_TGd, value_MGd, group)
             out, lse_of_group = flash_forward(heads_first(query_MNd[own]), keys, values, 0.0, False, attn_mask=mask)
             out_MNd[own] = out[0].transpose(0, 1)
             lse.append(lse_of_group)
@@ -73,7 +73,7 @@ class GroupedAttention(torch.autograd.Function):
         for group, lse_of_group in zip(ctx.groups, lse, strict=True):
             own, columns, width = slice(group.first, group.last), slice(group.low, group.high), group.high - group.low
             mask = additive_mask(ctx.visible(group), query_MNd.dtype)
-            keys, values = together(key_TGd, key_MGd, group), together(value_TGd, value_MGd, group)
+            keys, values = visible_to(key_TGd, key_MGd, group), visible_to(value_TGd, value_MGd, group)
             query, out, grad_out = (heads_first(x[own]) for x in (query_MNd, out_MNd, grad_MNd))
             grads = flash_backward(grad_out, query, keys, values, out, lse_of_group, 0.0, False, attn_mask=mask)
             of_query, of_keys, of_values = (grad[0].transpose(0, 1) for grad in grads)
@@ -84,8 +84,8 @@ class GroupedAttention(torch.autograd.Function):
         return None, None, grad_query, grad_key, grad_value, grad_column_key, grad_column_value
 
 
-def together(columns_TGd: Tensor, rows_MGd: Tensor, group: Group) -> Tensor:
-    """[1, G, columns + rows, d] of what a group may look at."""
+def visible_to(columns_TGd: Tensor, rows_MGd: Tensor, group: Group) -> Tensor:
+    """Concatenates the columns and rows that a group sees: [1, G, columns + rows, d]."""
     return heads_first(torch.cat((columns_TGd[group.low : group.high], rows_MGd[group.first : group.last])))
 
 

@@ -1,4 +1,4 @@
-"""Who may look at whom when documents are packed into one row and a drafter is unrolled over its own output.
+"""Attention masks for documents packed into one row, and for a drafter unrolled over its own output.
 
 Shapes: T columns of the packed row, S unroll steps. `document_ids_T` holds the document of each column, -1 = padding;
 columns of one document are contiguous. Masks are True where attention is allowed.
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 SLIDING_BLOCK = 256
-"""Queries a masked block of a sliding layer: small enough that little outside the window is computed."""
+"""Queries per masked block of a sliding layer: small enough that little outside the window is computed."""
 
 
 def document_starts(document_ids_T: Tensor) -> Tensor:
-    """First column of the document of each column."""
+    """Returns the first column of each column's document."""
     index_T = torch.arange(len(document_ids_T), device=document_ids_T.device)
     is_first_T = torch.ones_like(document_ids_T, dtype=torch.bool)
     is_first_T[1:] = document_ids_T[1:] != document_ids_T[:-1]
@@ -50,13 +50,13 @@ def unrolled_mask(document_ids_T: Tensor, step: int, window: int | None = None) 
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `visible`, -inf elsewhere: what is added to attention scores."""
+    """Returns 0 where `visible`, -inf elsewhere, to add to attention scores."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of attention: asked rows [query_start, query_end) against keys [key_start, key_end)."""
+    """A rectangle of attention: queries [query_start, query_end) against keys [key_start, key_end)."""
 
     query_start: int
     query_end: int
@@ -69,23 +69,23 @@ class Block:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A packed row, with the queries that matter. Knows the rectangles of attention that cover them."""
+    """A packed row and the query positions that are needed. Computes the rectangles of attention that cover them."""
 
     document_ids_T: Tensor
-    query_index_R: Tensor | None = None
-    """Ascending columns that ask; None = every column (padding then attends among itself: finite, and of no effect)."""
+    query_positions_R: Tensor | None = None
+    """Ascending columns; None = every column (padding then attends to itself: finite, and without effect)."""
 
     @cached_property
-    def rows_R(self) -> Tensor:
-        if self.query_index_R is not None:
-            return self.query_index_R
+    def queries_R(self) -> Tensor:
+        if self.query_positions_R is not None:
+            return self.query_positions_R
         return torch.arange(self.document_ids_T.shape[0], device=self.document_ids_T.device)
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int, int]]:
-        """(place among the asked rows, first column, one past the last, first column of the document) of each maximal
-        run of neighbouring asked columns in one document. One transfer to the host a packed row."""
-        rows = self.rows_R
+        """(index among the queries, first column, one past the last, first column of the document) of each maximal run
+        of neighbouring query positions in one document. One transfer to the host per packed row."""
+        rows = self.queries_R
         if rows.numel() == 0:
             return []
         starts_R = document_starts(self.document_ids_T)[rows]
@@ -97,10 +97,10 @@ class PackedRow:
         return [(p, a, a + end - p, d) for p, a, d, end in zip(*table, ends, strict=True)]
 
     def blocks(self, window: int | None, shift: int) -> list[list[Block]]:
-        """For each run of queries, the rectangles that cover what it may see of the step-0 keys."""
+        """Returns, for each run of queries, the rectangles that cover the step-0 keys it sees."""
         covers: list[list[Block]] = []
         if window is not None and shift >= window:
-            return covers  # the query has drafted itself out of sight of every step-0 key
+            return covers  # every step-0 key is outside the window
         for place, first, last, document in self.runs:
             if window is None or last - 1 + shift - window < document:
                 covers.append(self._full_blocks(place, first, last, document))

@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
         return wide.to(hidden_states.dtype)
 
     def frozen(self) -> RMSNorm | FrozenRMSNorm:
-        """A snapshot for decoding."""
+        """Returns a snapshot for decoding."""
         weight = self.weight.detach()
         if type(self) is RMSNorm and weight.device.type == "cpu" and weight.dtype == torch.float32:
             return FrozenRMSNorm(weight, self.variance_epsilon)
@@ -38,14 +38,14 @@ class RMSNorm(nn.Module):
 
 
 class FrozenRMSNorm(nn.Module):
-    """Of what the weight is now."""
+    """A norm with the weight fixed at its present value."""
 
     def __init__(self, weight: Tensor, eps: float):
         super().__init__()
         self.forward = rms_norm(weight.clone(), eps)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        return self.forward(hidden_states)  # nobody hooks a snapshot
+        return self.forward(hidden_states)  # a snapshot has no hooks
 
     def frozen(self) -> FrozenRMSNorm:
         return self

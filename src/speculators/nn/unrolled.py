@@ -1,6 +1,6 @@
 """Attention of a drafter unrolled over its own output: ordinary attention on step-0 keys plus a diagonal tail.
 
-Shapes: B rows (1 when packed), T columns, R asking columns, N query heads, G key/value heads, d head size, S steps.
+Shapes: B rows (1 when packed), T columns, R query positions, N query heads, G key/value heads, d head size, S steps.
 
 At step s a query sees step-0 keys causally and one key of each later step, at its own column. Instead of (s + 1) T
 columns: attention on the T step-0 keys, kept with its log-sum-exp, merged exactly with s scores a query,
@@ -56,8 +56,8 @@ class SdpaUnrolledAttention(DenseUnrolledAttention):
 
 
 class TailUnrolledAttention:
-    """The fast route. At step 0 it is given every column (all are keys) and answers the asking ones, when it is the
-    attend of the last layer; from step 1 on it is given the asking columns only."""
+    """The fast route. Step 0 passes every column, since all are keys; the last layer then computes the query positions
+    alone. From step 1 on, only query positions are passed."""
 
     def __init__(self, packed: PackedRow, window: int | None, *, last_layer: bool):
         self.packed, self.window, self.last_layer = packed, window, last_layer
@@ -77,7 +77,7 @@ class TailUnrolledAttention:
         assert self.key_0 is not None and self.value_0 is not None
         return self.attention(query_BTNd, self.key_0, self.value_0, self.visible_tail())
 
-    def asking(self) -> PackedRow:
+    def queries(self) -> PackedRow:
         return self.packed if self.last_layer or self.step > 0 else self.every_column
 
     def visible_tail(self) -> list[Tensor]:
@@ -87,13 +87,13 @@ class TailUnrolledAttention:
         return self.tail[2 * max(0, self.step - self.window) :]
 
     def select_queries(self, hidden_BTH: Tensor) -> Tensor:
-        query_index_R, num_columns = self.packed.query_index_R, self.packed.document_ids_T.shape[0]
-        if not self.last_layer or query_index_R is None or hidden_BTH.shape[1] != num_columns:
+        query_positions_R, num_columns = self.packed.query_positions_R, self.packed.document_ids_T.shape[0]
+        if not self.last_layer or query_positions_R is None or hidden_BTH.shape[1] != num_columns:
             return hidden_BTH
-        return hidden_BTH.index_select(1, query_index_R)  # when all columns ask, this changes nothing at any step
+        return hidden_BTH.index_select(1, query_positions_R)  # without effect when all columns are queries
 
     def attention(self, query_BRNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor, tail: list[Tensor]) -> Tensor:
-        covers = self.asking().blocks(self.window, self.step)
+        covers = self.queries().blocks(self.window, self.step)
         return TailAttention.apply(covers, query_BRNd, key_BTGd, value_BTGd, *tail)
 
 
@@ -113,15 +113,15 @@ class FlexUnrolledAttention(TailUnrolledAttention):
         return merge_tail(out, lse, query, tail).transpose(1, 2)
 
     def block_mask(self):
-        documents_T, rows_R = self.packed.document_ids_T, self.asking().rows_R
+        documents_T, queries_R = self.packed.document_ids_T, self.queries().queries_R
         window, step = self.window, self.step
 
-        def visible(batch, head, place, key):
-            query = rows_R[place]
+        def visible(batch, head, query_index, key):
+            query = queries_R[query_index]
             seen = (key <= query) & (documents_T[key] == documents_T[query])
             return seen if window is None else seen & (key > query + step - window)
 
-        return create_block_mask(visible, None, None, len(rows_R), len(documents_T), device=documents_T.device.type)
+        return create_block_mask(visible, None, None, len(queries_R), len(documents_T), device=documents_T.device.type)
 
 
 class CompiledFlexUnrolledAttention(FlexUnrolledAttention):
@@ -129,7 +129,7 @@ class CompiledFlexUnrolledAttention(FlexUnrolledAttention):
 
 
 def merge_tail(out_BNRd: Tensor, lse_BNR: Tensor, query_BNRd: Tensor, tail: list[Tensor]) -> Tensor:
-    """The merge in plain autograd. Tail keys and values are [B, R, G, d]."""
+    """Merges in plain autograd. Tail keys and values are [B, R, G, d]."""
     if not tail:
         return out_BNRd
     B, N, R, d = query_BNRd.shape
@@ -251,7 +251,8 @@ def tail_backward(grad_out, query, out, total, scores, tail, grad_query) -> list
 def unrolled_attention(
     implementation: str | None, packed: PackedRow, windows: list[int | None]
 ) -> Sequence[DenseUnrolledAttention | TailUnrolledAttention]:
-    """One function per layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
+    """One function per layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest on this
+    device."""
     if implementation == "eager":
         return [DenseUnrolledAttention(packed, window) for window in windows]
     device = packed.document_ids_T.device.type

@@ -1,6 +1,7 @@
 """Attention of blocks of slots over a packed context, where each block sees its own piece of it.
 
-Shapes: T context columns (packed documents), P blocks, S slots a block, N query heads, G key/value heads, d head size.
+Shapes: T context columns (packed documents), P blocks, S slots per block, N query heads, G key/value heads, d head
+size.
 
     column          0  1  2  3  4  5  6         block of anchor 4: slots stand at 4, 5, 6, ..
     document        a  a  b  b  b  b  b         and see columns 2, 3 (before the anchor, same document) and each other
@@ -29,10 +30,10 @@ from speculators.nn.grouped_attention import GROUP_ROWS, Group, GroupedAttention
 
 
 class LayerMask(NamedTuple):
-    """What distinguishes the layers of a drafter here."""
+    """The attention mask of one layer."""
 
     window: int | None
-    """Keys a slot may see, itself included; None = all."""
+    """Number of keys that a slot sees, itself included; None = all."""
     causal: bool
     """A slot sees no later slot of its block."""
 
@@ -46,7 +47,7 @@ class ContextKV(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where the blocks of a packed row hang."""
+    """The blocks of a packed row and the columns they are anchored at."""
 
     anchors_P: Tensor
     """Ascending columns."""
@@ -61,7 +62,7 @@ class BlockLayout:
         return anchors, starts
 
     def groups(self, window: int | None) -> list[Group]:
-        """Whole blocks, neighbours of one document; their rows are slots."""
+        """Groups neighbouring whole blocks of one document; the rows of a group are slots."""
         anchors, starts = self.on_host
         most = max(1, GROUP_ROWS // self.block_size)
         groups: list[Group] = []
@@ -76,7 +77,7 @@ class BlockLayout:
         return groups
 
     def sees_context(self, blocks: slice, low: int, high: int, window: int | None) -> Tensor:
-        """bool [P', S, high - low] for some of the blocks."""
+        """Visibility of context columns, bool [P', S, high - low], for some of the blocks."""
         anchors_P11 = self.anchors_P[blocks, None, None]
         columns = torch.arange(low, high, device=self.anchors_P.device)
         seen = (columns >= self.starts_P[blocks, None, None]) & (columns < anchors_P11)
@@ -86,7 +87,7 @@ class BlockLayout:
         return seen.expand(-1, self.block_size, -1)
 
     def sees_slots(self, layer_mask: LayerMask) -> Tensor:
-        """bool [S, S], the same for every block."""
+        """Visibility of slots, bool [S, S], the same for every block."""
         slots = torch.arange(self.block_size, device=self.anchors_P.device)
         ahead_SS = slots[None, :] - slots[:, None]
         seen = ahead_SS <= 0 if layer_mask.causal else torch.ones_like(ahead_SS, dtype=torch.bool)
@@ -128,7 +129,7 @@ class SdpaBlockAttention(DenseBlockAttention):
 
 
 class GroupedBlockAttention(DenseBlockAttention):
-    """The fast route on a CPU: a flash call for each group of neighbouring blocks, over the columns they see."""
+    """The fast route on a CPU: one flash call per group of neighbouring blocks, over the columns they see."""
 
     def __call__(self, query_PSNd: Tensor, key_PSGd: Tensor, value_PSGd: Tensor) -> Tensor:
         slots = (x.flatten(0, 1) for x in (query_PSNd, key_PSGd, value_PSGd))
@@ -159,7 +160,7 @@ class CompiledFlexBlockAttention(FlexBlockAttention):
 
 
 def flex_mask(layout: BlockLayout, layer_mask: LayerMask, num_columns: int):
-    """The block mask of [columns | slots of all blocks], made once for each kind of layer."""
+    """Returns the block mask of [columns | slots of all blocks], made once per kind of layer."""
     key = (layer_mask, num_columns)
     if key not in layout.flex_masks:
         layout.flex_masks[key] = make_flex_mask(layout, layer_mask, num_columns)
@@ -172,14 +173,14 @@ def make_flex_mask(layout: BlockLayout, layer_mask: LayerMask, num_columns: int)
 
     def visible(batch, head, query, key):
         block, slot = query // size, query % size
-        place = anchors_P[block] + slot
+        position = anchors_P[block] + slot
         in_context = (key < num_columns) & (key >= starts_P[block]) & (key < anchors_P[block])
         key_slot = (key - num_columns) % size
         in_block = (key >= num_columns) & ((key - num_columns) // size == block)
         if layer_mask.causal:
             in_block = in_block & (key_slot <= slot)
         if layer_mask.window is not None:
-            in_context = in_context & (key > place - layer_mask.window)
+            in_context = in_context & (key > position - layer_mask.window)
             in_block = in_block & ((key_slot - slot).abs() < layer_mask.window)
         return in_context | in_block
 
@@ -187,7 +188,7 @@ def make_flex_mask(layout: BlockLayout, layer_mask: LayerMask, num_columns: int)
 
 
 def block_attention_class(implementation: str | None, device: torch.device) -> type[DenseBlockAttention]:
-    """`implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
+    """Chooses the route. `implementation` is the contract's `draft_attn_impl`; None = the fastest on this device."""
     if implementation == "eager":
         return DenseBlockAttention
     if device.type == "cpu":

@@ -1,6 +1,6 @@
 """A draft cache whose true entries are context, and whose drafted entries are blocks that see each other.
 
-Shapes: B rows, S slots of a block, N query heads, G key/value heads, L keys looked at, d head size, M context entries.
+Shapes: B rows, S slots of a block, N query heads, G key/value heads, L keys, d head size, M context entries.
 
     row 0   c0 c1 c2 c3 | s0 s1 s2          length 4; the block stands at 4, 5, 6 and is overwritten by what is
     row 1   c0 | s0 s1 s2 . . .             committed next: rejected drafts need no erasing
@@ -21,7 +21,7 @@ from speculators.nn.masks import additive_mask
 
 @dataclass
 class BlockPass:
-    """One forward of a block a row: where the blocks stand, and what the layers may look at."""
+    """One forward of one block per row: the positions of the blocks and the masks of the layers."""
 
     lengths: list[int]
     """Context entries of each row = position of its slot 0."""
@@ -45,7 +45,7 @@ class BlockPass:
         return 0 if layer_mask.window is None else max(0, min(self.lengths) - layer_mask.window + 1)
 
     def mask(self, layer_mask: LayerMask, dtype: torch.dtype) -> Tensor | None:
-        """Additive [B, 1, S, L]; None = everything is seen. Made once a pass for each kind of layer."""
+        """Additive [B, 1, S, L]; None = all keys are visible. Made once per pass and kind of layer."""
         if layer_mask not in self.masks:
             self.masks[layer_mask] = self.make_mask(layer_mask, dtype)
         return self.masks[layer_mask]
@@ -63,7 +63,7 @@ class BlockPass:
 
 
 class BlockCache(DraftCache):
-    """`running` says which blocks the running forward fills."""
+    """`running` describes the blocks of the running forward."""
 
     running: BlockPass | None = None
 
@@ -72,16 +72,16 @@ class BlockCache(DraftCache):
         self.running, self.span = block_pass, block_pass.span()
 
     def write_context(self, row_M: Tensor, position_M: Tensor, kv_M: Tensor) -> None:
-        """True entries of any rows, all layers at once: kv [M, layers, 2, G, d]."""
+        """Writes true entries of any rows, all layers at once: kv [M, layers, 2, G, d]."""
         self.storage[:, :, row_M, :, position_M] = kv_M.to(self.storage.dtype)
 
     def block_attention(self, layer_masks: list[LayerMask]) -> list[BlockCacheAttention]:
-        """One for each layer, for as long as the cache lives."""
+        """One function per layer, valid as long as the cache."""
         return [BlockCacheAttention(self, i, layer_mask) for i, layer_mask in enumerate(layer_masks)]
 
 
 class BlockCacheAttention:
-    """Writes the block behind the context and looks at both."""
+    """Writes the block behind the context and attends to both."""
 
     def __init__(self, cache: BlockCache, layer: int, layer_mask: LayerMask):
         self.cache, self.layer, self.layer_mask = cache, layer, layer_mask

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 ZLAB = "z-lab"
 ARCHITECTURE = "DFlashDraftModel"
-NOT_THE_LAYERS = (
+NOT_LAYER_KEYS = (
     "architectures",
     "auto_map",
     "block_size",
@@ -53,7 +53,7 @@ NOT_THE_LAYERS = (
     "draft_vocab_size",
     "target_hidden_size",
 )
-"""Keys of a z-lab config.json that are not of the draft layers."""
+"""Keys of a z-lab config.json that do not describe the draft layers."""
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 FUSED = "self_attn.qkv_proj."
 OTHER_FUNCTION = ("g_proj", "aux_hidden_norms")
@@ -61,7 +61,7 @@ OTHER_FUNCTION = ("g_proj", "aux_hidden_norms")
 
 
 def complete_block_config(config: Any) -> Any:
-    """A complete copy of the nested config, of the one family engines have layers for."""
+    """Returns a complete copy of the nested config, of the one family that engines have layers for."""
     if config.model_type != "qwen3":
         raise ValueError(
             f"draft layers of model_type={config.model_type!r} cannot be served: engines read q_norm and k_norm, which "
@@ -71,7 +71,7 @@ def complete_block_config(config: Any) -> Any:
 
 
 def pin_causality(nested: PretrainedConfig, sliding_window_non_causal: bool) -> None:
-    """Write `is_causal` where vLLM would otherwise serve another mask than the one trained.
+    """Writes `is_causal` where vLLM would otherwise serve another mask than the trained one.
 
     vLLM's mask is causal in all layers or in none: `is_causal` if there, else `not sliding_window_non_causal`. Ours, by
     the kind of layer, agrees when all layers slide, or when none is causal. All full: they are trained to see the whole
@@ -125,10 +125,10 @@ class ZLabFormat(CheckpointFormat):
                 f"{source.path} says no block_size, neither at the top of config.json nor in dflash_config"
             )
         tensors = split_fused(source.tensors(), values)
-        nested = layer_config_of(values, NOT_THE_LAYERS, model_type="qwen3")
+        nested = layer_config_of(values, NOT_LAYER_KEYS, model_type="qwen3")
         if "causal" in own and getattr(nested, "is_causal", None) is None:
             nested.is_causal = bool(own["causal"])
-        nested = reaching_as_far(complete_block_config(nested), verifier)
+        nested = with_verifier_positions(complete_block_config(nested), verifier)
         # vLLM would serve full layers causal if our config did not say otherwise
         slides = any(is_sliding(nested, i) for i in range(nested.num_hidden_layers))
         sees_all = getattr(nested, "is_causal", None) is None and not slides
@@ -144,7 +144,7 @@ class ZLabFormat(CheckpointFormat):
             speculators_config=make_speculators_config("dflash", block_size - 1, verifier),
         )
         check_names(set(tensors), set(SpeculatorModel.expected_tensors(config)), source.path)
-        return Converted(config, tensors, notes_on(ids, verifier))
+        return Converted(config, tensors, conversion_notes(ids, verifier))
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         config: Any = checkpoint.config
@@ -173,15 +173,15 @@ class DFlashContract(CheckpointContract):
                 error(
                     "mask-differs",
                     "sliding_window_non_causal",
-                    f"trained causal within a block: {config.trained_causal}, served: {config.served_causal} (a layer "
-                    "each)",
+                    f"trained causal within a block: {config.trained_causal}, served: {config.served_causal} (per "
+                    "layer)",
                     "both must agree",
                     "set is_causal inside transformer_layer_config to what was trained",
                 )
             )
-        return found + self.own_findings(config)
+        return found + self.option_findings(config)
 
-    def own_findings(self, config: Any) -> list[Finding]:
+    def option_findings(self, config: Any) -> list[Finding]:
         if not config.sample_from_anchor:
             return []
         return [
@@ -226,8 +226,9 @@ def zlab_values(config: Any, verifier: str | None, dtype: torch.dtype) -> dict[s
     }
 
 
-def reaching_as_far(nested: Any, verifier: str | None) -> Any:
-    """With the verifier's positions: vLLM raises them for EAGLE's methods only. Not where rope depends on them."""
+def with_verifier_positions(nested: Any, verifier: str | None) -> Any:
+    """Raises `max_position_embeddings` to the verifier's, which vLLM does for EAGLE's methods only; not where rope
+    depends on it."""
     longest = None if verifier is None else get_verifier_config(verifier).max_position_embeddings
     if longest is not None and rope_parameters(nested)["rope_type"] in FIXED_ROPES:
         nested.max_position_embeddings = max(nested.max_position_embeddings, longest)
@@ -235,7 +236,8 @@ def reaching_as_far(nested: Any, verifier: str | None) -> Any:
 
 
 def layer_ids(own: Mapping[str, Any], num_draft: int, values: Mapping[str, Any], verifier: str | None) -> list[int]:
-    """As we count; without a list, the format's default: evenly from layer 1 to three before the last."""
+    """Returns layer ids as we count them; without a list, the format's default: evenly from layer 1 to three before the
+    last."""
     found: Sequence[int] | None = own.get("target_layer_ids")
     if found is None:
         num_layers = values.get("num_target_layers")
@@ -248,13 +250,13 @@ def layer_ids(own: Mapping[str, Any], num_draft: int, values: Mapping[str, Any],
     return [layer + 1 for layer in found]
 
 
-def notes_on(ids: Sequence[int], verifier: str | None) -> list[str]:
+def conversion_notes(ids: Sequence[int], verifier: str | None) -> list[str]:
     num_layers = get_verifier_config(verifier).num_hidden_layers if verifier is not None else None
     if num_layers not in ids:
         return []
     return [
-        f"it reads the state after the verifier's last layer ({num_layers}): its authors' code gives it after the "
-        "final norm, engines before; expect lower acceptance than published"
+        f"the drafter reads the state after the verifier's last layer ({num_layers}): its authors' code gives it after "
+        "the final norm, engines before; expect lower acceptance than published"
     ]
 
 
@@ -262,8 +264,8 @@ def split_fused(tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[s
     if not any(FUSED in name for name in tensors):
         return tensors
     if any("self_attn.q_proj." in name for name in tensors):
-        raise ValueError("the checkpoint has both fused qkv_proj and q_proj: which holds the weights is unknown")
-    nested = layer_config_of(values, NOT_THE_LAYERS, model_type="qwen3")
+        raise ValueError("the checkpoint has both fused qkv_proj and q_proj: it is unknown which holds the weights")
+    nested = layer_config_of(values, NOT_LAYER_KEYS, model_type="qwen3")
     size = head_dim(nested)
     rows = [nested.num_attention_heads * size, *[nested.num_key_value_heads * size] * 2]
     out = {}
@@ -279,7 +281,7 @@ def split_fused(tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[s
 def check_names(found: set[str], expected: set[str], path: Path) -> None:
     other = sorted(name for name in found if any(part in name for part in OTHER_FUNCTION))
     if other:
-        raise ValueError(f"{path} has {other}: a variant that computes something else; there is no drafter for it here")
+        raise ValueError(f"{path} has {other}: a variant that computes another function, which has no drafter here")
     if expected - found:
         raise ValueError(f"Draft weights missing in {path}: {sorted(expected - found)}")
     if found - expected:

@@ -38,7 +38,7 @@ class BlockDecoderLayer(DecoderLayer):
 
 @dataclass(frozen=True)
 class DFlashNetwork:
-    """The modules of a drafter and what is done with them. Owns nothing."""
+    """The modules of a drafter and the functions over them. Owns none of them."""
 
     embed_tokens: nn.Embedding
     fc: nn.Linear
@@ -52,7 +52,7 @@ class DFlashNetwork:
     first_slot: int
 
     def context(self, features_CD: Tensor) -> Tensor:
-        """[C, H], one row a verifier state."""
+        """[C, H], one row per verifier state."""
         return self.hidden_norm(self.fc(features_CD))
 
     def blocks(self, anchor_tokens_P: Tensor, num_slots: int) -> Tensor:
@@ -62,7 +62,7 @@ class DFlashNetwork:
         return token_ids_PS
 
     def forward(self, token_ids_PS: Tensor, rope: RopeTables, layer_attention: Sequence[Any]) -> Tensor:
-        """What the head reads: [P, S, H]. `layer_attention`: an `AttentionFunction` for each layer."""
+        """Returns the input of the head: [P, S, H]. `layer_attention`: one `AttentionFunction` per layer."""
         hidden_PSH = self.embed_tokens(token_ids_PS)
         for layer, attention in zip(self.layers, layer_attention, strict=True):
             hidden_PSH = layer(hidden_PSH, rope, attention)

@@ -25,11 +25,11 @@ from speculators.checkpoint.formats import (
 )
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.checkpoint import (
-    NOT_THE_LAYERS,
+    NOT_LAYER_KEYS,
     DFlashContract,
     check_names,
     complete_block_config,
-    reaching_as_far,
+    with_verifier_positions,
 )
 from speculators.models.dflash.config import is_sliding
 from speculators.models.draft_layers import layer_config_of, layer_values
@@ -86,9 +86,9 @@ class DenseFormat(CheckpointFormat):
         ids = options.get("aux_hidden_state_layer_ids") or [layer + 1 for layer in values.get("target_layer_ids") or []]
         if not ids or "block_size" not in own:
             raise ValueError(f"{source.path / 'config.json'} must say target_layer_ids and block_size")
-        left_out = {*NOT_THE_LAYERS, *OWN_KEYS, "target_layer_ids", "dspark_bonus_anchor"}
+        left_out = {*NOT_LAYER_KEYS, *OWN_KEYS, "target_layer_ids", "dspark_bonus_anchor"}
         nested = complete_block_config(layer_config_of(source.values, left_out, model_type="qwen3"))
-        nested = reaching_as_far(nested, verifier)
+        nested = with_verifier_positions(nested, verifier)
         drafts_at_anchor = own.setdefault("sample_from_anchor", not source.values.get("dspark_bonus_anchor", False))
         tensors = {name.replace(OLD_PREFIX, PREFIX): tensor for name, tensor in source.tensors().items()}
         own.setdefault("enable_confidence_head", "confidence_head.proj.weight" in tensors)
@@ -142,7 +142,7 @@ class DSparkContract(DFlashContract):
         super().warn_before_saving(config)
         warn_if_not_served(config)
 
-    def own_findings(self, config: Any) -> list[Finding]:
+    def option_findings(self, config: Any) -> list[Finding]:
         if config.markov_head_type == SERVED_HEAD and config.markov_rank > 0:
             return []
         return [

@@ -1,11 +1,11 @@
-"""What a drafter has of its verifier: nothing, the layers it computes with, or the whole model.
+"""Attaches a drafter to its verifier: to nothing of it, to the layers it computes with, or to the whole model.
 
     detached      nothing
     train_only    embedding, head and final norm (read from the verifier's files), rope
     full          the same modules of a loaded verifier, and the verifier itself: needed to generate
 
-None of it is the drafter's: modules of a loaded verifier are not registered (so not cast, moved or trained), and none
-are in `state_dict`.
+None of these belong to the drafter: modules of a loaded verifier are not registered (so not cast, moved or trained),
+and `state_dict` leaves all of them out.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ else:
 
 
 class VerifierAttachment(_Base):
-    """List it before the model base."""
+    """A mixin for the drafter's class; list it before the model base."""
 
     config: Any
     verifier_attachment_mode: str = DETACHED
 
     def detach_all(self) -> None:
         for name in (*BORROWED, "verifier"):
-            self.lend(name, None)
+            self.set_unregistered(name, None)
         self.target_transform = LogitTransform()
         self.verifier_attachment_mode = DETACHED
         self.is_attached_for_loading = False
 
-    def lend(self, name: str, value: Any) -> None:
-        """Set an attribute without registering it as a part of the drafter."""
+    def set_unregistered(self, name: str, value: Any) -> None:
+        """Sets an attribute without registering it as a module of the drafter."""
         self._modules.pop(name, None)
         self.__dict__[name] = value
 
     def attach_verifier(self, verifier: Any, mode: str | None = None) -> PreTrainedModel:
-        """Borrow from a verifier (a model, or where one lies), all of it or what training needs; returns it."""
+        """Attaches a verifier (a model, its path or id), all of it or the part that training needs; returns it."""
         mode = mode or FULL
         if self.verifier_attachment_mode != DETACHED and not self.is_attached_for_loading:
             raise RuntimeError("a verifier is attached already; call detach_verifier() first")
@@ -70,12 +70,12 @@ class VerifierAttachment(_Base):
         nested = self.config.transformer_layer_config
         fitting_embedding(verifier, nested.vocab_size, nested.hidden_size)
         decoder = getattr(verifier, "model", verifier)
-        self.lend("embed_tokens", verifier.get_input_embeddings())
-        self.lend("lm_head", parts.head)
-        self.lend("verifier_norm", parts.final_norm)
-        self.lend("rotary_emb", getattr(decoder, "rotary_emb", None) or Rope(nested))
+        self.set_unregistered("embed_tokens", verifier.get_input_embeddings())
+        self.set_unregistered("lm_head", parts.head)
+        self.set_unregistered("verifier_norm", parts.final_norm)
+        self.set_unregistered("rotary_emb", getattr(decoder, "rotary_emb", None) or Rope(nested))
         if mode == FULL:
-            self.lend("verifier", verifier)
+            self.set_unregistered("verifier", verifier)
         self.target_transform = logit_transform(verifier.config)
         self.verifier_attachment_mode = mode
         return verifier
@@ -94,20 +94,20 @@ class VerifierAttachment(_Base):
         like = next(self.parameters())
         embedding = nn.Embedding(nested.vocab_size, nested.hidden_size, device="meta")
         norm = weights.fill_norm(RMSNorm(nested.hidden_size))
-        self.keep("embed_tokens", embedding, weights.embedding_VH, like)
-        self.keep("lm_head", head_of(weights.head_VH), weights.head_VH, like)
-        self.keep("verifier_norm", norm.to(like), cast("Tensor", norm.weight), like)
-        self.lend("rotary_emb", Rope(nested))
+        self.add_frozen("embed_tokens", embedding, weights.embedding_VH, like)
+        self.add_frozen("lm_head", head_of(weights.head_VH), weights.head_VH, like)
+        self.add_frozen("verifier_norm", norm.to(like), cast("Tensor", norm.weight), like)
+        self.set_unregistered("rotary_emb", Rope(nested))
         self.target_transform = weights.logit_transform
         self.verifier_attachment_mode, self.is_attached_for_loading = TRAIN_ONLY, True
 
-    def keep(self, name: str, module: nn.Module, weight: Tensor, like: Tensor) -> None:
+    def add_frozen(self, name: str, module: nn.Module, weight: Tensor, like: Tensor) -> None:
         module.weight = nn.Parameter(weight.to(like), requires_grad=False)
         self.__dict__.pop(name, None)
         self.add_module(name, module)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Without the verifier's weights."""
+        """The drafter's tensors, without the verifier's weights."""
         tensors = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
         owned = tuple(f"{prefix}{name}." for name in (*BORROWED, "verifier"))
@@ -117,7 +117,7 @@ class VerifierAttachment(_Base):
 
 
 def head_of(weight_VH: Tensor) -> nn.Linear:
-    """A head that shares a weight."""
+    """Builds a head that shares a weight."""
     V, H = weight_VH.shape
     linear = nn.Linear(H, V, bias=False, device="meta")
     linear.weight = nn.Parameter(weight_VH.detach(), requires_grad=False)

@@ -53,7 +53,7 @@ NATIVE_LAYER, OUR_LAYER = "layers.0.", "transformer."
 
 
 def complete_eagle_config(config: Any) -> Any:
-    """A complete copy of the nested config: one layer that sees everything.
+    """Returns a complete copy of the nested config: one layer that sees everything.
 
     vLLM's EAGLE layers count on from the verifier's, which no `layer_types` of one entry survives (llama.py), and
     without the key they do not slide: so a drafter whose layer slides could not be served as it was trained.
@@ -66,7 +66,7 @@ def complete_eagle_config(config: Any) -> Any:
 
 
 def native_to_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renamed tensors. Names that no EAGLE drafter of one layer has are an error."""
+    """Renames native tensors to ours. Raises `ValueError` on names that no EAGLE drafter of one layer has."""
     ours = {}
     for name, tensor in tensors.items():
         if name in VERIFIERS_OWN:
@@ -92,7 +92,7 @@ def ours_to_native(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_servable(config: EagleSpeculatorConfig) -> None:
-    """vLLM reports neither of these: it fails on a name or serves another drafter."""
+    """Raises `ValueError` for drafters that vLLM does not refuse: it fails on a name or serves another drafter."""
     nested = config.transformer_layer_config
     cannot = "vLLM's method 'eagle' cannot run this drafter: "
     if config.fusion_bias:
@@ -128,7 +128,7 @@ def native_config(config: EagleSpeculatorConfig, dtype: torch.dtype) -> dict[str
 
 
 def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path: str | Path) -> Path:
-    """The directory to serve with `{"method": "eagle", "model": path}`."""
+    """Writes the directory to serve with `{"method": "eagle", "model": path}`."""
     check_servable(config)
     names = SpeculatorModel.expected_tensors(config).keys()
     refuse_missing(names - tensors.keys())
@@ -141,7 +141,7 @@ def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path:
 
 
 def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config fields, tensors) of a native directory."""
+    """Returns config fields and tensors of a native directory."""
     path = Path(path)
     values = json.loads((path / "config.json").read_text())
     ours = native_to_ours(load_checkpoint(path))
@@ -184,7 +184,7 @@ class EagleFormat(CheckpointFormat):
                     "architecture-unknown",
                     "architectures",
                     repr(source.values.get("architectures")),
-                    "vLLM puts Eagle before it, and EagleLlamaForCausalLM is the class there is",
+                    "vLLM puts Eagle before it, and has the class EagleLlamaForCausalLM alone",
                     'write "architectures": ["LlamaForCausalLM"]',
                 )
             )

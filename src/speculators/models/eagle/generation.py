@@ -1,8 +1,8 @@
 """The drafter as a model of transformers: `generate` through the decoding engine, and `forward` over whole sequences.
 
-The engine is found by name when somebody generates. Algorithms may not import decoding (it is above them: it finds
-algorithms through the registry), and nothing here needs it otherwise; a name is what the registries use in the other
-direction (`SpeculatorModel.auto_package`). A subclass may name another module with an `Engine` and `SamplingParams`.
+`generate` imports the engine by name. Algorithms may not import decoding (it is above them: it finds algorithms through
+the registry), and the registries use a name in the other direction too (`SpeculatorModel.auto_package`). A subclass may
+name another module with an `Engine` and `SamplingParams`.
 
 `run_sequences` computes logits under padding masks and with a cache of transformers.
 
@@ -29,7 +29,7 @@ ALWAYS = ("repetition_penalty", "seed")
 
 
 class Generating(VerifierAttachment):
-    """`generate`, for a drafter that has its whole verifier attached."""
+    """Adds `generate` to a drafter that has its whole verifier attached."""
 
     decoding_module: ClassVar[str] = "speculators.decoding"
     """Module with the `Engine` and `SamplingParams` that `generate` uses."""
@@ -86,7 +86,7 @@ def generate(
 ) -> Tensor:
     unknown = sorted(sampling.keys() - {*SAMPLED, *ALWAYS})
     if unknown:
-        raise ValueError(f"generate does not know {unknown}; it knows {sorted((*SAMPLED, *ALWAYS))}")
+        raise ValueError(f"generate has no arguments {unknown}; it takes {sorted((*SAMPLED, *ALWAYS))}")
     decoding: Any = importlib.import_module(model.decoding_module)
     verifier: Any = model.verifier
     num_prompt = input_ids_BP.shape[1]
@@ -116,7 +116,7 @@ def generate(
 
 
 def padded(input_ids_BP: Tensor, outputs: list[list[int]], pad_token_id: int) -> Tensor:
-    """Prompts as given, then what was generated, right padded."""
+    """Appends the generated tokens to the prompts, right padded."""
     width = max(len(output) for output in outputs)
     rows = [output + [pad_token_id] * (width - len(output)) for output in outputs]
     return torch.cat((input_ids_BP, torch.tensor(rows, dtype=input_ids_BP.dtype, device=input_ids_BP.device)), dim=1)

@@ -1,6 +1,6 @@
 """The EAGLE network: tokens and the verifier's features in, predicted features out. Training and decoding share it.
 
-Shapes: B rows, T positions in, R positions answered, H hidden size, V vocabulary.
+Shapes: B rows, T positions in, R query positions, H hidden size, V vocabulary.
 
     f_i  = the verifier's final norm of its last state at i; head(f_i) are its logits for x_{i+1}
     step:  (token x_{i+1}, f_i) --fusion_fc--> layer --> f'_{i+1} --(pre_lm_head_layernorm)--> head --> predicts x_{i+2}
@@ -37,7 +37,7 @@ class EagleDecoderLayer(DecoderLayer):
 
 @dataclass(frozen=True)
 class EagleNetwork:
-    """The modules of a drafter and what is done with them. Owns nothing."""
+    """The modules of a drafter and the functions over them. Owns none of them."""
 
     embedding_VH: Tensor
     """The verifier's embedding table as stored: a family that scales its embeddings does so in the verifier alone."""

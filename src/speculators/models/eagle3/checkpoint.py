@@ -40,7 +40,7 @@ IDS = "eagle_aux_hidden_state_layer_ids"
 THEIR_LAYER, OUR_LAYER = "midlayer.", "layers.0."
 SERVED_FAMILIES = ("llama", "qwen3")
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-NOT_THE_LAYERS = (
+NOT_LAYER_KEYS = (
     *FLAGS,
     IDS,
     "architectures",
@@ -53,7 +53,7 @@ NOT_THE_LAYERS = (
     "transformers_version",
 )
 CONVERTED_TOKENS = 3
-"""Draft tokens a round of a converted checkpoint, whose own config does not say."""
+"""Draft tokens per round of a converted checkpoint, whose own config names no number."""
 ASSUMED = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -66,10 +66,10 @@ ASSUMED = {
 
 
 def complete_transformer_layer_config(config: Any, num_aux: int = DEFAULT_NUM_AUX) -> Any:
-    """A copy with every key an engine reads written down."""
+    """Returns a copy with every key that an engine reads."""
     config = complete_layer_config(config)
     if config.model_type == "llama" and num_aux != DEFAULT_NUM_AUX:
-        # vLLM's llama variant sizes fc by this key and does not look at eagle_aux_hidden_state_layer_ids.
+        # vLLM's llama variant sizes fc by this key and ignores eagle_aux_hidden_state_layer_ids.
         config.num_aux_hidden_states = num_aux
     return config
 
@@ -120,7 +120,7 @@ class Eagle3Format(CheckpointFormat):
             speculators_config=make_speculators_config(self.name, CONVERTED_TOKENS, verifier),
             **{flag: bool(value) for flag, value in flags.items()},
         )
-        return Converted(config, without_whole_map(tensors, config), notes)
+        return Converted(config, without_identity_map(tensors, config), notes)
 
     def config_of(self, values: Mapping[str, Any], **fields: Any) -> Eagle3SpeculatorConfig:
         return Eagle3SpeculatorConfig(**fields)
@@ -174,7 +174,7 @@ class Eagle3Contract(CheckpointContract):
 
 
 def layer_findings(values: Mapping[str, Any], nested: Any, num_aux: int) -> Iterator[Finding]:
-    """What vLLM reads of the draft layers and of the verifier's that feed them."""
+    """Checks the keys that vLLM reads of the draft layers and of the verifier layers that feed them."""
     if nested.model_type not in SERVED_FAMILIES:
         yield error(
             "not-servable",
@@ -216,9 +216,9 @@ def ids_nested(where: str, ids: Any) -> Finding:
 
 
 def nested_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor], verifier: str | None) -> Any:
-    """The draft layers' config. Its vocabulary is the verifier's, whatever the file says."""
+    """Builds the draft layers' config. Its vocabulary is the verifier's, whatever the file says."""
     verifier_config = None if verifier is None else get_verifier_config(verifier)
-    nested = layer_config_of(values, NOT_THE_LAYERS, model_type="llama", **ASSUMED)
+    nested = layer_config_of(values, NOT_LAYER_KEYS, model_type="llama", **ASSUMED)
     if "t2d" in tensors:
         nested.vocab_size = tensors["t2d"].shape[0]
     elif verifier_config is not None:
@@ -229,8 +229,8 @@ def nested_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor], veri
     return nested
 
 
-def without_whole_map(tensors: dict[str, Tensor], config: Eagle3SpeculatorConfig) -> dict[str, Tensor]:
-    """A map of the whole vocabulary onto itself is no map: neither we nor vLLM have a place for it."""
+def without_identity_map(tensors: dict[str, Tensor], config: Eagle3SpeculatorConfig) -> dict[str, Tensor]:
+    """Drops a map of the whole vocabulary onto itself: neither we nor vLLM store one."""
     if config.draft_vocab_size != config.target_vocab_size:
         return tensors
     if "d2t" in tensors and tensors["d2t"].any():

@@ -1,6 +1,6 @@
 """The EAGLE-3 network: verifier states and tokens in, draft states out. Training and decoding call the same step.
 
-Shapes: B rows, T positions in, R positions answered, H hidden size, A aux layers, D = A * H, V draft vocabulary.
+Shapes: B rows, T positions in, R query positions, H hidden size, A aux layers, D = A * H, V draft vocabulary.
 
     features g_i [D] --(input_norm | fc_norm)--> fc --> h_i [H]          once for each state the verifier made
     step:  (token x_{i+1}, h_i) --> layers --> out_i --> norm --> lm_head --> predicts x_{i+2}
@@ -26,7 +26,7 @@ from speculators.nn.rope import Rope, RopeTables
 
 @dataclass(frozen=True)
 class Eagle3Network:
-    """The modules of a drafter and what is done with them. Owns nothing."""
+    """The modules of a drafter and the functions over them. Owns none of them."""
 
     embed_tokens: nn.Embedding
     input_norm: RMSNorm | FrozenRMSNorm | None

@@ -52,7 +52,7 @@ def native_config(config: MedusaSpeculatorConfig, dtype: torch.dtype) -> dict[st
 
 
 def save_native(config: MedusaSpeculatorConfig, tensors: dict[str, Tensor], path: str | Path) -> Path:
-    """The directory to serve with `{"method": "medusa", "model": path}` and num_speculative_tokens <= num_heads."""
+    """Writes the directory to serve with `{"method": "medusa", "model": path}` and at most `num_heads` draft tokens."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     native = {name: tensors[name] for name in SpeculatorModel.expected_tensors(config)}
@@ -71,7 +71,7 @@ def to_our_name(name: str) -> str:
 
 
 def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config fields, tensors) of a native directory; sizes are those of the tensors."""
+    """Returns config fields and tensors of a native directory; the sizes come from the tensors."""
     tensors = {to_our_name(name): tensor for name, tensor in load_checkpoint(Path(path)).items()}
     num_heads = len([name for name in tensors if name.startswith("lm_heads.")])
     num_layers = len([name for name in tensors if name.startswith("blocks.0.") and name.endswith(".weight")])
@@ -85,7 +85,7 @@ def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "vocab_size": vocab_size,
     }
     for i in range(num_heads):
-        for j in range(num_layers):  # a head without biases is one whose biases are zero
+        for j in range(num_layers):  # absent biases are zero
             weight = tensors[f"blocks.{i}.layers.{j}.weight"]
             tensors.setdefault(f"blocks.{i}.layers.{j}.bias", weight.new_zeros(hidden_size))
     odd = tensors.keys() ^ SpeculatorModel.expected_tensors(MedusaSpeculatorConfig(**fields)).keys()
@@ -108,7 +108,7 @@ class MedusaFormat(CheckpointFormat):
                 error(
                     "option-dropped",
                     "medusa_fc_bias",
-                    f"not true, and there is {biased[0]}",
+                    f"not true, but the checkpoint has {biased[0]}",
                     "vLLM then leaves every bias out, silently",
                     'write "medusa_fc_bias": true',
                 )

@@ -1,4 +1,4 @@
-"""MLP speculators of other projects (IBM, fms-fsdp): read and written. No vLLM of today serves them.
+"""MLP speculators on disk: our directory and that of IBM's fms-fsdp, read and written. No current vLLM serves them.
 
 ours                        theirs (names of tensors behind `speculator.`, or bare)
 hidden_size                 emb_dim
@@ -33,7 +33,7 @@ PREFIX = "speculator."
 THEIR_DEFAULTS = {"tie_weights": False, "scale_input": False}
 FIELDS = ("vocab_size", "tie_weights", "scale_input", *OLD_NAMES)
 WIDEST, NUM_CANDIDATES = 5, 5
-"""How their code drafts: so many tokens of the first head, one fewer of each further one; the best candidates."""
+"""Their drafting: this many tokens of the first head, one fewer of each further one; this many best candidates."""
 
 
 class FmsFormat(CheckpointFormat):
@@ -50,7 +50,7 @@ class FmsFormat(CheckpointFormat):
             fields["rms_norm_eps"] = norm_kind(get_verifier_config(verifier)).eps
         config = MLPSpeculatorConfig(**fields)
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in source.tensors().items()}
-        return Converted(config, stored_once(tensors) if config.tie_weights else tensors)
+        return Converted(config, without_tied_copies(tensors) if config.tie_weights else tensors)
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         config: Any = checkpoint.config
@@ -72,8 +72,8 @@ def native_config(config: MLPSpeculatorConfig) -> dict[str, Any]:
     }
 
 
-def stored_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights under one name each. Some files repeat them for every step."""
+def without_tied_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keeps tied weights under one name each: some files repeat them per step. Raises `ValueError` if they differ."""
     kept = {}
     for name, tensor in tensors.items():
         kind, step, part = name.split(".")

@@ -26,15 +26,15 @@ from speculators.models.mtp.training import NUM_STEPS
 from speculators.verifier.config import get_verifier_config, make_speculators_config
 
 STITCHED = "stitched"
-NOT_THE_DECODERS = ("quantization_config",)
+CHECKPOINT_KEYS = ("quantization_config",)
 """Keys of a verifier's config that describe its checkpoint, not its layers."""
 
 
 def verifier_layer_config(verifier_config: Any) -> Any:
     """Copies the verifier's text config as our config.json holds it."""
     config = copy.deepcopy(verifier_config)
-    decoder_shape(config)  # refuses what there are no layers for
-    for key in NOT_THE_DECODERS:
+    decoder_shape(config)  # refuses families without layers here
+    for key in CHECKPOINT_KEYS:
         if hasattr(config, key):
             delattr(config, key)
     return config
@@ -59,7 +59,9 @@ class StitchedFormat(CheckpointFormat):
         family = family_of(nested)
         tensors = read_native(str(source.path), family, nested)
         if not tensors:
-            raise ValueError(f"'{source.path}' has no tensors under {family.native_prefix(nested)}: there is no layer")
+            raise ValueError(
+                f"'{source.path}' has no tensors under {family.native_prefix(nested)}: it ships no MTP layer"
+            )
         config = MTPSpeculatorConfig(
             transformer_layer_config=nested,
             speculators_config=make_speculators_config(

@@ -153,8 +153,8 @@ class Experts(nn.Module):
         for expert in expert_Mk.unique().tolist():
             token, place = (expert_Mk == expert).nonzero().unbind(1)
             gate, up = F.linear(hidden_MH[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            answer = F.linear(self.act(gate) * up, self.down_proj[expert]) * weight_Mk[token, place, None]
-            out_MH = out_MH.index_add(0, token, answer.to(out_MH.dtype))
+            expert_out = F.linear(self.act(gate) * up, self.down_proj[expert]) * weight_Mk[token, place, None]
+            out_MH = out_MH.index_add(0, token, expert_out.to(out_MH.dtype))
         return out_MH
 
 
@@ -182,7 +182,7 @@ class SparseMLP(nn.Module):
 
 
 class GroupRouter(nn.Module):
-    """Which experts a token visits and how they are weighed, in fp32 whatever surrounds it."""
+    """Chooses the experts of each token and their weights, in fp32 under any autocast."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -191,12 +191,12 @@ class GroupRouter(nn.Module):
         self.renormalised, self.scale = bool(config.norm_topk_prob), float(config.routed_scaling_factor)
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         nn.init.normal_(self.weight, std=getattr(config, "initializer_range", 0.02))
-        # Balances the load in the verifier's own training; no gradient reaches it.
+        # Balances the load in the verifier's own training; it gets no gradient.
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
         self.e_score_correction_bias: Tensor
 
     def _apply(self, fn: Any, recurse: bool = True) -> GroupRouter:
-        """A cast leaves the bias in fp32, as engines do: choices near a tie would change."""
+        """Keeps the bias in fp32 through a cast, as engines do: choices near a tie would change."""
         bias_E = self.e_score_correction_bias
         super()._apply(fn, recurse)
         if self.e_score_correction_bias.dtype != bias_E.dtype:
@@ -204,7 +204,7 @@ class GroupRouter(nn.Module):
         return self
 
     def forward(self, hidden_MH: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights, experts), both [M, k]"""
+        """Returns weights and experts, both [M, k]."""
         with torch.autocast(hidden_MH.device.type, enabled=False):
             prob_ME = F.linear(hidden_MH.float(), self.weight.float()).sigmoid()
         choice_ME = prob_ME + self.e_score_correction_bias.float()

@@ -1,4 +1,5 @@
-"""Verifier families and their MTP layers, as data: how an engine runs the layer, and how the family names its tensors.
+"""Verifier families and their MTP layers: how an engine runs the layer, how the family names its tensors, and both ways
+of renaming.
 
 Ours is one graph for all: input_proj reads [embedding ; hidden]. `hidden_first` families store the two halves of
 input_proj the other way round; import swaps them, export swaps them back.
@@ -29,7 +30,7 @@ from torch import Tensor
 from speculators.utils.loading import list_checkpoint_keys, load_model_layers
 
 LAYER = "mtp_layers.0."
-"""Prefix of our tensors. The layer's own modules and those of its decoder layer lie side by side under it."""
+"""Prefix of our tensors. The layer's own modules and its decoder layer's stand side by side under it."""
 EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 INPUT = "input_proj.weight"
@@ -47,7 +48,7 @@ class MTPFamily:
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Native name (after the prefix) -> our name (after `LAYER`)."""
     decoder: str = ""
-    """What native names put between the prefix and the decoder layer's own names."""
+    """Part of native names between the prefix and the decoder layer's own names."""
     copies: tuple[str, ...] = ()
     """Native tensors that repeat the verifier's embedding and head: neither imported nor rewritten."""
     hidden_first: bool = False
@@ -56,7 +57,7 @@ class MTPFamily:
     feeds_back_raw: bool = False
     """The next step reads the state before the final norm."""
     zeroes_first_embedding: bool = False
-    """The embedding of the entry at position 0 counts as zero."""
+    """The embedding at position 0 is zero."""
 
     def native_prefix(self, config: Any) -> str:
         if self.prefix is None:
@@ -122,7 +123,7 @@ FAMILIES = (
 
 
 def family_of(config: Any) -> MTPFamily:
-    """The family of a verifier's text config."""
+    """Returns the family of a verifier's text config. Raises `ValueError` for a model type without one."""
     for row in FAMILIES:
         if config.model_type in row.model_types:
             return row
@@ -155,7 +156,7 @@ def import_native(native: Mapping[str, Tensor], family: MTPFamily, config: Any) 
         ours[family.renamed.get(name) or name.removeprefix(family.decoder)] = tensor
     ours = stack_experts(ours)
     if family.hidden_first and INPUT in ours:
-        ours[INPUT] = halves_swapped(ours[INPUT])
+        ours[INPUT] = swap_halves(ours[INPUT])
     return {LAYER + name: tensor for name, tensor in ours.items()}
 
 
@@ -167,13 +168,13 @@ def export_native(
     native_name = {own: name for name, own in family.renamed.items()}
     tensors = {key.removeprefix(LAYER): tensor for key, tensor in ours.items()}
     if family.hidden_first and INPUT in tensors:
-        tensors[INPUT] = halves_swapped(tensors[INPUT])
+        tensors[INPUT] = swap_halves(tensors[INPUT])
     if not fused_experts:
         tensors = split_experts(tensors)
     return {prefix + (native_name.get(name) or family.decoder + name): tensor for name, tensor in tensors.items()}
 
 
-def halves_swapped(weight_H2H: Tensor) -> Tensor:
+def swap_halves(weight_H2H: Tensor) -> Tensor:
     first, second = weight_H2H.chunk(2, dim=1)
     return torch.cat((second, first), dim=1)
 

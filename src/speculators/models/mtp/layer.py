@@ -1,6 +1,6 @@
 """The MTP layer: [token ; hidden] through one decoder layer of the verifier's own shape.
 
-Shapes: B rows, T positions in, R positions answered (see `AttentionFunction.select_queries`), H hidden size.
+Shapes: B rows, T positions in, R query positions (see `AttentionFunction.select_queries`), H hidden size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from speculators.nn.rope import RopeTables, head_dim
 
 
 class DecoderShape(NamedTuple):
-    """What differs between the decoder layers of verifiers."""
+    """Differences between the decoder layers of verifiers."""
 
     like: str
     """The shape of `nn.attention` it comes closest to: llama, or qwen3 with its norms on q and k."""
@@ -83,14 +83,14 @@ class MTPLayer(DecoderLayer):
     def forward(  # type: ignore[override]
         self, embeds_BTH: Tensor, hidden_BTH: Tensor, rope: RopeTables, attention: AttentionFunction
     ) -> tuple[Tensor, Tensor]:
-        """(what the head reads, the hidden state of the next step)"""
+        """Returns the input of the head and the hidden state of the next step."""
         both_BT2H = torch.cat((self.token_layernorm(embeds_BTH), self.hidden_layernorm(hidden_BTH)), dim=-1)
         raw_BRH = super().forward(self.input_proj(both_BT2H), rope, attention)
         normed_BRH = self.final_layernorm(raw_BRH)
         return normed_BRH, raw_BRH if self.feeds_back_raw else normed_BRH
 
     def fused(self) -> Self:
-        """A copy for decoding whose products are fused where they can be."""
+        """Returns a copy for decoding, with products fused where possible."""
         twin = copy.deepcopy(self).requires_grad_(False)
         for name in ("self_attn", "mlp"):
             module = getattr(twin, name)
@@ -100,7 +100,7 @@ class MTPLayer(DecoderLayer):
 
 
 def use_unit_offset_norms(layer: nn.Module) -> None:
-    """Gain 1 + w in place of w, in every norm of the layer; weights start at zero and stay so when others are drawn."""
+    """Replaces every norm of the layer by one with gain 1 + w; initialisation leaves its weights at zero."""
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is RMSNorm:
@@ -134,7 +134,7 @@ LATENT_KEYS = (
 
 
 def decoder_view(config: Any, shape: DecoderShape) -> SimpleNamespace:
-    """The verifier's config as the layers of `nn` read it."""
+    """Returns the verifier's config with the keys that the layers of `nn` read."""
     is_latent = shape.attention is LatentAttention
     return SimpleNamespace(
         model_type=shape.like,

@@ -1,7 +1,7 @@
 """The MTP network: a verifier state and the next token in, the state of the next position out. Training and decoding
 call the same step.
 
-Shapes: B rows, T positions in, R positions answered, H hidden size, V vocabulary.
+Shapes: B rows, T positions in, R query positions, H hidden size, V vocabulary.
 
     f_t = final norm of the verifier's state y_t             what engines feed: the model's output (MiMo: y_t itself)
     step:  (token x_{t+1}, f_t) --> layer --> out --> final_layernorm --> lm_head --> predicts x_{t+2}
@@ -29,7 +29,7 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class MTPNetwork:
-    """The modules of a drafter and what is done with them. Owns nothing."""
+    """The modules of a drafter and the functions over them. Owns none of them."""
 
     embed_tokens: nn.Embedding
     verifier_norm: nn.Module

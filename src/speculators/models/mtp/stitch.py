@@ -1,4 +1,4 @@
-"""Put a trained MTP layer into a copy of its verifier, where engines look for it.
+"""Writes a trained MTP layer into a copy of its verifier, where engines look for it.
 
 The native tensors are overwritten in place in the copied files: same names, shapes and types, so that every other byte
 of the directory (other tensors, metadata, index, config) is the verifier's.
@@ -32,7 +32,7 @@ SIZE_BYTES = 8
 
 @dataclass(frozen=True)
 class Stitched:
-    """What was written."""
+    """The written directory."""
 
     path: Path
     keys: tuple[str, ...]
@@ -44,8 +44,8 @@ class Stitched:
 def stitch(
     finetuned: str | os.PathLike, verifier: str | os.PathLike, output_path: str | os.PathLike | None = None
 ) -> Stitched:
-    """Copy the directory of `verifier` to `output_path` (default: `<verifier's name>-stitched` here) with the layer of
-    the MTP checkpoint `finetuned` in it."""
+    """Copies the directory of `verifier` to `output_path` (default: `<verifier's name>-stitched` here) and writes the
+    layer of the MTP checkpoint `finetuned` into it."""
     config = MTPSpeculatorConfig.from_pretrained(finetuned)
     if not isinstance(config, MTPSpeculatorConfig):
         raise ValueError(f"'{finetuned}' is a speculator of another kind; only an MTP layer is part of a verifier")
@@ -83,7 +83,7 @@ def weight_map(directory: Path) -> dict[str, str]:
 def native_layer(
     layer: Mapping[str, Tensor], config: MTPSpeculatorConfig, directory: Path, keys: set[str]
 ) -> dict[str, Tensor]:
-    """The layer under the verifier's names, every one of which the verifier has, and none of whose it lacks."""
+    """Renames the layer to the verifier's names. Raises `ValueError` unless the verifier has exactly these tensors."""
     whole_config = open_verifier_config(str(directory))
     verifier_config: Any = text_config(whole_config)
     if any(getattr(part, "quantization_config", None) for part in (whole_config, verifier_config)):
@@ -107,7 +107,7 @@ def native_layer(
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """(entry of each tensor, where data start)"""
+    """Returns the entry of each tensor and the byte where data start."""
     with file.open("rb") as reader:
         size = int.from_bytes(reader.read(SIZE_BYTES), "little")
         header = json.loads(reader.read(size))

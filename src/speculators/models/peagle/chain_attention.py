@@ -1,6 +1,6 @@
-"""Attention of chains of masked slots that hang on the columns of a packed row, all slots of all chains in one pass.
+"""Attention of chains of masked slots anchored at the columns of a packed row, all slots of all chains in one pass.
 
-Shapes: T columns, M slots, E = T + M elements, R answered elements, N query heads, G key/value heads, d head size.
+Shapes: T columns, M slots, E = T + M elements, R query elements, N query heads, G key/value heads, d head size.
 
     column            0   1   2   3   4              element = (anchor, depth), at position anchor + depth
     document          a   a   b   b   b              depth 0 is the column itself: its true token and state
@@ -32,19 +32,19 @@ from speculators.nn.unrolled import TailAttention
 
 @dataclass(frozen=True)
 class ChainLayout:
-    """Which chains hang where."""
+    """The chains of a packed row and the columns they are anchored at."""
 
     document_ids_T: Tensor
     anchors_M: Tensor
     """Ascending columns."""
     depths_M: Tensor
-    """1, 2, .. within an anchor, none left out."""
+    """1, 2, .. within an anchor, without gaps."""
     columns_C: Tensor
-    """Columns that the last layer answers, ascending; it answers every slot."""
+    """Query columns of the last layer, ascending; every slot is a query too."""
 
     @cached_property
-    def rows_R(self) -> Tensor:
-        """Elements that the last layer answers."""
+    def query_elements_R(self) -> Tensor:
+        """Query elements of the last layer."""
         num_columns, num_slots = len(self.document_ids_T), len(self.anchors_M)
         slots_M = torch.arange(num_columns, num_columns + num_slots, device=self.columns_C.device)
         return torch.cat((self.columns_C, slots_M))
@@ -68,7 +68,7 @@ class ChainLayout:
         return seen | (query == key)
 
     def groups(self, window: int | None) -> list[Group]:
-        """Whole chains, neighbours of one document; their rows are slots."""
+        """Groups neighbouring whole chains of one document; the rows of a group are slots."""
         starts_M = document_starts(self.document_ids_T)[self.anchors_M]
         anchors, starts = torch.stack((self.anchors_M, starts_M)).tolist()
         groups: list[Group] = []
@@ -76,7 +76,7 @@ class ChainLayout:
         for i in range(1, len(anchors) + 1):
             if i < len(anchors) and anchors[i] == anchors[i - 1]:
                 continue
-            # slots [chain, i) are one chain: the group takes it in, or ends before it
+            # slots [chain, i) are one chain: they join the group, or the group ends before them
             if starts[chain] != starts[first] or (i - first > GROUP_ROWS and chain > first):
                 groups.append(self._group(first, chain, anchors, starts, window))
                 first = chain
@@ -107,12 +107,12 @@ class DenseChainAttention:
         self.layout, self.window, self.last_layer = layout, window, last_layer
 
     def select_queries(self, hidden_1EH: Tensor) -> Tensor:
-        return hidden_1EH[:, self.layout.rows_R] if self.last_layer else hidden_1EH
+        return hidden_1EH[:, self.layout.query_elements_R] if self.last_layer else hidden_1EH
 
     def __call__(self, query_1ENd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor) -> Tensor:
         every_E = torch.arange(query_1ENd.shape[1], device=query_1ENd.device)
-        asking_R = self.layout.rows_R if self.last_layer else every_E
-        visible = self.layout.sees(asking_R[:, None], every_E[None], self.window)
+        queries_R = self.layout.query_elements_R if self.last_layer else every_E
+        visible = self.layout.sees(queries_R[:, None], every_E[None], self.window)
         return self.attention(self.select_queries(query_1ENd), key_1EGd, value_1EGd, visible)
 
     attention = staticmethod(dense_attention)
@@ -125,16 +125,16 @@ class SdpaChainAttention(DenseChainAttention):
 
 
 class GroupedChainAttention(DenseChainAttention):
-    """The fast route on a CPU: packed causal attention for the columns, a flash call for each group of chains."""
+    """The fast route on a CPU: packed causal attention for the columns, one flash call per group of chains."""
 
     def __call__(self, query_1ENd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor) -> Tensor:
         layout, num_columns = self.layout, len(self.layout.document_ids_T)
         keys_1TGd, values_1TGd = key_1EGd[:, :num_columns], value_1EGd[:, :num_columns]
         queries_1TNd = query_1ENd[:, :num_columns]
-        asking = PackedRow(layout.document_ids_T, layout.columns_C if self.last_layer else None)
+        packed = PackedRow(layout.document_ids_T, layout.columns_C if self.last_layer else None)
         if self.last_layer:
             queries_1TNd = queries_1TNd[:, layout.columns_C]
-        columns = TailAttention.apply(asking.blocks(self.window, 0), queries_1TNd, keys_1TGd, values_1TGd)
+        columns = TailAttention.apply(packed.blocks(self.window, 0), queries_1TNd, keys_1TGd, values_1TGd)
         if len(layout.anchors_M) == 0:
             return columns
         slots = (x[0, num_columns:] for x in (query_1ENd, key_1EGd, value_1EGd))
@@ -151,12 +151,12 @@ class FlexChainAttention(DenseChainAttention):
     def __call__(self, query_1ENd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor) -> Tensor:
         layout, window, num_elements = self.layout, self.window, query_1ENd.shape[1]
         query_1RNd = self.select_queries(query_1ENd)
-        asking_R = layout.rows_R if self.last_layer else torch.arange(num_elements, device=query_1ENd.device)
+        queries_R = layout.query_elements_R if self.last_layer else torch.arange(num_elements, device=query_1ENd.device)
 
-        def visible(batch, head, place, key):
-            return layout.sees(asking_R[place], key, window)
+        def visible(batch, head, query_index, key):
+            return layout.sees(queries_R[query_index], key, window)
 
-        mask = create_block_mask(visible, None, None, len(asking_R), num_elements, device=query_1ENd.device.type)
+        mask = create_block_mask(visible, None, None, len(queries_R), num_elements, device=query_1ENd.device.type)
         query, key, value = (x.transpose(1, 2) for x in (query_1RNd, key_1EGd, value_1EGd))
         out = self.flex(query, key, value, block_mask=mask, enable_gqa=True)
         assert isinstance(out, Tensor)
@@ -170,7 +170,8 @@ class CompiledFlexChainAttention(FlexChainAttention):
 def chain_attention(
     implementation: str | None, layout: ChainLayout, windows: list[int | None]
 ) -> list[DenseChainAttention]:
-    """One function per layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest here."""
+    """One function per layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest on this
+    device."""
     device = layout.document_ids_T.device.type
     if implementation == "eager":
         kind: type[DenseChainAttention] = DenseChainAttention

@@ -16,14 +16,14 @@ MASK_TOKENS = ("mask_token_id", "pard_token", "ptd_token_id")
 
 
 def write_fc_norm(nested: Any, fc_norm: bool) -> None:
-    """vLLM does not forward the top-level `fc_norm` of a peagle config (speculators/algos.py), but every key inside
-    `transformer_layer_config` becomes one of the draft's config: so it is written there too."""
+    """Writes `fc_norm` inside the nested config too: vLLM does not forward the top-level key of a peagle config
+    (speculators/algos.py), but every key inside `transformer_layer_config` becomes one of the draft's config."""
     if fc_norm:
         nested.fc_norm = True
 
 
 class PEagleFormat(Eagle3Format):
-    """SpecForge's: the tensors of its EAGLE-3 and `mask_hidden`. The mask token has several names."""
+    """SpecForge's format: the tensors of its EAGLE-3 and `mask_hidden`. The mask token has several names."""
 
     name = "peagle"
     has_mask_hidden = True
@@ -54,7 +54,7 @@ class PEagleContract(Eagle3Contract):
     absent_means = {"mask_token_id": "does not load the checkpoint", "draft_vocab_size": "takes the verifier's"}
 
     def shared_tensors(self, config: Any) -> frozenset[str]:
-        """Never the embedding: engines would take the verifier's for the trained one."""
+        """Leaves out the embedding: it is trained, and engines would use the verifier's instead."""
         return super().shared_tensors(config) - {"embed_tokens.weight"}
 
     def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
