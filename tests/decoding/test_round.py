@@ -67,6 +67,6 @@ def test_statistics_count_drafts_of_token_0(num_tokens):
 def test_the_adaptive_length_sees_drafts_of_token_0():
     controller = AdaptiveLength(2)
     while controller.num_tokens(1) != 2 or controller.is_probe:
-        controller.observe([controller.asked], [controller.asked], verify_s=1.0, other_s=0.01)
+        controller.observe([controller.num_requested], [controller.num_requested], verify_s=1.0, other_s=0.01)
     full = Proposal(torch.tensor([[0, 0]]))
     assert controller.shorten(full) is full

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.proposers.draft_model import DraftModelProposer
+from speculators.decoding.trees.static_tree import TreeDraftModelProposer
 from speculators.decoding.trees.token_tree import TokenTree
-from speculators.decoding.trees.tree_draft_model import TreeDraftModelProposer
 
 PROMPTS = [[1, 2, 3, 4, 1, 2], [5, 6, 7], [9] * 4, [3, 1, 4, 1, 5]]
 

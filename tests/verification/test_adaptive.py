@@ -18,8 +18,7 @@ from speculators.decoding.adaptive import (
     lengths_within_budget,
     speeds_by_num_tokens,
 )
-from speculators.decoding.calibration import ConfidenceFit
-from speculators.decoding.round_costs import CostMeter, CostModel, interpolate, rising
+from speculators.decoding.measurements import ConfidenceFit, CostMeter, CostModel, interpolate, rising
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import Proposal
 

@@ -1,4 +1,4 @@
-"""How many tokens to draft: expected tokens a round against its measured cost. K = 0, plain decoding, always competes.
+"""Chooses how many tokens to draft: expected tokens per round against measured cost. K = 0 is plain decoding.
 
 Shapes: B sequences, K draft slots. Conditional rate a_i = P(slot i accepted | the slots before it were); survival =
 their running product; expected tokens of a round = 1 + sum of survivals.
@@ -7,8 +7,8 @@ their running product; expected tokens of a round = 1 + sum of survivals.
 
 Lossless adaptation looks only at what precedes the token it decides about. Whether slot i is drafted may depend on the
 context, on d_1..d_{i-1} and on the LAW q_i (its largest probability, say), never on the token drawn from q_i: keeping
-only well-liked draws changes the law of what is verified. For point-mass drafts d_i is a function of the context, so
-anything known before verification may be used (`lengths_within_budget`).
+only draws of high probability changes the law of what is verified. For point-mass drafts d_i is a function of the
+context, so anything known before verification may be used (`lengths_within_budget`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from speculators.decoding.calibration import ConfidenceFit
-from speculators.decoding.round_costs import CostMeter, CostModel
+from speculators.decoding.measurements import AcceptanceRates, ConfidenceFit, CostMeter, CostModel
 from speculators.interfaces import Proposal
 
 
 def expected_tokens(conditional_rates: Sequence[float]) -> float:
-    """Tokens a round emits on average, the recovered or bonus token included."""
+    """Tokens per round on average, the recovered or bonus token included."""
     survival, total = 1.0, 1.0
     for rate in conditional_rates:
         survival *= rate
@@ -35,14 +34,14 @@ def expected_tokens(conditional_rates: Sequence[float]) -> float:
 
 
 def expected_columns(offer_rates: Sequence[float], batch_size: int) -> float:
-    """Columns a forward scores on average: slot i is one of them when any of the rows has a draft there."""
+    """Columns per forward on average: slot i is scored when any of the rows has a draft there."""
     return 1.0 + sum(1.0 - (1.0 - rate) ** batch_size for rate in offer_rates)
 
 
 def speeds_by_num_tokens(
     conditional_rates: Sequence[float], cost: CostModel, batch_size: int = 1, offer_rates: Sequence[float] | None = None
 ) -> list[float]:
-    """Tokens a second of each row, by K. `offer_rates`: P(a row has a draft in slot i, which was asked for), or 1."""
+    """Tokens per second of each row, by K. `offer_rates`: P(a row has a draft in slot i, if requested); None: 1."""
     offer_rates = offer_rates if offer_rates is not None else [1.0] * len(conditional_rates)
     most = min(len(conditional_rates), len(cost.other_s) - 1)
     return [
@@ -60,8 +59,8 @@ def best_num_tokens(speeds: Sequence[float]) -> int:
 def lengths_within_budget(confidence_BK: Tensor, cost: CostModel) -> Tensor:
     """int64 [B]: how many drafts of each row to verify, so that the batch is fastest. Point-mass drafts only.
 
-    A forward is as wide as its longest row, so what is chosen is the width; all drafts are paid for. A confidence below
-    0 marks a slot without a draft.
+    A forward costs by its longest row, so one width is chosen for all rows; drafting is paid for already. A confidence
+    below 0 marks a slot without a draft.
     """
     B, K = confidence_BK.shape
     survival_BK = confidence_BK.double().clamp_min(0).cumprod(-1)
@@ -73,91 +72,25 @@ def lengths_within_budget(confidence_BK: Tensor, cost: CostModel) -> Tensor:
     return (survival_BK[:, :width] > 0).sum(-1)
 
 
-@dataclass
-class AcceptanceRates:
-    """Conditional rates per slot from the rounds so far, the past fading out; and how often a slot had a draft.
-
-    What is left is filled up by the prior, weighted as `prior_tests` tests: a slot that was not tried for long is
-    judged by it again, so it will be tried if the prior makes it worth while. While nothing at all is drafted that
-    waits for the next draft: a drafter that was left alone is dear to ask, and not to be asked on a mere prior.
-    """
-
-    num_slots: int
-    prior_rate: float = 0.6
-    prior_tests: float = 2.0
-    memory_rounds: float = 200.0
-    """Rounds after which an observation counts 1/e."""
-    num_silent: int = 0
-    """Rounds without drafts since the last one with."""
-    tested: list[float] = field(init=False)
-    tried: list[float] = field(init=False)
-    """The tests in which there was a draft."""
-    accepted: list[float] = field(init=False)
-    asked: list[float] = field(init=False)
-    offered: list[float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tested, self.tried, self.accepted, self.asked, self.offered = ([0.0] * self.num_slots for _ in range(5))
-
-    def observe(self, num_asked: int, num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
-        """One round, by row: slots 0..accepted - 1 passed, the next one failed (or had no draft) unless all passed."""
-        if num_asked == 0:
-            self.num_silent += 1
-            return
-        keep = math.exp(-(1 + self.num_silent) / self.memory_rounds)
-        self.num_silent = 0
-        for counts in (self.tested, self.tried, self.accepted, self.asked, self.offered):
-            counts[:] = [count * keep for count in counts]
-        for drafted, accepted in zip(num_drafted, num_accepted, strict=True):
-            for slot in range(min(num_asked, self.num_slots)):
-                self.asked[slot] += 1
-                self.offered[slot] += slot < drafted
-                if slot <= accepted:
-                    self.tested[slot] += 1
-                    self.tried[slot] += slot < drafted
-                    self.accepted[slot] += slot < accepted
-
-    def conditional(self) -> list[float]:
-        return self._rates(self.tested)
-
-    def when_offered(self) -> list[float]:
-        """P(slot i accepted | it has a draft, the slots before it were accepted)."""
-        return self._rates(self.tried)
-
-    def _rates(self, tests: list[float]) -> list[float]:
-        rates, rate = [], self.prior_rate
-        for tested, accepted in zip(tests, self.accepted, strict=True):
-            # an untested slot is taken for as good as the one before it
-            rate = (accepted + rate * self.prior_tests) / (tested + self.prior_tests)
-            rates.append(rate)
-        return rates
-
-    def offers(self) -> list[float]:
-        """P(a row has a draft in the slot, when asked for it); 1 before it was."""
-        return [
-            (offered + self.prior_tests) / (asked + self.prior_tests)
-            for offered, asked in zip(self.offered, self.asked, strict=True)
-        ]
-
-
 LEAST_PROBE_LOSS = 0.2
-"""In plain rounds: costs are noisy, and a probe that seemed free is not to follow on another."""
+"""In units of a plain round: costs are noisy, and a probe that seemed free must not be repeated at once."""
 
 
 @dataclass
 class AdaptiveLength:
-    """K for each round from what the rounds before it showed. Use as `num_tokens(num_rows)`; then `observe`. Rows are
-    those of the forward, idle ones included: they cost as much. Between the two, `shorten` drops drafts that do not
-    pay: by what their drafter thinks of them, or because too few rows have one.
+    """Chooses K for each round from the rounds before. Call `num_tokens(num_rows)` before a round and `observe` after
+    it. Rows are those of the forward, idle ones included: they cost as much. Between the two calls, `shorten` drops
+    drafts that are not worth verifying: by the drafter's own confidence, or because too few rows have one.
 
-    It starts with one round of each K, and drafts at full length now and then (else a drafter that got better would
-    never be noticed) so seldom that it costs `probe_share` of the time; more often at first, when little is known. What
-    a probe costs is measured: a drafter that was left alone has much to catch up on. As seldom it decodes plainly where
-    it drafts, so that what it compares with stays known. A new K must be `margin` faster than the current one, and than
-    plain decoding: noise is no reason to draft. It is reviewed every few rounds, for a review takes its time too.
+    The first rounds try each K once. Later it probes (drafts at full length), because otherwise a drafter that got
+    better would never be noticed; so seldom that probes cost `probe_share` of the time, more often at first. The cost
+    of a probe is measured: a drafter that was not called for long must first process the tokens it missed. While it
+    drafts, it probes plain decoding as seldom, to keep that cost up to date. A new K must be faster than the current
+    one, and than plain decoding, by `margin`: noise is no reason to draft. K is reviewed every few rounds only, because
+    a review takes time too.
     """
 
-    most: int
+    max_num_tokens: int
     probe_share: float = 0.01
     first_probe_share: float = 0.02
     margin: float = 0.02
@@ -166,24 +99,25 @@ class AdaptiveLength:
     costs: CostMeter = field(default_factory=CostMeter)
     fit: ConfidenceFit = field(default_factory=ConfidenceFit)
     confidence_by_row: list[list[float]] | None = None
-    """What the drafter thought of this round's drafts."""
-    asked: int = 0
+    """The drafter's estimates for this round's drafts."""
+    num_requested: int = 0
+    """K of this round."""
     num_rows: int = 0
     num_rounds: int = 0
     next_review: int = 0
     last_full: int = 0
-    """The last round that was drafted at full length to see what comes of it."""
+    """The last probe."""
     last_plain: int = 0
     is_probe: bool = False
     probe_s: float | None = None
-    """What that round cost; None: the first one was broken off, and none was made since."""
+    """Seconds of the last probe; None: the first one did not end, and there was none since."""
     probe_loss: float = math.inf
-    """What it cost beyond a plain round, in plain rounds."""
+    """Its extra seconds over a plain round, in units of a plain round."""
     current: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rates = AcceptanceRates(self.most)
-        self.current = self.most
+        self.rates = AcceptanceRates(self.max_num_tokens)
+        self.current = self.max_num_tokens
 
     def num_tokens(self, num_rows: int) -> int:
         self.confidence_by_row = None
@@ -194,27 +128,27 @@ class AdaptiveLength:
             self.num_rows, self.next_review = num_rows, 0
         if probe is None and self.num_rounds >= self.next_review:
             self._review()
-        self.asked = self.current if probe is None else probe
-        if self.asked == 0:
+        self.num_requested = self.current if probe is None else probe
+        if self.num_requested == 0:
             self.last_plain = self.num_rounds
-        return self.asked
+        return self.num_requested
 
     def _probe(self) -> int | None:
-        """The length to try in this round whatever is known, if it is time to."""
-        if self.num_rounds <= self.most + 1:
+        """The K to try in this round regardless of the measurements; None: no probe is due."""
+        if self.num_rounds <= self.max_num_tokens + 1:
             self.last_full = 1
-            return self.most + 1 - self.num_rounds  # most, most - 1, ..., 0
+            return self.max_num_tokens + 1 - self.num_rounds  # most, most - 1, ..., 0
         since = self.num_rounds - self.last_full
         share = self.first_probe_share if since > self.last_full else self.probe_share
         if since * share > self.probe_loss:
             self.last_full = self.num_rounds
-            return self.most
+            return self.max_num_tokens
         return 0 if (self.num_rounds - self.last_plain) * self.probe_share > 1 else None
 
     def _review(self) -> None:
         self.next_review = self.num_rounds + min(self.review_rounds, 1 + self.num_rounds // 16)
-        cost = self.costs.model(self.most)
-        if cost is None:  # every round so far was broken off
+        cost = self.costs.model(self.max_num_tokens)
+        if cost is None:  # no round has ended so far
             return
         speeds = speeds_by_num_tokens(self.rates.conditional(), cost, self.num_rows, self.rates.offers())
         best = best_num_tokens(speeds)
@@ -222,19 +156,19 @@ class AdaptiveLength:
             self.current = 0
         elif speeds[best] > speeds[self.current] * (1 + self.margin):
             self.current = best
-        guessed_s = cost.round_s(self.most, self.num_rows * (1 + self.most))
+        guessed_s = cost.round_s(self.max_num_tokens, self.num_rows * (1 + self.max_num_tokens))
         probe_s = guessed_s if self.probe_s is None else self.probe_s
         self.probe_loss = max(probe_s / cost.round_s(0, self.num_rows) - 1, LEAST_PROBE_LOSS)
 
     def shorten(self, proposal: Proposal) -> Proposal:
-        """Chains of point masses only: a draft that was drawn may not be dropped for what it is."""
+        """Drop drafts that are not worth verifying. Chains of point masses only: drawn drafts may not be selected."""
         if proposal.probs_BKV is not None or proposal.parents_K is not None:
             return proposal
         if proposal.confidence_BK is not None:
             self.confidence_by_row = proposal.confidence_BK.tolist()
-        cost = self.costs.model(self.most)
+        cost = self.costs.model(self.max_num_tokens)
         if self.is_probe or cost is None:
-            return proposal  # verified as they are: what is never verified cannot be found to be better than it says
+            return proposal  # verified in full: drafts that are never verified would never be found to be good
         has_draft_BK = (proposal.token_ids_BK >= 0).cpu()
         rate_BK = self._rate_of_each(has_draft_BK)
         if rate_BK is None:
@@ -246,8 +180,8 @@ class AdaptiveLength:
         return Proposal(token_ids_BK)
 
     def _rate_of_each(self, has_draft_BK: Tensor) -> Tensor | None:
-        """P(accepted) of each slot [B, K] by its drafter's word, or else by how such slots fared; None where the choice
-        of K has said it already: every row has all its drafts."""
+        """P(accepted) of each slot [B, K] by the drafter's confidence, or else by past rounds; None where every row has
+        all its drafts: then the choice of K has taken account of it."""
         if self.confidence_by_row is not None:
             return torch.tensor([[self.fit.rate(prob) for prob in row] for row in self.confidence_by_row])
         if bool(has_draft_BK.all()) or not has_draft_BK.numel():
@@ -263,13 +197,13 @@ class AdaptiveLength:
         other_s: float,
         rows: Sequence[int] = (),
     ) -> None:
-        """One round: of each request how deep the drafts went that were verified, how many were accepted and which row
-        it has; and what the round cost. A tree counts as deep as it is: it costs the same whenever it is that deep."""
-        if self.is_probe and self.asked == self.most:
+        """Record one round: per request the depth of its verified drafts, the number accepted and its row; and the cost
+        in seconds. A tree counts by its depth: trees of one depth cost the same."""
+        if self.is_probe and self.num_requested == self.max_num_tokens:
             self.probe_s = verify_s + other_s
-        self.rates.observe(self.asked, depths, num_accepted)
+        self.rates.observe(self.num_requested, depths, num_accepted)
         num_scored = self.num_rows * (1 + max(depths))
-        self.costs.observe(self.asked, num_scored, verify_s=verify_s, other_s=other_s)
+        self.costs.observe(self.num_requested, num_scored, verify_s=verify_s, other_s=other_s)
         if self.confidence_by_row is not None:
             for row, depth, accepted in zip(rows, depths, num_accepted, strict=True):
                 for slot in range(min(depth, accepted + 1)):

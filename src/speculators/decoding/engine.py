@@ -1,4 +1,4 @@
-"""The decode engine: draft, verify, keep, for a batch of requests of any lengths. The loop is `Engine._round`.
+"""The decode engine: drafts, verifies and keeps tokens for a batch of requests of any lengths. See `Engine._round`.
 
 Shapes: B rows, K draft slots, K1 = K + 1 scored columns, T tokens, V vocabulary, D width of captured states.
 
@@ -53,7 +53,7 @@ PREFILL_CHUNK = 512
 """Prompt tokens per forward: bounds the memory of a prefill and how long it keeps the other rows waiting."""
 
 PLAIN_RULE = resolve_rule("strict")
-"""Without drafts it only draws the next token."""
+"""Draws the next token where nothing was drafted."""
 
 OnToken = Callable[[StreamEvent], bool | None]
 """Sees every event; returning False cancels the request."""
@@ -135,15 +135,15 @@ class Engine(ChatEngine):
         return [request.output for request in requests]
 
     def stream(self, prompts: Prompts, sampling: Samplings = None) -> Iterator[StreamEvent]:
-        """Yield what each request gains, round by round. Closing the iterator cancels everything."""
+        """Yield the tokens and text each request gains, round by round. Closing the iterator cancels all requests."""
         return self._run(self._builder.requests(prompts, sampling))
 
     def cancel(self, request_index: int) -> None:
-        """End a running request before the next round; its output so far stays."""
+        """End a request before the next round; its output so far is kept."""
         self._cancelled.add(request_index)
 
     def forget_requests(self) -> None:
-        """Make the proposer forget what earlier requests said: comparisons decode the same prompts again."""
+        """Make the proposer forget the text of earlier requests, so that the same prompts can be compared again."""
         if self.drafting is not None and isinstance(self.drafting.proposer, RemembersRequests):
             self.drafting.proposer.reset()
 
@@ -230,7 +230,7 @@ class Engine(ChatEngine):
         return events
 
     def _prefill(self, batch: Batch) -> list[StreamEvent]:
-        """One chunk of every unfinished prompt (neighbouring rows together); prompts that end here emit a token."""
+        """Score a chunk of every unfinished prompt, neighbouring rows together; prompts that end here emit a token."""
         start = perf_counter()
         requests = {
             row: request
@@ -253,7 +253,7 @@ class Engine(ChatEngine):
         nothing = no_drafts(num_rows, batch.device)
         verification = self._verify(batch, nothing, output.logits_BTV, first_row)
         accepted = on_host(verification, nothing, ended, first_row)
-        if self.drafting is not None:  # the proposer learns the prompt together with its first token
+        if self.drafting is not None:  # the proposer gets the prompt together with its first token
             token_ids = {row: request.prompt + accepted.token_ids_by_row[row] for row, request in ended.items()}
             has_states = output.states_BTD is not None
             batch.publish(token_ids, {r: q.states_of_prompt() for r, q in ended.items()} if has_states else None)

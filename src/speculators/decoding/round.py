@@ -23,12 +23,12 @@ from speculators.interfaces import AcceptanceRule, Proposal, Verification
 
 @dataclass(frozen=True)
 class Accepted:
-    """A verification, as host integers, for the rows that took part."""
+    """A verification as integers on the host, for the rows that were decoded."""
 
     token_ids_by_row: dict[int, list[int]]
     """Accepted drafts and the token after them."""
     columns_by_row: dict[int, list[int]]
-    """The scored columns these tokens were predicted by, which are the columns to keep: [0, path + 1 ...]."""
+    """The scored columns that predicted these tokens; they are also the columns to keep: [0, path + 1 ...]."""
     offered_by_row: dict[int, tuple[int, int]]
     """(drafts, deepest draft) of each row."""
     is_chain: bool
@@ -60,7 +60,7 @@ class RoundTimes(NamedTuple):
 def account(
     requests: dict[int, ActiveRequest], accepted: Accepted, times: RoundTimes, adaptive: AdaptiveLength | None
 ) -> None:
-    """Write a round into its requests' stats, its times split evenly; tell the adaptive draft length of it."""
+    """Record a round in its requests' stats (its times split evenly) and in the adaptive draft length."""
     share = [seconds / len(requests) for seconds in times]
     for row, request in requests.items():
         request.output.stats.record(*accepted.offered_by_row[row], len(accepted.token_ids_by_row[row]) - 1)
@@ -81,7 +81,7 @@ def no_drafts(num_rows: int, device: torch.device) -> Proposal:
 
 
 def argmax_of(logits_B1V: Tensor) -> Verification:
-    """The greedy rule where nothing was drafted, without its arithmetic on empty drafts."""
+    """The greedy rule where nothing was drafted: one argmax instead of its arithmetic on empty drafts."""
     next_token_B = logits_B1V[:, 0].argmax(-1)
     return Verification(next_token_B.new_empty(len(next_token_B), 0), torch.zeros_like(next_token_B), next_token_B)
 
@@ -106,7 +106,7 @@ def verify(
 
 
 def to_score(batch: Batch, proposal: Proposal) -> tuple[Tensor, Tensor]:
-    """Each row's last committed token followed by its drafts [B, K1], and how many of them count [B]."""
+    """Each row's last committed token followed by its drafts [B, K1], and the number of valid columns [B]."""
     rows = batch.rows[: batch.width]
     is_decoding = [row is not None and row.is_prefilled for row in rows]
     last = [row.last_token_id if row is not None and ok else 0 for row, ok in zip(rows, is_decoding, strict=True)]
@@ -121,7 +121,7 @@ def to_score(batch: Batch, proposal: Proposal) -> tuple[Tensor, Tensor]:
 
 
 def on_host(verification: Verification, proposal: Proposal, rows: Iterable[int], first_row: int = 0) -> Accepted:
-    """The one synchronisation of a round: everything the host needs crosses in one tensor."""
+    """Copy a round's result to the host in one tensor: the only synchronisation of a round."""
     K = proposal.token_ids_BK.shape[1]
     packed = torch.cat(
         [
@@ -146,7 +146,7 @@ def on_host(verification: Verification, proposal: Proposal, rows: Iterable[int],
 
 
 def drafted_tokens(proposal: Proposal) -> DraftedTokens | None:
-    """The drafts that precede each column, for penalties."""
+    """The drafts before each column, which penalties count as emitted; None where nothing was drafted."""
     K = proposal.token_ids_BK.shape[1]
     if K == 0:
         return None

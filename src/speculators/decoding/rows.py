@@ -14,7 +14,7 @@ from torch import Tensor
 
 from speculators.decoding.request import ActiveRequest
 from speculators.decoding.sampling import BatchSampling, SamplingParams, SeenTokens
-from speculators.interfaces import Committed
+from speculators.interfaces import Committed, Proposal
 
 
 class Batch:
@@ -68,7 +68,7 @@ class Batch:
         self._sampling.clear()
 
     def sampling(self, first: int, last: int) -> BatchSampling:
-        """Of rows first .. last - 1; free rows are greedy, which is cheapest."""
+        """Sampling parameters of rows first .. last - 1; free rows are greedy, which is cheapest."""
         if (first, last) not in self._sampling:
             rows = self.rows[first:last]
             self._sampling[first, last] = BatchSampling(
@@ -110,7 +110,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Published:
-    """Tokens that rows gained, with states: one [B, >= T, D] tensor for all rows, or a [T, D] one for each."""
+    """Tokens that rows gained, with states: one [B, >= T, D] tensor for all rows, or one [T, D] per row."""
 
     token_ids_by_row: dict[int, list[int]]
     states: dict[int, Tensor] | Tensor | None
@@ -146,3 +146,23 @@ def _padded_states(states: dict[int, Tensor] | Tensor | None, num_rows: int, num
         if row < num_rows:
             padded_BTD[row, : len(states_TD)] = states_TD
     return padded_BTD
+
+
+# -- for proposers that work row by row
+
+
+def new_tokens_by_row(committed: Committed) -> list[tuple[list[int], bool]]:
+    """Per row: the tokens committed since the last call (empty: the row is idle), and whether a request begins."""
+    num_new, num_committed = torch.stack([committed.num_new_B, committed.num_committed_B]).tolist()
+    token_ids = committed.token_ids_BT.tolist()
+    return [
+        (token_ids[row][:new], new == total and new > 0)
+        for row, (new, total) in enumerate(zip(num_new, num_committed, strict=True))
+    ]
+
+
+def proposal_of(drafts: list[list[int]], device: torch.device) -> Proposal:
+    """Chains of different lengths, padded to the longest of them: no slot is empty in every row."""
+    K = max((len(draft) for draft in drafts), default=0)
+    padded = [draft + [-1] * (K - len(draft)) for draft in drafts]
+    return Proposal(torch.tensor(padded, dtype=torch.int64, device=device).view(len(drafts), K))

@@ -1,7 +1,7 @@
-"""Sampling parameters, and the law each scored position is really sampled from: penalties, temperature, filters.
+"""Sampling parameters, and the distribution that each scored position is sampled from: penalties, temperature, filters.
 
 Shapes: B rows, T scored columns (0 follows the last committed token, j + 1 follows draft j), V vocabulary.
-The order is vLLM's: penalties, temperature, min-p, top-k, top-p. Verification tests against this law.
+The order is vLLM's: penalties, temperature, min-p, top-k, top-p. Verification tests drafts against this distribution.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class SamplingParams:
     """Divides positive and multiplies negative logits of tokens seen in the prompt or the output."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    """Both are subtracted from logits of tokens in the output: once, and once for each occurrence."""
+    """Subtracted from the logits of tokens in the output: presence once, frequency once per occurrence."""
     seed: int | None = None
-    """Same seed, same output, whatever else is in the batch (drafts drawn at random: for the same batch)."""
+    """Same seed, same output, whatever else is in the batch (with drafts drawn at random: for the same batch)."""
     stop: tuple[str, ...] = ()
     """Strings that end the request; not part of the text."""
     stop_token_ids: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class SamplingParams:
     """How many of the most likely tokens to report at each position; None = no log-probabilities."""
 
     def __post_init__(self) -> None:
-        for name, one in (("stop", str), ("stop_token_ids", int)):  # one alone may be given without a list around it
+        for name, one in (("stop", str), ("stop_token_ids", int)):  # a single one may be given without a list
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, one) else tuple(value or ()))
         for name, is_valid, rule in (
@@ -84,7 +84,7 @@ def is_int64(value: object) -> bool:
 
 
 class BatchSampling:
-    """The sampling parameters of the rows of a batch, as tensors. Made anew when a request takes a row."""
+    """The sampling parameters of the rows of a batch, as tensors. Rebuilt when a request takes a row."""
 
     def __init__(self, params: list[SamplingParams], seeds: list[int], device: torch.device):
         self.params = params
@@ -92,7 +92,7 @@ class BatchSampling:
         self.all_greedy = all(p.temperature == 0 for p in params)
         self.has_penalties = any(p.has_penalties for p in params)
         self.is_argmax = self.all_greedy and not self.has_penalties
-        """Nothing but the argmax of the raw logits matters."""
+        """The argmax of the raw logits decides every row."""
         self.temperature_B = self._column("temperature")
         self.seed_B = torch.tensor(seeds, dtype=torch.int64, device=device)
 
@@ -153,7 +153,7 @@ class BatchSampling:
             rank_V = torch.arange(probs_BTV.shape[-1], device=self.device)
             sorted_BTV = _renormalised(sorted_BTV.masked_fill(rank_V >= self._top_k_B11, 0.0))
         if self._top_p_B11 is not None:
-            before_BTV = sorted_BTV.cumsum(-1) - sorted_BTV  # mass of the more likely tokens; the first always stays
+            before_BTV = sorted_BTV.cumsum(-1) - sorted_BTV  # mass of the more likely tokens; the first is always kept
             sorted_BTV = _renormalised(sorted_BTV.masked_fill(before_BTV >= self._top_p_B11, 0.0))
         return torch.zeros_like(probs_BTV).scatter_(-1, order_BTV, sorted_BTV)
 
@@ -190,14 +190,14 @@ class SeenTokens:
 
 @dataclass(frozen=True)
 class DraftedTokens:
-    """The drafts that precede each scored column: for penalties a drafted token counts as emitted."""
+    """The drafts before each scored column: penalties count a drafted token as emitted."""
 
     token_ids_BK: Tensor
     is_ancestor_TT: Tensor
     """bool; [i, j]: column i comes after column j (or is it); column 0 is the last committed token."""
 
     def counts(self, vocab_size: int) -> Tensor:
-        """[B, T, V]"""
+        """[B, T, V]: how often each token was drafted before each column."""
         B, K = self.token_ids_BK.shape
         counts_BTV = torch.zeros(B, K + 1, vocab_size, device=self.token_ids_BK.device)
         index_BK1 = self.token_ids_BK.clamp_min(0)[..., None]

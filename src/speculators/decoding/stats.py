@@ -1,9 +1,9 @@
-"""What a decode run did: one histogram of rounds, and times. Everything else is derived, so runs add with `+`.
+"""Statistics of a decode run: one histogram of rounds, and times. Everything else is derived, so runs add with `+`.
 
-A round = one propose + verify for one request. Definitions are vLLM's (`vllm:spec_decode_*`), but for rounds in which
-nothing was drafted (a lookup found nothing, K = 0): vLLM leaves them out.
+A round = one propose + verify for one request. Definitions are vLLM's (`vllm:spec_decode_*`), except for rounds in
+which nothing was drafted (a lookup found nothing, K = 0): vLLM leaves them out.
 
-    acceptance_length                1 + accepted / rounds      tokens a verify step emits: what speed follows from
+    acceptance_length                1 + accepted / rounds      tokens per verify step; speed follows from it
     acceptance_length_when_drafted   1 + accepted / drafts      vLLM's "mean acceptance length"; drafts = `num_drafts`
 """
 
@@ -21,11 +21,11 @@ class DecodeStats:
     rounds: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     """How many rounds had (drafts offered, deepest draft, drafts accepted). Offered = deepest for a chain."""
     num_tokens: int = 0
-    """Tokens handed out, the first one (from the prompt) included, those cut off by a stop not."""
+    """Emitted tokens, including the first one (from the prompt), without those cut off by a stop."""
     draft_s: float = 0.0
     verify_s: float = 0.0
     overhead_s: float = 0.0
-    """Everything that is neither the proposer nor the verifier. Times of a round are split evenly over its requests."""
+    """Everything but the proposer and the verifier. Times of a round are split evenly over its requests."""
     prefill_s: float = 0.0
 
     def record(self, num_drafted: int, depth: int, num_accepted: int) -> None:
@@ -83,7 +83,7 @@ class DecodeStats:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens emitted a verify step, recovered or bonus token included, whatever the proposer had to offer."""
+        """Tokens emitted per verify step, recovered or bonus token included; rounds without drafts count too."""
         return 1.0 + self.num_accepted / self.num_rounds if self.num_rounds else 1.0
 
     @property

@@ -1,18 +1,31 @@
-"""Checks of a whole SpeculativeConfig, after inference, in the contract's order."""
+"""Checks of a whole SpeculativeConfig, after inference, in the contract's order. Below them the checks of its lists
+(draft lengths by batch size, synthetic rates) and of DSpark on a Qwen3-Omni target."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
-from speculators.decoding.config.draft import lookup
+from speculators.decoding.config.draft import architectures_of, lookup
 from speculators.decoding.config.methods import METHODS_THAT_NEED_AUX_STATES, TARGETS_WITH_AUX_STATES
-from speculators.decoding.config.qwen3_omni import check_qwen3_omni_dspark, is_qwen3_omni
-from speculators.decoding.config.schedule import check_batch_size_ranges, synthetic_rates
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.verifier.config import text_config
 
 if TYPE_CHECKING:
     from speculators.decoding.config.speculative import SpeculativeConfig
+
+BatchSizeRange = tuple[int, int, int]
+"""(first batch size, last batch size, K), both inclusive."""
+
+DRAFT_ARCHITECTURE = "Qwen3OmniDSparkModel"
+TARGET_ARCHITECTURES = frozenset(
+    {"Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration"}
+)
+"""Beside the model type `qwen3_omni_moe`."""
+SECTIONS = ("dflash_config.", "eagle_config.", "")
+"""Where a draft's config may hold a setting: the first that has it counts."""
+ATTENTION = ("num_attention_heads", "num_key_value_heads", "head_dim")
+"""Sizes that the draft shares with the target."""
 
 
 def check(config: SpeculativeConfig) -> None:
@@ -86,7 +99,7 @@ def _check_vocabularies(config: SpeculativeConfig) -> None:
 
 
 def _check_our_rules(config: SpeculativeConfig, num_tokens: int) -> None:
-    """What vLLM leaves to the scheduler, or to chance."""
+    """Rules that vLLM checks elsewhere or not at all."""
     if config.enable_adaptive_verification and config.use_local_argmax_reduction and config.method != "dspark":
         raise ValueError(
             "Adaptive verification estimates per-position acceptance from the draft logits, which "
@@ -133,3 +146,134 @@ def _check_trees(config: SpeculativeConfig, num_tokens: int) -> None:
             raise ValueError(
                 f"rejection_sample_method={rule!r} verifies chains only; drop speculative_token_tree or use 'standard'"
             )
+
+
+# -- lists
+
+
+def check_batch_size_ranges(ranges: list[BatchSizeRange]) -> None:
+    name = "num_speculative_tokens_per_batch_size"
+    if not ranges:
+        raise ValueError(f"{name} must not be empty; leave it out for a fixed number of tokens")
+    ordered = sorted(ranges)
+    for first, last, num_tokens in ordered:
+        if first < 1 or last < first:
+            raise ValueError(f"{name} range ({first}, {last}) must satisfy 1 <= start <= end")
+        if num_tokens < 0:
+            raise ValueError(f"{name} range ({first}, {last}) has K={num_tokens}; K must be >= 0")
+    if ordered[0][0] != 1:
+        raise ValueError(f"{name} must start at batch size 1, not {ordered[0][0]}")
+    for before, after in itertools.pairwise(ordered):
+        if after[0] <= before[1]:
+            raise ValueError(f"{name} ranges {before[:2]} and {after[:2]} overlap")
+
+
+def scheduled_num_tokens(ranges: list[BatchSizeRange], batch_size: int, most: int) -> int:
+    """K of the last range that starts at or before the batch size (gaps carry the previous K), at most `most`."""
+    started = [num_tokens for first, _, num_tokens in sorted(ranges) if first <= batch_size]
+    return min(started[-1], most) if started else most
+
+
+def synthetic_rates(num_tokens: int, rates: list[float] | None, length: float | None) -> list[float]:
+    """Unconditional rates per position, from rates or a mean acceptance length."""
+    if (rates is None) == (length is None):
+        raise ValueError(
+            "rejection_sample_method='synthetic' requires exactly one of synthetic_acceptance_rates or "
+            "synthetic_acceptance_length."
+        )
+    if rates is None:
+        assert length is not None
+        if not 1 <= length <= num_tokens + 1:
+            raise ValueError(f"synthetic_acceptance_length must be in [1, {num_tokens + 1}], got {length}.")
+        return rates_of_length(length, num_tokens)
+    if len(rates) != num_tokens:
+        raise ValueError(f"synthetic_acceptance_rates must have length {num_tokens}, got {rates}.")
+    if not all(0 <= rate <= 1 for rate in rates):
+        raise ValueError(f"synthetic_acceptance_rates entries must be in [0, 1], got {rates}.")
+    if any(after > before for before, after in itertools.pairwise(rates)):
+        raise ValueError(f"synthetic_acceptance_rates must be non-increasing, got {rates}.")
+    return list(rates)
+
+
+def rates_of_length(length: float, num_tokens: int) -> list[float]:
+    """Least variance: whole positions always, one in part, the rest never. 1 + sum(rates) == length."""
+    num_drafts = length - 1
+    return [min(1.0, max(0.0, num_drafts - position)) for position in range(num_tokens)]
+
+
+# -- DSpark on a Qwen3-Omni target: the draft reads the states of the thinker
+
+
+def is_qwen3_omni(hf_config: Any) -> bool:
+    is_named = lookup(hf_config, "model_type") == "qwen3_omni_moe"
+    return is_named or bool(TARGET_ARCHITECTURES & set(architectures_of(hf_config)))
+
+
+def check_qwen3_omni_dspark(target: Any, draft: Any, num_tokens: int) -> None:
+    """Raise ValueError for the first requirement that the draft misses. Both are Hugging Face configs."""
+    text = text_config(target)
+    if text is target:
+        raise ValueError("Qwen3-Omni DSpark: the target has no thinker_config.text_config to compare the draft with")
+    for is_right, problem in requirements(text, draft, num_tokens):
+        if not is_right:
+            raise ValueError(f"Qwen3-Omni DSpark: the draft's config {problem}")
+
+
+def requirements(text: Any, draft: Any, num_tokens: int) -> list[tuple[bool, str]]:
+    architectures, block_size = architectures_of(draft), setting(draft, "block_size", "dspark_block_size")
+    hidden_size, target_hidden_size = lookup(draft, "hidden_size"), lookup(draft, "target_hidden_size")
+    width, layers, vocab_size = (lookup(text, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    layer_ids = lookup(draft, "dflash_config.target_layer_ids") or lookup(draft, "dspark_target_layer_ids")
+    layer_ids = list(layer_ids or lookup(draft, "target_layer_ids") or [])
+    are_ids = bool(layer_ids) and all(i == 0 or is_count(i) for i in layer_ids) and layer_ids[-1] < (layers or 0)
+    rank, head = lookup(draft, "markov_rank"), lookup(draft, "markov_head_type")
+    own_vocab, draft_vocab = lookup(draft, "vocab_size"), lookup(draft, "draft_vocab_size")
+    mask_id = setting(draft, "mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
+    rope = lookup(draft, "rope_parameters") or lookup(draft, "rope_scaling") or {}
+    return [
+        (DRAFT_ARCHITECTURE in architectures, f"has {architectures=}; convert it to {DRAFT_ARCHITECTURE!r}"),
+        (is_count(block_size), f"has {block_size=}; it must be a positive integer"),
+        (block_size == num_tokens, f"has {block_size=} but num_speculative_tokens={num_tokens}; they must be equal"),
+        (target_hidden_size == width, f"has {target_hidden_size=}; the target's text hidden_size is {width}"),
+        (hidden_size == width, f"has {hidden_size=}; the target's text hidden_size is {width}"),
+        *(
+            (is_count(theirs) and ours == theirs, f"has {name}={ours}; the target's text model has {theirs}")
+            for name, ours, theirs in zip(ATTENTION, attention(draft), attention(text), strict=True)
+        ),
+        (
+            are_ids and all(a < b for a, b in itertools.pairwise(layer_ids)),
+            f"has target_layer_ids={layer_ids}; it must list increasing layers in [0, {(layers or 0) - 1}]",
+        ),
+        (setting(draft, "use_aux_hidden_state") is True, "must have use_aux_hidden_state=true"),
+        (is_count(rank), f"has markov_rank={rank}; it must be a positive integer"),
+        (head == "vanilla", f"has markov_head_type={head!r}; only 'vanilla' is served"),
+        (
+            lookup(draft, "sample_from_anchor", True) is True and not lookup(draft, "dspark_bonus_anchor", False),
+            "must have sample_from_anchor=true and dspark_bonus_anchor=false",
+        ),
+        (is_count(own_vocab), f"has vocab_size={own_vocab}; it must be a positive integer"),
+        (
+            draft_vocab is None or (is_count(draft_vocab) and draft_vocab <= (vocab_size or 0)),
+            f"has draft_vocab_size={draft_vocab}; the target has {vocab_size} tokens",
+        ),
+        (
+            mask_id is not None and 0 <= mask_id < (own_vocab or 0),
+            f"has mask token {mask_id}, outside its own vocabulary of {own_vocab}",
+        ),
+        ("mrope_section" not in rope, "asks for mrope; the draft sees text positions only"),
+    ]
+
+
+def attention(config: Any) -> tuple[Any, Any, Any]:
+    num_heads, width = lookup(config, "num_attention_heads"), lookup(config, "hidden_size")
+    head_dim = lookup(config, "head_dim") or (width // num_heads if width and num_heads else None)
+    return num_heads, lookup(config, "num_key_value_heads", num_heads), head_dim
+
+
+def setting(draft: Any, *names: str) -> Any:
+    found = (lookup(draft, section + name) for name in names for section in SECTIONS)
+    return next((value for value in found if value is not None), None)
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

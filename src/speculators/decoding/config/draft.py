@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelInfo:
-    """What a SpeculativeConfig needs to know of a model. Any object with these attributes will do for the target."""
+    """The facts of a model that a SpeculativeConfig reads. The target may be any object with these attributes."""
 
     model: str
     hf_config: Any
@@ -26,7 +26,7 @@ class ModelInfo:
     quantization: str | None = None
     trust_remote_code: bool = False
     gives_aux_states: bool = True
-    """Intermediate states can be read whatever the model type is: our engine hooks any decoder layer."""
+    """Intermediate states can be read, whatever the model type: the engine hooks any decoder layer."""
 
     def get_vocab_size(self) -> int | None:
         return lookup(text_config(self.hf_config), "vocab_size")
@@ -63,13 +63,13 @@ def architectures_of(hf_config: Any) -> list[str]:
 
 
 def rename(hf_config: Any, names: dict[tuple[str, str], str]) -> None:
-    """Give a draft's architecture its present name; `names` is by (model_type, architecture)."""
+    """Replace outdated architecture names of a draft; `names` maps (model_type, architecture)."""
     model_type = lookup(hf_config, "model_type", "")
     hf_config.architectures = [names.get((model_type, name), name) for name in architectures_of(hf_config)]
 
 
 def name_as_served(hf_config: Any, prefix: str) -> None:
-    """Wrap a foreign draft's config as vLLM does: an EAGLE config whose architecture says the method."""
+    """Wrap a foreign draft's config as vLLM does: an EAGLE config whose architecture names the method."""
     if prefix and hf_config is not None and lookup(hf_config, "model_type") != "eagle":
         hf_config.model_type = "eagle"
         hf_config.architectures = [

@@ -1,4 +1,4 @@
-"""What a SpeculativeConfig leaves unsaid: method, model, defaults, the draft's config. Order matters, as in vLLM."""
+"""Infers what a SpeculativeConfig leaves open: method, model, defaults, draft config. Order matters, as in vLLM."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DEFAULT_LOOKUP = 5
 def infer(config: SpeculativeConfig) -> None:
     """Fill in everything that follows from what was given."""
     is_explicit = config.method is not None
-    _take_depth_from_tree(config)
+    _infer_depth_from_tree(config)
     _infer_method(config)
     if config.model is None and config.num_speculative_tokens is not None:
         _infer_model(config)
@@ -61,11 +61,11 @@ def infer(config: SpeculativeConfig) -> None:
     if config.method in ("ngram", "ngram_gpu", "custom_class"):
         config.draft_model_config = config.target_model_config
         config.draft_parallel_config = config.target_parallel_config
-    _pass_on_index_sharing(config)
+    _apply_index_sharing(config)
 
 
-def _take_depth_from_tree(config: SpeculativeConfig) -> None:
-    """A tree says how deep it is; a number of tokens cuts it."""
+def _infer_depth_from_tree(config: SpeculativeConfig) -> None:
+    """Without a number of tokens, the depth of the tree gives it."""
     if config.num_speculative_tokens is not None:
         return
     if config.dynamic_tree is not None:
@@ -114,7 +114,7 @@ def _infer_model(config: SpeculativeConfig) -> None:
 
 
 def _infer_rejection_rule(config: SpeculativeConfig) -> None:
-    """Drafts that are drawn are worth testing against their law, unless the user asked for another rule."""
+    """Drawn drafts are verified by rejection sampling, unless the user chose another rule."""
     if "rejection_sample_method" not in config.given and config.draft_sample_method == "probabilistic":
         config.rejection_sample_method = "standard"
 
@@ -144,7 +144,7 @@ def _fill_in_suffix(config: SpeculativeConfig) -> None:
 
 
 def _fill_in_extraction(config: SpeculativeConfig) -> None:
-    """Not a drafter: a way to read the target's states. Its config is the target's, overlaid with the user's."""
+    """Extraction reads the target's states and drafts nothing. Its config is the target's with the user's overrides."""
     config.model = "extract_hidden_states"
     target, given = config.target_model_config, config.draft_model_config
     overrides: Any = lookup(given, "hf_config", {})
@@ -160,11 +160,11 @@ def _fill_in_extraction(config: SpeculativeConfig) -> None:
 
 
 def _fill_in_network(config: SpeculativeConfig, is_explicit: bool) -> None:
-    """Read the draft's config where that is possible, recognise the method, and take over what the draft says."""
+    """Read the draft's config if possible, recognise the method, and apply the draft's own settings."""
     hf_config = _draft_hf_config(config)
     speculators_type = lookup(hf_config, "speculators_model_type")
     if speculators_type is not None:
-        _take_from_speculators_checkpoint(config, hf_config, speculators_type, is_explicit)
+        _apply_speculators_checkpoint(config, hf_config, speculators_type, is_explicit)
     else:
         if hf_config is not None and config.method != "medusa" and architectures_of(hf_config):
             hf_config = hf_config_override(hf_config)
@@ -186,13 +186,13 @@ def _draft_hf_config(config: SpeculativeConfig) -> Any:
     if target is not None and config.model in (target.model, lookup(target, "model_weights")):
         return copy.deepcopy(target.hf_config)
     if target is None and not is_readable_here(config.model):
-        return None  # not worth a download: it will be read when the verifier is known
+        return None  # not downloaded yet: it is read once the verifier is known
     return read_hf_config(
         config.model, config.revision, config.code_revision, bool(lookup(target, "trust_remote_code", False))
     )
 
 
-def _take_from_speculators_checkpoint(
+def _apply_speculators_checkpoint(
     config: SpeculativeConfig, hf_config: Any, speculators_type: str, is_explicit: bool
 ) -> None:
     means = SPECULATORS_METHODS.get(speculators_type)
@@ -220,7 +220,7 @@ def _take_from_speculators_checkpoint(
 
 
 def _detect_method(config: SpeculativeConfig, hf_config: Any, is_explicit: bool) -> None:
-    """First match wins; a method that the user named stays, if the draft can be one."""
+    """First match wins; a method that the user named is kept, if the draft fits it."""
     assert config.model is not None and config.method is not None
     model_type, architectures = lookup(hf_config, "model_type", ""), set(architectures_of(hf_config))
     if is_explicit:
@@ -291,7 +291,7 @@ def _make_draft_model_config(config: SpeculativeConfig, hf_config: Any) -> None:
     config.draft_model_config = ModelInfo(config.model, hf_config, length, config.quantization)
 
 
-def _pass_on_index_sharing(config: SpeculativeConfig) -> None:
+def _apply_index_sharing(config: SpeculativeConfig) -> None:
     if config.index_share_for_mtp_iteration is None:
         return
     if config.method != "mtp" or config.draft_model_config is None:

@@ -1,4 +1,4 @@
-"""The drafting methods and what is true of each: data that the rest of the config reads instead of naming methods."""
+"""The drafting methods and the facts of each, which the rest of the config reads instead of naming methods."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ MTP_TYPE_NAMES = frozenset(get_args(MtpTypeName))
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What the config must know of a drafting method."""
+    """The facts of a drafting method that the config reads."""
 
     has_network: bool = True
     """Drafts with its own weights: a draft model config is made for it."""
@@ -67,7 +67,7 @@ class MethodFacts:
     model_defaults_to_target: bool = False
     """`model` may be left out and becomes the target checkpoint."""
     own_drafter_in: frozenset[str] = frozenset()
-    """Types of targets that may hold such a drafter themselves; empty: the target's config says it by other means."""
+    """Types of targets that may contain such a drafter; empty: recognised in the target's config by other means."""
     reads_states: bool = False
     """Drafts from the verifier's hidden states (vLLM: "eagle-like")."""
     reads_aux_states: bool = False
@@ -117,11 +117,11 @@ METHODS: dict[str, MethodFacts] = {
 }
 
 RENAMED_DRAFTS = {("qwen3", "DSparkDraftModel"): "Qwen3DSparkModel"}
-"""(model_type, architecture) of drafts whose architecture has another name by now."""
+"""(model_type, architecture) of drafts whose architecture has been renamed, with the new name."""
 TARGETS_WITHOUT_MTP = {"deepseek_v41": "dspark"}
-"""Model types of targets that look as if they shipped MTP layers; the method that drafts with what they do ship."""
+"""Model types of targets that seem to ship MTP layers but do not, with the method that drafts with what they ship."""
 LAYER_FOR_EACH_TOKEN = frozenset({"step3p5_mtp", "inkling_mtp"})
-"""MTP drafts that have a layer of its own for each token."""
+"""MTP drafts that have a separate layer for each token."""
 
 METHODS_WITH_A_MODEL_TYPE = frozenset({"medusa", "mlp_speculator", "mtp"})
 """Given explicitly, these need a draft of their own `model_type`."""
@@ -137,7 +137,7 @@ SPECULATORS_METHODS: dict[str, dict[str, object]] = {
     "mlp": {"method": "mlp_speculator"},
     "medusa": {"method": "medusa"},
 }
-"""`speculators_model_type` of a checkpoint -> how it is drafted with."""
+"""`speculators_model_type` of a checkpoint -> the method that drafts with it."""
 
 ATTENTION_BACKENDS = (
     "FLASH_ATTN",

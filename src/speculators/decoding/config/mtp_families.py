@@ -1,4 +1,4 @@
-"""Targets that ship their own MTP layers: which draft config each becomes. One row a family, first match wins.
+"""Draft configs for targets that ship their own MTP layers. One row per family, first match wins.
 
 `n_predict` paths are tried in order on the config (dots descend); the last resort is `n_predict_default`. Where vLLM
 0.32 renamed a row's architecture, ours keeps the contract's name and the comment gives the newer one.
@@ -16,7 +16,7 @@ from speculators.verifier.config import text_config
 
 @dataclass(frozen=True)
 class MtpFamily:
-    """One row: what triggers it and what the draft config becomes."""
+    """One row: the targets that match it, and the draft config that they get."""
 
     model_type: str
     architecture: str | None

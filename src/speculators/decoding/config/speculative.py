@@ -18,11 +18,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from speculators.decoding.config import mtp_families
-from speculators.decoding.config.checks import check
+from speculators.decoding.config.checks import BatchSizeRange, check, scheduled_num_tokens
 from speculators.decoding.config.draft import lookup
 from speculators.decoding.config.infer import infer
 from speculators.decoding.config.methods import ATTENTION_BACKENDS, METHODS, Method
-from speculators.decoding.config.schedule import BatchSizeRange, scheduled_num_tokens
 from speculators.decoding.config.vllm_json import vllm_settings
 from speculators.decoding.trees.dynamic_tree import DynamicTreeShape
 from speculators.decoding.trees.token_tree import TokenTree
@@ -39,7 +38,7 @@ class SpeculativeConfig(BaseModel):
 
     # What to draft with
     num_speculative_tokens: int | None = Field(default=None, gt=0)
-    """Draft tokens a round (K). None: derived from the draft (its n_predict or proposal method) where it says."""
+    """Draft tokens per round (K). None: derived from the draft (its n_predict or proposal method) where it says."""
     model: str | None = None
     """Draft model, head or weights: a path or hub id; a speculators checkpoint says its own method and K."""
     method: Method | None = None
@@ -47,7 +46,7 @@ class SpeculativeConfig(BaseModel):
     parallel_drafting: bool = False
     """All K tokens in one pass (P-EAGLE, PARD); always so for the block drafters."""
     max_model_len: int | None = Field(default=None, ge=1)
-    """Sequences longer than this are not drafted for."""
+    """Sequences longer than this get no drafts."""
     revision: str | None = None
     code_revision: str | None = None
     quantization: str | None = None
@@ -78,8 +77,8 @@ class SpeculativeConfig(BaseModel):
     verifier_accept_k: int | None = Field(default=None, ge=1)
     accept_tolerance: float | None = Field(default=None, ge=0)
     """Leniency of greedy decoding, NOT lossless (unless k = 1 or tolerance = 0): accept drafts among the verifier's k
-    best, at most this far below its best in log-likelihood. Ours alone, and only when asked for here: a checkpoint's
-    own values are not applied by themselves."""
+    best, at most this far below its best in log-likelihood. Ours alone, and only when set here: a checkpoint's own
+    values are not applied by themselves."""
 
     # n-gram and suffix drafters
     prompt_lookup_max: int | None = Field(default=None, ge=1)
@@ -96,7 +95,7 @@ class SpeculativeConfig(BaseModel):
     enforce_eager: bool | None = None
     draft_tensor_parallel_size: int | None = Field(default=None, ge=1)
     tensor_parallel_size: int | None = None
-    """Exists to catch the mistake: the setting is `draft_tensor_parallel_size`."""
+    """Refused: the setting is `draft_tensor_parallel_size`."""
     moe_backend: str | None = None
     attention_backend: str | None = None
     kv_cache_dtype: str | None = None
@@ -145,7 +144,7 @@ class SpeculativeConfig(BaseModel):
 
     @property
     def given(self) -> dict[str, Any]:
-        """What the user wrote, before anything was inferred."""
+        """The user's settings, before anything was inferred."""
         return dict(self._given)
 
     @classmethod
@@ -192,7 +191,7 @@ class SpeculativeConfig(BaseModel):
 
     @property
     def is_lenient(self) -> bool:
-        """Whether other tokens than the verifier's best are accepted; if not, sampled requests are served as well."""
+        """Whether tokens other than the verifier's best are accepted; if not, sampled requests can be decoded too."""
         return (self.verifier_accept_k or 1) > 1 and (self.accept_tolerance or 0.0) > 0
 
     @property
@@ -204,7 +203,7 @@ class SpeculativeConfig(BaseModel):
 
     @property
     def token_tree(self) -> TokenTree | None:
-        """The tree that was asked for; None: a chain."""
+        """The user's tree; None: a chain."""
         tree = self.given.get("speculative_token_tree")
         tree = TokenTree.parse(tree) if tree is not None else None
         return None if tree is None or tree.is_chain else tree

@@ -1,4 +1,4 @@
-"""A SpeculativeConfig in vLLM 0.32's own words, and what it has no words for."""
+"""Translates a SpeculativeConfig into vLLM 0.32's settings, and names the settings that vLLM does not have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS_ALONE = {
     "accept_tolerance": "vLLM has no lenient verification",
 }
 RULES_IN_VLLM = {
-    # ours: what it is called there
+    # our name: vLLM's settings
     "strict": {},
     "standard": {"rejection_sample_method": "standard"},
     "probabilistic": {"rejection_sample_method": "standard", "draft_sample_method": "probabilistic"},
@@ -41,7 +41,7 @@ def vllm_settings(config: SpeculativeConfig) -> tuple[dict[str, Any], dict[str, 
     elif config.method is not None and not METHODS[config.method].has_network:
         settings.pop("model", None)
     if config.parallel_drafting and config.method is not None and not METHODS[config.method].is_parallel:
-        settings["parallel_drafting"] = True  # else it goes without saying
+        settings["parallel_drafting"] = True  # else the method implies it
     if "rejection_sample_method" in settings or config.rejection_sample_method != "strict":
         sampled_as = settings.pop("draft_sample_method", "greedy")
         settings.pop("rejection_sample_method", None)

@@ -16,8 +16,7 @@ from speculators.decoding.proposers.draft_model import DraftModelProposer, Token
 from speculators.decoding.proposers.ngram import NgramProposer
 from speculators.decoding.proposers.suffix import SuffixProposer
 from speculators.decoding.trees.dynamic_tree import DynamicTreeProposer
-from speculators.decoding.trees.static_tree import StaticTreeProposer
-from speculators.decoding.trees.tree_draft_model import TreeDraftModelProposer
+from speculators.decoding.trees.static_tree import StaticTreeProposer, TreeDraftModelProposer
 from speculators.decoding.verifiers.recurrent_verifier import is_recurrent
 from speculators.interfaces import CaptureSpec, Proposer, Verifier
 from speculators.model import SpeculatorModel
@@ -145,7 +144,7 @@ def refuse_recurrent(model: PreTrainedModel, what: str) -> None:
     """Raise ValueError for a recurrent draft model: rejected drafts are overwritten in a cache, but stay in a state."""
     if is_recurrent(model):
         raise ValueError(
-            f"{what}: {type(model).__name__} folds the past into states, which cannot be rolled back when drafts are "
+            f"{what}: {type(model).__name__} keeps recurrent states, which cannot be rolled back when drafts are "
             "rejected; draft with ngram, suffix, a speculators checkpoint or a draft model whose layers are attention"
         )
 

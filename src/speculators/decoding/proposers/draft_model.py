@@ -5,7 +5,7 @@ Shapes: B rows, K draft tokens, V vocabulary of the verifier, U vocabulary of th
 
     sequence   x0 .. x[L-1]  x[L]          committed; the draft's cache holds a prefix of it, and last round's drafts
     fed        the tokens committed since the last call, at their own positions: drafts beyond them are overwritten
-    drafted    x[L+1]' from the last fed token, then one token a step
+    drafted    x[L+1]' from the last fed token, then one token per step
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Propos
 from speculators.verifier import verifier_parts
 
 ALONE_FROM = 32
-"""A row with this many new tokens (a prompt) is fed alone: padding the other rows to it would cost more."""
+"""A row with this many new tokens or more (a prompt) is fed alone: padding other rows to it would cost more."""
 MAX_FED_TOKENS = 512
 """Tokens of one prompt per forward."""
 SPACE_MARKERS = ("Ġ", "▁")
@@ -46,7 +46,7 @@ class DraftModelProposer:
 
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         with self:
-            logits_BV, takes_part_B = self.feed(committed)
+            logits_BV, is_active_B = self.feed(committed)
             tokens, probs, confidence = [], [], []
             lengths = list(self.lm.length_by_row)
             for step in range(num_tokens):
@@ -57,8 +57,8 @@ class DraftModelProposer:
                 probs.append(probs_BV)
                 if step < num_tokens - 1:
                     logits_BV = self._step(token_B)
-            self.lm.length_by_row[:] = lengths  # drafts are not committed: the next call writes over them
-        token_ids_BK = torch.stack(tokens, 1).masked_fill(~takes_part_B[:, None], -1)
+            self.lm.length_by_row[:] = lengths  # drafts are not committed: the next call overwrites them
+        token_ids_BK = torch.stack(tokens, 1).masked_fill(~is_active_B[:, None], -1)
         return Proposal(
             token_ids_BK,
             torch.stack(probs, 1) if sampling.probabilistic else None,  # type: ignore[arg-type]
@@ -66,7 +66,8 @@ class DraftModelProposer:
         )
 
     def feed(self, committed: Committed) -> tuple[Tensor, Tensor]:
-        """Bring every row's cache up to its committed tokens: logits after the last one [B, V], who takes part [B]."""
+        """Bring every row's cache up to its committed tokens. Returns logits after the last one, [B, V], and the active
+        rows, bool [B]."""
         num_new, num_committed = torch.stack([committed.num_new_B, committed.num_committed_B]).tolist()
         token_ids_BT = committed.token_ids_BT
         if self.intersection is not None:
@@ -110,7 +111,7 @@ class DraftModelProposer:
 
 
 def draft_probs(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
-    """q of each row: softmax(logits / temperature); a greedy row is a point mass on its argmax."""
+    """q of each row, [B, V]: softmax(logits / temperature); a greedy row is a point mass on its argmax."""
     is_greedy_B1 = (temperature_B == 0)[:, None]
     probs_BV = (logits_BV.float() / temperature_B[:, None].masked_fill(is_greedy_B1, 1.0)).softmax(-1)
     one_hot_BV = torch.zeros_like(probs_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)

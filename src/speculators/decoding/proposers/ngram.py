@@ -1,7 +1,7 @@
 """Prompt lookup: the draft is what followed the last tokens when they occurred before.
 
-Context c[0..n-1] = prompt and output. For sizes max_n down to min_n: an earlier place that ends with the same `size`
-tokens; the draft is what came after it. Each row keeps an index from n-gram to place, which grows by the new tokens
+Context c[0..n-1] = prompt and output. For sizes max_n down to min_n: find an earlier occurrence of the last `size`
+tokens; the draft is what followed it. Each row keeps an index from n-gram to position, which grows by the new tokens
 only, so a round costs the same at any context length.
 
     c      a b c d  x y  a b c        size 3: "a b c" ended at e = 2 before
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from speculators.decoding.proposers.rows import new_tokens_by_row, proposal_of
+from speculators.decoding.rows import new_tokens_by_row, proposal_of
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 
 Pick = Literal["earliest", "latest"]
@@ -31,7 +31,7 @@ class NgramIndex:
     _num_indexed: int = 0
 
     def extend(self, token_ids: list[int]) -> None:
-        """Append tokens. N-grams that end at the very last token are left out: they are what will be looked up."""
+        """Append tokens. N-grams that end at the very last token are not indexed: they are looked up next."""
         self.tokens += token_ids
         tokens, index, is_earliest = self.tokens, self._end_by_ngram, self.pick == "earliest"
         for end in range(self._num_indexed, len(tokens) - 1):
@@ -44,7 +44,7 @@ class NgramIndex:
         self._num_indexed = max(self._num_indexed, len(tokens) - 1)
 
     def draft(self, num_tokens: int) -> list[int]:
-        """At most `num_tokens` continuation tokens; none when no n-gram of the suffix occurred before."""
+        """At most `num_tokens` continuation tokens; empty if no n-gram of the suffix occurred before."""
         tokens = self.tokens
         for size in range(min(self.max_n, len(tokens)), self.min_n - 1, -1):
             end = self._end_by_ngram.get(tuple(tokens[-size:]))
@@ -54,7 +54,7 @@ class NgramIndex:
 
     def _continuation(self, start: int, num_tokens: int) -> list[int]:
         draft = self.tokens[start : start + num_tokens]
-        if self.pick == "latest":  # a recent match ends soon: go on copying from the draft itself, as LZ77 does
+        if self.pick == "latest":  # a recent match ends soon: continue by copying the draft itself, as LZ77 does
             period = len(self.tokens) - start
             while len(draft) < num_tokens:
                 draft.append(draft[len(draft) - period])

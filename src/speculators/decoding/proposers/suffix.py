@@ -1,8 +1,8 @@
 """Suffix decoding (arXiv:2411.04975): drafts from the request's own text and from past responses.
 
 Each active request has a local index of its prompt and response; one global index holds the latest responses. The draft
-is the better-scoring of the two. `arctic-inference` is used when it is installed, our reference index otherwise: both
-give the same drafts.
+is the better-scoring of the two. The package `arctic-inference` is used if it is installed, else the reference index
+here; both give the same drafts.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import itertools
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from speculators.decoding.proposers.rows import new_tokens_by_row, proposal_of
 from speculators.decoding.proposers.suffix_index import Limits, SuffixDraft, SuffixIndex
+from speculators.decoding.rows import new_tokens_by_row, proposal_of
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 
 if TYPE_CHECKING:
     from speculators.decoding.config import SpeculativeConfig
 
 UNKNOWN = -1
-"""No sequence has this id."""
+"""An id that no sequence has."""
 Backend = Literal["auto", "reference", "arctic"]
 
 
 class SuffixCache(Protocol):
-    """The interface of arctic-inference's cache, as far as it is used."""
+    """The part of arctic-inference's cache interface that is used."""
 
     def start_request(self, req_id: Hashable, prompt_token_ids: Sequence[int]) -> None: ...
     def stop_request(self, req_id: Hashable) -> None: ...
@@ -42,7 +42,7 @@ class SuffixCache(Protocol):
 
 
 class ReferenceSuffixCache:
-    """Local indexes of active requests, a first-in-first-out global one. Negative `max_cached_requests`: no limit."""
+    """Local indexes of active requests and a global one, oldest dropped first. Negative `max_cached_requests`: all."""
 
     def __init__(self, max_tree_depth: int, max_cached_requests: int):
         self.max_tree_depth, self.max_cached_requests = max_tree_depth, max_cached_requests
@@ -73,7 +73,7 @@ class ReferenceSuffixCache:
             self.evict_cached_response(next(iter(self._sequence_of)))
 
     def stop_request(self, req_id: Hashable) -> None:
-        """The response stays in the global index until it is evicted."""
+        """End a request. Its response stays in the global index until it is evicted."""
         self._check_active(req_id)
         del self._local[req_id]
 
@@ -117,7 +117,7 @@ class ReferenceSuffixCache:
 
 
 def make_cache(max_tree_depth: int, max_cached_requests: int, backend: Backend = "auto") -> SuffixCache:
-    """The installed package's cache, or ours."""
+    """The installed package's cache, else the reference. Raises ImportError for 'arctic' without the package."""
     is_installed = importlib.util.find_spec("arctic_inference") is not None
     if backend == "reference" or (backend == "auto" and not is_installed):
         return ReferenceSuffixCache(max_tree_depth, max_cached_requests)
@@ -129,7 +129,7 @@ def make_cache(max_tree_depth: int, max_cached_requests: int, backend: Backend =
 
 
 class SuffixProposer:
-    """Ragged drafts from the suffix cache, one request a row."""
+    """Drafts of varying length from the suffix cache, one request per row."""
 
     def __init__(self, config: SpeculativeConfig, *, max_batch_size: int, backend: Backend = "auto"):
         self.capture = CaptureSpec()
@@ -143,7 +143,7 @@ class SuffixProposer:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all requests, past responses included."""
+        """Forget all requests and past responses."""
         self.cache = self._new_cache()
         self._request_of_row: list[int | None] = [None] * self._num_rows
         self._context_of_row: list[list[int]] = [[] for _ in range(self._num_rows)]

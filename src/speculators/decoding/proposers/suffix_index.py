@@ -2,8 +2,8 @@
 
 cnt(s) = number of (sequence, start) pairs at which s, at most `max_depth` long, occurs completely. A trie would need a
 node for each of them; here a string that occurs once is a *leaf* that points into its sequence and becomes a node with
-children only when it occurs again. Appending a token touches one node for each suffix that has occurred before, so at
-most `max_depth` of them, whatever has been read. These nodes are kept: they are what the text's end matches.
+children only when it occurs again. Appending a token touches one node for each suffix that has occurred before, at most
+`max_depth` of them however long the text is. These nodes are kept as `open_nodes`: they match the end of the text.
 
 Order of a node's children, which decides what is drafted: by decreasing count; a new one (count 1) goes after its
 equals, a decremented one before its new equals, an incremented one before them if it led the group it leaves, else
@@ -50,7 +50,7 @@ class Limits:
 
 
 class SuffixIndex:
-    """The counts of a set of sequences, and drafts from them."""
+    """String counts of a set of sequences, and drafts from them."""
 
     def __init__(self, max_depth: int):
         self.max_depth = max_depth
@@ -59,7 +59,7 @@ class SuffixIndex:
         self.sequences: dict[int, Text] = {}
 
     def extend(self, sequence_id: int, token_ids: Sequence[int]) -> None:
-        """Append to a sequence (a new one, if it is not known)."""
+        """Append to a sequence, which is created if it is unknown."""
         sequence = self.sequences.setdefault(sequence_id, Text())
         for token in token_ids:
             self._append(sequence, token)
@@ -67,7 +67,7 @@ class SuffixIndex:
     def _append(self, sequence: Text, token: int) -> None:
         sequence.tokens.append(token)
         num_tokens = len(sequence.tokens)
-        # take the list: opening a leaf may put nodes of this very sequence back on it
+        # iterate over a copy: opening a leaf may append nodes of this very sequence
         ending_here, sequence.open_nodes = [*sequence.open_nodes, self.root], []
         for node in ending_here:
             assert node.children is not None
@@ -83,7 +83,7 @@ class SuffixIndex:
                 sequence.open_nodes.append(child)
 
     def _open(self, leaf: Node) -> None:
-        """A second occurrence comes: push the first one down by a token, or let it wait at its text's end."""
+        """At a second occurrence: move the first one down by a token, or keep it open at the end of its text."""
         leaf.children = {}
         sequence, start = leaf.sequence, leaf.start
         assert sequence is not None
@@ -97,14 +97,14 @@ class SuffixIndex:
         child.sequence, child.start = sequence, start
 
     def remove(self, sequence_id: int) -> None:
-        """Forget a sequence: all its occurrences are taken back."""
+        """Forget a sequence: subtract all its occurrences."""
         sequence = self.sequences.pop(sequence_id)
         tokens = sequence.tokens
         for start in range(len(tokens)):
             node = self.root
             for token in tokens[start : start + self.max_depth]:
                 if node.children is None:
-                    break  # below a leaf there is nothing to take back
+                    break  # a leaf has no nodes below it
                 child = node.children[token]
                 node.decrement(child)
                 node = child
@@ -151,7 +151,7 @@ class SuffixIndex:
         return draft if draft.token_ids else SuffixDraft(match_len=most)
 
     def _longest_match(self, context: list[int]) -> int:
-        """Below len(context). What ends a string that occurs occurs too, so halving finds it."""
+        """Length of the longest suffix that occurs, below len(context). Suffixes of it occur too: binary search."""
         low, high = 0, 1
         most = len(context) - 1
         while high <= most and self.find(context[-high:]) is not None:
@@ -166,17 +166,19 @@ class SuffixIndex:
         return low
 
     def _best(
-        self, places: Iterable[tuple[Node, int] | None], match_len: int, max_spec_tokens: int, limits: Limits
+        self, positions: Iterable[tuple[Node, int] | None], match_len: int, max_spec_tokens: int, limits: Limits
     ) -> SuffixDraft:
-        """Of matches of `match_len`, `match_len - 1`, ... tokens. No token scores more than 1, which ends it early."""
+        """The best draft of matches of `match_len`, `match_len - 1`, ... tokens.
+
+        A token scores at most 1, so the search ends once no shorter match can win."""
         grow = self._grow_tree if limits.as_tree else self._grow_chain
         best = SuffixDraft()
-        for length, place in zip(range(match_len, 0, -1), places, strict=False):
-            assert place is not None
+        for length, position in zip(range(match_len, 0, -1), positions, strict=False):
+            assert position is not None
             limit = limits.num_tokens(length, max_spec_tokens)
             if length < match_len and limit <= best.score:
                 break
-            draft = grow(*place, limit, limits.min_prob, length)
+            draft = grow(*position, limit, limits.min_prob, length)
             if length == match_len or draft.score > best.score:
                 best = draft
         return best
@@ -206,7 +208,7 @@ class SuffixIndex:
         return SuffixDraft(token_ids, list(range(-1, len(token_ids) - 1)), probs, single_sum(probs), match_len)
 
     def _grow_tree(self, node: Node, beyond: int, limit: int, min_prob: float, match_len: int) -> SuffixDraft:
-        """Likeliest tokens first, wherever they branch."""
+        """A draft tree, likeliest tokens first."""
         token_ids: list[int] = []
         parents: list[int] = []
         probs: list[float] = []

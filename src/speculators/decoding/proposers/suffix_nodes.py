@@ -80,7 +80,7 @@ class Node:
             place.left = child
 
     def increment(self, child: Node) -> None:
-        """One more occurrence: a group's first child goes to the front of the next group, the others to its end."""
+        """Count one more occurrence: a group's first child moves to the front of the next group, others to its end."""
         first = self.first_of_count[child.count]
         group_above = self.first_of_count.get(child.count + 1)
         place = first if first is not child else group_above or child.right
@@ -91,7 +91,7 @@ class Node:
             self.first_of_count[child.count] = child
 
     def decrement(self, child: Node) -> None:
-        """One occurrence less: before the children that have that count; gone at 0."""
+        """Count one occurrence less: the child moves before those of its new count, and is removed at 0."""
         assert self.children is not None
         count = child.count
         place = child.right

@@ -18,20 +18,20 @@ from speculators.interfaces import Committed, DraftSampling, Proposal, TreeDraft
 
 @dataclass(frozen=True)
 class Frontier:
-    """The nodes that the drafter runs next. They share one position: the last committed one plus `depth`."""
+    """The nodes that the drafter runs next, all at one position: the last committed one plus `depth`."""
 
     depth: int
     token_ids_BF: Tensor
     """Verifier ids."""
     parent_BF: Tensor
-    """Which node of the previous frontier each continues: its output state is this node's input (0 = the root)."""
+    """Index of each node's parent in the previous frontier, whose output state is this node's input (0 = the root)."""
     visible_BFN: Tensor
-    """Which of all nodes run so far (earlier frontiers first, this one last) each may attend to, besides the prefix."""
+    """bool: nodes run so far (earlier frontiers first, this one last) that each attends to besides the prefix."""
 
 
 @dataclass(frozen=True)
 class DynamicTreeShape:
-    """Names and defaults of EAGLE-2's public interface."""
+    """Size of a dynamic tree, with the names and defaults of EAGLE-2's public interface."""
 
     __pydantic_config__ = {"extra": "forbid"}  # a SpeculativeConfig holds one
 
@@ -40,7 +40,7 @@ class DynamicTreeShape:
     depth: int = 7
     """Drafter passes after the first: nodes get up to depth + 1 deep."""
     top_k: int = 10
-    """Nodes a pass continues, and children each of them gets."""
+    """Nodes continued per pass, and children of each."""
 
     def __post_init__(self) -> None:
         if self.total_token < 2 or self.depth < 0 or self.top_k < 1:
@@ -48,7 +48,7 @@ class DynamicTreeShape:
 
     @property
     def max_depth(self) -> int:
-        """Of its nodes."""
+        """Depth of the deepest nodes."""
         return self.depth + 1
 
 
@@ -70,7 +70,7 @@ def grow_dynamic_tree(
     shape: DynamicTreeShape,
     to_verifier_ids: Callable[[Tensor], Tensor] = lambda ids: ids,
 ) -> GrownTrees:
-    """EAGLE-2: expand the likeliest nodes, then keep the likeliest of all that were seen.
+    """EAGLE-2: expand the likeliest nodes at each depth, then keep the likeliest of all nodes.
 
     `log_probs_BV` follows the root; `expand(frontier)` gives log-probabilities [B, F, V] after each of its nodes.
     The tree is a function of the context, so sample-and-match verification is lossless.
@@ -101,7 +101,7 @@ def grow_dynamic_tree(
 
 
 def _best_first(score_BC: Tensor) -> Tensor:
-    """Ties to the lower index: a parent never scores below its child and comes first, so it is kept with it."""
+    """Indices by falling score, ties to the lower index: a parent never scores below its child, so it comes first."""
     return score_BC.sort(dim=-1, descending=True, stable=True).indices
 
 
@@ -157,6 +157,6 @@ class DynamicTreeProposer:
 
         shape = replace(self.shape, depth=depth - 1)
         trees = grow_dynamic_tree(log_probs_BV, expand, shape, self.drafter.to_verifier_ids)
-        # a row that waits, or whose only token has no state yet, drafts nothing
+        # no drafts for idle rows, and for rows whose only token has no state yet
         drafts_B1 = ((committed.num_new_B > 0) & (committed.num_committed_B > 1))[:, None]
         return share_shape(replace(trees, token_ids_BK=trees.token_ids_BK.where(drafts_B1, -1)))

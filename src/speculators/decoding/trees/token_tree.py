@@ -1,4 +1,4 @@
-"""Draft trees: their shape. `TokenTree` is a static one (Medusa, EAGLE-1); the functions below read any parents vector.
+"""The shape of draft trees. `TokenTree` is a static one (Medusa, EAGLE-1); the functions below take any parents vector.
 
 Shapes: K nodes (the root, the last committed token, is not one of them); K1 = K + 1 with the root first; L leaves.
 A node is a slot of a `Proposal`. parents_K[j] is a slot or -1 for the root, and parents come before their children.
@@ -24,13 +24,13 @@ Path = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TokenTree:
-    """A static tree as paths of child ranks, breadth first: sorted by length, then lexicographically."""
+    """A static tree: paths of child ranks, breadth first (sorted by length, then lexicographically)."""
 
     paths: tuple[Path, ...]
 
     @classmethod
     def of(cls, paths: Iterable[Iterable[int]]) -> TokenTree:
-        """Sorted and checked: distinct, non-empty, ranks from 0, every prefix present."""
+        """A tree of the given paths, sorted. Raises ValueError unless ranks are >= 0 and every prefix is present."""
         present = {tuple(path) for path in paths}
         if not present:
             raise ValueError("speculative_token_tree is empty; leave it out to draft a chain")
@@ -45,7 +45,7 @@ class TokenTree:
 
     @classmethod
     def parse(cls, text: str) -> TokenTree:
-        """From a Python literal: a list of tuples of ints."""
+        """A tree from a Python literal, a list of tuples of ints. Raises ValueError for anything else."""
         try:
             paths = ast.literal_eval(text)
         except (ValueError, SyntaxError) as error:
@@ -60,9 +60,9 @@ class TokenTree:
 
     @classmethod
     def best(cls, accuracy: Sequence[Sequence[float]], num_nodes: int) -> TokenTree:
-        """The tree of most expected tokens: a node is worth the product of accuracy[depth][rank] along its path.
+        """The tree with the most expected tokens. A node's value is the product of accuracy[depth][rank] on its path.
 
-        Greedy growth is exact: a node is never worth more than its parent.
+        Greedy growth is optimal: the value of a node never exceeds its parent's.
         """
         chosen: list[Path] = []
         open_nodes: list[tuple[float, Path]] = [(-value, (rank,)) for rank, value in enumerate(accuracy[0])]
@@ -92,12 +92,14 @@ class TokenTree:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Which of its parent's best tokens each slot drafts."""
+        """Rank of each slot's token among the best tokens after its parent."""
         return tuple(path[-1] for path in self.paths)
 
 
 def depths(parents: Sequence[int]) -> list[int]:
-    """Distance of each node from the root; its position is that of the last committed token plus this."""
+    """Distance of each node from the root, which is added to the last committed position.
+
+    Raises ValueError for a parent that does not come before its child."""
     found: list[int] = []
     for slot, parent in enumerate(parents):
         if not -1 <= parent < slot:
@@ -107,7 +109,7 @@ def depths(parents: Sequence[int]) -> list[int]:
 
 
 def ancestor_mask(parents: Sequence[int]) -> Tensor:
-    """bool [K1, K1]: which nodes each node sees besides the committed text: the root, its ancestors and itself."""
+    """bool [K1, K1]: [i, j] = node i attends to node j: the root, its ancestors and itself (and the whole prefix)."""
     mask = torch.eye(len(parents) + 1, dtype=torch.bool)
     for slot, parent in enumerate(parents):
         mask[slot + 1] |= mask[parent + 1]
@@ -115,9 +117,9 @@ def ancestor_mask(parents: Sequence[int]) -> Tensor:
 
 
 def expected_tokens(parents: Sequence[int], conditional: Sequence[float]) -> float:
-    """Tokens a round emits: 1 + sum over nodes of the chance that its whole path is accepted.
+    """Expected tokens per round: 1 + sum over nodes of the probability that the whole path is accepted.
 
-    `conditional[j]` = P(slot j accepted | its parent accepted), siblings excluding one another.
+    `conditional[j]` = P(slot j accepted | its parent accepted); at most one of several siblings is accepted.
     """
     reach: list[float] = []
     for parent, chance in zip(parents, conditional, strict=True):

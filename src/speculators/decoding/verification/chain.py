@@ -179,7 +179,7 @@ def drafted_probs(proposal: Proposal, target_probs_BK1V: Tensor) -> tuple[Tensor
 
 
 def residual(target_probs_BV: Tensor, draft_probs_BV: Tensor, target_scale_B: Tensor | None = None) -> Tensor:
-    """(scale * p - q)+ normalised; p where nothing is left (p = q: a rejection there has probability 0)."""
+    """(scale * p - q)+ normalised; p where that is all zeros (p = q: a rejection there has probability 0)."""
     scaled_BV = target_probs_BV if target_scale_B is None else target_probs_BV * target_scale_B[:, None]
     left_BV = (scaled_BV - draft_probs_BV).clamp_min(0)
     total_B1 = left_BV.sum(-1, keepdim=True)
@@ -212,7 +212,7 @@ def chain_verification(num_accepted_B: Tensor, next_probs_BV: Tensor, num_slots:
 
 
 def match_chain(token_ids_BK: Tensor, target_token_BK1: Tensor) -> Verification:
-    """Accept while the draft is the verifier's own token; emit the verifier's token where it is not."""
+    """Accept while the draft equals the verifier's own token; emit the verifier's token at the first difference."""
     num_accepted_B = leading_run(token_ids_BK == target_token_BK1[:, :-1])
     next_token_B = target_token_BK1.gather(1, num_accepted_B[:, None])[:, 0]
     return Verification(chain_path(num_accepted_B, token_ids_BK.shape[1]), num_accepted_B, next_token_B)

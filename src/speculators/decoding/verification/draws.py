@@ -1,19 +1,19 @@
-"""Where the randomness of verification comes from: two streams of uniforms, one pair a slot.
+"""The randomness of verification: two streams of uniforms, one pair per slot.
 
 Shapes: B sequences, N slots or columns, V verifier vocabulary; K1 = K + 1 columns for K draft slots.
 
-A rule never draws: it asks its `Draws` for decisions and says with which probability each must fall. That keeps a rule
-pure, and a test can answer the questions itself, every way in turn, and add up the exact law (tests/verification).
+A rule never draws: it asks its `Draws` for decisions of given probabilities. That keeps a rule pure, and a test can
+make every combination of decisions in turn and add up the exact law (tests/verification).
 
     stream   column j is used to                        key under a request's seed
     accept   test the draft in slot j                   (seed, first position of the round, j)
     pick     draw the token emitted at column j         (seed, absolute position of the token)
 
-Pick columns beyond the emitted token are never looked at, so the next round may use those positions afresh. Accept
-columns are looked at beyond the cut by block verification (all slots are tested), hence the round in their key: to use
-them again would condition the next round on this one. Drafts need a third stream (`DRAFT_STREAM`), keyed like accept.
+Pick columns beyond the emitted token are never read, so the next round may use those positions again. Accept columns
+are read beyond the cut by block verification (all slots are tested), hence the round in their key: using them again
+would condition the next round on this one. Drafts need a third stream (`DRAFT_STREAM`), keyed like accept.
 Sample-and-match (strict, and every point-mass draft) needs the pick stream alone: with keyed draws its output is the
-same whatever K is, whatever the drafter proposes, and with no drafter at all.
+same for any K, for any drafter, and without a drafter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ACCEPT_STREAM, PICK_STREAM, DRAFT_STREAM = 1, 2, 3
 
 @runtime_checkable
 class Draws(Protocol):
-    """Answers the random questions of a rule."""
+    """Makes the random decisions of a rule."""
 
     def accept(self, probs_BN: Tensor, first_slot: int = 0) -> Tensor:
         """bool [B, N]: slots first_slot .. first_slot + N - 1, each true with its probability, independently."""
@@ -56,7 +56,7 @@ class UniformDraws:
 
 
 def uniform_draws(num_rows: int, num_columns: int, generator: torch.Generator | None, device: torch.device) -> Draws:
-    """Fresh uniforms from one generator for the whole batch (made where the generator lives, then moved)."""
+    """Fresh uniforms from one generator for the whole batch (drawn on the generator's device, then moved)."""
     made_on = generator.device if generator is not None else device
     uniform_2BN = torch.rand((2, num_rows, num_columns), dtype=torch.float64, generator=generator, device=made_on)
     accept_BN, pick_BN = uniform_2BN.to(device)
@@ -64,7 +64,7 @@ def uniform_draws(num_rows: int, num_columns: int, generator: torch.Generator | 
 
 
 def keyed_draws(seed_B: Tensor, first_position_B: Tensor, num_columns: int) -> Draws:
-    """Uniforms that depend on nothing but each row's seed and the absolute position of its first new token."""
+    """Uniforms that depend only on each row's seed and the absolute position of its first new token."""
     column_N = torch.arange(num_columns, device=seed_B.device)
     start_B1 = first_position_B[:, None]
     accept_BN = keyed_uniform(seed_B[:, None], ACCEPT_STREAM, start_B1, column_N)
@@ -87,7 +87,7 @@ def keyed_uniform(seed: Tensor, *key: Tensor | int) -> Tensor:
 
 
 def as_draws(source: torch.Generator | Draws | None, target_probs_BK1V: Tensor) -> Draws:
-    """What a rule was handed, as draws: a generator (or None: torch's global one) gives fresh uniforms."""
+    """The draws of a rule's `generator` argument: a generator (None: torch's global one) gives fresh uniforms."""
     if source is None or isinstance(source, torch.Generator):
         num_rows, num_columns, _ = target_probs_BK1V.shape
         return uniform_draws(num_rows, num_columns, source, target_probs_BK1V.device)
@@ -95,7 +95,7 @@ def as_draws(source: torch.Generator | Draws | None, target_probs_BK1V: Tensor) 
 
 
 def inverse_cdf(probs_BNV: Tensor, uniform_BN: Tensor) -> Tensor:
-    """The token whose slice of the cumulative distribution holds the uniform; never one of probability 0."""
+    """int64 [B, N]: the token whose slice of the cumulative distribution holds the uniform; never of probability 0."""
     # float64: in fp32 the sum of 150k terms would blur tokens below 1e-7 into their neighbours.
     cdf_BNV = probs_BNV.cumsum(-1, dtype=torch.float64)
     total_BN1 = cdf_BNV[..., -1:].contiguous()

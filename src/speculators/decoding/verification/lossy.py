@@ -1,4 +1,4 @@
-"""Rules that trade exactness for length, or for a benchmark: typical, tolerance, synthetic. Marked `lossless = False`.
+"""Rules that change the output for longer acceptance, or for benchmarks: typical, tolerance, synthetic.
 
 Shapes: B sequences, K draft slots, V verifier vocabulary; K1 = K + 1. Chains and trees, except synthetic (chains only).
 The first two accept a slot on its own score and keep the longest path of accepted slots.
@@ -60,7 +60,7 @@ class ToleranceRule:
     log-likelihood is within `accept_tolerance` of the best one's; emit the argmax that follows.
 
     Reads logits (or log-probabilities): one-hot rows would hide the gap. Exact greedy when k = 1 or tolerance = 0.
-    It is a way of decoding greedily: rows with a temperature are decoded greedily too.
+    Rows with a temperature are decoded greedily too.
     """
 
     verifier_accept_k: int = 1
@@ -109,7 +109,7 @@ class ToleranceRule:
 
 @dataclass(frozen=True)
 class SyntheticRule:
-    """Accept slot i with a prescribed chance whatever its token: measures speed at a known acceptance.
+    """Accept slot i with a prescribed probability, whatever its token: measures speed at a known acceptance.
 
     `acceptance_rates` are unconditional and non-increasing: r_i = P(slots 0..i all accepted). After the cut the token
     is drawn as in standard rejection.

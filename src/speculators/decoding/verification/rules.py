@@ -21,7 +21,7 @@ RULES: dict[str, type[Any]] = {
 
 
 def resolve_rule(name: str, **options: Any) -> AcceptanceRule:
-    """The rule called `name`; options are the fields of its dataclass."""
+    """The rule called `name`; `options` are its dataclass's fields. Raises ValueError for unknown names or options."""
     if name not in RULES:
         raise ValueError(f"acceptance rule {name!r} does not exist; choose one of {sorted(RULES)}")
     try:

@@ -34,7 +34,7 @@ def greedy_tree(proposal: Proposal, best_BK1: Tensor) -> Verification:
 def sample_and_match_tree(proposal: Proposal, target_probs_BK1V: Tensor, draws: Draws) -> Verification:
     """Draw the verifier's token at each node reached and follow the child that carries it, if there is one.
 
-    The same law as testing the siblings one by one with a point-mass q, with one draw a level.
+    The same law as testing the siblings one by one with a point-mass q, with one draw per level.
     """
     row_B = torch.arange(target_probs_BK1V.shape[0], device=target_probs_BK1V.device)
 

@@ -3,8 +3,8 @@
 `RowCache` holds keys and values; `HybridCache` also loads the states of recurrent layers before each forward.
 Shapes: R rows, B rows of this forward, S slots, T new tokens, N key/value heads, D head size.
 
-Slot s of a row holds its token at position s (a draft tree being scored lies flat behind the committed tokens). The
-cache stores; lengths are the verifier's, so rolling a chain back is a change of a number and touches no memory.
+Slot s of a row holds its token at position s (the nodes of a draft tree fill consecutive slots behind the committed
+tokens). The verifier keeps the lengths, so rolling back a chain changes a number and touches no memory.
 Storage is token-major, [R, S, N, D]: a row's new tokens are one block, and keeping a tree path copies whole slots.
 """
 
@@ -37,7 +37,7 @@ class WriteSpan:
     slots_M: Tensor | None
     """Otherwise int64 [num_rows * num_tokens]: flat slots, row * capacity + position."""
     is_chain: bool = True
-    """False: a tree; its slots are no positions."""
+    """False: a tree, whose slots are not positions."""
 
 
 def neighbours(rows: list[int]) -> list[list[int]]:
@@ -57,7 +57,7 @@ def grown_capacity(old_capacity: int, num_slots: int) -> int:
 
 
 class RowCache(Cache):
-    """Give `span` before a forward; `update` then stores there and returns the slots to attend to."""
+    """Keys and values. Set `span` before a forward: `update` stores there and returns the slots to attend to."""
 
     def __init__(self, num_rows: int):
         super().__init__(layers=[])
@@ -80,7 +80,7 @@ class RowCache(Cache):
                 store[layer][:, :old_capacity] = old_RSND
 
     def adopt(self, keys_by_layer: dict[int, Tensor], values_by_layer: dict[int, Tensor]) -> None:
-        """Go on with what another cache has stored, [R, S, N, D] a layer, each from the start of its own storage."""
+        """Take over the contents of another cache, [R, S, N, D] per layer, each from the start of its own storage."""
         self.keys_by_layer, self.values_by_layer = keys_by_layer, values_by_layer
         self.capacity = keys_by_layer[0].shape[1]
 
@@ -120,7 +120,7 @@ class RowCache(Cache):
         values_SND = self.values_by_layer[layer_idx][row, :num_slots]
         return keys_SND.transpose(0, 1), values_SND.transpose(0, 1)
 
-    # What models ask of a cache besides `update`.
+    # -- methods of transformers' `Cache` that models call besides `update`
 
     def __len__(self) -> int:
         return len(self.keys_by_layer)
@@ -147,7 +147,7 @@ class RowCache(Cache):
 
 
 def _store(store_RSND: Tensor, states_BNTD: Tensor, span: WriteSpan) -> Tensor:
-    """Write one forward's states and return the [B, N, S, D] view to attend to. as_strided: one call, no copies."""
+    """Write one forward's keys or values and return the [B, N, S, D] view to attend to, by one as_strided, uncopied."""
     row_stride, slot_stride, head_stride, _ = store_RSND.stride()
     B, N, T, D = states_BNTD.shape
     first = span.first_row * row_stride
@@ -186,7 +186,7 @@ class HybridCache(RowCache):
         self.layers = [DynamicLayer() for _ in kinds]
 
     def load(self, states_by_row: list[States | None]) -> None:
-        """Start the next forward from these; None: from nothing."""
+        """Start the next forward from these states; None: from the initial ones."""
         known = next((states for states in states_by_row if states is not None), None)
         for i, num_states in self.num_states.items():
             layer: Any = LinearAttentionLayer(number_of_states=num_states)
@@ -206,7 +206,7 @@ class HybridCache(RowCache):
                     layer.is_recurrent_states_initialized[k] = True
 
     def states_of(self, index: int) -> States:
-        """What the forward left for its row `index`."""
+        """States of row `index` after the forward."""
 
         def of_row(states: dict[int, Tensor | None]) -> tuple[Tensor | None, ...]:
             return tuple(None if state is None else state[index : index + 1] for state in states.values())

@@ -27,7 +27,7 @@ from speculators.utils.nested_context import NestedContext
 from speculators.verifier import CapturedStates, VerifierParts, capture_states
 
 IMPLEMENTATION = "speculators_grouped_sdpa"
-"""Registered without a mask function, so models build no masks of their own: ours arrive, or None."""
+"""Registered without a mask function, so models build no masks: attention gets ours, or None."""
 
 
 def grouped_sdpa(
@@ -92,7 +92,7 @@ class HFForward(NestedContext):
             columns_C, columns_B = columns_B.unique(return_inverse=True)
             kwargs["logits_to_keep"] = columns_C
         if self.max_position is not None and span.num_slots_read > self.max_position:
-            position_BT = position_BT.clamp(max=self.max_position - 1)  # drafts past the end are never kept
+            position_BT = position_BT.clamp(max=self.max_position - 1)  # drafts past the last position are never kept
         logits = self.model(
             input_ids=token_ids_BT, attention_mask=masks, position_ids=position_BT, use_cache=True, **kwargs
         ).logits
@@ -112,7 +112,7 @@ def _can_replace_attention(model: PreTrainedModel, config: Any) -> bool:
 
 
 def _uniform_groups(config: Any) -> int:
-    """Query heads a key/value head; 1 (masks stay plain, keys are repeated) where layers differ."""
+    """Query heads per key/value head; 1 (plain masks, repeated keys) where layers differ."""
     differs = any("global" in key and "head" in key for key in config.to_dict())
     num_key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 1 if differs else config.num_attention_heads // num_key_heads

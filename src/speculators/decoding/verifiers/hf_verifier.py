@@ -1,13 +1,13 @@
-"""Any Hugging Face causal LM as a `Verifier`: scores tokens for rows of different lengths against a preallocated cache.
+"""Any Hugging Face causal LM as a `Verifier`: scores tokens of rows of different lengths against a preallocated cache.
 
 Shapes: B rows of the forward (first_row .. first_row + B - 1), T tokens, V vocabulary, D width of captured states.
 
 Lengths are host integers. `score` writes behind a row's length, `keep` moves the length: rollback is free.
-Use it as a context manager around a run of forwards; that is where the model is set up for decoding and restored.
+Use it as a context manager around a run of forwards: entering sets the model up for decoding, leaving restores it.
 
-Two forwards do the work: `LeanForward` for Llama-shaped models whose logits it is shown to reproduce when the verifier
-is made, `HFForward` (the model's own) for all others, and for one that is given hooks or other modules later on.
-`forward_reason` says which it is and why.
+There are two forwards: `LeanForward` for Llama-shaped models whose logits it reproduces (tested when the verifier is
+made), and `HFForward`, the model's own, for all others and for a model that gets hooks or other modules later.
+`forward_reason` says which one runs and why.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ TOLERANCE_BY_DTYPE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 
 
 
 class HFVerifier(NestedContext):
-    """Keys and values of `num_rows` sequences under one model. `lean=False` leaves it to the model's own forward."""
+    """A model with a cache of `num_rows` rows. `capture`: the states that `score` returns. `lean=False`: run the
+    model's own forward. Raises ValueError for layers that the model does not have or that cannot be rolled back."""
 
     def __init__(self, model: PreTrainedModel, num_rows: int, capture: CaptureSpec | None = None, *, lean: bool = True):
         parts = verifier_parts(model)
         capture = capture or CaptureSpec()
         refuse_unknown_layers(capture, parts)
-        forward, self.forward_reason = lean_forward(model, parts, num_rows, capture) if lean else (None, "asked for")
+        forward, self.forward_reason = lean_forward(model, parts, num_rows, capture) if lean else (None, "lean=False")
         self._start(model, parts, num_rows, forward or HFForward(model, parts, num_rows, capture))
 
     def _start(
@@ -61,7 +62,7 @@ class HFVerifier(NestedContext):
 
     @classmethod
     def around(cls, forward: LeanForward, model: PreTrainedModel, parts: VerifierParts, num_rows: int) -> HFVerifier:
-        """On a forward that is there already."""
+        """A verifier on a given forward."""
         verifier = cls.__new__(cls)
         verifier._start(model, parts, num_rows, forward)
         return verifier
@@ -76,7 +77,7 @@ class HFVerifier(NestedContext):
         stack.enter_context(self._forward)
 
     def _leave_lean_if_changed(self) -> None:
-        """What was put into the model since does not run in the lean forward: go on with the model's own."""
+        """Go on with the model's own forward once it has hooks or modules that the lean one would not run."""
         if not isinstance(self._forward, LeanForward):
             return
         try:
@@ -131,10 +132,10 @@ class HFVerifier(NestedContext):
         self.length_by_row[to_row] = length
 
     def cached_states(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, S, D] that the cache holds for a row."""
+        """Cached keys and values of a row, each [N, S, D]."""
         return self._cache.layer_states(layer, row, self.length_by_row[row])
 
-    # -- what one forward needs
+    # -- inputs of one forward
 
     def _positions_and_masks(
         self, lengths: list[int], num_tokens: int, parents_K: Tensor | None
@@ -145,15 +146,15 @@ class HFVerifier(NestedContext):
             tree = self._masks.tree_shape(parents_K)
             length_B = torch.tensor(lengths, device=self.device)
             position_BT = length_B[:, None] + tree.depth_T
-            return position_BT, self._as_given(self._masks.tree(tree, length_B, num_slots, groups))
+            return position_BT, self._unwrapped(self._masks.tree(tree, length_B, num_slots, groups))
         if len(set(lengths)) == 1:
             position_BT = self._positions(num_slots)[lengths[0] :].expand(len(lengths), -1)
         else:
             length_B1 = torch.tensor(lengths, device=self.device)[:, None]
             position_BT = length_B1 + self._positions(num_tokens)
-        if self._forward.is_grouped and self._nothing_to_hide(lengths, num_tokens):
+        if self._forward.is_grouped and self._needs_no_mask(lengths, num_tokens):
             return position_BT, None
-        return position_BT, self._as_given(self._masks.chain(position_BT, num_slots, groups))
+        return position_BT, self._unwrapped(self._masks.chain(position_BT, num_slots, groups))
 
     def _positions(self, end: int) -> Tensor:
         """0 .. end - 1: a view of one table."""
@@ -161,14 +162,14 @@ class HFVerifier(NestedContext):
             self._position_S = torch.arange(2 * end, device=self.device)
         return self._position_S[:end]
 
-    def _nothing_to_hide(self, lengths: list[int], num_tokens: int) -> bool:
-        """One new token that sees everything, or a prompt from its start (plain causal)."""
+    def _needs_no_mask(self, lengths: list[int], num_tokens: int) -> bool:
+        """Whether no mask is needed: one new token that attends to all, or a prompt from its start (plain causal)."""
         num_slots = max(lengths) + num_tokens
         if any(window is not None and num_slots > window for window in self._masks.windows.values()):
             return False
         return max(lengths) == 0 or (num_tokens == 1 and len(set(lengths)) == 1)
 
-    def _as_given(self, masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    def _unwrapped(self, masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _span(
@@ -178,7 +179,7 @@ class HFVerifier(NestedContext):
         if len(set(lengths)) == 1:
             return WriteSpan(first_row, B, num_tokens, num_slots, lengths[0], None, is_chain)
         row_B1 = torch.arange(first_row, first_row + B, device=self.device)[:, None]
-        slot_BT = position_BT[:, :1] + self._positions(num_tokens)  # a tree lies flat
+        slot_BT = position_BT[:, :1] + self._positions(num_tokens)  # nodes of a tree fill consecutive slots
         slots_M = (row_B1 * self._cache.capacity + slot_BT).flatten()
         return WriteSpan(first_row, B, num_tokens, num_slots, None, slots_M, is_chain)
 
@@ -195,7 +196,7 @@ def refuse_unknown_layers(capture: CaptureSpec, parts: VerifierParts) -> None:
 def lean_forward(
     model: PreTrainedModel, parts: VerifierParts, num_rows: int, capture: CaptureSpec
 ) -> tuple[LeanForward | None, str]:
-    """The lean forward of a model that it reproduces, or None; and the reason."""
+    """The lean forward, if it reproduces the model's own, else None; and the reason."""
     try:
         weights = LeanWeights(model, parts)
         prove_same(weights, model, parts)
@@ -205,7 +206,7 @@ def lean_forward(
 
 
 def prove_same(weights: LeanWeights, model: PreTrainedModel, parts: VerifierParts) -> None:
-    """Logits and every layer's states of a few tokens, in two pieces behind a cache, against the model's forward."""
+    """Raise NotLlamaShaped unless logits and all layers' states equal the model's, on a few tokens in two chunks."""
     everything = CaptureSpec(tuple(range(len(parts.layers) + 1)))
     trial = HFVerifier.around(LeanForward(weights, parts.config, 1, everything), model, parts, 1)
     T, first = NUM_PROVEN_TOKENS, NUM_PROVEN_TOKENS - 5
@@ -231,7 +232,7 @@ def compare(what: str, ours: Tensor, expected: Tensor) -> None:
 
 
 def _attention_windows(model: PreTrainedModel, config: Any) -> dict[str, int | None]:
-    """Layer types of the model, each with its sliding window."""
+    """Sliding window by layer type (None: full attention). Raises ValueError for recurrent layers."""
     layer_types = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     unknown = [name for name in layer_types if name not in ("full_attention", "sliding_attention")]
     if unknown or getattr(model, "_is_stateful", False):

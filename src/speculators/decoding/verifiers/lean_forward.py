@@ -1,11 +1,11 @@
-"""The forward of Llama-shaped verifiers without transformers' wrappers: a few products a layer, straight on the cache.
+"""The forward of Llama-shaped verifiers without transformers' wrappers: few products per layer, straight on the cache.
 
 Shapes: B rows, T tokens, N query heads, G key/value heads, d head size, H hidden size, V vocabulary, S slots.
 
 A decode step of a small model spends most of its time between the products. Here q, k, v come from one product and
-gate, up from another, rope tables are cut once a forward, and attention reads the preallocated cache in place. Which
-models qualify is decided by their parts (`lean_weights`), and then by their numbers: `hf_verifier` compares with the
-model's own forward. Hooks and modules that are put into the model later are noticed there, too, on entering.
+gate, up from another, rope tables are sliced once per forward, and attention reads the preallocated cache in place.
+Models qualify by their parts (`lean_weights`) and then by their numbers: `hf_verifier` compares with the model's own
+forward. On entering it also notices hooks and modules that were put into the model later.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Masks = Tensor | dict[str, Tensor] | None
 
 
 class LeanForward:
-    """One cache on weights that others may share."""
+    """The forward on a cache of its own; weights may be shared with other forwards."""
 
     is_grouped = True
 
@@ -60,7 +60,7 @@ class LeanForward:
     def hidden(
         self, token_ids_BT: Tensor, rope: Rotation, masks: Masks, slots: LayerSlots, states: CapturedStates
     ) -> Tensor:
-        """The residual stream before the final norm; on the way, what is to be captured."""
+        """The residual stream before the final norm; records the states to capture on the way."""
         wanted, act = states.spec.aux_layer_ids, self.weights.act
         hidden = F.embedding(token_ids_BT, self.weights.embedding.weight)
         for i, layer in enumerate(self.weights.layers):
@@ -77,7 +77,7 @@ class LeanForward:
     def attention(
         self, layer: LeanLayer, index: int, hidden: Tensor, rope: Rotation, mask: Tensor | None, slots: LayerSlots
     ) -> Tensor:
-        """[B, T, N * d], the keys and values stored on the way."""
+        """Attention output [B, T, N * d]; stores the keys and values."""
         N, G, d, scaling = self.weights.shape
         B, T, _ = hidden.shape
         heads_BTNd = layer.qkv(layer.norm_input(hidden)).view(B, T, N + 2 * G, d)
@@ -97,7 +97,7 @@ class LeanForward:
             query = query_BTNd.unflatten(2, (G, N // G)).permute(0, 2, 3, 1, 4).reshape(B, G, N // G * T, d)
             out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
             return out.view(B, N, T, d).transpose(1, 2).reshape(B, T, N * d)
-        if N != G:  # a prompt: many queries, which pay for the copy
+        if N != G:  # a prompt: with many queries the copy is cheap
             keys, values = (x.repeat_interleave(N // G, dim=1) for x in (keys, values))
         out = F.scaled_dot_product_attention(
             query_BTNd.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling
@@ -121,7 +121,7 @@ class Rotation:
 
 
 class RopeTable:
-    """The model's own rotary embedding, computed once for every position and grown on demand."""
+    """The model's own rotary embedding, computed once per position and grown on demand."""
 
     def __init__(self, rotary: Any, like: Tensor):
         self.rotary, self.like = rotary, like
@@ -145,7 +145,7 @@ class RopeTable:
 
 
 class LayerSlots:
-    """What one forward reads and writes, a layer."""
+    """The slots that one forward reads and writes, by layer."""
 
     def __init__(self, storage_LRSGd: Tensor, span: WriteSpan):
         G = storage_LRSGd.shape[3] // 2
@@ -168,7 +168,10 @@ class LayerSlots:
 
 
 class LeanCache:
-    """Storage [L, R, S, 2 G, d]."""
+    """Preallocated keys and values of all layers in one tensor, [L, R, S, 2 G, d].
+
+    L layers, R rows, S slots. A token's keys and values lie side by side, so a layer stores both with one copy, and the
+    slots of a forward are sliced for all layers at once. Slots and lengths are those of `RowCache`."""
 
     def __init__(self, num_layers: int, num_rows: int, num_kv_heads: int, head_dim: int, like: Tensor):
         self.storage = like.new_zeros(num_layers, num_rows, 0, 2 * num_kv_heads, head_dim)
@@ -199,7 +202,7 @@ class LeanCache:
         self.storage[:, to_row, :num_slots] = self.storage[:, from_row, :num_slots]
 
     def by_layer(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """All keys and all values, [R, S, G, d] a layer: what `cache.RowCache` keeps."""
+        """All keys and all values, [R, S, G, d] per layer, as `RowCache` stores them."""
         keys_LRSGd, values_LRSGd = self.storage.chunk(2, dim=3)
         # clones: each has a storage of its own, from its start
         dense = torch.contiguous_format

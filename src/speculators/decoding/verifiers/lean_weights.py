@@ -1,10 +1,10 @@
-"""Llama-shaped decoders read out of transformers' modules: which models qualify, and their weights ready to be used.
+"""Reads Llama-shaped decoders out of transformers' modules: checks which models qualify and prepares their weights.
 
 Shapes: N query heads, G key/value heads, d head size, H hidden size.
 
 A layer qualifies by its parts, not by its name: two RMS norms; q, k, v, o projections (or qkv in one) with or without
 biases and per-head q/k norms; gate, up, down (or gate_up in one). Anything else that holds a parameter disqualifies the
-model, and `lean_forward.LeanForward` then proves on a few tokens that what was read computes the model's own logits.
+model. `hf_verifier` then proves on a few tokens that the lean forward computes the model's own logits.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from speculators.verifier import VerifierParts
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations that depend on the position alone; the others also depend on how long the sequence has become."""
 INERT_HOOKS = "transformers.utils.output_capturing"
-"""Where transformers defines the hooks that stay on a model once it was asked for hidden states: idle otherwise."""
+"""Module of the hooks that transformers leaves on a model after returning hidden states; they do nothing otherwise."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class NotLlamaShaped(Exception):
-    """Why a model is left to its own forward."""
+    """Says why a model runs by its own forward."""
 
 
 class LeanLayer(NamedTuple):
@@ -61,7 +61,7 @@ class Shape(NamedTuple):
 
 
 class LeanWeights:
-    """The weights of a model in the form the lean forward wants. `refresh` follows later changes of the weights."""
+    """The weights of a model as functions for the lean forward. `refresh` follows later changes of the weights."""
 
     def __init__(self, model: PreTrainedModel, parts: VerifierParts):
         self.embedding = plain(model.get_input_embeddings(), nn.Embedding)
@@ -85,7 +85,7 @@ class LeanWeights:
         self.refresh()
 
     def refuse_changes(self) -> None:
-        """Hooks, and modules put in place of those that were read: the lean forward would pass them over."""
+        """Raise NotLlamaShaped for hooks and replaced modules: the lean forward would skip them."""
         refuse_hooks(self._watched)
         refuse_own_forward(self._inner)
         for module, children in zip(self._watched, self._children, strict=True):
@@ -126,11 +126,11 @@ class LeanWeights:
         return apply_linear(weight, bias, prepack=can_prepack(weight) and self._bytes_left >= 0)
 
 
-# -- what a layer is made of
+# -- parts of a layer
 
 
 def plain(module: Any, kind: type[nn.Module]) -> Any:
-    """The module, if it is exactly of that class: subclasses (quantised, adapted) do something else."""
+    """The module, if it is exactly of that class (subclasses, quantised or adapted, compute something else)."""
     if module is None:
         raise NotLlamaShaped(f"no {kind.__name__} where Llama has one")
     if type(module) is not kind:
@@ -148,7 +148,7 @@ def parts_of(module: Any, separate: tuple[str, ...], together: str) -> list[nn.L
 
 
 def refuse_other_parts(layer: Any) -> None:
-    """Every parameter of the layer must be one that `LeanWeights` reads."""
+    """Raise NotLlamaShaped for a layer with a parameter that `LeanWeights` does not read."""
     for name in (*NORMS, "self_attn", "mlp"):
         if not isinstance(getattr(layer, name, None), nn.Module):
             raise NotLlamaShaped(f"{type(layer).__name__} has no {name}")

@@ -1,13 +1,13 @@
 """Attention masks of the decode loop: which slots each scored token may attend to.
 
-Shapes: B rows, T scored tokens, S slots, G query heads a key/value head. Masks are additive: 0 or the least number.
+Shapes: B rows, T scored tokens, S slots, G query heads per key/value head. Masks are additive: 0 or the least number.
 
 A row of length L has its committed tokens in slots 0..L-1 and the scored tokens in L..L+T-1:
 
     slot          0 .. L-1   L   L+1  L+2           chain of 3           tree, parents (-1, -1): columns 1 and 2
     column 0         1       1    0    0            position L           position L
     column 1         1       1    1    0            position L + 1       L + 1
-    column 2         1       1    1    1            position L + 2       L + 1, and does not see column 1
+    column 2         1       1    1    1            position L + 2       L + 1, does not attend to column 1
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TreeShape:
     depth_T: Tensor
     """int64; 0 for column 0."""
     is_ancestor_TT: Tensor
-    """bool; [i, j]: column i sees column j (itself included)."""
+    """bool; [i, j]: column i attends to column j (itself included)."""
 
     @classmethod
     def of(cls, parents_K: Tensor) -> TreeShape:
@@ -50,7 +50,7 @@ class MaskBuilder:
     trees: dict[tuple[int, ...], TreeShape] = field(default_factory=dict)
 
     def chain(self, position_BT: Tensor, num_slots: int, num_groups: int) -> dict[str, Tensor]:
-        """[B, 1, G * T, S]. A row depends on slot - position alone: it is a piece of one edge, cut at its position."""
+        """[B, 1, G * T, S]. A mask row depends on slot - position alone, so all rows are slices of one vector."""
         position_BR = position_BT.repeat(1, num_groups)
         masks = {}
         for layer_type, window in self.windows.items():

@@ -1,12 +1,12 @@
-"""Verifiers that fold the past into states (Mamba, linear attention, hybrids with attention): rolled back by snapshot.
+"""Verifiers with recurrent states (Mamba, linear attention, hybrids with attention), rolled back by snapshots.
 
 Shapes: B rows of the forward (first_row .. first_row + B - 1), T tokens, V vocabulary, D width of captured states.
 
-Keys and values of attention layers are dropped by moving a length, as in `hf_verifier`. A state has no past to drop, so
-the states before the scored tokens stay until `keep` says how many of them count:
+Keys and values of attention layers are dropped by moving a length, as in `hf_verifier`. A state cannot be shortened, so
+the states before the scored tokens are kept until `keep` says how many tokens were accepted:
 
-    before     state after x0 .. x[L-1]                        kept while the round is judged
-    scored     x[L] and K drafts, in one forward               its states are good where everything was accepted
+    before     state after x0 .. x[L-1]                        kept until the round is verified
+    scored     x[L] and K drafts, in one forward               its states are valid where everything was accepted
     kept       x[L] .. x[L+n-1], n < K + 1                     run again from the states before, equal n together
 
 Chains only: the nodes of a tree would each need a state of their own.
@@ -38,11 +38,11 @@ from speculators.verifier import CapturedStates, capture_states, verifier_parts
 
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 HALF_PRECISION_TOLERANCE = 0.1
-"""Of the constructor's check, as a share of the largest value; a model that ignores its state is off by 50 %."""
+"""Tolerances of the constructor's check, as a share of the largest value; ignoring the state gives 50 %."""
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether some layer keeps a state in place of keys and values."""
+    """Whether some layer keeps a state instead of keys and values."""
     if getattr(model, "_is_stateful", False):
         return True
     layers = DynamicCache(config=verifier_parts(model).config).layers
@@ -89,7 +89,7 @@ class RecurrentVerifier(NestedContext):
         if self.capture != CaptureSpec():
             self._captured = stack.enter_context(capture_states(self.model, self.capture))
 
-    # -- the seam
+    # -- the methods of `interfaces.Verifier`
 
     def score(
         self,
@@ -103,7 +103,7 @@ class RecurrentVerifier(NestedContext):
         """See `interfaces.Verifier`. Prompts of different lengths run one by one: a state must not see padding."""
         if parents_K is not None:
             raise ValueError(
-                f"{type(self.model).__name__} folds the past into one state a layer, and the nodes of a draft tree "
+                f"{type(self.model).__name__} keeps one recurrent state per layer, and the nodes of a draft tree "
                 "would each need their own; draft a chain: leave out speculative_token_tree and dynamic_tree"
             )
         self._scored_first, self._scored = first_row, []
@@ -134,7 +134,7 @@ class RecurrentVerifier(NestedContext):
                 self._advance(run, [self._scored[row - self._scored_first][0][:num_kept] for row in run])
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget a row's tokens from `length` on; what is left of a shortened row is computed again."""
+        """Forget a row's tokens from `length` on; the states of a shortened row are computed again."""
         kept = self._tokens_by_row[row][:length]
         assert len(kept) == length
         if length < len(self._tokens_by_row[row]):
@@ -143,13 +143,13 @@ class RecurrentVerifier(NestedContext):
                 self._advance([row], [kept])
 
     def share_prefix(self, from_row: int, to_row: int, length: int) -> None:
-        """The other row's state is past `length`, so the tokens are run again."""
+        """Run the tokens again: the other row's state is past `length`."""
         self._advance([to_row], [self._tokens_by_row[from_row][:length]])
 
     # -- forwards
 
     def _advance(self, rows: list[int], token_ids: list[list[int]]) -> None:
-        """Append tokens, the same number to each of some neighbouring rows."""
+        """Append the same number of tokens to each of several neighbouring rows."""
         self._run(torch.tensor(token_ids, device=self.device), rows[0], last_only=True)
         for i, row in enumerate(rows):
             self._accept(row, token_ids[i], self._cache.states_of(i))
@@ -187,8 +187,8 @@ class RecurrentVerifier(NestedContext):
         )
 
     def _check_that_states_continue(self) -> None:
-        """Five tokens at once must leave and say what two and then three do: not every model reads its state for
-        several tokens. States are compared because they differ whatever the weights are."""
+        """Raise ValueError unless five tokens at once give the logits and states of two and then three: not every model
+        reads its state for several tokens. States are compared because they differ for any weights."""
         token_ids_15 = torch.arange(1, 6, device=self.device)[None] % self.vocab_size
         whole = [self._run(token_ids_15, 0, last_only=True).logits_BTV, *tensors_of(self._cache.states_of(0))]
         if not all(tensors_of({i: state}) for i, state in self._cache.states_of(0).items()):
@@ -217,7 +217,7 @@ def relative_difference(whole: Tensor, parts: Tensor) -> float:
 
 
 def attention_windows(model: PreTrainedModel, config: Any, kinds: list[Any]) -> dict[str, int | None]:
-    """Sliding window by layer type of the layers that keep keys and values; refuses what is neither."""
+    """Sliding window by type of the layers that keep keys and values. Raises ValueError for unknown cache layers."""
     if not any(isinstance(kind, LinearAttentionCacheLayerMixin) for kind in kinds):
         raise _states_outside_the_cache(model)
     names = list(getattr(config, "layer_types", None) or [])
