@@ -159,10 +159,10 @@ def test_trees_are_refused(case):
 
 def test_they_do_not_draft(case, tmp_path):
     model, _, _ = case
-    with pytest.raises(ValueError, match=f"method='early_exit': {type(model).__name__} folds the past into states"):
+    with pytest.raises(ValueError, match=f"method='early_exit': {type(model).__name__} keeps recurrent states"):
         Engine(model, {"method": "early_exit", "num_speculative_tokens": 2})
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"draft model '{tmp_path}': {type(model).__name__} folds the past"):
+    with pytest.raises(ValueError, match=f"draft model '{tmp_path}': {type(model).__name__} keeps recurrent states"):
         Engine(toys.tiny_model("llama"), {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 2})
 
 

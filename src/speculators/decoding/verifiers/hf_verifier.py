@@ -237,7 +237,7 @@ def _attention_windows(model: PreTrainedModel, config: Any) -> dict[str, int | N
     unknown = [name for name in layer_types if name not in ("full_attention", "sliding_attention")]
     if unknown or getattr(model, "_is_stateful", False):
         raise ValueError(
-            f"{type(model).__name__} has layers of type {unknown or ['recurrent']}: they fold the past into one state, "
+            f"{type(model).__name__} has layers of type {unknown or ['recurrent']}: they keep a recurrent state, "
             "which cannot be rolled back when drafts are rejected; decode it with transformers' generate"
         )
     window = getattr(config, "sliding_window", None)
