@@ -226,6 +226,19 @@ def test_what_cannot_be_trained_is_refused(drafter, arguments, message):
         drafter()(**{**packed_batch([9]), **arguments})
 
 
+def test_exactly_one_anchor_is_trained_as_the_formulas_say(drafter):
+    """Columns 5 and 6 are supervised: the block at 5 has one slot to teach, the one at 6 none."""
+    model, batch = drafter(), packed_batch([12], seed=3)
+    batch["loss_mask"].zero_()
+    batch["loss_mask"][0, 5:7] = 1
+    naive = naive_of(model, [False])
+    expected, found = naive.loss(batch, kl, naive.fixed_decay(3.0))
+    assert [p for p, slots in found.items() if slots] == [5] and expected > 0
+    _, loss, metrics = model(**batch, loss_fn="kl_div", gamma=3.0, per_position_loss_weight="fixed-exp-decay")
+    torch.testing.assert_close(loss.double(), expected.detach(), atol=1e-5, rtol=1e-5)
+    assert metrics["position_1_acc_total"] == 1 and metrics["position_2_acc_total"] == 0
+
+
 def test_batches_of_several_rows_are_refused(drafter):
     batch = {key: value.expand(2, *value.shape[1:]) for key, value in packed_batch([5]).items()}
     with pytest.raises(ValueError, match="packed into one row"):
