@@ -23,6 +23,7 @@ ROWS: tuple[set[str], ...] = (
     {"models"},
     {"data_generation", "decoding", "convert", "deploy", "assets"},
     {"train", "evaluation"},
+    {"api"},
     {"cli"},
     {"__main__"},
 )

@@ -9,12 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from speculators.api import evaluate, regenerate, train_drafter, verify
     from speculators.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig, reload_schemas
+    from speculators.convert.entrypoints import convert_model
+    from speculators.data_generation.prepare import prepare_data
     from speculators.decoding.config import SpeculativeConfig
     from speculators.decoding.engine import Engine
     from speculators.decoding.sampling import SamplingParams
+    from speculators.deploy.check import check_checkpoint as check
+    from speculators.deploy.export import export_checkpoint as export
     from speculators.model import SpeculatorModel
     from speculators.proposals import TokenProposalConfig
+    from speculators.train.config import TrainConfig
     from speculators.verifier import load_verifier
 
 __all__ = [
@@ -25,30 +31,50 @@ __all__ = [
     "SpeculatorModelConfig",
     "SpeculatorsConfig",
     "TokenProposalConfig",
+    "TrainConfig",
     "VerifierConfig",
+    "check",
+    "convert_model",
+    "evaluate",
+    "export",
     "load_verifier",
+    "prepare_data",
+    "regenerate",
     "reload_schemas",
+    "train_drafter",
+    "verify",
 ]
 
-_HOME = {
-    "Engine": "speculators.decoding.engine",
-    "SamplingParams": "speculators.decoding.sampling",
-    "SpeculativeConfig": "speculators.decoding.config",
-    "load_verifier": "speculators.verifier",
-    "SpeculatorModel": "speculators.model",
-    "SpeculatorModelConfig": "speculators.config",
-    "SpeculatorsConfig": "speculators.config",
-    "VerifierConfig": "speculators.config",
-    "reload_schemas": "speculators.config",
-    "TokenProposalConfig": "speculators.proposals",
+HOME = {
+    "SpeculatorModel": "speculators.model:SpeculatorModel",
+    "SpeculatorModelConfig": "speculators.config:SpeculatorModelConfig",
+    "SpeculatorsConfig": "speculators.config:SpeculatorsConfig",
+    "VerifierConfig": "speculators.config:VerifierConfig",
+    "reload_schemas": "speculators.config:reload_schemas",
+    "TokenProposalConfig": "speculators.proposals:TokenProposalConfig",
+    "load_verifier": "speculators.verifier:load_verifier",
+    "regenerate": "speculators.api:regenerate",
+    "prepare_data": "speculators.data_generation.prepare:prepare_data",
+    "TrainConfig": "speculators.train.config:TrainConfig",
+    "train_drafter": "speculators.api:train_drafter",
+    "Engine": "speculators.decoding.engine:Engine",
+    "SamplingParams": "speculators.decoding.sampling:SamplingParams",
+    "SpeculativeConfig": "speculators.decoding.config:SpeculativeConfig",
+    "evaluate": "speculators.api:evaluate",
+    "verify": "speculators.api:verify",
+    "check": "speculators.deploy.check:check_checkpoint",
+    "export": "speculators.deploy.export:export_checkpoint",
+    "convert_model": "speculators.convert.entrypoints:convert_model",
 }
+"""Name -> where it is defined."""
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("speculators.config").installed_version()
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in HOME:
+        module, attribute = HOME[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
     # <Algorithm>DraftModel, <Algorithm>SpeculatorConfig, ... of the algorithm folders
     if name.endswith(("Model", "Config", "Speculator")) and not name.startswith("_"):
         models = importlib.import_module("speculators.models")

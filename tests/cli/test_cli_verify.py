@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from speculators.api import vllm_target
 from speculators.cli.app import main, run
-from speculators.cli.verify import vllm_target
 from speculators.interfaces import CaptureSpec
 from speculators.model import SpeculatorModel
 
@@ -83,7 +83,7 @@ def test_a_drafter_that_drafts_something_else_fails_by_exit_code(checkpoint, cha
 
 
 def test_without_vllm_the_report_says_that_it_was_not_asked(checkpoint, chats, monkeypatch, capsys):
-    monkeypatch.setattr("speculators.deploy.process.find_vllm", refuse)
+    monkeypatch.setattr("speculators.api.find_vllm", refuse)
     assert main(command(checkpoint, chats)) == 0
     assert "not checked: no vLLM here" in capsys.readouterr().out
 
@@ -101,7 +101,7 @@ def test_our_own_directory_is_what_vllm_gets_where_it_reads_it(checkpoint, tmp_p
     class Here:
         python = "/env/bin/python"
 
-    monkeypatch.setattr("speculators.deploy.process.find_vllm", lambda python: Here)
+    monkeypatch.setattr("speculators.api.find_vllm", lambda python: Here)
     target = vllm_target(checkpoint, None, None, tmp_path)
     assert (target.python, target.model, target.speculative_config) == ("/env/bin/python", checkpoint, {})
     assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,8 @@ import os
 import pytest
 from vllm_cases import DSPARK, train_flags
 
+from speculators.api import vllm_target
 from speculators.cli.app import run
-from speculators.cli.verify import vllm_target
 from speculators.decoding import Engine, SamplingParams
 from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 from vllm_cases import NGRAM_SIZES, NUM_DRAFTS, TRAINED, UNTRAINED, VARIANTS, Decoded, train_flags
 
+from speculators.api import vllm_target
 from speculators.cli.app import run
-from speculators.cli.verify import vllm_target
 from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.proposers.ngram import NgramProposer
 from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm

@@ -136,7 +136,7 @@ def test_a_server_killed_in_the_middle_leaves_its_measured_prompts(servers):
             killed.append(server.kill_front_end())
 
     config = ServerConfig(server=server.endpoint, data=DATA, num_warmup=0, max_retries=1, **MEASURED)
-    report = evaluate_server(config, on_progress=kill_after_four)
+    report = evaluate_server(config, progress=kill_after_four)
     assert report.interrupted is not None
     assert "no answer from" in report.interrupted and "4 prompts of this level" in report.interrupted
     [row] = report.rows

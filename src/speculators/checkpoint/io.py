@@ -4,6 +4,7 @@ recognises), writes ours, and says from config.json alone what a directory or hu
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from speculators.checkpoint.record import RECORD_FILE, read_training_record
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 from speculators.utils.files import absolute_if_directory, looks_like_a_path
+from speculators.utils.quiet import no_progress_bars
 
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
 BEST = "checkpoint_best"
@@ -54,7 +56,7 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(
-    checkpoint: str | Path, *, verifier: str | None = None, algorithm: str | None = None, **options: Any
+    checkpoint: str | os.PathLike[str], *, verifier: str | None = None, algorithm: str | None = None, **options: Any
 ) -> OpenedCheckpoint:
     """Opens a directory or hub id of any known format.
 
@@ -86,13 +88,15 @@ def read_foreign(source: ForeignCheckpoint, known: CheckpointFormat, verifier: s
     return converted
 
 
-def local_directory(checkpoint: str | Path, cache_dir: str | Path | None = None) -> Path:
+@no_progress_bars()
+def local_directory(checkpoint: str | os.PathLike[str], cache_dir: str | Path | None = None) -> Path:
     """Returns a directory as it is, else downloads it from the hub. Raises `FileNotFoundError` when neither works."""
+    checkpoint = os.fspath(checkpoint)
     if Path(checkpoint).is_dir():
         refuse_run(Path(checkpoint))
         return Path(checkpoint).resolve()
     try:
-        return Path(snapshot_download(str(checkpoint), allow_patterns=list(WEIGHTS_AND_CONFIG), cache_dir=cache_dir))
+        return Path(snapshot_download(checkpoint, allow_patterns=list(WEIGHTS_AND_CONFIG), cache_dir=cache_dir))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as problem:
         raise FileNotFoundError(
             f"Checkpoint not found: '{checkpoint}' is not a directory here, nor a repository of the hub that can be "

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from speculators.utils.report import WIDTH, facts_table
 
@@ -34,29 +33,3 @@ def say_error(message: str, hint: str | None = None) -> None:
 
 def print_facts(title: str, facts: Mapping[str, object]) -> None:
     out().print(facts_table(title, facts))
-
-
-class WorkProgress:
-    """A progress bar for work that reports (what, how much is done, of how much or None)."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=err(),
-        )
-        self.bars: dict[str, TaskID] = {}
-
-    def __enter__(self) -> WorkProgress:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, what: str, done: int, total: int | None) -> None:
-        if what not in self.bars:
-            self.bars[what] = self.progress.add_task(what, total=total)
-        self.progress.update(self.bars[what], completed=done, total=total)

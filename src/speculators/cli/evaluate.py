@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from speculators.cli.console import WorkProgress, out, say
+from speculators.cli.console import out, say
 from speculators.cli.options import (
     Device,
     Dtype,
@@ -117,12 +117,10 @@ def evaluate(
 
 
 def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) -> dict[str, Any]:
-    """`settings`: the fields of `EvaluateConfig`."""
-    from speculators import evaluation
+    """`settings`: what `api.evaluate` takes."""
+    from speculators import api
 
-    config = evaluation.EvaluateConfig(**settings, check_sampling=lossless)
-    with WorkProgress() as progress:
-        report = evaluation.measure_methods(config, on_progress=lambda done, total: progress("decode", done, total))
+    report = api.evaluate(**settings, check_sampling=lossless, progress=True)
     out().print(report)
     for warning in report.warnings():
         say(f"[yellow]{escape(warning)}[/]")
@@ -164,8 +162,7 @@ def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: 
     config = ServerConfig(**settings)
     if lossless and (config.baseline is None or config.temperature > 0):
         raise typer.BadParameter("--lossless of a server needs --baseline-server and greedy answers")
-    with WorkProgress() as progress:
-        report = evaluate_server(config, on_progress=progress)
+    report = evaluate_server(config, progress=True)
     if report.rows:
         out().print(report)
     if config.baseline is None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.console import WorkProgress, out, say
+from speculators.cli.console import out, say
 
 NUM_SHOWN = 5
 """Failed rows named one by one; all are in the JSON line."""
@@ -53,8 +53,7 @@ def generate_offline_data(
         world_size=world_size,
         rank=rank,
     )
-    with WorkProgress() as progress:
-        report = data_generation.generate_offline_data(config, progress)
+    report = data_generation.generate_offline_data(config, progress=True)
     out().print(report)
     for row, reason in list(report.failed.items())[:NUM_SHOWN]:
         say(f"[yellow]row {row}: {reason}[/]")

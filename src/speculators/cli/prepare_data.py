@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.console import WorkProgress, out
+from speculators.cli.console import out
 from speculators.cli.options import TrustRemoteCode, parse_json_object
 
 
@@ -29,23 +29,22 @@ def prepare_data(
     """Turn conversations into tokenised training rows with loss masks, token frequencies and a manifest."""
     from speculators import data_generation
 
-    with WorkProgress() as progress:
-        prepared = data_generation.prepare_data(
-            model=model,
-            data=data,
-            output=output,
-            seq_length=seq_length,
-            max_samples=max_samples,
-            seed=seed,
-            num_workers=num_preprocessing_workers,
-            minimum_valid_tokens=minimum_valid_tokens,
-            token_freq_path=token_freq_path,
-            overwrite=overwrite,
-            allow_empty_output=allow_empty_output,
-            trust_remote_code=trust_remote_code,
-            chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
-            progress=progress,
-        )
+    prepared = data_generation.prepare_data(
+        model=model,
+        data=data,
+        output=output,
+        seq_length=seq_length,
+        max_samples=max_samples,
+        seed=seed,
+        num_workers=num_preprocessing_workers,
+        minimum_valid_tokens=minimum_valid_tokens,
+        token_freq_path=token_freq_path,
+        overwrite=overwrite,
+        allow_empty_output=allow_empty_output,
+        trust_remote_code=trust_remote_code,
+        chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
+        progress=True,
+    )
     out().print(prepared)
     record: dict[str, Any] = {"verb": "prepare-data", "path": str(prepared.path), "reused": prepared.reused}
     manifest = prepared.manifest

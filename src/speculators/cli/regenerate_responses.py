@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.console import WorkProgress, out
+from speculators.cli.console import out
 from speculators.cli.options import (
     Device,
     Dtype,
@@ -43,33 +43,28 @@ def regenerate_responses(
     trust_remote_code: TrustRemoteCode = False,
 ) -> dict[str, Any]:
     """Replace the answers of a data set by the verifier's own: the text that a drafter will see when it serves."""
-    from speculators.data_generation import regenerate_responses as regenerate
-    from speculators.decoding import Engine, SamplingParams, open_target, parse_method
+    from speculators import api
 
-    template_kwargs = parse_json_object("--chat-template-kwargs", chat_template_kwargs)
-    target = open_target(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    drafter = parse_method(method, num_speculative_tokens).speculative_config
-    engine = Engine(target.model, drafter, tokenizer=target.tokenizer, max_batch_size=batch_size)
-    how = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    sampling = SamplingParams(**how)
-
-    def answer(prompts: list[list[int]]) -> list[list[int]]:
-        return [output.token_ids for output in engine.generate(prompts, sampling)]
-
-    with WorkProgress() as progress:
-        report = regenerate(
-            data,
-            target.tokenizer,
-            answer,
-            output=output,
-            limit=limit,
-            batch_size=batch_size,
-            max_prompt_tokens=engine.max_length - 1,
-            resume=resume,
-            sampling_params=how,
-            chat_template_kwargs=template_kwargs,
-            progress=progress,
-        )
+    report = api.regenerate(
+        model,
+        data,
+        output=output,
+        drafter=method,
+        num_speculative_tokens=num_speculative_tokens,
+        limit=limit,
+        batch_size=batch_size,
+        resume=resume,
+        chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=True,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
     out().print(report)
     return {
         "verb": "regenerate-responses",

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from speculators.cli.console import out, say
 from speculators.cli.options import Device, Dtype, NumSpeculativeTokens, TrustRemoteCode
-
-if TYPE_CHECKING:
-    from speculators.evaluation import VllmTarget
 
 
 def verify(
@@ -36,54 +32,23 @@ def verify(
 ) -> dict[str, Any]:
     """Check that training, the engine and vLLM draft the same tokens, and that the text is the verifier's. Exit code 1
     when they do not; the first round that differs is named."""
-    from speculators import assets, evaluation
-    from speculators.checkpoint.io import local_directory
+    from speculators import api
 
-    checkpoint = str(local_directory(checkpoint))
-    with tempfile.TemporaryDirectory() as folder:
-        report = evaluation.check_parity(
-            evaluation.ParityConfig(
-                checkpoint=checkpoint,
-                verifier=verifier,
-                data=prompts or str(assets.prompts_path("heldout")),
-                num_prompts=num_prompts,
-                max_tokens=max_tokens,
-                num_speculative_tokens=num_speculative_tokens,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                vllm=vllm_target(checkpoint, verifier, vllm_python, Path(folder)) if with_vllm else None,
-            ),
-            on_progress=say,
-        )
+    report = api.verify(
+        checkpoint,
+        verifier=verifier,
+        data=prompts,
+        vllm=(vllm_python or True) if with_vllm else False,
+        progress=lambda what, done, total: say(what),
+        num_prompts=num_prompts,
+        max_tokens=max_tokens,
+        num_speculative_tokens=num_speculative_tokens,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     out().print(report)
     if output is not None:
         say(f"report: {report.save(output)}")
     report.raise_for_errors()
     return {"verb": "verify", **report.to_dict()}
-
-
-def vllm_target(checkpoint: str, verifier: str | None, python: str | None, folder: Path) -> VllmTarget | str:
-    """What vLLM is to be given: the checkpoint itself, or the directory `export` makes of it. Text: why not."""
-    from speculators.checkpoint.formats import SPECULATORS
-    from speculators.config import SpeculatorModelConfig
-    from speculators.deploy.export import export_checkpoint
-    from speculators.deploy.process import find_vllm
-    from speculators.evaluation import VllmTarget
-    from speculators.model import SpeculatorModel
-
-    try:
-        environment = find_vllm(python)
-    except ValueError as error:
-        if python is not None:
-            raise
-        return str(error)
-    config = SpeculatorModelConfig.from_pretrained(checkpoint)
-    contract = SpeculatorModel.registered_model_class_from_config(config).contract
-    if contract.served_format is None:
-        return f"vLLM has no class for '{config.speculators_model_type}'"
-    if contract.served_format == SPECULATORS and verifier is None:  # the directory says everything itself
-        return VllmTarget(str(environment.python), checkpoint)
-    serving = export_checkpoint(checkpoint, folder / "served", verifier=verifier).serving
-    assert serving is not None
-    return VllmTarget(str(environment.python), serving.model, dict(serving.speculative_config or {}))

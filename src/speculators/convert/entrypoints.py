@@ -24,6 +24,7 @@ from speculators.checkpoint.io import local_directory, open_checkpoint, recognis
 from speculators.checkpoint.record import write_training_record
 from speculators.model import SpeculatorModel
 from speculators.utils.files import absolute_if_directory, atomic_directory, refuse_to_replace
+from speculators.utils.names import NamedModel, model_name
 from speculators.utils.report import TableReport, facts_table
 
 OLDER_OPTIONS = ("validate", "trust_remote_code")
@@ -103,22 +104,26 @@ def require_verifier(verifier: str) -> None:
 
 
 def convert_model(
-    model: str,
-    verifier: str,
+    model: str | os.PathLike[str],
+    verifier: str | os.PathLike[str] | NamedModel,
     algorithm: str | None = None,
-    output_path: str | Path = "converted",
+    output_path: str | os.PathLike[str] = "converted",
     validate_device: str | None = None,
     **kwargs: Any,
 ) -> ConvertedCheckpoint:
     """Converts the checkpoint `model` for `verifier`; with `validate_device`, loads the result there once.
 
-    Raises as `convert_checkpoint` does, and `ValueError` for an algorithm without formats of other projects.
+    `algorithm`: None: recognised by what is there. `kwargs`: `overwrite`, `cache_dir`, and what the source leaves out,
+    as its format takes it. Raises as `convert_checkpoint` does, and `ValueError` for an algorithm without formats of
+    other projects.
     """
     readers = [name for name in SpeculatorModel.available_names() if SpeculatorModel.get_class(name).contract.formats]
     if algorithm is not None and algorithm not in readers:
         raise ValueError(f"Unsupported algorithm: {algorithm!r}; formats of other projects are known of {readers}")
     options = {key: value for key, value in kwargs.items() if key not in OLDER_OPTIONS}
-    written = convert_checkpoint(model, output_path, verifier=verifier, algorithm=algorithm, **options)
+    written = convert_checkpoint(
+        os.fspath(model), Path(output_path), verifier=model_name(verifier), algorithm=algorithm, **options
+    )
     if validate_device is not None:
         load_once(written.path, validate_device)
     return written

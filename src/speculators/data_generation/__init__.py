@@ -19,7 +19,6 @@ EXPORTS = {
     "mask_spans": "masks",
     "InspectedRow": "prepared",
     "inspect_mask": "prepared",
-    "Progress": "preprocessing",
     "build_speculator_training_dataset": "preprocessing",
     "load_and_preprocess_dataset": "preprocessing",
     "Manifest": "prepared",

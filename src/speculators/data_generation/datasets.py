@@ -7,7 +7,9 @@ memory. We read JSON ourselves, not with Arrow: tool calls with differing keys d
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,9 +104,11 @@ class RawRows(Sequence[Any]):
         return (row.get("primary_id", index) if isinstance(row, Mapping) else index for index, row in enumerate(self))
 
 
-def load_raw_dataset(source: str | Path) -> RawRows:
-    """Opens a source in one of the `FORMS`. Raises `ValueError` when it has another form or cannot be read."""
-    text = str(source)
+def load_raw_dataset(source: str | os.PathLike[str] | Sequence[Any]) -> RawRows:
+    """Opens a source in one of the `FORMS`, or rows. Raises `ValueError` when it has another form or cannot be read."""
+    if not isinstance(source, str | os.PathLike):
+        return RawRows("rows", source)
+    text = os.fspath(source)
     if text.startswith("hf://datasets/"):
         return RawRows(text, load_hub_file(text))
     if text.startswith("hf:"):
@@ -187,6 +191,20 @@ def load_hub_file(url: str) -> Any:
 def open_with_datasets(name: str, load: Callable[[], datasets.Dataset]) -> datasets.Dataset:
     """Runs one call of the `datasets` library and turns its many error types into one that names the source."""
     try:
-        return load()
+        with quiet_datasets():
+            return load()
     except Exception as error:  # datasets raises its own, pyarrow's, fsspec's and the hub's errors
         raise ValueError(f"data {name!r} cannot be read: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Progress is the caller's to show; the datasets library would print bars of its own."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

@@ -19,7 +19,6 @@ from rich.table import Table
 
 from speculators.data_generation.offline import find_corrupt_hidden_state_indices, get_indices_to_process
 from speculators.data_generation.prepared import HIDDEN_STATES_NAME, PreparedData
-from speculators.data_generation.preprocessing import Progress
 from speculators.data_generation.sources.store import HiddenStateStore
 from speculators.data_generation.sources.vllm import DEFAULT_CONCURRENCY, VllmSource, what_the_server_extracts
 from speculators.data_generation.vllm_client import (
@@ -30,6 +29,7 @@ from speculators.data_generation.vllm_client import (
     ServerUnavailableError,
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
+from speculators.utils.progress import Progress, reporting
 from speculators.utils.report import TableReport, facts_table
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class OfflineReport(TableReport):
         return [facts_table("Hidden states", facts)]
 
 
-def generate_offline_data(config: OfflineConfig, progress: Progress | None = None) -> OfflineReport:
+def generate_offline_data(config: OfflineConfig, progress: bool | Progress | None = None) -> OfflineReport:
     """Writes the missing files.
 
     Raises `ServerUnavailableError` or `InvalidResponseError` when too many rows fail, and `ValueError` when the server
@@ -115,7 +115,8 @@ def generate_offline_data(config: OfflineConfig, progress: Progress | None = Non
         store = HiddenStateStore(directory, capture, rows, verifier=source.served.root)
         report = OfflineReport(directory, capture)
         todo = rows_to_make(config, store, report)
-        write_rows(config, source, store, rows, todo, report, progress)
+        with reporting(progress) as show:
+            write_rows(config, source, store, rows, todo, report, show)
     finally:
         source.close()
     return report
@@ -158,7 +159,7 @@ def write_rows(
     rows: Sequence[torch.Tensor],
     todo: Sequence[int],
     report: OfflineReport,
-    progress: Progress | None,
+    show: Progress,
 ) -> None:
     limit = config.max_consecutive_errors or config.concurrency
     num_consecutive = 0
@@ -179,8 +180,7 @@ def write_rows(
             num_consecutive = 0
             report.num_written += 1
             report.num_tokens += store.lengths[row]
-        if progress is not None:
-            progress("hidden states", num_done, len(todo))
+        show("hidden states", num_done, len(todo))
 
 
 def request_ahead(

@@ -6,17 +6,20 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from speculators.data_generation.datasets import quiet_datasets
+from speculators.data_generation.defaults import DEFAULT_OUTPUT, DEFAULT_SEQ_LENGTH
 from speculators.data_generation.prepared import (
     HIDDEN_STATES_NAME,
     MANIFEST_NAME,
@@ -28,7 +31,6 @@ from speculators.data_generation.prepared import (
 )
 from speculators.data_generation.preprocessing import (
     FEATURES,
-    Progress,
     as_columns,
     count_supervised,
     explain_no_rows,
@@ -40,6 +42,9 @@ from speculators.data_generation.preprocessing import (
 from speculators.data_generation.tokenizing import RowTokenizer, Tokenized, TokenizeOptions, warn_about
 from speculators.utils.chat_template import chat_template_of
 from speculators.utils.files import absolute_if_directory, atomic_directory, is_same_model
+from speculators.utils.names import model_name
+from speculators.utils.progress import Progress, reporting
+from speculators.utils.quiet import no_progress_bars
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +52,14 @@ OWN_FILES = ("*.arrow", "dataset_info.json", "state.json", TOKEN_FREQ_NAME, MANI
 """Files that `overwrite` may delete, besides the hidden states: everything that derives from the rows."""
 
 
+@no_progress_bars()
 def prepare_data(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    data: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     *,
-    model: str,
-    data: Sequence[str | Path] | str | Path,
-    output: str | Path = "./output",
-    seq_length: int = 8192,
+    output: str | os.PathLike[str] = DEFAULT_OUTPUT,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seq_length: int = DEFAULT_SEQ_LENGTH,
     max_samples: int | None = None,
     seed: int = 0,
     num_workers: int | None = None,
@@ -63,43 +70,47 @@ def prepare_data(
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     merge_turns: bool = False,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> PreparedData:
     """Tokenises `data` (files, directories, hub names or presets) for the verifier `model` into the directory `output`.
 
-    Reuses an `output` that was made from the same recipe. `seq_length`: longest row, in tokens. `max_samples`: most
-    rows. `num_workers=None` chooses by the number of rows. `chat_template_kwargs` go to the template
-    (`enable_thinking`, ...). Raises `ValueError` for a source that cannot be read, data without a training row (unless
+    `model`: hub id, directory or loaded model; `tokenizer`: in place of its own. Reuses an `output` that was made from
+    the same recipe. `seq_length`: longest row, in tokens. `max_samples`: most rows. `num_workers=None` chooses by the
+    number of rows. `chat_template_kwargs` go to the template (`enable_thinking`, ...). `progress`: True draws a bar, a
+    function is told of it. Raises `ValueError` for a source that cannot be read, data without a training row (unless
     `allow_empty_output`), data in which every token is supervised, and an `output` that was made from another recipe
     (unless `overwrite`) or holds other files.
     """
-    sources = [data] if isinstance(data, str | Path) else list(data)
+    name = model_name(model)
+    sources = [os.fspath(source) for source in ([data] if isinstance(data, str | os.PathLike) else data)]
     if not sources:
         raise ValueError("data is empty; name at least one source of conversations")
     path = Path(output)
-    tokenizer = load_tokenizer(str(model), trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     options = TokenizeOptions(
         seq_length=seq_length,
         minimum_valid_tokens=1 if minimum_valid_tokens is None else minimum_valid_tokens,
-        vocab_size=vocabulary_size(str(model), tokenizer, trust_remote_code=trust_remote_code),
+        vocab_size=vocabulary_size(name, tokenizer, trust_remote_code=trust_remote_code),
         merge_turns=merge_turns,
     )
-    recipe = make_recipe(str(model), tokenizer, sources, options, seed, max_samples, chat_template_kwargs)
+    recipe = make_recipe(name, tokenizer, sources, options, seed, max_samples, chat_template_kwargs)
     if is_prepared(path) and not overwrite:
         prepared = reuse(path, recipe)
         export_token_freq(prepared, token_freq_path)
         return prepared
     refuse_foreign_files(path)
 
-    chunks = tokenize_sources(
-        sources,
-        RowTokenizer(tokenizer, options, chat_template_kwargs),
-        seed=seed,
-        max_samples=max_samples,
-        num_workers=num_workers,
-        progress=progress,
-    )
-    prepared = PreparedData(path, write_prepared(path, chunks, recipe, allow_empty_output))
+    with reporting(progress) as report:
+        chunks = tokenize_sources(
+            sources,
+            RowTokenizer(tokenizer, options, chat_template_kwargs),
+            seed=seed,
+            max_samples=max_samples,
+            num_workers=num_workers,
+            progress=report,
+        )
+        prepared = PreparedData(path, write_prepared(path, chunks, recipe, allow_empty_output))
     export_token_freq(prepared, token_freq_path)
     return prepared
 
@@ -156,19 +167,6 @@ def export_token_freq(prepared: PreparedData, token_freq_path: str | Path | None
     """Writes the copy of the token frequencies that a user asked for outside the prepared directory."""
     if token_freq_path is not None and Path(token_freq_path) != prepared.path / TOKEN_FREQ_NAME:
         save_token_freq(Counter(prepared.token_freq()), Path(token_freq_path))
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Turns the progress bars of the datasets library off inside the block: the caller shows progress."""
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
 
 
 def refuse_all_supervised(num_tokens: int, num_supervised: int) -> None:

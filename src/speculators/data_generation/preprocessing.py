@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,10 @@ from speculators.data_generation.tokenizing import (
     warn_about,
 )
 from speculators.utils.files import atomic_write
+from speculators.utils.progress import Progress
 from speculators.verifier.config import get_verifier_config
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, "int | None"], None]
-"""Called with (what is being done, how much is done, of how much or None)."""
 
 FEATURES = datasets.Features(
     {

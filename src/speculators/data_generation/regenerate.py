@@ -21,9 +21,10 @@ from rich.table import Table
 
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
-from speculators.data_generation.preprocessing import Progress
+from speculators.data_generation.defaults import DEFAULT_ANSWERED_TOGETHER
 from speculators.data_generation.rollout import Provenance, Rollout, make_rollout
 from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
+from speculators.utils.progress import Progress, reporting
 from speculators.utils.report import TableReport, facts_table
 
 logger = logging.getLogger(__name__)
@@ -72,13 +73,13 @@ class RegenerationReport(TableReport, os.PathLike[str]):
 
 
 def regenerate_responses(
-    conversations: str | Path | Sequence[Any],
+    conversations: str | os.PathLike[str] | Sequence[Any],
     tokenizer: Any,
     generate: Generate,
     *,
-    output: str | Path,
+    output: str | os.PathLike[str],
     limit: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = DEFAULT_ANSWERED_TOGETHER,
     max_prompt_tokens: int | None = None,
     resume: bool = False,
     stop_token_ids: Collection[int] | None = None,
@@ -86,7 +87,7 @@ def regenerate_responses(
     sampling_params: Mapping[str, Any] | None = None,
     max_consecutive_errors: int = 8,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> RegenerationReport:
     """Answers every user turn of `conversations` (rows, or a source for `load_raw_dataset`) with `generate`.
 
@@ -100,7 +101,7 @@ def regenerate_responses(
         raise ValueError(f"output {str(path)!r} must end in .jsonl: it holds one row per line")
     if path.exists() and not resume:
         raise ValueError(f"{str(path)!r} exists; pass resume (--resume) to complete it, or choose another output")
-    rows = load_raw_dataset(conversations) if isinstance(conversations, str | Path) else RawRows("rows", conversations)
+    rows = load_raw_dataset(conversations)
     report = RegenerationReport(path, path.with_suffix(".errors.jsonl"))
     stop_ids = {tokenizer.eos_token_id} if stop_token_ids is None else set(stop_token_ids)
     answering = RolloutBatches(
@@ -116,7 +117,11 @@ def regenerate_responses(
     num_rows = len(rows) if limit is None else min(limit, len(rows))
     unanswered = rollouts(rows, num_rows, already_done, report)
     try:
-        with path.open("a", encoding="utf-8") as written, report.errors_path.open("w", encoding="utf-8") as errors:
+        with (
+            reporting(progress) as show,
+            path.open("a", encoding="utf-8") as written,
+            report.errors_path.open("w", encoding="utf-8") as errors,
+        ):
             for batch in batches(unanswered, batch_size):
                 for rollout, error in answering.answer(batch):
                     if error is None:
@@ -127,8 +132,7 @@ def regenerate_responses(
                         report.num_failed += 1
                         errors.write(json_line(failure(rollout, error)))
                         errors.flush()
-                if progress is not None:
-                    progress("regenerate", batch[-1].index + 1, num_rows)
+                show("regenerate", batch[-1].index + 1, num_rows)
     finally:
         for file in (path, report.errors_path):
             if file.exists() and file.stat().st_size == 0:

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,6 @@ from speculators.data_generation.masks import agrees_with_template, merge_prefix
 from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, "int | None"], None]
-"""Called with (what is being done, how much is done, of how much or None)."""
 
 CHUNK_ROWS = 64
 """Raw rows per unit of work: small enough for a lively progress bar, large enough to hide the cost of passing them."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, overload
 
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from speculators.decoding.config import SpeculativeConfig
@@ -17,7 +18,7 @@ from speculators.decoding.sampling import SamplingParams
 from speculators.decoding.target import Verifier, open_target
 from speculators.interfaces import Proposer
 from speculators.utils.chat_template import chat_prompt
-from speculators.utils.names import did_you_mean
+from speculators.utils.names import refuse_unknown
 
 Message = Mapping[str, Any]
 """`{"role": "user", "content": "..."}`"""
@@ -26,7 +27,7 @@ Message = Mapping[str, Any]
 class ChatEngine(ABC):
     """The part of `Engine` that opens models by name and answers chats; what decodes is in the subclass."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase | None
 
     @abstractmethod
     def __init__(self, verifier: Any, speculative_config: Any = None, **options: Any) -> None: ...
@@ -44,7 +45,7 @@ class ChatEngine(ABC):
         drafter: Drafter | SpeculativeConfig | Proposer | None = None,
         *,
         num_speculative_tokens: int | None = None,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
@@ -125,10 +126,7 @@ def pieces(events: Iterator[StreamEvent]) -> Iterator[str]:
 
 
 def sampling_params(**settings: Any) -> SamplingParams:
-    known = [field.name for field in fields(SamplingParams)]
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"no sampling setting {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+    refuse_unknown("sampling setting", settings, (field.name for field in fields(SamplingParams)))
     return SamplingParams(**settings)
 
 

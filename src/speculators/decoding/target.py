@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from speculators.utils.quiet import no_progress_bars
 from speculators.verifier import load_verifier
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -26,18 +26,17 @@ class DecodingTarget:
     name: str
     """Hub id or directory; "" for a model that was never saved."""
     model: PreTrainedModel
-    tokenizer: Any
-    """None where nothing needs one."""
+    tokenizer: PreTrainedTokenizerBase
 
 
+@no_progress_bars()
 def open_target(
     verifier: Verifier,
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
-    needs_tokenizer: bool = True,
 ) -> DecodingTarget:
     """Loads the verifier unless it is a model already, and its tokenizer unless one is given.
 
@@ -61,12 +60,12 @@ def open_target(
             device=default_device() if device in (None, "auto") else device,
             trust_remote_code=trust_remote_code,
         )
-    if tokenizer is None and needs_tokenizer:
+    if tokenizer is None:
         tokenizer = load_tokenizer(name, trust_remote_code)
     return DecodingTarget(name, model, tokenizer)
 
 
-def load_tokenizer(name: str, trust_remote_code: bool) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     if not name:
         raise ValueError("the verifier was not loaded from a directory or hub id: give its tokenizer too (tokenizer=)")
     return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

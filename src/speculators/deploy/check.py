@@ -9,6 +9,7 @@ checkpoint is served without a word, and drafts badly. So every rule is looked a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from speculators.config import SpeculatorModelConfig
 from speculators.deploy import config_check, tensor_check, verifier_check
 from speculators.deploy.report import CheckReport
 from speculators.model import SpeculatorModel
+from speculators.utils.names import NamedModel, model_name
 
 RECORD = "as it was trained"
 MAP = "vocabulary map"
@@ -34,11 +36,21 @@ LEARNED_FROM = "the verifier it learned from"
 
 
 def check_checkpoint(
-    checkpoint: str | Path, *, verifier: str | None = None, algorithm: str | None = None
+    checkpoint: str | os.PathLike[str],
+    *,
+    verifier: str | os.PathLike[str] | NamedModel | None = None,
+    algorithm: str | None = None,
 ) -> CheckReport:
-    """`verifier`: the one to check against, if not the one recorded. `algorithm`: for a directory of another project
-    that could be of several."""
-    path = local_directory(checkpoint)
+    """Looks at everything that can be wrong with a checkpoint; `report.raise_for_errors()` raises what it found.
+
+    `checkpoint`: directory, hub id, or the result of training, export or conversion. `verifier`: the one to check
+    against, if not the one recorded. `algorithm`: for a directory of another project that could be of several.
+    Raises `FileNotFoundError` for a checkpoint that is not there; what is wrong inside it is in the report.
+    """
+    return check_directory(local_directory(checkpoint), None if verifier is None else model_name(verifier), algorithm)
+
+
+def check_directory(path: Path, verifier: str | None, algorithm: str | None) -> CheckReport:
     report = CheckReport(path)
     try:
         values = ForeignCheckpoint(path).values

@@ -25,6 +25,7 @@ from speculators.deploy.card import CARD_FILE, find_report, model_card
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.report import CheckError, CheckReport
 from speculators.utils.files import absolute_if_directory, atomic_directory, refuse_missing_verifier, refuse_to_replace
+from speculators.utils.names import NamedModel, model_name
 from speculators.utils.report import TableReport, facts_table
 
 NATIVE = "native"
@@ -55,23 +56,37 @@ class Exported(TableReport, os.PathLike[str]):
 
 
 def export_checkpoint(
-    checkpoint: str | Path,
-    output: str | Path,
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     *,
     profile: str = VLLM_PROFILE,
-    verifier: str | None = None,
+    verifier: str | os.PathLike[str] | NamedModel | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     report: Path | None = None,
 ) -> Exported:
     """Writes the directory `output` for the engine `profile` and checks it.
 
-    `verifier`: the name to record in place of the recorded one, such as the hub id that the serving machine knows.
-    `dtype`: the type of float tensors ("bfloat16", ...); None keeps them. `report`: an evaluation to quote in the card.
-    Raises `ValueError` for a setting that cannot be met, and `CheckError` (a `ValueError`) when the checkpoint itself
-    is wrong; nothing is written then.
+    `checkpoint`: directory, hub id, or the result of training. `verifier`: the name to record in place of the recorded
+    one, such as the hub id that the serving machine knows. `dtype`: the type of float tensors ("bfloat16", ...); None
+    keeps them. `report`: an evaluation to quote in the card. Raises `ValueError` for a setting that cannot be met, and
+    `CheckError` (a `ValueError`) when the checkpoint itself is wrong; nothing is written then.
     """
-    output = Path(output)
+    checkpoint = os.fspath(checkpoint)
+    name = None if verifier is None else model_name(verifier)
+    return write_export(checkpoint, Path(output), profile, name, dtype, report, overwrite=overwrite)
+
+
+def write_export(
+    checkpoint: str,
+    output: Path,
+    profile: str,
+    verifier: str | None,
+    dtype: str | None,
+    report: Path | None,
+    *,
+    overwrite: bool,
+) -> Exported:
     path = Path(os.path.abspath(output))  # links stay, as in every name that is written down
     refuse_to_replace(output, checkpoint, overwrite=overwrite)
     if verifier is not None:

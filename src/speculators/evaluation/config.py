@@ -44,8 +44,8 @@ class EvaluateConfig(Workload):
     batch_size: int = 1
     num_repeats: int = 1
     """Timings of each group, of which the fastest counts."""
-    dtype: str = "float32"
-    """Greedy equality is exact in float32 only: lower precisions have ties."""
+    dtype: str | None = None
+    """None: float32, or that of a verifier that is loaded already. Lower precisions have ties that rounding decides."""
     device: str = "auto"
     check_sampling: bool = False
     """With a temperature: draw `num_samples` short answers of each prompt both ways, and test that their law is one."""
@@ -88,8 +88,6 @@ class ParityConfig:
     checkpoint: str
     verifier: str | None = None
     """None: the one the checkpoint names."""
-    data: str = ""
-    """Conversations to take prompts from, when none are given."""
     num_prompts: int = 6
     max_tokens: int = 48
     num_speculative_tokens: int | None = None

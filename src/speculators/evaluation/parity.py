@@ -9,8 +9,9 @@ All greedy. The training forward is `SpeculatorModel.draft_logits`; see `parity_
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
@@ -18,11 +19,11 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speculators.data_generation.sources import LocalSource
 from speculators.decoding import Engine, RequestOutput, SamplingParams
-from speculators.decoding.target import DecodingTarget, open_target
+from speculators.decoding.target import default_device, load_tokenizer
 from speculators.evaluation.config import ParityConfig, VllmTarget
 from speculators.evaluation.parity_checks import (
     Check,
@@ -41,8 +42,9 @@ from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.report import SavedReport, environment
 from speculators.interfaces import CaptureSpec, Proposer
 from speculators.model import SpeculatorModel
+from speculators.utils.progress import Progress, reporting
 from speculators.utils.report import facts_table
-from speculators.verifier import verifier_parts
+from speculators.verifier import load_verifier, verifier_parts
 
 REPORT_NAME = "parity.json"
 
@@ -122,29 +124,31 @@ def check_parity(
     config: ParityConfig,
     prompts: Sequence[Sequence[int]] | None = None,
     *,
-    target: DecodingTarget | None = None,
-    on_progress: Callable[[str], Any] = lambda text: None,
+    source: str | os.PathLike[str] | Sequence[Any] = "",
+    verifier: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool | Progress | None = None,
 ) -> ParityReport:
-    """Replay prompts (token ids; else those `config` names) through training, engine and, if asked for, vLLM.
+    """Replay prompts through training, engine and, if asked for, vLLM.
 
-    `target`: the verifier, in place of loading it. Raises `ValueError` for what cannot be read.
+    `prompts`: token ids; None: the first ones of `source`, conversations as `load_prompts` reads them.
+    `verifier`, `tokenizer`: in place of loading them. Raises `ValueError` for what cannot be read.
     """
     begun_s = time.perf_counter()
     # fp32 while loading: what is the verifier's is then not rounded to the checkpoint's type on its way here
     model = SpeculatorModel.from_pretrained(config.checkpoint, verifier=config.verifier, dtype=torch.float32)
     verifier_path = config.verifier or recorded_verifier(model, config.checkpoint)
-    if target is None:
-        target = open_target(
+    if verifier is None:
+        verifier = load_verifier(
             verifier_path,
-            dtype=config.dtype,
-            device=config.device,
+            dtype=getattr(torch, config.dtype),
+            device=default_device() if config.device == "auto" else config.device,
             trust_remote_code=config.trust_remote_code,
-            needs_tokenizer=prompts is None,
         )
-    verifier = target.model
     model.to(verifier.device)
     if prompts is None:
-        prompts = load_prompts(config.data, target.tokenizer, limit=config.num_prompts)
+        tokenizer = tokenizer or load_tokenizer(verifier_path, config.trust_remote_code)
+        prompts = load_prompts(source, tokenizer, limit=config.num_prompts)
     cut_prompts = [list(prompt)[-config.max_prompt_tokens :] for prompt in prompts]
     num_drafts = config.num_speculative_tokens or recorded_num_tokens(model)
 
@@ -152,14 +156,15 @@ def check_parity(
     if type(model).make_proposer is SpeculatorModel.make_proposer:
         checks.append(Check("engine", None, "the algorithm has no make_proposer: it can only be trained"))
     elif drafts_tokens(model):
-        on_progress("replaying in the engine")
-        replayed = replay(model, verifier, cut_prompts, num_drafts, config)
-        checks += engine_checks(replayed)
-        if isinstance(config.vllm, str):
-            checks.append(Check("vLLM", None, config.vllm))
-        elif config.vllm is not None:
-            on_progress("replaying in vLLM")
-            checks += vllm_checks(config, config.vllm, verifier_path, num_drafts, replayed)
+        with reporting(progress) as show:
+            show("replaying in the engine", 0, None)
+            replayed = replay(model, verifier, cut_prompts, num_drafts, config)
+            checks += engine_checks(replayed)
+            if isinstance(config.vllm, str):
+                checks.append(Check("vLLM", None, config.vllm))
+            elif config.vllm is not None:
+                show("replaying in vLLM", 0, None)
+                checks += vllm_checks(config, config.vllm, verifier_path, num_drafts, replayed)
     return ParityReport(
         checkpoint=str(config.checkpoint),
         verifier=verifier_path,

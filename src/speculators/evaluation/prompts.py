@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import load_raw_dataset
@@ -13,12 +17,15 @@ from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 logger = logging.getLogger(__name__)
 
 
-def load_prompts(source: str, tokenizer: Any, *, limit: int | None = None) -> list[list[int]]:
-    """The first `limit` prompts of a data source, as token ids. `ValueError` when there is none."""
+def load_prompts(
+    source: str | os.PathLike[str] | Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None
+) -> list[list[int]]:
+    """The first `limit` prompts of a data source, or of rows, as token ids. `ValueError` when there is none."""
     renderer = ChatRenderer(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     prompts: list[list[int]] = []
     reasons: list[str] = []
-    for index, row in enumerate(load_raw_dataset(source)):
+    raw_rows = load_raw_dataset(source)
+    for index, row in enumerate(raw_rows):
         if len(prompts) == limit:
             break
         try:
@@ -30,8 +37,10 @@ def load_prompts(source: str, tokenizer: Any, *, limit: int | None = None) -> li
             reasons.append(str(reason))
     if not prompts:
         raise ValueError(
-            f"no prompt in {source}: {len(reasons)} rows, {'; '.join(sorted(set(reasons))[:5]) or 'empty'}"
+            f"no prompt in {raw_rows.name}: {len(reasons)} rows, {'; '.join(sorted(set(reasons))[:5]) or 'empty'}"
         )
     if reasons:
-        logger.warning("%s: %d rows without a prompt are left out; the first: %s", source, len(reasons), reasons[0])
+        logger.warning(
+            "%s: %d rows without a prompt are left out; the first: %s", raw_rows.name, len(reasons), reasons[0]
+        )
     return prompts

@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import count
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from speculators.decoding import Engine, RequestOutput, SamplingParams
 from speculators.decoding.method import PLAIN, Method, parse_methods
-from speculators.decoding.target import DecodingTarget, open_target
+from speculators.decoding.target import Verifier, open_target
 from speculators.evaluation.config import EvaluateConfig
 from speculators.evaluation.measurement import Generate, measure_interleaved, summarise
 from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.report import EvaluationReport, environment
 from speculators.evaluation.statistics import two_sample_p_value
+from speculators.utils.progress import Progress, reporting
 
 
 def measure_methods(
     config: EvaluateConfig,
+    verifier: Verifier,
+    data: str | os.PathLike[str] | Sequence[Any],
     *,
-    target: DecodingTarget | None = None,
-    prompts: Sequence[Sequence[int]] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool | Progress | None = None,
 ) -> EvaluationReport:
-    """Measure every method on the same prompts. `on_progress(done, total)` counts prompts.
+    """Measure every method on the same prompts; `progress` counts them.
 
-    `target`, `prompts` (token ids): used in place of what the config names. Raises `ValueError` for a verifier, drafter
-    or data set that cannot be read.
+    `verifier`, `data`: what `config` names, or the loaded model and the rows that it names. Raises `ValueError` for a
+    verifier, drafter or data set that cannot be read.
     """
     trees = {"speculative_token_tree": config.speculative_token_tree, "dynamic_tree": config.dynamic_tree}
     trees = {name: tree for name, tree in trees.items() if tree is not None}
     methods = parse_methods(config.methods, config.num_speculative_tokens, trees)
     methods = [Method(PLAIN, None), *(method for method in methods if method.speculative_config is not None)]
-    if target is None:
-        target = open_target(
-            config.verifier, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
-        )
-    if prompts is None:
-        prompts = load_prompts(config.data, target.tokenizer, limit=config.num_prompts)
+    target = open_target(
+        verifier,
+        tokenizer=tokenizer,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    found = {"dtype": str(target.model.dtype).removeprefix("torch."), "device": str(target.model.device)}
+    prompts = load_prompts(data, target.tokenizer, limit=config.num_prompts)
     max_length = max(map(len, prompts)) + config.max_tokens
     engines = {
         method.name: Engine(
@@ -56,17 +65,17 @@ def measure_methods(
     def add(num_prompts: int) -> None:
         nonlocal done
         done += num_prompts
-        if on_progress is not None:
-            on_progress(done, total)
+        show("decode", done, total)
 
-    measurements = measure_interleaved(
-        {name: decoder(engine, sampling) for name, engine in engines.items()},
-        prompts,
-        group_size=config.batch_size,
-        num_warmup=config.num_warmup,
-        num_repeats=config.num_repeats,
-        on_group=add,
-    )
+    with reporting(progress) as show:
+        measurements = measure_interleaved(
+            {name: decoder(engine, sampling) for name, engine in engines.items()},
+            prompts,
+            group_size=config.batch_size,
+            num_warmup=config.num_warmup,
+            num_repeats=config.num_repeats,
+            on_group=add,
+        )
     p_values = sampling_p_values(engines, prompts, config) if config.check_sampling and config.temperature > 0 else {}
     rows = tuple(
         summarise(
@@ -83,7 +92,7 @@ def measure_methods(
         verifier=config.verifier,
         dataset=config.data,
         rows=rows,
-        settings=asdict(config) | {"speculative_configs": {m.name: m.speculative_config for m in methods}},
+        settings=asdict(config) | found | {"speculative_configs": {m.name: m.speculative_config for m in methods}},
         environment=environment(),
     )
 

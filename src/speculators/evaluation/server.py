@@ -6,7 +6,7 @@ is given, each group is asked of both, one after the other in an order that chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
@@ -23,6 +23,7 @@ from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.report import SavedReport, environment, house_table, with_interval
 from speculators.evaluation.server_client import Answering, MeasuredServer, ServerCounters, ServerRestartedError
 from speculators.evaluation.statistics import Estimate, count_identical
+from speculators.utils.progress import Progress, reporting
 
 COLUMNS = (
     "clients",
@@ -120,9 +121,7 @@ class Level:
     num_restarts: int = 0
 
 
-def evaluate_server(
-    config: ServerConfig, *, on_progress: Callable[[str, int, int | None], None] | None = None
-) -> ServerReport:
+def evaluate_server(config: ServerConfig, *, progress: bool | Progress | None = None) -> ServerReport:
     """Measure a running server. One that goes away for good ends the measurement; what there is, is reported."""
     if not config.num_clients or min(config.num_clients) < 1:
         raise ValueError(f"concurrency {list(config.num_clients)}: at least one client is needed")
@@ -134,9 +133,10 @@ def evaluate_server(
     prompts = load_prompts(config.data, tokenizer_of(config, root), limit=config.num_prompts)
     levels, interrupted = [], None
     try:
-        for num_clients in config.num_clients:
-            levels.append(Level(num_clients))
-            measure_level(levels[-1], servers, prompts, config, on_progress)
+        with reporting(progress) as show:
+            for num_clients in config.num_clients:
+                levels.append(Level(num_clients))
+                measure_level(levels[-1], servers, prompts, config, show)
     except (ServerUnavailableError, ServerRestartedError) as error:
         groups_done = len(levels[-1].served)
         interrupted = f"{error}. {groups_done * levels[-1].num_clients} prompts of this level were measured"
@@ -183,7 +183,7 @@ def measure_level(
     servers: dict[str, MeasuredServer],
     prompts: Sequence[Sequence[int]],
     config: ServerConfig,
-    on_progress: Callable[[str, int, int | None], None] | None,
+    show: Progress,
 ) -> None:
     """Fill `level`, a group at a time; a group counts only when every server answered all of it."""
     answering = Answering(config.max_tokens, config.temperature, config.top_k, config.top_p, config.seed)
@@ -201,8 +201,7 @@ def measure_level(
         if PLAIN in measured:
             level.plain.append(measured[PLAIN][0])
         num_done += len(group)
-        if on_progress is not None:
-            on_progress(f"{level.num_clients} clients", num_done, len(prompts))
+        show(f"{level.num_clients} clients", num_done, len(prompts))
 
 
 def measured_again(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from speculators.data_generation import PreparedData
 from speculators.evaluation.config import ParityConfig
@@ -18,10 +19,13 @@ NUM_PROMPTS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 64, 32
 """A wrong drafter shows within a few rounds."""
 
 
-def run_gate(config: TrainConfig, verifier: str, checkpoint: Path, device: torch.device) -> ParityReport:
+def run_gate(
+    config: TrainConfig, verifier: str, checkpoint: Path, device: torch.device, loaded: PreTrainedModel | None = None
+) -> ParityReport:
     """Verifies the checkpoint and writes the report beside its weights.
 
-    On an accelerator it uses the run's own precision: a second verifier in fp32 may not fit.
+    `loaded`: the verifier, when the run was given it. One that is loaded here has the run's own precision on an
+    accelerator: a second verifier in fp32 may not fit.
     """
     report = check_parity(
         ParityConfig(
@@ -34,6 +38,7 @@ def run_gate(config: TrainConfig, verifier: str, checkpoint: Path, device: torch
             trust_remote_code=config.verifier.trust_remote_code,
         ),
         gate_prompts(config),
+        verifier=loaded,
     )
     report.save(checkpoint / REPORT_NAME)
     return report

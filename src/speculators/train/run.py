@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from speculators.data_generation import LocalSource
 from speculators.deploy.check import check_checkpoint
@@ -36,13 +35,18 @@ from speculators.train.sources import ask_server, make_source, open_store, rows_
 from speculators.train.trainer import Trainer
 from speculators.train.vocab_mapping import resolve_vocab_mapping
 from speculators.utils.files import absolute_if_directory, atomic_write
+from speculators.utils.quiet import no_progress_bars
 from speculators.verifier import check_reproduces_logits, load_verifier, text_config
 
 DRY_RUN_NAME = "dry_run"
 
 
-def train(config: TrainConfig, *, on_event: Listener = ignore) -> TrainResult:
-    """Train what `config` describes. `on_event` hears of every step, validation and checkpoint."""
+@no_progress_bars()
+def train(config: TrainConfig, *, verifier: PreTrainedModel | None = None, on_event: Listener = ignore) -> TrainResult:
+    """Train what `config` describes. `on_event` hears of every step, validation and checkpoint.
+
+    `verifier`: the model that `config` names, when it is loaded already.
+    """
     with ranks_from_environment() as ranks:
         trackers = []
         if ranks.is_main:
@@ -53,7 +57,7 @@ def train(config: TrainConfig, *, on_event: Listener = ignore) -> TrainResult:
             for listener in (on_event, *trackers):
                 listener(event)
 
-        trainer, estimate = build(config, ranks, tell if ranks.is_main else ignore)
+        trainer, estimate = build(config, ranks, tell if ranks.is_main else ignore, verifier)
         save_path = Path(config.trainer.save_path)
         check_disk_space(save_path, estimate.checkpoint_bytes)
         if ranks.is_main:
@@ -74,12 +78,13 @@ def train(config: TrainConfig, *, on_event: Listener = ignore) -> TrainResult:
         how = f"speculators verify {result.checkpoint}"
         on_event(Note(f"no parity gate: the verifier was not in this process; where it can be, run `{how}`"))
         return result
-    return replace(result, parity=run_gate(config, verifier_name(config), result.checkpoint, device))
+    return replace(result, parity=run_gate(config, verifier_name(config), result.checkpoint, device, verifier))
 
 
-def build(config: TrainConfig, ranks: Ranks, on_event: Listener) -> tuple[Trainer, MemoryEstimate]:
+def build(
+    config: TrainConfig, ranks: Ranks, on_event: Listener, verifier: PreTrainedModel | None = None
+) -> tuple[Trainer, MemoryEstimate]:
     """Everything of a run but its first step."""
-    transformers_logging.disable_progress_bar()
     torch.manual_seed(config.seed)
     if config.deterministic_cuda:
         torch.use_deterministic_algorithms(True)
@@ -100,7 +105,7 @@ def build(config: TrainConfig, ranks: Ranks, on_event: Listener) -> tuple[Traine
     if usable is None and data.vllm_endpoint is not None:
         computing = ask_server(data, model.capture, name, hidden_size, note)
     elif usable is None:
-        verifier_model = load_checked_verifier(config, ranks, dtype)
+        verifier_model = checked_verifier(config, ranks, dtype, verifier)
         computing = LocalSource(verifier_model, model.capture)
     source = make_source(data, store, computing, hidden_size)
     loaders = []
@@ -175,11 +180,17 @@ def build_model(config: TrainConfig, verifier_config: Any) -> SpeculatorModel:
     return model.float()
 
 
-def load_checked_verifier(config: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> PreTrainedModel:
+def checked_verifier(
+    config: TrainConfig, ranks: Ranks, dtype: torch.dtype, loaded: PreTrainedModel | None
+) -> PreTrainedModel:
     """The verifier, whose captured states were shown to give its logits."""
     keys = config.verifier
-    model = load_verifier(
-        keys.verifier_name_or_path, dtype=dtype, device=ranks.device, trust_remote_code=keys.trust_remote_code
+    model = (
+        loaded
+        if loaded is not None
+        else load_verifier(
+            keys.verifier_name_or_path, dtype=dtype, device=ranks.device, trust_remote_code=keys.trust_remote_code
+        )
     )
     check_reproduces_logits(model)
     return model

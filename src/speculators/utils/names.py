@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
+
+
+class NamedModel(Protocol):
+    """A model of transformers, as far as its name goes."""
+
+    @property
+    def name_or_path(self) -> str | None: ...
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
@@ -36,3 +44,23 @@ def lazy_attributes(package: str, module_of: Mapping[str, str]) -> tuple[Callabl
         return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
 
     return get, lambda: sorted(module_of)
+
+
+def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `ValueError` for the first given name that is not known, with the nearest one that is."""
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}")
+
+
+def model_name(model: str | os.PathLike[str] | NamedModel) -> str:
+    """The hub id or directory of a model: itself, or where a loaded one comes from. Raises `ValueError` for neither."""
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    if not model.name_or_path:
+        raise ValueError(
+            f"the {type(model).__name__} was not loaded from a directory or hub id, which is written down as its name; "
+            "save it and load it from there"
+        )
+    return model.name_or_path

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from speculators.utils.files import refuse_missing_verifier
+from speculators.utils.quiet import no_progress_bars
 from speculators.verifier.config import first_line, open_verifier_config, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@no_progress_bars()
 def load_verifier(
     name_or_path: str | Path,
     *,

@@ -1,0 +1,241 @@
+"""The front door: what the commands do, as functions. `import speculators as sp` has each of them.
+
+    sp.regenerate -> sp.prepare_data -> sp.train_drafter -> sp.Engine / sp.evaluate / sp.verify -> sp.check, sp.export
+
+A verifier is a hub id, a directory or a loaded causal LM (then `tokenizer=` may be given too). Data and checkpoints are
+paths, or what an earlier function returned. Keyword settings are the fields of the configs named in each docstring; one
+that does not exist is a `ValueError` with the nearest that does. Nothing is printed and no bar is drawn unless asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from speculators import assets
+from speculators.checkpoint.formats import SPECULATORS
+from speculators.checkpoint.io import local_directory
+from speculators.config import SpeculatorModelConfig
+from speculators.data_generation.defaults import DEFAULT_ANSWER_TOKENS, DEFAULT_ANSWERED_TOGETHER
+from speculators.data_generation.regenerate import RegenerationReport, regenerate_responses
+from speculators.decoding.chat import sampling_params
+from speculators.decoding.engine import Engine
+from speculators.decoding.method import Drafter
+from speculators.decoding.target import Verifier
+from speculators.deploy.export import export_checkpoint
+from speculators.deploy.process import find_vllm
+from speculators.evaluation.config import EvaluateConfig, ParityConfig, VllmTarget
+from speculators.evaluation.parity import ParityReport, check_parity
+from speculators.evaluation.report import EvaluationReport
+from speculators.evaluation.run import measure_methods
+from speculators.model import SpeculatorModel
+from speculators.train.config import TrainConfig
+from speculators.train.events import Event, Listener
+from speculators.train.flags import flag_of
+from speculators.train.progress import TrainingProgress
+from speculators.train.records import TrainResult
+from speculators.train.run import train
+from speculators.utils.names import model_name, refuse_unknown
+from speculators.utils.progress import Progress
+from speculators.utils.quiet import no_progress_bars
+
+NOTED = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+"""Sampling settings that are written beside each regenerated answer."""
+
+Source = str | os.PathLike[str] | Sequence[Any]
+"""Conversations: a file, a directory, `hf:<id>` or a preset, or the rows themselves."""
+
+
+@no_progress_bars()
+def regenerate(
+    verifier: Verifier,
+    data: Source,
+    *,
+    output: str | os.PathLike[str],
+    drafter: Drafter | None = None,
+    num_speculative_tokens: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    limit: int | None = None,
+    batch_size: int = DEFAULT_ANSWERED_TOGETHER,
+    resume: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | Progress = False,
+    **sampling: Any,
+) -> RegenerationReport:
+    """Replaces the answers of a data set by the verifier's own: the text that a drafter will see when it serves.
+
+    `output`: .jsonl file to write, for `prepare_data`. `drafter`: see `Engine.from_pretrained`. `limit`:
+    conversations to answer. `sampling`: the fields of `SamplingParams`. Raises `ValueError` for data without a prompt,
+    and for an `output` that exists unless `resume`.
+    """
+    params = sampling_params(**{"max_tokens": DEFAULT_ANSWER_TOKENS, "seed": 0, **sampling})
+    engine = Engine.from_pretrained(
+        verifier,
+        drafter,
+        num_speculative_tokens=num_speculative_tokens,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        max_batch_size=batch_size,
+    )
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        return [output.token_ids for output in engine.generate(prompts, params)]
+
+    return regenerate_responses(
+        data,
+        engine.tokenizer,
+        answer,
+        output=output,
+        limit=limit,
+        batch_size=batch_size,
+        max_prompt_tokens=engine.max_length - 1,
+        resume=resume,
+        sampling_params={name: getattr(params, name) for name in NOTED},
+        chat_template_kwargs=chat_template_kwargs,
+        progress=progress,
+    )
+
+
+@no_progress_bars()
+def train_drafter(
+    algorithm: str,
+    *,
+    verifier: Verifier,
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    progress: bool = False,
+    on_event: Listener | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Trains a drafter of a registered algorithm ("eagle3", "dflash", ...) for a verifier.
+
+    `data`: what `prepare_data` wrote. `output`: run directory; a run that ended early is continued. `settings`: the
+    keys of `TrainConfig` and of the algorithm, named as the command's flags (`epochs`, `draft_vocab_size`, `lr`, ...).
+    `on_event` is told of every step, validation and checkpoint (`speculators.train.events`).
+    The result holds the check and the parity gate made at the end: `result.raise_for_errors()`.
+    Raises `ConfigError` for settings that are unknown or contradict each other, `ValueError` for data, verifier or
+    checkpoints that cannot be used.
+    """
+    given = {
+        "speculator_type": algorithm,
+        "verifier_name_or_path": model_name(verifier),
+        "data_path": os.fspath(data),
+        "save_path": os.fspath(output),
+        **{key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in settings.items()},
+    }
+    config = TrainConfig.from_sources(cli=given, argv=as_flags(given))
+    model = verifier if isinstance(verifier, PreTrainedModel) else None
+    with TrainingProgress() if progress else nullcontext() as bar:
+
+        def tell(event: Event) -> None:
+            for listener in (bar, on_event):
+                if listener is not None:
+                    listener(event)
+
+        return train(config, verifier=model, on_event=tell)
+
+
+def as_flags(given: Mapping[str, Any]) -> list[str]:
+    """The command line that means the same, for the record of the run."""
+    words = []
+    for key, value in given.items():
+        if isinstance(value, bool):
+            words.append(flag_of(key) if value else f"--no-{key.replace('_', '-')}")
+        elif isinstance(value, list | tuple):
+            words += [flag_of(key), *map(str, value)]
+        elif value is not None:
+            words += [flag_of(key), json.dumps(value) if isinstance(value, Mapping) else str(value)]
+    return words
+
+
+@no_progress_bars()
+def evaluate(
+    verifier: Verifier,
+    data: Source,
+    *,
+    methods: Sequence[Drafter] = EvaluateConfig.methods,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool | Progress = False,
+    **settings: Any,
+) -> EvaluationReport:
+    """Measures drafting methods against plain decoding on held-out conversations: acceptance, speed, losslessness.
+
+    `methods`: see `Engine.from_pretrained`. `settings`: the fields of `EvaluateConfig`. With `check_sampling` and a
+    temperature the law of sampled answers is tested too; `report.raise_for_errors()` raises when one is not lossless.
+    Raises `ValueError` for a verifier, drafter or data set that cannot be read.
+    """
+    refuse_unknown("setting of evaluate", settings, names_of(EvaluateConfig, "verifier", "data", "methods"))
+    named = [method if isinstance(method, str | Mapping) else os.fspath(method) for method in methods]
+    config = EvaluateConfig(
+        verifier=verifier.name_or_path or "" if isinstance(verifier, PreTrainedModel) else os.fspath(verifier),
+        data=os.fspath(data) if isinstance(data, str | os.PathLike) else f"{len(data)} given rows",
+        methods=tuple(named),
+        **settings,
+    )
+    return measure_methods(config, verifier, data, tokenizer=tokenizer, progress=progress)
+
+
+@no_progress_bars()
+def verify(
+    checkpoint: str | os.PathLike[str],
+    *,
+    verifier: Verifier | None = None,
+    data: Source | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vllm: bool | str | os.PathLike[str] = False,
+    progress: bool | Progress = False,
+    **settings: Any,
+) -> ParityReport:
+    """Checks that training, the engine and vLLM draft the same tokens, and that the text is the verifier's.
+
+    `verifier`: None: the one the checkpoint names. `data`: conversations to replay; None: built-in ones. `vllm`: the
+    Python with vLLM to replay in too; True: where it is found, with a note in the report where not. `settings`: the
+    fields of `ParityConfig`. `report.raise_for_errors()` raises when the gate is not passed.
+    Raises `ValueError` for a checkpoint or verifier that cannot be read.
+    """
+    refuse_unknown("setting of verify", settings, names_of(ParityConfig, "checkpoint", "verifier", "data", "vllm"))
+    path = str(local_directory(checkpoint))
+    name = None if verifier is None else model_name(verifier)
+    model = verifier if isinstance(verifier, PreTrainedModel) else None
+    source = assets.prompts_path("heldout") if data is None else data
+    with tempfile.TemporaryDirectory() as folder:
+        python = None if isinstance(vllm, bool) else os.fspath(vllm)
+        target = vllm_target(path, name, python, Path(folder)) if vllm else None
+        config = ParityConfig(checkpoint=path, verifier=name, vllm=target, **settings)
+        return check_parity(config, source=source, verifier=model, tokenizer=tokenizer, progress=progress)
+
+
+def vllm_target(checkpoint: str, verifier: str | None, python: str | None, folder: Path) -> VllmTarget | str:
+    """What vLLM serves: the checkpoint itself, or the directory `export` makes of it. Text: why it cannot be asked."""
+    try:
+        environment = find_vllm(python)
+    except ValueError as error:
+        if python is not None:
+            raise
+        return str(error)
+    config = SpeculatorModelConfig.from_pretrained(checkpoint)
+    contract = SpeculatorModel.registered_model_class_from_config(config).contract
+    if contract.served_format is None:
+        return f"vLLM has no class for '{config.speculators_model_type}'"
+    if contract.served_format == SPECULATORS and verifier is None:  # the directory says everything itself
+        return VllmTarget(str(environment.python), checkpoint)
+    serving = export_checkpoint(checkpoint, folder / "served", verifier=verifier).serving
+    assert serving is not None
+    return VllmTarget(str(environment.python), serving.model, dict(serving.speculative_config or {}))
+
+
+def names_of(config: type, *without: str) -> list[str]:
+    return [field.name for field in fields(config) if field.name not in without]

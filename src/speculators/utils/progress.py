@@ -1,0 +1,49 @@
+"""Progress bars: ours are drawn where they are asked for, those of other libraries never."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+Progress = Callable[[str, int, "int | None"], None]
+"""Called with (what is being done, how much is done, of how much or None)."""
+
+
+class WorkProgress:
+    """One bar on stderr per kind of work. Itself a `Progress`."""
+
+    def __init__(self) -> None:
+        self.bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True, highlight=False, soft_wrap=True),
+        )
+        self.bar_of: dict[str, TaskID] = {}
+
+    def __enter__(self) -> WorkProgress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        if what not in self.bar_of:
+            self.bar_of[what] = self.bars.add_task(what, total=total)
+        self.bars.update(self.bar_of[what], completed=done, total=total)
+
+
+@contextmanager
+def reporting(progress: bool | Progress | None) -> Iterator[Progress]:
+    """What to report to: bars for True, nothing for False or None, else the caller's own function."""
+    if progress is True:
+        with WorkProgress() as bars:
+            yield bars
+    else:
+        yield progress or (lambda what, done, total: None)

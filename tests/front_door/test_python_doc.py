@@ -1,0 +1,82 @@
+"""The lines of docs/python.md and docs/generate.md run as they are written, on the embedded verifier."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from speculators import assets
+
+DOCS = Path(__file__).parents[2] / "docs"
+TINY = {
+    '"Qwen/Qwen3-8B"': f'"{assets.tiny_verifier_path()}"',
+    '"MODEL"': f'"{assets.tiny_verifier_path()}"',
+    '"run/checkpoint_best"': '"ngram"',
+    'dtype="bfloat16", device="cuda"': 'dtype="float32", device="cpu"',
+    "draft_vocab_size=32_000": "draft_vocab_size=256, max_steps=2, total_seq_len=256",
+    "epochs=4": "epochs=1",
+    "run.checkpoint])": "run.checkpoint], num_prompts=2, max_tokens=16, num_warmup=0)",
+    "max_tokens=64": "max_tokens=16",
+}
+"""What the documents say -> what runs here: a verifier that is there, and sizes for a test."""
+
+
+def code_of(document: str, line: int | None = None) -> list[str]:
+    """The Python in a document: its indented blocks."""
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", (DOCS / document).read_text(), re.MULTILINE)
+    code = [textwrap.dedent(block).strip() for block in blocks]
+    return [block for block in code if is_python(block)]
+
+
+def is_python(block: str) -> bool:
+    try:
+        ast.parse(block)
+    except SyntaxError:
+        return False
+    return "speculators" in block or "engine" in block
+
+
+def as_it_runs(block: str) -> str:
+    for said, runs in TINY.items():
+        block = block.replace(said, runs)
+    return block
+
+
+@pytest.fixture
+def chats(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rows = assets.prompts_path("train").read_text().splitlines()[:60]
+    (tmp_path / "chat.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "heldout.jsonl").write_text(assets.prompts_path("heldout").read_text())
+    return tmp_path
+
+
+def test_the_lines_of_the_document_run_and_are_silent(chats):
+    """In one process, as someone types them: nothing but what they print is printed, and no bar is drawn."""
+    [main, loaded, chat] = code_of("python.md")
+    check = (
+        "assert reply.token_ids and reply.finish_reason in ('stop', 'length')\n"
+        "assert 1 <= reply.stats.acceptance_length <= 5\n"
+        "assert [row.method for row in table.rows] == ['none', 'ngram', 'eagle3'] and table.lossless\n"
+        "assert run.parity.passed and 'Trained' in str(run) and '<pre' in table._repr_html_()\n"
+        "assert sp.verify(run, num_prompts=1, max_tokens=8).passed\n"
+    )
+    script = "\n".join([as_it_runs(main), check, as_it_runs(loaded), as_it_runs(chat)])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=chats)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"\d+%|it/s|━|█|Loading", done.stderr), done.stderr
+    assert "eagle3" in done.stdout and "acceptance" in done.stdout
+
+
+def test_the_lines_of_the_guide_to_generating_run(chats, capsys):
+    [block] = code_of("generate.md")
+    exec(compile(as_it_runs(block), "docs/generate.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].rsplit(" ", 1)[0].strip()  # the text before the acceptance length
+    assert float(printed[0].rsplit(" ", 1)[1]) >= 1 if len(printed) == 1 else printed
