@@ -156,7 +156,7 @@ FAULTS = {
         "eagle3",
         tensor_fault(other_embedding),
         ("embedding-differs", "embed_tokens.weight"),
-        "not the verifier's",
+        "differ from the verifier's",
     ),
     "trained embedding left out": (
         "peagle",
@@ -209,7 +209,7 @@ FAULTS = {
         "eagle3",
         config_fault("speculators_config.verifier.name_or_path", "/no/such/model"),
         ("verifier-unreachable", "speculators_config.verifier.name_or_path"),
-        "no directory with a config.json",
+        "not a directory with a config.json",
     ),
     "NaN": (
         "eagle3",

@@ -1,15 +1,15 @@
-"""`training_record.json`: what a drafter was trained with, written beside its weights, so that later edits are seen.
+"""Writes and reads `training_record.json`, which lies beside the weights so that later edits can be detected.
 
-    config      every value of config.json that shapes what is computed, flat: "transformer_layer_config.head_dim"
+    config      every value of config.json that affects the computation, flat: "transformer_layer_config.head_dim"
     tensors     a fingerprint of each tensor on disk
-    num_speculative_tokens      draft tokens a round
+    num_speculative_tokens      draft tokens per round
     verifier    sizes, tokenizer and some rows of embedding and head of the verifier it learned from
 
 A fingerprint is a hash, exact, and a sketch, which survives rounding to another type: for fixed random signs s and t,
 
     sketch = s' W t / |W|          about N(0, 1) for unrelated weights; rounding to bf16 moves it by some 0.002
 
-Matrices whose columns are several states of the verifier side by side also have a sketch for each of these chunks.
+Matrices whose columns read several states of the verifier side by side also have a sketch for each of these chunks.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from speculators.verifier.weights import verifier_rows
 RECORD_FILE = "training_record.json"
 RECORD_VERSION = 1
 Origin = Literal["training", "conversion"]
-"""Who wrote the checkpoint: after a conversion, nothing is known of its training."""
+"""Who wrote the checkpoint. After a conversion, nothing is known about its training."""
 NUM_SKETCHES = 4
 ROWS_AT_ONCE = 1024
-"""So that a block of fp32 stays in the processor's cache."""
+"""Rows per block: a block of fp32 then stays in the processor's cache."""
 MAX_CHUNKS = 64
 
-# Keys of config.json that change nothing in what is computed from given weights.
+# Keys of config.json that do not affect what is computed from given weights.
 NOT_COMPUTED = {
     "_name_or_path",
     "architectures",
@@ -73,8 +73,10 @@ VERIFIER_TENSORS = ("embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 def write_training_record(
     directory: str | Path, training_keys: frozenset[str] = frozenset(), *, origin: Origin = "training"
 ) -> Path:
-    """Describe the checkpoint in `directory` as it now lies there. `training_keys`: top-level keys of config.json that
-    only training reads."""
+    """Describes the checkpoint that `directory` now holds; returns the file.
+
+    `training_keys`: top-level keys of config.json that only training reads.
+    """
     directory = Path(directory)
     values = json.loads((directory / "config.json").read_text())
     hidden_size = hidden_size_of(values)
@@ -95,13 +97,16 @@ def write_training_record(
 
 
 def read_training_record(directory: str | Path) -> dict[str, Any] | None:
-    """None: the checkpoint has none (it was not trained or converted here)."""
+    """Reads the record; None when the checkpoint was not trained or converted here.
+
+    Raises `ValueError` for a record of another version.
+    """
     file = Path(directory) / RECORD_FILE
     if not file.is_file():
         return None
     record = json.loads(file.read_text())
     if record.get("record_version") != RECORD_VERSION:
-        raise ValueError(f"{file} is of version {record.get('record_version')}; this release reads {RECORD_VERSION}")
+        raise ValueError(f"{file} has version {record.get('record_version')}; this release reads {RECORD_VERSION}")
     return record
 
 
@@ -109,7 +114,7 @@ def read_training_record(directory: str | Path) -> dict[str, Any] | None:
 
 
 def computed_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that shape what is computed, by dotted key. Rope is spelled one way, whichever way it was written."""
+    """Returns the values that affect the computation, by dotted key, with rope in one spelling."""
     layers = values.get(LAYERS)
     top = {key: value for key, value in values.items() if key not in NOT_COMPUTED and key != LAYERS}
     flat = flattened(top)
@@ -122,7 +127,7 @@ def computed_config(values: Mapping[str, Any]) -> dict[str, Any]:
 def rope_of(layers: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(layers.get("rope_parameters") or layers.get("rope_scaling") or {})
     if any(isinstance(value, Mapping) for value in found.values()):
-        return found  # one set for each kind of layer
+        return found  # one set per kind of layer
     for key in ("rope_theta", "partial_rotary_factor"):
         if key not in found and layers.get(key) is not None:
             found[key] = layers[key]
@@ -154,7 +159,7 @@ def recorded_num_tokens(values: Mapping[str, Any]) -> int | None:
 
 
 def fingerprint(tensor: Tensor, chunk_width: int | None = None) -> dict[str, Any]:
-    """Shape, type, hash; of floats also the sketch, and one for each chunk of columns that wide."""
+    """Describes a tensor by shape, type and hash; floats also by a sketch, and one per `chunk_width` columns."""
     found: dict[str, Any] = {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype), "sha256": sha256(tensor)}
     if tensor.is_floating_point() and tensor.numel():
         matrix = as_matrix(tensor)
@@ -194,7 +199,7 @@ def sketch(matrix_RC: Tensor) -> list[float]:
 
 @lru_cache(maxsize=32)
 def signs(count: int, salt: int) -> Tensor:
-    """Random signs [count, NUM_SKETCHES]: numpy's old generator, whose numbers are promised never to change."""
+    """Draws signs [count, NUM_SKETCHES] from numpy's old generator, which numpy promises never to change."""
     drawn = np.random.RandomState(salt).randint(0, 2, size=(NUM_SKETCHES, count))
     return torch.from_numpy(drawn.T * 2 - 1).float()
 
@@ -210,7 +215,7 @@ def recorded_verifier(values: Mapping[str, Any]) -> dict[str, Any] | None:
 
 @lru_cache(maxsize=4)
 def verifier_facts(name: str) -> dict[str, Any]:
-    """What tells one verifier from another, without loading it. What cannot be had here is null."""
+    """Describes a verifier without loading it: sizes, tokenizer, some rows. Facts that cannot be read here are null."""
     facts: dict[str, Any] = {"name_or_path": name, "tokenizer": tokenizer_facts(name)}
     try:
         config = text_config(open_config(name))
@@ -224,13 +229,13 @@ def verifier_facts(name: str) -> dict[str, Any]:
 
 
 def rows_fingerprint(tensor: str, verifier: str) -> dict[str, Any] | None:
-    """Of some rows; None when they cannot be read here."""
+    """Fingerprints some rows of a tensor; None when they cannot be read here."""
     found = verifier_rows(tensor, verifier)
     return None if found is None else {**fingerprint(found.rows), "shape": list(found.shape)}
 
 
 def tokenizer_facts(name: str) -> dict[str, Any] | None:
-    """A hash of token -> id. None: there is none to be read here."""
+    """Hashes token -> id; None when no tokenizer can be read here."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError):

@@ -1,6 +1,6 @@
-"""Sources of raw rows -> tokenised training rows: the order of rows, the cut, the in-memory functions of the contract.
+"""Turns sources of raw rows into tokenised training rows: their order, the limit, and the in-memory functions.
 
-Conversations are shuffled, the rows made of one stay together: a split at any row parts at most one conversation.
+Conversations are shuffled, and the rows of one stay together: a split at any row divides at most one conversation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from speculators.data_generation.conversations import TokenRow
 from speculators.data_generation.datasets import Chain, RawRows, load_raw_dataset
@@ -64,7 +64,10 @@ def tokenize_sources(
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Tokenized]:
-    """Training rows of all sources, in a seeded order of conversations, chunk by chunk, at most `max_samples` rows."""
+    """Yields training rows of all sources chunk by chunk, conversations in a seeded order, at most `max_samples` rows.
+
+    Raises `ValueError` for a source that cannot be read and for `max_samples < 1`.
+    """
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples={max_samples}; keep at least 1 row, or None for all")
     opened = [load_raw_dataset(source) for source in sources]
@@ -84,7 +87,7 @@ def tokenize_sources(
 
 
 def conversations_of(sources: Sequence[RawRows]) -> list[list[int]]:
-    """Rows by conversation, as indices into the chained sources.
+    """Groups rows by conversation, as indices into the concatenated sources.
 
     A conversation is one row, or the rows that share a `primary_id`: regenerated turns, each with those before it.
     """
@@ -103,18 +106,19 @@ def shuffled(conversations: Sequence[Sequence[int]], seed: int) -> list[int]:
     return [row for i in np.random.default_rng(seed).permutation(len(conversations)) for row in conversations[i]]
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a directory or hub id. Raises `ValueError` when it cannot be loaded."""
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no tokenizer for model {model!r}: it is neither a local model directory nor to be had from the hub "
+            f"no tokenizer for model {model!r}: it is neither a local model directory nor available from the hub "
             f"({str(error).splitlines()[0]})"
         ) from error
 
 
-def vocabulary_size(model: str, tokenizer: Any, *, trust_remote_code: bool = False) -> int:
-    """Rows of the verifier's embedding; from the tokenizer where there is no model config beside it."""
+def vocabulary_size(model: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> int:
+    """Returns the rows of the verifier's embedding, or the size of a tokenizer without a model config beside it."""
     try:
         return int(get_verifier_config(model, trust_remote_code).vocab_size)
     except ValueError:
@@ -138,9 +142,10 @@ def build_speculator_training_dataset(
     render_endpoint: str | None = None,
     minimum_valid_tokens: int | None = None,
 ) -> datasets.Dataset:
-    """Rows (a `Dataset` or any sequence) -> a torch-formatted `Dataset` of `input_ids`, `loss_mask`, `seq_len`.
+    """Turns rows (a `Dataset` or any sequence) into a torch-formatted `Dataset` of `input_ids`, `loss_mask`, `seq_len`.
 
-    `processor` is the verifier's tokenizer; its chat template renders the conversations, no server is asked.
+    `processor` is the verifier's tokenizer; its chat template renders the conversations. `max_length` in tokens. Raises
+    `ValueError` for a tokenizer without a chat template and for a `render_endpoint`, which is not supported.
     """
     refuse_render_endpoint(render_endpoint)
     options = TokenizeOptions(max_length, 1 if minimum_valid_tokens is None else minimum_valid_tokens)
@@ -167,7 +172,10 @@ def load_and_preprocess_dataset(
     trust_remote_code: bool = False,
     skip_token_freq: bool = True,
 ) -> tuple[datasets.Dataset, Any]:
-    """What `prepare_data` writes, in memory: (dataset, tokenizer). Only the token frequencies go to disk, if at all."""
+    """Makes the rows that `prepare_data` writes, in memory; returns (dataset, tokenizer).
+
+    Writes only the token frequencies, unless `skip_token_freq`. Raises as `prepare_data` does.
+    """
     refuse_render_endpoint(render_endpoint)
     tokenizer = load_tokenizer(target_model_path, trust_remote_code=trust_remote_code)
     options = TokenizeOptions(

@@ -1,9 +1,9 @@
-"""`check_checkpoint`: is this what was trained, and what vLLM will serve? Before anyone serves it, in seconds.
+"""Checks in seconds, before anyone serves a checkpoint, that it is the one that was trained and that vLLM serves it so.
 
-    config.json -> tensors -> what the algorithm knows of vLLM -> verifier -> vocabulary map -> record of training
+    config.json -> what vLLM makes of the options -> tensors -> vocabulary map -> verifier -> record of training
 
-vLLM's loaders do not report missing tensors, and its readers fill missing options with defaults of their own: a wrong
-checkpoint is served without a word, and drafts badly. So every rule is looked at here.
+vLLM's loaders do not report missing tensors, and its readers fill missing options with their own defaults: it serves a
+wrong checkpoint without a message, and the drafter drafts badly. So every rule is checked here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.checkpoint.findings import error
+from speculators.checkpoint.findings import Finding, error
 from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint
 from speculators.checkpoint.io import OpenedCheckpoint, local_directory, read_foreign, recognise
 from speculators.checkpoint.record import RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
@@ -41,11 +41,12 @@ def check_checkpoint(
     verifier: str | os.PathLike[str] | NamedModel | None = None,
     algorithm: str | None = None,
 ) -> CheckReport:
-    """Looks at everything that can be wrong with a checkpoint; `report.raise_for_errors()` raises what it found.
+    """Checks everything that can be wrong with a checkpoint; `report.raise_for_errors()` raises what it found.
 
     `checkpoint`: directory, hub id, or the result of training, export or conversion. `verifier`: the one to check
-    against, if not the one recorded. `algorithm`: for a directory of another project that could be of several.
-    Raises `FileNotFoundError` for a checkpoint that is not there; what is wrong inside it is in the report.
+    against in place of the recorded one. `algorithm`: needed only for a directory of another project that several
+    algorithms recognise. Raises `FileNotFoundError` when there is no such checkpoint, and `ValueError` when no
+    algorithm, or more than one, recognises it; errors inside it are findings of the report.
     """
     return check_directory(local_directory(checkpoint), None if verifier is None else model_name(verifier), algorithm)
 
@@ -59,16 +60,17 @@ def check_directory(path: Path, verifier: str | None, algorithm: str | None) -> 
         report.add("config.json", [error("config-unreadable", "config.json", str(problem), "it must be JSON", fix)])
         return report
     opened = (
-        opened_ours(values, report)
+        open_ours(values, report)
         if "speculators_model_type" in values
-        else opened_foreign(path, report, verifier, algorithm)
+        else open_foreign(path, report, verifier, algorithm)
     )
     if opened is not None:
         check_opened(opened, report, verifier)
     return report
 
 
-def opened_ours(values: dict[str, Any], report: CheckReport) -> OpenedCheckpoint | None:
+def open_ours(values: dict[str, Any], report: CheckReport) -> OpenedCheckpoint | None:
+    """Checks config.json and reads the tensors; None when either cannot be read."""
     report.format = SPECULATORS
     report.speculators_model_type = values["speculators_model_type"]
     report.add("config.json", config_check.structure_findings(values))
@@ -82,16 +84,17 @@ def opened_ours(values: dict[str, Any], report: CheckReport) -> OpenedCheckpoint
     is_served = model_class.contract.served_format == SPECULATORS
     if is_served:
         report.add("draft layers", config_check.layer_findings(values))
-    tensors = weights(report)
+    tensors = read_weights(report)
     if tensors is None:
         return None
     report.findings += tensor_check.dtype_findings(values, tensors)
     return OpenedCheckpoint(report.path, SPECULATORS, values, model_class, config, tensors)
 
 
-def opened_foreign(
+def open_foreign(
     path: Path, report: CheckReport, verifier: str | None, algorithm: str | None
 ) -> OpenedCheckpoint | None:
+    """Reads a directory of another project; None when its format's reader refuses it."""
     source = ForeignCheckpoint(path)
     model_class, known = recognise(source, algorithm)
     report.format = known.name
@@ -99,7 +102,7 @@ def opened_foreign(
     try:
         converted = read_foreign(source, known, verifier)
     except ValueError as problem:
-        rule = f"a directory in the format {known.name!r} can be read"
+        rule = f"the format {known.name!r} must be readable"
         report.findings.append(error("unreadable", str(path), str(problem), rule, "take it from where it was made"))
         return None
     report.notes = tuple(converted.notes)
@@ -108,7 +111,7 @@ def opened_foreign(
     return OpenedCheckpoint(path, known.name, config, model_class, converted.config, converted.tensors)
 
 
-def weights(report: CheckReport) -> dict[str, Tensor] | None:
+def read_weights(report: CheckReport) -> dict[str, Tensor] | None:
     try:
         return ForeignCheckpoint(report.path).tensors()
     except (OSError, ValueError) as problem:
@@ -119,7 +122,7 @@ def weights(report: CheckReport) -> dict[str, Tensor] | None:
                     "weights-unreadable",
                     "model.safetensors",
                     str(problem),
-                    "the weights lie beside config.json",
+                    "the weights must be beside config.json",
                     "copy the checkpoint again",
                 )
             ],
@@ -128,6 +131,7 @@ def weights(report: CheckReport) -> dict[str, Tensor] | None:
 
 
 def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | None) -> None:
+    """Checks everything that needs the config and the tensors."""
     contract, config, tensors = opened.model_class.contract, opened.config, opened.tensors
     report.served_format = contract.served_format
     is_served = contract.served_format == opened.format
@@ -137,7 +141,7 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
         layer_ids = read_layers(opened)
     except (ValueError, AttributeError) as problem:
         report.findings.append(
-            error("config-invalid", "config.json", str(problem), "a drafter can be built from it", "correct the value")
+            error("config-invalid", "config.json", str(problem), "it must describe a drafter", "correct the value")
         )
         return
     shared = contract.shared_tensors(config)
@@ -157,11 +161,11 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
                 *tensor_check.changed_tensor_findings(record, tensors, hidden),
             ],
         )
-    report.findings = without_echoes(report.findings)
+    report.findings = without_duplicates(report.findings)
 
 
 def read_layers(opened: OpenedCheckpoint) -> tuple[int, ...]:
-    """The verifier's layers that the drafter reads; none where config.json does not say (which is a finding)."""
+    """Returns the verifier's layers that the drafter reads; empty when config.json does not say, which is a finding."""
     with torch.device("meta"):
         model = opened.model_class.to_be_loaded(SpeculatorModelConfig.from_dict(opened.config.to_dict()))
     try:
@@ -171,13 +175,14 @@ def read_layers(opened: OpenedCheckpoint) -> tuple[int, ...]:
 
 
 def record_of(report: CheckReport) -> Mapping[str, Any] | None:
+    """Reads the record of training; notes in the report when it is missing or of another version."""
     try:
         record = read_training_record(report.path)
     except ValueError as problem:
         report.skip(RECORD, str(problem))
         return None
     if record is None:
-        report.skip(RECORD, f"there is no {RECORD_FILE}: edits of config.json or weights after training cannot be seen")
+        report.skip(RECORD, f"without {RECORD_FILE}, edits of config.json or weights after training cannot be detected")
     return record
 
 
@@ -203,18 +208,19 @@ def check_verifier(
         return
     report.add(FIT, verifier_check.fit_findings(verifier_config, opened.config, layer_ids))
     if not verifier_check.weights_are_here(name):
-        report.skip("the verifier's weights", "they are not on this machine; put them in the cache, or name --verifier")
+        why = "they are not on this machine; download them into the cache, or name a directory with --verifier"
+        report.skip("the verifier's weights", why)
     elif copies := {k: v for k, v in contract.verifier_copies(opened.config).items() if k in opened.tensors}:
         origin = None if record is None else record.get("origin", "training")
         report.add(COPIES, verifier_check.copy_findings(opened.tensors, copies, name, origin))
     if record is not None:
         report.add(LEARNED_FROM, verifier_check.changed_verifier_findings(record, name))
         if verifier_facts(name)["tokenizer"] is None:
-            report.skip("the verifier's tokenizer", "it has none that can be read here")
+            report.skip("the verifier's tokenizer", "it cannot be read here")
 
 
-def without_echoes(findings: list[Any]) -> list[Any]:
-    """A key that is missing is reported once, by the rule that knows most about it."""
+def without_duplicates(findings: list[Finding]) -> list[Finding]:
+    """Reports a missing key once: joins the rule that engines need it with its value in training."""
     missing = {found.where for found in findings if found.code == "key-missing"}
     changed = {found.where: found for found in findings if found.code == "config-changed" and found.where in missing}
     kept = []

@@ -1,8 +1,8 @@
-"""Commands that start vLLM, and running one until it is told to stop.
+"""Makes the commands that start vLLM, and runs one until a signal stops it.
 
-command_to_serve        a verifier with a drafter (or plainly)
-command_to_extract      a verifier that writes its hidden states to files, for training
-run_server              start, wait for health, forward the log, stop with everything it started
+command_to_serve        serves a verifier, with or without a drafter
+command_to_extract      serves a verifier that writes its hidden states to files, for training
+run_server              starts the server, waits for its health, forwards the log, stops everything it started
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from speculators.deploy.process import ServerProcess, ignore
 from speculators.verifier.capture import ExtractionNote
 
 DEFAULT_PORT = 8000
-"""vLLM's."""
+"""vLLM's own default."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SPECULATIVE_FLAGS = ("--speculative-config", "--speculative_config", "-sc")
 TRANSFER_FLAGS = ("--kv-transfer-config", "--kv_transfer_config")
@@ -31,22 +31,26 @@ TRANSFER_FLAGS = ("--kv-transfer-config", "--kv_transfer_config")
 
 @dataclass(frozen=True)
 class Launch:
-    """A command, and where the server it starts will answer."""
+    """A command, and the address of the server that it starts."""
 
     command: tuple[str, ...]
     base_url: str | None
-    """None: this command starts no front end (a further node of several), so there is nothing to ask."""
+    """None: the command starts no front end (a further node of several)."""
 
     @property
     def endpoint(self) -> str | None:
-        """What OpenAI clients call the base URL."""
+        """The base URL of OpenAI clients."""
         return None if self.base_url is None else f"{self.base_url}/v1"
 
 
 def command_to_serve(
     vllm: Sequence[str], verifier: str, speculative_config: Mapping[str, Any] | None, vllm_args: Sequence[str] = ()
 ) -> Launch:
-    """`vllm`: how vLLM is called (`VllmEnvironment.command`). `vllm_args` are passed on as they are."""
+    """Makes the command that serves a verifier.
+
+    `vllm`: how to call vLLM (`VllmEnvironment.command`). `vllm_args` are passed on unchanged. Raises `ValueError` when
+    they name a drafter.
+    """
     refuse(vllm_args, SPECULATIVE_FLAGS, "the drafter is named by the command itself; use its --speculative-config")
     drafting = () if speculative_config is None else ("--speculative-config", json.dumps(speculative_config))
     return Launch((*vllm, "serve", verifier, *drafting, *vllm_args), base_url_of(vllm_args))
@@ -55,7 +59,8 @@ def command_to_serve(
 def command_to_extract(
     vllm: Sequence[str], note: ExtractionNote, directory: Path, vllm_args: Sequence[str] = ()
 ) -> Launch:
-    """vLLM's own way to hidden states: the method that drafts nothing, and the connector that writes files."""
+    """Makes the command that extracts hidden states into `directory`, by vLLM's own means: a method that drafts nothing
+    and a connector that writes files. Raises `ValueError` when `vllm_args` set either."""
     refuse(vllm_args, (*SPECULATIVE_FLAGS, *TRANSFER_FLAGS), "extraction needs its own setting there; leave it out")
     speculative = {
         "method": "extract_hidden_states",
@@ -78,21 +83,21 @@ def refuse(vllm_args: Sequence[str], flags: Sequence[str], reason: str) -> None:
 
 
 def base_url_of(vllm_args: Sequence[str]) -> str | None:
-    """Where to ask for health, from vLLM's own flags."""
+    """Finds the server's address from vLLM's own flags; None for a node without a front end."""
     if "--headless" in vllm_args:
         return None
     host = value_of(vllm_args, "--host") or "0.0.0.0"
     port = value_of(vllm_args, "--port") or str(DEFAULT_PORT)
     if not port.isdigit():
         raise ValueError(f"--port {port}: a port is a number")
-    if host in ("0.0.0.0", "::"):  # every address, of which this is one
+    if host in ("0.0.0.0", "::"):  # all addresses, including this one
         host = "127.0.0.1"
     scheme = "https" if value_of(vllm_args, "--ssl-certfile") else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def value_of(args: Sequence[str], flag: str) -> str | None:
-    """Value of `--flag value` or `--flag=value`; the last one counts, as in argparse."""
+    """Returns the value of `--flag value` or `--flag=value`; the last one counts, as in argparse."""
     value = None
     for index, arg in enumerate(args):
         if arg == flag and index + 1 < len(args):
@@ -103,7 +108,7 @@ def value_of(args: Sequence[str], flag: str) -> str | None:
 
 
 def refuse_taken_port(base_url: str) -> None:
-    """Who answers there already would be taken for the server that is being started, and called ready at once."""
+    """Raises `ValueError` if a server answers there already: it would pass for the new one, ready at once."""
     where = urlsplit(base_url)
     assert where.hostname is not None and where.port is not None
     try:
@@ -117,7 +122,7 @@ def refuse_taken_port(base_url: str) -> None:
 
 
 class StopRequested(BaseException):
-    """A signal asked the server to stop. No `Exception`: nothing on the way may swallow it."""
+    """A signal asked the server to stop. Not an `Exception`, so that no handler swallows it."""
 
     def __init__(self, signal_name: str) -> None:
         super().__init__(signal_name)
@@ -126,7 +131,7 @@ class StopRequested(BaseException):
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP raise `StopRequested`. Only the main thread can be told."""
+    """Raises `StopRequested` on Ctrl-C, SIGTERM and SIGHUP inside the block; does nothing outside the main thread."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise StopRequested(signal.Signals(number).name)
@@ -151,7 +156,11 @@ def run_server(
     on_wait: Callable[[float, str], None] = ignore,
     on_ready: Callable[[float], None] = ignore,
 ) -> str:
-    """Serve until a signal asks to stop; returns its name. `ServerFailedError` when the server ends by itself."""
+    """Serves until a signal asks to stop; returns the signal's name.
+
+    Raises `ServerFailedError` when the server ends by itself or is not healthy after `ready_timeout_s` seconds, and
+    `ValueError` when its port is taken.
+    """
     if launch.base_url is not None:
         refuse_taken_port(launch.base_url)
     try:

@@ -24,19 +24,19 @@ from speculators.verifier.weights import EMBEDDING, verifier_rows
 
 WHERE = "speculators_config.verifier"
 SAME_DIRECTION = 0.9
-"""Median cosine between copied rows and the verifier's: 1 but for rounding; about 0 for other rows."""
+"""Least median cosine between copied rows and the verifier's: 1 up to rounding; about 0 for other rows."""
 
 
 def verifier_config(name: str) -> tuple[PretrainedConfig | None, list[Finding]]:
-    """The verifier's config, if it can be reached from here."""
-    fix = "write a hub id, or an absolute path that is there on the serving machine; or check with --verifier"
+    """Reads the verifier's config; None, with a finding, when it cannot be read from here."""
+    fix = "write a hub id, or an absolute path that exists on the serving machine; or check with --verifier"
     if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
         return None, [
             error(
                 "verifier-unreachable",
                 f"{WHERE}.name_or_path",
                 repr(name),
-                "vLLM serves this model; it is no directory with a config.json here",
+                "vLLM serves this model; it is not a directory with a config.json here",
                 fix,
             )
         ]
@@ -59,7 +59,7 @@ def verifier_config(name: str) -> tuple[PretrainedConfig | None, list[Finding]]:
 
 
 def fit_findings(verifier: PretrainedConfig, config: Any, layer_ids: Sequence[int]) -> Iterator[Finding]:
-    """Sizes, layers and class of the verifier against the drafter's `config`; `layer_ids` are those it reads."""
+    """Compares sizes, layers and class of the verifier with the drafter's `config`; it reads the layers `layer_ids`."""
     text = text_config(verifier)
     layers = getattr(config, "transformer_layer_config", config)
     fix = "use the verifier the drafter was trained for"
@@ -74,8 +74,8 @@ def fit_findings(verifier: PretrainedConfig, config: Any, layer_ids: Sequence[in
             "aux-ids-order",
             "aux layer ids",
             str(list(layer_ids)),
-            "vLLM sorts them and drops doubles, and the columns of fc follow them",
-            "write them increasing, as trained",
+            "vLLM sorts them and drops duplicates, and the columns of fc follow them",
+            "write them in increasing order, as trained",
         )
     outside = [layer for layer in layer_ids if num_layers is not None and not 0 <= layer <= num_layers]
     if outside:
@@ -102,15 +102,18 @@ def fit_findings(verifier: PretrainedConfig, config: Any, layer_ids: Sequence[in
 
 
 def vocab_size_of(config: Any) -> int | None:
-    """Of the verifier, as the drafter's config has it; None: the config of an algorithm that does not say."""
+    """Returns the verifier's vocabulary size by the drafter's config; None when the config has no such key."""
     return getattr(config, "target_vocab_size", None) or getattr(config, "vocab_size", None)
 
 
 def copy_findings(
     tensors: Mapping[str, Tensor], copies: Mapping[str, str], verifier: str, origin: str | None
 ) -> Iterator[Finding]:
-    """Rows that were the verifier's when the drafter was trained must still be the rows of the same tokens. `origin` is
-    that of the record: trained here, heads are copies; converted, they are what they are; None, unknown."""
+    """Compares copied rows with the verifier's rows of the same tokens.
+
+    `origin` is the record's: after training here, heads are copies; after a conversion they may have been trained by
+    themselves; None: unknown.
+    """
     for name, theirs in copies.items():
         if name not in tensors or tensors[name].ndim != 2:
             continue
@@ -128,21 +131,21 @@ def copy_findings(
             yield severity(
                 "head-rows-differ" if is_head else "embedding-differs",
                 name,
-                f"rows are not the verifier's of the same tokens (median cosine {cosine:.2f})",
+                f"its rows differ from the verifier's rows of the same tokens (median cosine {cosine:.2f})",
                 "they are copies of the verifier's" + (f", chosen by {MAP}" if is_head and MAP in tensors else ""),
-                "the verifier, its tokenizer or the vocabulary map is another one than in training; use that one"
+                "use the verifier, tokenizer and vocabulary map of training"
                 if is_surely_copy
-                else "as it should be for a head that was trained by itself",
+                else "nothing, if the head was trained by itself",
             )
 
 
 def weights_are_here(verifier: str) -> bool:
-    """Whether rows of the verifier can be read without fetching gigabytes."""
+    """Says whether rows of the verifier can be read without a download of gigabytes."""
     return verifier_rows(EMBEDDING, verifier, [0]) is not None
 
 
 def own_rows(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:
-    """The verifier's row for each of our sampled rows; None where the map is not usable."""
+    """Returns the verifier's row for each of our sampled rows; None when the map is not usable."""
     rows = spaced(len(tensors[name]))
     if name == EMBEDDING or MAP not in tensors:
         return rows
@@ -158,7 +161,7 @@ def rows_of_copied(name: str, verifier: str, rows: list[int]) -> Rows | None:
 
 
 def changed_verifier_findings(record: Mapping[str, Any], verifier: str) -> Iterator[Finding]:
-    """The verifier now against the one in training, by tokenizer and by some rows."""
+    """Compares the verifier with the one in training, by tokenizer and by some rows of its weights."""
     trained, now = record.get("verifier"), verifier_facts(verifier)
     if trained is None:
         return
@@ -168,7 +171,7 @@ def changed_verifier_findings(record: Mapping[str, Any], verifier: str) -> Itera
         yield error(
             "verifier-tokenizer",
             verifier,
-            f"its tokenizer has {new['num_tokens']} tokens, and gives them other ids",
+            f"its tokenizer has {new['num_tokens']} tokens, with other ids",
             f"in training the tokenizer had {old['num_tokens']} tokens",
             fix,
         )

@@ -1,4 +1,4 @@
-"""Tensors of Hugging Face checkpoints, read by name from a directory or the hub without building the model."""
+"""Reads tensors of Hugging Face checkpoints by name, from a directory or the hub, without building the model."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ ALIASES = {
 
 class Rows(NamedTuple):
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     rows: Tensor
 
 
 def is_config_only_dir(path: str | os.PathLike) -> bool:
-    """A local directory with a config.json and no weights."""
+    """Says whether a path is a local directory with a config.json and no weights."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
         return False
@@ -57,15 +57,16 @@ def is_config_only_dir(path: str | os.PathLike) -> bool:
 
 
 def list_checkpoint_keys(path: str | os.PathLike) -> list[str]:
-    """Names of the tensors of a checkpoint directory."""
+    """Lists the tensor names of a checkpoint directory. Raises `FileNotFoundError` when it has no weights."""
     return list(_locate_tensors(path))
 
 
 def load_model_layers(names: Iterable[str], model_path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint, keyed by the names asked for.
+    """Reads the named tensors of a checkpoint, keyed by the requested names.
 
-    A name is found exactly, else as the end of a key after a "." (the shortest such key wins), else the same way
-    under one of its aliases. Names not found are warned about and left out; none found is an error."""
+    A name matches a key exactly, else the end of a key after a "." (the shortest such key wins), else the same way
+    under one of its aliases. Logs and leaves out names that match no key. Raises `ValueError` when no name does.
+    """
     names = list(names)
     files = _locate_tensors(model_path, **hub_kwargs)
     keys = {name: key for name in names if (key := find_key(name, files)) is not None}
@@ -79,8 +80,10 @@ def load_model_layers(names: Iterable[str], model_path: str | os.PathLike, **hub
 
 
 def load_rows(name: str, model_path: str | os.PathLike, rows: Sequence[int] | None = None, **hub_kwargs: Any) -> Rows:
-    """Some rows of a checkpoint's matrix, without reading the rest (of a vector: all of it). `rows` None: evenly spaced
-    ones. The name is found as in `load_model_layers`; KeyError when it is not there."""
+    """Reads some rows of a checkpoint's matrix without the rest, or a whole vector; `rows=None`: evenly spaced rows.
+
+    The name is found as in `load_model_layers`. Raises `KeyError` when the checkpoint has no such tensor.
+    """
     files = _locate_tensors(model_path, **hub_kwargs)
     key = find_key(name, files)
     if key is None:
@@ -101,14 +104,14 @@ def _rows_of(count: int, rows: Sequence[int] | None) -> list[int]:
 
 
 def spaced(count: int, wanted: int = 64) -> list[int]:
-    """Evenly spaced ids of `count` things, first and last among them."""
+    """Returns evenly spaced indices below `count`, including the first and the last."""
     if count <= wanted:
         return list(range(count))
     return [i * (count - 1) // (wanted - 1) for i in range(wanted)]
 
 
 def find_key(name: str, keys: Iterable[str]) -> str | None:
-    """The checkpoint key that holds the weight `name`."""
+    """Finds the checkpoint key that holds the weight `name`; None when no key does."""
     keys = list(keys)
     for wanted in (name, *ALIASES.get(name, ())):
         if wanted in keys:
@@ -121,17 +124,17 @@ def find_key(name: str, keys: Iterable[str]) -> str | None:
 
 
 def _is_inside_a_layer(key: str, wanted: str) -> bool:
-    """The name "norm.weight" means the final norm, not one of layer 3, unless layer 3 is what was asked for."""
+    """Says whether a key is inside a numbered layer that `wanted` does not name: "norm.weight" means the final norm."""
     return any(part.isdigit() for part in key.split(".")) and not any(part.isdigit() for part in wanted.split("."))
 
 
 def load_checkpoint(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint directory or hub id."""
+    """Reads every tensor of a checkpoint directory or hub id. Raises `FileNotFoundError` when it has no weights."""
     return read_tensors(_locate_tensors(path, **hub_kwargs))
 
 
 def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
-    """Tensors by key, given the file each lies in."""
+    """Reads tensors, given the file of each key. Raises `ValueError` or `OSError` for a damaged file."""
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(files.values()):
         keys = [key for key, where in files.items() if where == file]
@@ -148,7 +151,7 @@ def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
 
 
 def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Path]:
-    """tensor name -> the file it lies in, for the first kind of weights the checkpoint has."""
+    """Returns tensor name -> its file, for the first kind of weights that the checkpoint has."""
     for index_name, single_name in ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN)):
         index = _fetch(path, index_name, **hub_kwargs)
         if index is not None:
