@@ -17,9 +17,9 @@ PACKAGE = "speculators"
 # A module imports only from rows above its own; inside rows 0 to 3, also from its own row.
 ROWS: tuple[set[str], ...] = (
     {"utils"},
-    {"proposals", "config", "interfaces", "provenance"},
+    {"proposals", "config", "interfaces", "provenance", "training_keys"},
     {"nn", "losses", "verifier"},
-    {"model", "model_loading", "draft_vocab", "checkpoint"},
+    {"model", "model_loading", "model_training", "draft_vocab", "checkpoint"},
     {"models"},
     {"data_generation", "decoding", "convert", "deploy", "assets"},
     {"train", "evaluation"},

@@ -47,6 +47,62 @@ class HiddenStateSource(Protocol):
         ...
 
 
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Documents packed into one row, its padding cut (one column is left when there is nothing else).
+
+        captured           x0   x1   x2   x3      tokens; the states of position i are computed from x[0] .. x[i]
+                           g0   g1   g2   g3      aux states
+                           y0   y1   y2   y3      last states: head(norm(y[i])) is P(x[i+1])
+
+        as captured        x0   x1   x2   x3      column i: x[i], g[i], y[i]
+        aligned (EAGLE)    x1   x2   x3           column i: x[i+1], the state g[i] that predicts it, y[i+1]
+                           g0   g1   g2           a document has one column less
+                           y1   y2   y3
+
+    Which of the two an algorithm trains on is said by its `align`; documents never share a column.
+    """
+
+    token_ids_T: Tensor
+    document_ids_T: Tensor
+    """Document of each column, ascending; -1 = padding (inside the row only between rows that were joined)."""
+    position_ids_T: Tensor
+    """Position of each column's token in its document."""
+    supervised_T: Tensor
+    """bool: the column's token belongs to an answer that is learnt. False for padding."""
+    aux_TD: Tensor | None
+    last_hidden_TH: Tensor | None
+    """Before the verifier's final norm."""
+    row_length: int
+    """Columns of each row before its padding was cut."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A metric: numerators and denominators are added over steps, accumulation and ranks, then divided."""
+
+    numerator: Tensor
+    denominator: Tensor | None
+    """None: the number of forwards that reported it."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Result of one training forward."""
+
+    loss: Tensor
+    """Scalar, with its graph."""
+    metrics: dict[str, Ratio]
+    draft_ids: list[Tensor] | None = None
+    """Of each step, int64 [T] over the draft vocabulary; -1 = no draft in this column."""
+
+
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Committed:
     """Tokens the engine committed since the proposer was last called.

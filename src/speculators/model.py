@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +19,7 @@ from speculators.config import SpeculatorModelConfig
 from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.model_loading import LoadOptions, cast_parameters, copy_tensors, load_tensors
+from speculators.model_training import NoTrainingArgs, TrainingDoors
 from speculators.utils.names import did_you_mean
 from speculators.utils.registry import ClassRegistryMixin
 
@@ -30,13 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["DraftVocabMixin", "NoTrainingArgs", "SpeculatorModel"]
 
 
-class NoTrainingArgs(BaseModel):
-    """The training arguments of an algorithm that adds none."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
+class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
     """Base of the drafters. To add one, see `speculators.models`."""
 
     auto_package: ClassVar[str] = "speculators.models"
@@ -52,14 +45,7 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
     _supports_attention_backend = True
     all_tied_weights_keys: dict[str, str] = {}  # for classes that do not call post_init
 
-    # What an algorithm may say about itself; each has a working default.
-    training_args: ClassVar[type[BaseModel]] = NoTrainingArgs
-    """Keys the algorithm adds to the training command line and YAML; they reach `from_training_args`."""
-    training_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Generic training keys for which this algorithm wants another default."""
-    has_chosen_layers: ClassVar[bool] = True
-    """Whether it is made of decoder layers that the draft keys shape (how many, which architecture, what window):
-    `from_training_args` is then given their config, else the verifier's own."""
+    # What an algorithm may say about itself, beside what it says of its training; each has a working default.
     contract: ClassVar[CheckpointContract] = CheckpointContract()
     """What a checkpoint must hold, what vLLM makes of it, and the formats of other projects."""
     checkpoint_formats: ClassVar[tuple[str, ...]] = (SPECULATORS,)
@@ -121,19 +107,6 @@ class SpeculatorModel(ClassRegistryMixin, PreTrainedModel):
             raise AttributeError(f"{type(model).__name__} has no attribute 'layers': the ModuleList of its layers")
 
     # -- hooks of an algorithm ---------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_training_args(cls, verifier_config: Any, **kwargs: Any) -> SpeculatorModel:
-        """A new drafter from a decoder config (see `has_chosen_layers`) and all values of the command line."""
-        raise NotImplementedError(f"{cls.__name__} does not implement from_training_args")
-
-    @staticmethod
-    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `forward` gets beside the batch: (training, validation)."""
-        raise NotImplementedError("this speculator does not implement get_trainer_kwargs")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("The forward method is only supported on concrete speculator models")
 
     @property
     def capture(self) -> CaptureSpec:

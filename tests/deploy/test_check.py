@@ -100,9 +100,9 @@ FAULTS = {
     ),
     "norm switch": (
         "eagle3",
-        config_fault("norm_output", True),
+        config_fault("norm_output", False),
         ("config-changed", "norm_output"),
-        "it was False in training",
+        "it was True in training",
     ),
     "sliding_window_non_causal mismatch": (
         "dflash-sliding",

@@ -10,8 +10,7 @@ from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.interfaces import DraftSampling
-from speculators.models.dflash.blocks import PackedBatch
-from speculators.models.dflash.training import fill_blocks
+from speculators.models.dflash.training import fill_sampled_blocks
 
 CASES = {
     "full": {},
@@ -30,12 +29,10 @@ def verifier(verifier_path):
 def trained_probs(model, request, num_drafts):
     """q of a block anchored at the request's last token, [K, V], by the training forward on the reference route."""
     batch = request.as_batch([0] * num_drafts)
-    row = PackedBatch.of(
-        batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"], None, None
-    )
     model.config.transformer_layer_config._attn_implementation = "eager"
+    row, args = model.packed_batch(**batch), model.loss_args({"max_anchors": 100})
     with torch.no_grad():
-        filled = fill_blocks(model, row, 100, None)
+        filled = fill_sampled_blocks(model.network, row, args)
         block = filled.blocks.anchors_P.tolist().index(len(request.tokens) - 1)
         logits = model.lm_head(filled.hidden_PSH[block, model.config.first_slot :])
     probs = torch.zeros(num_drafts, VOCAB)

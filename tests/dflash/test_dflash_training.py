@@ -6,7 +6,15 @@ from dflash_naive import NaiveDFlash, ce
 from dflash_toys import MASK_TOKEN, MIXED, SLIDING, one_document, packed_batch
 from naive_layers import kl, mixed
 
-from speculators.models.dflash.blocks import PackedBatch, choose_blocks
+from speculators.models.dflash.blocks import choose_blocks
+from speculators.nn.packed_batch import pack_row
+
+
+def packed(batch):
+    columns = {key: batch[key] for key in ("document_ids", "loss_mask", "position_ids")}
+    states = {"aux": batch["hidden_states"], "last_hidden": batch["verifier_last_hidden_states"]}
+    return pack_row(batch["input_ids"], **states, **columns, first_position=0)
+
 
 FULL = {"layer_types": ["full_attention"]}
 CASES = {
@@ -127,16 +135,9 @@ def test_packed_documents_equal_separate_documents(drafter, from_anchor):
 def test_slots_past_a_document_do_not_count():
     """Hand-worked: documents a a a a | b b b b b b, all supervised, blocks of 3."""
     batch = packed_batch([4, 6], padding=3, supervised=2.0)
-    row = PackedBatch.of(
-        batch["hidden_states"],
-        batch["input_ids"],
-        batch["loss_mask"],
-        batch["verifier_last_hidden_states"],
-        batch["document_ids"],
-        None,
-    )
+    row = packed(batch)
     blocks = choose_blocks(row, 3, first_slot=1, max_anchors=99, generator=None)
-    counts = dict(zip(blocks.anchors_P.tolist(), blocks.counts_PS.int().tolist(), strict=True))
+    counts = dict(zip(blocks.anchors_P.tolist(), blocks.supervised_PS.int().tolist(), strict=True))
     # column 3 (the last of a) and 9 (the last of b) have no slot inside their document, so they are no anchors
     assert counts == {
         0: [0, 1, 1],
@@ -151,28 +152,21 @@ def test_slots_past_a_document_do_not_count():
     assert blocks.target_index_PS[0].tolist()[1:] == [0, 1]  # x[1] is predicted by state 0
 
     blocks = choose_blocks(row, 3, first_slot=0, max_anchors=99, generator=None)
-    counts = dict(zip(blocks.anchors_P.tolist(), blocks.counts_PS.int().tolist(), strict=True))
+    counts = dict(zip(blocks.anchors_P.tolist(), blocks.supervised_PS.int().tolist(), strict=True))
     assert counts[0] == [1, 1, 1] and counts[1] == [1, 1, 0] and counts[2] == [1, 0, 0] and 3 not in counts
     assert blocks.target_index_PS[0].tolist() == [0, 1, 2]
 
 
 def test_anchors_are_drawn_reproducibly_from_the_supervised_columns():
     batch = packed_batch([60, 60], seed=4, padding=5, supervised=0.5)
-    row = PackedBatch.of(
-        batch["hidden_states"],
-        batch["input_ids"],
-        batch["loss_mask"],
-        batch["verifier_last_hidden_states"],
-        batch["document_ids"],
-        batch["position_ids"],
-    )
+    row = packed(batch)
 
     def drawn(seed):
         return choose_blocks(row, 4, 1, 10, torch.Generator().manual_seed(seed)).anchors_P
 
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
     assert torch.equal(drawn(0), drawn(0).unique())
-    assert bool(row.loss_mask_T[drawn(0)].all())
+    assert bool(row.supervised_T[drawn(0)].all())
     everywhere = torch.cat([drawn(seed) for seed in range(200)]).bincount(minlength=125)
     eligible = choose_blocks(row, 4, 1, 999, None).anchors_P
     assert set(everywhere.nonzero().flatten().tolist()) == set(eligible.tolist())
@@ -216,7 +210,7 @@ def test_max_anchors_of_the_config_counts_when_the_call_says_nothing(drafter):
     ("arguments", "message"),
     [
         ({"per_position_loss_weight": "dpace", "loss_fn": "kl_div"}, "only ce is"),
-        ({"per_position_loss_weight": "no"}, "unknown"),
+        ({"per_position_loss_weight": "no"}, "per_position_loss_weight='no'.*'dpace'"),
         ({"per_position_loss_weight": "dpace", "dpace_alpha": 0.0}, "dpace_alpha=0.0"),
         ({"verifier_last_hidden_states": None}, "verifier_last_hidden_states is None"),
     ],

@@ -8,8 +8,7 @@ from transformers import LlamaForCausalLM
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.interfaces import DraftSampling
-from speculators.models.dflash.blocks import PackedBatch
-from speculators.models.dflash.training import fill_blocks
+from speculators.models.dflash.training import fill_sampled_blocks
 from speculators.models.dspark.training import markov_features
 
 CASES = {
@@ -29,14 +28,12 @@ def verifier(verifier_path):
 def trained(model, request, drafts):
     """(q [K, V], confidence [K]) of a block whose true tokens are `drafts`, by the training forward, dense route."""
     batch = request.as_batch(drafts)
-    row = PackedBatch.of(
-        batch["hidden_states"], batch["input_ids"], batch["loss_mask"], batch["verifier_last_hidden_states"], None, None
-    )
     model.config.transformer_layer_config._attn_implementation = "eager"
+    row, args = model.packed_batch(**batch), model.loss_args({"max_anchors": 100})
     with torch.no_grad():
-        filled = fill_blocks(model, row, 100, None)
+        filled = fill_sampled_blocks(model.network, row, args)
         block = filled.blocks.anchors_P.tolist().index(len(request.tokens) - 1)
-        embedded, features = markov_features(model, filled)
+        embedded, features = markov_features(model.network, filled)
         logits = model.lm_head(filled.hidden_PSH[block])
         if model.markov_head is not None:
             logits = logits + model.markov_head.markov_w2(features[block])

@@ -3,7 +3,7 @@
 import torch
 from drafter_toys import HIDDEN
 
-from speculators.models.eagle.training import Objective, PackedBatch, unroll
+from speculators.models.eagle.training import unroll
 
 PROMPTS = [[3, 5, 7], [11] * 40, [2], [9, 8, 7, 6, 5, 4]]
 
@@ -14,9 +14,8 @@ def trained(model, request, drafts):
     states = torch.zeros(1, tokens.shape[1], HIDDEN)
     column = len(request.tokens) - 2
     states[0, : column + 1] = request.states[: column + 1]
-    batch = PackedBatch.of(states, tokens, None, None, None, states)
-    objective = Objective({}, 0.0, len(drafts), False, 0.0)
+    batch = model.packed_batch(states, tokens, verifier_last_hidden_states=states)
     with torch.no_grad():
-        features = model.network.combine(batch.states_TH)
-        steps = unroll(model.network, batch, features, torch.arange(tokens.shape[1]), objective, "eager")
+        features = model.network.combine(batch.aux_TD)
+        steps = unroll(model.network, batch, features, torch.arange(tokens.shape[1]), len(drafts), False, "eager")
         return model.lm_head(torch.stack([step.normed_RH[column] for step in steps])).softmax(-1)

@@ -26,7 +26,8 @@ def make_drafter(verifier_path):
         torch.manual_seed(seed)
         config = decoder_config(arch, **{"num_hidden_layers": num_layers, **(nested or {})})
         t2d, d2t = draft_maps() if draft_vocab_size != VOCAB else (None, None)
-        arguments = {"norm_before_residual": True, "ttt_steps": 3, "target_layer_ids": [1, 3, 5], **arguments}
+        plain = {"norm_before_residual": True, "norm_before_fc": False, "norm_output": False}  # unless a test says so
+        arguments = {**plain, "ttt_steps": 3, "target_layer_ids": [1, 3, 5], **arguments}
         model = Eagle3DraftModel.from_training_args(
             config,
             t2d=t2d,

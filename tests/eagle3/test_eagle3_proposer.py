@@ -8,7 +8,7 @@ from drafter_toys import DRAFT_VOCAB, HIDDEN, VOCAB, commit, draft_maps, sampled
 from eagle3_toys import NUM_AUX, request
 
 from speculators.interfaces import Committed, DraftSampling
-from speculators.models.eagle3.training import PackedBatch, unroll
+from speculators.models.eagle3.training import unroll
 
 CASES = {
     "llama": {},
@@ -33,7 +33,7 @@ def from_scratch(model, verifier, sequence, proposal, row):
     states = torch.zeros(1, tokens.shape[1], NUM_AUX * HIDDEN)
     column = len(sequence.tokens) - 2
     states[0, : column + 1] = sequence.states[: column + 1]
-    batch = PackedBatch.of(states, tokens, None, None, None, None)
+    batch = model.packed_batch(states, tokens)
     model.config.transformer_layer_config._attn_implementation = "eager"
     with torch.no_grad():
         steps = unroll(model.network, batch, torch.arange(tokens.shape[1]), len(drafts), "eager")

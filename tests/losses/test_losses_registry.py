@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from speculators import losses
-from speculators.losses.metrics import counted, normalize_counted_metrics
+from speculators.losses.metrics import as_pairs, normalize_counted_metrics, ratio
 from speculators.losses.registry import choose_loss_config
 
 
@@ -121,6 +121,7 @@ def test_loss_function_hands_dpace_the_losses_it_needs():
 
 
 def test_metrics_are_divided_last():
-    metrics = counted("acc", torch.tensor(3), torch.tensor(4)) | counted("none", 0, 0) | {"lr": 0.5, "lonely_total": 9}
+    pairs = as_pairs({"acc": ratio(torch.tensor(3), torch.tensor(4)), "none": ratio(0, 0)})
+    metrics = pairs | {"lr": 0.5, "lonely_total": 9}
     assert metrics["acc_sum"] == 3.0 and metrics["acc_total"].dtype == torch.float32
     assert normalize_counted_metrics(metrics, world_size=2) == {"acc": 0.75, "none": 0.0, "lr": 0.25}

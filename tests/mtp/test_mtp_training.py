@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused(drafter):
     model, batch = drafter(), packed_batch([9])
     with pytest.raises(ValueError, match="2 entries for num_speculative_steps=3"):
         model(**batch, step_weights=[0.5, 0.5])
-    with pytest.raises(ValueError, match="one position a token"):
+    with pytest.raises(ValueError, match="one position per token"):
         model(**{**batch, "position_ids": batch["position_ids"].expand(3, 1, 9)})
 
 

@@ -10,7 +10,6 @@ from peagle_toys import request
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.interfaces import Committed, DraftSampling
-from speculators.models.eagle3.training import PackedBatch
 from speculators.models.peagle.sampling import Chains
 from speculators.models.peagle.training import Supervision, run_elements
 
@@ -37,16 +36,13 @@ def over_verifier(logits):
 def trained(model, sequence, num_tokens):
     """q of each draft by the training forward: the last column and the chain that hangs on it."""
     last = len(sequence.tokens) - 2
-    batch = PackedBatch.of(
-        sequence.states[None, : last + 1], torch.tensor([sequence.tokens[1:]]), None, None, None, None
-    )
+    batch = model.packed_batch(sequence.states[None, : last + 1], torch.tensor([sequence.tokens[1:]]))
     depths = torch.arange(1, num_tokens)
     chains = Chains(torch.full_like(depths, last), depths)
     column = torch.tensor([last])
     supervision = Supervision(column, chains, column, column, column)  # what is answered; targets are not looked at
-    model.config.transformer_layer_config._attn_implementation = "eager"
     with torch.no_grad():
-        return over_verifier(model.lm_head(run_elements(model, batch, supervision)))
+        return over_verifier(model.lm_head(run_elements(model.network, batch, supervision, "eager")))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,8 +6,12 @@ from naive_layers import kl, mixed
 from naive_peagle import NaivePEagle
 from peagle_toys import packed_batch
 
+from speculators.losses.metrics import as_pairs
+from speculators.model_training import LossArgs
+from speculators.models.peagle.config import PEagleTrainingArgs
 from speculators.models.peagle.sampling import sample_chains
 from speculators.models.peagle.training import accuracy
+from speculators.nn.packed_batch import pack_row
 from speculators.train.metrics import expected_acceptance_length, normalize_counted_metrics
 
 CASES = {
@@ -27,15 +31,11 @@ EVERY_SLOT = {"down_sample_ratio": 1.0, "down_sample_ratio_min": 1.0}
 
 
 def slots_of(batch, num_depths=4, ratio=0.7, ratio_min=0.2, max_anchors=None, seed=0):
-    chains = sample_chains(
-        batch["loss_mask"][0],
-        batch["document_ids"][0],
-        num_depths=num_depths,
-        ratio=ratio,
-        ratio_min=ratio_min,
-        max_anchors=max_anchors,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    own = PEagleTrainingArgs(num_depths=num_depths, down_sample_ratio=ratio, down_sample_ratio_min=ratio_min)
+    args = LossArgs(own, {}, None, max_anchors, torch.Generator().manual_seed(seed))
+    columns = {key: batch[key] for key in ("document_ids", "loss_mask", "position_ids")}
+    row = pack_row(batch["input_ids"], aux=None, last_hidden=None, first_position=1, **columns)
+    chains = sample_chains(row, args)
     return list(zip(*(part.tolist() for part in chains), strict=True))
 
 
@@ -75,7 +75,7 @@ def test_chains_count_as_far_as_all_of_them_is_right():
     """Four anchors. The third's column is not supervised: its slot says nothing of a round's accepted drafts."""
     judged_DT = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 0], [1, 0, 0, 0]])
     correct_DT = torch.tensor([[1, 0, 0, 1], [1, 1, 1, 0], [1, 0, 0, 0]])
-    metrics = accuracy(correct_DT.float(), judged_DT.float())
+    metrics = as_pairs(accuracy(correct_DT.float(), judged_DT.float()))
     pairs = [(metrics[f"full_acc_{d}_sum"].item(), metrics[f"full_acc_{d}_total"].item()) for d in range(3)]
     assert pairs == [(2, 3), (1, 2), (1, 1)]
     assert (metrics["position_1_acc_sum"], metrics["position_1_acc_total"]) == (3, 3)

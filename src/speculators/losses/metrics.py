@@ -8,11 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speculators.interfaces import Ratio
 
-def counted(name: str, numerator: Tensor | float, denominator: Tensor | float) -> dict[str, Tensor]:
-    """{name_sum, name_total}, detached, in fp32 or wider."""
-    pair = {f"{name}_sum": torch.as_tensor(numerator), f"{name}_total": torch.as_tensor(denominator)}
-    return {key: (x if x.dtype == torch.float64 else x.float()).detach() for key, x in pair.items()}
+
+def ratio(numerator: Tensor | float, denominator: Tensor | float = 1.0) -> Ratio:
+    """Detached, in fp32 or wider."""
+    return Ratio(_number(numerator), _number(denominator))
+
+
+def as_pairs(metrics: Mapping[str, Ratio]) -> dict[str, Tensor]:
+    """X -> X_sum and X_total, as forwards report them; X itself where the denominator is the number of forwards."""
+    pairs: dict[str, Tensor] = {}
+    for name, metric in metrics.items():
+        if metric.denominator is None:
+            pairs[name] = metric.numerator
+        else:
+            pairs |= {f"{name}_sum": metric.numerator, f"{name}_total": metric.denominator}
+    return pairs
+
+
+def _number(value: Tensor | float) -> Tensor:
+    value = torch.as_tensor(value)
+    return (value if value.dtype == torch.float64 else value.float()).detach()
 
 
 def normalize_counted_metrics(metrics: Mapping[str, Any], world_size: int = 1) -> dict[str, Any]:

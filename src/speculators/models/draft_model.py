@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
 from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
@@ -18,24 +18,9 @@ from speculators.verifier.capture import fitting_embedding
 
 
 class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
-    """Subclasses define `config_values`, and `fc`, which reads the verifier's states."""
+    """Subclasses define `fc`, which reads the verifier's states."""
 
     fc: nn.Linear
-
-    @classmethod
-    def config_values(cls, verifier_config: Any, **kwargs: Any) -> dict[str, Any]:
-        """Config fields of a new drafter from what the command line knows."""
-        raise NotImplementedError(f"{cls.__name__} does not implement config_values")
-
-    @classmethod
-    def from_training_args(
-        cls, verifier_config: Any, t2d: Tensor | None = None, d2t: Tensor | None = None, **kwargs: Any
-    ) -> Self:
-        config = cls.config_class(**cls.config_values(verifier_config, **kwargs))
-        model = cls(config)
-        model.load_vocab_mappings(t2d, d2t)
-        model.load_verifier_weights()
-        return model
 
     def beside(self, verifier_model: Any) -> Self:
         """This drafter in the verifier's dtype, on its device, complete with its embedding and head."""

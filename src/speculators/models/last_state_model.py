@@ -8,23 +8,24 @@ Shapes: H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speculators.draft_vocab import VERIFIER_ONLY_KEYS
-from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.losses.registry import choose_loss_config, resolve_loss_config
+from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, VerifierStates
 from speculators.model import SpeculatorModel
+from speculators.model_training import LossArgs
 from speculators.models.last_state_proposer import LastStateNetwork
-from speculators.models.last_state_training import Places, align, all_logits, targets_of, train_losses
+from speculators.models.last_state_training import align, all_logits, train_heads
+from speculators.models.verifier_head import VerifierHead
 from speculators.nn.norms import RMSNorm
+from speculators.nn.packed_batch import join_rows
 from speculators.verifier.config import LogitTransform
 from speculators.verifier.weights import read_verifier_weights
-
-DEFAULT_LOSS = "kl_div"
 
 
 class LastStateModel(SpeculatorModel):
@@ -32,6 +33,8 @@ class LastStateModel(SpeculatorModel):
 
     align = staticmethod(align)
     has_chosen_layers = False
+    forward_keys: ClassVar[Mapping[str, str]] = {"head_weight_decay": "head_weight_decay"}
+    forward_columns = ("input_ids", "hidden_states", "loss_mask", "document_ids")
     target_transform = LogitTransform()
     """What the verifier does to the numbers its head gives."""
     _keys_to_ignore_on_save = list(VERIFIER_ONLY_KEYS)
@@ -73,42 +76,49 @@ class LastStateModel(SpeculatorModel):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        spec = kwargs.get("loss_fn") or DEFAULT_LOSS
-        loss_config = resolve_loss_config(spec, kwargs.get("loss_implementation", "fused"))
-        shared = {"loss_config": loss_config, "return_logits": False}
-        if kwargs.get("head_weight_decay") is not None:
-            shared["head_weight_decay"] = kwargs["head_weight_decay"]
-        return shared, dict(shared)
+    @classmethod
+    def trainer_keywords(cls, own: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().trainer_keywords(own, keys), "return_logits": False}
 
-    def forward(
+    def packed_batch(  # type: ignore[override]
         self,
         input_ids: Tensor,
         hidden_states: Tensor,
         loss_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
-        *,
-        head_weight_decay: float = 1.0,
-        loss_config: Any = None,
-        loss_fn: Any = None,
-        return_logits: bool = True,
-        **_: Any,
-    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-        """(logits [B, T - K, V] of each head, loss, metrics). `hidden_states` are the verifier's last states, before
-        its final norm. `return_logits=False` (what the trainer gives): the list is empty."""
-        network, config = self.network, choose_loss_config(loss_config, loss_fn, DEFAULT_LOSS)
-        if hidden_states.shape[-1] == 0:  # a batch of which no sample could be had
-            hidden_states = hidden_states.new_zeros(*input_ids.shape, self.verifier_lm_head.in_features)
-        states_RH = hidden_states.flatten(0, 1)
-        targets = targets_of(
-            config, input_ids, self.verifier_norm(states_RH), self.verifier_lm_head.weight, self.target_transform
+    ) -> PackedBatch:
+        """Of any number of rows. `hidden_states` are the verifier's last states, before its final norm."""
+        return join_rows(
+            input_ids,
+            aux=None,
+            last_hidden=self.states_of(input_ids, hidden_states),
+            document_ids=document_ids,
+            loss_mask=loss_mask,
+            position_ids=None,
+            first_position=self.first_position,
         )
-        weights = [head_weight_decay**k for k in range(len(network.heads))]
-        places = Places.of(input_ids, document_ids, loss_mask)
-        loss, metrics = train_losses(network, states_RH, places, targets, config, weights)
-        logits = all_logits(network, hidden_states, input_ids) if return_logits else []
-        return logits, loss, metrics
+
+    def states_of(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
+        """[B, S, H]; zeros for a batch of which no sample could be had."""
+        if hidden_states.shape[-1]:
+            return hidden_states
+        return hidden_states.new_zeros(*input_ids.shape, self.verifier_lm_head.in_features)
+
+    @property
+    def verifier_head(self) -> VerifierHead:
+        return VerifierHead(self.verifier_norm, self.verifier_lm_head, self.target_transform)
+
+    def train_on(self, batch: PackedBatch, args: LossArgs[Any]) -> LossOutput:
+        return train_heads(self.network, batch, self.verifier_head, args)
+
+    def forward_output(
+        self, batch: PackedBatch, args: LossArgs[Any], result: LossOutput, given: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Logits [B, S - K, V] of each head; with `return_logits=False` (what the trainer gives) none are kept."""
+        if not given.get("return_logits", True):
+            return []
+        states = self.states_of(given["input_ids"], given["hidden_states"])
+        return all_logits(self.network, states, given["input_ids"])
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
         """As many rows as there are heads, at most K."""

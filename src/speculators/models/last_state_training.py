@@ -1,35 +1,43 @@
 """How drafters that read the verifier's last state alone learn: head k at column t, on y[t], is taught x[t+2+k].
 
-Shapes: B rows, T columns, R = B * T places end to end, N places that take part, K heads, H hidden size, V vocabulary.
+Shapes: T columns, those of several rows end to end, N columns that take part, K heads, H hidden size, V vocabulary.
 
     token      x0   x1   x2   x3   x4       nothing is shifted: column t holds token x[t] and state y[t]
     state      y0   y1   y2   y3   y4
     head 0 at column t   reads y[t] (and x[t+1])                    is taught x[t+2]
     head k at column t   reads y[t] (and x[t+1] .. x[t+1+k])        is taught x[t+2+k]
 
-Head k counts at column t if column t+2+k is supervised and of the same document.
+Head k is supervised at column t if column t+2+k is and of the same document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from speculators.interfaces import LossOutput, PackedBatch, Ratio
 from speculators.losses.chunked import row_losses
-from speculators.losses.chunks import HeadTargets, Targets, TokenTargets
-from speculators.losses.metrics import counted
+from speculators.losses.chunks import Targets, TokenTargets
+from speculators.losses.metrics import ratio
 from speculators.losses.registry import LossConfig
+from speculators.model_training import LossArgs
 from speculators.models.last_state_proposer import LastStateNetwork
 from speculators.models.unrolled_steps import step_accuracy
+from speculators.models.verifier_head import VerifierHead
+from speculators.training_keys import TrainingArgs
 
 HARD_LABELS = "ce"
 """The loss that teaches the data's tokens; all others teach the verifier's distributions."""
 TARGET_SHIFT = 2
 """Head 0 at column t is taught column t + 2."""
+
+
+class HeadLossArgs(TrainingArgs):
+    """Training keys that drafters with a head per draft have."""
+
+    head_weight_decay: float
 
 
 def align(sample: dict[str, Any]) -> dict[str, Any]:
@@ -40,82 +48,54 @@ def align(sample: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "hidden_states": sample["verifier_last_hidden_states"]}
 
 
-@dataclass(frozen=True)
-class Places:
-    """All columns of all rows end to end, padded so that every head's target can be looked up."""
-
-    token_ids_R: Tensor
-    documents_R: Tensor
-    """Distinct between rows; -1 = padding."""
-    loss_mask_R: Tensor
-
-    @classmethod
-    def of(cls, input_ids: Tensor, document_ids: Tensor | None, loss_mask: Tensor | None) -> Places:
-        documents = torch.zeros_like(input_ids) if document_ids is None else document_ids
-        rows_B1 = torch.arange(len(input_ids), device=input_ids.device)[:, None]
-        distinct = torch.where(documents < 0, -1, documents + rows_B1 * (documents.max() + 1))
-        mask = torch.ones_like(input_ids) if loss_mask is None else loss_mask
-        return cls(input_ids.flatten(), distinct.flatten(), mask.flatten().bool())
-
-    def counts(self, num_heads: int) -> Tensor:
-        """bool [K, R]: which heads count where."""
-        num_places = len(self.token_ids_R)
-        out = self.loss_mask_R.new_zeros(num_heads, num_places)
-        for k in range(num_heads):
-            num = max(num_places - TARGET_SHIFT - k, 0)
-            source, target = self.documents_R[:num], self.documents_R[num_places - num :]
-            out[k, :num] = (source == target) & (source >= 0) & self.loss_mask_R[num_places - num :]
-        return out
+def teaches_tokens(loss_config: LossConfig) -> bool:
+    return set(loss_config) == {HARD_LABELS}
 
 
-def train_losses(
-    network: LastStateNetwork,
-    states_RH: Tensor,
-    places: Places,
-    targets: Targets,
-    loss_config: LossConfig,
-    head_weights: Sequence[float],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each head is averaged over the columns where it counts and weighted; heads are added."""
-    is_hard = isinstance(targets, TokenTargets)
-    counts_KR = places.counts(len(head_weights))
-    # the columns where this head or one after it counts: all tokens up to there are of the same document
-    is_needed_KR = counts_KR.flip(0).cumsum(0).flip(0) > 0
-    place_N = is_needed_KR[0].nonzero().squeeze(1)
-    carried = network.start(states_RH[place_N])
-    correct_KR, losses = torch.zeros_like(counts_KR), []
-    metrics: dict[str, Tensor] = {}
-    for k, weight in enumerate(head_weights):
-        stays_N = is_needed_KR[k, place_N]
-        place_N, carried = place_N[stays_N], carried[stays_N]
-        features, carried = network.step(k, carried, places.token_ids_R[place_N + 1 + k])
-        counts_N = counts_KR[k, place_N]
-        counted_N = place_N[counts_N]
-        target_N = counted_N + TARGET_SHIFT + k - (0 if is_hard else 1)
+def train_heads(
+    network: LastStateNetwork, batch: PackedBatch, verifier: VerifierHead, args: LossArgs[HeadLossArgs]
+) -> LossOutput:
+    """Each head is averaged over its supervised columns and weighted; heads are added."""
+    assert batch.last_hidden_TH is not None
+    is_hard = teaches_tokens(args.loss_config)
+    targets: Targets = TokenTargets(batch.token_ids_T) if is_hard else verifier.targets(batch.last_hidden_TH)
+    supervised_KT = supervised_heads(batch, len(network.heads))
+    # the columns where this head or one after it is supervised: all tokens up to there are of the same document
+    is_needed_KT = supervised_KT.flip(0).cumsum(0).flip(0) > 0
+    column_N = is_needed_KT[0].nonzero().squeeze(1)
+    carried = network.start(batch.last_hidden_TH[column_N])
+    correct_KT, losses = torch.zeros_like(supervised_KT), []
+    metrics: dict[str, Ratio] = {}
+    for k in range(len(network.heads)):
+        stays_N = is_needed_KT[k, column_N]
+        column_N, carried = column_N[stays_N], carried[stays_N]
+        features, carried = network.step(k, carried, batch.token_ids_T[column_N + 1 + k])
+        supervised_N = supervised_KT[k, column_N]
+        judged_N = column_N[supervised_N]
+        target_N = judged_N + TARGET_SHIFT + k - (0 if is_hard else 1)
         rows = row_losses(
-            features[counts_N],
+            features[supervised_N],
             network.heads[k].weight,
             targets,
             target_N,
-            loss_config,
+            args.loss_config,
             expected_weight_N=torch.ones_like(target_N, dtype=torch.float32),
         )
-        mean = rows.loss_N.sum() / max(len(counted_N), 1)
-        losses.append(weight * mean)
-        correct_KR[k, counted_N] = rows.correct_N
-        metrics |= counted(f"loss_{k}", rows.loss_N.sum(), len(counted_N))
-    metrics |= step_accuracy(counts_KR, correct_KR)
-    loss = torch.stack(losses).sum()
-    return loss, {"loss": loss.detach(), **counted("loss", loss.detach(), 1.0), **metrics}
+        losses.append(args.own.head_weight_decay**k * (rows.loss_N.sum() / max(len(judged_N), 1)))
+        correct_KT[k, judged_N] = rows.correct_N
+        metrics[f"loss_{k}"] = ratio(rows.loss_N.sum(), len(judged_N))
+    return LossOutput(torch.stack(losses).sum(), metrics | step_accuracy(supervised_KT, correct_KT))
 
 
-def targets_of(
-    loss_config: LossConfig, input_ids: Tensor, normed_RH: Tensor, head_VH: Tensor, transform: Any
-) -> Targets:
-    """The data's tokens, or the verifier's distributions; `transform` is (scale, softcap) of its logits."""
-    if set(loss_config) == {HARD_LABELS}:
-        return TokenTargets(input_ids.flatten())
-    return HeadTargets(normed_RH, head_VH, *transform)
+def supervised_heads(batch: PackedBatch, num_heads: int) -> Tensor:
+    """bool [K, T]: which heads are supervised where."""
+    documents_T, num_columns = batch.document_ids_T, len(batch.document_ids_T)
+    out = batch.supervised_T.new_zeros(num_heads, num_columns)
+    for k in range(num_heads):
+        num = max(num_columns - TARGET_SHIFT - k, 0)
+        same_document = documents_T[:num] == documents_T[num_columns - num :]
+        out[k, :num] = same_document & batch.supervised_T[num_columns - num :]
+    return out
 
 
 def all_logits(network: LastStateNetwork, states_BTH: Tensor, input_ids: Tensor) -> list[Tensor]:

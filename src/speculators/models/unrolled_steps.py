@@ -1,8 +1,8 @@
-"""What drafters share that learn in several steps a column, each compared with the verifier one column further right.
+"""What drafters share that learn in several steps per column, each compared with the verifier one column further right.
 
-Shapes: S steps, T columns of the packed row, R of them answered.
+Shapes: S steps, T columns of the packed row, R of them queries.
 
-    counts_ST[s, i]   step s of column i is compared at column i + s: supervised, and of the same document
+    supervised_ST[s, i]   step s of column i is compared at column i + s: supervised, and of the same document
 """
 
 from __future__ import annotations
@@ -10,46 +10,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speculators.losses.metrics import counted
+from speculators.interfaces import PackedBatch, Ratio
+from speculators.losses.metrics import ratio
 
 ANSWERS_CHOSEN_COLUMNS = ("cpu", "cuda")
-"""Devices with an attention route that does (see `nn.unrolled`)."""
+"""Devices with an attention route that computes chosen queries alone (see `nn.unrolled`)."""
 
 
-def counted_steps(supervised_T: Tensor, document_ids_T: Tensor, num_steps: int) -> Tensor:
+def supervised_steps(batch: PackedBatch, num_steps: int) -> Tensor:
     """bool [S, T]"""
+    documents_T, supervised_T = batch.document_ids_T, batch.supervised_T
     length = len(supervised_T)
-    supervised_T = supervised_T.bool() & (document_ids_T != -1)
-    counts_ST = torch.zeros(num_steps, length, dtype=torch.bool, device=supervised_T.device)
+    supervised_ST = torch.zeros(num_steps, length, dtype=torch.bool, device=supervised_T.device)
     for s in range(min(num_steps, length)):
-        same_document = document_ids_T[: length - s] == document_ids_T[s:]
-        counts_ST[s, : length - s] = same_document & supervised_T[s:]
-    return counts_ST
+        same_document = documents_T[: length - s] == documents_T[s:]
+        supervised_ST[s, : length - s] = same_document & supervised_T[s:]
+    return supervised_ST
 
 
-def answered_columns(counts_ST: Tensor, attention: str | None) -> Tensor:
-    """Columns [R] with a step that counts; all of them where attention cannot answer chosen ones."""
-    if attention == "eager" or counts_ST.device.type not in ANSWERS_CHOSEN_COLUMNS:
-        return torch.arange(counts_ST.shape[1], device=counts_ST.device)
-    columns_R = counts_ST.any(0).nonzero().squeeze(1)
+def query_columns(supervised_ST: Tensor, attention: str | None) -> Tensor:
+    """Columns [R] with a supervised step; all of them where attention cannot compute chosen queries."""
+    if attention == "eager" or supervised_ST.device.type not in ANSWERS_CHOSEN_COLUMNS:
+        return torch.arange(supervised_ST.shape[1], device=supervised_ST.device)
+    columns_R = supervised_ST.any(0).nonzero().squeeze(1)
     return columns_R if len(columns_R) else columns_R.new_zeros(1)  # one column keeps the graph and gives loss 0
 
 
-def step_accuracy(counts_SR: Tensor, correct_SR: Tensor) -> dict[str, Tensor]:
-    """`full_acc_s`: of the columns where step s counts, those where all steps up to it are right. `cond_acc_s`: of
-    those right so far."""
-    metrics: dict[str, Tensor] = {}
-    chain_R = counts_SR[0]
-    for s in range(len(counts_SR)):
-        judged_R = chain_R & counts_SR[s]
+def step_accuracy(supervised_SR: Tensor, correct_SR: Tensor) -> dict[str, Ratio]:
+    """`full_acc_s`: of the columns where step s is supervised, those where all steps up to it are right. `cond_acc_s`:
+    of those right so far."""
+    metrics: dict[str, Ratio] = {}
+    chain_R = supervised_SR[0]
+    for s in range(len(supervised_SR)):
+        judged_R = chain_R & supervised_SR[s]
         chain_R = judged_R & correct_SR[s]
-        metrics |= counted(f"full_acc_{s}", chain_R.sum(), counts_SR[s].sum())
-        metrics |= counted(f"cond_acc_{s}", chain_R.sum(), judged_R.sum())
+        metrics[f"full_acc_{s}"] = ratio(chain_R.sum(), supervised_SR[s].sum())
+        metrics[f"cond_acc_{s}"] = ratio(chain_R.sum(), judged_R.sum())
     return metrics
 
 
-def padded(draft_ids_T: Tensor, input_ids: Tensor) -> Tensor:
-    """As the batch came, [1, columns]; -1 where nothing was drafted (padding, columns without loss)."""
-    out = torch.full_like(input_ids, -1)
-    out[0, : len(draft_ids_T)] = draft_ids_T
-    return out
+def step_means(values_N: Tensor, step_N: Tensor, supervised_SR: Tensor, epsilon: float) -> Tensor:
+    """[S]: mean over the supervised columns of each step, 0 where there are none."""
+    counts_S = supervised_SR.sum(1)
+    return values_N.new_zeros(len(supervised_SR)).index_add(0, step_N, values_N) / (counts_S + epsilon)

@@ -1,4 +1,5 @@
-"""The keys of a training run, in groups: every generic default of `train` is written here, once.
+"""The keys of a training run, in groups. The groups that drafters read are in `training_keys`, every other generic
+default of `train` is written here, once.
 
 A key is one name everywhere: the flag `--draft-vocab-size`, the YAML key `draft_vocab_size` (bare, or under its group's
 heading) and the keyword an algorithm's `from_training_args` receives. What one algorithm adds is in its own
@@ -9,52 +10,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-from typing_extensions import Self
+from pydantic import Field
+
+from speculators.training_keys import AnchorKeys, DraftKeys, Keys, LossKeys, VerifierKeys
 
 
-class Keys(BaseModel):
-    """Base of a group. Values may come as text (a command line), unknown keys never pass."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    @classmethod
-    def defaults(cls) -> Self:
-        return cls.model_validate({})
-
-
-class VerifierKeys(Keys):
-    verifier_name_or_path: str = Field(min_length=1, description="Model the drafter drafts for: Hub id or directory.")
-    trust_remote_code: bool = Field(False, description="Run model code shipped with the verifier.")
-
-
-class DraftKeys(Keys):
-    from_pretrained: str = Field("", description="Speculator to fine-tune: its weights and shape are kept.")
-    draft_config: str = Field("", description="config.json giving the drafter's shape (a decoder or a speculator).")
-    num_layers: int = Field(1, ge=1, description="Decoder layers of the drafter.")
-    draft_arch: str = Field("qwen3", description="Decoder architecture of the drafter's layers, e.g. llama, qwen3.")
-    draft_hidden_act: str = Field("silu", description="Activation of the drafter's MLP.")
-    target_layer_ids: list[int] | None = Field(
-        None, description="Verifier layers the drafter reads; i = after i layers. None: 2, n//2, n-3 of n layers."
-    )
-    draft_vocab_size: int | None = Field(
-        None, ge=1, description="Keep the most frequent tokens of the data only. None: the verifier's vocabulary."
-    )
-    token_freq_path: str | None = Field(None, description="Token frequencies. None: token_freq.pt of the data.")
-    d2t_path: str | None = Field(None, description="Ready draft-to-verifier map (.npy), together with --t2d-path.")
-    t2d_path: str | None = Field(None, description="Ready verifier-to-draft mask (.npy), together with --d2t-path.")
-    mask_token_id: int | None = Field(None, ge=0, description="Token of masked slots, for drafters that have them.")
-    sliding_window: int = Field(2048, ge=1, description="Attention window of the drafter's layers, in tokens.")
-    full_attention_indices: list[int] | None = Field(
-        None, description="Draft layers that see everything; all others use the sliding window."
-    )
-    draft_attn_impl: Literal["simple_flex_attention", "sdpa", "eager"] = Field(
-        "simple_flex_attention", description="Attention of the drafter in training."
-    )
-    block_size: int = Field(8, ge=1, description="Slots of a block, for drafters that fill a block at once.")
-
-
-class DataKeys(Keys):
+class DataKeys(AnchorKeys):
     data_path: str = Field("./output", description="Prepared dataset (the output of prepare-data).")
     total_seq_len: int = Field(8192, ge=8, description="Tokens of a packed row; documents are clipped to it.")
     train_data_ratio: float = Field(
@@ -89,12 +50,6 @@ class DataKeys(Keys):
         12, ge=0, description="Threads that read stored or served states ahead. Unused in process."
     )
     prefetch_factor: int = Field(4, ge=1, description="Packed rows read ahead by these threads.")
-    max_anchors: int = Field(512, ge=1, description="Training positions sampled in a packed row, where sampled.")
-
-
-class LossKeys(Keys):
-    loss_fn: str | dict[str, float] = Field("kl_div", description='A name, or a JSON object {"name": weight}.')
-    loss_implementation: Literal["fused", "eager"] = Field("fused", description="fused: never holds all logits.")
 
 
 class OptimizerKeys(Keys):

@@ -8,7 +8,7 @@ Shapes: T columns of the packed row, P blocks, S slots a block.
     drafts                 .   x4  x5  x6             slot k is taught P(x[p+k]), made of state y[p+k-1]
     sample_from_anchor     x4  x5  x6  x7             slot k is taught P(x[p+k+1]), made of state y[p+k]
 
-A slot counts if column p + k is supervised and neither it nor its target is of another document.
+A slot is supervised if column p + k is and neither it nor its target is of another document.
 """
 
 from __future__ import annotations
@@ -18,44 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from speculators.interfaces import PackedBatch
 from speculators.models.dflash.block_attention import BlockLayout
-from speculators.models.packed_columns import PackedColumns
 from speculators.nn.masks import document_starts
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """One packed row as the trainer gives it; the context ends where the padding starts."""
-
-    features_CD: Tensor
-    """Verifier states of the columns before the padding."""
-    last_hidden_CH: Tensor
-    token_ids_T: Tensor
-    document_ids_T: Tensor
-    loss_mask_T: Tensor
-    position_ids_T: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        hidden_states: Tensor,
-        input_ids: Tensor,
-        loss_mask: Tensor | None,
-        last_hidden: Tensor | None,
-        document_ids: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> PackedBatch:
-        columns = PackedColumns.of(input_ids, document_ids, loss_mask, position_ids)
-        if last_hidden is None:
-            raise ValueError("verifier_last_hidden_states is None, but the targets of training are made of them")
-        return cls(
-            hidden_states[0, : columns.length],
-            last_hidden[0, : columns.length],
-            columns.token_ids_T,
-            columns.document_ids_T,
-            columns.loss_mask_T.bool(),
-            columns.position_ids_T,
-        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +30,7 @@ class Blocks:
     layout: BlockLayout
     columns_PS: Tensor
     """Column of the packed row that each slot stands at."""
-    counts_PS: Tensor
+    supervised_PS: Tensor
     """bool: the slot is compared with the verifier."""
     first_slot: int
 
@@ -79,42 +44,45 @@ class Blocks:
 
     @property
     def target_index_PS(self) -> Tensor:
-        """Column whose last state made the distribution a slot is taught. Means nothing where it does not count."""
+        """Column whose last state made the distribution a slot is taught. Means nothing where it is not supervised."""
         return (self.columns_PS - self.first_slot).clamp_min(0)
 
-    def positions_PS(self, row: PackedBatch) -> Tensor:
-        return row.position_ids_T[self.anchors_P, None] + self.slot_index_PS
+    @property
+    def target_index_N(self) -> Tensor:
+        return self.target_index_PS[self.supervised_PS]
 
-    def previous_tokens_PS(self, row: PackedBatch) -> Tensor:
+    def positions_PS(self, batch: PackedBatch) -> Tensor:
+        return batch.position_ids_T[self.anchors_P, None] + self.slot_index_PS
+
+    def previous_tokens_PS(self, batch: PackedBatch) -> Tensor:
         """The true token before the one a slot drafts."""
-        return row.token_ids_T[self.target_index_PS]
+        return batch.token_ids_T[self.target_index_PS.clamp_max(len(batch.token_ids_T) - 1)]
 
 
 def choose_blocks(
-    row: PackedBatch, block_size: int, first_slot: int, max_anchors: int, generator: torch.Generator | None
+    batch: PackedBatch, block_size: int, first_slot: int, max_anchors: int, generator: torch.Generator | None
 ) -> Blocks:
     """Blocks of at most `max_anchors` supervised columns, drawn without replacement and sorted. A column whose block
-    has nothing to teach is not drawn. The last `block_size` columns of the row are no anchors."""
-    length = len(row.token_ids_T)
-    may_anchor_T = row.loss_mask_T & (row.document_ids_T != -1)
-    may_anchor_T[max(0, length - block_size) :] = False
+    has nothing to teach is not drawn. The last `block_size` columns of the row, padding included, are no anchors."""
+    may_anchor_T = batch.supervised_T.clone()
+    may_anchor_T[max(0, batch.row_length - block_size) :] = False
     anchors_P = may_anchor_T.nonzero().squeeze(1)
-    anchors_P = anchors_P[counted_slots(row, anchors_P, block_size, first_slot).any(1)]
+    anchors_P = anchors_P[supervised_slots(batch, anchors_P, block_size, first_slot).any(1)]
     if len(anchors_P) > max_anchors:  # drawn on the host, so that every device trains on the same anchors
         drawn = torch.randperm(len(anchors_P), generator=generator)[:max_anchors].sort().values
         anchors_P = anchors_P[drawn.to(anchors_P.device)]
     if len(anchors_P) == 0:  # nothing is supervised: one block keeps the graph and gives loss 0
         anchors_P = anchors_P.new_zeros(1)
-    layout = BlockLayout(anchors_P, document_starts(row.document_ids_T)[anchors_P], block_size)
-    counts_PS = counted_slots(row, anchors_P, block_size, first_slot)
-    return Blocks(layout, slot_columns(anchors_P, block_size), counts_PS, first_slot)
+    layout = BlockLayout(anchors_P, document_starts(batch.document_ids_T)[anchors_P], block_size)
+    supervised_PS = supervised_slots(batch, anchors_P, block_size, first_slot)
+    return Blocks(layout, slot_columns(anchors_P, block_size), supervised_PS, first_slot)
 
 
-def last_block(row: PackedBatch, num_drafts: int, first_slot: int) -> Blocks:
+def last_block(batch: PackedBatch, num_drafts: int, first_slot: int) -> Blocks:
     """The block whose slots draft the last K tokens of the row; as many slots as that takes."""
-    anchors_P = row.token_ids_T.new_tensor([len(row.token_ids_T) - num_drafts - 1])
+    anchors_P = batch.token_ids_T.new_tensor([len(batch.token_ids_T) - num_drafts - 1])
     block_size = num_drafts + first_slot
-    layout = BlockLayout(anchors_P, document_starts(row.document_ids_T)[anchors_P], block_size)
+    layout = BlockLayout(anchors_P, document_starts(batch.document_ids_T)[anchors_P], block_size)
     columns_PS = slot_columns(anchors_P, block_size)
     return Blocks(layout, columns_PS, torch.ones_like(columns_PS, dtype=torch.bool), first_slot)
 
@@ -123,19 +91,15 @@ def slot_columns(anchors_P: Tensor, block_size: int) -> Tensor:
     return anchors_P[:, None] + torch.arange(block_size, device=anchors_P.device)
 
 
-def counted_slots(row: PackedBatch, anchors_P: Tensor, block_size: int, first_slot: int) -> Tensor:
-    length = len(row.token_ids_T)
+def supervised_slots(batch: PackedBatch, anchors_P: Tensor, block_size: int, first_slot: int) -> Tensor:
+    length = len(batch.token_ids_T)
     columns_PS = slot_columns(anchors_P, block_size)
     drafted_PS = columns_PS + 1 - first_slot
     within = drafted_PS.clamp_max(length - 1)
-    documents_P1 = row.document_ids_T[anchors_P, None]
+    documents_P1 = batch.document_ids_T[anchors_P, None]
     # the drafted column is never left of the slot, and documents are contiguous: one comparison guards both
-    counts_PS = row.loss_mask_T[columns_PS.clamp_max(length - 1)] & (row.document_ids_T[within] == documents_P1)
-    counts_PS &= (drafted_PS < length) & (documents_P1 != -1)
-    counts_PS[:, :first_slot] = False
-    return counts_PS
-
-
-def validation_generator() -> torch.Generator:
-    """The same anchors at every validation: losses of epochs are compared."""
-    return torch.Generator().manual_seed(0)
+    supervised_PS = batch.supervised_T[columns_PS.clamp_max(length - 1)]
+    supervised_PS &= batch.document_ids_T[within] == documents_P1
+    supervised_PS &= (drafted_PS < length) & (documents_P1 != -1)
+    supervised_PS[:, :first_slot] = False
+    return supervised_PS

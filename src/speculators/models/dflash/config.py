@@ -1,4 +1,8 @@
-"""Config of a DFlash speculator (`speculators_model_type` "dflash")."""
+"""DFlash's training keys and its config (`speculators_model_type` "dflash").
+
+The size of a block, the number of anchors and the mask token are generic keys (`block_size`, `max_anchors`,
+`mask_token_id`): other drafters have them too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,27 @@ from transformers import PretrainedConfig, Qwen3Config
 from speculators.config import SpeculatorModelConfig
 from speculators.models.dflash.block_attention import LayerMask
 from speculators.nn.attention import layer_window
+from speculators.training_keys import DraftKeys, TrainingArgs, default_of
+
+TRAINING_DEFAULTS = {"num_layers": 5, "draft_arch": "qwen3", "loss_fn": "ce", "block_size": 16}
+"""Generic keys with another default here."""
+FIXED_DECAY, DPACE = "fixed-exp-decay", "dpace"
+CALLED_BY_HAND = {"block_size": default_of(DraftKeys, "block_size"), "per_position_loss_weight": FIXED_DECAY}
+"""The contract's defaults of calls in Python; the command line's are the better ones."""
+
+
+class DFlashTrainingArgs(TrainingArgs):
+    sample_from_anchor: bool = Field(False, description="The anchor's own slot drafts too: block_size drafts a block.")
+    sliding_window_non_causal: bool = Field(
+        False, description="Slots of sliding layers see later slots of their block as well."
+    )
+    dflash_decay_gamma: float = Field(4.0, gt=0.0, description="fixed-exp-decay: slot k weighs exp(-(k - 1) / gamma).")
+    per_position_loss_weight: Literal["fixed-exp-decay", "dpace"] = Field(
+        "dpace", description="How much a slot's loss counts. dpace: by what its success is worth now (needs ce)."
+    )
+    dpace_alpha: float = Field(
+        0.5, gt=0.0, le=1.0, description="Smoothing of dpace; 1: all slots weigh by place alone."
+    )
 
 
 @SpeculatorModelConfig.register("dflash")
@@ -21,7 +46,9 @@ class DFlashSpeculatorConfig(SpeculatorModelConfig):
         description="Decoder config of the draft layers; num_hidden_layers counts them, vocab_size is the verifier's",
     )
     draft_vocab_size: int = Field(default=32000, description="Rows of the draft head")
-    block_size: int = Field(default=8, ge=1, description="Slots of a block, the anchor's included")
+    block_size: int = Field(
+        default=default_of(DraftKeys, "block_size"), ge=1, description="Slots of a block, the anchor's included"
+    )
     max_anchors: int | None = Field(
         default=None, ge=1, description="Blocks trained in a packed row; an argument of training today, kept when given"
     )
@@ -31,9 +58,13 @@ class DFlashSpeculatorConfig(SpeculatorModelConfig):
     )
     mask_token_id: int | None = Field(default=None, description="Token of the masked slots")
     sliding_window_non_causal: bool = Field(
-        default=False, description="Slots of sliding layers see later slots of their block"
+        default=default_of(DFlashTrainingArgs, "sliding_window_non_causal"),
+        description="Slots of sliding layers see later slots of their block",
     )
-    sample_from_anchor: bool = Field(default=False, description="Slot k drafts the token after its own position")
+    sample_from_anchor: bool = Field(
+        default=default_of(DFlashTrainingArgs, "sample_from_anchor"),
+        description="Slot k drafts the token after its own position",
+    )
 
     @property
     def target_vocab_size(self) -> int:

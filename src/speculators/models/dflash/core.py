@@ -7,38 +7,45 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
-import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from speculators.interfaces import TreeDrafter, VerifierStates
-from speculators.losses.registry import loss_keywords
+from speculators.interfaces import LossOutput, PackedBatch, TreeDrafter, VerifierStates
+from speculators.losses.registry import LossConfig
 from speculators.model import SpeculatorModel
-from speculators.models.dflash.arguments import TRAINING_DEFAULTS, DFlashTrainingArgs
-from speculators.models.dflash.blocks import PackedBatch, last_block
+from speculators.model_training import DrafterArgs, LossArgs
+from speculators.models.dflash.blocks import last_block
 from speculators.models.dflash.checkpoint import DFlashContract, complete_block_config, pin_causality
-from speculators.models.dflash.config import DFlashSpeculatorConfig, check_buildable
+from speculators.models.dflash.config import (
+    CALLED_BY_HAND,
+    TRAINING_DEFAULTS,
+    DFlashSpeculatorConfig,
+    DFlashTrainingArgs,
+    check_buildable,
+)
 from speculators.models.dflash.network import BlockDecoderLayer, DFlashNetwork
 from speculators.models.dflash.proposer import DFlashProposer
 from speculators.models.dflash.training import (
-    DEFAULT_MAX_ANCHORS,
-    DPACE_ALPHA,
-    FIXED_DECAY,
-    GAMMA,
-    Objective,
+    BlockArgs,
+    BlockOutput,
     check_weighting,
     drafts_logits,
-    fill,
-    train_forward,
+    fill_blocks,
+    train_blocks,
 )
+from speculators.models.draft_layers import attention_of
 from speculators.models.draft_model import DraftModel
 from speculators.models.tree_drafting import SlotTreeDrafter
+from speculators.models.verifier_head import VerifierHead
 from speculators.nn.decoder import DecoderLayer
 from speculators.nn.draft_vocab import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
+from speculators.training_keys import AnchorKeys, default_of
 from speculators.verifier.config import make_speculators_config, resolve_mask_token_id, resolve_target_layer_ids
 
 logger = logging.getLogger(__name__)
@@ -52,6 +59,20 @@ class DFlashDraftModel(DraftModel):
     contract = DFlashContract()
     training_args: ClassVar[type[BaseModel]] = DFlashTrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    called_by_hand: ClassVar[Mapping[str, Any]] = CALLED_BY_HAND
+    forward_keys: ClassVar[Mapping[str, str]] = {
+        "dflash_decay_gamma": "gamma",
+        "per_position_loss_weight": "per_position_loss_weight",
+        "dpace_alpha": "dpace_alpha",
+    }
+    forward_columns = (
+        "hidden_states",
+        "input_ids",
+        "loss_mask",
+        "verifier_last_hidden_states",
+        "document_ids",
+        "position_ids",
+    )
     anchor_may_draft = False
     """Whether serving engines accept `sample_from_anchor`."""
 
@@ -111,47 +132,26 @@ class DFlashDraftModel(DraftModel):
     # -- training ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def config_values(  # type: ignore[override]
-        cls,
-        verifier_config: Any,
-        *,
-        draft_vocab_size: int | None,
-        verifier_name_or_path: str,
-        block_size: int | None = None,
-        mask_token_id: int | None = None,
-        sliding_window_non_causal: bool = False,
-        sample_from_anchor: bool | None = None,
-        target_layer_ids: list[int] | None = None,
-        draft_attn_impl: str | None = None,
-        trust_remote_code: bool = False,
-        **_: Any,
-    ) -> dict[str, Any]:
-        """Config fields of a new drafter from what the command line knows."""
-        fields = cls.config_class.model_fields
-        nested = complete_block_config(verifier_config)
-        cls.pin_causality(nested, sliding_window_non_causal)
-        if draft_attn_impl is not None:
-            nested._attn_implementation = draft_attn_impl
-        if block_size is None:
-            block_size = fields["block_size"].default
-        if sample_from_anchor is None:
-            sample_from_anchor = fields["sample_from_anchor"].default
+    def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
+        own, draft, verifier = args.own, args.draft, args.verifier.verifier_name_or_path
+        trust_remote_code = args.verifier.trust_remote_code
+        nested = complete_block_config(layer_config)
+        cls.pin_causality(nested, own.sliding_window_non_causal)
+        args.choose_attention(nested)
         return {
             "transformer_layer_config": nested,
-            "draft_vocab_size": draft_vocab_size or nested.vocab_size,
-            "block_size": block_size,
+            "draft_vocab_size": draft.draft_vocab_size or nested.vocab_size,
+            "block_size": draft.block_size,
             "aux_hidden_state_layer_ids": resolve_target_layer_ids(
-                target_layer_ids, verifier_name_or_path, trust_remote_code=trust_remote_code
+                draft.target_layer_ids, verifier, trust_remote_code=trust_remote_code
             ),
-            "mask_token_id": resolve_mask_token_id(
-                mask_token_id, verifier_name_or_path, nested.vocab_size, trust_remote_code
-            ),
-            "sliding_window_non_causal": sliding_window_non_causal,
-            "sample_from_anchor": sample_from_anchor,
+            "mask_token_id": resolve_mask_token_id(draft.mask_token_id, verifier, nested.vocab_size, trust_remote_code),
+            "sliding_window_non_causal": own.sliding_window_non_causal,
+            "sample_from_anchor": own.sample_from_anchor,
             "speculators_config": make_speculators_config(
-                fields["speculators_model_type"].default,
-                max(1, block_size - (not sample_from_anchor)),
-                verifier_name_or_path,
+                cls.config_class.model_fields["speculators_model_type"].default,
+                max(1, draft.block_size - (not own.sample_from_anchor)),
+                verifier,
                 trust_remote_code,
             ),
         }
@@ -159,75 +159,36 @@ class DFlashDraftModel(DraftModel):
     pin_causality = staticmethod(pin_causality)
     """Make the mask that is trained the mask that is served."""
 
-    @staticmethod
-    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        shared = {
-            **loss_keywords(**kwargs),
-            "gamma": kwargs.get("dflash_decay_gamma", GAMMA),
-            "max_anchors": kwargs.get("max_anchors", DEFAULT_MAX_ANCHORS),
-            "per_position_loss_weight": kwargs.get("per_position_loss_weight", FIXED_DECAY),
-            "dpace_alpha": kwargs.get("dpace_alpha", DPACE_ALPHA),
-        }
-        check_weighting(shared["per_position_loss_weight"], shared["dpace_alpha"], shared["loss_config"])
-        return shared, {**shared, "loss_config": dict(shared["loss_config"])}
+    @classmethod
+    def check_loss(cls, own: Any, loss_config: LossConfig) -> None:
+        check_weighting(own, loss_config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        input_ids: Tensor,
-        loss_mask: Tensor | None = None,
-        verifier_last_hidden_states: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        max_anchors: int | None = None,
-        generator: torch.Generator | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """(None, loss, metrics). Anchors are drawn by `generator` (None: torch's own in training, the same ones every
-        time in evaluation). Of the other keywords, those of `train_on` count; the rest of the batch is ignored."""
-        row = PackedBatch.of(
-            hidden_states, input_ids, loss_mask, verifier_last_hidden_states, document_ids, position_ids
-        )
-        return self.train_on(row, max_anchors, generator, **kwargs)
+    @classmethod
+    def trainer_keywords(cls, own: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
+        most = cls.generic_key(keys, AnchorKeys, "max_anchors")
+        return {**super().trainer_keywords(own, keys), "max_anchors": most}
 
-    def train_on(
-        self,
-        row: PackedBatch,
-        max_anchors: int | None,
-        generator: torch.Generator | None,
-        *,
-        loss_config: Any = None,
-        loss_fn: Any = None,
-        gamma: float = GAMMA,
-        per_position_loss_weight: str = FIXED_DECAY,
-        dpace_alpha: float = DPACE_ALPHA,
-        **_: Any,
-    ) -> tuple[None, Tensor, dict[str, Tensor]]:
-        objective = Objective.of(
-            loss_config,
-            loss_fn,
-            gamma=gamma,
-            per_position_loss_weight=per_position_loss_weight,
-            dpace_alpha=dpace_alpha,
-        )
-        return train_forward(self, row, objective, max_anchors, generator)
+    def loss_args(self, keywords: Mapping[str, Any]) -> BlockArgs[Any]:
+        args = super().loss_args(keywords)
+        most = args.max_anchors or self.config.max_anchors or default_of(AnchorKeys, "max_anchors")
+        return BlockArgs(**{**vars(args), "max_anchors": most}, block_size=self.config.block_size)
+
+    @property
+    def verifier_head(self) -> VerifierHead:
+        return VerifierHead(self.verifier_norm, self.verifier_lm_head, self.target_transform)
+
+    def train_on(self, batch: PackedBatch, args: LossArgs[Any]) -> LossOutput:
+        assert isinstance(args, BlockArgs)
+        return train_blocks(self.network, batch, self.verifier_head, args)
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
-        batch = self.training_row(states)
-        row = PackedBatch.of(
-            batch["hidden_states"],
-            batch["input_ids"],
-            batch["loss_mask"],
-            batch["verifier_last_hidden_states"],
-            batch["document_ids"],
-            batch["position_ids"],
-        )
-        first_slot = self.config.first_slot
-        filled = fill(self, row, last_block(row, num_drafts, first_slot))
-        return logits_over_verifier(self.drafts_logits(self, filled)[first_slot:], self.t2d)
+        batch, first_slot = self.packed_batch(**self.training_row(states)), self.config.first_slot
+        blocks = last_block(batch, num_drafts, first_slot)
+        output = fill_blocks(self.network, batch, blocks, attention_of(self.config))
+        return logits_over_verifier(self.drafts_logits(output)[first_slot:], self.t2d)
 
-    drafts_logits: ClassVar[Any] = staticmethod(drafts_logits)
+    def drafts_logits(self, output: BlockOutput) -> Tensor:
+        return drafts_logits(self.network, output)
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

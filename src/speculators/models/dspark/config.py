@@ -1,4 +1,4 @@
-"""Config of a DSpark speculator (`speculators_model_type` "dspark")."""
+"""DSpark's training keys and its config (`speculators_model_type` "dspark")."""
 
 from __future__ import annotations
 
@@ -7,21 +7,54 @@ from typing import Literal
 from pydantic import Field
 
 from speculators.config import SpeculatorModelConfig
-from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
+from speculators.models.dflash.config import DFlashSpeculatorConfig, DFlashTrainingArgs, is_sliding
+from speculators.training_keys import default_of
+
+TRAINING_DEFAULTS = {"num_layers": 5, "draft_arch": "qwen3", "loss_fn": "kl_div", "block_size": 8}
+"""Generic keys with another default here."""
+CALLED_BY_HAND = {"max_anchors": 3072}
+"""The contract's default of `get_trainer_kwargs` called in Python; the command line's is enough and cheaper."""
+
+
+class DSparkTrainingArgs(DFlashTrainingArgs):
+    sample_from_anchor: bool = Field(True, description="The anchor's own slot drafts too: block_size drafts a block.")
+    per_position_loss_weight: Literal["fixed-exp-decay", "dpace"] = Field(
+        "fixed-exp-decay", description="How much a slot's loss counts. dpace: by what its success is worth now (ce)."
+    )
+    markov_rank: int = Field(256, ge=0, description="Rank of the Markov head; 0: none.")
+    markov_head_type: Literal["vanilla", "gated", "rnn"] = Field(
+        "vanilla",
+        description="What the bias of a draft is made of: the token before, that and the state, or all before.",
+    )
+    enable_confidence_head: bool = Field(True, description="Learn how likely each draft is accepted.")
+    confidence_head_with_markov: bool = Field(True, description="The confidence head reads the token before, too.")
+    confidence_head_alpha: float = Field(1.0, ge=0.0, description="Weight of the confidence head's loss.")
+    confidence_target: Literal["acceptance", "greedy"] = Field(
+        "acceptance",
+        description="What confidence estimates: acceptance of a sampled draft (sum min(p, q)), or greedy agreement.",
+    )
 
 
 @SpeculatorModelConfig.register("dspark")
 class DSparkSpeculatorConfig(DFlashSpeculatorConfig):
     speculators_model_type: Literal["dspark"] = "dspark"  # type: ignore[assignment]
     architectures: list[str] = Field(default_factory=lambda: ["DSparkSpeculator"], description="Model classes")
-    sample_from_anchor: bool = Field(default=True, description="Slot k drafts the token after its own position")
-    markov_rank: int = Field(default=256, ge=0, description="Rank of the Markov head; 0 = none")
-    markov_head_type: Literal["vanilla", "gated", "rnn"] = Field(
-        default="vanilla", description="What the bias of a draft is made of"
+    sample_from_anchor: bool = Field(
+        default=default_of(DSparkTrainingArgs, "sample_from_anchor"),
+        description="Slot k drafts the token after its own position",
     )
-    enable_confidence_head: bool = Field(default=True, description="There is a confidence head")
+    markov_rank: int = Field(
+        default=default_of(DSparkTrainingArgs, "markov_rank"), ge=0, description="Rank of the Markov head; 0 = none"
+    )
+    markov_head_type: Literal["vanilla", "gated", "rnn"] = Field(
+        default=default_of(DSparkTrainingArgs, "markov_head_type"), description="What the bias of a draft is made of"
+    )
+    enable_confidence_head: bool = Field(
+        default=default_of(DSparkTrainingArgs, "enable_confidence_head"), description="There is a confidence head"
+    )
     confidence_head_with_markov: bool = Field(
-        default=True, description="The confidence head reads the Markov embedding of the token before, too"
+        default=default_of(DSparkTrainingArgs, "confidence_head_with_markov"),
+        description="The confidence head reads the Markov embedding of the token before, too",
     )
 
     @property

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from speculators.interfaces import TreeDrafter
-from speculators.losses.registry import resolve_loss_config
+from speculators.interfaces import LossOutput, PackedBatch, TreeDrafter
+from speculators.losses.registry import resolve_loss_config, resolve_loss_fn
 from speculators.model import SpeculatorModel
+from speculators.model_training import DrafterArgs, LossArgs
 from speculators.models.dflash import DFlashDraftModel
-from speculators.models.dflash.blocks import PackedBatch
-from speculators.models.dflash.training import DPACE_ALPHA, FIXED_DECAY, GAMMA, Objective
-from speculators.models.dspark.arguments import TRAINING_DEFAULTS, DSparkTrainingArgs
+from speculators.models.dflash.training import BlockOutput
 from speculators.models.dspark.checkpoint import DSparkContract, pin_causality
-from speculators.models.dspark.config import DSparkSpeculatorConfig
-from speculators.models.dspark.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
-from speculators.models.dspark.proposer import DSparkProposer, DSparkTreeDrafter
-from speculators.models.dspark.training import (
-    CONFIDENCE_ALPHA,
-    CONFIDENCE_TARGET,
-    TV,
-    ConfidenceObjective,
-    drafts_logits,
-    train_forward,
+from speculators.models.dspark.config import (
+    CALLED_BY_HAND,
+    TRAINING_DEFAULTS,
+    DSparkSpeculatorConfig,
+    DSparkTrainingArgs,
 )
-
-DEFAULT_MAX_ANCHORS = 3072
-"""Of `get_trainer_kwargs` called by hand; the command line gives its own."""
+from speculators.models.dspark.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
+from speculators.models.dspark.network import DSparkNetwork
+from speculators.models.dspark.proposer import DSparkProposer, DSparkTreeDrafter
+from speculators.models.dspark.training import TV, DSparkArgs, drafts_logits, train_blocks_and_heads
+from speculators.training_keys import LossKeys
 
 
 @SpeculatorModel.register("dspark")
@@ -37,9 +34,14 @@ class DSparkDraftModel(DFlashDraftModel):
     contract = DSparkContract()
     training_args = DSparkTrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    called_by_hand: ClassVar[Mapping[str, Any]] = CALLED_BY_HAND
+    forward_keys: ClassVar[Mapping[str, str]] = {
+        **DFlashDraftModel.forward_keys,
+        "confidence_head_alpha": "confidence_head_alpha",
+        "confidence_target": "confidence_target",
+    }
     anchor_may_draft = True
     pin_causality = staticmethod(pin_causality)
-    drafts_logits = staticmethod(drafts_logits)
 
     def __init__(self, config: DSparkSpeculatorConfig, **kwargs: Any):
         reads_markov = config.enable_confidence_head and config.confidence_head_with_markov
@@ -58,66 +60,36 @@ class DSparkDraftModel(DFlashDraftModel):
         if config.enable_confidence_head:
             self.confidence_head = ConfidenceHead(size, config.markov_rank if reads_markov else 0)
 
+    @property
+    def network(self) -> DSparkNetwork:
+        return DSparkNetwork(
+            **vars(super().network), markov_head=self.markov_head, confidence_head=self.confidence_head
+        )
+
     # -- training ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def config_values(
-        cls,
-        verifier_config: Any,
-        *,
-        markov_rank: int = DSparkTrainingArgs.model_fields["markov_rank"].default,
-        markov_head_type: str = DSparkTrainingArgs.model_fields["markov_head_type"].default,
-        enable_confidence_head: bool | None = None,
-        confidence_head_with_markov: bool | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        return {
-            **super().config_values(verifier_config, **kwargs),
-            "markov_rank": markov_rank,
-            "markov_head_type": markov_head_type,
-            "enable_confidence_head": True if enable_confidence_head is None else enable_confidence_head,
-            "confidence_head_with_markov": (
-                True if confidence_head_with_markov is None else confidence_head_with_markov
-            ),
-        }
+    def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
+        heads = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+        return {**super().config_values(layer_config, args), **{name: getattr(args.own, name) for name in heads}}
 
-    @staticmethod
-    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        train, _ = DFlashDraftModel.get_trainer_kwargs(**{"max_anchors": DEFAULT_MAX_ANCHORS, **kwargs})
-        shared = {
-            **train,
-            "tv_loss_fn": resolve_loss_config(TV, kwargs.get("loss_implementation", "fused"))[TV][0],
-            "confidence_head_alpha": kwargs.get("confidence_head_alpha", CONFIDENCE_ALPHA),
-            "confidence_target": kwargs.get("confidence_target", CONFIDENCE_TARGET),
-        }
-        return shared, {**shared, "loss_config": dict(shared["loss_config"])}
+    @classmethod
+    def trainer_keywords(cls, own: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
+        implementation = cls.generic_key(keys, LossKeys, "loss_implementation")
+        tv_loss_fn, _ = resolve_loss_config(TV, implementation)[TV]
+        return {**super().trainer_keywords(own, keys), "tv_loss_fn": tv_loss_fn}
 
-    def train_on(
-        self,
-        row: PackedBatch,
-        max_anchors: int | None,
-        generator: torch.Generator | None,
-        *,
-        loss_config: Any = None,
-        loss_fn: Any = None,
-        gamma: float = GAMMA,
-        per_position_loss_weight: str = FIXED_DECAY,
-        dpace_alpha: float = DPACE_ALPHA,
-        tv_loss_fn: Any = None,
-        confidence_head_alpha: float = CONFIDENCE_ALPHA,
-        confidence_target: str = CONFIDENCE_TARGET,
-        **_: Any,
-    ) -> tuple[None, Tensor, dict[str, Tensor]]:
-        objective = Objective.of(
-            loss_config,
-            loss_fn,
-            default_loss=TRAINING_DEFAULTS["loss_fn"],
-            gamma=gamma,
-            per_position_loss_weight=per_position_loss_weight,
-            dpace_alpha=dpace_alpha,
+    def loss_args(self, keywords: Mapping[str, Any]) -> DSparkArgs:
+        return DSparkArgs(
+            **vars(super().loss_args(keywords)), tv_loss_fn=keywords.get("tv_loss_fn") or resolve_loss_fn(TV)
         )
-        confidence = ConfidenceObjective(confidence_head_alpha, confidence_target, tv_loss_fn)
-        return train_forward(self, row, objective, confidence, max_anchors, generator)
+
+    def train_on(self, batch: PackedBatch, args: LossArgs[Any]) -> LossOutput:
+        assert isinstance(args, DSparkArgs)
+        return train_blocks_and_heads(self.network, batch, self.verifier_head, args)
+
+    def drafts_logits(self, output: BlockOutput) -> Tensor:
+        return drafts_logits(self.network, output)
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,8 @@
-"""Config of an EAGLE-1/2 or HASS speculator (`speculators_model_type` "eagle")."""
+"""EAGLE's training keys and its config (`speculators_model_type` "eagle").
+
+EAGLE-1, EAGLE-2   --ttt-steps 1 --top-k-weight 0            (EAGLE-2 differs in how it drafts: dynamic trees)
+HASS               --ttt-steps 3 --detach-steps --top-k-weight 1
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,30 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from speculators.config import SpeculatorModelConfig
 from speculators.nn.attention import FAMILIES
 from speculators.proposals import GreedyTokenProposalConfig
+from speculators.training_keys import TrainingArgs, default_of
 
+TRAINING_DEFAULTS = {"draft_arch": "llama"}
+"""Generic keys with another default here."""
 AUTO = "auto"
 NUM_TOKENS = GreedyTokenProposalConfig.model_fields["speculative_tokens"].default
 """Draft tokens a round, where nothing else is recorded: the layer itself can be run any number of times."""
+
+
+class EagleTrainingArgs(TrainingArgs):
+    layernorms: bool = Field(False, description="Norms on the embedding, before the layer and before the head.")
+    fusion_bias: bool = Field(False, description="Bias of the linear that joins token and feature. vLLM has none.")
+    transformer_layer_architecture: str = Field(AUTO, description="Decoder layer class; auto: by --draft-arch.")
+    ttt_steps: int = Field(3, ge=1, description="How often the drafter is fed its own features in training.")
+    detach_steps: bool = Field(True, description="Steps learn apart: no gradient flows into the step before.")
+    regression_weight: float = Field(1.0, ge=0.0, description="Weight of smooth L1 between features.")
+    distillation_weight: float = Field(0.1, ge=0.0, description="Weight of loss_fn between next-token distributions.")
+    top_k_weight: float = Field(1.0, ge=0.0, description="Weight of cross entropy on the verifier's likeliest tokens.")
+    top_k: int = Field(10, ge=1, description="How many likeliest tokens that is.")
+    feature_noise: float = Field(
+        0.2,
+        ge=0.0,
+        description="Width of uniform noise on the features in training; times 512 / length in longer rows.",
+    )
 
 
 @SpeculatorModelConfig.register("eagle")
@@ -25,12 +49,21 @@ class EagleSpeculatorConfig(SpeculatorModelConfig):
 
     speculators_model_type: Literal["eagle"] = "eagle"
     architectures: list[str] = Field(default_factory=lambda: ["EagleSpeculator"], description="Model and layer classes")
-    transformer_layer_architecture: str = Field(default=AUTO, description="Decoder layer class; auto: by the config")
+    transformer_layer_architecture: str = Field(
+        default=default_of(EagleTrainingArgs, "transformer_layer_architecture"),
+        description="Decoder layer class; auto: by the config",
+    )
     transformer_layer_config: PretrainedConfig = Field(
         default_factory=LlamaConfig, description="Decoder config of the one draft layer; vocab_size is the verifier's"
     )
-    layernorms: bool = Field(default=False, description="Norms on the embedding, before the layer and before the head")
-    fusion_bias: bool = Field(default=False, description="Bias of the linear that joins token and feature")
+    layernorms: bool = Field(
+        default=default_of(EagleTrainingArgs, "layernorms"),
+        description="Norms on the embedding, before the layer and before the head",
+    )
+    fusion_bias: bool = Field(
+        default=default_of(EagleTrainingArgs, "fusion_bias"),
+        description="Bias of the linear that joins token and feature",
+    )
 
     @model_validator(mode="after")
     def check_add_architectures(self):

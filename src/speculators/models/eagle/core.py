@@ -5,37 +5,38 @@ Shapes: B rows, T columns, H hidden size, V vocabulary. What is computed with th
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speculators.checkpoint.formats import ForeignCheckpoint
-from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.losses.registry import resolve_loss_config
+from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, VerifierStates
 from speculators.model import SpeculatorModel
-from speculators.models.eagle.arguments import TRAINING_DEFAULTS, EagleTrainingArgs, default_of
+from speculators.model_training import DrafterArgs, LossArgs
+from speculators.models.draft_layers import attention_of
 from speculators.models.eagle.attachment import DETACHED, head_of, no_grad_weight
 from speculators.models.eagle.checkpoint import EagleContract, complete_eagle_config, save_native
-from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
+from speculators.models.eagle.config import (
+    NUM_TOKENS,
+    TRAINING_DEFAULTS,
+    EagleSpeculatorConfig,
+    EagleTrainingArgs,
+    layer_architecture,
+)
 from speculators.models.eagle.generation import Generating, run_sequences
 from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
-from speculators.models.eagle.training import (
-    OBJECTIVE_KEYS,
-    PackedBatch,
-    align,
-    drafts_read,
-    objective_of,
-    train_forward,
-    weighted_losses,
-)
+from speculators.models.eagle.training import align, drafts_read, train_features
 from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.unrolled_steps import padded
+from speculators.models.verifier_head import VerifierHead
 from speculators.nn.attention import layer_window
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
@@ -50,6 +51,11 @@ class EagleSpeculator(Generating, SpeculatorModel):
     config_class = EagleSpeculatorConfig  # type: ignore[assignment]
     training_args = EagleTrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    forward_keys: ClassVar[Mapping[str, str]] = {
+        name: name
+        for name in EagleTrainingArgs.model_fields
+        if name not in ("layernorms", "fusion_bias", "transformer_layer_architecture")
+    }
     contract = EagleContract()
     align = staticmethod(align)
 
@@ -164,47 +170,44 @@ class EagleSpeculator(Generating, SpeculatorModel):
     # -- training ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_training_args(  # type: ignore[override]
-        cls,
-        verifier_config: Any,
-        *,
-        verifier_name_or_path: str,
-        layernorms: bool = default_of("layernorms"),
-        fusion_bias: bool = default_of("fusion_bias"),
-        transformer_layer_architecture: str = default_of("transformer_layer_architecture"),
-        draft_vocab_size: int | None = None,
-        draft_attn_impl: str | None = None,
-        trust_remote_code: bool = False,
-        **_: Any,
-    ) -> EagleSpeculator:
-        nested = complete_eagle_config(verifier_config)
+    def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
+        nested, own, verifier = complete_eagle_config(layer_config), args.own, args.verifier
+        draft_vocab_size = args.draft.draft_vocab_size
         if draft_vocab_size not in (None, nested.vocab_size):
             raise ValueError(
                 f"draft_vocab_size={draft_vocab_size}: EAGLE drafts with the verifier's own head over its "
                 f"{nested.vocab_size} tokens; leave the option out, or train eagle3"
             )
-        if draft_attn_impl is not None:
-            nested._attn_implementation = draft_attn_impl
-        config = EagleSpeculatorConfig(
-            transformer_layer_config=nested,
-            transformer_layer_architecture=transformer_layer_architecture,
-            layernorms=layernorms,
-            fusion_bias=fusion_bias,
-            speculators_config=make_speculators_config("eagle", NUM_TOKENS, verifier_name_or_path, trust_remote_code),
-        )
-        model = cls(config, verifier_attachment_mode=DETACHED)
-        model.load_verifier_weights()
-        return model
+        args.choose_attention(nested)
+        return {
+            "transformer_layer_config": nested,
+            "transformer_layer_architecture": own.transformer_layer_architecture,
+            "layernorms": own.layernorms,
+            "fusion_bias": own.fusion_bias,
+            "speculators_config": make_speculators_config(
+                "eagle", NUM_TOKENS, verifier.verifier_name_or_path, verifier.trust_remote_code
+            ),
+        }
 
-    @staticmethod
-    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        shared = {name: kwargs[name] for name in OBJECTIVE_KEYS if name in kwargs}
-        if "loss_fn" in kwargs:
-            shared["loss_config"] = weighted_losses(
-                resolve_loss_config(kwargs["loss_fn"], kwargs.get("loss_implementation", "fused")),
-                **{name: kwargs[name] for name in ("distillation_weight", "top_k_weight", "top_k") if name in kwargs},
-            )
-        return shared, dict(shared)
+    @classmethod
+    def get_trainer_kwargs(cls, **keys: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Nothing of nothing, as the contract has it: forwards have the same defaults."""
+        return super().get_trainer_kwargs(**keys) if keys else ({}, {})
+
+    def packed_batch(self, hidden_states: Tensor, input_ids: Tensor, **others: Any) -> PackedBatch:  # type: ignore[override]
+        if hidden_states.shape[-1] == 0:  # a row of padding alone was never aligned
+            hidden_states = torch.zeros_like(others["verifier_last_hidden_states"])
+        return super().packed_batch(hidden_states, input_ids, **others)
+
+    @property
+    def verifier_head(self) -> VerifierHead:
+        network = self.network
+        return VerifierHead(network.verifier_norm, network.lm_head, self.target_transform)
+
+    def train_on(self, batch: PackedBatch, args: LossArgs[Any]) -> LossOutput:
+        if not self.training:
+            args = dataclasses.replace(args, own=args.own.model_copy(update={"feature_noise": 0.0}))
+        return train_features(self.network, batch, self.verifier_head, args)
 
     def forward(
         self,
@@ -229,11 +232,15 @@ class EagleSpeculator(Generating, SpeculatorModel):
         With `verifier_last_hidden_states` it trains on a packed row: (draft ids of each step, loss, metrics); both
         states are those before the norm, as `align` pairs them."""
         if verifier_last_hidden_states is not None:
-            batch = PackedBatch.of(
-                hidden_states, input_ids, document_ids, loss_mask, position_ids, verifier_last_hidden_states
+            return super().forward(
+                hidden_states=hidden_states,
+                input_ids=input_ids,
+                document_ids=document_ids,
+                loss_mask=loss_mask,
+                position_ids=position_ids,
+                verifier_last_hidden_states=verifier_last_hidden_states,
+                **kwargs,
             )
-            drafts, loss, metrics = train_forward(self, batch, objective_of(**kwargs))
-            return [padded(draft_ids_T, input_ids) for draft_ids_T in drafts], loss, metrics
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not supported: nothing here keeps them")
         past = past_key_values
@@ -247,16 +254,8 @@ class EagleSpeculator(Generating, SpeculatorModel):
         return CausalLMOutputWithPast(None, cast("Any", logits), past if use_cache else None)
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
-        row = self.training_row(states)
-        batch = PackedBatch.of(
-            row["hidden_states"],
-            row["input_ids"],
-            row["document_ids"],
-            row["loss_mask"],
-            row["position_ids"],
-            row["verifier_last_hidden_states"],
-        )
-        return self.network.lm_head(drafts_read(self, batch, num_drafts))
+        batch = self.packed_batch(**self.training_row(states))
+        return self.network.lm_head(drafts_read(self.network, batch, num_drafts, attention_of(self.config)))
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

@@ -5,25 +5,36 @@ Shapes: D = aux layers * H, H hidden size, V verifier vocabulary. What is comput
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
+from pydantic import BaseModel
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from speculators.interfaces import CaptureSpec, TreeDrafter, VerifierStates
-from speculators.losses.registry import loss_keywords
+from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, TreeDrafter, VerifierStates
 from speculators.model import SpeculatorModel
+from speculators.model_training import DrafterArgs, LossArgs
+from speculators.models.draft_layers import attention_of
 from speculators.models.draft_model import DraftModel
-from speculators.models.eagle3.arguments import TRAINING_DEFAULTS, Eagle3TrainingArgs
 from speculators.models.eagle3.checkpoint import Eagle3Contract, complete_transformer_layer_config
-from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
+from speculators.models.eagle3.config import (
+    DEFAULT_NUM_AUX,
+    TRAINING_DEFAULTS,
+    Eagle3SpeculatorConfig,
+    Eagle3TrainingArgs,
+    FusionArgs,
+)
 from speculators.models.eagle3.network import Eagle3Network
-from speculators.models.eagle3.training import PackedBatch, drafts_read, shift_batch, train_forward
+from speculators.models.eagle3.training import drafts_read, shift_batch, train_unrolled, unroll_everywhere
 from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.tree_drafting import FeedbackTreeDrafter
+from speculators.models.verifier_head import VerifierHead
 from speculators.nn.attention import layer_window
 from speculators.nn.decoder import DecoderLayer, FusionDecoderLayer
 from speculators.nn.draft_vocab import logits_over_verifier
 from speculators.nn.norms import RMSNorm
+from speculators.nn.packed_batch import padded_row
 from speculators.nn.rope import Rope
 from speculators.verifier.config import make_speculators_config, resolve_target_layer_ids
 
@@ -34,8 +45,10 @@ class Eagle3DraftModel(DraftModel):
 
     config_class = Eagle3SpeculatorConfig  # type: ignore[assignment]
     contract = Eagle3Contract()
-    training_args = Eagle3TrainingArgs
+    training_args: ClassVar[type[BaseModel]] = Eagle3TrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    forward_keys: ClassVar[Mapping[str, str]] = {"ttt_steps": "ttt_steps", "ttt_step_loss_decay": "ttt_step_loss_decay"}
+    first_position = 1
     align = staticmethod(shift_batch)
 
     def __init__(self, config: Eagle3SpeculatorConfig, **kwargs: Any):
@@ -91,76 +104,46 @@ class Eagle3DraftModel(DraftModel):
     # -- training ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def config_values(  # type: ignore[override]
-        cls,
-        verifier_config: Any,
-        *,
-        draft_vocab_size: int | None,
-        verifier_name_or_path: str,
-        norm_before_residual: bool = Eagle3TrainingArgs.model_fields["norm_before_residual"].default,
-        ttt_steps: int = Eagle3TrainingArgs.model_fields["ttt_steps"].default,
-        target_layer_ids: list[int] | None = None,
-        norm_before_fc: bool | None = False,
-        fc_norm: bool = False,
-        norm_output: bool = False,
-        embed_requires_grad: bool = False,
-        draft_attn_impl: str | None = None,
-        trust_remote_code: bool = False,
-        **_: Any,
-    ) -> dict[str, Any]:
-        """Config fields of a new drafter from what the command line knows."""
-        ids = resolve_target_layer_ids(target_layer_ids, verifier_name_or_path, trust_remote_code=trust_remote_code)
-        nested = complete_transformer_layer_config(verifier_config, num_aux=len(ids))
-        if draft_attn_impl is not None:
-            nested._attn_implementation = draft_attn_impl
+    def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
+        verifier, own = args.verifier.verifier_name_or_path, args.own
+        trust_remote_code = args.verifier.trust_remote_code
+        ids = resolve_target_layer_ids(args.draft.target_layer_ids, verifier, trust_remote_code=trust_remote_code)
+        nested = complete_transformer_layer_config(layer_config, num_aux=len(ids))
+        args.choose_attention(nested)
         algorithm = cls.config_class.model_fields["speculators_model_type"].default
         return {
             "transformer_layer_config": nested,
-            "draft_vocab_size": draft_vocab_size or nested.vocab_size,
-            "norm_before_residual": norm_before_residual,
+            "draft_vocab_size": args.draft.draft_vocab_size or nested.vocab_size,
             "eagle_aux_hidden_state_layer_ids": ids,
-            "norm_before_fc": not fc_norm if norm_before_fc is None else norm_before_fc,
-            "fc_norm": fc_norm,
-            "norm_output": norm_output,
-            "embed_requires_grad": embed_requires_grad,
+            **{name: getattr(own, name) for name in FusionArgs.model_fields},
             "speculators_config": make_speculators_config(
-                algorithm, ttt_steps, verifier_name_or_path, trust_remote_code
+                algorithm, cls.drafts_per_round(own), verifier, trust_remote_code
             ),
         }
 
-    @staticmethod
-    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        shared = {
-            **loss_keywords(**kwargs),
-            "ttt_steps": kwargs["ttt_steps"],
-            "ttt_step_loss_decay": kwargs["ttt_step_loss_decay"],
-        }
-        return shared, {**shared, "loss_config": dict(shared["loss_config"])}
+    @classmethod
+    def drafts_per_round(cls, own: Any) -> int:
+        return own.ttt_steps
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        input_ids: Tensor,
-        document_ids: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        verifier_last_hidden_states: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """(draft ids of each step, loss, metrics), or the draft ids alone without the verifier's last states. Unknown
-        keywords of the batch are ignored. See `training.train_forward`."""
-        return train_forward(
-            self, hidden_states, input_ids, document_ids, loss_mask, position_ids, verifier_last_hidden_states, **kwargs
-        )
+    @property
+    def verifier_head(self) -> VerifierHead:
+        return VerifierHead(self.verifier_norm, self.verifier_lm_head, self.target_transform)
+
+    def train_on(self, batch: PackedBatch, args: LossArgs[Any]) -> LossOutput:
+        return train_unrolled(self.network, batch, self.verifier_head, args)
+
+    def forward_without_targets(self, batch: PackedBatch, args: LossArgs[Any]) -> list[Tensor]:
+        """The draft ids of each step alone, [1, S] over the draft vocabulary."""
+        steps = unroll_everywhere(self.network, batch, args.own.ttt_steps, args.attention)
+        return [padded_row(self.lm_head(normed_TH).argmax(-1), batch.row_length) for normed_TH in steps]
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
-        row = self.training_row(states)
-        batch = PackedBatch.of(
-            row["hidden_states"], row["input_ids"], row["document_ids"], row["loss_mask"], row["position_ids"], None
-        )
-        return logits_over_verifier(self.lm_head(self.drafts_read(self, batch, num_drafts)), self.t2d)
+        batch = self.packed_batch(**self.training_row(states))
+        read_KH = self.drafts_read(batch, num_drafts, attention_of(self.config))
+        return logits_over_verifier(self.lm_head(read_KH), self.t2d)
 
-    drafts_read: ClassVar[Any] = staticmethod(drafts_read)
+    def drafts_read(self, batch: PackedBatch, num_drafts: int, attention: str | None) -> Tensor:
+        return drafts_read(self.network, batch, num_drafts, attention)
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

@@ -12,29 +12,22 @@ H hidden size, D = aux layers * H, V draft vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from speculators.interfaces import LossOutput, PackedBatch, Ratio
 from speculators.losses.chunked import RowLosses, row_losses
-from speculators.losses.chunks import HeadTargets
-from speculators.losses.metrics import counted
-from speculators.losses.registry import MASK_EPSILON, LossConfig, choose_loss_config
-from speculators.models.draft_layers import attention_of
-from speculators.models.eagle3.arguments import Eagle3TrainingArgs
+from speculators.losses.metrics import ratio
+from speculators.losses.registry import MASK_EPSILON
+from speculators.model_training import LossArgs
+from speculators.models.eagle3.config import Eagle3TrainingArgs
 from speculators.models.eagle3.network import Eagle3Network
-from speculators.models.packed_columns import PackedColumns
-from speculators.models.unrolled_steps import answered_columns, counted_steps, padded, step_accuracy
+from speculators.models.unrolled_steps import query_columns, step_accuracy, step_means, supervised_steps
+from speculators.models.verifier_head import VerifierHead
 from speculators.nn.masks import PackedRow
 from speculators.nn.unrolled import unrolled_attention
-
-if TYPE_CHECKING:
-    from speculators.models.eagle3.core import Eagle3DraftModel
-
-TTT_STEPS = Eagle3TrainingArgs.model_fields["ttt_steps"].default
-STEP_LOSS_DECAY = Eagle3TrainingArgs.model_fields["ttt_step_loss_decay"].default
 
 
 def shift_batch(sample: dict[str, Any]) -> dict[str, Any]:
@@ -49,47 +42,59 @@ def shift_batch(sample: dict[str, Any]) -> dict[str, Any]:
     return shifted
 
 
-@dataclass(frozen=True)
-class PackedBatch:
-    """One packed row without its padding."""
+def train_unrolled(
+    network: Eagle3Network, batch: PackedBatch, verifier: VerifierHead, args: LossArgs[Eagle3TrainingArgs]
+) -> LossOutput:
+    """Loss of all steps; `draft_ids` where they are supervised."""
+    assert batch.last_hidden_TH is not None
+    num_steps = args.own.ttt_steps
+    supervised_ST = supervised_steps(batch, num_steps)
+    columns_R = query_columns(supervised_ST, args.attention)
+    supervised_SR = supervised_ST[:, columns_R]
+    steps = unroll(network, batch, columns_R, num_steps, args.attention)
+    step_N, row_N = supervised_SR.nonzero().unbind(1)
+    losses = row_losses(
+        torch.stack(steps)[step_N, row_N],
+        network.lm_head.weight,
+        verifier.targets(batch.last_hidden_TH),
+        columns_R[row_N] + step_N,
+        args.loss_config,
+    )
+    loss, metrics = reduce(losses, supervised_SR, step_N, row_N, args.own.ttt_step_loss_decay)
+    drafts_ST = torch.full_like(supervised_ST, -1, dtype=torch.int64)
+    drafts_ST[step_N, columns_R[row_N]] = losses.draft_ids_N
+    return LossOutput(loss, metrics, list(drafts_ST))
 
-    features_TD: Tensor
-    token_ids_T: Tensor
-    document_ids_T: Tensor
-    loss_mask_T: Tensor
-    position_ids_T: Tensor
-    last_hidden_TH: Tensor | None
 
-    @classmethod
-    def of(
-        cls,
-        hidden_states: Tensor,
-        input_ids: Tensor,
-        document_ids: Tensor | None,
-        loss_mask: Tensor | None,
-        position_ids: Tensor | None,
-        last_hidden: Tensor | None,
-    ) -> PackedBatch:
-        columns = PackedColumns.of(input_ids, document_ids, loss_mask, position_ids, first_position=1).without_padding()
-        return cls(
-            hidden_states[0, : columns.length],
-            columns.token_ids_T,
-            columns.document_ids_T,
-            columns.loss_mask_T,
-            columns.position_ids_T,
-            None if last_hidden is None else last_hidden[0, : columns.length],
-        )
+def reduce(
+    losses: RowLosses, supervised_SR: Tensor, step_N: Tensor, row_N: Tensor, decay: float
+) -> tuple[Tensor, dict[str, Ratio]]:
+    """Steps are averaged over their own supervised columns and added, step s weighted by decay ** s."""
+    num_steps = len(supervised_SR)
+    step_loss_S = step_means(losses.loss_N, step_N, supervised_SR, MASK_EPSILON)
+    decay_S = decay ** torch.arange(num_steps, device=step_N.device, dtype=step_loss_S.dtype)
+    loss = (step_loss_S * decay_S).sum()
+
+    metrics = {f"loss_{s}": ratio(step_loss_S[s]) for s in range(num_steps)}
+    if len(losses.terms) > 1:
+        for name, term_N in losses.terms.items():
+            term_S = step_means(term_N, step_N, supervised_SR, MASK_EPSILON)
+            metrics |= {f"{name}_loss_{s}": ratio(term_S[s]) for s in range(num_steps)}
+    correct_SR = torch.zeros_like(supervised_SR)
+    correct_SR[step_N, row_N] = losses.correct_N
+    return loss, metrics | step_accuracy(supervised_SR, correct_SR)
 
 
 def unroll(
     network: Eagle3Network, batch: PackedBatch, columns_R: Tensor, num_steps: int, attention: str | None
 ) -> list[Tensor]:
-    """What the head reads at each step, [R, H] a step. Step 0 runs every column, since each is context to others."""
+    """What the head reads at each step, [R, H] per step. Step 0 runs every column, since each is context to others."""
+    assert batch.aux_TD is not None
     packed = PackedRow(batch.document_ids_T, columns_R)
     layer_attention = unrolled_attention(attention, packed, network.windows)
-    # past the right edge: padding tokens, at columns that cannot count
+    # past the right edge: padding tokens, at columns that are not supervised
     token_ids = torch.nn.functional.pad(batch.token_ids_T, (0, num_steps))
-    hidden, columns, out = network.combine(batch.features_TD[None]), None, []
+    hidden, columns, out = network.combine(batch.aux_TD[None]), None, []
     for s in range(num_steps):
         tokens = token_ids[s : s + len(batch.token_ids_T)] if columns is None else token_ids[columns + s]
         positions = batch.position_ids_T if columns is None else batch.position_ids_T[columns]
@@ -100,77 +105,15 @@ def unroll(
     return out
 
 
-def drafts_read(model: Eagle3DraftModel, batch: PackedBatch, num_drafts: int) -> Tensor:
-    """What the head reads in the places of the last K tokens of the batch: [K, H]."""
-    attention = attention_of(model.config)
+def unroll_everywhere(
+    network: Eagle3Network, batch: PackedBatch, num_steps: int, attention: str | None
+) -> list[Tensor]:
+    """The same with every column a query: [T, H] per step."""
     columns_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
-    steps = unroll(model.network, batch, columns_T, num_drafts, attention)
+    return unroll(network, batch, columns_T, num_steps, attention)
+
+
+def drafts_read(network: Eagle3Network, batch: PackedBatch, num_drafts: int, attention: str | None) -> Tensor:
+    """What the head reads in the places of the last K tokens of the batch: [K, H]."""
+    steps = unroll_everywhere(network, batch, num_drafts, attention)
     return torch.stack([normed_TH[-num_drafts - 1] for normed_TH in steps])
-
-
-def train_forward(
-    model: Eagle3DraftModel,
-    hidden_states: Tensor,
-    input_ids: Tensor,
-    document_ids: Tensor | None,
-    loss_mask: Tensor | None,
-    position_ids: Tensor | None,
-    verifier_last_hidden_states: Tensor | None,
-    *,
-    ttt_steps: int = TTT_STEPS,
-    ttt_step_loss_decay: float = STEP_LOSS_DECAY,
-    loss_config: LossConfig | None = None,
-    loss_fn: Any = None,
-    **_: Any,
-) -> Any:
-    batch = PackedBatch.of(hidden_states, input_ids, document_ids, loss_mask, position_ids, verifier_last_hidden_states)
-    attention = attention_of(model.config)
-    if batch.last_hidden_TH is None:
-        every_column_T = torch.arange(len(batch.token_ids_T), device=input_ids.device)
-        steps = unroll(model.network, batch, every_column_T, ttt_steps, attention)
-        return [padded(model.lm_head(normed_TH).argmax(-1), input_ids) for normed_TH in steps]
-
-    counts_ST = counted_steps(batch.loss_mask_T, batch.document_ids_T, ttt_steps)
-    columns_R = answered_columns(counts_ST, attention)
-    counts_SR = counts_ST[:, columns_R]
-    steps = unroll(model.network, batch, columns_R, ttt_steps, attention)
-    targets = HeadTargets(
-        model.verifier_norm(batch.last_hidden_TH), model.verifier_lm_head.weight, *model.target_transform
-    )
-    step_N, row_N = counts_SR.nonzero().unbind(1)
-    losses = row_losses(
-        torch.stack(steps)[step_N, row_N],
-        model.lm_head.weight,
-        targets,
-        columns_R[row_N] + step_N,
-        choose_loss_config(loss_config, loss_fn, default="kl_div"),
-    )
-    loss, metrics = reduce(losses, counts_SR, step_N, row_N, ttt_step_loss_decay)
-    drafts_ST = torch.full((ttt_steps, len(batch.token_ids_T)), -1, device=input_ids.device)
-    drafts_ST[step_N, columns_R[row_N]] = losses.draft_ids_N
-    return [padded(drafts_T, input_ids) for drafts_T in drafts_ST], loss, metrics
-
-
-def reduce(
-    losses: RowLosses, counts_SR: Tensor, step_N: Tensor, row_N: Tensor, decay: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Steps are averaged over their own supervised columns and added, step s weighted by decay ** s."""
-    num_steps, counts_S = len(counts_SR), counts_SR.sum(1)
-
-    def step_means(loss_N: Tensor) -> Tensor:
-        return loss_N.new_zeros(num_steps).index_add(0, step_N, loss_N) / (counts_S + MASK_EPSILON)
-
-    step_loss_S = step_means(losses.loss_N)
-    decay_S = decay ** torch.arange(num_steps, device=step_N.device, dtype=step_loss_S.dtype)
-    loss = (step_loss_S * decay_S).sum()
-
-    metrics = {"loss": loss.detach(), **counted("loss", loss.detach(), 1.0)}
-    term_S = {f"{name}_loss": step_means(term_N) for name, term_N in losses.terms.items()}
-    correct_SR = torch.zeros_like(counts_SR)
-    correct_SR[step_N, row_N] = losses.correct_N
-    for s in range(num_steps):
-        metrics |= counted(f"loss_{s}", step_loss_S[s], 1.0)
-        if len(term_S) > 1:
-            for name, values in term_S.items():
-                metrics |= counted(f"{name}_{s}", values[s], 1.0)
-    return loss, metrics | step_accuracy(counts_SR, correct_SR)

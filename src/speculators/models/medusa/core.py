@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from speculators.checkpoint.formats import ForeignCheckpoint
 from speculators.model import SpeculatorModel
+from speculators.model_training import DrafterArgs
 from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
-from speculators.models.medusa.arguments import TRAINING_DEFAULTS, MedusaTrainingArgs
 from speculators.models.medusa.checkpoint import MedusaContract, save_native
-from speculators.models.medusa.config import MedusaSpeculatorConfig
+from speculators.models.medusa.config import TRAINING_DEFAULTS, MedusaSpeculatorConfig, MedusaTrainingArgs
 from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
 from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.verifier.capture import fitting_embedding, verifier_parts
@@ -52,32 +53,23 @@ class MedusaDraftModel(LastStateModel):
         return MedusaNetwork(self.verifier_norm, self.blocks, self.lm_heads)  # type: ignore[arg-type]
 
     @classmethod
-    def from_training_args(  # type: ignore[override]
-        cls,
-        verifier_config: Any,
-        *,
-        verifier_name_or_path: str,
-        num_heads: int = MedusaTrainingArgs.model_fields["num_heads"].default,
-        num_layers: int = 1,
-        draft_vocab_size: int | None = None,
-        trust_remote_code: bool = False,
-        **_: Any,
-    ) -> MedusaDraftModel:
-        """A new drafter: every head starts as the verifier's own."""
-        verifier = get_verifier_config(verifier_name_or_path, trust_remote_code)
-        check_whole_vocabulary(draft_vocab_size, verifier.vocab_size)
-        config = MedusaSpeculatorConfig(
-            hidden_size=verifier.hidden_size,
-            vocab_size=verifier.vocab_size,
-            num_heads=num_heads,
-            num_hidden_layers=num_layers,
-            rms_norm_eps=norm_kind(verifier).eps,
-            speculators_config=make_speculators_config("medusa", num_heads, verifier_name_or_path, trust_remote_code),
-        )
-        model = cls(config)
-        model.load_verifier_weights()
-        model.start_from_verifier_head()
-        return model
+    def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
+        """Of the verifier's own config, whatever was given."""
+        name, trust_remote_code = args.verifier.verifier_name_or_path, args.verifier.trust_remote_code
+        verifier, num_heads = get_verifier_config(name, trust_remote_code), args.own.num_heads
+        check_whole_vocabulary(args.draft.draft_vocab_size, verifier.vocab_size)
+        return {
+            "hidden_size": verifier.hidden_size,
+            "vocab_size": verifier.vocab_size,
+            "num_heads": num_heads,
+            "num_hidden_layers": args.draft.num_layers,
+            "rms_norm_eps": norm_kind(verifier).eps,
+            "speculators_config": make_speculators_config("medusa", num_heads, name, trust_remote_code),
+        }
+
+    def initialise(self, args: DrafterArgs[Any]) -> None:
+        """Every head starts as the verifier's own."""
+        self.start_from_verifier_head()
 
     @torch.no_grad()
     def start_from_verifier_head(self) -> None:

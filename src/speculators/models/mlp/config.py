@@ -1,4 +1,4 @@
-"""Config of an MLP speculator (`speculators_model_type` "mlp")."""
+"""The MLP speculator's training keys and its config (`speculators_model_type` "mlp")."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from speculators.config import SpeculatorModelConfig
+from speculators.models.last_state_training import HeadLossArgs
+from speculators.training_keys import NoLayersArgs, default_of
 
+TRAINING_DEFAULTS: dict[str, Any] = {"optimizer": "adamw"}
+"""Generic keys with another default here. Most of its matrices are tables looked up by token: nothing for Muon."""
 OLD_NAMES = {"emb_dim": "hidden_size", "inner_dim": "intermediate_size", "n_predict": "num_layers"}
 """Spelling of the released checkpoints -> ours."""
+
+
+class MLPTrainingArgs(HeadLossArgs, NoLayersArgs):
+    why = "an MLP speculator has no decoder layers (its width is inner_dim)"
+
+    n_predict: int = Field(3, ge=1, description="Tokens drafted per round.")
+    inner_dim: int = Field(0, ge=0, description="Width of the state. 0: the verifier's hidden size.")
+    tie_weights: bool = Field(True, description="All steps share embedding, norm, head and (from step 1) projection.")
+    scale_input: bool = Field(False, description="Norm the verifier's state without weights, over sqrt(2).")
+    head_weight_decay: float = Field(1.0, gt=0.0, description="Step k weighs decay ** k; losses of steps are added.")
 
 
 @SpeculatorModelConfig.register("mlp")
@@ -21,9 +35,13 @@ class MLPSpeculatorConfig(SpeculatorModelConfig):
     vocab_size: int = Field(default=128256, ge=1, description="The verifier's vocabulary")
     num_layers: int = Field(default=5, ge=1, description="Steps: tokens drafted a round")
     tie_weights: bool = Field(
-        default=True, description="All steps share embedding, norm and head; all but the first their projection"
+        default=default_of(MLPTrainingArgs, "tie_weights"),
+        description="All steps share embedding, norm and head; all but the first their projection",
     )
-    scale_input: bool = Field(default=False, description="Norm the verifier's state without weights, over sqrt(2)")
+    scale_input: bool = Field(
+        default=default_of(MLPTrainingArgs, "scale_input"),
+        description="Norm the verifier's state without weights, over sqrt(2)",
+    )
     rms_norm_eps: float = Field(default=1e-6, gt=0.0, description="Of the verifier's final norm")
 
     @model_validator(mode="before")

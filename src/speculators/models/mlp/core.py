@@ -12,13 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from speculators.model import SpeculatorModel
+from speculators.model_training import DrafterArgs
 from speculators.models.last_state_model import LastStateModel, check_whole_vocabulary
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
-from speculators.models.mlp.arguments import TRAINING_DEFAULTS, MLPTrainingArgs, default_of
 from speculators.models.mlp.checkpoint import MLPContract
-from speculators.models.mlp.config import MLPSpeculatorConfig
+from speculators.models.mlp.config import TRAINING_DEFAULTS, MLPSpeculatorConfig, MLPTrainingArgs
 from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
 from speculators.models.tree_drafting import CarriedTreeDrafter
 from speculators.verifier.capture import fitting_embedding, verifier_parts
@@ -64,34 +65,21 @@ class MLPSpeculator(LastStateModel):
         )
 
     @classmethod
-    def from_training_args(  # type: ignore[override]
-        cls,
-        verifier_config: Any,
-        *,
-        verifier_name_or_path: str,
-        n_predict: int = default_of("n_predict"),
-        inner_dim: int = default_of("inner_dim"),
-        tie_weights: bool = default_of("tie_weights"),
-        scale_input: bool = default_of("scale_input"),
-        draft_vocab_size: int | None = None,
-        trust_remote_code: bool = False,
-        **_: Any,
-    ) -> MLPSpeculator:
-        verifier = get_verifier_config(verifier_name_or_path, trust_remote_code)
-        check_whole_vocabulary(draft_vocab_size, verifier.vocab_size)
-        config = MLPSpeculatorConfig(
-            hidden_size=verifier.hidden_size,
-            intermediate_size=inner_dim or verifier.hidden_size,
-            vocab_size=verifier.vocab_size,
-            num_layers=n_predict,
-            tie_weights=tie_weights,
-            scale_input=scale_input,
-            rms_norm_eps=norm_kind(verifier).eps,
-            speculators_config=make_speculators_config("mlp", n_predict, verifier_name_or_path, trust_remote_code),
-        )
-        model = cls(config)
-        model.load_verifier_weights()
-        return model
+    def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
+        """Of the verifier's own config, whatever was given."""
+        name, trust_remote_code = args.verifier.verifier_name_or_path, args.verifier.trust_remote_code
+        verifier, own = get_verifier_config(name, trust_remote_code), args.own
+        check_whole_vocabulary(args.draft.draft_vocab_size, verifier.vocab_size)
+        return {
+            "hidden_size": verifier.hidden_size,
+            "intermediate_size": own.inner_dim or verifier.hidden_size,
+            "vocab_size": verifier.vocab_size,
+            "num_layers": own.n_predict,
+            "tie_weights": own.tie_weights,
+            "scale_input": own.scale_input,
+            "rms_norm_eps": norm_kind(verifier).eps,
+            "speculators_config": make_speculators_config("mlp", own.n_predict, name, trust_remote_code),
+        }
 
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> LastStateProposer:
         weight = fitting_embedding(verifier_model, self.config.vocab_size, self.config.hidden_size)

@@ -18,11 +18,11 @@ from speculators.checkpoint.formats import (
     num_speculative_tokens,
 )
 from speculators.model import SpeculatorModel
-from speculators.models.mtp.config import MTPSpeculatorConfig
+from speculators.models.mtp.config import MTPSpeculatorConfig, MTPTrainingArgs
 from speculators.models.mtp.families import family_of, native_keys, read_native
 from speculators.models.mtp.layer import decoder_shape
 from speculators.models.mtp.stitch import stitch
-from speculators.models.mtp.training import NUM_STEPS
+from speculators.training_keys import default_of
 from speculators.verifier.config import get_verifier_config, make_speculators_config
 
 STITCHED = "stitched"
@@ -65,7 +65,9 @@ class StitchedFormat(CheckpointFormat):
         config = MTPSpeculatorConfig(
             transformer_layer_config=nested,
             speculators_config=make_speculators_config(
-                "mtp", options.get("num_speculative_steps", NUM_STEPS), verifier or str(source.path)
+                "mtp",
+                options.get("num_speculative_steps", default_of(MTPTrainingArgs, "num_speculative_steps")),
+                verifier or str(source.path),
             ),
         )
         odd = sorted(SpeculatorModel.expected_tensors(config).keys() ^ tensors.keys())

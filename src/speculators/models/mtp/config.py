@@ -1,4 +1,4 @@
-"""Config of an MTP speculator (`speculators_model_type` "mtp")."""
+"""MTP's training keys and its config (`speculators_model_type` "mtp")."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from pydantic import Field, field_validator
 from transformers import PretrainedConfig, Qwen2Config
 
 from speculators.config import SpeculatorModelConfig
+from speculators.training_keys import NoLayersArgs
+
+TRAINING_DEFAULTS = {"loss_fn": "ce"}
+"""Generic keys with another default here. `ce` teaches the tokens of the data, as MTP layers are trained; every other
+loss teaches the verifier's distributions."""
+
+
+class MTPTrainingArgs(NoLayersArgs):
+    why = "an MTP layer has the verifier's own shape"
+
+    num_speculative_steps: int = Field(3, ge=1, description="Tokens drafted per round: how often the layer is run.")
+    step_weight_beta: float = Field(0.6, gt=0.0, description="Step k weighs beta ** k, weights adding up to 1.")
 
 
 @SpeculatorModelConfig.register("mtp")

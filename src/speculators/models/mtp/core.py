@@ -9,34 +9,39 @@ import copy
 import dataclasses
 import logging
 import math
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from typing_extensions import Self
 
 from speculators.draft_vocab import DraftVocabMixin
-from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.losses.registry import resolve_loss_config
+from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, VerifierStates
 from speculators.model import SpeculatorModel
+from speculators.model_training import DrafterArgs, LossArgs
+from speculators.models.draft_layers import attention_of
 from speculators.models.feedback_proposer import FeedbackProposer
-from speculators.models.last_state_training import HARD_LABELS
-from speculators.models.mtp.arguments import TRAINING_DEFAULTS, MTPTrainingArgs
 from speculators.models.mtp.checkpoint import MTPContract, verifier_layer_config
-from speculators.models.mtp.config import MTPSpeculatorConfig
+from speculators.models.mtp.config import TRAINING_DEFAULTS, MTPSpeculatorConfig, MTPTrainingArgs
 from speculators.models.mtp.families import LAYER, family_of, read_native
 from speculators.models.mtp.layer import MTPLayer, decoder_shape
 from speculators.models.mtp.network import MTPNetwork
 from speculators.models.mtp.stitch import stitch
 from speculators.models.mtp.training import (
-    NUM_STEPS,
-    STEP_WEIGHT_BETA,
+    MTPArgs,
     compute_step_weights,
+    documents_of,
     drafts_read,
+    positions_of,
     shift_batch_mtp,
-    train_forward,
+    step_logits,
+    train_steps,
 )
 from speculators.models.tree_drafting import FeedbackTreeDrafter
+from speculators.models.verifier_head import VerifierHead
 from speculators.nn.norms import RMSNorm
+from speculators.nn.packed_batch import join_rows
 from speculators.nn.rope import Rope
 from speculators.verifier.capture import fitting_embedding, verifier_parts
 from speculators.verifier.config import make_speculators_config, text_config
@@ -54,6 +59,8 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     training_args = MTPTrainingArgs
     training_defaults = TRAINING_DEFAULTS
     has_chosen_layers = False
+    forward_keys: ClassVar[Mapping[str, str]] = {}
+    forward_columns = ("input_ids", "hidden_states", "attention_mask", "position_ids", "loss_mask", "document_ids")
     contract = MTPContract()
     align = staticmethod(shift_batch_mtp)
     stitch = staticmethod(stitch)
@@ -111,41 +118,26 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     # -- training ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_training_args(
-        cls,
-        verifier_config: Any,
-        *,
-        verifier_name_or_path: str | None = None,
-        num_speculative_steps: int = NUM_STEPS,
-        draft_vocab_size: int | None = None,
-        draft_attn_impl: str | None = None,
-        trust_remote_code: bool = False,
-        **_: Any,
-    ) -> MTPDraftModel:
-        """A new drafter: the MTP layer the verifier ships with, else one of random weights. `verifier_config` is the
-        verifier's."""
-        if verifier_name_or_path is None:
-            raise ValueError(
-                "verifier_name_or_path is required: the embedding, the head and the final norm are the verifier's"
-            )
-        nested = verifier_layer_config(text_config(verifier_config))
+    def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
+        """Of the verifier's own config."""
+        nested = verifier_layer_config(text_config(layer_config))
+        draft_vocab_size, verifier = args.draft.draft_vocab_size, args.verifier
         if draft_vocab_size not in (None, nested.vocab_size):
             raise ValueError(
                 f"draft_vocab_size={draft_vocab_size}: an MTP layer drafts through the verifier's own head, over its "
                 f"{nested.vocab_size} tokens; leave draft_vocab_size out"
             )
-        if draft_attn_impl is not None:
-            nested._attn_implementation = draft_attn_impl
-        config = cls.config_class(
-            transformer_layer_config=nested,
-            speculators_config=make_speculators_config(
-                "mtp", num_speculative_steps, verifier_name_or_path, trust_remote_code
+        args.choose_attention(nested)
+        return {
+            "transformer_layer_config": nested,
+            "speculators_config": make_speculators_config(
+                "mtp", args.own.num_speculative_steps, verifier.verifier_name_or_path, verifier.trust_remote_code
             ),
-        )
-        model = cls(config)
-        model.load_verifier_weights()
-        model.load_native_layer(verifier_name_or_path)
-        return model
+        }
+
+    def initialise(self, args: DrafterArgs[Any]) -> None:
+        """From the MTP layer the verifier ships with, if there is one."""
+        self.load_native_layer(args.verifier.verifier_name_or_path)
 
     def load_native_layer(self, verifier: str) -> None:
         """Start from the MTP layer in the verifier's checkpoint, if there is one."""
@@ -164,21 +156,16 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         self.load_state_dict(tensors, strict=False)
         logger.warning("training starts from the MTP layer of %s", verifier)
 
-    @staticmethod
-    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        weights = kwargs.get("step_weights")
+    @classmethod
+    def trainer_keywords(cls, own: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
+        weights = keys.get("step_weights")
         if weights is None:
-            if kwargs.get("num_speculative_steps") is None:
+            if keys.get("num_speculative_steps") is None:
                 raise ValueError("num_speculative_steps is needed to weigh the steps; give it, or step_weights")
-            beta = kwargs.get("step_weight_beta")
-            beta = STEP_WEIGHT_BETA if beta is None else beta
-            weights = compute_step_weights(beta=beta, num_steps=kwargs["num_speculative_steps"])
-        shared: dict[str, Any] = {"step_weights": weights, "return_logits": False}
-        spec = kwargs.get("loss_fn") or HARD_LABELS
-        shared["loss_config"] = resolve_loss_config(spec, kwargs.get("loss_implementation", "fused"))
-        return shared, dict(shared)
+            weights = compute_step_weights(own.step_weight_beta, own.num_speculative_steps)
+        return {"step_weights": weights, "return_logits": False}
 
-    def forward(
+    def packed_batch(  # type: ignore[override]
         self,
         input_ids: Tensor,
         hidden_states: Tensor,
@@ -186,19 +173,54 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         position_ids: Tensor | None = None,
         loss_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-        """(logits [B, L, V] of each step, loss, metrics). `hidden_states` are the verifier's last states, before its
-        final norm. `return_logits=False` (what the trainer gives): no logits are kept, the list is empty. Unknown
-        keywords of the batch are ignored. See `training.train_forward`."""
-        return train_forward(
-            self, input_ids, hidden_states, attention_mask, position_ids, loss_mask, document_ids, **kwargs
+    ) -> PackedBatch:
+        """Of any number of rows. `hidden_states` are the verifier's last states, before its final norm."""
+        nested = self.config.transformer_layer_config
+        positions = positions_of(input_ids, position_ids, nested.model_type)
+        if hidden_states.shape[-1] == 0:  # a batch of which no sample could be had
+            hidden_states = hidden_states.new_zeros(*input_ids.shape, nested.hidden_size)
+        return join_rows(
+            input_ids,
+            aux=None,
+            last_hidden=hidden_states,
+            document_ids=documents_of(input_ids, document_ids, attention_mask, positions),
+            loss_mask=loss_mask,
+            position_ids=positions,
+            first_position=self.first_position,
         )
+
+    def loss_args(self, keywords: Mapping[str, Any]) -> MTPArgs:
+        args, weights = super().loss_args(keywords), keywords.get("step_weights")
+        num_steps = self.config.num_speculative_steps
+        if weights is None:
+            weights = compute_step_weights(args.own.step_weight_beta, num_steps)
+        if len(weights) != num_steps:
+            raise ValueError(
+                f"step_weights has {len(weights)} entries for num_speculative_steps={num_steps}; give one for each step"
+            )
+        return MTPArgs(**vars(args), step_weights=list(weights))
+
+    @property
+    def verifier_head(self) -> VerifierHead:
+        return VerifierHead(self.verifier_norm, self.lm_head, self.target_transform)
+
+    def train_on(self, batch: PackedBatch, args: LossArgs[Any]) -> LossOutput:
+        assert isinstance(args, MTPArgs)
+        return train_steps(self.network, batch, self.verifier_head, args)
+
+    def forward_output(
+        self, batch: PackedBatch, args: LossArgs[Any], result: LossOutput, given: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Logits [B, S - K - 1, V] of each step; with `return_logits=False` (what the trainer gives) none are kept."""
+        assert isinstance(args, MTPArgs)
+        if not given.get("return_logits", True):
+            return []
+        return step_logits(self.network, batch, len(given["input_ids"]), args)
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
         """The first draft is a step of training; see `training.drafts_read` for the others."""
-        row = self.training_row(states)
-        return self.lm_head(drafts_read(self, row["input_ids"], row["hidden_states"], num_drafts))
+        batch = self.packed_batch(**self.training_row(states))
+        return self.lm_head(drafts_read(self.network, batch, num_drafts, attention_of(self.config)))
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

@@ -5,22 +5,24 @@ Shapes: D = aux layers * H, H hidden size, V verifier vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from speculators.interfaces import TreeDrafter
-from speculators.losses.registry import choose_loss_config, loss_keywords
+from speculators.interfaces import LossOutput, PackedBatch, TreeDrafter
 from speculators.model import SpeculatorModel
+from speculators.model_training import DrafterArgs, LossArgs
 from speculators.models.eagle3.core import Eagle3DraftModel
-from speculators.models.eagle3.training import PackedBatch
-from speculators.models.peagle.arguments import TRAINING_DEFAULTS, PEagleTrainingArgs
 from speculators.models.peagle.checkpoint import PEagleContract, write_fc_norm
-from speculators.models.peagle.config import PEagleSpeculatorConfig, default_of
+from speculators.models.peagle.config import TRAINING_DEFAULTS, PEagleSpeculatorConfig, PEagleTrainingArgs
+from speculators.models.peagle.network import PEagleNetwork
 from speculators.models.peagle.proposer import PEagleProposer
-from speculators.models.peagle.training import Sampling, drafts_read, train_forward
+from speculators.models.peagle.training import drafts_read, train_slots
 from speculators.models.tree_drafting import SlotTreeDrafter
+from speculators.training_keys import AnchorKeys
 from speculators.verifier.config import resolve_mask_token_id
 
 
@@ -30,8 +32,11 @@ class PEagleDraftModel(Eagle3DraftModel):
 
     config_class = PEagleSpeculatorConfig  # type: ignore[assignment]
     contract = PEagleContract()
-    training_args = PEagleTrainingArgs  # type: ignore[assignment]
+    training_args = PEagleTrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    # by hand without max_anchors: every supervised column is a seed (the contract's `max_anchors=None`)
+    called_by_hand: ClassVar[Mapping[str, Any]] = {"max_anchors": None}
+    forward_keys: ClassVar[Mapping[str, str]] = {name: name for name in PEagleSpeculatorConfig.training_fields}
     # The embedding is trained: a checkpoint without it is incomplete, and loading says so.
     _keys_to_ignore_on_load_missing = [
         key for key in Eagle3DraftModel._keys_to_ignore_on_load_missing if key != "embed_tokens.weight"
@@ -45,6 +50,10 @@ class PEagleDraftModel(Eagle3DraftModel):
         self.down_sample_ratio_min: float = config.training_value("down_sample_ratio_min")
 
     @property
+    def network(self) -> PEagleNetwork:
+        return PEagleNetwork(**vars(super().network), mask_token_id=self.mask_token_id, mask_hidden=self.mask_hidden)
+
+    @property
     def mask_token_id(self) -> int:
         if self.config.mask_token_id is None:
             raise ValueError("mask_token_id is not set, so masked slots have no token; set it in config.json")
@@ -53,76 +62,36 @@ class PEagleDraftModel(Eagle3DraftModel):
     # -- training ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def config_values(  # type: ignore[override]
-        cls,
-        verifier_config: Any,
-        *,
-        verifier_name_or_path: str,
-        num_depths: int = default_of("num_depths"),
-        mask_token_id: int | None = None,
-        norm_before_residual: bool = default_of("norm_before_residual"),
-        embed_requires_grad: bool = default_of("embed_requires_grad"),
-        trust_remote_code: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Config fields of a new drafter from what the command line knows."""
-        shared = {
-            "verifier_name_or_path": verifier_name_or_path,
-            "norm_before_residual": norm_before_residual,
-            "embed_requires_grad": embed_requires_grad,
-            "trust_remote_code": trust_remote_code,
-            "ttt_steps": num_depths,  # tokens drafted a round
-        }
-        values = super().config_values(verifier_config, **{**kwargs, **shared})
-        nested = values["transformer_layer_config"]
+    def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
+        values = super().config_values(layer_config, args)
+        nested, verifier = values["transformer_layer_config"], args.verifier
         write_fc_norm(nested, values["fc_norm"])
         values["mask_token_id"] = resolve_mask_token_id(
-            mask_token_id, verifier_name_or_path, nested.vocab_size, trust_remote_code
+            args.draft.mask_token_id, verifier.verifier_name_or_path, nested.vocab_size, verifier.trust_remote_code
         )
         return values
 
-    @staticmethod
-    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        shared = {
-            **loss_keywords(**kwargs),
-            "max_anchors": kwargs.get("max_anchors"),
-            **{name: kwargs.get(name, default_of(name)) for name in PEagleSpeculatorConfig.training_fields},
-        }
-        return shared, {**shared, "loss_config": dict(shared["loss_config"])}
+    @classmethod
+    def drafts_per_round(cls, own: Any) -> int:
+        return own.num_depths
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        input_ids: Tensor,
-        document_ids: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        verifier_last_hidden_states: Tensor | None = None,
-        *,
-        loss_config: Any = None,
-        loss_fn: Any = None,
-        max_anchors: int | None = None,
-        num_depths: int | None = None,
-        down_sample_ratio: float | None = None,
-        down_sample_ratio_min: float | None = None,
-        generator: torch.Generator | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """(None, loss, metrics). Slots are drawn by `generator` (None: torch's own in training, the same ones every
-        time in evaluation). Unknown keywords of the batch are ignored."""
-        sampling = Sampling(
-            self.num_depths if num_depths is None else num_depths,
-            self.down_sample_ratio if down_sample_ratio is None else down_sample_ratio,
-            self.down_sample_ratio_min if down_sample_ratio_min is None else down_sample_ratio_min,
-            max_anchors,
-        )
-        batch = PackedBatch.of(
-            hidden_states, input_ids, document_ids, loss_mask, position_ids, verifier_last_hidden_states
-        )
-        losses = choose_loss_config(loss_config, loss_fn, default="kl_div")
-        return train_forward(self, batch, sampling, losses, generator)
+    @classmethod
+    def trainer_keywords(cls, own: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
+        most = cls.generic_key(keys, AnchorKeys, "max_anchors")
+        return {**super().trainer_keywords(own, keys), "max_anchors": most}
 
-    drafts_read = staticmethod(drafts_read)
+    def loss_args(self, keywords: Mapping[str, Any]) -> LossArgs[Any]:
+        """What the call does not say is as the config of an older writer has it."""
+        said = {name: value for name, value in keywords.items() if value is not None}
+        return super().loss_args({**{name: getattr(self, name) for name in self.forward_keys}, **said})
+
+    def train_on(self, batch: PackedBatch, args: LossArgs[Any]) -> LossOutput:
+        return train_slots(self.network, batch, self.verifier_head, args)
+
+    forward_without_targets = SpeculatorModel.forward_without_targets
+
+    def drafts_read(self, batch: PackedBatch, num_drafts: int, attention: str | None) -> Tensor:
+        return drafts_read(self.network, batch, num_drafts, attention)
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from speculators.interfaces import PackedBatch
+from speculators.model_training import LossArgs
+from speculators.models.peagle.config import PEagleTrainingArgs
+
 
 class Chains(NamedTuple):
     """Sampled slots, by anchor and depth."""
@@ -26,38 +30,30 @@ class Chains(NamedTuple):
     depths_M: Tensor
 
 
-def sample_chains(
-    loss_mask_T: Tensor,
-    document_ids_T: Tensor,
-    *,
-    num_depths: int,
-    ratio: float,
-    ratio_min: float,
-    max_anchors: int | None,
-    generator: torch.Generator | None,
-) -> Chains:
+def sample_chains(batch: PackedBatch, args: LossArgs[PEagleTrainingArgs]) -> Chains:
     """Drawn on the host, so that every device trains on the same slots."""
-    documents_T = document_ids_T.cpu()
-    valid_T = loss_mask_T.cpu().bool() & (documents_T != -1)
-    continues_T = valid_T.clone()  # the column may follow the one before it in a chain
+    own, generator = args.own, args.generator
+    documents_T, supervised_T = batch.document_ids_T.cpu(), batch.supervised_T.cpu()
+    continues_T = supervised_T.clone()  # the column may follow the one before it in a chain
     continues_T[:1] = False
     continues_T[1:] &= documents_T[1:] == documents_T[:-1]
-    seeds_S = drawn(valid_T.nonzero().squeeze(1), max_anchors, generator)
+    seeds_S = drawn(supervised_T.nonzero().squeeze(1), args.max_anchors, generator)
     anchors, depths = [seeds_S[:0]], [seeds_S[:0]]
     candidates = seeds_S[continues_T[seeds_S]]
-    for depth in range(1, num_depths):
-        num_slots = int(max(0, len(seeds_S) - depth) * max(ratio**depth, ratio_min))
+    for depth in range(1, own.num_depths):
+        num_slots = int(max(0, len(seeds_S) - depth) * max(own.down_sample_ratio**depth, own.down_sample_ratio_min))
         if num_slots <= 0:
             break
         columns = drawn(candidates, num_slots, generator)
         anchors.append(columns - depth)
         depths.append(torch.full_like(columns, depth))
         following = columns + 1
-        following = following[following < len(valid_T)]
+        following = following[following < len(supervised_T)]
         candidates = following[continues_T[following]]
     anchors_M, depths_M = torch.cat(anchors), torch.cat(depths)
-    order_M = (anchors_M * num_depths + depths_M).argsort()
-    return Chains(anchors_M[order_M].to(loss_mask_T.device), depths_M[order_M].to(loss_mask_T.device))
+    order_M = (anchors_M * own.num_depths + depths_M).argsort()
+    device = batch.supervised_T.device
+    return Chains(anchors_M[order_M].to(device), depths_M[order_M].to(device))
 
 
 def drawn(columns: Tensor, most: int | None, generator: torch.Generator | None) -> Tensor:
@@ -65,8 +61,3 @@ def drawn(columns: Tensor, most: int | None, generator: torch.Generator | None) 
     if most is None or len(columns) <= most:
         return columns
     return columns[torch.randperm(len(columns), generator=generator)[:most]].sort().values
-
-
-def validation_generator() -> torch.Generator:
-    """The same slots at every validation: losses of epochs are compared."""
-    return torch.Generator().manual_seed(0)
