@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -117,9 +117,9 @@ class Committed:
     token_ids_BT: Tensor
     """int64, right padded with 0; columns past `num_new_B` mean nothing."""
     states_BTD: Tensor | None
-    """None when the proposer's `capture` asks for nothing."""
+    """None when the proposer's `capture` is empty."""
     num_new_B: Tensor
-    """int64 valid columns a row; 0 = this row is not taking part (finished, or waiting)."""
+    """int64 valid columns per row; 0 = the row is idle (finished, or still in its prompt)."""
     num_committed_B: Tensor
     """int64 sequence lengths after this commit. `num_new == num_committed > 0` means a new request took the row:
     whatever the proposer kept for that row is void. B ends at the last used row: it may differ between calls."""
@@ -132,24 +132,25 @@ class Proposal:
     token_ids_BK: Tensor
     """int64 ids of the VERIFIER's vocabulary; -1 = no draft in this slot (ragged drafts end with -1)."""
     probs_BKV: Tensor | None = None
-    """q(x) each token was really drawn from, over the verifier's vocabulary; None = point mass (greedy, n-gram)."""
+    """q(x): the distribution that each token was drawn from, over the verifier's vocabulary; None = point mass (greedy,
+    n-gram)."""
     parents_K: Tensor | None = None
-    """Draft tree: index of each node's parent draft, -1 = the last committed token; parents come first. None = chain.
-    The topology is shared by all rows; rows use fewer nodes by writing -1 tokens."""
+    """int64 [K], a draft tree shared by all rows: slot of each node's parent, -1 = the last committed token. Parents
+    come first. A row with fewer nodes has -1 tokens in the other slots. None = chain."""
     confidence_BK: Tensor | None = None
-    """Of a chain: the drafter's own estimate that each slot is accepted, given that those before it are."""
+    """For chains: the drafter's own probability that each slot is accepted, given that those before it are."""
 
 
 @dataclass(frozen=True)
 class DraftSampling:
-    """What a proposer must know to draw drafts: temperatures [B] (0 = argmax) and the noise."""
+    """How a proposer draws drafts: temperatures [B] (0 = argmax) and the source of randomness."""
 
     temperature_B: Tensor
     generator: torch.Generator | None = None
     probabilistic: bool = False
     """True: draw from softmax(draft logits / temperature) and return `probs_BKV`. False: argmax, a point mass."""
     wants_confidence: bool = False
-    """Whether anybody reads `Proposal.confidence_BK`, if it can be had."""
+    """True: return `Proposal.confidence_BK` if the drafter has one."""
 
 
 @runtime_checkable
@@ -163,10 +164,10 @@ class Proposer(Protocol):
 
 @runtime_checkable
 class RemembersRequests(Protocol):
-    """A proposer that drafts from what earlier requests said."""
+    """A proposer that drafts from the text of earlier requests."""
 
     def reset(self) -> None:
-        """Forget them. Called between runs only."""
+        """Forget earlier requests. Called between runs only."""
         ...
 
 
@@ -179,15 +180,15 @@ class TreeDrafter(Protocol):
 
     capture: CaptureSpec
     max_depth: int | None
-    """Drafts are never deeper; None: as deep as one likes."""
+    """Greatest depth of its drafts; None: no limit."""
 
     def start(self, committed: Committed, depth: int) -> Tensor:
-        """Take in what was committed; log-probabilities [B, V_draft] of what follows. The tree gets `depth` deep."""
+        """Process the committed tokens and begin a tree `depth` deep; log-probabilities [B, V_draft] after them."""
         ...
 
     def expand(self, token_ids_BF: Tensor, parent_BF: Tensor, visible_BFN: Tensor) -> Tensor:
-        """Log-probabilities [B, F, V_draft] after each node of the next depth: verifier ids, the node of the frontier
-        before that each continues (0: the root, at the first), and the nodes so far that each attends to."""
+        """Log-probabilities [B, F, V_draft] after each node of the next depth. A node is given by its verifier id, its
+        parent's index in the frontier before (0 = the root, at the first), and the nodes that it attends to."""
         ...
 
     def to_verifier_ids(self, draft_ids: Tensor) -> Tensor: ...
@@ -208,7 +209,7 @@ class VerifierOutput:
 class Verifier(Protocol):
     """The model whose distribution is reproduced, with its KV cache, for a fixed number of rows.
 
-    A context manager: forwards run inside, where the model is set up for decoding. Entering again nests.
+    A context manager: entering sets the model up for decoding, and forwards run inside. It may be entered again inside.
     """
 
     vocab_size: int
@@ -241,14 +242,14 @@ class Verifier(Protocol):
         """Give an empty row the first `length` cached tokens of another."""
         ...
 
-    def __enter__(self) -> Any: ...
+    def __enter__(self) -> object: ...
 
-    def __exit__(self, *exc: Any) -> None: ...
+    def __exit__(self, *exc: object) -> None: ...
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a rule decided for each row."""
+    """The decision of a rule for each row."""
 
     path_BK: Tensor
     """int64 indices into the proposal's slots, in order, of the accepted drafts; -1 past `num_accepted_B`.
@@ -256,6 +257,19 @@ class Verification:
     num_accepted_B: Tensor
     next_token_B: Tensor
     """The token emitted after the accepted drafts: recovered (a draft was rejected) or bonus (all were accepted)."""
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """Makes the random decisions of a rule."""
+
+    def accept(self, probs_BN: Tensor, first_slot: int = 0) -> Tensor:
+        """bool [B, N]: slots first_slot .. first_slot + N - 1, each true with its probability, independently."""
+        ...
+
+    def pick(self, probs_BNV: Tensor, columns_BN: Tensor) -> Tensor:
+        """int64 [B, N]: one token from each distribution (rows sum to 1), with the randomness of the given columns."""
+        ...
 
 
 class AcceptanceRule(Protocol):
@@ -266,11 +280,12 @@ class AcceptanceRule(Protocol):
 
     @property
     def reads_logits(self) -> bool:
-        """True: wants logits (after penalties) in place of probabilities."""
+        """True: takes logits (after penalties) in place of probabilities."""
         ...
 
-    def __call__(self, proposal: Proposal, target_probs_BK1V: Tensor, generator: Any) -> Verification:
+    def __call__(
+        self, proposal: Proposal, target_probs_BK1V: Tensor, generator: torch.Generator | Draws | None
+    ) -> Verification:
         """`target_probs_BK1V[:, 0]` follows the last committed token, `[:, j + 1]` follows draft j. Greedy rows are
-        one-hot rows. `generator` is a `torch.Generator`, None for torch's global one, or the rule's random decisions
-        themselves (`decoding.verification.Draws`)."""
+        one-hot rows. `generator`: None is torch's global one; `Draws` are the random decisions themselves."""
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from speculators.decoding.proposers.suffix_index import Limits, SuffixDraft, SuffixIndex
 from speculators.decoding.rows import new_tokens_by_row, proposal_of
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 UNKNOWN = -1
 """An id that no sequence has."""
 Backend = Literal["auto", "reference", "arctic"]
+
+
+class DraftTokens(Protocol):
+    """The part of a cache's draft that is used."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
 
 
 class SuffixCache(Protocol):
@@ -38,7 +45,7 @@ class SuffixCache(Protocol):
         max_spec_tokens: int,
         max_spec_factor: float,
         min_token_prob: float,
-    ) -> Any: ...
+    ) -> DraftTokens: ...
 
 
 class ReferenceSuffixCache:

@@ -3,7 +3,6 @@
 from speculators.decoding.verification.chain import BlockRule, GreedyRule, StandardRule, StrictRule
 from speculators.decoding.verification.draws import (
     DRAFT_STREAM,
-    Draws,
     UniformDraws,
     inverse_cdf,
     keyed_draws,
@@ -13,6 +12,7 @@ from speculators.decoding.verification.draws import (
 )
 from speculators.decoding.verification.lossy import SyntheticRule, ToleranceRule, TypicalRule
 from speculators.decoding.verification.rules import resolve_rule
+from speculators.interfaces import Draws
 
 __all__ = [
     "DRAFT_STREAM",

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from speculators.decoding.verification.draws import Draws, as_draws
+from speculators.decoding.verification.draws import as_draws
 from speculators.decoding.verification.trees import greedy_tree, multi_round_tree, sample_and_match_tree
-from speculators.interfaces import Proposal, Verification
+from speculators.interfaces import Draws, Proposal, Verification
 
 
 @dataclass(frozen=True)

@@ -19,25 +19,13 @@ same for any K, for any drafter, and without a drafter.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from speculators.interfaces import Draws
+
 ACCEPT_STREAM, PICK_STREAM, DRAFT_STREAM = 1, 2, 3
-
-
-@runtime_checkable
-class Draws(Protocol):
-    """Makes the random decisions of a rule."""
-
-    def accept(self, probs_BN: Tensor, first_slot: int = 0) -> Tensor:
-        """bool [B, N]: slots first_slot .. first_slot + N - 1, each true with its probability, independently."""
-        ...
-
-    def pick(self, probs_BNV: Tensor, columns_BN: Tensor) -> Tensor:
-        """int64 [B, N]: one token from each distribution (rows sum to 1), with the randomness of the given columns."""
-        ...
 
 
 @dataclass(frozen=True)

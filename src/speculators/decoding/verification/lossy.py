@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from speculators.decoding.verification.chain import at_least_fp32, chain_verification, leading_run, residual_at
-from speculators.decoding.verification.draws import Draws, as_draws
+from speculators.decoding.verification.draws import as_draws
 from speculators.decoding.verification.trees import longest_path, parent_rows
-from speculators.interfaces import Proposal, Verification
+from speculators.interfaces import Draws, Proposal, Verification
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from speculators.decoding.verification.chain import BlockRule, GreedyRule, StandardRule, StrictRule
 from speculators.decoding.verification.lossy import SyntheticRule, ToleranceRule, TypicalRule
 from speculators.interfaces import AcceptanceRule
 
-RULES: dict[str, type[Any]] = {
+RULES: dict[str, Callable[..., AcceptanceRule]] = {
     "greedy": GreedyRule,
     "strict": StrictRule,
     "standard": StandardRule,

@@ -22,8 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from speculators.decoding.verification.draws import Draws
-from speculators.interfaces import Proposal, Verification
+from speculators.interfaces import Draws, Proposal, Verification
 
 
 def greedy_tree(proposal: Proposal, best_BK1: Tensor) -> Verification:

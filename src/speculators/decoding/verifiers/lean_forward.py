@@ -10,14 +10,13 @@ forward. On entering it also notices hooks and modules that were put into the mo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from speculators.decoding.verifiers.cache import WriteSpan, grown_capacity
-from speculators.decoding.verifiers.lean_weights import LeanLayer, LeanWeights
+from speculators.decoding.verifiers.lean_weights import LeanLayer, LeanWeights, Rotary
 from speculators.interfaces import CaptureSpec
 from speculators.verifier import CapturedStates
 
@@ -29,7 +28,7 @@ class LeanForward:
 
     is_grouped = True
 
-    def __init__(self, weights: LeanWeights, config: Any, num_rows: int, capture: CaptureSpec):
+    def __init__(self, weights: LeanWeights, config: PretrainedConfig, num_rows: int, capture: CaptureSpec):
         self.weights, self.capture = weights, capture
         self.num_layers = len(weights.layers)
         self.layer_types: list[str | None] = list(getattr(config, "layer_types", None) or [None] * self.num_layers)
@@ -123,7 +122,7 @@ class Rotation:
 class RopeTable:
     """The model's own rotary embedding, computed once per position and grown on demand."""
 
-    def __init__(self, rotary: Any, like: Tensor):
+    def __init__(self, rotary: Rotary, like: Tensor):
         self.rotary, self.like = rotary, like
         self.cos = self.sin = like.new_empty(0, 1, 0)
 

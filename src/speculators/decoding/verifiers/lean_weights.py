@@ -36,6 +36,10 @@ INERT_HOOKS = "transformers.utils.output_capturing"
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(any tensor of the right dtype, positions [1, P]) -> cos and sin [1, P, r]."""
+
+
 class NotLlamaShaped(Exception):
     """Says why a model runs by its own forward."""
 
@@ -204,7 +208,7 @@ def same_for_all(found: list[Shape], what: str) -> Shape:
     return found[0]
 
 
-def rotary_of(model: PreTrainedModel) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def rotary_of(model: PreTrainedModel) -> Rotary:
     rotary: Any = getattr(model.get_decoder(), "rotary_emb", None)
     if not isinstance(rotary, nn.Module):
         raise NotLlamaShaped("no rotary embedding shared by the layers")
