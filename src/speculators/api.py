@@ -91,6 +91,9 @@ def regenerate(
         max_batch_size=batch_size,
     )
 
+    if engine.tokenizer is None:
+        raise ValueError(f"no tokenizer was found for the verifier {model_name(verifier)}; give one as tokenizer=")
+
     def answer(prompts: list[list[int]]) -> list[list[int]]:
         return [output.token_ids for output in engine.generate(prompts, params)]
 

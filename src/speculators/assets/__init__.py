@@ -3,23 +3,6 @@
 `scripts/build_tiny_verifier.py` made them; the README.md of the model folder says how, and how good the model is.
 """
 
-from importlib.resources import files
-from pathlib import Path
-from typing import Literal
+from speculators.assets.paths import prompts_path, tiny_verifier_path
 
 __all__ = ["prompts_path", "tiny_verifier_path"]
-
-
-def tiny_verifier_path() -> Path:
-    """Returns the folder of the embedded verifier, for `from_pretrained` of transformers and for `vllm serve`."""
-    return Path(str(files(__name__) / "tiny_verifier"))
-
-
-def prompts_path(split: Literal["train", "heldout"] = "train") -> Path:
-    """Returns a JSONL file of conversations about objects that the verifier was trained on, or has never seen.
-
-    Raises `ValueError` for another split.
-    """
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split={split!r} is not a set of embedded prompts; use 'train' or 'heldout'")
-    return Path(str(files(__name__) / "prompts" / f"{split}.jsonl"))

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 
 from speculators.data_generation.configs import DATASET_CONFIGS, DatasetConfig
 
+Rows: TypeAlias = "Sequence[Any] | datasets.Dataset"
 FILE_KINDS = (".json", ".jsonl", ".parquet")
 FORMS = (
     "a .json, .jsonl or .parquet file, a directory of them or of a saved dataset, hf:<id>[:<subset>][:<split>], "
@@ -77,7 +78,7 @@ class RawRows(Sequence[Any]):
     """Rows of one source, by index; `config` says how they become conversations when the source is a preset."""
 
     name: str
-    rows: Any
+    rows: Rows
     """Anything with `len` and integer `[]`: our sequences above, or a `datasets.Dataset`."""
     config: DatasetConfig | None = None
 
@@ -123,7 +124,7 @@ def load_raw_dataset(source: str | os.PathLike[str] | Sequence[Any]) -> RawRows:
     raise ValueError(f"data {text!r} is not an existing file or directory, nor a preset; give {FORMS}")
 
 
-def load_file(path: Path) -> Any:
+def load_file(path: Path) -> Rows:
     if path.suffix == ".jsonl":
         return JsonLines(path)
     if path.suffix == ".json":
@@ -151,7 +152,7 @@ def load_json(path: Path) -> Sequence[Any]:
     return rows
 
 
-def load_directory(path: Path) -> Any:
+def load_directory(path: Path) -> Rows:
     if (path / "state.json").is_file():
         return open_with_datasets(str(path), lambda: datasets.Dataset.load_from_disk(str(path)).with_format(None))
     if (path / "dataset_dict.json").is_file():
@@ -175,13 +176,13 @@ def parse_hub_name(text: str) -> dict[str, Any]:
     return {"hf_path": parts[0], "subset": subset, "split": parts[-1] if len(parts) > 1 else "train"}
 
 
-def load_hub_dataset(config: DatasetConfig) -> Any:
+def load_hub_dataset(config: DatasetConfig) -> datasets.Dataset:
     return open_with_datasets(
         config.hf_path, lambda: datasets.load_dataset(config.hf_path, config.subset, split=config.split)
     )
 
 
-def load_hub_file(url: str) -> Any:
+def load_hub_file(url: str) -> datasets.Dataset:
     kind = "parquet" if url.endswith(".parquet") else "json"
     if not url.endswith(FILE_KINDS):
         raise ValueError(f"data {url!r} must name a file that ends in one of {', '.join(FILE_KINDS)}")

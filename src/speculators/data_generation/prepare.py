@@ -179,7 +179,7 @@ def refuse_all_supervised(num_tokens: int, num_supervised: int) -> None:
 
 def make_recipe(
     model: str,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[str | Path],
     options: TokenizeOptions,
     seed: int,
@@ -203,7 +203,7 @@ def make_recipe(
     )
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hashes what decides token ids: the whole fast tokenizer, or the vocabulary of a slow one."""
     if getattr(tokenizer, "is_fast", False):
         return sha256(tokenizer.backend_tokenizer.to_str())

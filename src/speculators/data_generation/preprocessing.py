@@ -134,8 +134,8 @@ def explain_no_rows(done: Tokenized, sources: Sequence[str | Path]) -> str:
 
 
 def build_speculator_training_dataset(
-    dataset: Any,
-    processor: Any,
+    dataset: datasets.Dataset | Sequence[Any],
+    processor: PreTrainedTokenizerBase,
     max_length: int = 2048,
     num_proc: int = 8,
     *,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
@@ -74,7 +75,7 @@ class RegenerationReport(TableReport, os.PathLike[str]):
 
 def regenerate_responses(
     conversations: str | os.PathLike[str] | Sequence[Any],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     generate: Generate,
     *,
     output: str | os.PathLike[str],
@@ -147,7 +148,7 @@ def regenerate_responses(
 class RolloutBatches:
     """Answers batches of rollouts turn by turn until each conversation is over."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     generate: Generate
     provenance: Provenance
     max_prompt_tokens: int | None

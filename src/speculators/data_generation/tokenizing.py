@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.conversations import TokenRow, UnusableRow, parse_row
 from speculators.data_generation.masks import agrees_with_template, merge_prefix_rows, turn_rows
@@ -74,7 +75,10 @@ class RowTokenizer:
     """Turns raw rows into training rows, in any process. Only conversations need a chat template."""
 
     def __init__(
-        self, tokenizer: Any, options: TokenizeOptions, template_kwargs: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: TokenizeOptions,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.options = options

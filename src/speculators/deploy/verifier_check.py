@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from speculators.checkpoint.findings import Finding, error, warning
 from speculators.checkpoint.record import verifier_facts
+from speculators.config import SpeculatorModelConfig
 from speculators.deploy.tensor_check import MAP, is_near
 from speculators.utils.files import looks_like_a_path
 from speculators.utils.loading import Rows, spaced
@@ -58,7 +59,9 @@ def verifier_config(name: str) -> tuple[PretrainedConfig | None, list[Finding]]:
     return config, found if relative else []
 
 
-def fit_findings(verifier: PretrainedConfig, config: Any, layer_ids: Sequence[int]) -> Iterator[Finding]:
+def fit_findings(
+    verifier: PretrainedConfig, config: SpeculatorModelConfig, layer_ids: Sequence[int]
+) -> Iterator[Finding]:
     """Compares sizes, layers and class of the verifier with the drafter's `config`; it reads the layers `layer_ids`."""
     text = text_config(verifier)
     layers = getattr(config, "transformer_layer_config", config)
@@ -101,7 +104,7 @@ def fit_findings(verifier: PretrainedConfig, config: Any, layer_ids: Sequence[in
         )
 
 
-def vocab_size_of(config: Any) -> int | None:
+def vocab_size_of(config: SpeculatorModelConfig) -> int | None:
     """Returns the verifier's vocabulary size by the drafter's config; None when the config has no such key."""
     return getattr(config, "target_vocab_size", None) or getattr(config, "vocab_size", None)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from transformers import PreTrainedTokenizerBase
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REASONING_KEYS = ("reasoning_content", "thinking")
@@ -19,7 +20,7 @@ class ChatTemplateError(ValueError):
 class ChatRenderer:
     """Renders messages as token ids. Raises `ValueError` for a tokenizer without a chat template."""
 
-    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
         self.template = chat_template_of(tokenizer)
         self.template_kwargs = dict(template_kwargs or {})
@@ -50,14 +51,15 @@ class ChatRenderer:
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **options: Any) -> Any:
         renamed = [rename_reasoning(message, self.template) for message in messages]
+        given = None if tools is None else list(tools)
         try:
-            return self.tokenizer.apply_chat_template(renamed, tools=tools, **options, **self.template_kwargs)
+            return self.tokenizer.apply_chat_template(renamed, tools=given, **options, **self.template_kwargs)
         except (jinja2.TemplateError, TypeError) as error:
             raise ChatTemplateError(f"chat template refuses it: {str(error)[:100]}") from error
 
 
 def chat_prompt(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     question: str | Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Any] | None = None,
@@ -77,7 +79,7 @@ def chat_prompt(
     return ChatRenderer(tokenizer, template_kwargs).token_ids(messages, tools, add_generation_prompt=True)
 
 
-def chat_template_of(tokenizer: Any) -> str:
+def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the template's text. Raises `ValueError` for a tokenizer without a template."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, Mapping):
