@@ -21,5 +21,5 @@ def prompts_path(split: Literal["train", "heldout"] = "train") -> Path:
     Raises `ValueError` for another split.
     """
     if split not in ("train", "heldout"):
-        raise ValueError(f"split={split!r} is not a set of embedded prompts; use 'train' or 'heldout'")
+        raise ValueError(f"split={split!r} is not a set of embedded prompts; the sets are 'train' and 'heldout'")
     return Path(str(files("speculators.assets") / "prompts" / f"{split}.jsonl"))

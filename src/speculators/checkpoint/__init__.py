@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what a directory holds, in which format, what vLLM reads of it, what it was trained with.
+"""Reads, writes and describes checkpoints on disk: their formats, what vLLM reads of them, how they were trained.
 
     formats.py     `CheckpointContract`: what an algorithm says of its checkpoints; its model class names it.
                    `CheckpointFormat`: one directory format of another project, read and written
@@ -6,5 +6,5 @@
     record.py      `training_record.json`, beside the weights
     findings.py    `Finding`: what is wrong with a checkpoint, and how to fix it
 
-`model` stands on `formats`, and `io` on `model`: import from the modules.
+`model` imports `formats`, and `io` imports `model`: import from the modules.
 """

@@ -1,4 +1,4 @@
-"""Writes and reads `training_record.json`, which lies beside the weights so that later edits can be detected.
+"""Writes and reads `training_record.json`, by which later edits of a checkpoint are detected.
 
     config      every value of config.json that affects the computation, flat: "transformer_layer_config.head_dim"
     tensors     a fingerprint of each tensor on disk

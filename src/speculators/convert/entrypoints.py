@@ -28,12 +28,12 @@ from speculators.utils.names import NamedModel, model_name
 from speculators.utils.report import TableReport, facts_table
 
 OLDER_OPTIONS = ("validate", "trust_remote_code")
-"""Arguments of earlier releases that decide nothing here: what is written is always checked, code is never run."""
+"""Arguments of earlier releases without effect: the result is always checked, and remote code is never run."""
 
 
 @dataclass(frozen=True)
 class ConvertedCheckpoint(TableReport, os.PathLike[str]):
-    """The directory that a conversion wrote, and notes on it; a path wherever a checkpoint is asked for."""
+    """The directory that a conversion wrote, and notes on it; accepted wherever a checkpoint path is."""
 
     path: Path
     speculators_model_type: str

@@ -231,7 +231,7 @@ def reuse(path: Path, recipe: Recipe) -> PreparedData:
     """Opens the existing directory. Raises `ValueError`, naming the differences, if it has another recipe."""
     found = PreparedData.open(path)
     if found.manifest is None:
-        logger.warning("%s has no %s: reused as it is, unchecked", path, MANIFEST_NAME)
+        logger.warning("%s has no %s: reusing it unchecked", path, MANIFEST_NAME)
         return replace(found, reused=True)
     before, now = asdict(found.manifest.recipe), asdict(recipe)
     if is_same_model(before["verifier"], now["verifier"]):

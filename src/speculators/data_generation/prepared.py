@@ -100,7 +100,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class PreparedData(TableReport, os.PathLike[str]):
-    """A prepared directory: a path wherever one is asked for, and a report of what is in it."""
+    """A prepared directory: accepted wherever its path is, and a report of its contents."""
 
     path: Path
     manifest: Manifest | None

@@ -36,7 +36,7 @@ Generate = Callable[[list[list[int]]], list[list[int]]]
 
 @dataclass
 class RegenerationReport(TableReport, os.PathLike[str]):
-    """Counts what a regeneration wrote; a path wherever data is asked for."""
+    """Counts what a regeneration wrote; accepted wherever a path of data is."""
 
     path: Path
     errors_path: Path

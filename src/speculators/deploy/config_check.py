@@ -16,7 +16,7 @@ from speculators.model import SpeculatorModel
 
 SETTINGS = "speculators_config"
 CONFIG_FIX = "write the value back, or take config.json from where the checkpoint was trained"
-# vLLM builds a generic config of the draft layers from the dict: nothing stands behind a missing key.
+# vLLM builds a generic config of the draft layers from the dict, which has no default for a missing key.
 LAYER_KEYS = (
     "model_type",
     "vocab_size",

@@ -33,7 +33,7 @@ NATIVE = "native"
 
 @dataclass(frozen=True)
 class Exported(TableReport, os.PathLike[str]):
-    """Says where and in which format an export was written; a path wherever a checkpoint is asked for."""
+    """Says where and in which format an export was written; accepted wherever a checkpoint path is."""
 
     path: Path
     speculators_model_type: str

@@ -124,7 +124,7 @@ def numbers(event: StepDone | Validated) -> str:
 
 
 def describe(metrics: dict[str, float], acceptance_length: float | None) -> str:
-    """Loss, accuracy by unrolled step and expected acceptance length, as far as they are there."""
+    """Returns the loss, accuracy by unrolled step and expected acceptance length that the event has."""
     parts = [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
     accuracies = {int(name[1]): value for key, value in metrics.items() if (name := STEP_ACCURACY.fullmatch(key))}
     if accuracies:

@@ -47,7 +47,7 @@ def lazy_attributes(package: str, module_of: Mapping[str, str]) -> tuple[Callabl
 
 
 def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises `ValueError` for the first given name that is not known, with the nearest one that is."""
+    """Raises `ValueError` for the first unknown name, and suggests the nearest known one."""
     known = sorted(known)
     for name in given:
         if name not in known:
@@ -55,7 +55,7 @@ def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> Non
 
 
 def model_name(model: str | os.PathLike[str] | NamedModel) -> str:
-    """The hub id or directory of a model: itself, or where a loaded one comes from. Raises `ValueError` for neither."""
+    """Returns the hub id or directory of a model, given as such or loaded from there. Raises `ValueError` otherwise."""
     if isinstance(model, str | os.PathLike):
         return os.fspath(model)
     if not model.name_or_path:

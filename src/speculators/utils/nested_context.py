@@ -16,7 +16,7 @@ class NestedContext:
     _undo: ExitStack
 
     def set_up(self, stack: ExitStack) -> None:
-        """Prepare the object; put on the stack what must be undone (also when preparing fails half way)."""
+        """Prepares the object; pushes on the stack what must be undone, also when it fails half way."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

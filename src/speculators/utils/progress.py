@@ -1,4 +1,4 @@
-"""Progress bars: ours are drawn where they are asked for, those of other libraries never."""
+"""Draws progress bars on request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 Progress = Callable[[str, int, "int | None"], None]
-"""Called with (what is being done, how much is done, of how much or None)."""
+"""Called with (name of the step, amount done, total amount or None)."""
 
 
 class WorkProgress:
@@ -41,7 +41,7 @@ class WorkProgress:
 
 @contextmanager
 def reporting(progress: bool | Progress | None) -> Iterator[Progress]:
-    """What to report to: bars for True, nothing for False or None, else the caller's own function."""
+    """Yields the function to report to: bars for True, nothing for False or None, else the caller's own."""
     if progress is True:
         with WorkProgress() as bars:
             yield bars

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Inside (or in a function that it decorates) loading and downloading draw nothing; after it all is as before."""
+    """Turns progress bars of loading and downloading off inside the block, or in a function that it decorates."""
     if not logging.is_progress_bar_enabled():
         yield
         return

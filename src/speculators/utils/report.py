@@ -1,4 +1,4 @@
-"""Reports as tables: what a command prints, what `print(report)` prints and what a notebook shows are one drawing."""
+"""Renders reports as tables, the same ones for a command, `print(report)` and a notebook."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 WIDTH = 120
-"""Columns where no terminal says how many there are."""
+"""Columns to assume without a terminal."""
 HTML = '<pre style="font-family:monospace;line-height:1.2">{code}</pre>'
 
 
@@ -20,7 +20,7 @@ class TableReport(ABC):
 
     @abstractmethod
     def tables(self) -> Sequence[Table]:
-        """From top to bottom."""
+        """Returns the tables from top to bottom."""
 
     def __rich__(self) -> Group:
         return Group(*self.tables())
@@ -38,7 +38,7 @@ class TableReport(ABC):
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> Table:
-    """Two columns: what was done, in names and values."""
+    """Makes a table of two columns, names and values."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
