@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from results_table import Trained, machine_line, results_table, write_between_markers
 
-from speculators import SpeculatorModel, evaluation
+from speculators import SpeculatorModel, evaluate, evaluation
 from speculators.assets import prompts_path, tiny_verifier_path
 from speculators.cli.app import Interrupted, quieten_libraries
 from speculators.cli.app import run as run_verb
@@ -194,19 +194,20 @@ def train_all(names: Sequence[str], output: Path, data: Step, epochs: int) -> tu
 
 
 def measure(trained: dict[str, Trained], options: argparse.Namespace) -> evaluation.EvaluationReport:
-    config = evaluation.EvaluateConfig(
-        verifier=VERIFIER,
-        data=str(prompts_path("heldout")),
-        methods=(PLAIN, *UNTRAINED, *(drafter.checkpoint for drafter in trained.values())),
+    methods = [PLAIN, *UNTRAINED, *(drafter.checkpoint for drafter in trained.values())]
+
+    def show(what: str, done: int, total: int | None) -> None:
+        print(f"\rdecoding {len(methods)} methods: {done}/{total} prompts", end="", file=sys.stderr)
+
+    report = evaluate(
+        VERIFIER,
+        prompts_path("heldout"),
+        methods=methods,
         num_prompts=options.num_prompts,
         max_tokens=options.max_tokens,
         num_repeats=options.num_repeats,
+        progress=show,
     )
-
-    def show(done: int, total: int) -> None:
-        print(f"\rdecoding {len(config.methods)} methods: {done}/{total} prompts", end="", file=sys.stderr)
-
-    report = evaluation.evaluate(config, on_progress=show)
     print(file=sys.stderr)
     return report
 

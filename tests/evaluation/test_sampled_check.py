@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from speculators.evaluation.statistics import likeness, two_sample_p_value
+from speculators.evaluation.statistics import similarity, two_sample_p_value
 
 
 def draws(rng: np.random.Generator, probs: list[float], num_answers: int = 64, length: int = 6) -> list[list[int]]:
@@ -14,7 +14,7 @@ def draws(rng: np.random.Generator, probs: list[float], num_answers: int = 64, l
 
 def test_likeness_counts_agreeing_positions_and_the_common_beginning():
     # "1 2 3" and "1 9 3" agree at two positions, and begin alike for one
-    assert likeness([[1, 2, 3], [1, 9, 3]]).tolist() == [[6, 3], [3, 6]]
+    assert similarity([[1, 2, 3], [1, 9, 3]]).tolist() == [[6, 3], [3, 6]]
 
 
 def test_p_values_of_one_law_are_uniform():

@@ -81,7 +81,7 @@ def rounds_of_the_fake(num_tokens: int) -> DecodeStats:
 
 
 @pytest.mark.parametrize("clients", ["1", "1,4"])
-def test_the_house_table_of_a_server_beside_a_plain_one(start_fake, clients, tmp_path, capsys):
+def test_the_results_table_of_a_server_beside_a_plain_one(start_fake, clients, tmp_path, capsys):
     server, plain = start_fake("--drafts"), start_fake("--plain", name="plain")
     report = tmp_path / "report.json"
     result = evaluate(

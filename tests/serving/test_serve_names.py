@@ -72,7 +72,7 @@ def test_settings_that_draft_nothing_and_a_missing_k_are_answered_with_the_flag(
     with pytest.raises(ValueError, match=r"num_speculative_tokens=2 was given but nothing that drafts; .*--draft"):
         run(["serve", verifier, "-k", "2", "--dry-run"])
     for drafter in (["--method", "ngram"], ["--draft", verifier]):
-        with pytest.raises(ValueError, match="how many tokens to draft a round: give -k N"):
+        with pytest.raises(ValueError, match="how many tokens to draft per round: give -k N"):
             run(["serve", verifier, *drafter, "--dry-run"])
     with pytest.raises(ValueError, match=r"ngram drafts without a model.*speculators serve org/other --method ngram"):
         run(["serve", verifier, "--verifier", "org/other", "--method", "ngram", "-k", "2", "--dry-run"])
@@ -152,7 +152,7 @@ def test_a_speculator_on_the_hub_is_one_too(speculator, verifier, hub):
     del values["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
     (Path(speculator) / "config.json").write_text(json.dumps(values))
     hub_config.cache_clear()
-    with pytest.raises(ValueError, match="how many tokens to draft a round: give -k N"):
+    with pytest.raises(ValueError, match="how many tokens to draft per round: give -k N"):
         run(["serve", "org/speculator", "--verifier", "org/verifier", "--dry-run"])
     without_k = run(["serve", "org/speculator", "--verifier", "org/verifier", "-k", "3", "--dry-run"])
     assert speculative_config(without_k)["num_speculative_tokens"] == 3

@@ -1,4 +1,4 @@
-"""`speculators evaluate`: the house table for any list of methods, or of a running server."""
+"""`speculators evaluate`: measures any list of methods, or a running server, and prints the table."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from speculators.cli.options import (
     TrustRemoteCode,
     parse_json_object,
 )
+from speculators.evaluation.config import EvaluateConfig, ServerConfig
 
 if TYPE_CHECKING:
     from speculators.evaluation.server import ServerReport
@@ -38,7 +39,7 @@ LOCAL_FLAGS = (
     "dtype",
     "device",
 )
-"""Decided where the server was started, or of no meaning for one."""
+"""Flags of a measurement in this process: a server was told them when it was started, or has no use for them."""
 SERVER_FLAGS = ("baseline_server", "concurrency", "request_timeout", "max_retries")
 METHOD_HELP = 'none, ngram, a speculator\'s directory, or JSON such as {"method": "ngram"}. Repeatable.'
 
@@ -51,22 +52,28 @@ def evaluate(
     server: Annotated[str | None, typer.Option(help="Measure a running vLLM server instead, by its counters.")] = None,
     baseline_server: Annotated[str | None, typer.Option(help="Plain server to compare that one with.")] = None,
     concurrency: Annotated[str, typer.Option(help="With --server: numbers of clients, such as 1,4,8.")] = "1",
-    request_timeout: Annotated[float, typer.Option(min=1, help="With --server: seconds an answer may take.")] = 120.0,
-    max_retries: Annotated[int, typer.Option(min=0, help="With --server: tries after a failed request.")] = 3,
+    request_timeout: Annotated[
+        float, typer.Option(min=1, help="With --server: seconds an answer may take.")
+    ] = ServerConfig.timeout_s,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="With --server: tries after a failed request.")
+    ] = ServerConfig.max_retries,
     num_speculative_tokens: NumSpeculativeTokens = None,
     speculative_token_tree: TokenTree = None,
     dynamic_tree: DynamicTree = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to decode.")] = 32,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
-    num_warmup: Annotated[int, typer.Option(min=0, help="Batches decoded before timing.")] = 2,
-    num_repeats: Annotated[int, typer.Option(min=1, help="Timings of each batch; the fastest counts.")] = 1,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to decode.")] = EvaluateConfig.num_prompts,
+    max_tokens: MaxTokens = EvaluateConfig.max_tokens,
+    temperature: Temperature = EvaluateConfig.temperature,
+    top_k: TopK = EvaluateConfig.top_k,
+    top_p: TopP = EvaluateConfig.top_p,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = EvaluateConfig.batch_size,
+    num_warmup: Annotated[int, typer.Option(min=0, help="Batches decoded before timing.")] = EvaluateConfig.num_warmup,
+    num_repeats: Annotated[
+        int, typer.Option(min=1, help="Timings of each batch; the fastest counts.")
+    ] = EvaluateConfig.num_repeats,
     dtype: Dtype = "float32",
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = EvaluateConfig.seed,
     output: Annotated[Path | None, typer.Option(help="Write the whole report to this JSON file.")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Fail unless the output is plain decoding's.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -156,7 +163,6 @@ def label_of(methods: Sequence[str] | None) -> dict[str, str]:
 
 def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: Any) -> dict[str, Any]:
     """`settings`: the fields of `ServerConfig`."""
-    from speculators.evaluation.config import ServerConfig
     from speculators.evaluation.server import NO_BASELINE, evaluate_server
 
     config = ServerConfig(**settings)
@@ -172,15 +178,15 @@ def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: 
     if output is not None:
         say(f"report: {report.save(output)}")
     result = {"verb": "evaluate", **report.to_dict()}
-    refuse_half_a_measurement(report, result)
+    raise_if_interrupted(report, result)
     if lossless and any(row.num_identical != row.num_prompts for row in report.rows):
         found = "; ".join(f"{row.num_clients} clients: {row.num_identical}/{row.num_prompts}" for row in report.rows)
         raise ValueError(f"not lossless: identical greedy answers {found} (bfloat16 has ties that rounding decides)")
     return result
 
 
-def refuse_half_a_measurement(report: ServerReport, result: dict[str, Any]) -> None:
-    """What was measured is shown and printed as JSON all the same; the exit code says that it is not the whole."""
+def raise_if_interrupted(report: ServerReport, result: dict[str, Any]) -> None:
+    """Prints the JSON of what was measured before it raises: the exit code says that the rest is missing."""
     if report.interrupted is not None:
         print(json.dumps(result, default=str), flush=True)
         raise ConnectionError(f"the measurement ended early: {report.interrupted}")

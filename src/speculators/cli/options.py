@@ -10,7 +10,9 @@ import typer
 Verifier = Annotated[str, typer.Option(help="Verifier: hub id or directory.")]
 NumSpeculativeTokens = Annotated[
     int | None,
-    typer.Option("-k", "--num-speculative-tokens", min=1, help="Draft tokens a round (K). Default: the method's own."),
+    typer.Option(
+        "-k", "--num-speculative-tokens", min=1, help="Draft tokens per round (K). Default: the method's own."
+    ),
 ]
 TokenTree = Annotated[
     str | None,

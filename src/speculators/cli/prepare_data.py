@@ -9,13 +9,16 @@ import typer
 
 from speculators.cli.console import out
 from speculators.cli.options import TrustRemoteCode, parse_json_object
+from speculators.data_generation.defaults import DEFAULT_OUTPUT, DEFAULT_SEQ_LENGTH
 
 
 def prepare_data(
     model: Annotated[str, typer.Option(help="Verifier: its tokenizer and chat template make the rows.")],
     data: Annotated[list[str], typer.Option(help="Conversations: file, directory, hf:<id> or preset. Repeatable.")],
-    output: Annotated[Path, typer.Option(help="Directory to write.")] = Path("./output"),
-    seq_length: Annotated[int, typer.Option(min=2, help="Longest row, in tokens; longer ones are cut.")] = 8192,
+    output: Annotated[Path, typer.Option(help="Directory to write.")] = Path(DEFAULT_OUTPUT),
+    seq_length: Annotated[
+        int, typer.Option(min=2, help="Longest row, in tokens; longer ones are cut.")
+    ] = DEFAULT_SEQ_LENGTH,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Rows to keep. Default: all.")] = None,
     token_freq_path: Annotated[Path | None, typer.Option(help="Default: <output>/token_freq.pt.")] = None,
     seed: Annotated[int, typer.Option(help="Order of the rows.")] = 0,

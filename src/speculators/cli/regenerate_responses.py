@@ -19,6 +19,7 @@ from speculators.cli.options import (
     Verifier,
     parse_json_object,
 )
+from speculators.data_generation.defaults import DEFAULT_ANSWER_TOKENS, DEFAULT_ANSWERED_TOGETHER
 
 
 def regenerate_responses(
@@ -26,8 +27,10 @@ def regenerate_responses(
     data: Annotated[str, typer.Option("--data", "--dataset", help="File, directory, hf:<id> or preset.")],
     output: Annotated[Path, typer.Option("--output", "--outfile", help="JSONL file to write, for prepare-data.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Conversations to answer. Default: all.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--concurrency", min=1, help="Answered together.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = DEFAULT_ANSWER_TOKENS,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--concurrency", min=1, help="Answered together.")
+    ] = DEFAULT_ANSWERED_TOGETHER,
     method: Annotated[
         str, typer.Option(help="Draft with a speculator's directory or a method; none: plainly.")
     ] = "none",

@@ -34,7 +34,7 @@ def in_vllms_words(settings: dict[str, Any], verifier: str) -> dict[str, Any]:
     except ValidationError as error:
         if "num_speculative_tokens" in settings or "num_speculative_tokens" not in str(error):
             raise
-        raise ValueError("neither a flag nor the drafter says how many tokens to draft a round: give -k N") from error
+        raise ValueError("neither a flag nor the drafter says how many tokens to draft per round: give -k N") from error
     unsupported = config.vllm_unsupported()
     if unsupported:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())

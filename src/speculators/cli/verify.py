@@ -9,6 +9,7 @@ import typer
 
 from speculators.cli.console import out, say
 from speculators.cli.options import Device, Dtype, NumSpeculativeTokens, TrustRemoteCode
+from speculators.evaluation.config import ParityConfig
 
 
 def verify(
@@ -17,11 +18,11 @@ def verify(
     prompts: Annotated[
         str | None, typer.Option(help="Conversations: file, directory, hf:<id> or preset. Default: built-in ones.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to replay.")] = 6,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 48,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to replay.")] = ParityConfig.num_prompts,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = ParityConfig.max_tokens,
     num_speculative_tokens: NumSpeculativeTokens = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    dtype: Dtype = ParityConfig.dtype,
+    device: Device = ParityConfig.device,
     vllm_python: Annotated[
         str | None,
         typer.Option(help="Python with vLLM, or its environment. Default: $SPECULATORS_VLLM_PYTHON, else this one."),

@@ -28,7 +28,7 @@ class Measurement:
     """One method on one group of prompts (a single prompt unless batches are asked for)."""
 
     token_ids: tuple[tuple[int, ...], ...]
-    """What was generated, a prompt each."""
+    """Generated tokens, one tuple per prompt."""
     time_s: float
     stats: DecodeStats
 
@@ -124,12 +124,12 @@ def summarise(
         draft_share=stats.draft_s / time_s,
         **costs(reduce(add, (m.stats for m in plain)), stats),
         sampling_p_value=sampling_p_value,
-        warnings=doubts(speedup, length),
+        warnings=speedup_warnings(speedup, length),
     )
 
 
 def costs(plain: DecodeStats, speculative: DecodeStats) -> dict[str, float | None]:
-    """Drafting, and the rest of a round, in units of a plain step. Prefill is in neither."""
+    """Time of drafting and of the rest of a round, in plain decoding steps. Prefill counts for neither."""
     plain_s = plain.draft_s + plain.verify_s + plain.overhead_s
     if not plain_s:  # every answer was one token
         return {"draft_cost": None, "verify_cost": None}
@@ -164,8 +164,8 @@ def measured_speedup(plain: Sequence[Measurement], speculative: Sequence[Measure
     )
 
 
-def doubts(speedup: Estimate, length: Estimate) -> tuple[str, ...]:
-    """A round costs at least one verifier step, so no method can gain more than the tokens it emits a round."""
+def speedup_warnings(speedup: Estimate, length: Estimate) -> tuple[str, ...]:
+    """A round costs at least one verifier step, so no method gains more than the tokens that it emits per round."""
     if speedup.low > length.high:
         return (
             f"speedup {speedup.value:.2f} exceeds the acceptance length {length.value:.2f}: this cannot be true, "

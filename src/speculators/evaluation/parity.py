@@ -4,7 +4,7 @@
             -> every round again by the training forward  drafts equal: what was trained is what drafts
             -> vLLM, speculative and plain                text equal, as many accepted: what drafts is what serves
 
-All greedy. The training forward is `SpeculatorModel.draft_logits`; see `parity_checks` for how a round is asked again.
+All greedy. The training forward is `SpeculatorModel.draft_logits`; `parity_checks` runs it over every round.
 """
 
 from __future__ import annotations

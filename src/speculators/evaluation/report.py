@@ -47,7 +47,7 @@ class SavedReport(TableReport):
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One row of the house table: a method on a data set, beside plain decoding of the same prompts."""
+    """One row of the results table: a method on a data set, beside plain decoding of the same prompts."""
 
     method: str
     num_speculative_tokens: int
@@ -68,9 +68,9 @@ class MethodRow:
     draft_share: float
     """share of the time spent making drafts"""
     draft_cost: float | None
-    """seconds of drafting a round, over seconds of a plain step; None when no plain step was taken"""
+    """seconds of drafting per round, over seconds of a plain step; None when no plain step was taken"""
     verify_cost: float | None
-    """seconds of the rest of a round (scoring the drafts, keeping books), over seconds of a plain step"""
+    """seconds of the rest of a round (scoring the drafts, bookkeeping), over seconds of a plain step"""
     sampling_p_value: float | None = None
     """two-sample test of sampled answers against plain decoding's; None when it was not made"""
     warnings: tuple[str, ...] = ()
@@ -115,10 +115,10 @@ class EvaluationReport(SavedReport):
         return [f"{row.method}: {warning}" for row in self.rows for warning in row.warnings]
 
     def tables(self) -> list[Table]:
-        """The house table: acceptance length counts the recovered or bonus token."""
+        """The results table: acceptance length counts the recovered or bonus token."""
         first = self.rows[0]
         caption = "± 95 % bootstrap over prompts; speeds interleaved in one process; conditional: given all before"
-        table = house_table(f"{first.num_prompts} prompts of {self.dataset}", first.temperature, caption, COLUMNS)
+        table = results_table(f"{first.num_prompts} prompts of {self.dataset}", first.temperature, caption, COLUMNS)
         for row in self.rows:
             table.add_row(*cells(row))
         return [table]
@@ -142,7 +142,7 @@ def evidence(row: MethodRow) -> str:
     return f"answers drawn both ways differ (p = {row.sampling_p_value:.4f})"
 
 
-def house_table(measured: str, temperature: float, caption: str, columns: Sequence[str]) -> Table:
+def results_table(measured: str, temperature: float, caption: str, columns: Sequence[str]) -> Table:
     """An empty one: its title says what was measured and how it was sampled."""
     sampling = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     table = Table(

@@ -1,4 +1,4 @@
-"""`evaluate --server`: the house table of a running server, for one or several numbers of clients.
+"""`evaluate --server`: the results table of a running server, for one or several numbers of clients.
 
 Prompts are asked in groups of as many as there are clients. Where a plain server (the same verifier without a drafter)
 is given, each group is asked of both, one after the other in an order that changes from group to group.
@@ -18,10 +18,16 @@ from transformers import AutoTokenizer
 from speculators.data_generation.vllm_client import ServerUnavailableError
 from speculators.decoding.method import PLAIN
 from speculators.evaluation.config import SERVED, ServerConfig
-from speculators.evaluation.measurement import Measurement, acceptance_length, doubts, measured_speedup, rotated
+from speculators.evaluation.measurement import (
+    Measurement,
+    acceptance_length,
+    measured_speedup,
+    rotated,
+    speedup_warnings,
+)
 from speculators.evaluation.prompts import load_prompts
-from speculators.evaluation.report import SavedReport, environment, house_table, with_interval
-from speculators.evaluation.server_client import Answering, MeasuredServer, ServerCounters, ServerRestartedError
+from speculators.evaluation.report import SavedReport, environment, results_table, with_interval
+from speculators.evaluation.server_client import AnswerSettings, MeasuredServer, ServerCounters, ServerRestartedError
 from speculators.evaluation.statistics import Estimate, count_identical
 from speculators.utils.progress import Progress, reporting
 
@@ -42,7 +48,7 @@ NO_BASELINE = "no plain server was given (--baseline-server), so speedup and los
 
 @dataclass(frozen=True)
 class ServerRow:
-    """The columns of the house table, and the number of clients. None where no plain server was given."""
+    """The columns of the results table, and the number of clients. None where no plain server was given."""
 
     method: str
     num_clients: int
@@ -80,13 +86,13 @@ class ServerReport(SavedReport):
         return [f"{row.num_clients} clients: {warning}" for row in self.rows for warning in row.warnings]
 
     def tables(self) -> list[Table]:
-        """The house table with one row per number of clients. A dash: it needs a plain server, and none was given."""
+        """The results table with one row per number of clients. A dash: it needs a plain server, and none was given."""
         if not self.rows:
             return []
         first = self.rows[0]
         measured = f"{first.num_prompts} prompts of {self.dataset} at {self.server}"
         caption = "± 95 % bootstrap over groups of prompts; rounds from the server's own counters"
-        table = house_table(measured, first.temperature, caption, COLUMNS)
+        table = results_table(measured, first.temperature, caption, COLUMNS)
         for row in self.rows:
             table.add_row(*cells(row))
         return [table]
@@ -186,15 +192,15 @@ def measure_level(
     show: Progress,
 ) -> None:
     """Fill `level`, a group at a time; a group counts only when every server answered all of it."""
-    answering = Answering(config.max_tokens, config.temperature, config.top_k, config.top_p, config.seed)
+    settings = AnswerSettings(config.max_tokens, config.temperature, config.top_k, config.top_p, config.seed)
     groups = [prompts[i : i + level.num_clients] for i in range(0, len(prompts), level.num_clients)]
     for group in groups[: config.num_warmup]:
         for server in servers.values():
-            server.measure(group, answering)
+            server.measure(group, settings)
     num_done = 0
     for index, group in enumerate(groups):
         measured = {
-            name: measured_again(level, servers[name], group, answering) for name in rotated(list(servers), index)
+            name: measured_again(level, servers[name], group, settings) for name in rotated(list(servers), index)
         }
         level.served.append(measured[SERVED][0])
         level.counted.append(measured[SERVED][1])
@@ -205,14 +211,14 @@ def measure_level(
 
 
 def measured_again(
-    level: Level, server: MeasuredServer, group: Sequence[Sequence[int]], answering: Answering
+    level: Level, server: MeasuredServer, group: Sequence[Sequence[int]], settings: AnswerSettings
 ) -> tuple[Measurement, ServerCounters]:
     """A server that was restarted under a group (requests were retried, counters began anew) is asked once more."""
     try:
-        return server.measure(group, answering)
+        return server.measure(group, settings)
     except ServerRestartedError:
         level.num_restarts += 1
-        return server.measure(group, answering)
+        return server.measure(group, settings)
 
 
 def row_of(level: Level, config: ServerConfig) -> ServerRow:
@@ -238,7 +244,7 @@ def row_of(level: Level, config: ServerConfig) -> ServerRow:
         speedup=speedup,
         speedup_per_token=None if speedup is None else speedup.value / length.value,
         num_identical=count_identical(plain_answers, answers) if is_comparable else None,
-        warnings=(*(() if speedup is None else doubts(speedup, length)), *doubts_about_counts(level, num_tokens)),
+        warnings=(*(() if speedup is None else speedup_warnings(speedup, length)), *count_warnings(level, num_tokens)),
     )
 
 
@@ -248,7 +254,7 @@ def speed(measurements: Sequence[Measurement]) -> float | None:
     return sum(measurement.num_tokens for measurement in measurements) / time_s if measurements else None
 
 
-def doubts_about_counts(level: Level, num_tokens: int) -> tuple[str, ...]:
+def count_warnings(level: Level, num_tokens: int) -> tuple[str, ...]:
     """What makes the figures mean something else than they seem to."""
     found = []
     num_generated = sum(counted.num_generated for counted in level.counted)

@@ -38,7 +38,7 @@ PREFIX = "vllm:spec_decode_num_"
 
 
 @dataclass(frozen=True)
-class Answering:
+class AnswerSettings:
     """How every request is answered."""
 
     max_tokens: int
@@ -85,11 +85,11 @@ class MeasuredServer:
     def counters(self) -> ServerCounters:
         return parse_metrics(get_text(self.client, f"{self.base_url}/metrics", max_retries=self.max_retries))
 
-    def measure(self, prompts: Sequence[Sequence[int]], answering: Answering) -> tuple[Measurement, ServerCounters]:
+    def measure(self, prompts: Sequence[Sequence[int]], settings: AnswerSettings) -> tuple[Measurement, ServerCounters]:
         """All prompts at once, a client each; the clock stops with the last answer."""
         before = self.counters()
         start_s = time.perf_counter()
-        futures = [self.pool.submit(self.answer, answering, prompt) for prompt in prompts]
+        futures = [self.pool.submit(self.answer, settings, prompt) for prompt in prompts]
         try:
             token_ids = tuple(tuple(future.result()) for future in futures)
         finally:
@@ -97,12 +97,12 @@ class MeasuredServer:
                 future.cancel()
         time_s = time.perf_counter() - start_s
         num_tokens = sum(map(len, token_ids))
-        counted = self.settled(before, num_tokens).since(before)
+        counted = self.counters_after(before, num_tokens).since(before)
         if counted.went_backwards or counted.num_generated < num_tokens:
             raise ServerRestartedError(f"the counters of {self.base_url} restarted")
         return Measurement(token_ids, time_s, stats_of(counted, num_tokens, len(prompts))), counted
 
-    def settled(self, before: ServerCounters, num_tokens: int) -> ServerCounters:
+    def counters_after(self, before: ServerCounters, num_tokens: int) -> ServerCounters:
         """The counters after the answers. The front end updates them a moment after it hands out the last token."""
         deadline = time.monotonic() + 2.0
         while True:
@@ -111,8 +111,8 @@ class MeasuredServer:
                 return now
             time.sleep(0.02)
 
-    def answer(self, answering: Answering, prompt: Sequence[int]) -> list[int]:
-        body = complete(self.client, answering.request(self.served.name, prompt), max_retries=self.max_retries)
+    def answer(self, settings: AnswerSettings, prompt: Sequence[int]) -> list[int]:
+        body = complete(self.client, settings.request(self.served.name, prompt), max_retries=self.max_retries)
         choice = (body.get("choices") or [{}])[0]
         if choice.get("token_ids") is None:
             raise InvalidResponseError(f"{self.base_url} returns no token_ids; vLLM does from 0.10 on")

@@ -39,7 +39,7 @@ def bootstrap(
 ) -> Estimate:
     """`figure` of the sums of `counts` over prompts, with its percentile interval.
 
-    counts: name -> one number a prompt. figure: maps the sums (arrays of shape [R]) to the figure (shape [R]).
+    counts: name -> one number per prompt. figure: maps the sums (arrays of shape [R]) to the figure (shape [R]).
     """
     columns = {name: np.asarray(values, dtype=np.float64) for name, values in counts.items()}
     num_prompts = len(next(iter(columns.values())))
@@ -79,20 +79,20 @@ def two_sample_p_value(
     """Chance of a difference this large if both were drawn from one law. [prompt][answer] -> token ids.
 
     A permutation test, exact for any vocabulary and any number of answers: within each prompt the labels plain and
-    speculative are shuffled. The statistic is the squared mean difference under the kernel of `likeness`.
+    speculative are shuffled. The statistic is the squared mean difference under the kernel of `similarity`.
     """
     rng = np.random.default_rng(seed)
     observed, shuffled_P = 0.0, np.zeros(num_permutations)
     for ours, theirs in zip(plain, speculative, strict=True):
-        likeness_SS = likeness([*ours, *theirs])
+        similarity_SS = similarity([*ours, *theirs])
         sign_S = np.concatenate([np.full(len(ours), 1 / len(ours)), np.full(len(theirs), -1 / len(theirs))])
         signs_PS = rng.permuted(np.tile(sign_S, (num_permutations, 1)), axis=1)
-        observed += sign_S @ likeness_SS @ sign_S
-        shuffled_P += np.einsum("ps,st,pt->p", signs_PS, likeness_SS, signs_PS, optimize=True)
+        observed += sign_S @ similarity_SS @ sign_S
+        shuffled_P += np.einsum("ps,st,pt->p", signs_PS, similarity_SS, signs_PS, optimize=True)
     return float((1 + (shuffled_P >= observed * (1 - 1e-9)).sum()) / (1 + num_permutations))
 
 
-def likeness(answers: Sequence[Sequence[int]]) -> np.ndarray:
+def similarity(answers: Sequence[Sequence[int]]) -> np.ndarray:
     """[S, S]: positions at which two answers agree, plus the length of what they begin with alike.
 
     The first part sees wrong frequencies of single tokens, the second wrong frequencies of sequences.
