@@ -57,23 +57,22 @@ class Span:
 
     def positions(self, device: torch.device) -> Tensor:
         """[B or 1, T]"""
-        columns_T = torch.arange(self.num_columns, device=device)
-        if self.starts_B is not None:
-            return columns_T[None] + self.starts_B[:, None]
-        return (columns_T + self.end - self.num_columns)[None]
+        return self.positions_of(torch.arange(self.num_columns, device=device)[None])
 
     def query_columns(self, device: torch.device) -> Tensor:
         """[B or 1, Q]"""
-        offsets_Q = torch.arange(self.num_queries, device=device)
         if self.first_query_B is None:
-            return (self.num_columns - self.num_queries + offsets_Q)[None]
-        return self.first_query_B[:, None] + offsets_Q
+            return torch.arange(self.num_columns - self.num_queries, self.num_columns, device=device)[None]
+        first_B1 = self.first_query_B[:, None]
+        return first_B1 if self.num_queries == 1 else first_B1 + torch.arange(self.num_queries, device=device)
 
     def query_positions(self, device: torch.device) -> Tensor:
         """[B or 1, Q]"""
-        columns_BQ, positions_BT = self.query_columns(device), self.positions(device)
-        num_rows = max(len(columns_BQ), len(positions_BT))
-        return positions_BT.expand(num_rows, -1).gather(1, columns_BQ.expand(num_rows, -1))
+        return self.positions_of(self.query_columns(device))
+
+    def positions_of(self, columns: Tensor) -> Tensor:
+        """Positions of columns [B or 1, ..]."""
+        return columns + (self.end - self.num_columns if self.starts_B is None else self.starts_B[:, None])
 
     def select_queries(self, hidden: Tensor) -> Tensor:
         """The query columns of [B, T, ..]."""
