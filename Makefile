@@ -13,12 +13,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Two workers of one thread each: more threads than cores make tiny models several times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+NEWEST_VENV ?= .venv-newest
+NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager
+
 VLLM_VENV ?= .venv-vllm
 VLLM_TRITON ?= .venv-vllm-triton
 VLLM_PYTEST := OMP_NUM_THREADS=1 SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest
 VLLM_TESTS ?= tests/integration tests/mtp tests/serving
 
-.PHONY: help quickstart results test test-vllm test-vllm-smallest test-vllm-v2 check lint types install install-dev clean
+.PHONY: help quickstart results test test-newest test-vllm test-vllm-smallest test-vllm-v2 check lint types install install-dev clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +34,15 @@ results: install  ## train every drafter for the embedded verifier, measure them
 
 test: install-dev  ## install with the development tools, then run the tests
 	$(PYTEST)
+
+# Other packages keep their versions of constraints.txt.
+test-newest: | $(NEWEST_VENV)/bin/python  ## tests and types with the newest transformers that pyproject.toml admits
+	grep -v "^transformers" constraints.txt > $(NEWEST_VENV)/constraints.txt
+	$(NEWEST_PIP) --constraint $(NEWEST_VENV)/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(NEWEST_PIP) --constraint $(NEWEST_VENV)/constraints.txt --editable ".[dev]"
+	@$(NEWEST_VENV)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n 2
+	$(NEWEST_VENV)/bin/mypy --cache-dir .mypy_cache/newest
 
 test-vllm: install-dev $(VLLM_VENV)/.installed  ## the real vLLM, on CPU, serves what we train (its environment: 2.5 GB, made once)
 	$(VLLM_PYTEST) -m vllm $(VLLM_TESTS)
@@ -55,9 +67,9 @@ install: $(VENV)/.installed  ## make the virtual environment and install the pac
 
 install-dev: $(VENV)/.installed-dev  ## the same with the development tools
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(NEWEST_VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found: install one, or run make PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 # torch comes first and alone, so that its build (CPU or CUDA) is decided by one line.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -80,5 +92,5 @@ $(VLLM_TRITON)/.installed: scripts/vllm_cpu/install_triton_interpreter.sh $(VLLM
 	scripts/vllm_cpu/install_triton_interpreter.sh $(VLLM_VENV) $(VLLM_TRITON)
 	@touch $@
 
-clean:  ## remove the virtual environment and what quickstart wrote
-	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_TRITON) quickstart-output
+clean:  ## remove the virtual environments and what quickstart wrote
+	rm -rf $(VENV) $(NEWEST_VENV) $(VLLM_VENV) $(VLLM_TRITON) quickstart-output

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from speculators.interfaces import Committed, DraftSampling
+from speculators.train.config import TrainConfig
+from speculators.train.events import Event, StepDone
+from speculators.train.records import TrainResult
+from speculators.train.run import train
 
 VOCAB, DRAFT_VOCAB, HIDDEN = 40, 24, 16
 LONGEST = 300
@@ -133,3 +138,31 @@ def commit(requests: Sequence[Request], active: Sequence[bool] | None = None) ->
 
 def sampled(num_rows: int, temperature: float = 1.0, seed: int = 0) -> DraftSampling:
     return DraftSampling(torch.full((num_rows,), temperature), torch.Generator().manual_seed(seed), probabilistic=True)
+
+
+def train_on_counting(folder: Path, speculator_type: str, verifier: Path, **flags: Any) -> tuple[TrainResult, float]:
+    """Train by the command line on a language of counting; the result, and the last loss as a share of the first."""
+    rows = [[(start + stride * i) % VOCAB for i in range(20)] for start in range(6) for stride in (1, 3)]
+    data = [{"input_ids": ids, "loss_mask": [0] * 3 + [1] * 17, "seq_len": 20} for ids in rows]
+    Dataset.from_list(data).save_to_disk(folder / "data")
+    settings = {
+        "speculator_type": speculator_type,
+        "verifier_name_or_path": verifier,
+        "data_path": folder / "data",
+        "save_path": folder / "run",
+        "total_seq_len": 128,
+        "epochs": 15,
+        "lr": 0.01,
+        "train_data_ratio": 1.0,
+        "hidden_states_dtype": "float32",
+        **flags,
+    }
+    argv = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    losses = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone):
+            losses.append(event.metrics["loss"])
+
+    result = train(TrainConfig.resolve(argv), on_event=listen)
+    return result, sum(losses[-3:]) / sum(losses[:3])

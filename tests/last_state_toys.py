@@ -75,3 +75,51 @@ class NaiveHeads:
                 correct[head, t] = bool(logits.argmax() == p.argmax())
             total = total + decay**head * sum(losses) / len(losses)
         return total, correct
+
+
+def check_loss_and_gradients(model, naive, batch, decay, loss_fn):
+    """Those of the loops; (which best tokens are the target's, the model's metrics)."""
+    expected, correct = naive.loss(batch, decay, hard=loss_fn == "ce")
+    expected.backward()
+    kwargs, _ = model.get_trainer_kwargs(loss_fn=loss_fn, head_weight_decay=decay, lr=1.0)
+    logits, loss, metrics = model(**batch, **kwargs)
+    loss.backward()
+    assert logits == []
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad.double(), naive.w[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+        else:
+            assert name.startswith("verifier") and parameter.grad is None
+    return correct, metrics
+
+
+def check_that_documents_add_up(model):
+    """The sums of a packed row are those of its documents alone."""
+    lengths = [9, 6, 3, 8]
+    batch = packed_batch(lengths, seed=2, padding=4, supervised=0.9)
+    packed, start = model(**batch)[2], 0
+    sums = dict.fromkeys([f"{name}_{k}_sum" for name in ("loss", "full_acc", "cond_acc") for k in range(3)], 0.0)
+    for length in lengths:
+        alone = model(**{key: value[:, start : start + length] for key, value in batch.items()})[2]
+        sums = {key: value + alone[key] for key, value in sums.items()}
+        start += length
+    for key, value in sums.items():
+        torch.testing.assert_close(packed[key], value)
+
+
+def check_that_nothing_to_learn_has_loss_zero(make_drafter):
+    for batch in (packed_batch([1]), packed_batch([2], padding=3), packed_batch([9], supervised=0.0)):
+        model = make_drafter()
+        loss = model(**batch)[1]
+        loss.backward()
+        assert loss == 0 and all(bool(p.grad.eq(0).all()) for p in model.parameters() if p.requires_grad)
+
+
+def check_that_bfloat16_stays_close(model):
+    batch = packed_batch([20, 30], seed=5)
+    exact = model(**batch)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(**batch)[1]
+    rounded.backward()
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.03, atol=0.03)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from datasets import Dataset
-from drafter_toys import HIDDEN, VOCAB
+from drafter_toys import HIDDEN, VOCAB, train_on_counting
 from mtp_toys import MIMO_LAYER, packed_batch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -17,8 +16,6 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.models import MTPDraftModel, MTPSpeculatorConfig
 from speculators.train.config import ConfigError, TrainConfig
-from speculators.train.events import StepDone
-from speculators.train.run import train
 
 OWN = ["token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"]
 DECODER = [
@@ -171,39 +168,9 @@ def test_a_native_layer_that_does_not_fit_is_refused(verifier_paths, tmp_path):
 
 
 def test_the_command_line_trains_it_with_the_verifiers_shape(tmp_path, verifier_paths):
-    """A language of counting: the loss falls, and the checkpoint has the verifier's config, not a synthesised one."""
-    rows = [[(start + stride * i) % VOCAB for i in range(20)] for start in range(6) for stride in (1, 3)]
-    Dataset.from_list(
-        [{"input_ids": ids, "loss_mask": [0] * 3 + [1] * 17, "seq_len": 20} for ids in rows]
-    ).save_to_disk(tmp_path / "data")
-    losses = []
-
-    def listen(event):
-        if isinstance(event, StepDone):
-            losses.append(event.metrics["loss"])
-
-    argv = [
-        "--speculator-type",
-        "mtp",
-        "--verifier-name-or-path",
-        str(verifier_paths["llama"]),
-        "--data-path",
-        str(tmp_path / "data"),
-        "--save-path",
-        str(tmp_path / "run"),
-        "--total-seq-len",
-        "128",
-        "--epochs",
-        "20",
-        "--lr",
-        "0.01",
-        "--train-data-ratio",
-        "1.0",
-        "--hidden-states-dtype",
-        "float32",
-    ]
-    result = train(TrainConfig.resolve(argv), on_event=listen)
-    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    """The loss falls, and the checkpoint has the verifier's config, not a synthesised one."""
+    result, remaining = train_on_counting(tmp_path, "mtp", verifier_paths["llama"], epochs=20)
+    assert remaining < 0.5
     assert result.acceptance_length is not None and 1.0 < result.acceptance_length <= 4.0
     config = SpeculatorModelConfig.from_pretrained(result.checkpoint)
     nested = config.transformer_layer_config

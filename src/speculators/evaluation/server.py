@@ -7,6 +7,7 @@ is given, each group is asked of both, one after the other in an order that chan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
@@ -131,24 +132,22 @@ def evaluate_server(config: ServerConfig, *, progress: bool | Progress | None = 
     """Measure a running server. One that goes away for good ends the measurement; what there is, is reported."""
     if not config.num_clients or min(config.num_clients) < 1:
         raise ValueError(f"concurrency {list(config.num_clients)}: at least one client is needed")
-    servers = {SERVED: connect(config, config.server)}
-    if config.baseline is not None:
-        servers[PLAIN] = connect(config, config.baseline)
-    refuse_wrong_roles(servers)
-    root = servers[SERVED].served.root
-    prompts = load_prompts(config.data, tokenizer_of(config, root), limit=config.num_prompts)
-    levels, interrupted = [], None
-    try:
-        with reporting(progress) as show:
-            for num_clients in config.num_clients:
-                levels.append(Level(num_clients))
-                measure_level(levels[-1], servers, prompts, config, show)
-    except (ServerUnavailableError, ServerRestartedError) as error:
-        groups_done = len(levels[-1].served)
-        interrupted = f"{error}. {groups_done * levels[-1].num_clients} prompts of this level were measured"
-    finally:
-        for server in servers.values():
-            server.close()
+    with ExitStack() as connections:
+        servers = {SERVED: connections.enter_context(closing(connect(config, config.server)))}
+        if config.baseline is not None:
+            servers[PLAIN] = connections.enter_context(closing(connect(config, config.baseline)))
+        refuse_wrong_roles(servers)
+        root = servers[SERVED].served.root
+        prompts = load_prompts(config.data, tokenizer_of(config, root), limit=config.num_prompts)
+        levels, interrupted = [], None
+        try:
+            with reporting(progress) as show:
+                for num_clients in config.num_clients:
+                    levels.append(Level(num_clients))
+                    measure_level(levels[-1], servers, prompts, config, show)
+        except (ServerUnavailableError, ServerRestartedError) as error:
+            groups_done = len(levels[-1].served)
+            interrupted = f"{error}. {groups_done * levels[-1].num_clients} prompts of this level were measured"
     return ServerReport(
         server=config.server,
         verifier=config.verifier or root,

@@ -75,8 +75,12 @@ class MeasuredServer:
         self.base_url = url.rstrip("/").removesuffix("/v1")
         self.max_retries = max_retries
         self.client = make_client(f"{self.base_url}/v1", timeout_s=timeout_s, num_connections=max_clients + 1)
-        self.served = served_model(self.client, max_retries=max_retries)
         self.pool = ThreadPoolExecutor(max_clients)
+        try:
+            self.served = served_model(self.client, max_retries=max_retries)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ class Counts:
     num_failed: int = 0
 
 
+def close_connections(pool: ThreadPoolExecutor, client: httpx.Client) -> None:
+    pool.shutdown(cancel_futures=True)
+    client.close()
+
+
 class VllmSource:
     """A `HiddenStateSource`. Asks the server once when it is made, so that a wrong address fails at once."""
 
@@ -87,16 +93,17 @@ class VllmSource:
         self.timeout_s, self.max_retries, self.validation_retries = timeout_s, max_retries, validation_retries
         self.counts = Counts()
         self.client: httpx.Client = make_client(endpoint, timeout_s=timeout_s, num_connections=concurrency)
+        self.pool = ThreadPoolExecutor(concurrency, thread_name_prefix="extract")
+        # Whoever forgets to call `close` leaves no connections open.
+        self._finalizer = weakref.finalize(self, close_connections, self.pool, self.client)
         self.served: ServedModel = served_model(self.client, max_retries=max_retries)
         self.model = model or self.served.name
-        self.pool = ThreadPoolExecutor(concurrency, thread_name_prefix="extract")
         self.lock = threading.Lock()
         self.slots: list[int] | None = None
         """Slots of the wanted layers in a file; known after the first file, beside which the server's note is."""
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
-        self.client.close()
+        self._finalizer()
 
     def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
         """Requests the states of all sequences at once; returns them in order. Raises as `read_one` does."""
