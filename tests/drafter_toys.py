@@ -5,6 +5,7 @@ Shapes: V 40, D 24, H 16; aux layers * H where a drafter reads several states.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
-from speculators.interfaces import Committed, DraftSampling
+from speculators.decoding import Engine, SamplingParams
+from speculators.interfaces import Committed, DraftSampling, Proposer
 from speculators.train.config import TrainConfig
 from speculators.train.events import Event, StepDone
 from speculators.train.records import TrainResult
@@ -138,6 +140,35 @@ def commit(requests: Sequence[Request], active: Sequence[bool] | None = None) ->
 
 def sampled(num_rows: int, temperature: float = 1.0, seed: int = 0) -> DraftSampling:
     return DraftSampling(torch.full((num_rows,), temperature), torch.Generator().manual_seed(seed), probabilistic=True)
+
+
+PROMPTS = [[5, 9, 3], [7] * 12, [1, 2]]
+
+
+def check_greedy_text(verifier: PreTrainedModel, engine: Engine, prompts: Sequence[list[int]] = PROMPTS) -> None:
+    """The engine drafts, and its greedy text is that of the verifier alone."""
+    greedy = SamplingParams(max_tokens=24, ignore_eos=True)
+    plain = Engine(verifier, max_batch_size=engine.max_batch_size).generate(prompts, greedy)
+    drafted = engine.generate(prompts, greedy)
+    assert [output.token_ids for output in drafted] == [output.token_ids for output in plain]
+    assert sum(output.stats.num_drafted for output in drafted) > 0
+
+
+def check_that_drafts_follow_q(proposer: Proposer, request: Request, num_tokens: int) -> None:
+    """20,000 last drafts of one row against its own q: chi-squared below the 99.99 % point of its 23 degrees."""
+    committed = commit([request])
+    columns = [getattr(committed, field.name) for field in dataclasses.fields(committed)]
+    many = Committed(*(column.expand(2000, *column.shape[1:]) for column in columns))
+    drawing = DraftSampling(torch.full((2000,), 0.7), torch.Generator().manual_seed(1), probabilistic=True)
+    counts = torch.zeros(VOCAB)
+    for _ in range(10):
+        proposal = proposer.propose(many, num_tokens, drawing)
+        counts += torch.bincount(proposal.token_ids_BK[:, -1], minlength=VOCAB)
+    assert proposal.probs_BKV is not None
+    expected = proposal.probs_BKV[0, -1] * 20_000
+    inside = expected > 0
+    assert counts[~inside].sum() == 0 and inside.sum() == DRAFT_VOCAB
+    assert ((counts - expected)[inside] ** 2 / expected[inside]).sum() < 58.0
 
 
 def train_on_counting(folder: Path, speculator_type: str, verifier: Path, **flags: Any) -> tuple[TrainResult, float]:

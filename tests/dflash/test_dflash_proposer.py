@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 from dflash_toys import MIXED, SLIDING, BlockRequest
-from drafter_toys import DRAFT_VOCAB, VOCAB, commit, draft_maps, sampled
+from drafter_toys import DRAFT_VOCAB, VOCAB, check_greedy_text, commit, draft_maps, sampled
 from transformers import LlamaForCausalLM
 
-from speculators.decoding import Engine, SamplingParams
+from speculators.decoding import Engine
 from speculators.interfaces import DraftSampling
 from speculators.models.dflash.training import fill_sampled_blocks
 
@@ -120,11 +120,7 @@ def test_a_verifier_of_another_shape_is_refused(drafter, verifier):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_engine_gives_plain_greedy_text(drafter, verifier, case):
-    prompts = [[5, 9, 3], [7] * 12, [1, 2]]
-    greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
-    plain = Engine(verifier, max_batch_size=2).generate(prompts, greedy)
     model = drafter(**CASES[case])
     proposer = model.make_proposer(verifier, max_batch_size=2, max_length=64)
     engine = Engine(verifier, proposer, num_speculative_tokens=model.config.num_drafts, max_batch_size=2)
-    assert [o.token_ids for o in engine.generate(prompts, greedy)] == [o.token_ids for o in plain]
-    assert engine.stats.num_drafted > 0
+    check_greedy_text(verifier, engine)

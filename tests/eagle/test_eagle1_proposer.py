@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from drafter_toys import Request, commit, sampled
+from drafter_toys import Request, check_greedy_text, commit, sampled
 from eagle1_drafting import PROMPTS, trained
 from naive_eagle1 import NaiveEagle
 
-from speculators.decoding import Engine, SamplingParams
+from speculators.decoding import Engine
 
 CASES = {
     "eagle": {},
@@ -82,12 +82,9 @@ def test_a_proposer_is_a_snapshot_in_the_verifiers_precision(make_drafter, verif
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_greedy_text_is_the_verifiers_with_a_random_drafter(make_drafter, verifier, batch_size):
-    params = SamplingParams(max_tokens=20, ignore_eos=True)
     proposer = make_drafter().make_proposer(verifier, max_batch_size=batch_size, max_length=128)
-    plain = Engine(verifier, max_batch_size=batch_size).generate(PROMPTS, params)
-    drafted = Engine(verifier, proposer, num_speculative_tokens=3, max_batch_size=batch_size).generate(PROMPTS, params)
-    assert [output.token_ids for output in drafted] == [output.token_ids for output in plain]
-    assert sum(output.stats.num_drafted for output in drafted) > 0
+    engine = Engine(verifier, proposer, num_speculative_tokens=3, max_batch_size=batch_size)
+    check_greedy_text(verifier, engine, PROMPTS)
 
 
 def test_generate_is_the_verifiers_own_greedy_text(make_drafter, verifier):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from drafter_toys import VOCAB, Request, commit, sampled
+from drafter_toys import VOCAB, Request, check_greedy_text, commit, sampled
 from last_state_toys import packed_batch
 from medusa_toys import NaiveMedusa
 from transformers import LlamaForCausalLM
@@ -101,18 +101,13 @@ def test_a_tree_has_each_heads_best_tokens_below_all_parents(make_drafter, verif
 @pytest.mark.parametrize("tree", [None, TokenTree.of([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])])
 @pytest.mark.parametrize("random", [True, False])
 def test_the_engine_gives_plain_greedy_text(make_drafter, verifier, tree, random):
-    prompts = [[5, 9, 3], [7] * 12, [1, 2]]
-    greedy = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
-    plain = Engine(verifier, max_batch_size=2).generate(prompts, greedy)
     model = make_drafter(random)
     proposer = (
         model.make_proposer(verifier, **SIZES)
         if tree is None
         else StaticTreeProposer(model.make_tree_drafter(verifier, **SIZES), tree)
     )
-    engine = Engine(verifier, proposer, num_speculative_tokens=3, max_batch_size=2)
-    assert [o.token_ids for o in engine.generate(prompts, greedy)] == [o.token_ids for o in plain]
-    assert engine.stats.num_drafted > 0
+    check_greedy_text(verifier, Engine(verifier, proposer, num_speculative_tokens=3, max_batch_size=2))
 
 
 def test_the_engine_finds_a_saved_drafter_by_itself(make_drafter, verifier, verifier_path, tmp_path):

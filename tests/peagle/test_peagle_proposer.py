@@ -1,15 +1,13 @@
 """Drafting equals training, and equals drafting from scratch, whatever was accepted, rejected or replaced before."""
 
-import dataclasses
-
 import pytest
 import torch
-from drafter_toys import DRAFT_VOCAB, VOCAB, commit, draft_maps, sampled
+from drafter_toys import DRAFT_VOCAB, VOCAB, check_greedy_text, check_that_drafts_follow_q, commit, draft_maps, sampled
 from naive_peagle import NaivePEagle
 from peagle_toys import request
 
-from speculators.decoding import Engine, SamplingParams
-from speculators.interfaces import Committed, DraftSampling
+from speculators.decoding import Engine
+from speculators.interfaces import DraftSampling
 from speculators.models.peagle.sampling import Chains
 from speculators.models.peagle.training import Supervision, run_elements
 
@@ -151,21 +149,8 @@ def test_greedy_drafts_are_the_argmax_of_q_and_ids_of_the_verifier(make_drafter,
 
 
 def test_drafts_are_drawn_from_q(make_drafter, verifier):
-    """20,000 second drafts of one row against their own q: chi-squared below the 99.99 % point of its 23 degrees."""
-    model = make_drafter()
-    proposer = model.make_proposer(verifier, max_batch_size=2000, max_length=16)
-    committed = commit([request(0, 4)])
-    names = [field.name for field in dataclasses.fields(committed)]
-    many = Committed(*(getattr(committed, n).expand(2000, *getattr(committed, n).shape[1:]) for n in names))
-    generator = torch.Generator().manual_seed(1)
-    counts = torch.zeros(VOCAB)
-    for _ in range(10):
-        proposal = proposer.propose(many, 2, DraftSampling(torch.full((2000,), 0.7), generator, probabilistic=True))
-        counts += torch.bincount(proposal.token_ids_BK[:, 1], minlength=VOCAB)
-    expected = proposal.probs_BKV[0, 1] * 20_000
-    inside = expected > 0
-    assert counts[~inside].sum() == 0 and inside.sum() == DRAFT_VOCAB
-    assert ((counts - expected)[inside] ** 2 / expected[inside]).sum() < 58.0
+    proposer = make_drafter().make_proposer(verifier, max_batch_size=2000, max_length=16)
+    check_that_drafts_follow_q(proposer, request(0, 4), num_tokens=2)
 
 
 def test_a_proposer_is_a_snapshot_and_drafts_in_the_verifiers_precision(make_drafter, verifier):
@@ -186,8 +171,5 @@ def test_a_proposer_is_a_snapshot_and_drafts_in_the_verifiers_precision(make_dra
 def test_greedy_text_is_the_verifiers_with_a_random_drafter(make_drafter, verifier, batch_size):
     prompts = [[3, 5, 7], [11] * 45, [2], [9, 8, 7, 6, 5, 4]]
     proposer = make_drafter(num_layers=2).make_proposer(verifier, max_batch_size=batch_size, max_length=128)
-    params = SamplingParams(max_tokens=24, ignore_eos=True)
-    plain = Engine(verifier, max_batch_size=batch_size).generate(prompts, params)
-    drafted = Engine(verifier, proposer, num_speculative_tokens=4, max_batch_size=batch_size).generate(prompts, params)
-    assert [output.token_ids for output in drafted] == [output.token_ids for output in plain]
-    assert sum(output.stats.num_drafted for output in drafted) > 0
+    engine = Engine(verifier, proposer, num_speculative_tokens=4, max_batch_size=batch_size)
+    check_greedy_text(verifier, engine, prompts)
