@@ -94,6 +94,7 @@ def test_a_float_mask_is_zero_or_the_lowest_number():
     assert mask.tolist() == [[0.0, torch.finfo(torch.bfloat16).min]]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # as who calls it uncompiled sees it
 @pytest.mark.parametrize("kind", ["none", "block", "dense"])
 def test_simple_flex_attention_equals_plain_attention(kind):
     torch.manual_seed(0)

@@ -44,40 +44,10 @@ Adding an algorithm
 
 from __future__ import annotations
 
-import ast
-import importlib
-import pkgutil
-from functools import cache
-from pathlib import Path
-from typing import Any
+from speculators.utils.names import exported_classes, lazy_attributes
 
+FOLDER_OF = exported_classes(__path__)
+"""Exported class name -> algorithm folder."""
 
-@cache
-def _exports() -> dict[str, str]:
-    """Exported class name -> algorithm folder, read from each folder's `__init__.py` without importing it."""
-    found: dict[str, str] = {}
-    for module in pkgutil.iter_modules(__path__):
-        init = Path(__path__[0]) / module.name / "__init__.py"
-        if module.ispkg:
-            found.update(dict.fromkeys(_names_in_all(init), module.name))
-    return found
-
-
-def _names_in_all(file: Path) -> list[str]:
-    for statement in ast.parse(file.read_text()).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
-            return [name for name in ast.literal_eval(statement.value) if name[0].isupper()]  # type: ignore[attr-defined]
-    return []
-
-
-def __getattr__(name: str) -> Any:
-    if name == "__all__":
-        return sorted(_exports())
-    if name.startswith("_") or name not in _exports():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_exports()[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_exports()})
+__all__ = sorted(FOLDER_OF)
+__getattr__, __dir__ = lazy_attributes(__name__, FOLDER_OF)

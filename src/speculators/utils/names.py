@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -44,6 +47,26 @@ def lazy_attributes(package: str, module_of: Mapping[str, str]) -> tuple[Callabl
         return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
 
     return get, lambda: sorted(module_of)
+
+
+def exported_classes(package_path: Iterable[str]) -> dict[str, str]:
+    """Returns class name -> the package below `package_path` that exports it, read without importing any of them."""
+    packages = [module for module in pkgutil.iter_modules(package_path) if module.ispkg]
+    return {
+        name: package.name
+        for package in packages
+        for folder in package_path
+        for name in names_in_all(Path(folder) / package.name / "__init__.py")
+        if name[0].isupper()
+    }
+
+
+def names_in_all(file: Path) -> list[str]:
+    """Returns what a file's `__all__ = [...]` lists; nothing where the file or the list is missing."""
+    for statement in ast.parse(file.read_text()).body if file.is_file() else []:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
+            return list(ast.literal_eval(statement.value))
+    return []
 
 
 def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
