@@ -92,7 +92,7 @@ def test_heldout_prompts_and_their_answers_are_not_among_the_training_prompts():
 
 
 def test_an_unknown_split_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="'train' or 'heldout'"):
+    with pytest.raises(ValueError, match="'train' and 'heldout'"):
         prompts_path("test")
 
 
