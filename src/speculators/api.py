@@ -29,7 +29,7 @@ from speculators.data_generation.regenerate import RegenerationReport, regenerat
 from speculators.decoding.chat import sampling_params
 from speculators.decoding.engine import Engine
 from speculators.decoding.method import Drafter
-from speculators.decoding.target import Verifier
+from speculators.decoding.target import VerifierSource
 from speculators.deploy.export import export_checkpoint
 from speculators.deploy.process import find_vllm
 from speculators.evaluation.config import EvaluateConfig, ParityConfig, VllmTarget
@@ -56,7 +56,7 @@ Source = str | os.PathLike[str] | Sequence[Any]
 
 @no_progress_bars()
 def regenerate(
-    verifier: Verifier,
+    verifier: VerifierSource,
     data: Source,
     *,
     output: str | os.PathLike[str],
@@ -116,7 +116,7 @@ def regenerate(
 def train_drafter(
     algorithm: str,
     *,
-    verifier: Verifier,
+    verifier: VerifierSource,
     data: str | os.PathLike[str],
     output: str | os.PathLike[str],
     progress: bool = False,
@@ -166,7 +166,7 @@ def as_flags(given: Mapping[str, Any]) -> list[str]:
 
 @no_progress_bars()
 def evaluate(
-    verifier: Verifier,
+    verifier: VerifierSource,
     data: Source,
     *,
     methods: Sequence[Drafter] = EvaluateConfig.methods,
@@ -195,7 +195,7 @@ def evaluate(
 def verify(
     checkpoint: str | os.PathLike[str],
     *,
-    verifier: Verifier | None = None,
+    verifier: VerifierSource | None = None,
     data: Source | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     vllm: bool | str | os.PathLike[str] = False,

@@ -1,4 +1,4 @@
-"""What people call an engine with: names in place of loaded models, questions in place of token ids."""
+"""Opens an engine by names in place of loaded models, and answers questions in place of token ids."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, overload
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from speculators.decoding.config import SpeculativeConfig
 from speculators.decoding.method import Drafter, parse_method
 from speculators.decoding.request import RequestOutput, StreamEvent
 from speculators.decoding.sampling import SamplingParams
-from speculators.decoding.target import Verifier, open_target
-from speculators.interfaces import Proposer
+from speculators.decoding.target import VerifierSource, open_target
+from speculators.interfaces import Proposer, Verifier
 from speculators.utils.chat_template import chat_prompt
 from speculators.utils.names import refuse_unknown
 
@@ -25,12 +25,17 @@ Message = Mapping[str, Any]
 
 
 class ChatEngine(ABC):
-    """The part of `Engine` that opens models by name and answers chats; what decodes is in the subclass."""
+    """The part of `Engine` that opens models by name and answers chats; the subclass decodes."""
 
     tokenizer: PreTrainedTokenizerBase | None
 
     @abstractmethod
-    def __init__(self, verifier: Any, speculative_config: Any = None, **options: Any) -> None: ...
+    def __init__(
+        self,
+        verifier: PreTrainedModel | Verifier,
+        speculative_config: SpeculativeConfig | dict[str, Any] | Proposer | None = None,
+        **options: Any,
+    ) -> None: ...
 
     @abstractmethod
     def generate(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> list[RequestOutput]: ...
@@ -41,7 +46,7 @@ class ChatEngine(ABC):
     @classmethod
     def from_pretrained(
         cls,
-        verifier: Verifier,
+        verifier: VerifierSource,
         drafter: Drafter | SpeculativeConfig | Proposer | None = None,
         *,
         num_speculative_tokens: int | None = None,

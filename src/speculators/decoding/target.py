@@ -1,4 +1,4 @@
-"""Opens what decodes: a verifier with its tokenizer, from a name or from a model that is loaded already."""
+"""Loads a verifier with its tokenizer for decoding, by name or around a model that is loaded already."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_DTYPE = "float32"
 """Greedy answers are exactly the verifier's own in float32 only: lower precisions have ties."""
 
-Verifier = str | os.PathLike[str] | PreTrainedModel
+VerifierSource = str | os.PathLike[str] | PreTrainedModel
 """Hub id, directory, or a loaded causal LM (`load_verifier`)."""
 
 
@@ -31,7 +31,7 @@ class DecodingTarget:
 
 @no_progress_bars()
 def open_target(
-    verifier: Verifier,
+    verifier: VerifierSource,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | None = None,

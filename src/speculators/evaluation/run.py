@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from speculators.decoding import Engine, RequestOutput, SamplingParams
 from speculators.decoding.method import PLAIN, Method, parse_methods
-from speculators.decoding.target import Verifier, open_target
+from speculators.decoding.target import VerifierSource, open_target
 from speculators.evaluation.config import EvaluateConfig
 from speculators.evaluation.measurement import Generate, measure_interleaved, summarise
 from speculators.evaluation.prompts import load_prompts
@@ -24,7 +24,7 @@ from speculators.utils.progress import Progress, reporting
 
 def measure_methods(
     config: EvaluateConfig,
-    verifier: Verifier,
+    verifier: VerifierSource,
     data: str | os.PathLike[str] | Sequence[Any],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
