@@ -88,7 +88,7 @@ def convert_checkpoint(
         write_training_record(folder, opened.model_class.contract.training_keys, origin="conversion")
     expected = opened.model_class.contract.expected_tensors(opened.model_class, config)
     unused = sorted(opened.tensors.keys() - expected.keys())
-    left_out = (f"tensors that a drafter of this kind has no place for were left out: {unused}",) if unused else ()
+    left_out = (f"tensors that such a drafter does not have were left out: {unused}",) if unused else ()
     return ConvertedCheckpoint(output, config.speculators_model_type, opened.format, (*opened.notes, *left_out))
 
 

@@ -46,7 +46,7 @@ def tensor_findings(
         yield severity(
             "tensor-unexpected",
             name,
-            f"{shape_of(tensors[name])} that this drafter has no place for",
+            f"{shape_of(tensors[name])}, which this drafter does not have",
             "vLLM refuses names it does not know",
             "remove the tensor, or correct the option in config.json it is for",
         )

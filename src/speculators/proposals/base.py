@@ -1,4 +1,4 @@
-"""Public path: the root of the token proposals; `proposal_type` says which one a record is."""
+"""Defines the root of the token proposals; `proposal_type` says which one a record is."""
 
 from __future__ import annotations
 

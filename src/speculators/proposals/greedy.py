@@ -1,4 +1,4 @@
-"""Public path: greedy drafting, a chain of draft tokens of which each is the drafter's most likely one."""
+"""Defines greedy drafting: a chain of draft tokens, each the drafter's most likely one."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speculators.model import SpeculatorModel
+from speculators.utils.files import human_bytes
 
 BYTES_FP32, BYTES_BF16 = 4, 2
 
@@ -29,11 +30,15 @@ class MemoryEstimate:
         return self.weights_bytes + self.verifier_bytes + self.states_bytes + self.activations_bytes
 
     def __str__(self) -> str:
-        return (
-            f"about {human(self.total_bytes)} of memory: drafter and optimizer {human(self.weights_bytes)}, verifier "
-            f"{human(self.verifier_bytes)}, states {human(self.states_bytes)}, activations "
-            f"{human(self.activations_bytes)}; {human(self.checkpoint_bytes)} of disk per checkpoint"
-        )
+        parts = {
+            "drafter and optimizer": self.weights_bytes,
+            "verifier": self.verifier_bytes,
+            "states": self.states_bytes,
+            "activations": self.activations_bytes,
+        }
+        uses = ", ".join(f"{use} {human_bytes(num_bytes)}" for use, num_bytes in parts.items())
+        checkpoint = human_bytes(self.checkpoint_bytes)
+        return f"about {human_bytes(self.total_bytes)} of memory: {uses}; {checkpoint} of disk per checkpoint"
 
 
 def estimate_memory(
@@ -63,14 +68,6 @@ def check_disk_space(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise OSError(
-            f"a checkpoint takes {human(num_bytes)} but {existing} has {human(free)} free: free some "
+            f"a checkpoint takes {human_bytes(num_bytes)} but {existing} has {human_bytes(free)} free: free some "
             "space, or choose another --save-path"
         )
-
-
-def human(num_bytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"

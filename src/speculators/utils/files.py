@@ -124,3 +124,12 @@ def refuse_missing_model(name: str, what: str, kind: str) -> None:
 def refuse_missing_verifier(name: str) -> None:
     """Raises `ValueError` for a path without a verifier."""
     refuse_missing_model(name, "verifier", "a saved causal LM")
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Returns a number of bytes for display: "1.5 GB" (powers of 1000)."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

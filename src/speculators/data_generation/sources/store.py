@@ -35,7 +35,7 @@ from speculators.data_generation.offline import (
     to_tensors,
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.utils.files import atomic_write, is_same_model
+from speculators.utils.files import atomic_write, human_bytes, is_same_model
 
 logger = logging.getLogger(__name__)
 
@@ -243,11 +243,3 @@ def wait_for_writer(path: Path) -> None:
 def digest(token_ids: Sequence[int] | Tensor) -> bytes:
     ids = token_ids.cpu().numpy() if isinstance(token_ids, Tensor) else token_ids
     return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
-
-
-def human_bytes(num_bytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.4g} TB"
