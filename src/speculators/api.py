@@ -127,7 +127,7 @@ def train_drafter(
 
     `data`: what `prepare_data` wrote. `output`: run directory; a run that ended early is continued. `settings`: the
     keys of `TrainConfig` and of the algorithm, named as the command's flags (`epochs`, `draft_vocab_size`, `lr`, ...).
-    `on_event` is told of every step, validation and checkpoint (`speculators.train.events`).
+    `on_event` is called with every step, validation and checkpoint (`speculators.train.events`).
     The result holds the check and the parity gate made at the end: `result.raise_for_errors()`.
     Raises `ConfigError` for settings that are unknown or contradict each other, `ValueError` for data, verifier or
     checkpoints that cannot be used.

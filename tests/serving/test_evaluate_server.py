@@ -214,4 +214,4 @@ def test_somebody_elses_requests_are_noticed(start_fake):
     finally:
         stop.set()
         thread.join()
-    assert any("somebody else uses it" in warning for warning in row["warnings"])
+    assert any("another client uses it" in warning for warning in row["warnings"])

@@ -41,7 +41,7 @@ NEEDS_A_DRAFT = {
     "dspark": "unless the verifier is of type deepseek_v4 or .* is a 'llama'; name them with --draft",
     "mtp": "tiny_verifier is no such drafter; name one with --draft",
     "custom_class": "a class of yours; name it with --draft module.Class",
-    "peagle": "no method of vLLM but a type of speculator.*speculators serve CHECKPOINT",
+    "peagle": "a type of speculator, not a method of vLLM.*speculators serve CHECKPOINT",
     "eagel": "is unknown; vLLM has ngram, .*Did you mean 'eagle'",
 }
 

@@ -53,7 +53,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class Interrupted(Exception):
-    """Ctrl-C in a verb, with what the verb had to say of it. typer would swallow a KeyboardInterrupt and its words."""
+    """Ctrl-C in a verb, with the verb's message: typer would swallow a KeyboardInterrupt and its message."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,12 +111,12 @@ def command_of(verb: str) -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     settings = FLAGS_READ_ELSEWHERE if verb in VERBS_READING_THEIR_FLAGS else {}
     app.command(verb, epilog="--debug shows the traceback of an error.", context_settings=settings)(
-        saying_why_it_stopped(function)
+        raising_interrupted(function)
     )
     return get_command(app)
 
 
-def saying_why_it_stopped(function: Callable[..., Any]) -> Callable[..., Any]:
+def raising_interrupted(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def verb(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -190,7 +190,7 @@ def hint_of(error: BaseException) -> str | None:
 
 
 def quieten_libraries() -> None:
-    """Their progress bars and notices would drown ours. Set before they are imported; a user's own setting stays."""
+    """Turns off their bars and notices, which would hide ours; set before they are imported. A user's setting wins."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -21,7 +21,7 @@ def err() -> Console:
 
 
 def say(text: str) -> None:
-    """A line about what is going on (stderr, so that stdout stays the result)."""
+    """Prints a line of progress on stderr: stdout holds the result alone."""
     err().print(text)
 
 

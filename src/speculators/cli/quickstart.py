@@ -1,6 +1,6 @@
 """`speculators quickstart`: the whole path on the embedded verifier, as the commands a user would type one by one.
 
-Each step is a command line of this very program; what is shown is what is run, in this process.
+Each step is a command line of this program, shown and then run in this process.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
         ["generate", "--verifier", verifier, "--prompt", "What does os.path.join do?", *drafter],
     )
     yield (
-        "Compare with plain decoding on prompts nobody trained on",
+        "Compare with plain decoding on held-out prompts",
         [
             "evaluate",
             "--verifier",

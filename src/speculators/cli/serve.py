@@ -1,6 +1,6 @@
 """`speculators serve`: start vLLM with a verifier and its drafter.
 
-what is named                     verifier                     drafter
+named on the command line         verifier                     drafter
 a checkpoint of ours              as recorded, or --verifier   the checkpoint; method and K are its own
 a directory `export` wrote        as recorded, or --verifier   the directory; the same
 a model with --verifier           --verifier                   the model
@@ -87,7 +87,7 @@ def what_to_serve(model: str, verifier: str | None, settings: dict[str, Any]) ->
 
 
 def look_up(name: str, taken_for: str) -> dict[str, Any] | None:
-    """config.json; None, and a word about it, where only the server can find out what the name means."""
+    """Reads config.json. Returns None, with a note to the user, where only the server can resolve the name."""
     from speculators.checkpoint.io import read_model_config
 
     values = read_model_config(name)
@@ -110,7 +110,7 @@ def with_drafter(drafter: str, values: dict[str, Any] | None, verifier: str | No
         return by_speculator(facts, verifier, settings)
     if is_export(drafter):
         return by_export(drafter, verifier, settings)
-    assert verifier is not None, "what is none of ours is a drafter because a verifier was named beside it"
+    assert verifier is not None, "a directory of another project is a drafter only where a verifier was named beside it"
     refuse_method_without_model(settings.get("method"), drafter, verifier)
     return Served(verifier, {**settings, "model": absolute_if_directory(drafter)})
 

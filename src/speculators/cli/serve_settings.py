@@ -1,4 +1,4 @@
-"""What `serve` gives vLLM as `--speculative-config`. What is missing is said before vLLM is looked for."""
+"""Completes and checks the `--speculative-config` that `serve` gives vLLM, before vLLM is looked for."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def refuse_unknown_method(method: Any) -> None:
         return
     if method in SPECULATORS_METHODS:
         raise ValueError(
-            f"--method {method} is no method of vLLM but a type of speculator; its checkpoint says itself how it is "
+            f"--method {method} is a type of speculator, not a method of vLLM; its checkpoint itself records how it is "
             "drafted with: speculators serve CHECKPOINT"
         )
     known = [name for name, facts in METHODS.items() if facts.in_vllm]

@@ -38,7 +38,7 @@ def vllm_environment(python: str | None, dry_run: bool) -> VllmEnvironment | Non
         say(f"[dim]{escape(str(error))}[/]")
         return None
     if not found.is_tested_version:
-        say(f"[yellow]vLLM {found.version} in {found.python}; what is served was tested with {TESTED_VERSION}[/]")
+        say(f"[yellow]vLLM {found.version} in {found.python}; checkpoints were tested with {TESTED_VERSION}[/]")
     return found
 
 

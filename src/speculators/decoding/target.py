@@ -53,7 +53,7 @@ def open_target(
         name = os.fspath(verifier)
         dtype = dtype or DEFAULT_DTYPE
         if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
         model = load_verifier(
             name,
             dtype=getattr(torch, dtype),

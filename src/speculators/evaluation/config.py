@@ -1,4 +1,4 @@
-"""What an evaluation and the parity gate are told: every default is written here, once. Imports nothing heavy."""
+"""Settings of an evaluation and of the parity gate: every default is written here, once. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from speculators.data_generation.vllm_client import DEFAULT_MAX_RETRIES, DEFAULT
 from speculators.decoding.method import Drafter
 
 SERVED = "served"
-"""Name of a server's row where nobody gave one: a server does not say what drafts in it."""
+"""Default name of a server's row: a server does not say what drafts in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Workload:
     """Prompts and how they are answered. Everything that changes a figure is here and is written into the report."""
 
     data: str
-    """Conversations nobody trained on: a file, a directory or a preset."""
+    """Held-out conversations: a file, a directory or a preset."""
     num_prompts: int = 32
     max_tokens: int = 128
     temperature: float = 0.0
@@ -35,9 +35,9 @@ class EvaluateConfig(Workload):
 
     verifier: str
     methods: tuple[Drafter, ...] = ("none", "ngram")
-    """Plain decoding is always measured; it is what the others are compared with."""
+    """Plain decoding is always measured: the others are compared with it."""
     num_speculative_tokens: int | None = None
-    """Draft tokens per round; None: what each method's own configuration says."""
+    """Draft tokens per round; None: as each method's own configuration says."""
     speculative_token_tree: str | None = None
     dynamic_tree: dict[str, Any] | None = None
     """What speculators' directories draft in place of a chain: one of the two."""
@@ -83,7 +83,7 @@ class VllmTarget:
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """What the parity gate replays."""
+    """Settings of the parity gate."""
 
     checkpoint: str
     verifier: str | None = None

@@ -1,7 +1,7 @@
 """Paired timing of plain decoding and every method on the same prompts, in one process, and the rows made of it.
 
 A machine's speed drifts within seconds, so a method is never timed in a block of its own: for each group of prompts all
-methods run one after another, in an order that rotates from group to group. What is compared is always a neighbour.
+methods run one after another, in an order that rotates from group to group. Only neighbours in time are compared.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Replayed:
-    """What the engine did, and what training says of it."""
+    """Answers of the engine, and its rounds compared with the training forward."""
 
     verifier: PreTrainedModel
     prompts: list[list[int]]
@@ -135,7 +135,7 @@ def check_parity(
     `verifier`, `tokenizer`: in place of loading them. Raises `ValueError` for what cannot be read.
     """
     begun_s = time.perf_counter()
-    # fp32 while loading: what is the verifier's is then not rounded to the checkpoint's type on its way here
+    # fp32 while loading, so that copies of the verifier's weights are not rounded to the checkpoint's type
     model = SpeculatorModel.from_pretrained(config.checkpoint, verifier=config.verifier, dtype=torch.float32)
     verifier_path = config.verifier or recorded_verifier(model, config.checkpoint)
     if verifier is None:
@@ -185,7 +185,7 @@ def replay(
     config: ParityConfig,
     proposer: Proposer | None = None,
 ) -> Replayed:
-    """Decode plainly and with drafts, then ask the training forward about every round. `proposer`: in place of the
+    """Decodes plainly and with drafts, then compares every round with the training forward. `proposer`: in place of the
     model's own."""
     batch_size, max_length = min(config.batch_size, len(prompts)), max(map(len, prompts)) + config.max_tokens
     if proposer is None:

@@ -77,7 +77,7 @@ def decode_in_vllm(
 
 
 def engine_arguments(run: VllmRun) -> dict[str, Any]:
-    """Small, eager, without a prefix cache: what is compared is arithmetic, not memory."""
+    """Arguments of `LLM`: small, eager and without a prefix cache, since only the arithmetic is compared."""
     longest = max(map(len, run.prompts)) + run.max_tokens
     defaults = {
         "dtype": "float32",

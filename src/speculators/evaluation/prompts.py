@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def load_prompts(
     source: str | os.PathLike[str] | Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None
 ) -> list[list[int]]:
-    """The first `limit` prompts of a data source, or of rows, as token ids. `ValueError` when there is none."""
+    """The first `limit` prompts of a data source, or of rows, as token ids. Raises `ValueError` when it has none."""
     renderer = ChatRenderer(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     prompts: list[list[int]] = []
     reasons: list[str] = []
@@ -31,7 +31,7 @@ def load_prompts(
         try:
             rollout = make_rollout(index, row, str(index))
             if renderer is None and rollout.prompt_ids is None:
-                renderer = ChatRenderer(tokenizer)  # says what is wrong with a tokenizer without template
+                renderer = ChatRenderer(tokenizer)  # raises for a tokenizer without a template
             prompts.append(rollout.next_prompt(renderer) or [])
         except (UnusableRow, ChatTemplateError) as reason:
             reasons.append(str(reason))

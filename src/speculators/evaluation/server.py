@@ -71,7 +71,7 @@ class ServerRow:
 
 @dataclass(frozen=True)
 class ServerReport(SavedReport):
-    """The rows measured, all of them or those before the server went away."""
+    """All rows, or those that were measured before the server went away."""
 
     server: str
     verifier: str
@@ -119,7 +119,7 @@ def cells(row: ServerRow) -> list[str]:
 
 @dataclass
 class Level:
-    """What was measured with one number of clients."""
+    """Measurements with one number of clients."""
 
     num_clients: int
     served: list[Measurement] = field(default_factory=list)
@@ -129,7 +129,7 @@ class Level:
 
 
 def evaluate_server(config: ServerConfig, *, progress: bool | Progress | None = None) -> ServerReport:
-    """Measure a running server. One that goes away for good ends the measurement; what there is, is reported."""
+    """Measures a running server. When it goes away for good, the report holds the rows measured until then."""
     if not config.num_clients or min(config.num_clients) < 1:
         raise ValueError(f"concurrency {list(config.num_clients)}: at least one client is needed")
     with ExitStack() as connections:
@@ -190,7 +190,7 @@ def measure_level(
     config: ServerConfig,
     show: Progress,
 ) -> None:
-    """Fill `level`, a group at a time; a group counts only when every server answered all of it."""
+    """Fills `level` group by group; a group counts only when every server answered all of it."""
     settings = AnswerSettings(config.max_tokens, config.temperature, config.top_k, config.top_p, config.seed)
     groups = [prompts[i : i + level.num_clients] for i in range(0, len(prompts), level.num_clients)]
     for group in groups[: config.num_warmup]:
@@ -212,7 +212,7 @@ def measure_level(
 def measured_again(
     level: Level, server: MeasuredServer, group: Sequence[Sequence[int]], settings: AnswerSettings
 ) -> tuple[Measurement, ServerCounters]:
-    """A server that was restarted under a group (requests were retried, counters began anew) is asked once more."""
+    """Measures a group again, once, when the server was restarted under it (its counters began anew)."""
     try:
         return server.measure(group, settings)
     except ServerRestartedError:
@@ -254,13 +254,13 @@ def speed(measurements: Sequence[Measurement]) -> float | None:
 
 
 def count_warnings(level: Level, num_tokens: int) -> tuple[str, ...]:
-    """What makes the figures mean something else than they seem to."""
+    """Reasons why the figures may mislead: other clients, cached prompts, drafts of several lengths, restarts."""
     found = []
     num_generated = sum(counted.num_generated for counted in level.counted)
     if num_generated > num_tokens:
         found.append(
-            f"the server generated {num_generated} tokens while it was asked for {num_tokens}: somebody else uses it, "
-            "and the acceptance figures are of both"
+            f"the server generated {num_generated} tokens but this evaluation asked for {num_tokens}: another client "
+            "uses it, and the acceptance figures are of both"
         )
     num_cached = sum(counted.num_cached_prompt_tokens for counted in level.counted)
     if num_cached:

@@ -39,7 +39,7 @@ PREFIX = "vllm:spec_decode_num_"
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How every request is answered."""
+    """Sampling settings of every request."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -59,12 +59,12 @@ class AnswerSettings:
             # prompts of one seed would draw alike, and the bootstrap takes them for independent
             request["seed"] = self.seed + zlib.crc32(" ".join(map(str, prompt)).encode())
             request["top_p"] = self.top_p
-            request["top_k"] = self.top_k or -1  # vLLM's way of saying "all"
+            request["top_k"] = self.top_k or -1  # vLLM writes "all" as -1
         return request
 
 
 class ServerRestartedError(RuntimeError):
-    """The counters went backwards: what was measured spans two lives of the server."""
+    """The counters went backwards: the server was restarted during the measurement."""
 
 
 class MeasuredServer:
