@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from transformers import PretrainedConfig
 
 from speculators.proposals import TokenProposalConfig
@@ -145,6 +145,12 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        # As metadata of the field and not as a `field_serializer`: of those pydantic allows one per field, and a subclass
+        # may bring its own, under any name, which wins.
+        nested = cls.model_fields.get("transformer_layer_config")
+        if nested is not None and _DUMP_NESTED not in nested.metadata:
+            nested.metadata.append(_DUMP_NESTED)
+            cls.model_rebuild(force=True, raise_errors=False, _types_namespace=_TYPES)
         # a field of type PretrainedConfig is incomplete until `torch`, which its annotations mention, is known
         if not cls.__pydantic_complete__:
             cls.model_rebuild(raise_errors=False, _types_namespace=_TYPES)
@@ -155,8 +161,8 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
         """For subclasses that have the field: a config stays, a dict becomes the class its `model_type` names."""
         return load_transformer_config(value, cls.default_transformer_model_type)
 
-    @field_serializer("transformer_layer_config", check_fields=False)
     def serialize_transformer_config(self, value: PretrainedConfig) -> dict[str, Any]:
+        """How that field is written: a subclass with a `field_serializer` of its own for it writes it its way."""
         return dump_transformer_config(value)
 
     def __init__(self, **kwargs: Any) -> None:
@@ -295,3 +301,6 @@ def dump_transformer_config(config: PretrainedConfig) -> dict[str, Any]:
     values.pop("transformers_version", None)
     values.pop("_name_or_path", None)
     return {**values, "model_type": config.model_type}
+
+
+_DUMP_NESTED = PlainSerializer(dump_transformer_config)
