@@ -145,8 +145,8 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        # As metadata of the field and not as a `field_serializer`: of those pydantic allows one per field, and a subclass
-        # may bring its own, under any name, which wins.
+        # As metadata of the field and not as a `field_serializer`: pydantic allows one per field, and a
+        # subclass may bring its own, under any name, which wins.
         nested = cls.model_fields.get("transformer_layer_config")
         if nested is not None and _DUMP_NESTED not in nested.metadata:
             nested.metadata.append(_DUMP_NESTED)

@@ -11,6 +11,8 @@ import torch
 from rich.table import Table
 
 from speculators.train.events import describe
+from speculators.train.keys import OptimizerKeys, SchedulerKeys, TrainerKeys
+from speculators.training_keys import default_of
 from speculators.utils.report import TableReport, facts_table
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainerConfig:
+    """Values written here are the contract's for callers in Python; `train` gives every one by its key."""
+
     lr: float
     num_epochs: int
     save_path: str | Path
@@ -27,22 +31,22 @@ class TrainerConfig:
     train_call_kwargs: dict[str, Any] = field(default_factory=dict)
     val_call_kwargs: dict[str, Any] = field(default_factory=dict)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = 0.01
+    weight_decay: float = default_of(OptimizerKeys, "weight_decay")
     muon_lr: float = 0.02
-    muon_momentum: float = 0.95
-    muon_weight_decay: float = 0.1
-    muon_ns_steps: int = 5
-    muon_adjust_lr_fn: str = "match_rms_adamw"
-    scheduler_type: Literal["linear", "cosine", "none"] = "linear"
+    muon_momentum: float = default_of(OptimizerKeys, "muon_momentum")
+    muon_weight_decay: float = default_of(OptimizerKeys, "muon_weight_decay")
+    muon_ns_steps: int = default_of(OptimizerKeys, "muon_ns_steps")
+    muon_adjust_lr_fn: str = default_of(OptimizerKeys, "muon_adjust_lr_fn")
+    scheduler_type: Literal["linear", "cosine", "none"] = default_of(SchedulerKeys, "scheduler_type")
     scheduler_warmup_steps: int | None = None
     scheduler_warmup_ratio: float | None = None
     scheduler_total_steps: int | None = None
-    scheduler_num_cosine_cycles: float = 0.5
-    checkpoint_freq: float = 1
-    save_best: bool = False
+    scheduler_num_cosine_cycles: float = default_of(SchedulerKeys, "scheduler_num_cosine_cycles")
+    checkpoint_freq: float = default_of(TrainerKeys, "checkpoint_freq")
+    save_best: bool = default_of(TrainerKeys, "save_best")
     hidden_states_dtype: torch.dtype = torch.bfloat16
-    log_freq: int = 1
-    gradient_checkpointing: bool = False
+    log_freq: int = default_of(TrainerKeys, "log_freq")
+    gradient_checkpointing: bool = default_of(TrainerKeys, "gradient_checkpointing")
     max_steps: int | None = None
     train_command: str = ""
     """Written beside each checkpoint, for whoever finds it."""

@@ -16,7 +16,7 @@ from speculators.models.dflash.block_attention import LayerMask
 from speculators.nn.attention import layer_window
 from speculators.training_keys import DraftKeys, TrainingArgs, default_of
 
-TRAINING_DEFAULTS = {"num_layers": 5, "draft_arch": "qwen3", "loss_fn": "ce", "block_size": 16}
+TRAINING_DEFAULTS = {"num_layers": 5, "loss_fn": "ce", "block_size": 16}
 """Generic keys with another default here."""
 FIXED_DECAY, DPACE = "fixed-exp-decay", "dpace"
 CALLED_BY_HAND = {"block_size": default_of(DraftKeys, "block_size"), "per_position_loss_weight": FIXED_DECAY}

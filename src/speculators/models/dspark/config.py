@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import Field
 
 from speculators.config import SpeculatorModelConfig
+from speculators.models.dflash.config import TRAINING_DEFAULTS as DFLASH_DEFAULTS
 from speculators.models.dflash.config import DFlashSpeculatorConfig, DFlashTrainingArgs, is_sliding
 from speculators.training_keys import default_of
 
-TRAINING_DEFAULTS = {"num_layers": 5, "draft_arch": "qwen3", "loss_fn": "kl_div", "block_size": 8}
+TRAINING_DEFAULTS = {"num_layers": DFLASH_DEFAULTS["num_layers"]}
 """Generic keys with another default here."""
 CALLED_BY_HAND = {"max_anchors": 3072}
 """The contract's default of `get_trainer_kwargs` called in Python; the command line's is enough and cheaper."""

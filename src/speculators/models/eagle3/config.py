@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from transformers import PretrainedConfig, Qwen3Config
 
 from speculators.config import SpeculatorModelConfig
-from speculators.training_keys import TrainingArgs
+from speculators.training_keys import TrainingArgs, default_of
 
 TRAINING_DEFAULTS = {"draft_arch": "llama"}
 """Generic keys with another default here."""
@@ -56,9 +56,11 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
         default=None, description="Verifier layers whose states are read; i = after i layers. None means three"
     )
     norm_before_fc: bool = Field(default=False, description="One RMSNorm over the concatenated aux states")
-    fc_norm: bool = Field(default=False, description="One RMSNorm for each aux state")
+    fc_norm: bool = Field(default=default_of(FusionArgs, "fc_norm"), description="One RMSNorm for each aux state")
     norm_output: bool = Field(default=False, description="Feed the normed state to the next step")
-    embed_requires_grad: bool = Field(default=False, description="The embedding is trained")
+    embed_requires_grad: bool = Field(
+        default=default_of(FusionArgs, "embed_requires_grad"), description="The embedding is trained"
+    )
 
     @model_validator(mode="after")
     def check_norms(self):
