@@ -26,11 +26,11 @@ _TYPES = {"torch": torch}  # names that transformers' annotations use and only i
 # Keys that describe the writer's code or where a config was read from, not the speculator.
 _KEYS_NOT_OURS = {"auto_map", "model_type", "_auto_class", "_commit_hash"}
 _METADATA_KEYS = {
+    *_KEYS_NOT_OURS,
     "model_config",
     "auto_package",
     "registry_auto_discovery",
     "schema_discriminator",
-    "model_type",
     "base_config_key",
     "sub_configs",
     "is_composition",
@@ -41,8 +41,6 @@ _METADATA_KEYS = {
     "base_model_fsdp_plan",
     "has_no_defaults_at_init",
     "keys_to_ignore_at_inference",
-    "_auto_class",
-    "auto_map",
 }
 _HF_FIELDS = {field.name for field in dataclasses.fields(PretrainedConfig)}
 
@@ -186,8 +184,7 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
         return None if self.speculators_config is None else self.speculators_config.verifier.name_or_path
 
     def validate(self) -> None:  # type: ignore[override]
-        """transformers calls this before saving; pydantic has validated already (and has its own, deprecated
-        `validate`, with another meaning)."""
+        """transformers calls this before saving; pydantic, whose own `validate` means another thing, has validated."""
 
     def __iter__(self) -> Iterator[str]:  # type: ignore[override]
         """Keys, as a PretrainedConfig does; pydantic would give (key, value) pairs."""
@@ -197,7 +194,8 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
         """Same class and same values; where a config was read from does not count."""
         if type(self) is not type(other):
             return False
-        return _without_origin(self.to_dict()) == _without_origin(other.to_dict())
+        origin = {"_name_or_path": None}
+        return self.to_dict() | origin == other.to_dict() | origin
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -266,10 +264,6 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
             cls.auto_populate_registry()
             for member in (cls.registry or {}).values():
                 member.model_rebuild(force=True, _types_namespace=_TYPES)
-
-
-def _without_origin(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != "_name_or_path"}
 
 
 def reload_schemas() -> None:
