@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from typing_extensions import Self
 
-from speculators.config import SpeculatorModelConfig
 from speculators.interfaces import LossOutput, PackedBatch
 from speculators.losses.metrics import as_pairs, ratio
 from speculators.losses.registry import LossConfig, choose_loss_config, loss_keywords
 from speculators.nn.packed_batch import pack_row, padded_row
 from speculators.training_keys import DraftKeys, LossKeys, TrainingArgs, VerifierKeys, default_of, read_keys
+from speculators.verifier.config import make_speculators_config
 
 Own = TypeVar("Own", bound=BaseModel)
 
@@ -99,8 +99,14 @@ class TrainingDoors:
 
     @classmethod
     def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
-        """Fields of a new drafter's config. `layer_config`: see `has_chosen_layers`."""
+        """Fields of a new drafter's config beside `speculators_config`, which records the verifier and the drafts per
+        round. `layer_config`: see `has_chosen_layers`."""
         raise NotImplementedError(f"{cls.__name__} does not implement from_training_args")
+
+    @classmethod
+    def drafts_per_round(cls, args: DrafterArgs[Any]) -> int:
+        """Tokens that a new drafter is trained to draft per round, as its config records it."""
+        return 1
 
     def initialise(self, args: DrafterArgs[Any]) -> None:
         """Give a new drafter weights to start from; nothing to do where the constructor's are right."""
@@ -177,8 +183,14 @@ class TrainingDoors:
         if cls.config_values.__func__ is TrainingDoors.config_values.__func__:  # type: ignore[attr-defined]
             raise NotImplementedError(f"{cls.__name__} does not implement from_training_args")
         args = DrafterArgs(cls.read_own(keys), cls.read_generic(DraftKeys, keys), read_keys(VerifierKeys, keys))
-        config: SpeculatorModelConfig = cls.config_class(**cls.config_values(verifier_config, args))
-        model: Any = cls.to_be_loaded(config)  # type: ignore[attr-defined]
+        values = cls.config_values(verifier_config, args)
+        recorded = make_speculators_config(
+            cls.config_class.model_fields["speculators_model_type"].default,
+            cls.drafts_per_round(args),
+            args.verifier.verifier_name_or_path,
+            args.verifier.trust_remote_code,
+        )
+        model: Any = cls.to_be_loaded(cls.config_class(**{"speculators_config": recorded, **values}))  # type: ignore[attr-defined]
         model.load_vocab_mappings(t2d, d2t)
         model.load_verifier_weights()
         model.initialise(args)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,6 +54,29 @@ def test_without_one_the_nested_config_is_written_complete(verifier_path, data_p
     path, _ = train_one_step("three_columns", verifier_path, data_path, tmp_path)
     nested = json.loads((path / "config.json").read_text())["transformer_layer_config"]
     assert nested["model_type"] == "llama" and nested["vocab_size"] == VOCAB_SIZE and "written_by" not in nested
+
+
+def test_the_guides_algorithm_trains_as_it_is_printed(verifier_path, data_path, tmp_path):
+    """In a process of its own: its name is that of another toy."""
+    guide = (Path(__file__).parents[2] / "docs" / "adding-an-algorithm.md").read_text()
+    (tmp_path / "myalgo.py").write_text(guide.split("```python\n")[1].split("```")[0])
+    [command] = [line.strip() for line in guide.splitlines() if line.startswith("    speculators train")]
+    argv = [*command.replace("MODEL", str(verifier_path)).split()[1:-1], str(data_path)]
+    flags = ["--save-path", str(tmp_path / "run"), "--total-seq-len", "64", "--max-steps", "2", "--hint", "0.25"]
+    code = "import sys; from speculators.cli.app import main; sys.exit(main(sys.argv[1:]))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *argv, *flags, "--no-parity-gate", "--no-contract-check"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    answer = json.loads(ended.stdout.splitlines()[-1])
+    assert answer["num_steps"] == 2 and answer["acceptance_length"] >= 1.0
+    written = json.loads((Path(answer["checkpoint"]) / "config.json").read_text())
+    assert written["speculators_model_type"] == "myalgo" and written["draft_vocab_size"] == VOCAB_SIZE
 
 
 def test_typed_hooks_get_the_flag_or_the_default_by_every_door(verifier_path, data_path, tmp_path):

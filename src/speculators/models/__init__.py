@@ -28,18 +28,17 @@ Adding an algorithm
                self.post_init()
 
            @classmethod
-           def from_training_args(cls, verifier_config, **kwargs): ...    # every training key; ignore what is not yours
+           def config_values(cls, layer_config, args): ...       # fields of a new drafter's config, of DrafterArgs
 
-           @staticmethod
-           def get_trainer_kwargs(**kwargs): ...                 # (for training, for validation), given to `forward`
+           def train_on(self, batch, args): ...                  # of PackedBatch and LossArgs: LossOutput
 
-           def forward(self, hidden_states, input_ids, **kwargs): ...     # -> (output, loss, metrics)
+   From these `SpeculatorModel` makes `from_training_args`, `get_trainer_kwargs` and `forward`, which a class may also
+   override (see `speculators.model_training`). `docs/adding-an-algorithm.md` has a whole algorithm in forty lines.
 
-4. What has a working default and may be said better (see `SpeculatorModel`): `target_layer_ids` and `capture` (which
-   verifier states it reads), `training_args` and `training_defaults` (its own keys on the command line), `align`
-   (shifts before packing), `make_proposer` and `make_tree_drafter` (drafting at decode time), `draft_logits` (what the
-   parity gate compares drafts with), `contract` (what its checkpoints hold, what vLLM makes of them, formats of other
-   projects).
+4. Each of these has a working default (see `SpeculatorModel`): `target_layer_ids` and `capture` (which verifier states
+   it reads), `training_args` and `training_defaults` (its own keys on the command line), `align` (shifts before
+   packing), `make_proposer` and `make_tree_drafter` (drafting at decode time), `draft_logits` (the parity gate compares
+   drafts with them), `contract` (what its checkpoints hold, what vLLM makes of them, formats of other projects).
 """
 
 from __future__ import annotations

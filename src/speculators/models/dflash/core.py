@@ -46,7 +46,7 @@ from speculators.nn.draft_vocab import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.training_keys import AnchorKeys, default_of
-from speculators.verifier.config import make_speculators_config, resolve_mask_token_id, resolve_target_layer_ids
+from speculators.verifier.config import resolve_mask_token_id, resolve_target_layer_ids
 
 logger = logging.getLogger(__name__)
 
@@ -148,13 +148,11 @@ class DFlashDraftModel(DraftModel):
             "mask_token_id": resolve_mask_token_id(draft.mask_token_id, verifier, nested.vocab_size, trust_remote_code),
             "sliding_window_non_causal": own.sliding_window_non_causal,
             "sample_from_anchor": own.sample_from_anchor,
-            "speculators_config": make_speculators_config(
-                cls.config_class.model_fields["speculators_model_type"].default,
-                max(1, draft.block_size - (not own.sample_from_anchor)),
-                verifier,
-                trust_remote_code,
-            ),
         }
+
+    @classmethod
+    def drafts_per_round(cls, args: DrafterArgs[Any]) -> int:
+        return max(1, args.draft.block_size - (not args.own.sample_from_anchor))
 
     pin_causality = staticmethod(pin_causality)
     """Make the mask that is trained the mask that is served."""

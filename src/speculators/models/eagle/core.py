@@ -41,7 +41,6 @@ from speculators.nn.attention import layer_window
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.verifier.capture import fitting_embedding, verifier_parts
-from speculators.verifier.config import make_speculators_config
 
 
 @SpeculatorModel.register("eagle")
@@ -171,7 +170,7 @@ class EagleSpeculator(Generating, SpeculatorModel):
 
     @classmethod
     def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
-        nested, own, verifier = complete_eagle_config(layer_config), args.own, args.verifier
+        nested, own = complete_eagle_config(layer_config), args.own
         draft_vocab_size = args.draft.draft_vocab_size
         if draft_vocab_size not in (None, nested.vocab_size):
             raise ValueError(
@@ -184,10 +183,11 @@ class EagleSpeculator(Generating, SpeculatorModel):
             "transformer_layer_architecture": own.transformer_layer_architecture,
             "layernorms": own.layernorms,
             "fusion_bias": own.fusion_bias,
-            "speculators_config": make_speculators_config(
-                "eagle", NUM_TOKENS, verifier.verifier_name_or_path, verifier.trust_remote_code
-            ),
         }
+
+    @classmethod
+    def drafts_per_round(cls, args: DrafterArgs[Any]) -> int:
+        return NUM_TOKENS
 
     @classmethod
     def get_trainer_kwargs(cls, **keys: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -36,7 +36,7 @@ from speculators.nn.draft_vocab import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.packed_batch import padded_row
 from speculators.nn.rope import Rope
-from speculators.verifier.config import make_speculators_config, resolve_target_layer_ids
+from speculators.verifier.config import resolve_target_layer_ids
 
 
 @SpeculatorModel.register("eagle3")
@@ -110,20 +110,16 @@ class Eagle3DraftModel(DraftModel):
         ids = resolve_target_layer_ids(args.draft.target_layer_ids, verifier, trust_remote_code=trust_remote_code)
         nested = complete_transformer_layer_config(layer_config, num_aux=len(ids))
         args.choose_attention(nested)
-        algorithm = cls.config_class.model_fields["speculators_model_type"].default
         return {
             "transformer_layer_config": nested,
             "draft_vocab_size": args.draft.draft_vocab_size or nested.vocab_size,
             "eagle_aux_hidden_state_layer_ids": ids,
             **{name: getattr(own, name) for name in FusionArgs.model_fields},
-            "speculators_config": make_speculators_config(
-                algorithm, cls.drafts_per_round(own), verifier, trust_remote_code
-            ),
         }
 
     @classmethod
-    def drafts_per_round(cls, own: Any) -> int:
-        return own.ttt_steps
+    def drafts_per_round(cls, args: DrafterArgs[Any]) -> int:
+        return args.own.ttt_steps
 
     @property
     def verifier_head(self) -> VerifierHead:

@@ -23,7 +23,7 @@ from speculators.models.medusa.config import TRAINING_DEFAULTS, MedusaSpeculator
 from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
 from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.verifier.capture import fitting_embedding, verifier_parts
-from speculators.verifier.config import get_verifier_config, make_speculators_config, norm_kind
+from speculators.verifier.config import get_verifier_config, norm_kind
 
 
 @SpeculatorModel.register("medusa")
@@ -64,8 +64,11 @@ class MedusaDraftModel(LastStateModel):
             "num_heads": num_heads,
             "num_hidden_layers": args.draft.num_layers,
             "rms_norm_eps": norm_kind(verifier).eps,
-            "speculators_config": make_speculators_config("medusa", num_heads, name, trust_remote_code),
         }
+
+    @classmethod
+    def drafts_per_round(cls, args: DrafterArgs[Any]) -> int:
+        return args.own.num_heads
 
     def initialise(self, args: DrafterArgs[Any]) -> None:
         """Every head starts as the verifier's own."""

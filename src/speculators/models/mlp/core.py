@@ -23,7 +23,7 @@ from speculators.models.mlp.config import TRAINING_DEFAULTS, MLPSpeculatorConfig
 from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
 from speculators.models.tree_drafting import CarriedTreeDrafter
 from speculators.verifier.capture import fitting_embedding, verifier_parts
-from speculators.verifier.config import get_verifier_config, make_speculators_config, norm_kind
+from speculators.verifier.config import get_verifier_config, norm_kind
 
 
 @SpeculatorModel.register("mlp")
@@ -78,8 +78,11 @@ class MLPSpeculator(LastStateModel):
             "tie_weights": own.tie_weights,
             "scale_input": own.scale_input,
             "rms_norm_eps": norm_kind(verifier).eps,
-            "speculators_config": make_speculators_config("mlp", own.n_predict, name, trust_remote_code),
         }
+
+    @classmethod
+    def drafts_per_round(cls, args: DrafterArgs[Any]) -> int:
+        return args.own.n_predict
 
     def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> LastStateProposer:
         weight = fitting_embedding(verifier_model, self.config.vocab_size, self.config.hidden_size)

@@ -44,7 +44,7 @@ from speculators.nn.norms import RMSNorm
 from speculators.nn.packed_batch import join_rows
 from speculators.nn.rope import Rope
 from speculators.verifier.capture import fitting_embedding, verifier_parts
-from speculators.verifier.config import make_speculators_config, text_config
+from speculators.verifier.config import text_config
 
 logger = logging.getLogger(__name__)
 
@@ -121,19 +121,18 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     def config_values(cls, layer_config: PretrainedConfig, args: DrafterArgs[Any]) -> dict[str, Any]:
         """Of the verifier's own config."""
         nested = verifier_layer_config(text_config(layer_config))
-        draft_vocab_size, verifier = args.draft.draft_vocab_size, args.verifier
+        draft_vocab_size = args.draft.draft_vocab_size
         if draft_vocab_size not in (None, nested.vocab_size):
             raise ValueError(
                 f"draft_vocab_size={draft_vocab_size}: an MTP layer drafts through the verifier's own head, over its "
                 f"{nested.vocab_size} tokens; leave draft_vocab_size out"
             )
         args.choose_attention(nested)
-        return {
-            "transformer_layer_config": nested,
-            "speculators_config": make_speculators_config(
-                "mtp", args.own.num_speculative_steps, verifier.verifier_name_or_path, verifier.trust_remote_code
-            ),
-        }
+        return {"transformer_layer_config": nested}
+
+    @classmethod
+    def drafts_per_round(cls, args: DrafterArgs[Any]) -> int:
+        return args.own.num_speculative_steps
 
     def initialise(self, args: DrafterArgs[Any]) -> None:
         """From the MTP layer the verifier ships with, if there is one."""

@@ -72,8 +72,8 @@ class PEagleDraftModel(Eagle3DraftModel):
         return values
 
     @classmethod
-    def drafts_per_round(cls, own: Any) -> int:
-        return own.num_depths
+    def drafts_per_round(cls, args: DrafterArgs[Any]) -> int:
+        return args.own.num_depths
 
     @classmethod
     def trainer_keywords(cls, own: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
