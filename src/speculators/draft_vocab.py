@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from speculators.nn.draft_vocab import select_rows
+from speculators.nn.draft_tokens import select_rows
 from speculators.verifier.config import LogitTransform
-from speculators.verifier.weights import read_verifier_weights
+from speculators.verifier.loading import read_verifier_weights
 
 VERIFIER_ONLY_KEYS = ["verifier_lm_head.weight", "verifier_norm.weight", "verifier_norm.bias"]
 

@@ -2,7 +2,13 @@
 
 import torch
 
-from speculators.nn.draft_vocab import draft_to_verifier_ids, offsets_of, scatter_to_verifier, select_rows, verifier_ids
+from speculators.nn.draft_tokens import (
+    draft_to_verifier_ids,
+    offsets_of,
+    scatter_to_verifier,
+    select_rows,
+    verifier_ids,
+)
 
 D2T = torch.tensor([1, 1, 3])
 T2D = torch.tensor([False, True, True, False, False, True])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from speculators.models.peagle.chain_attention import (
+from speculators.models.peagle.network import (
     ChainLayout,
     DenseChainAttention,
     FlexChainAttention,

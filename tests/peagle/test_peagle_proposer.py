@@ -8,8 +8,7 @@ from peagle_toys import request
 
 from speculators.decoding import Engine
 from speculators.interfaces import DraftSampling
-from speculators.models.peagle.sampling import Chains
-from speculators.models.peagle.training import Supervision, run_elements
+from speculators.models.peagle.training import Chains, Supervision, run_elements
 
 CASES = {
     "qwen3": {},

@@ -9,8 +9,7 @@ from peagle_toys import packed_batch
 from speculators.losses.metrics import as_pairs
 from speculators.model_training import LossArgs
 from speculators.models.peagle.config import PEagleTrainingArgs
-from speculators.models.peagle.sampling import sample_chains
-from speculators.models.peagle.training import accuracy
+from speculators.models.peagle.training import accuracy, sample_chains
 from speculators.nn.packed_batch import pack_row
 from speculators.train.metrics import expected_acceptance_length, normalize_counted_metrics
 

@@ -24,7 +24,7 @@ DRAWS = {
     "eagle": "speculators.models.feedback_proposer",
     "eagle3": "speculators.models.feedback_proposer",
     "mtp": "speculators.models.feedback_proposer",
-    "peagle": "speculators.nn.draft_sampling",
+    "peagle": "speculators.nn.draft_tokens",
     "medusa": "speculators.models.last_state_proposer",
     "mlp": "speculators.models.last_state_proposer",
 }

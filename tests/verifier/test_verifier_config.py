@@ -25,7 +25,7 @@ from speculators.models.eagle3 import Eagle3SpeculatorConfig
 from speculators.nn.norms import LayerNorm, RMSNorm, RMSNormPlusOne
 from speculators.verifier import get_verifier_config, resolve_target_layer_ids, text_config, verifier_parts
 from speculators.verifier.config import is_head_tied, logit_transform, norm_kind, open_config, plain_config
-from speculators.verifier.weights import read_verifier_weights, resolve_verifier_norm_class
+from speculators.verifier.loading import read_verifier_weights, resolve_verifier_norm_class
 
 SHAPE = {
     "vocab_size": 24,

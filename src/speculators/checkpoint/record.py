@@ -31,7 +31,7 @@ from speculators.config import installed_version
 from speculators.utils.files import atomic_write
 from speculators.utils.loading import load_checkpoint
 from speculators.verifier.config import open_config, text_config
-from speculators.verifier.weights import verifier_rows
+from speculators.verifier.loading import verifier_rows
 
 RECORD_FILE = "training_record.json"
 RECORD_VERSION = 1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from speculators.checkpoint.findings import Finding, error, warning
 from speculators.checkpoint.record import RECORD_FILE, fingerprint
-from speculators.nn.draft_vocab import verifier_ids
+from speculators.nn.draft_tokens import verifier_ids
 from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX
 
 PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -21,7 +21,7 @@ from speculators.deploy.tensor_check import MAP, is_near
 from speculators.utils.files import looks_like_a_path
 from speculators.utils.loading import Rows, spaced
 from speculators.verifier.config import open_config, text_config
-from speculators.verifier.weights import EMBEDDING, verifier_rows
+from speculators.verifier.loading import EMBEDDING, verifier_rows
 
 WHERE = "speculators_config.verifier"
 SAME_DIRECTION = 0.9

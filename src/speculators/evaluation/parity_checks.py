@@ -21,7 +21,7 @@ from speculators.draft_vocab import DraftVocabMixin
 from speculators.evaluation.statistics import first_difference
 from speculators.interfaces import Committed, DraftSampling, Proposal, Proposer, VerifierStates
 from speculators.model import SpeculatorModel
-from speculators.nn.draft_vocab import verifier_ids
+from speculators.nn.draft_tokens import verifier_ids
 
 TIE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Two logits closer than this share of the largest one are a tie: sums in another order may swap them."""

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.nn.attention import AttentionFunction
 from speculators.nn.cache import INITIAL_CAPACITY, DraftCache, Span
-from speculators.nn.draft_sampling import NO_DRAFT, draft_probs, draw
-from speculators.nn.draft_vocab import scatter_to_verifier, verifier_ids
+from speculators.nn.draft_tokens import NO_DRAFT, draft_probs, draw, scatter_to_verifier, verifier_ids
 from speculators.nn.prepacked_linear import PrepackedLinears
 from speculators.nn.rope import Rope, RopeTables
 

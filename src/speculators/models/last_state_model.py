@@ -21,11 +21,11 @@ from speculators.model import SpeculatorModel
 from speculators.model_training import LossArgs
 from speculators.models.last_state_proposer import LastStateNetwork
 from speculators.models.last_state_training import align, all_logits, train_heads
-from speculators.models.verifier_head import VerifierHead
+from speculators.models.supervision import VerifierHead
 from speculators.nn.norms import RMSNorm
 from speculators.nn.packed_batch import join_rows
 from speculators.verifier.config import LogitTransform
-from speculators.verifier.weights import read_verifier_weights
+from speculators.verifier.loading import read_verifier_weights
 
 
 class LastStateModel(SpeculatorModel):

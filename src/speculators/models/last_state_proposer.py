@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
-from speculators.nn.draft_sampling import NO_DRAFT, draft_probs, draw
+from speculators.nn.draft_tokens import NO_DRAFT, draft_probs, draw
 from speculators.nn.prepacked_linear import PrepackedLinears
 
 

@@ -24,8 +24,7 @@ from speculators.losses.metrics import ratio
 from speculators.losses.registry import LossConfig
 from speculators.model_training import LossArgs
 from speculators.models.last_state_proposer import LastStateNetwork
-from speculators.models.unrolled_steps import step_accuracy
-from speculators.models.verifier_head import VerifierHead
+from speculators.models.supervision import VerifierHead, step_accuracy
 from speculators.training_keys import TrainingArgs
 
 HARD_LABELS = "ce"

@@ -16,7 +16,7 @@ from speculators.interfaces import CaptureSpec, Committed
 from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.last_state_proposer import LastStateProposer
 from speculators.nn.cache import TreeSpan
-from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
+from speculators.nn.draft_tokens import draft_to_verifier_ids, scatter_to_verifier
 
 
 class FeedbackTreeDrafter:

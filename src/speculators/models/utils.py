@@ -13,7 +13,7 @@ from speculators.verifier.config import (
     resolve_draft_intermediate_size,
     resolve_target_layer_ids,
 )
-from speculators.verifier.weights import resolve_verifier_norm_class
+from speculators.verifier.loading import resolve_verifier_norm_class
 
 __all__ = [
     "conditional_torch_compile",

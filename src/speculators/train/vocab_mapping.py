@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speculators.nn.draft_vocab import offsets_of
+from speculators.nn.draft_tokens import offsets_of
 from speculators.utils.files import atomic_write
 from speculators.verifier.config import get_verifier_config
 

@@ -2,8 +2,7 @@
 reading its residual stream.
 
     config     text part, layers, final norm, logit transform
-    weights    embedding, head and final norm, read from files
-    loading    the model itself
+    loading    the model, or its embedding, head and final norm alone, read from files
     capture    its residual stream, and logits made from it
 """
 
@@ -23,8 +22,7 @@ from speculators.verifier.config import (
     resolve_target_layer_ids,
     text_config,
 )
-from speculators.verifier.loading import load_verifier
-from speculators.verifier.weights import VerifierWeights, read_verifier_weights
+from speculators.verifier.loading import VerifierWeights, load_verifier, read_verifier_weights
 
 __all__ = [
     "CapturedStates",

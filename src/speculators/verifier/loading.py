@@ -1,15 +1,36 @@
-"""Loads a verifier: any Hugging Face causal LM, from safetensors only."""
+"""Loads a verifier, any Hugging Face causal LM, from safetensors only: the whole model, or only its embedding, head and
+final norm, read from its files.
+
+Shapes: V vocabulary, H hidden size.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
+from speculators.nn.norms import LayerNorm, RMSNorm, RMSNormPlusOne
 from speculators.utils.files import refuse_missing_verifier
+from speculators.utils.loading import Rows, find_key, list_checkpoint_keys, load_model_layers, load_rows
 from speculators.utils.quiet import no_progress_bars
-from speculators.verifier.config import first_line, open_verifier_config, text_config
+from speculators.verifier.config import (
+    LogitTransform,
+    NormKind,
+    first_line,
+    is_head_tied,
+    logit_transform,
+    norm_kind,
+    open_config,
+    open_verifier_config,
+    text_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,3 +85,96 @@ def refuse_missing_device(device: torch.device | str | None) -> None:
     num_devices = torch.cuda.device_count()
     if wanted.type == "cuda" and (wanted.index or 0) >= num_devices:
         raise ValueError(f"device={str(device)!r} but torch sees {num_devices} CUDA devices; use cpu or another one")
+
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+NORM, NORM_BIAS = "model.norm.weight", "model.norm.bias"
+
+
+@dataclass(frozen=True)
+class VerifierWeights:
+    """The part of a verifier that stands before its first layer and after its last one."""
+
+    name: str
+    head_VH: Tensor
+    embedding_VH: Tensor | None
+    """None where it was not asked for."""
+    norm_H: Tensor | None
+    """As stored. None: not asked for, or the norm has no weight."""
+    norm_bias_H: Tensor | None
+    norm_kind: NormKind
+    logit_transform: LogitTransform
+
+    def fill_norm(self, norm: nn.Module) -> nn.Module:
+        """The given norm with the verifier's weight and epsilon in it; another module where the verifier's norm is a
+        LayerNorm. A verifier without the weight leaves ones, with a warning."""
+        if self.norm_H is None:
+            logger.warning("verifier '%s' has no final norm weight; its norm stays at ones", self.name)
+        if self.norm_kind.is_centered and not isinstance(norm, LayerNorm):
+            like: Tensor = norm.weight  # type: ignore[assignment]
+            norm = LayerNorm(len(like), has_bias=self.norm_bias_H is not None).to(like).requires_grad_(False)
+        for name in ("variance_epsilon", "eps"):  # ours; torch's
+            if hasattr(norm, name):
+                setattr(norm, name, self.norm_kind.eps)
+        with torch.no_grad():
+            if self.norm_H is not None:
+                is_gain_stored = not self.norm_kind.has_unit_offset or isinstance(norm, RMSNormPlusOne)
+                gain_H = self.norm_H if is_gain_stored else 1.0 + self.norm_H.float()
+                norm.weight.copy_(gain_H)  # type: ignore[operator]
+            if self.norm_bias_H is not None and isinstance(getattr(norm, "bias", None), Tensor):
+                norm.bias.copy_(self.norm_bias_H)  # type: ignore[operator]
+        return norm
+
+
+def read_verifier_weights(
+    name: str, *, vocab_size: int, hidden_size: int, needs_embedding: bool = True, needs_norm: bool = True
+) -> VerifierWeights:
+    """The weights of the verifier in a directory or on the hub. ValueError where it has none of that name, where they
+    are not [vocab_size, hidden_size], or where a head is neither stored nor tied to the embedding."""
+    refuse_missing_verifier(name)
+    config, keys = open_config(name), list_checkpoint_keys(name)
+    is_stored = find_key(HEAD, keys) is not None
+    if not is_stored and is_head_tied(config) is False:
+        raise ValueError(
+            f"verifier '{name}' has no tensor {HEAD} under any name known here, and its config does not tie the head "
+            "to the embedding (tie_word_embeddings is false): the checkpoint is incomplete"
+        )
+    wanted = [HEAD] if is_stored else []
+    wanted += [EMBEDDING] if needs_embedding or not is_stored else []
+    wanted += [NORM] if needs_norm else []
+    kind = norm_kind(config)
+    has_bias = needs_norm and kind.is_centered and find_key(NORM_BIAS, keys) is not None
+    weights = load_model_layers(wanted + ([NORM_BIAS] if has_bias else []), name)
+    missing = sorted(set(wanted) - weights.keys() - {NORM})
+    if missing:
+        raise ValueError(f"verifier '{name}' has no tensor {missing} under any name known here")
+    head_VH = weights[HEAD] if is_stored else weights[EMBEDDING]  # a tied head is stored once, as the embedding
+    embedding_VH = weights[EMBEDDING] if needs_embedding else None
+    for what, weight in (("embedding", embedding_VH), ("head", head_VH)):
+        if weight is not None and tuple(weight.shape) != (vocab_size, hidden_size):
+            raise ValueError(
+                f"the {what} of verifier '{name}' is {tuple(weight.shape)}; this drafter's vocabulary and hidden size "
+                f"are {(vocab_size, hidden_size)}. Use the verifier it was made for, or train a drafter for this one"
+            )
+    return VerifierWeights(
+        name, head_VH, embedding_VH, weights.get(NORM), weights.get(NORM_BIAS), kind, logit_transform(config)
+    )
+
+
+def verifier_rows(tensor: str, verifier: str, rows: Sequence[int] | None = None) -> Rows | None:
+    """Some rows of a verifier's matrix (None: evenly spaced ones). None when it has no such tensor (a tied head has
+    none), or not on this machine: gigabytes are not fetched to look at a few rows."""
+    try:
+        return load_rows(tensor, verifier, rows, local_files_only=True)
+    except (KeyError, OSError, ValueError, IndexError, SafetensorError):
+        return None
+
+
+def resolve_verifier_norm_class(verifier: str) -> type[RMSNorm]:
+    """The norm that computes what the verifier's norms compute with the weights it stores."""
+    kind = norm_kind(open_config(verifier))
+    if kind.is_centered:
+        return LayerNorm
+    return RMSNormPlusOne if kind.has_unit_offset else RMSNorm

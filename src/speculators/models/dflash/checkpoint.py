@@ -33,7 +33,7 @@ from speculators.checkpoint.formats import (
 )
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
-from speculators.models.draft_layers import complete_layer_config, layer_config_of, layer_values
+from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values
 from speculators.nn.rope import head_dim, rope_parameters
 from speculators.verifier.config import get_verifier_config, make_speculators_config
 

@@ -37,12 +37,11 @@ from speculators.models.dflash.training import (
     fill_blocks,
     train_blocks,
 )
-from speculators.models.draft_layers import attention_of
-from speculators.models.draft_model import DraftModel
+from speculators.models.draft_model import DraftModel, attention_of
+from speculators.models.supervision import VerifierHead
 from speculators.models.tree_drafting import SlotTreeDrafter
-from speculators.models.verifier_head import VerifierHead
 from speculators.nn.decoder import DecoderLayer
-from speculators.nn.draft_vocab import logits_over_verifier
+from speculators.nn.draft_tokens import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.training_keys import AnchorKeys, default_of

@@ -21,7 +21,7 @@ from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Propos
 from speculators.models.dflash.block_cache import BlockCache, BlockPass
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.nn.cache import INITIAL_CAPACITY
-from speculators.nn.draft_sampling import NO_DRAFT, draft_slots
+from speculators.nn.draft_tokens import NO_DRAFT, draft_slots
 from speculators.nn.prepacked_linear import PrepackedLinears
 
 Drafts = tuple[Tensor, Tensor | None]

@@ -22,7 +22,7 @@ from speculators.models.dflash.block_attention import ContextKV, block_attention
 from speculators.models.dflash.blocks import Blocks, choose_blocks
 from speculators.models.dflash.config import DPACE, FIXED_DECAY, DFlashTrainingArgs
 from speculators.models.dflash.network import DFlashNetwork
-from speculators.models.verifier_head import VerifierHead
+from speculators.models.supervision import VerifierHead
 
 Own = TypeVar("Own", bound=DFlashTrainingArgs)
 

@@ -32,7 +32,7 @@ from speculators.models.dflash.checkpoint import (
     with_verifier_positions,
 )
 from speculators.models.dflash.config import is_sliding
-from speculators.models.draft_layers import layer_config_of, layer_values
+from speculators.models.draft_model import layer_config_of, layer_values
 from speculators.models.dspark.config import DSparkSpeculatorConfig
 from speculators.verifier.config import make_speculators_config
 

@@ -21,8 +21,7 @@ from speculators.models.dspark.config import (
     DSparkSpeculatorConfig,
     DSparkTrainingArgs,
 )
-from speculators.models.dspark.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
-from speculators.models.dspark.network import DSparkNetwork
+from speculators.models.dspark.network import MARKOV_HEADS, ConfidenceHead, DSparkNetwork, MarkovHead
 from speculators.models.dspark.proposer import DSparkProposer, DSparkTreeDrafter
 from speculators.models.dspark.training import TV, DSparkArgs, drafts_logits, train_blocks_and_heads
 from speculators.training_keys import LossKeys

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from speculators.interfaces import Committed, DraftSampling, Proposal
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.models.dflash.proposer import DFlashProposer, Drafts, last_column
-from speculators.models.dspark.heads import ConfidenceHead, MarkovHead
-from speculators.nn.draft_sampling import NO_DRAFT, draft_probs, draw
-from speculators.nn.draft_vocab import draft_to_verifier_ids, scatter_to_verifier
+from speculators.models.dspark.network import ConfidenceHead, MarkovHead
+from speculators.nn.draft_tokens import NO_DRAFT, draft_probs, draft_to_verifier_ids, draw, scatter_to_verifier
 from speculators.nn.prepacked_linear import PrepackedLinears
 
 

@@ -31,7 +31,7 @@ from speculators.models.dflash.training import (
 )
 from speculators.models.dspark.config import DSparkTrainingArgs
 from speculators.models.dspark.network import DSparkNetwork
-from speculators.models.verifier_head import VerifierHead
+from speculators.models.supervision import VerifierHead
 
 COUNT_EPSILON = 1e-8
 """Added to the number of supervised slots in the confidence loss."""

@@ -20,8 +20,7 @@ from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.verifier.capture import fitting_embedding, verifier_parts
 from speculators.verifier.config import LogitTransform, logit_transform
-from speculators.verifier.loading import load_verifier
-from speculators.verifier.weights import read_verifier_weights
+from speculators.verifier.loading import load_verifier, read_verifier_weights
 
 DETACHED, TRAIN_ONLY, FULL = "detached", "train_only", "full"
 BORROWED = ("embed_tokens", "rotary_emb", "lm_head", "verifier_norm")

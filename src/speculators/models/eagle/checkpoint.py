@@ -33,7 +33,7 @@ from speculators.checkpoint.formats import (
     write_tensors,
 )
 from speculators.model import SpeculatorModel
-from speculators.models.draft_layers import complete_layer_config
+from speculators.models.draft_model import complete_layer_config
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
 from speculators.nn.attention import layer_window
 from speculators.utils.loading import load_checkpoint

@@ -21,7 +21,7 @@ from speculators.checkpoint.formats import ForeignCheckpoint
 from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, VerifierStates
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
-from speculators.models.draft_layers import attention_of
+from speculators.models.draft_model import attention_of
 from speculators.models.eagle.attachment import DETACHED, head_of, no_grad_weight
 from speculators.models.eagle.checkpoint import EagleContract, complete_eagle_config, save_native
 from speculators.models.eagle.config import (
@@ -35,8 +35,8 @@ from speculators.models.eagle.generation import Generating, run_sequences
 from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
 from speculators.models.eagle.training import align, drafts_read, train_features
 from speculators.models.feedback_proposer import FeedbackProposer
+from speculators.models.supervision import VerifierHead
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.verifier_head import VerifierHead
 from speculators.nn.attention import layer_window
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope

@@ -29,8 +29,7 @@ from speculators.losses.registry import MASK_EPSILON, LossConfig
 from speculators.model_training import LossArgs
 from speculators.models.eagle.config import EagleTrainingArgs
 from speculators.models.eagle.network import EagleNetwork
-from speculators.models.unrolled_steps import query_columns, step_accuracy, step_means, supervised_steps
-from speculators.models.verifier_head import VerifierHead
+from speculators.models.supervision import VerifierHead, query_columns, step_accuracy, step_means, supervised_steps
 from speculators.nn.masks import PackedRow
 from speculators.nn.unrolled import unrolled_attention
 

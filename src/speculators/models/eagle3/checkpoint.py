@@ -30,7 +30,7 @@ from speculators.checkpoint.formats import (
     write_config,
     write_tensors,
 )
-from speculators.models.draft_layers import complete_layer_config, layer_config_of, layer_values
+from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
 from speculators.utils.loading import load_model_layers
 from speculators.verifier.config import get_verifier_config, make_speculators_config, resolve_target_layer_ids

@@ -15,8 +15,7 @@ from transformers import PretrainedConfig
 from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, TreeDrafter, VerifierStates
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
-from speculators.models.draft_layers import attention_of
-from speculators.models.draft_model import DraftModel
+from speculators.models.draft_model import DraftModel, attention_of
 from speculators.models.eagle3.checkpoint import Eagle3Contract, complete_transformer_layer_config
 from speculators.models.eagle3.config import (
     DEFAULT_NUM_AUX,
@@ -28,11 +27,11 @@ from speculators.models.eagle3.config import (
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.eagle3.training import drafts_read, shift_batch, train_unrolled, unroll_everywhere
 from speculators.models.feedback_proposer import FeedbackProposer
+from speculators.models.supervision import VerifierHead
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.verifier_head import VerifierHead
 from speculators.nn.attention import layer_window
 from speculators.nn.decoder import DecoderLayer, FusionDecoderLayer
-from speculators.nn.draft_vocab import logits_over_verifier
+from speculators.nn.draft_tokens import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.packed_batch import padded_row
 from speculators.nn.rope import Rope

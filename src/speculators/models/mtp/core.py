@@ -20,7 +20,7 @@ from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, VerifierStates
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
-from speculators.models.draft_layers import attention_of
+from speculators.models.draft_model import attention_of
 from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.mtp.checkpoint import MTPContract, verifier_layer_config
 from speculators.models.mtp.config import TRAINING_DEFAULTS, MTPSpeculatorConfig, MTPTrainingArgs
@@ -38,8 +38,8 @@ from speculators.models.mtp.training import (
     step_logits,
     train_steps,
 )
+from speculators.models.supervision import VerifierHead
 from speculators.models.tree_drafting import FeedbackTreeDrafter
-from speculators.models.verifier_head import VerifierHead
 from speculators.nn.norms import RMSNorm
 from speculators.nn.packed_batch import join_rows
 from speculators.nn.rope import Rope

@@ -28,8 +28,7 @@ from speculators.model_training import LossArgs
 from speculators.models.last_state_training import align, teaches_tokens
 from speculators.models.mtp.config import MTPTrainingArgs
 from speculators.models.mtp.network import MTPNetwork
-from speculators.models.unrolled_steps import step_accuracy
-from speculators.models.verifier_head import VerifierHead
+from speculators.models.supervision import VerifierHead, step_accuracy
 from speculators.nn.masks import PackedRow
 from speculators.nn.unrolled import unrolled_attention
 from speculators.training_keys import default_of

@@ -22,7 +22,7 @@ from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Propos
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.feedback_proposer import ALONE_FROM, FeedbackProposer
 from speculators.nn.cache import Span
-from speculators.nn.draft_sampling import NO_DRAFT, draft_slots
+from speculators.nn.draft_tokens import NO_DRAFT, draft_slots
 
 
 class PEagleProposer(FeedbackProposer):

@@ -1,7 +1,7 @@
 """How P-EAGLE learns: one forward over true columns and masked slots at once, nothing is fed back.
 
-Shapes: T columns of the packed row, M slots, E = T + M elements, R queries among them, N supervised, H hidden size,
-D = aux layers * H.
+Shapes: T columns of the packed row, M slots, E = T + M elements, R queries among them, N supervised, S seeds,
+H hidden size, D = aux layers * H.
 
     token      x0   x1   x2   x3   x4       column i after `shift_batch`: token x[i+1], state g[i], target y[i+1]
     state      g0   g1   g2   g3   g4
@@ -10,6 +10,16 @@ D = aux layers * H.
                                             P(x[a+d+2]) = head(norm(y[a+d+1])): the target of column a + d
 
 A slot thus sees x up to a + 1 and drafts d tokens further than its anchor. Each sampled slot counts the same.
+
+Which slots are trained (conditional-on-distribution sampling): fewer the deeper they lie.
+
+    column       0   1   2   3   4   5        supervised: 1 .. 5
+    depth 0      0   1   2   3   4   5        every column, with its true token and state
+    depth 1          1   .   3   4   5        a share r of the seeds: slot at s, hanging on anchor s - 1
+    depth 2              .   .   4   5        a share r^2, among the columns after those of depth 1: anchor s - 2
+
+A slot at depth d continues one at depth d - 1, so a chain has no gaps. Columns a + 1 .. a + d of a chain are supervised
+and of the anchor's document: a chain that began in another document would be taught what it cannot know.
 """
 
 from __future__ import annotations
@@ -25,11 +35,9 @@ from speculators.losses.chunked import RowLosses, row_losses
 from speculators.losses.metrics import ratio
 from speculators.losses.registry import MASK_EPSILON, LossConfig
 from speculators.model_training import LossArgs
-from speculators.models.peagle.chain_attention import ChainLayout, chain_attention
 from speculators.models.peagle.config import PEagleTrainingArgs
-from speculators.models.peagle.network import PEagleNetwork
-from speculators.models.peagle.sampling import Chains, sample_chains
-from speculators.models.verifier_head import VerifierHead
+from speculators.models.peagle.network import ChainLayout, PEagleNetwork, chain_attention
+from speculators.models.supervision import VerifierHead
 
 
 def train_slots(
@@ -129,3 +137,43 @@ def accuracy(correct_DT: Tensor, judged_DT: Tensor) -> dict[str, Ratio]:
         metrics[f"position_{depth}_acc"] = ratio(correct_T.sum(), judged_T.sum())
         metrics[f"full_acc_{depth}"] = ratio(chain_D[depth], begun_D[depth])
     return metrics
+
+
+class Chains(NamedTuple):
+    """Sampled slots, by anchor and depth."""
+
+    anchors_M: Tensor
+    depths_M: Tensor
+
+
+def sample_chains(batch: PackedBatch, args: LossArgs[PEagleTrainingArgs]) -> Chains:
+    """Drawn on the host, so that every device trains on the same slots."""
+    own, generator = args.own, args.generator
+    documents_T, supervised_T = batch.document_ids_T.cpu(), batch.supervised_T.cpu()
+    continues_T = supervised_T.clone()  # the column may follow the one before it in a chain
+    continues_T[:1] = False
+    continues_T[1:] &= documents_T[1:] == documents_T[:-1]
+    seeds_S = drawn(supervised_T.nonzero().squeeze(1), args.max_anchors, generator)
+    anchors, depths = [seeds_S[:0]], [seeds_S[:0]]
+    candidates = seeds_S[continues_T[seeds_S]]
+    for depth in range(1, own.num_depths):
+        num_slots = int(max(0, len(seeds_S) - depth) * max(own.down_sample_ratio**depth, own.down_sample_ratio_min))
+        if num_slots <= 0:
+            break
+        columns = drawn(candidates, num_slots, generator)
+        anchors.append(columns - depth)
+        depths.append(torch.full_like(columns, depth))
+        following = columns + 1
+        following = following[following < len(supervised_T)]
+        candidates = following[continues_T[following]]
+    anchors_M, depths_M = torch.cat(anchors), torch.cat(depths)
+    order_M = (anchors_M * own.num_depths + depths_M).argsort()
+    device = batch.supervised_T.device
+    return Chains(anchors_M[order_M].to(device), depths_M[order_M].to(device))
+
+
+def drawn(columns: Tensor, most: int | None, generator: torch.Generator | None) -> Tensor:
+    """At most so many of the columns, ascending."""
+    if most is None or len(columns) <= most:
+        return columns
+    return columns[torch.randperm(len(columns), generator=generator)[:most]].sort().values

@@ -1,17 +1,40 @@
-"""What drafters share that learn in several steps per column, each compared with the verifier one column further right.
+"""What drafters are taught, and where: the verifier's next-token distributions, made of its last states when they are
+needed; and the steps of drafters that learn in several steps per column, each one column further right.
 
-Shapes: S steps, T columns of the packed row, R of them queries.
+Shapes: S steps, T columns of the packed row, R of them queries, H hidden size.
 
     supervised_ST[s, i]   step s of column i is compared at column i + s: supervised, and of the same document
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speculators.interfaces import PackedBatch, Ratio
+from speculators.losses.chunks import HeadTargets
 from speculators.losses.metrics import ratio
+from speculators.verifier.config import LogitTransform
+
+
+@dataclass(frozen=True)
+class VerifierHead:
+    """How the verifier turns its last state into logits: transform(lm_head(norm(state)))."""
+
+    norm: nn.Module
+    lm_head: nn.Linear
+    """Of the draft vocabulary's tokens alone, where there is one."""
+    transform: LogitTransform
+
+    def targets(self, last_hidden_TH: Tensor) -> HeadTargets:
+        """Distributions after each column; states are before the final norm."""
+        return self.normed_targets(self.norm(last_hidden_TH))
+
+    def normed_targets(self, normed_TH: Tensor) -> HeadTargets:
+        return HeadTargets(normed_TH, self.lm_head.weight, *self.transform)
+
 
 ANSWERS_CHOSEN_COLUMNS = ("cpu", "cuda")
 """Devices with an attention route that computes chosen queries alone (see `nn.unrolled`)."""
