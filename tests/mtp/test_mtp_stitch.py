@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from speculators.cli import app
+from speculators.models.mtp.checkpoint import stitch
 from speculators.models.mtp.families import FAMILIES, export_native, family_of, import_native
-from speculators.models.mtp.stitch import stitch
 
 NUM_EXPERTS, WIDTH = 3, 5
 GATED = "self_attn.q_proj.weight"

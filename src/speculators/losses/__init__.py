@@ -4,6 +4,9 @@ from speculators.losses.registry import (
     LossConfig,
     ce_loss,
     compound_loss,
+    dflash_loss_decay,
+    dpace_loss_decay,
+    exp_loss_decay,
     js_div_loss,
     kl_div_loss,
     lk_hybrid_loss,
@@ -14,7 +17,6 @@ from speculators.losses.registry import (
     reverse_kl_div_loss,
     tv_loss,
 )
-from speculators.losses.weights import dflash_loss_decay, dpace_loss_decay, exp_loss_decay
 
 __all__ = [
     "LossConfig",

@@ -21,7 +21,6 @@ from speculators.nn.draft_tokens import select_rows
 from speculators.nn.rope import head_dim, rope_parameters
 from speculators.verifier.capture import fitting_embedding
 
-
 # vLLM builds a generic config from the dict: no class defaults stand behind a missing key.
 COMPLETED = {
     "hidden_act": "silu",

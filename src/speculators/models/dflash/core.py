@@ -18,7 +18,6 @@ from speculators.interfaces import LossOutput, PackedBatch, TreeDrafter, Verifie
 from speculators.losses.registry import LossConfig
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
-from speculators.models.dflash.blocks import last_block
 from speculators.models.dflash.checkpoint import DFlashContract, complete_block_config, pin_causality
 from speculators.models.dflash.config import (
     CALLED_BY_HAND,
@@ -35,6 +34,7 @@ from speculators.models.dflash.training import (
     check_weighting,
     drafts_logits,
     fill_blocks,
+    last_block,
     train_blocks,
 )
 from speculators.models.draft_model import DraftModel, attention_of

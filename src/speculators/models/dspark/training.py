@@ -18,8 +18,7 @@ from torch import Tensor
 from speculators.interfaces import LossOutput, PackedBatch, Ratio
 from speculators.losses.chunked import RowLosses, SplitHead, row_losses, split_row_losses
 from speculators.losses.metrics import ratio
-from speculators.losses.registry import LossFunction
-from speculators.losses.weights import dflash_loss_decay
+from speculators.losses.registry import LossFunction, dflash_loss_decay
 from speculators.models.dflash.training import (
     BlockArgs,
     BlockOutput,

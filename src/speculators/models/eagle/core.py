@@ -22,7 +22,7 @@ from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, Verifie
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
 from speculators.models.draft_model import attention_of
-from speculators.models.eagle.attachment import DETACHED, head_of, no_grad_weight
+from speculators.models.eagle.attachment import DETACHED, Generating, head_of, no_grad_weight, run_sequences
 from speculators.models.eagle.checkpoint import EagleContract, complete_eagle_config, save_native
 from speculators.models.eagle.config import (
     NUM_TOKENS,
@@ -31,7 +31,6 @@ from speculators.models.eagle.config import (
     EagleTrainingArgs,
     layer_architecture,
 )
-from speculators.models.eagle.generation import Generating, run_sequences
 from speculators.models.eagle.network import EagleDecoderLayer, EagleNetwork
 from speculators.models.eagle.training import align, drafts_read, train_features
 from speculators.models.feedback_proposer import FeedbackProposer

@@ -1,12 +1,24 @@
 """MTP on disk: our directory holds the layer alone (embedding, head and final norm are the verifier's and stay there).
-vLLM serves the layer inside its verifier's own checkpoint, with method "mtp"."""
+vLLM serves the layer inside its verifier's own checkpoint, with method "mtp": `stitch` writes it into a copy of it.
+
+The native tensors are overwritten in place in the copied files: same names, shapes and types, so that every other byte
+of the directory (other tensors, metadata, index, config) is the verifier's.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
+import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
 
 from speculators.checkpoint.formats import (
     CheckpointContract,
@@ -19,11 +31,12 @@ from speculators.checkpoint.formats import (
 )
 from speculators.model import SpeculatorModel
 from speculators.models.mtp.config import MTPSpeculatorConfig, MTPTrainingArgs
-from speculators.models.mtp.families import family_of, native_keys, read_native
-from speculators.models.mtp.layer import decoder_shape
-from speculators.models.mtp.stitch import stitch
+from speculators.models.mtp.families import GATE_UP, LAYER, export_native, family_of, native_keys, read_native
+from speculators.models.mtp.network import decoder_shape
 from speculators.training_keys import default_of
-from speculators.verifier.config import get_verifier_config, make_speculators_config
+from speculators.utils.files import atomic_directory
+from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX, load_checkpoint
+from speculators.verifier.config import get_verifier_config, make_speculators_config, open_verifier_config, text_config
 
 STITCHED = "stitched"
 CHECKPOINT_KEYS = ("quantization_config",)
@@ -90,3 +103,114 @@ class StitchedFormat(CheckpointFormat):
 class MTPContract(CheckpointContract):
     formats = (StitchedFormat(),)
     served_format = STITCHED
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of stored weights that can be written."""
+SIZE_BYTES = 8
+"""A safetensors file: this many bytes say how long the JSON header is; data follow it."""
+
+
+@dataclass(frozen=True)
+class Stitched:
+    """The written directory."""
+
+    path: Path
+    keys: tuple[str, ...]
+    """Native tensors that were replaced."""
+    files: tuple[str, ...]
+    """Files they lie in; all others are the verifier's, byte for byte."""
+
+
+def stitch(
+    finetuned: str | os.PathLike, verifier: str | os.PathLike, output_path: str | os.PathLike | None = None
+) -> Stitched:
+    """Copies the directory of `verifier` to `output_path` (default: `<verifier's name>-stitched` here) and writes the
+    layer of the MTP checkpoint `finetuned` into it."""
+    config = MTPSpeculatorConfig.from_pretrained(finetuned)
+    if not isinstance(config, MTPSpeculatorConfig):
+        raise ValueError(f"'{finetuned}' is a speculator of another kind; only an MTP layer is part of a verifier")
+    layer = {key: tensor for key, tensor in load_checkpoint(finetuned).items() if key.startswith(LAYER)}
+    source = local_directory(verifier)
+    output = Path(output_path) if output_path is not None else Path(f"{source.name}-stitched")
+    if output.exists():
+        raise ValueError(f"output path {output} exists already; name a new directory")
+    file_of = weight_map(source)
+    native = native_layer(layer, config, source, set(file_of))
+    entries = {name: read_header(source / name) for name in sorted({file_of[key] for key in native})}
+    for key, tensor in native.items():
+        check_fits(key, tensor, entries[file_of[key]][0][key])
+    with atomic_directory(output) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        for name, (header, start) in entries.items():
+            here = {key: tensor for key, tensor in native.items() if file_of[key] == name}
+            overwrite(folder / name, here, header, start)
+    return Stitched(output, tuple(sorted(native)), tuple(entries))
+
+
+def local_directory(verifier: str | os.PathLike) -> Path:
+    return Path(verifier).resolve() if Path(verifier).is_dir() else Path(snapshot_download(str(verifier)))
+
+
+def weight_map(directory: Path) -> dict[str, str]:
+    """tensor name -> file name"""
+    if (directory / SAFETENSORS_INDEX).is_file():
+        return json.loads((directory / SAFETENSORS_INDEX).read_text())["weight_map"]
+    if (directory / SAFETENSORS).is_file():
+        return dict.fromkeys(read_header(directory / SAFETENSORS)[0], SAFETENSORS)
+    raise ValueError(f"verifier '{directory}' has no {SAFETENSORS}: only safetensors can be written into")
+
+
+def native_layer(
+    layer: Mapping[str, Tensor], config: MTPSpeculatorConfig, directory: Path, keys: set[str]
+) -> dict[str, Tensor]:
+    """Renames the layer to the verifier's names. Raises `ValueError` unless the verifier has exactly these tensors."""
+    whole_config = open_verifier_config(str(directory))
+    verifier_config: Any = text_config(whole_config)
+    if any(getattr(part, "quantization_config", None) for part in (whole_config, verifier_config)):
+        raise ValueError(f"verifier '{directory}' is quantised: weights cannot replace its scaled ones")
+    trained_for = config.transformer_layer_config.model_type
+    if verifier_config.model_type != trained_for:
+        raise ValueError(
+            f"the MTP layer was trained for model_type={trained_for!r}, but '{directory}' is "
+            f"{verifier_config.model_type!r}; stitch it into the verifier it was trained for"
+        )
+    family = family_of(verifier_config)
+    is_fused = any(key.endswith(GATE_UP) for key in native_keys(keys, family, verifier_config))
+    native = export_native(layer, family, verifier_config, fused_experts=is_fused)
+    there = set(native_keys(keys, family, verifier_config))
+    if native.keys() != there:
+        raise ValueError(
+            f"verifier '{directory}' has not the MTP tensors of the trained layer: it lacks "
+            f"{sorted(native.keys() - there)}, the trained layer lacks {sorted(there - native.keys())}"
+        )
+    return native
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Returns the entry of each tensor and the byte where data start."""
+    with file.open("rb") as reader:
+        size = int.from_bytes(reader.read(SIZE_BYTES), "little")
+        header = json.loads(reader.read(size))
+    header.pop("__metadata__", None)
+    return header, SIZE_BYTES + size
+
+
+def check_fits(key: str, tensor: Tensor, entry: dict[str, Any]) -> None:
+    if list(tensor.shape) != entry["shape"]:
+        raise ValueError(
+            f"{key} is {entry['shape']} in the verifier and {list(tensor.shape)} in the trained layer; stitch it into "
+            "the verifier it was trained for"
+        )
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{key} is stored as {entry['dtype']}; only {sorted(DTYPES)} can be written (not quantised)")
+
+
+def overwrite(file: Path, tensors: Mapping[str, Tensor], header: dict[str, Any], start: int) -> None:
+    with file.open("r+b") as writer:
+        for key, tensor in tensors.items():
+            begin, end = header[key]["data_offsets"]
+            content = tensor.to(DTYPES[header[key]["dtype"]]).contiguous().view(torch.uint8).numpy().tobytes()
+            assert len(content) == end - begin
+            writer.seek(start + begin)
+            writer.write(content)

@@ -22,12 +22,10 @@ from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
 from speculators.models.draft_model import attention_of
 from speculators.models.feedback_proposer import FeedbackProposer
-from speculators.models.mtp.checkpoint import MTPContract, verifier_layer_config
+from speculators.models.mtp.checkpoint import MTPContract, stitch, verifier_layer_config
 from speculators.models.mtp.config import TRAINING_DEFAULTS, MTPSpeculatorConfig, MTPTrainingArgs
 from speculators.models.mtp.families import LAYER, family_of, read_native
-from speculators.models.mtp.layer import MTPLayer, decoder_shape
-from speculators.models.mtp.network import MTPNetwork
-from speculators.models.mtp.stitch import stitch
+from speculators.models.mtp.network import MTPLayer, MTPNetwork, decoder_shape
 from speculators.models.mtp.training import (
     MTPArgs,
     compute_step_weights,
