@@ -24,7 +24,7 @@ from speculators import assets
 from speculators.checkpoint.formats import SPECULATORS
 from speculators.checkpoint.io import local_directory
 from speculators.config import SpeculatorModelConfig
-from speculators.data_generation.defaults import DEFAULT_ANSWER_TOKENS, DEFAULT_ANSWERED_TOGETHER
+from speculators.data_generation.configs import DEFAULT_ANSWER_TOKENS, DEFAULT_ANSWERED_TOGETHER
 from speculators.data_generation.regenerate import RegenerationReport, regenerate_responses
 from speculators.decoding.chat import sampling_params
 from speculators.decoding.engine import Engine
@@ -40,12 +40,11 @@ from speculators.model import SpeculatorModel
 from speculators.train.config import TrainConfig
 from speculators.train.events import Event, Listener
 from speculators.train.flags import flag_of
-from speculators.train.progress import TrainingProgress
+from speculators.train.logger import TrainingProgress
 from speculators.train.records import TrainResult
 from speculators.train.run import train
 from speculators.utils.names import model_name, refuse_unknown
-from speculators.utils.progress import Progress
-from speculators.utils.quiet import no_progress_bars
+from speculators.utils.progress import Progress, no_progress_bars
 
 NOTED = ("max_tokens", "temperature", "top_k", "top_p", "seed")
 """Sampling settings that are written beside each regenerated answer."""

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_valida
 from transformers import PretrainedConfig
 
 from speculators.proposals import TokenProposalConfig
-from speculators.utils.pydantic_utils import PydanticClassRegistryMixin, ReloadableBaseModel
+from speculators.utils.registry import PydanticClassRegistryMixin, ReloadableBaseModel
 
 __all__ = ["SpeculatorModelConfig", "SpeculatorsConfig", "VerifierConfig", "reload_schemas"]
 

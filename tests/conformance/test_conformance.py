@@ -23,7 +23,7 @@ from speculators.data_generation.sources import LocalSource
 from speculators.decoding import Engine, SamplingParams
 from speculators.deploy.check import check_checkpoint
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling
-from speculators.train.collate import CollateFn
+from speculators.train.data import CollateFn
 
 PROMPTS = [count_from(RING[start], length) for start, length in ((0, 3), (7, 6), (20, 2), (11, 4))]
 REDUCED = 20

@@ -8,7 +8,7 @@ import pytest
 from chats import CHATML_WITH_GENERATION_BLOCKS, THINKING, chat, make_tokenizer
 
 from speculators.data_generation.conversations import Conversation, TokenRow, UnusableRow, parse_row
-from speculators.data_generation.masks import (
+from speculators.data_generation.tokenizing import (
     agrees_with_template,
     generation_start,
     mask_spans,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from speculators.train.collate import CollateFn
+from speculators.train.data import CollateFn
 
 
 def sample(ids: list[int], mask: list[int], width: int = 2) -> dict[str, torch.Tensor]:

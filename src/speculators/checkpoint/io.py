@@ -29,7 +29,7 @@ from speculators.checkpoint.record import RECORD_FILE, read_training_record
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 from speculators.utils.files import absolute_if_directory, looks_like_a_path
-from speculators.utils.quiet import no_progress_bars
+from speculators.utils.progress import no_progress_bars
 
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
 BEST = "checkpoint_best"

@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from speculators.cli.console import say_error
+from speculators.cli.shared import say_error
 from speculators.train.events import ConfigError
 from speculators.utils.names import did_you_mean
 

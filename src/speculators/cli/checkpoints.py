@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from speculators.checkpoint.findings import VLLM_PROFILE
-from speculators.cli.console import out, print_facts
-from speculators.cli.options import Verifier, parse_json_object
+from speculators.cli.shared import Verifier, out, parse_json_object, print_facts
 
 
 def check(

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from speculators.cli.console import out, say
-from speculators.cli.options import (
+from speculators.cli.shared import (
     Device,
     Dtype,
     DynamicTree,
@@ -22,7 +21,9 @@ from speculators.cli.options import (
     TopK,
     TopP,
     TrustRemoteCode,
+    out,
     parse_json_object,
+    say,
 )
 from speculators.evaluation.config import EvaluateConfig, ServerConfig
 

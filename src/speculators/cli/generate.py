@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from speculators.cli.console import out, print_facts
-from speculators.cli.options import (
+from speculators.cli.shared import (
     Device,
     Dtype,
     DynamicTree,
@@ -20,7 +19,9 @@ from speculators.cli.options import (
     TopP,
     TrustRemoteCode,
     Verifier,
+    out,
     parse_json_object,
+    print_facts,
 )
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.console import out, say
+from speculators.cli.shared import out, say
 
 NUM_SHOWN = 5
 """Failed rows named one by one; all are in the JSON line."""

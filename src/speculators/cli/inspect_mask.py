@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from speculators.cli.console import out
-from speculators.cli.options import TrustRemoteCode, parse_json_object
+from speculators.cli.shared import TrustRemoteCode, out, parse_json_object
 
 if TYPE_CHECKING:
     from speculators.data_generation.prepared import InspectedRow

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.console import out
-from speculators.cli.options import TrustRemoteCode, parse_json_object
-from speculators.data_generation.defaults import DEFAULT_OUTPUT, DEFAULT_SEQ_LENGTH
+from speculators.cli.shared import TrustRemoteCode, out, parse_json_object
+from speculators.data_generation.configs import DEFAULT_OUTPUT, DEFAULT_SEQ_LENGTH
 
 
 def prepare_data(

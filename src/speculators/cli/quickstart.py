@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from speculators.cli.app import run
-from speculators.cli.console import out, print_facts
+from speculators.cli.shared import out, print_facts
 
 NUM_SPECULATIVE_TOKENS = 4
 MARKER = "made-by-quickstart"

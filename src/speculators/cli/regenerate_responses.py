@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.console import out
-from speculators.cli.options import (
+from speculators.cli.shared import (
     Device,
     Dtype,
     NumSpeculativeTokens,
@@ -17,9 +16,10 @@ from speculators.cli.options import (
     TopP,
     TrustRemoteCode,
     Verifier,
+    out,
     parse_json_object,
 )
-from speculators.data_generation.defaults import DEFAULT_ANSWER_TOKENS, DEFAULT_ANSWERED_TOGETHER
+from speculators.data_generation.configs import DEFAULT_ANSWER_TOKENS, DEFAULT_ANSWERED_TOGETHER
 
 
 def regenerate_responses(

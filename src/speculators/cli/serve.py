@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from speculators.cli.console import say
-from speculators.cli.options import NumSpeculativeTokens, parse_json_object
+from speculators.cli.shared import NumSpeculativeTokens, parse_json_object, say
 from speculators.cli.vllm_server import READY_TIMEOUT_S, DryRun, Python, ReadyTimeout, start, vllm_environment
 
 if TYPE_CHECKING:

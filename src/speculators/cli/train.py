@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from speculators.cli.console import out, say
+from speculators.cli.shared import out, say
 from speculators.train.config import TrainConfig
 
 
@@ -14,7 +14,7 @@ def train(context: typer.Context) -> dict[str, Any]:
     config = TrainConfig.resolve(context.args)
     say(f"training {config.speculator_type} for {config.verifier.verifier_name_or_path}")
 
-    from speculators.train.progress import TrainingProgress
+    from speculators.train.logger import TrainingProgress
     from speculators.train.run import train as run_training
 
     with TrainingProgress() as progress:

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.console import out, say
-from speculators.cli.options import Device, Dtype, NumSpeculativeTokens, TrustRemoteCode
+from speculators.cli.shared import Device, Dtype, NumSpeculativeTokens, TrustRemoteCode, out, say
 from speculators.evaluation.config import ParityConfig
 
 

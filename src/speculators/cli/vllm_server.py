@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from speculators.cli.console import err, out, say
+from speculators.cli.shared import err, out, say
 
 if TYPE_CHECKING:
     from speculators.deploy.process import VllmEnvironment

@@ -1,4 +1,5 @@
-"""Defines the presets, such as `--data ultrachat`: where the rows are and how they become conversations.
+"""Defines the presets, such as `--data ultrachat` (where the rows are and how they become conversations), and the
+defaults of preparing and regenerating. Imports nothing heavy: the command's help reads it.
 
 No preset is on-policy for your verifier: regenerate the responses (`regenerate_responses`) for a better drafter.
 """
@@ -10,6 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
+DEFAULT_OUTPUT = "./output"
+DEFAULT_SEQ_LENGTH = 8192
+"""Tokens of the longest row."""
+DEFAULT_ANSWER_TOKENS = 1024
+"""Longest regenerated answer."""
+DEFAULT_ANSWERED_TOGETHER = 32
+"""Conversations that one batch answers."""
 
 
 @dataclass(frozen=True, kw_only=True)

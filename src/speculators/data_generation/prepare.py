@@ -18,8 +18,8 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from speculators.data_generation.configs import DEFAULT_OUTPUT, DEFAULT_SEQ_LENGTH
 from speculators.data_generation.datasets import quiet_datasets
-from speculators.data_generation.defaults import DEFAULT_OUTPUT, DEFAULT_SEQ_LENGTH
 from speculators.data_generation.prepared import (
     HIDDEN_STATES_NAME,
     MANIFEST_NAME,
@@ -43,8 +43,7 @@ from speculators.data_generation.tokenizing import RowTokenizer, Tokenized, Toke
 from speculators.utils.chat_template import chat_template_of
 from speculators.utils.files import absolute_if_directory, atomic_directory, is_same_model
 from speculators.utils.names import model_name
-from speculators.utils.progress import Progress, reporting
-from speculators.utils.quiet import no_progress_bars
+from speculators.utils.progress import Progress, no_progress_bars, reporting
 
 logger = logging.getLogger(__name__)
 

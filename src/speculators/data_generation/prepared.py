@@ -22,9 +22,8 @@ from rich.table import Table
 
 from speculators.data_generation.conversations import TokenRow
 from speculators.data_generation.datasets import load_raw_dataset
-from speculators.data_generation.masks import MaskSpan, mask_spans
 from speculators.data_generation.preprocessing import explain_no_rows, load_tokenizer
-from speculators.data_generation.tokenizing import RowTokenizer, Tokenized, TokenizeOptions
+from speculators.data_generation.tokenizing import MaskSpan, RowTokenizer, Tokenized, TokenizeOptions, mask_spans
 from speculators.utils.report import TableReport, facts_table
 
 MANIFEST_NAME = "manifest.json"

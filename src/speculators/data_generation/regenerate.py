@@ -20,9 +20,9 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from speculators.data_generation.configs import DEFAULT_ANSWERED_TOGETHER
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
-from speculators.data_generation.defaults import DEFAULT_ANSWERED_TOGETHER
 from speculators.data_generation.rollout import Provenance, Rollout, make_rollout
 from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 from speculators.utils.progress import Progress, reporting

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from speculators.decoding.chat import ChatEngine, refuse_name
 from speculators.decoding.config import SpeculativeConfig
 from speculators.decoding.drafting import Drafting, ReadyModels, build_drafting
-from speculators.decoding.prefill import score_chunk, share_prompt_prefix
 from speculators.decoding.request import (
     ActiveRequest,
     Prompts,
@@ -33,7 +32,7 @@ from speculators.decoding.request import (
     usable_length,
 )
 from speculators.decoding.round import Accepted, RoundTimes, account, logprobs_of, no_drafts, on_host, to_score, verify
-from speculators.decoding.rows import Batch
+from speculators.decoding.rows import Batch, score_chunk, share_prompt_prefix
 from speculators.decoding.stats import DecodeStats
 from speculators.decoding.verification import resolve_rule, seed_drafts
 from speculators.decoding.verifiers.cache import neighbours

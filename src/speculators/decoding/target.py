@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from speculators.utils.quiet import no_progress_bars
+from speculators.utils.progress import no_progress_bars
 from speculators.verifier import load_verifier
 
 DTYPES = ("float32", "bfloat16", "float16")

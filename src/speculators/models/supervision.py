@@ -18,6 +18,9 @@ from speculators.losses.chunks import HeadTargets
 from speculators.losses.metrics import ratio
 from speculators.verifier.config import LogitTransform
 
+ANSWERS_CHOSEN_COLUMNS = ("cpu", "cuda")
+"""Devices with an attention route that computes chosen queries alone (see `nn.unrolled`)."""
+
 
 @dataclass(frozen=True)
 class VerifierHead:
@@ -34,10 +37,6 @@ class VerifierHead:
 
     def normed_targets(self, normed_TH: Tensor) -> HeadTargets:
         return HeadTargets(normed_TH, self.lm_head.weight, *self.transform)
-
-
-ANSWERS_CHOSEN_COLUMNS = ("cpu", "cuda")
-"""Devices with an attention route that computes chosen queries alone (see `nn.unrolled`)."""
 
 
 def supervised_steps(batch: PackedBatch, num_steps: int) -> Tensor:

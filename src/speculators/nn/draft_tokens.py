@@ -17,6 +17,11 @@ from torch import Tensor
 
 from speculators.interfaces import DraftSampling
 
+NO_DRAFT = -1
+"""In place of a token id: this slot has no draft."""
+MIN_TEMPERATURE = 1e-5
+MIN_NOISE = 1e-30
+
 
 def draft_to_verifier_ids(draft_ids: Tensor, d2t: Tensor | None) -> Tensor:
     return draft_ids if d2t is None else draft_ids + d2t[draft_ids]
@@ -55,12 +60,6 @@ def scatter_to_verifier(probs_D: Tensor, d2t: Tensor | None, vocab_size: int, fi
         return probs_D
     out = probs_D.new_full((*probs_D.shape[:-1], vocab_size), fill)
     return out.index_copy_(-1, verifier_ids(d2t), probs_D)
-
-
-NO_DRAFT = -1
-"""In place of a token id: this slot has no draft."""
-MIN_TEMPERATURE = 1e-5
-MIN_NOISE = 1e-30
 
 
 def draft_probs(logits: Tensor, temperature: Tensor) -> Tensor:

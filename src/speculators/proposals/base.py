@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from speculators.utils.pydantic_utils import PydanticClassRegistryMixin
+from speculators.utils.registry import PydanticClassRegistryMixin
 
 
 class TokenProposalConfig(PydanticClassRegistryMixin):

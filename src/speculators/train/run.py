@@ -20,9 +20,8 @@ from speculators.data_generation import LocalSource
 from speculators.deploy.check import check_checkpoint
 from speculators.model import SpeculatorModel
 from speculators.provenance import find_package_repo, git_diff, git_sha, package_versions
-from speculators.train.collate import CollateFn
 from speculators.train.config import TrainConfig
-from speculators.train.data import ArrowDataset, PackedLoader, check_supervised, check_token_ids
+from speculators.train.data import ArrowDataset, CollateFn, PackedLoader, check_supervised, check_token_ids
 from speculators.train.distributed import Ranks, ranks_from_environment
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.draft_shape import draft_config, load_verifier_config
@@ -35,7 +34,7 @@ from speculators.train.sources import ask_server, make_source, open_store, rows_
 from speculators.train.trainer import Trainer
 from speculators.train.vocab_mapping import resolve_vocab_mapping
 from speculators.utils.files import absolute_if_directory, atomic_write
-from speculators.utils.quiet import no_progress_bars
+from speculators.utils.progress import no_progress_bars
 from speculators.verifier import check_reproduces_logits, load_verifier, text_config
 
 DRY_RUN_NAME = "dry_run"

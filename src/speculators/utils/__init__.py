@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING
 from speculators.utils.names import lazy_attributes
 
 if TYPE_CHECKING:
-    from speculators.utils.pydantic_utils import PydanticClassRegistryMixin, ReloadableBaseModel
-    from speculators.utils.registry import ClassRegistryMixin
+    from speculators.utils.registry import ClassRegistryMixin, PydanticClassRegistryMixin, ReloadableBaseModel
 
 __all__ = ["ClassRegistryMixin", "PydanticClassRegistryMixin", "ReloadableBaseModel"]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
-    {
-        "ClassRegistryMixin": "registry",
-        "PydanticClassRegistryMixin": "pydantic_utils",
-        "ReloadableBaseModel": "pydantic_utils",
-    },
+    {"ClassRegistryMixin": "registry", "PydanticClassRegistryMixin": "registry", "ReloadableBaseModel": "registry"},
 )

@@ -1,4 +1,4 @@
-"""Draws progress bars on request."""
+"""Progress bars: draws ours on request, keeps transformers and the hub from drawing theirs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from transformers.utils import logging
 
 Progress = Callable[[str, int, "int | None"], None]
 """Called with (name of the step, amount done, total amount or None)."""
@@ -47,3 +48,16 @@ def reporting(progress: bool | Progress | None) -> Iterator[Progress]:
             yield bars
     else:
         yield progress or (lambda what, done, total: None)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Turns progress bars of loading and downloading off inside the block, or in a function that it decorates."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()  # the hub's too
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

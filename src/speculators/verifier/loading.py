@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from speculators.nn.norms import LayerNorm, RMSNorm, RMSNormPlusOne
 from speculators.utils.files import refuse_missing_verifier
 from speculators.utils.loading import Rows, find_key, list_checkpoint_keys, load_model_layers, load_rows
-from speculators.utils.quiet import no_progress_bars
+from speculators.utils.progress import no_progress_bars
 from speculators.verifier.config import (
     LogitTransform,
     NormKind,
@@ -34,6 +34,9 @@ from speculators.verifier.config import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+NORM, NORM_BIAS = "model.norm.weight", "model.norm.bias"
 
 
 @no_progress_bars()
@@ -88,9 +91,6 @@ def refuse_missing_device(device: torch.device | str | None) -> None:
 
 
 logger = logging.getLogger(__name__)
-
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-NORM, NORM_BIAS = "model.norm.weight", "model.norm.bias"
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speculators.decoding.verifiers.cache import WriteSpan
-from speculators.decoding.verifiers.hf_forward import HFForward
+from speculators.decoding.verifiers.hf_forward import HFForward, MaskBuilder
 from speculators.decoding.verifiers.lean_forward import LeanForward
 from speculators.decoding.verifiers.lean_weights import LeanWeights, NotLlamaShaped
-from speculators.decoding.verifiers.masks import MaskBuilder
 from speculators.interfaces import CaptureSpec, VerifierOutput
 from speculators.utils.nested_context import NestedContext
 from speculators.verifier import VerifierParts, capture_states, verifier_parts

@@ -29,9 +29,8 @@ from transformers.cache_utils import (
 )
 
 from speculators.decoding.verifiers.cache import HybridCache, States, WriteSpan, neighbours, tensors_of
-from speculators.decoding.verifiers.hf_forward import cache_argument
+from speculators.decoding.verifiers.hf_forward import MaskBuilder, cache_argument
 from speculators.decoding.verifiers.hf_verifier import HFVerifier
-from speculators.decoding.verifiers.masks import MaskBuilder
 from speculators.interfaces import CaptureSpec, Verifier, VerifierOutput
 from speculators.utils.nested_context import NestedContext
 from speculators.verifier import CapturedStates, capture_states, verifier_parts

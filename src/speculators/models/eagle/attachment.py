@@ -38,6 +38,10 @@ from speculators.verifier.loading import load_verifier, read_verifier_weights
 
 DETACHED, TRAIN_ONLY, FULL = "detached", "train_only", "full"
 BORROWED = ("embed_tokens", "rotary_emb", "lm_head", "verifier_norm")
+DEFAULT_NEW_TOKENS = 20
+"""The default of transformers."""
+SAMPLED = ("temperature", "top_k", "top_p", "min_p")
+ALWAYS = ("repetition_penalty", "seed")
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -140,12 +144,6 @@ def head_of(weight_VH: Tensor) -> nn.Linear:
 def no_grad_weight(module: Any) -> Tensor:
     assert isinstance(module.weight, Tensor)
     return module.weight.detach()
-
-
-DEFAULT_NEW_TOKENS = 20
-"""The default of transformers."""
-SAMPLED = ("temperature", "top_k", "top_p", "min_p")
-ALWAYS = ("repetition_penalty", "seed")
 
 
 class Generating(VerifierAttachment):

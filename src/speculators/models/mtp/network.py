@@ -29,6 +29,19 @@ from speculators.nn.decoder import MLP, DecoderLayer
 from speculators.nn.norms import RMSNorm, RMSNormPlusOne
 from speculators.nn.rope import Rope, RopeTables, head_dim
 
+LATENT_KEYS = (
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_interleave",
+    "rope_parameters",
+    "rope_scaling",
+)
+NO_TOKEN = -1
+"""In place of a token: its embedding is zero."""
+
 
 class DecoderShape(NamedTuple):
     """Differences between the decoder layers of verifiers."""
@@ -130,18 +143,6 @@ def decoder_shape(config: Any) -> DecoderShape:
     return shape
 
 
-LATENT_KEYS = (
-    "kv_lora_rank",
-    "q_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "rope_interleave",
-    "rope_parameters",
-    "rope_scaling",
-)
-
-
 def decoder_view(config: Any, shape: DecoderShape) -> SimpleNamespace:
     """Returns the verifier's config with the keys that the layers of `nn` read."""
     is_latent = shape.attention is LatentAttention
@@ -158,10 +159,6 @@ def decoder_view(config: Any, shape: DecoderShape) -> SimpleNamespace:
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
         **({key: getattr(config, key, None) for key in LATENT_KEYS} if is_latent else {}),
     )
-
-
-NO_TOKEN = -1
-"""In place of a token: its embedding is zero."""
 
 
 @dataclass(frozen=True)
