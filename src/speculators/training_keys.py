@@ -116,6 +116,12 @@ class NoLayersArgs(FixedShapeArgs):
         cls.refuse_shapes(value)
 
 
+class HeadLossArgs(TrainingArgs):
+    """What drafters with a head per draft add."""
+
+    head_weight_decay: float
+
+
 # -- reading them from the keywords of a call --------------------------------------------------------------------------
 
 

@@ -1,11 +1,15 @@
-"""Answers one conversation anew: whose turn it is, what to ask the verifier, which rows to write. No files, no model.
+"""Answers one conversation anew: whose turn it is, what to ask the verifier, which rows to write. No model.
 
 original    system  user  assistant  user  assistant          (an answer is asked for at the end, too, if it is missing)
 rollout     system  user  GENERATE   user  GENERATE           each answer is context for the next question
+
+The prompts of an evaluation are what is asked for the first answer of each conversation.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -23,7 +27,8 @@ from speculators.data_generation.conversations import (
     parse_conversation,
     parse_token_row,
 )
-from speculators.utils.chat_template import ChatRenderer
+from speculators.data_generation.datasets import load_raw_dataset
+from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 
 TOOL_CALL = re.compile(r"<\|?tool_call|\[TOOL_CALLS\]|<function=")
 
@@ -137,3 +142,35 @@ def prompt_of(row: TokenRow) -> list[int]:
     if not prompt:
         raise UnusableRow("pre-tokenised row without a prompt: nothing to answer")
     return prompt
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompts(
+    source: str | os.PathLike[str] | Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None
+) -> list[list[int]]:
+    """The first `limit` prompts of a data source, or of rows, as token ids. Raises `ValueError` when it has none."""
+    renderer = ChatRenderer(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    prompts: list[list[int]] = []
+    reasons: list[str] = []
+    raw_rows = load_raw_dataset(source)
+    for index, row in enumerate(raw_rows):
+        if len(prompts) == limit:
+            break
+        try:
+            rollout = make_rollout(index, row, str(index))
+            if renderer is None and rollout.prompt_ids is None:
+                renderer = ChatRenderer(tokenizer)  # raises for a tokenizer without a template
+            prompts.append(rollout.next_prompt(renderer) or [])
+        except (UnusableRow, ChatTemplateError) as reason:
+            reasons.append(str(reason))
+    if not prompts:
+        raise ValueError(
+            f"no prompt in {raw_rows.name}: {len(reasons)} rows, {'; '.join(sorted(set(reasons))[:5]) or 'empty'}"
+        )
+    if reasons:
+        logger.warning(
+            "%s: %d rows without a prompt are left out; the first: %s", raw_rows.name, len(reasons), reasons[0]
+        )
+    return prompts

@@ -21,6 +21,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from speculators.data_generation.rollout import load_prompts
 from speculators.data_generation.sources import LocalSource
 from speculators.decoding import Engine, RequestOutput, SamplingParams
 from speculators.decoding.target import default_device, load_tokenizer
@@ -38,7 +39,6 @@ from speculators.evaluation.parity_checks import (
     vocabulary_check,
 )
 from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm, speculative_run
-from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.report import SavedReport, environment
 from speculators.interfaces import CaptureSpec, Proposer
 from speculators.model import SpeculatorModel

@@ -11,12 +11,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from speculators.data_generation.rollout import load_prompts
 from speculators.decoding import Engine, RequestOutput, SamplingParams
 from speculators.decoding.method import PLAIN, Method, parse_methods
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.evaluation.config import EvaluateConfig
 from speculators.evaluation.measurement import Generate, measure_interleaved, summarise
-from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.report import EvaluationReport, environment
 from speculators.evaluation.statistics import two_sample_p_value
 from speculators.utils.progress import Progress, reporting

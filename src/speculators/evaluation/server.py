@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from speculators.data_generation.rollout import load_prompts
 from speculators.data_generation.vllm_client import ServerUnavailableError
 from speculators.decoding.method import PLAIN
 from speculators.evaluation.config import SERVED, ServerConfig
@@ -26,7 +27,6 @@ from speculators.evaluation.measurement import (
     rotated,
     speedup_warnings,
 )
-from speculators.evaluation.prompts import load_prompts
 from speculators.evaluation.report import SavedReport, environment, results_table, with_interval
 from speculators.evaluation.server_client import AnswerSettings, MeasuredServer, ServerCounters, ServerRestartedError
 from speculators.evaluation.statistics import Estimate, count_identical

@@ -10,8 +10,7 @@ from speculators.decoding.verification.draws import (
     seed_drafts,
     uniform_draws,
 )
-from speculators.decoding.verification.lossy import SyntheticRule, ToleranceRule, TypicalRule
-from speculators.decoding.verification.rules import resolve_rule
+from speculators.decoding.verification.rules import SyntheticRule, ToleranceRule, TypicalRule, resolve_rule
 from speculators.interfaces import Draws
 
 __all__ = [

@@ -10,8 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from speculators.config import SpeculatorModelConfig
-from speculators.models.last_state_training import HeadLossArgs
-from speculators.training_keys import FixedShapeArgs, default_of
+from speculators.training_keys import FixedShapeArgs, HeadLossArgs, default_of
 
 TRAINING_DEFAULTS: dict[str, Any] = {}
 """Generic keys with another default here."""

@@ -1,7 +1,7 @@
 """`MedusaDraftModel`: the weights under the names of the checkpoint, and the hooks of training and serving.
 
 Shapes: H hidden size, V vocabulary. What is computed with the weights is in `network`; the alignment of training in
-`models.last_state_training`.
+`models.last_state_model`.
 """
 
 from __future__ import annotations

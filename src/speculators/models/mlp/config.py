@@ -7,8 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from speculators.config import SpeculatorModelConfig
-from speculators.models.last_state_training import HeadLossArgs
-from speculators.training_keys import NoLayersArgs, default_of
+from speculators.training_keys import HeadLossArgs, NoLayersArgs, default_of
 
 TRAINING_DEFAULTS: dict[str, Any] = {"optimizer": "adamw"}
 """Generic keys with another default here. Most of its matrices are tables looked up by token: nothing for Muon."""

@@ -1,7 +1,7 @@
 """`MLPSpeculator`: the weights under the names of the released checkpoints, and the hooks of training and serving.
 
 Shapes: H hidden size, D width of the state, V vocabulary. What is computed with the weights is in `network`; the
-alignment of training in `models.last_state_training`.
+alignment of training in `models.last_state_model`.
 
     emb.{i}.weight [V, D]   proj.{i}.weight [D, H] (i = 0) / [D, D]   ln.{i}.weight, .bias [D]   head.{i}.weight [V, D]
     tie_weights: emb.0, ln.0, head.0, proj.0, proj.1 are all there is

@@ -41,6 +41,8 @@ from speculators.verifier.config import get_verifier_config, make_speculators_co
 STITCHED = "stitched"
 CHECKPOINT_KEYS = ("quantization_config",)
 """Keys of a verifier's config that describe its checkpoint, not its layers."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of stored weights that can be written."""
 SIZE_BYTES = 8
 """A safetensors file: this many bytes say how long the JSON header is; data follow it."""
 
@@ -105,10 +107,6 @@ class StitchedFormat(CheckpointFormat):
 class MTPContract(CheckpointContract):
     formats = (StitchedFormat(),)
     served_format = STITCHED
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types of stored weights that can be written."""
 
 
 @dataclass(frozen=True)

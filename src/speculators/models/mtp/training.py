@@ -25,7 +25,7 @@ from speculators.interfaces import LossOutput, PackedBatch, Ratio
 from speculators.losses.chunked import RowLosses, row_losses
 from speculators.losses.chunks import Targets, TokenTargets
 from speculators.model_training import LossArgs
-from speculators.models.last_state_training import align, teaches_tokens
+from speculators.models.last_state_model import align, teaches_tokens
 from speculators.models.mtp.config import MTPTrainingArgs
 from speculators.models.mtp.network import MTPNetwork
 from speculators.models.supervision import VerifierHead, step_accuracy

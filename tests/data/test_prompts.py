@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speculators.evaluation.prompts import load_prompts
+from speculators.data_generation.rollout import load_prompts
 
 
 class LetterTokenizer:
