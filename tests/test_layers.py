@@ -104,8 +104,8 @@ def test_modules_import_only_from_the_rows_above():
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("nn/masks.py", "from speculators.model import SpeculatorModel"),
-        ("nn/masks.py", "def late():\n    import speculators.decoding.engine"),
+        ("nn/packed_row.py", "from speculators.model import SpeculatorModel"),
+        ("nn/packed_row.py", "def late():\n    import speculators.decoding.engine"),
         ("model.py", "if TYPE_CHECKING:\n    from speculators.train.config import TrainConfig"),
         ("decoding/engine.py", "from ..models.eagle3 import Eagle3DraftModel"),
         ("models/eagle3/core.py", "from speculators.models import peagle"),

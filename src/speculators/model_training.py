@@ -24,7 +24,7 @@ from typing_extensions import Self
 from speculators.interfaces import LossOutput, PackedBatch
 from speculators.losses.metrics import as_pairs, ratio
 from speculators.losses.registry import LossConfig, choose_loss_config, loss_keywords
-from speculators.nn.packed_batch import pack_row, padded_row
+from speculators.nn.packed_row import pack_row, padded_row
 from speculators.training_keys import DraftKeys, LossKeys, TrainingArgs, VerifierKeys, default_of, read_keys
 from speculators.verifier.config import make_speculators_config
 

@@ -7,7 +7,7 @@ from dflash_toys import MASK_TOKEN, MIXED, SLIDING, one_document, packed_batch
 from naive_layers import kl, mixed
 
 from speculators.models.dflash.training import choose_blocks
-from speculators.nn.packed_batch import pack_row
+from speculators.nn.packed_row import pack_row
 
 
 def packed(batch):

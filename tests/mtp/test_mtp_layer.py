@@ -17,7 +17,7 @@ from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.mtp import MTPDraftModel, MTPSpeculatorConfig
 from speculators.models.mtp.families import family_of
 from speculators.models.mtp.network import MTPLayer
-from speculators.nn.masks import PackedRow
+from speculators.nn.packed_row import PackedRow
 from speculators.nn.rope import Rope
 from speculators.nn.unrolled import unrolled_attention
 from speculators.proposals import GreedyTokenProposalConfig

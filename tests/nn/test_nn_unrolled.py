@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speculators.nn.masks import PackedRow, document_mask, unrolled_mask
+from speculators.nn.packed_row import PackedRow, document_mask, unrolled_mask
 from speculators.nn.unrolled import (
     CompiledFlexUnrolledAttention,
     DenseUnrolledAttention,

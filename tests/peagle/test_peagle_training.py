@@ -10,7 +10,7 @@ from speculators.losses.metrics import as_pairs
 from speculators.model_training import LossArgs
 from speculators.models.peagle.config import PEagleTrainingArgs
 from speculators.models.peagle.training import accuracy, sample_chains
-from speculators.nn.packed_batch import pack_row
+from speculators.nn.packed_row import pack_row
 from speculators.train.metrics import expected_acceptance_length, normalize_counted_metrics
 
 CASES = {

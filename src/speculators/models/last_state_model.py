@@ -34,7 +34,7 @@ from speculators.model_training import LossArgs
 from speculators.models.last_state_proposer import LastStateNetwork
 from speculators.models.supervision import VerifierHead, step_accuracy
 from speculators.nn.norms import RMSNorm
-from speculators.nn.packed_batch import join_rows
+from speculators.nn.packed_row import join_rows
 from speculators.training_keys import HeadLossArgs
 from speculators.verifier.config import LogitTransform
 from speculators.verifier.loading import read_verifier_weights

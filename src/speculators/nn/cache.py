@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculators.nn.masks import additive_mask
+from speculators.nn.packed_row import additive_mask
 
 MIN_CAPACITY = 256
 INITIAL_CAPACITY = 1024

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from speculators.nn.attention import dense_attention, sdpa_attention
-from speculators.nn.masks import Block, PackedRow, additive_mask, unrolled_mask
+from speculators.nn.packed_row import Block, PackedRow, additive_mask, unrolled_mask
 
 flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

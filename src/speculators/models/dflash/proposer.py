@@ -28,7 +28,7 @@ from speculators.models.dflash.block_attention import LayerMask
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.nn.cache import INITIAL_CAPACITY, DraftCache, Span
 from speculators.nn.draft_tokens import NO_DRAFT, draft_slots
-from speculators.nn.masks import additive_mask
+from speculators.nn.packed_row import additive_mask
 from speculators.nn.prepacked_linear import PrepackedLinears
 
 

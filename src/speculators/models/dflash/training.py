@@ -29,7 +29,7 @@ from speculators.models.dflash.block_attention import BlockLayout, ContextKV, bl
 from speculators.models.dflash.config import DPACE, FIXED_DECAY, DFlashTrainingArgs
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.models.supervision import VerifierHead
-from speculators.nn.masks import document_starts
+from speculators.nn.packed_row import document_starts
 
 Own = TypeVar("Own", bound=DFlashTrainingArgs)
 

@@ -30,7 +30,7 @@ from speculators.model_training import LossArgs
 from speculators.models.eagle.config import EagleTrainingArgs
 from speculators.models.eagle.network import EagleNetwork
 from speculators.models.supervision import VerifierHead, query_columns, step_accuracy, step_means, supervised_steps
-from speculators.nn.masks import PackedRow
+from speculators.nn.packed_row import PackedRow
 from speculators.nn.unrolled import unrolled_attention
 
 NOISE_LENGTH = 512

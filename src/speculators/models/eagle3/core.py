@@ -33,7 +33,7 @@ from speculators.nn.attention import layer_window
 from speculators.nn.decoder import DecoderLayer, FusionDecoderLayer
 from speculators.nn.draft_tokens import logits_over_verifier
 from speculators.nn.norms import RMSNorm
-from speculators.nn.packed_batch import padded_row
+from speculators.nn.packed_row import padded_row
 from speculators.nn.rope import Rope
 from speculators.verifier.config import resolve_target_layer_ids
 

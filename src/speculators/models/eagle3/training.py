@@ -25,7 +25,7 @@ from speculators.model_training import LossArgs
 from speculators.models.eagle3.config import Eagle3TrainingArgs
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.supervision import VerifierHead, query_columns, step_accuracy, step_means, supervised_steps
-from speculators.nn.masks import PackedRow
+from speculators.nn.packed_row import PackedRow
 from speculators.nn.unrolled import unrolled_attention
 
 

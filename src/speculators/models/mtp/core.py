@@ -39,7 +39,7 @@ from speculators.models.mtp.training import (
 from speculators.models.supervision import VerifierHead
 from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.nn.norms import RMSNorm
-from speculators.nn.packed_batch import join_rows
+from speculators.nn.packed_row import join_rows
 from speculators.nn.rope import Rope
 from speculators.verifier.capture import fitting_embedding, verifier_parts
 from speculators.verifier.config import text_config

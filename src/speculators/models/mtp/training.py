@@ -29,7 +29,7 @@ from speculators.models.last_state_model import align, teaches_tokens
 from speculators.models.mtp.config import MTPTrainingArgs
 from speculators.models.mtp.network import MTPNetwork
 from speculators.models.supervision import VerifierHead, step_accuracy
-from speculators.nn.masks import PackedRow
+from speculators.nn.packed_row import PackedRow
 from speculators.nn.unrolled import unrolled_attention
 from speculators.training_keys import default_of
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speculators.nn.packed_batch import join_rows, pack_row, padded_row
+from speculators.nn.packed_row import join_rows, pack_row, padded_row
 
 NOTHING = {"aux": None, "last_hidden": None, "document_ids": None, "loss_mask": None, "position_ids": None}
 
