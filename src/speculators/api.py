@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from speculators.data_generation.regenerate import RegenerationReport, regenerat
 from speculators.decoding.chat import sampling_params
 from speculators.decoding.engine import Engine
 from speculators.decoding.method import Drafter
-from speculators.decoding.target import VerifierSource
+from speculators.decoding.request import end_of_sequence_ids
+from speculators.decoding.sampling import SamplingParams
+from speculators.decoding.target import VerifierSource, open_target
 from speculators.deploy.export import export_checkpoint
 from speculators.deploy.process import find_vllm
 from speculators.evaluation.config import EvaluateConfig, ParityConfig, VllmTarget
@@ -47,7 +49,7 @@ from speculators.utils.names import model_name, refuse_unknown
 from speculators.utils.progress import Progress, no_progress_bars
 
 NOTED = ("max_tokens", "temperature", "top_k", "top_p", "seed")
-"""Sampling settings that are written beside each regenerated answer."""
+"""Sampling settings that are written beside each regenerated answer; others where they were set."""
 
 Source = str | os.PathLike[str] | Sequence[Any]
 """Conversations: a file, a directory, `hf:<id>` or a preset, or the rows themselves."""
@@ -63,6 +65,7 @@ def regenerate(
     num_speculative_tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     limit: int | None = None,
+    num_samples: int = 1,
     batch_size: int = DEFAULT_ANSWERED_TOGETHER,
     resume: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -75,37 +78,42 @@ def regenerate(
     """Replaces the answers of a data set by the verifier's own: the text that a drafter will see when it serves.
 
     `output`: .jsonl file to write, for `prepare_data`. `drafter`: see `Engine.from_pretrained`. `limit`:
-    conversations to answer. `sampling`: the fields of `SamplingParams`. Raises `ValueError` for data without a prompt,
-    and for an `output` that exists unless `resume`.
+    conversations to answer. `num_samples`: answers per prompt. `sampling`: the fields of `SamplingParams`; each answer
+    has a seed of its own, made from `seed`, the conversation's id and the turn. Raises `ValueError` for data without a
+    prompt, for an `output` that exists unless `resume`, and for one to complete that was made by another recipe.
     """
     params = sampling_params(**{"max_tokens": DEFAULT_ANSWER_TOKENS, "seed": 0, **sampling})
+    target = open_target(verifier, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if target.tokenizer is None:
+        raise ValueError(f"no tokenizer was found for the verifier {model_name(verifier)}; give one as tokenizer=")
     engine = Engine.from_pretrained(
-        verifier,
+        target.model,
         drafter,
         num_speculative_tokens=num_speculative_tokens,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
+        tokenizer=target.tokenizer,
         max_batch_size=batch_size,
     )
 
-    if engine.tokenizer is None:
-        raise ValueError(f"no tokenizer was found for the verifier {model_name(verifier)}; give one as tokenizer=")
-
-    def answer(prompts: list[list[int]]) -> list[list[int]]:
-        return [output.token_ids for output in engine.generate(prompts, params)]
+    def answer(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        return [output.token_ids for output in engine.generate(prompts, [replace(params, seed=seed) for seed in seeds])]
 
     return regenerate_responses(
         data,
-        engine.tokenizer,
+        target.tokenizer,
         answer,
         output=output,
+        verifier=model_name(verifier),
         limit=limit,
+        num_samples=num_samples,
         batch_size=batch_size,
         max_prompt_tokens=engine.max_length - 1,
         resume=resume,
-        sampling_params={name: getattr(params, name) for name in NOTED},
+        stop_token_ids={*end_of_sequence_ids(target.model, target.tokenizer), *params.stop_token_ids},
+        sampling_params={
+            name: value
+            for name, value in asdict(params).items()
+            if name in NOTED or value != getattr(SamplingParams, name)
+        },
         chat_template_kwargs=chat_template_kwargs,
         progress=progress,
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
-from chats import chat, make_tokenizer, write_jsonl
+from chats import CHATML_WITH_GENERATION_BLOCKS, chat, make_tokenizer, write_jsonl
 
 from speculators.data_generation import prepare_data, regenerate_responses
 
@@ -21,7 +22,7 @@ class Parrot:
         self.broken_word = broken_word
         self.prompts: list[str] = []
 
-    def __call__(self, prompts: list[list[int]]) -> list[list[int]]:
+    def __call__(self, prompts: list[list[int]], seeds: list[int] | None = None) -> list[list[int]]:
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
         if self.broken_word is not None and any(self.broken_word in text for text in texts):
             raise ConnectionError("server gone")
@@ -56,8 +57,13 @@ def test_every_answer_becomes_a_row_and_the_context_of_the_next_question(tokeniz
     num_answer_tokens = sum(second["loss_mask"])
     assert tokenizer.decode(second["input_ids"][-num_answer_tokens:]) == "BYE<|im_end|>"
     assert second["loss_mask"] == [0] * (len(second["input_ids"]) - num_answer_tokens) + [1] * num_answer_tokens
-    assert second["metadata"] == {
+    metadata = second["metadata"]
+    assert len(metadata.pop("content_sha256")) == 64
+    assert metadata == {
         "idx": 0,
+        "sample": 0,
+        "turn": 1,
+        "is_last_turn": True,
         "finish_reason": "stop",
         "is_tool_call": False,
         "usage": {
@@ -101,7 +107,7 @@ def test_whatever_ends_in_a_question_is_answered(tokenizer, parrot, tmp_path, ro
 def test_pre_tokenised_rows_need_no_template(tmp_path):
     tokenizer = make_tokenizer(None)
     row = {"input_ids": [9, 8, 7, 6], "loss_mask": [0, 0, 1, 1]}
-    regenerate_responses([row], tokenizer, lambda prompts: [[5]] * len(prompts), output=tmp_path / "out.jsonl")
+    regenerate_responses([row], tokenizer, lambda prompts, seeds: [[5]] * len(prompts), output=tmp_path / "out.jsonl")
     (answer,) = written(tmp_path / "out.jsonl")
     assert (answer["input_ids"], answer["loss_mask"]) == ([9, 8, 5], [0, 0, 1])
     assert answer["metadata"]["finish_reason"] == "length"
@@ -117,7 +123,7 @@ def test_results_of_calls_that_were_never_made_are_not_read(tokenizer, parrot, t
 def test_one_failing_prompt_costs_one_conversation(tokenizer, tmp_path):
     out = tmp_path / "out.jsonl"
     parrot = Parrot(tokenizer, broken_word="bad")
-    rows = [chat("one", "x"), chat("bad", "x"), chat("two", "x")]
+    rows = [{"id": str(i), **chat(word, "x")} for i, word in enumerate(("one", "bad", "two"))]
     report = regenerate_responses(rows, tokenizer, parrot, output=out)
     assert [row["primary_id"] for row in written(out)] == ["0", "2"]
     assert written(report.errors_path) == [{"primary_id": "1", "idx": 1, "error": "ConnectionError: server gone"}]
@@ -130,7 +136,7 @@ def test_one_failing_prompt_costs_one_conversation(tokenizer, tmp_path):
 
 def test_a_verifier_that_is_gone_stops_the_run_and_the_next_one_goes_on(tokenizer, tmp_path):
     out = tmp_path / "out.jsonl"
-    rows = [chat(word, "x") for word in ("one", "two", *["bad"] * 6)]
+    rows = [{"id": str(i), **chat(word, "x")} for i, word in enumerate(("one", "two", *["bad"] * 6))]
     parrot = Parrot(tokenizer, broken_word="bad")
     with pytest.raises(ConnectionError):
         regenerate_responses(rows, tokenizer, parrot, output=out, batch_size=2, max_consecutive_errors=3)
@@ -143,6 +149,114 @@ def test_a_verifier_that_is_gone_stops_the_run_and_the_next_one_goes_on(tokenize
     regenerate_responses(rows, tokenizer, parrot, output=out, resume=True)
     assert [row["primary_id"] for row in written(out)] == [str(i) for i in range(8)]
     assert len(parrot.prompts) == 6
+
+
+LONG = [{"id": f"c{i}", **chat(*("a", "x", "b", "x", "c", "x")[: 2 + 2 * (i % 3)])} for i in range(8)]
+"""Conversations of one, two and three turns."""
+
+
+def draw(prompts: list[list[int]], seeds: list[int] | None = None) -> list[list[int]]:
+    """A verifier that samples: four letters from its seed and its prompt."""
+    answers = []
+    for prompt, seed in zip(prompts, seeds or [0] * len(prompts), strict=True):
+        random = Random(f"{seed} {prompt}")
+        answers.append([random.randrange(10, 100) for _ in range(4)])
+    return answers
+
+
+def test_a_file_cut_at_any_byte_is_completed_to_what_an_uninterrupted_run_writes(tokenizer, tmp_path):
+    out = tmp_path / "out.jsonl"
+    regenerate_responses(LONG, tokenizer, draw, output=out, batch_size=3)
+    whole = out.read_bytes()
+    for num_bytes in Random(0).sample(range(1, len(whole)), 12):
+        out.write_bytes(whole[:num_bytes])
+        regenerate_responses(LONG, tokenizer, draw, output=out, batch_size=3, resume=True)
+        assert out.read_bytes() == whole, num_bytes
+
+
+def test_changed_data_is_completed_by_content_not_by_place(tokenizer, parrot, tmp_path):
+    """`resume_a` and `resume_b` of the issue: the second holds new prompts before and among the first one's."""
+    out = tmp_path / "out.jsonl"
+    regenerate_responses([chat("one", "x"), chat("two", "x")], tokenizer, parrot, output=out)
+    num_asked = len(parrot.prompts)
+    changed = [chat("new", "x"), chat("two", "another answer"), chat("newer", "x"), chat("one", "x")]
+    report = regenerate_responses(changed, tokenizer, parrot, output=out, resume=True)
+    assert (report.num_conversations, report.num_already_done) == (2, 2)
+    assert [row["text"] for row in written(out)] == [f"{word}{END}" for word in ("ONE", "TWO", "NEW", "NEWER")]
+    assert len(parrot.prompts) == num_asked + 2
+
+
+def test_an_id_that_asks_something_else_now_is_refused(tokenizer, parrot, tmp_path):
+    out = tmp_path / "out.jsonl"
+    regenerate_responses([{"id": "c0", **chat("one")}], tokenizer, parrot, output=out)
+    with pytest.raises(ValueError, match=r"'c0'.*another prompt"):
+        regenerate_responses([{"id": "c0", **chat("two")}], tokenizer, parrot, output=out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"verifier": "org/other"}, "verifier was 'org/model', now 'org/other'"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs was {}"),
+        ({"sampling_params": {"temperature": 0.7}}, "sampling_params was {}"),
+        ({"stop_token_ids": [7]}, "stop_token_ids was"),
+    ],
+)
+def test_a_run_with_another_recipe_does_not_complete_a_file(tokenizer, parrot, tmp_path, change, named):
+    out = tmp_path / "out.jsonl"
+    options = {"output": out, "verifier": "org/model"}
+    regenerate_responses([chat("one")], tokenizer, parrot, **options)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=named):
+        regenerate_responses([chat("one"), chat("two")], tokenizer, parrot, resume=True, **{**options, **change})
+    with pytest.raises(ValueError, match="chat_template_sha256 was"):
+        template = make_tokenizer(CHATML_WITH_GENERATION_BLOCKS)
+        regenerate_responses([chat("one")], template, parrot, resume=True, **options)
+    assert out.read_bytes() == before
+    out.with_suffix(".recipe.json").unlink()
+    with pytest.raises(ValueError, match=r"out\.recipe\.json' is missing"):
+        regenerate_responses([chat("one")], tokenizer, parrot, resume=True, **options)
+
+
+def test_equal_prompts_get_samples_of_their_own(tokenizer, tmp_path):
+    rows = [{"prompt": "Write something about dict."}] * 4
+    out = tmp_path / "out.jsonl"
+    regenerate_responses(rows, tokenizer, draw, output=out, sampling_params={"temperature": 1.0, "seed": 0})
+    texts = [row["text"] for row in written(out)]
+    assert len(set(texts)) == 4
+    regenerate_responses(
+        rows,
+        tokenizer,
+        draw,
+        output=tmp_path / "again.jsonl",
+        batch_size=1,
+        sampling_params={"temperature": 1.0, "seed": 0},
+    )
+    assert [row["text"] for row in written(tmp_path / "again.jsonl")] == texts
+    regenerate_responses(
+        rows, tokenizer, draw, output=tmp_path / "other.jsonl", sampling_params={"temperature": 1.0, "seed": 1}
+    )
+    assert not {row["text"] for row in written(tmp_path / "other.jsonl")} & set(texts)
+
+
+def test_several_samples_of_a_prompt_are_one_conversation_and_more_can_be_added(tokenizer, tmp_path):
+    out = tmp_path / "out.jsonl"
+    options = {"output": out, "sampling_params": {"temperature": 1.0}}
+    row = {"id": "p", **chat("a", "x", "b", "x")}
+    regenerate_responses([row], tokenizer, draw, num_samples=2, **options)
+    before = written(out)
+    assert [row["id"] for row in before] == ["p_gen0", "p_gen1", "p_sample1_gen0", "p_sample1_gen1"]
+    assert {row["primary_id"] for row in before} == {"p"}  # a split keeps them together
+    assert len({row["text"] for row in before}) == 4
+    report = regenerate_responses([row], tokenizer, draw, num_samples=3, resume=True, **options)
+    assert (report.num_already_done, report.num_conversations) == (2, 1)
+    assert written(out)[:4] == before
+    with pytest.raises(ValueError, match="num_samples=2 at temperature 0"):
+        regenerate_responses(
+            [row], tokenizer, draw, output=tmp_path / "0.jsonl", num_samples=2, sampling_params={"temperature": 0}
+        )
+    with pytest.raises(ValueError, match="num_samples=0"):
+        regenerate_responses([row], tokenizer, draw, output=tmp_path / "0.jsonl", num_samples=0)
 
 
 def test_rows_that_cannot_be_asked_are_counted(tokenizer, parrot, tmp_path):
@@ -169,7 +283,7 @@ def test_a_tokenizer_without_template_and_a_wrong_output_name_are_refused(parrot
     with pytest.raises(ValueError, match="no chat template"):
         regenerate_responses([chat("hi")], make_tokenizer(None), parrot, output=tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="returned 0 answers for 1"):
-        regenerate_responses([chat("hi")], tokenizer, lambda prompts: [], output=tmp_path / "out.jsonl")
+        regenerate_responses([chat("hi")], tokenizer, lambda prompts, seeds: [], output=tmp_path / "out.jsonl")
     for rows, reason in (([], "no conversation to answer"), ([{"text": "x"}], "1 x no 'conversations'")):
         with pytest.raises(ValueError, match=reason):
             regenerate_responses(rows, tokenizer, parrot, output=tmp_path / "out.jsonl")

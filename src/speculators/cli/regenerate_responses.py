@@ -27,6 +27,7 @@ def regenerate_responses(
     data: Annotated[str, typer.Option("--data", "--dataset", help="File, directory, hf:<id> or preset.")],
     output: Annotated[Path, typer.Option("--output", "--outfile", help="JSONL file to write, for prepare-data.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Conversations to answer. Default: all.")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = DEFAULT_ANSWER_TOKENS,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--concurrency", min=1, help="Answered together.")
@@ -55,6 +56,7 @@ def regenerate_responses(
         drafter=method,
         num_speculative_tokens=num_speculative_tokens,
         limit=limit,
+        num_samples=num_samples,
         batch_size=batch_size,
         resume=resume,
         chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import shutil
@@ -39,9 +37,9 @@ from speculators.data_generation.preprocessing import (
     tokenize_sources,
     vocabulary_size,
 )
+from speculators.data_generation.recipes import contents_sha256, differences, template_sha256, tokenizer_sha256
 from speculators.data_generation.tokenizing import RowTokenizer, Tokenized, TokenizeOptions, warn_about
-from speculators.utils.chat_template import chat_template_of
-from speculators.utils.files import absolute_if_directory, atomic_directory, is_same_model
+from speculators.utils.files import absolute_if_directory, atomic_directory
 from speculators.utils.names import model_name
 from speculators.utils.progress import Progress, no_progress_bars, reporting
 
@@ -185,11 +183,10 @@ def make_recipe(
     max_samples: int | None,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Recipe:
-    has_template = bool(getattr(tokenizer, "chat_template", None))
     return Recipe(
         verifier=absolute_if_directory(model),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
-        chat_template_sha256=sha256(chat_template_of(tokenizer)) if has_template else None,
+        chat_template_sha256=template_sha256(tokenizer),
         chat_template_kwargs=dict(chat_template_kwargs or {}),
         sources=[str(source) for source in sources],
         sources_sha256=[contents_sha256(Path(source)) for source in sources],
@@ -202,30 +199,6 @@ def make_recipe(
     )
 
 
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hashes what decides token ids: the whole fast tokenizer, or the vocabulary of a slow one."""
-    if getattr(tokenizer, "is_fast", False):
-        return sha256(tokenizer.backend_tokenizer.to_str())
-    return sha256(json.dumps(sorted(tokenizer.get_vocab().items())))
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def contents_sha256(path: Path) -> str | None:
-    """Hashes a file, or all files of a directory; None when the path does not exist (a source on the hub)."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    if not path.exists():
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def reuse(path: Path, recipe: Recipe) -> PreparedData:
     """Opens the existing directory. Raises `ValueError`, naming the differences, if it has another recipe."""
     found = PreparedData.open(path)
@@ -233,12 +206,10 @@ def reuse(path: Path, recipe: Recipe) -> PreparedData:
         logger.warning("%s has no %s: reusing it unchecked", path, MANIFEST_NAME)
         return replace(found, reused=True)
     before, now = asdict(found.manifest.recipe), asdict(recipe)
-    if is_same_model(before["verifier"], now["verifier"]):
-        now["verifier"] = before["verifier"]
-    differing = [f"{name} was {before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
+    differing = differences(before, now)
     if differing:
         raise ValueError(
-            f"{str(path)!r} holds data prepared differently: {'; '.join(differing)}; "
+            f"{str(path)!r} holds data prepared differently: {differing}; "
             "pass overwrite (--overwrite) to replace it, or choose another output"
         )
     return replace(found, reused=True)

@@ -2,8 +2,10 @@
 
     <output>.jsonl          one row per answer, pre-tokenised: prepare-data reads the file unchanged
     <output>.errors.jsonl   conversations that failed; a resumed run tries them again
+    <output>.recipe.json    verifier, template and sampling; a run with others does not complete the file
 
-A conversation is written as a whole after its last answer: a resumed run skips what is written and repeats nothing.
+Conversations are written in the order of the source, each as a whole after its last answer. A resumed run skips those
+whose last turn is written, answers the others again from their own seeds, and so ends in the same file.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,20 @@ from transformers import PreTrainedTokenizerBase
 from speculators.data_generation.configs import DEFAULT_ANSWERED_TOGETHER
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
-from speculators.data_generation.rollout import Provenance, Rollout, make_rollout
-from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
+from speculators.data_generation.recipes import (
+    Finished,
+    finished_conversations,
+    open_recipe,
+    template_sha256,
+    tokenizer_sha256,
+)
+from speculators.data_generation.rollout import Generate, Provenance, Rollout, RolloutBatches, make_rollout
+from speculators.utils.chat_template import ChatRenderer
+from speculators.utils.files import absolute_if_directory
 from speculators.utils.progress import Progress, reporting
 from speculators.utils.report import TableReport, facts_table
 
 logger = logging.getLogger(__name__)
-
-Generate = Callable[[list[list[int]]], list[list[int]]]
-"""Takes prompts (token ids), returns the generated tokens (without prompt, with end token) in the same order."""
 
 
 @dataclass
@@ -79,7 +86,9 @@ def regenerate_responses(
     generate: Generate,
     *,
     output: str | os.PathLike[str],
+    verifier: str | None = None,
     limit: int | None = None,
+    num_samples: int = 1,
     batch_size: int = DEFAULT_ANSWERED_TOGETHER,
     max_prompt_tokens: int | None = None,
     resume: bool = False,
@@ -93,10 +102,12 @@ def regenerate_responses(
     """Answers every user turn of `conversations` (rows, or a source for `load_raw_dataset`) with `generate`.
 
     Answers `batch_size` conversations together, turn by turn. `limit`: most conversations. `max_prompt_tokens`:
-    conversations end before a longer prompt. `resume` completes an existing `output` (a .jsonl file). `endpoint` and
-    `sampling_params` are only recorded in the rows. Raises `ValueError` for a wrong or existing `output` and when
+    conversations end before a longer prompt. `num_samples`: answers per prompt, each from a seed of its own. `resume`
+    completes an existing `output` (a .jsonl file). `verifier` (its name), `endpoint` and `sampling_params` are only
+    recorded. Raises `ValueError` for a wrong or existing `output`, one that was made by another recipe, and when
     nothing was answered; raises the error of `generate` after `max_consecutive_errors` failures in sequence.
     """
+    refuse_equal_samples(num_samples, sampling_params or {})
     path = Path(output)
     if path.suffix != ".jsonl":
         raise ValueError(f"output {str(path)!r} must end in .jsonl: it holds one row per line")
@@ -113,10 +124,22 @@ def regenerate_responses(
         max_consecutive_errors=max_consecutive_errors,
         renderer=ChatRenderer(tokenizer, chat_template_kwargs) if getattr(tokenizer, "chat_template", None) else None,
     )
-    already_done = finished_ids(path)
+    open_recipe(
+        path,
+        {
+            "verifier": None if verifier is None else absolute_if_directory(verifier),
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "chat_template_sha256": template_sha256(tokenizer),
+            "chat_template_kwargs": dict(chat_template_kwargs or {}),
+            "sampling_params": dict(sampling_params or {}),
+            "stop_token_ids": sorted(stop_ids),
+            "max_prompt_tokens": max_prompt_tokens,
+        },
+    )
+    finished = finished_conversations(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     num_rows = len(rows) if limit is None else min(limit, len(rows))
-    unanswered = rollouts(rows, num_rows, already_done, report)
+    unanswered = rollouts(rows, num_rows, num_samples, finished, report)
     try:
         with (
             reporting(progress) as show,
@@ -124,7 +147,7 @@ def regenerate_responses(
             report.errors_path.open("w", encoding="utf-8") as errors,
         ):
             for batch in batches(unanswered, batch_size):
-                for rollout, error in answering.answer(batch):
+                for rollout, error in in_source_order(batch, answering.answer(batch)):
                     if error is None:
                         written.write("".join(json_line(row) for row in rollout.answers))
                         written.flush()
@@ -138,129 +161,67 @@ def regenerate_responses(
         for file in (path, report.errors_path):
             if file.exists() and file.stat().st_size == 0:
                 file.unlink()
+        if not path.exists():
+            path.with_suffix(".recipe.json").unlink(missing_ok=True)
     warn_about(report)
     if report.num_rows == 0 and report.num_already_done == 0:
         raise ValueError(f"nothing was answered: {num_rows} rows in {rows.name}, {report.reasons()}")
     return report
 
 
-@dataclass
-class RolloutBatches:
-    """Answers batches of rollouts turn by turn until each conversation is over."""
-
-    tokenizer: PreTrainedTokenizerBase
-    generate: Generate
-    provenance: Provenance
-    max_prompt_tokens: int | None
-    max_consecutive_errors: int
-    renderer: ChatRenderer | None
-    num_consecutive_errors: int = 0
-
-    def answer(self, batch: Sequence[Rollout]) -> Iterator[tuple[Rollout, Exception | None]]:
-        """Yields each rollout as soon as it is over, with the error that ended it or None."""
-        waiting = list(batch)
-        while waiting:
-            asked: list[tuple[Rollout, list[int]]] = []
-            for rollout in waiting:
-                try:
-                    prompt = self.prompt_of(rollout)
-                except (UnusableRow, ChatTemplateError) as error:
-                    yield rollout, error
-                    continue
-                if prompt is None:
-                    yield rollout, None
-                else:
-                    asked.append((rollout, prompt))
-            waiting = []
-            for (rollout, prompt), answer in zip(asked, self.ask([prompt for _, prompt in asked]), strict=True):
-                try:
-                    if isinstance(answer, Exception):
-                        raise answer
-                    rollout.accept(prompt, answer, self.tokenizer, self.provenance)
-                except Exception as error:  # whatever the caller's generate raised for this prompt
-                    yield rollout, error
-                else:
-                    waiting.append(rollout)
-
-    def prompt_of(self, rollout: Rollout) -> list[int] | None:
-        """Returns the next prompt; None when the conversation is over. Raises `UnusableRow` when it has no answer."""
-        if self.renderer is None and rollout.prompt_ids is None:
-            self.renderer = ChatRenderer(self.tokenizer)  # raises: the tokenizer has no template
-        prompt = rollout.next_prompt(self.renderer)
-        if prompt is None and not rollout.answers:
-            raise UnusableRow("no turn of this conversation needs an answer")
-        if prompt is None or self.max_prompt_tokens is None or len(prompt) <= self.max_prompt_tokens:
-            return prompt
-        if rollout.answers:
-            return None  # the conversation outgrew the window: its answers so far are kept
-        raise UnusableRow(f"prompt of {len(prompt)} tokens is longer than max_prompt_tokens={self.max_prompt_tokens}")
-
-    def ask(self, prompts: list[list[int]]) -> list[list[int] | Exception]:
-        """Generates answers; if the whole batch fails, tries each prompt alone, so one bad prompt costs one row."""
-        if not prompts:
-            return []
-        try:
-            answers: list[list[int] | Exception] = list(self.generate(prompts))
-        except Exception as error:
-            if len(prompts) == 1:
-                return [self.failed(error)]
-            logger.warning("a batch of %d prompts failed (%s); trying each prompt alone", len(prompts), error)
-            return [self.ask([prompt])[0] for prompt in prompts]
-        if len(answers) != len(prompts):
-            raise ValueError(f"generate returned {len(answers)} answers for {len(prompts)} prompts; one each is needed")
-        self.num_consecutive_errors = 0
-        return answers
-
-    def failed(self, error: Exception) -> Exception:
-        """Returns the error as an answer; raises it after so many in sequence that the verifier must be gone."""
-        self.num_consecutive_errors += 1
-        if self.num_consecutive_errors >= self.max_consecutive_errors:
-            raise error
-        return error
-
-
 def rollouts(
-    rows: RawRows, num_rows: int, already_done: Collection[str], report: RegenerationReport
+    rows: RawRows, num_rows: int, num_samples: int, finished: Finished, report: RegenerationReport
 ) -> Iterator[Rollout]:
-    """Yields the conversations that still need answers; counts the others in the report."""
+    """Yields the conversations that still need answers; counts the others in the report.
+
+    An id is the row's own, else a hash of what it asks. Raises `ValueError` when a finished id asked something else.
+    """
     prompt_field = None if rows.config is None else rows.config.prompt_field
-    seen: set[str] = set()
+    seen: Counter[str] = Counter()
     for index in range(num_rows):
         row = rows[index]
-        primary_id = str(row["id"]) if isinstance(row, Mapping) and row.get("id") is not None else str(index)
-        if primary_id in seen:
-            primary_id = f"{primary_id}-{index}"
-        seen.add(primary_id)
-        if primary_id in already_done:
-            report.num_already_done += 1
-            continue
         try:
-            yield make_rollout(index, row, primary_id, prompt_field)
+            first = make_rollout(index, row, "", prompt_field)
         except UnusableRow as reason:
             report.dropped[str(reason)] += 1
+            continue
+        own_id = row.get("id") if isinstance(row, Mapping) else None
+        primary_id = first.content_sha256[:16] if own_id is None else str(own_id)
+        seen[primary_id] += 1
+        if seen[primary_id] > 1:
+            primary_id = f"{primary_id}-{seen[primary_id] - 1}"
+        for sample in range(num_samples):
+            content = finished.get((primary_id, sample))
+            if content is None:
+                yield replace(first, primary_id=primary_id, sample=sample, messages=[], answers=[])
+            elif content == first.content_sha256:
+                report.num_already_done += 1
+            else:
+                raise ValueError(
+                    f"row {index} of {rows.name} has the id {primary_id!r}, under which {report.path} holds the answer "
+                    "to another prompt; give each prompt an id of its own, or choose another output"
+                )
 
 
-def finished_ids(path: Path) -> set[str]:
-    """Returns the conversations that an earlier run wrote; removes a last line that was cut off in writing.
+def refuse_equal_samples(num_samples: int, sampling_params: Mapping[str, Any]) -> None:
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}; each prompt needs an answer: 1 or more")
+    if num_samples > 1 and sampling_params.get("temperature") == 0:
+        raise ValueError(
+            f"num_samples={num_samples} at temperature 0 gives equal answers; sample (temperature above 0), or take one"
+        )
 
-    Raises `ValueError` for a line that regeneration did not write.
-    """
-    if not path.exists():
-        return set()
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("rb+") as file:
-            file.truncate(len(whole))
-    finished = set()
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            finished.add(str(json.loads(line)["primary_id"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"line {number} of {str(path)!r} is not a regenerated row ({error}); remove it or choose another output"
-            ) from error
-    return finished
+
+def in_source_order(
+    batch: Sequence[Rollout], ended: Iterable[tuple[Rollout, Exception | None]]
+) -> Iterator[tuple[Rollout, Exception | None]]:
+    """Yields the conversations of a batch in its order, so that a file is the same however often a run was resumed."""
+    waiting = [rollout.index_and_sample for rollout in batch]
+    early: dict[tuple[int, int], tuple[Rollout, Exception | None]] = {}
+    for rollout, error in ended:
+        early[rollout.index_and_sample] = (rollout, error)
+        while waiting and waiting[0] in early:
+            yield early.pop(waiting.pop(0))
 
 
 def batches(items: Iterator[Rollout], size: int) -> Iterator[list[Rollout]]:

@@ -1,4 +1,4 @@
-"""Answers one conversation anew: whose turn it is, what to ask the verifier, which rows to write. No model.
+"""Answers conversations anew: whose turn it is, what to ask the verifier, which rows to write. No model.
 
 original    system  user  assistant  user  assistant          (an answer is asked for at the end, too, if it is missing)
 rollout     system  user  GENERATE   user  GENERATE           each answer is context for the next question
@@ -8,11 +8,13 @@ The prompts of an evaluation are what is asked for the first answer of each conv
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -30,6 +32,12 @@ from speculators.data_generation.conversations import (
 from speculators.data_generation.datasets import load_raw_dataset
 from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 
+logger = logging.getLogger(__name__)
+
+Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
+"""Takes prompts (token ids) and one sampling seed each; returns the generated tokens in the same order, without the
+prompt and with the end token."""
+
 TOOL_CALL = re.compile(r"<\|?tool_call|\[TOOL_CALLS\]|<function=")
 
 
@@ -40,6 +48,12 @@ class Provenance:
     endpoint: str
     sampling_params: Mapping[str, Any]
     stop_token_ids: Collection[int]
+
+    def seed_of(self, rollout: Rollout) -> int:
+        """Returns the seed of a conversation's next answer: other conversations, samples and turns draw other numbers,
+        and the same one draws the same numbers whatever is answered beside it."""
+        key = [self.sampling_params.get("seed"), rollout.primary_id, rollout.sample, len(rollout.answers)]
+        return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "big") >> 2
 
 
 @dataclass
@@ -53,12 +67,31 @@ class Rollout:
     tools: list[Any] | None = None
     prompt_ids: list[int] | None = None
     """A prompt given as tokens instead of turns."""
+    sample: int = 0
+    """Which of several answers to the same prompt."""
     position: int = 0
     """Number of turns of the original that were handled."""
     messages: list[Message] = field(default_factory=list)
     """The new conversation so far."""
     answers: list[dict[str, Any]] = field(default_factory=list)
     """Rows to write."""
+
+    @property
+    def index_and_sample(self) -> tuple[int, int]:
+        return self.index, self.sample
+
+    @property
+    def content_sha256(self) -> str:
+        """Hashes what is asked: all turns except the answers that are replaced."""
+        first_question = next((i for i, turn in enumerate(self.turns) if turn["role"] == "user"), 0)
+        asked = [turn for i, turn in enumerate(self.turns) if i < first_question or turn["role"] != "assistant"]
+        content = json.dumps([asked, self.tools, self.prompt_ids], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def finish(self) -> None:
+        """Marks the last answer: a file that lacks it holds half of the conversation."""
+        if self.answers:
+            self.answers[-1]["metadata"]["is_last_turn"] = True
 
     def next_prompt(self, renderer: ChatRenderer | None) -> list[int] | None:
         """Returns the tokens that the verifier should continue; None when the conversation is over."""
@@ -102,13 +135,17 @@ class Rollout:
         self.messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
         self.answers.append(
             {
-                "id": f"{self.primary_id}_gen{len(self.answers)}",
+                "id": f"{self.primary_id}{f'_sample{self.sample}' if self.sample else ''}_gen{len(self.answers)}",
                 "primary_id": self.primary_id,
                 "input_ids": [*prompt, *ids],
                 "loss_mask": [0] * len(prompt) + [1] * len(ids),
                 "text": text,
                 "metadata": {
                     "idx": self.index,
+                    "content_sha256": self.content_sha256,
+                    "sample": self.sample,
+                    "turn": len(self.answers),
+                    "is_last_turn": False,
                     "finish_reason": "stop" if ids[-1] in provenance.stop_token_ids else "length",
                     "is_tool_call": TOOL_CALL.search(text) is not None,
                     "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids)},
@@ -117,6 +154,83 @@ class Rollout:
                 },
             }
         )
+
+
+@dataclass
+class RolloutBatches:
+    """Answers batches of rollouts turn by turn until each conversation is over."""
+
+    tokenizer: PreTrainedTokenizerBase
+    generate: Generate
+    provenance: Provenance
+    max_prompt_tokens: int | None
+    max_consecutive_errors: int
+    renderer: ChatRenderer | None
+    num_consecutive_errors: int = 0
+
+    def answer(self, batch: Sequence[Rollout]) -> Iterator[tuple[Rollout, Exception | None]]:
+        """Yields each rollout as soon as it is over, with the error that ended it or None."""
+        waiting = list(batch)
+        while waiting:
+            asked: list[tuple[Rollout, list[int]]] = []
+            for rollout in waiting:
+                try:
+                    prompt = self.prompt_of(rollout)
+                except (UnusableRow, ChatTemplateError) as error:
+                    yield rollout, error
+                    continue
+                if prompt is None:
+                    rollout.finish()
+                    yield rollout, None
+                else:
+                    asked.append((rollout, prompt))
+            waiting = []
+            prompts, seeds = [prompt for _, prompt in asked], [self.provenance.seed_of(rollout) for rollout, _ in asked]
+            for (rollout, prompt), answer in zip(asked, self.ask(prompts, seeds), strict=True):
+                try:
+                    if isinstance(answer, Exception):
+                        raise answer
+                    rollout.accept(prompt, answer, self.tokenizer, self.provenance)
+                except Exception as error:  # whatever the caller's generate raised for this prompt
+                    yield rollout, error
+                else:
+                    waiting.append(rollout)
+
+    def prompt_of(self, rollout: Rollout) -> list[int] | None:
+        """Returns the next prompt; None when the conversation is over. Raises `UnusableRow` when it has no answer."""
+        if self.renderer is None and rollout.prompt_ids is None:
+            self.renderer = ChatRenderer(self.tokenizer)  # raises: the tokenizer has no template
+        prompt = rollout.next_prompt(self.renderer)
+        if prompt is None and not rollout.answers:
+            raise UnusableRow("no turn of this conversation needs an answer")
+        if prompt is None or self.max_prompt_tokens is None or len(prompt) <= self.max_prompt_tokens:
+            return prompt
+        if rollout.answers:
+            return None  # the conversation outgrew the window: its answers so far are kept
+        raise UnusableRow(f"prompt of {len(prompt)} tokens is longer than max_prompt_tokens={self.max_prompt_tokens}")
+
+    def ask(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int] | Exception]:
+        """Generates answers; if the whole batch fails, tries each prompt alone, so one bad prompt costs one row."""
+        if not prompts:
+            return []
+        try:
+            answers: list[list[int] | Exception] = list(self.generate(prompts, seeds))
+        except Exception as error:
+            if len(prompts) == 1:
+                return [self.failed(error)]
+            logger.warning("a batch of %d prompts failed (%s); trying each prompt alone", len(prompts), error)
+            return [self.ask([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+        if len(answers) != len(prompts):
+            raise ValueError(f"generate returned {len(answers)} answers for {len(prompts)} prompts; one each is needed")
+        self.num_consecutive_errors = 0
+        return answers
+
+    def failed(self, error: Exception) -> Exception:
+        """Returns the error as an answer; raises it after so many in sequence that the verifier must be gone."""
+        self.num_consecutive_errors += 1
+        if self.num_consecutive_errors >= self.max_consecutive_errors:
+            raise error
+        return error
 
 
 def make_rollout(index: int, row: Any, primary_id: str, prompt_field: str | None = None) -> Rollout:
@@ -142,9 +256,6 @@ def prompt_of(row: TokenRow) -> list[int]:
     if not prompt:
         raise UnusableRow("pre-tokenised row without a prompt: nothing to answer")
     return prompt
-
-
-logger = logging.getLogger(__name__)
 
 
 def load_prompts(
