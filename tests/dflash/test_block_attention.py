@@ -15,7 +15,7 @@ from speculators.models.dflash.block_attention import (
     LayerMask,
     SdpaBlockAttention,
 )
-from speculators.nn.grouped_attention import Group
+from speculators.nn.attention import Group
 from speculators.nn.packed_row import document_starts
 
 LAYER_MASKS = [LayerMask(None, False), LayerMask(None, True), LayerMask(3, True), LayerMask(6, False)]

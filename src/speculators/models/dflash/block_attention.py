@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from speculators.nn.attention import dense_attention, sdpa_attention
-from speculators.nn.grouped_attention import GROUP_ROWS, Group, GroupedAttention, heads_first
+from speculators.nn.attention import GROUP_ROWS, Group, GroupedAttention, dense_attention, heads_first, sdpa_attention
 
 
 class LayerMask(NamedTuple):

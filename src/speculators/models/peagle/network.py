@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from speculators.models.eagle3.network import Eagle3Network
-from speculators.nn.attention import dense_attention, sdpa_attention
-from speculators.nn.grouped_attention import GROUP_ROWS, Group, GroupedAttention
+from speculators.nn.attention import GROUP_ROWS, Group, GroupedAttention, dense_attention, sdpa_attention
 from speculators.nn.packed_row import PackedRow, document_starts
 from speculators.nn.unrolled import TailAttention
 
