@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from speculators.assets import tiny_verifier_path
 from speculators.cli import app, inspect_mask
+from speculators.cli.shared import out, print_facts, say, say_error
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], *([verb, "--help"] for verb in app.VERBS)])
@@ -117,3 +119,34 @@ def test_the_last_line_is_the_result_as_json(capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(app, "run", lambda args: {"verb": "train", "num_steps": 3})
     assert app.main(["train"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == '{"verb": "train", "num_steps": 3}'
+
+
+FOREIGN = "[/b] [red]x[/] :smile: \x1b[2J\x07\x9b \u202egnp"
+SHOWN = "[/b] [red]x[/] :smile: \\x1b[2J\\x07\\x9b \\u202egnp"
+
+
+def test_foreign_text_is_text_on_the_terminal(capsys: pytest.CaptureFixture[str]):
+    say(FOREIGN, "yellow")
+    say_error(FOREIGN, FOREIGN)
+    print_facts("facts", {"path": FOREIGN})
+    out().print(FOREIGN, markup=False)
+    printed = capsys.readouterr()
+    assert printed.err.count(SHOWN) == 3 and printed.out.count(SHOWN) == 2
+
+
+def test_a_path_in_brackets_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "[b]run[/b]\x1b[2J"
+    path.mkdir(parents=True)  # the bracket holds a slash
+    (path / "config.json").write_text('{"speculators_model_type": "[/b]\x1b[31m"}'.replace("\x1b", "\\u001b"))
+    assert app.main(["check", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert "[/b]" in printed.out and "[b]run[/b]" in printed.out and "\x1b" not in printed.out + printed.err
+
+
+def test_a_logged_warning_shows_control_characters_escaped(capsys: pytest.CaptureFixture[str]):
+    program = (
+        "import logging; from speculators.cli.shared import escape_warnings; escape_warnings();"
+        "logging.getLogger('x').warning('row %s', chr(27) + '[2J')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == "row \\x1b[2J\n"

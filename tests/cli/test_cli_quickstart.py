@@ -42,3 +42,8 @@ def test_quickstart_replaces_nothing_of_others(tmp_path, capsys):
     assert main(["quickstart", "--output", str(tmp_path)]) == 1
     assert "--output" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    for written in ("made-by-quickstart", "report.json"):
+        (tmp_path / written).touch()
+    assert main(["quickstart", "--output", str(tmp_path)]) == 1
+    assert "thesis.tex" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"

@@ -124,3 +124,42 @@ def test_names_of_a_package_are_imported_on_first_use():
     assert names() == ["JSONDecoder", "scanstring"]
     with pytest.raises(AttributeError, match="module 'json' has no attribute 'decoder_of'"):
         get("decoder_of")
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../victim.safetensors",
+        "/etc/victim.safetensors",
+        "a/../../victim.safetensors",
+        "C:\\victim.safetensors",
+        "a.py",
+    ],
+)
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_names_no_file_outside_its_directory(tmp_path, index, shard):
+    save_file({"a": torch.ones(2)}, tmp_path / "victim.safetensors")
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / index).write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(ValueError, match=r"outside the checkpoint|its shards end in"):
+        load_model_layers(["a"], checkpoint)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "{" * 90_000,
+        "\xff",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": null}}',
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"index\.json"):
+        list_checkpoint_keys(tmp_path)

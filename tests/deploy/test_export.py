@@ -257,7 +257,7 @@ def test_overwriting_deletes_neither_other_directories_nor_the_source(copy_of, t
     (home / "thesis.txt").write_text("precious")
     (tmp_path / "link").symlink_to(checkpoint)
     for output, words in (
-        (home, "is not a checkpoint"),
+        (home, "thesis.txt.*did not write there"),
         (home / "thesis.txt", "is a file"),
         (tmp_path / "link", "is the source itself"),
     ):
@@ -265,6 +265,33 @@ def test_overwriting_deletes_neither_other_directories_nor_the_source(copy_of, t
             export_checkpoint(checkpoint, output, overwrite=True)
     assert (home / "thesis.txt").read_text() == "precious"
     assert (checkpoint / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", ".git/config", "notes/draft.md", "model-2.safetensors", "link"])
+def test_overwriting_deletes_nothing_that_was_not_exported(trained, tmp_path, name):
+    output = export_checkpoint(trained("eagle"), tmp_path / "out").path
+    added = output / name
+    added.parent.mkdir(exist_ok=True)
+    if name == "link":
+        added.symlink_to(tmp_path, target_is_directory=True)
+    else:
+        added.write_text("precious")
+    with pytest.raises(ValueError, match=rf"{name}.*did not write there"):
+        export_checkpoint(trained("eagle"), output, overwrite=True)
+    assert added.exists()
+    added.unlink()
+    export_checkpoint(trained("eagle"), output, overwrite=True)
+    assert not added.exists()
+
+
+def test_a_checkpoint_that_nobody_recorded_is_not_replaced(copy_of, trained, tmp_path):
+    mine = copy_of("eagle")  # a training's own checkpoint: config.json and all
+    (mine / ".speculators.json").write_text('{"files": 3}')
+    with pytest.raises(ValueError, match=r"config\.json.*did not write there"):
+        export_checkpoint(trained("eagle"), mine, overwrite=True)
+    with pytest.raises(ValueError, match=r"config\.json.*did not write there"):
+        convert_checkpoint(trained("eagle"), mine, verifier=VERIFIER, overwrite=True)
+    assert (mine / "model.safetensors").is_file()
 
 
 def test_a_verifier_or_report_that_cannot_be_read_is_named_with_its_flag(trained, tmp_path):

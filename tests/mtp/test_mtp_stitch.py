@@ -157,6 +157,20 @@ def test_only_the_mtp_tensors_of_the_copy_differ(mimo, tmp_path, sharded):
             assert file.metadata() == {"format": "pt", "note": "kept"}
 
 
+@pytest.mark.parametrize("victim", ["../victim.safetensors", "{folder}/victim.safetensors"])
+def test_an_index_names_no_file_outside_that_is_written_to(mimo, tmp_path, victim):
+    path, trained, _ = mimo
+    shutil.copy(path / "model.safetensors", tmp_path / "victim.safetensors")
+    before = (tmp_path / "victim.safetensors").read_bytes()
+    shard(path)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    named = dict.fromkeys(index["weight_map"], victim.format(folder=tmp_path))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    with pytest.raises(ValueError, match="outside the checkpoint"):
+        stitch(trained, path, tmp_path / "out")
+    assert (tmp_path / "victim.safetensors").read_bytes() == before and not (tmp_path / "out").exists()
+
+
 def test_the_command_line_stitches(mimo, tmp_path, capsys):
     path, trained, _ = mimo
     assert app.main(["stitch-mtp", str(trained), str(path), "--output-path", str(tmp_path / "out")]) == 0

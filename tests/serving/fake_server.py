@@ -141,8 +141,9 @@ class Handler(BaseHTTPRequestHandler):
         echoed = token_ids[:-1] if fault == "other tokens echoed" else token_ids
         answer = {"choices": [{"text": "x", "prompt_token_ids": echoed, "token_ids": [7]}]}
         if fault != "no path":
-            answer["kv_transfer_params"] = {"hidden_states_path": str(path)}
-        return answer
+            named = fault.removeprefix("names ") if fault.startswith("names ") else str(path)
+            answer["kv_transfer_params"] = {"hidden_states_path": named}
+        return answer | json.loads(fault.removeprefix("answers ") if fault.startswith("answers ") else "{}")
 
     def complete(self, request: dict) -> dict:
         """Tokens that depend on the prompt only. With drafts: K = 3, rounds accept 3, 0, 1, 3, 0, 1, ... of them."""

@@ -25,6 +25,11 @@ class FakeServer:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
+    @property
+    def states(self) -> Path:
+        """The directory it writes to."""
+        return self.folder / "states"
+
     def inject(self, *faults: str) -> None:
         (self.folder / "faults.json").write_text(json.dumps({"faults": list(faults)}))
 

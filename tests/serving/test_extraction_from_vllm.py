@@ -72,7 +72,7 @@ def assert_same(served, local):
 @pytest.mark.parametrize("capture", [CaptureSpec(LAYERS, last_hidden=True), CaptureSpec((6,), last_hidden=True)])
 def test_states_are_those_of_in_process_capture(server, verifier_model, rows, capture):
     """Chunked prefill: rows are up to four times as long as what vLLM computes at once."""
-    source = VllmSource(server.endpoint, capture, concurrency=4)
+    source = VllmSource(server.endpoint, capture, directory=server.folder / "states", concurrency=4)
     assert_same(source.read(rows), LocalSource(verifier_model, capture).read(rows))
     assert source.counts.num_read == len(rows) and source.counts.num_retried == 0
     source.close()
@@ -83,7 +83,7 @@ def test_states_are_those_of_in_process_capture(server, verifier_model, rows, ca
 def test_prefix_caching_leaves_no_hole(server, verifier_model, rows):
     """The same prompt again, and one that shares its first 200 tokens: most of both comes from vLLM's cache."""
     capture = CaptureSpec(LAYERS, last_hidden=True)
-    source = VllmSource(server.endpoint, capture)
+    source = VllmSource(server.endpoint, capture, directory=server.folder / "states")
     longest = rows[-1]
     branched = torch.cat([longest[:200], longest[:150]])
     before = cached_tokens(server)
@@ -146,7 +146,11 @@ def losses_of(config: TrainConfig) -> list[float]:
 
 
 def test_train_from_the_server_is_train_in_process(server, data, tmp_path):
-    served = losses_of(settings(data, tmp_path / "served", vllm_endpoint=server.endpoint))
+    served = losses_of(
+        settings(
+            data, tmp_path / "served", vllm_endpoint=server.endpoint, server_states_path=str(server.folder / "states")
+        )
+    )
     local = losses_of(settings(data, tmp_path / "local"))
     assert len(served) > 3
     assert served == pytest.approx(local, rel=1e-3)
@@ -161,6 +165,8 @@ def test_states_on_disk_train_where_there_is_no_server(server, data, tmp_path):
             data,
             "--endpoint",
             server.endpoint,
+            "--server-states-path",
+            str(server.folder / "states"),
             "--output",
             stored,
             "--concurrency",
@@ -175,6 +181,8 @@ def test_states_on_disk_train_where_there_is_no_server(server, data, tmp_path):
             data,
             "--endpoint",
             server.endpoint,
+            "--server-states-path",
+            str(server.folder / "states"),
             "--output",
             stored,
             "--validate-outputs",
@@ -199,7 +207,13 @@ def test_killed_in_the_middle_nothing_is_lost_and_no_process_stays(server, data,
                 server.kill_front_end()
 
     config = settings(
-        data, tmp_path / "run", vllm_endpoint=server.endpoint, hidden_states_memory_gb=0, max_retries=1, num_workers=0
+        data,
+        tmp_path / "run",
+        vllm_endpoint=server.endpoint,
+        server_states_path=str(server.folder / "states"),
+        hidden_states_memory_gb=0,
+        max_retries=1,
+        num_workers=0,
     )
     with pytest.raises(ServerUnavailableError, match="the same command continues from step"):
         train(config, on_event=listen)
@@ -215,6 +229,7 @@ def test_killed_in_the_middle_nothing_is_lost_and_no_process_stays(server, data,
             data,
             tmp_path / "run",
             vllm_endpoint=server.endpoint,
+            server_states_path=str(server.folder / "states"),
             hidden_states_memory_gb=0,
             max_retries=9,
             num_workers=0,

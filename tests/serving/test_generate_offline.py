@@ -34,7 +34,18 @@ def start(start_fake, **named):
 
 
 def generate(server, prepared, *flags):
-    return run(["generate-offline-data", "--endpoint", server.endpoint, "--preprocessed-data", str(prepared), *flags])
+    return run(
+        [
+            "generate-offline-data",
+            "--endpoint",
+            server.endpoint,
+            "--server-states-path",
+            str(server.states),
+            "--preprocessed-data",
+            str(prepared),
+            *flags,
+        ]
+    )
 
 
 def assert_files_are_right(directory, rows):
@@ -64,6 +75,8 @@ def test_a_run_goes_on_where_the_last_one_ended(start_fake, prepared, capsys):
             "generate-offline-data",
             "--endpoint",
             server.endpoint,
+            "--server-states-path",
+            str(server.states),
             "--preprocessed-data",
             str(prepared),
             "--concurrency",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fakes import speculative_config
 
+from speculators.checkpoint.formats import Serving
 from speculators.cli.app import main, run
 from speculators.cli.launch_vllm import split
 from speculators.deploy.process import ServerFailedError, find_vllm, version_in
@@ -208,8 +209,12 @@ def test_the_note_beside_the_states_comes_back_as_written(tmp_path):
     note.write(tmp_path)
     assert ExtractionNote.read(tmp_path) == note
     (tmp_path / "extraction.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="is not JSON"):
         ExtractionNote.read(tmp_path)
+    for values in ({}, {"layer_ids": 3, "num_layers": 8}, {"layer_ids": [9], "num_layers": 8}, {"layer_ids": ["2"]}):
+        (tmp_path / "extraction.json").write_text(json.dumps({"format": 1, "model": "m", **values}))
+        with pytest.raises(ValueError, match="not layers of a model"):
+            ExtractionNote.read(tmp_path)
 
 
 def test_addresses_are_read_from_vllms_flags():
@@ -226,3 +231,23 @@ def test_commands_are_built_of_what_they_are_given():
     note = ExtractionNote("v", (1, 2), 2)
     with pytest.raises(ValueError, match="--kv-transfer-config after --"):
         command_to_extract(["vllm"], note, Path("/x"), ["--kv-transfer-config", "{}"])
+
+
+@pytest.mark.parametrize("name", ["--api-key=x", "-sc", "a\nb", "org/\x1b[2Jmodel"])
+def test_a_recorded_name_becomes_no_option_of_a_command(speculator, name, capsys):
+    note = ExtractionNote(name, (1, 2), 2)
+    for make in (
+        lambda: command_to_serve(["vllm"], name, None),
+        lambda: command_to_extract(["vllm"], note, Path("/x")),
+        lambda: Serving(name).command,
+    ):
+        with pytest.raises(ValueError, match="is not passed to a command"):
+            make()
+    config = Path(speculator) / "config.json"
+    values = json.loads(config.read_text())
+    values["speculators_config"]["verifier"]["name_or_path"] = name
+    config.write_text(json.dumps(values))
+    assert main(["serve", speculator, "--dry-run"]) == 1
+    printed = capsys.readouterr()
+    assert "is not passed to a command" in " ".join(printed.err.split())
+    assert "vllm serve" not in printed.out and "\x1b" not in printed.out + printed.err

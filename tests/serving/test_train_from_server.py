@@ -69,8 +69,9 @@ def keys(folder, verifier, data):
     }
 
 
-def run(settings, endpoint, on_event=lambda event: None, **changes):
-    return train(TrainConfig.from_flat({**settings, "vllm_endpoint": endpoint, **changes}), on_event=on_event)
+def run(settings, server, on_event=lambda event: None, **changes):
+    served = {} if server is None else {"vllm_endpoint": server.endpoint, "server_states_path": str(server.states)}
+    return train(TrainConfig.from_flat({**settings, **served, **changes}), on_event=on_event)
 
 
 SLOTS = ("--slots", "5", "--hidden", str(HIDDEN_SIZE))
@@ -90,7 +91,7 @@ def whole(tmp_path_factory, verifier, data):
     """Master weights after a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     server = leave_note(launch(folder / "fake", *SLOTS))
-    run(keys(folder, verifier, data), server.endpoint, epochs=3, **UNKEPT)
+    run(keys(folder, verifier, data), server, epochs=3, **UNKEPT)
     server.end()
     return masters(folder / "run")
 
@@ -101,7 +102,7 @@ def masters(path):
 
 def test_a_run_asks_for_each_row_once_and_leaves_no_file(start_fake, settings, tmp_path):
     server, events = start(start_fake), []
-    result = run(settings, server.endpoint, events.append)
+    result = run(settings, server, events.append)
     assert result.num_steps > 0
     assert server.log == ["ok"] * 24  # two epochs: kept in memory after the first
     assert server.files == []
@@ -121,11 +122,11 @@ def test_a_server_that_dies_costs_no_step_and_the_same_command_goes_on(start_fak
             steps.append(event.step)
 
     with pytest.raises(ServerUnavailableError, match="no answer from") as failure:
-        run(settings, dying.endpoint, listen, **changes)
+        run(settings, dying, listen, **changes)
     first = len(steps)
     assert f"interrupted: the same command continues from step {first}" in str(failure.value)
     back = start(start_fake, port=dying.port)
-    run(settings, back.endpoint, listen, **changes)
+    run(settings, back, listen, **changes)
     assert steps == list(range(1, len(steps) + 1))  # none twice, none left out
     assert 0 < first < len(steps)
     resumed = masters(tmp_path / "run")
@@ -139,7 +140,7 @@ def test_a_server_that_comes_back_in_time_is_not_even_noticed(start_fake, settin
     server = start(start_fake)
     server.inject(*[""] * 5, "die")
     restart = server.when_it_dies(lambda: start(start_fake, port=server.port))
-    assert run(settings, server.endpoint, epochs=1, max_retries=8).num_steps > 0
+    assert run(settings, server, epochs=1, max_retries=8).num_steps > 0
     restart.join()
     assert "die" in server.log
 
@@ -147,22 +148,22 @@ def test_a_server_that_comes_back_in_time_is_not_even_noticed(start_fake, settin
 def test_states_of_another_width_and_rows_too_long_are_refused(start_fake, settings, tmp_path):
     server = leave_note(start_fake("--slots", "5", "--hidden", "8"))
     with pytest.raises(InvalidResponseError, match="hidden size is 8; the verifier's is 16: it is another model"):
-        run(settings, server.endpoint)
+        run(settings, server)
     normal = start(start_fake, name="normal")  # takes 64 tokens, one of which it generates
     Dataset.from_list([{"input_ids": [1] * 64, "loss_mask": [1] * 64, "seq_len": 64}] * 4).save_to_disk(
         tmp_path / "long"
     )
     with pytest.raises(ValueError, match=r"longest row has 64 tokens.*takes 63.*--max-model-len 65"):
-        run(settings, normal.endpoint, data_path=str(tmp_path / "long"))
+        run(settings, normal, data_path=str(tmp_path / "long"))
 
 
 def test_served_states_are_cached_and_compared_with_those_stored(start_fake, settings, tmp_path):
     server = start(start_fake)
     stored = {"cache_hidden_states": True, "hidden_states_path": str(tmp_path / "stored")}
-    run(settings, server.endpoint, epochs=1, **stored)
+    run(settings, server, epochs=1, **stored)
     assert len(list((tmp_path / "stored").glob("hs_*.safetensors"))) == 24
     asked = len(server.log)
-    run(settings, server.endpoint, save_path=str(tmp_path / "second"), epochs=1, **stored)
+    run(settings, server, save_path=str(tmp_path / "second"), epochs=1, **stored)
     assert len(server.log) == asked + 1  # one row, to see that server and files agree
     offline = {"on_missing": "raise", "hidden_states_path": str(tmp_path / "stored"), "epochs": 1}
     run(settings, None, save_path=str(tmp_path / "third"), **offline)

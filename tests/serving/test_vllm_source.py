@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import threading
 import time
 
@@ -11,6 +12,7 @@ import httpx
 import pytest
 import torch
 from fake_server import HIDDEN_SIZE, states_of
+from safetensors.torch import save_file
 
 from speculators.data_generation import VllmSource
 from speculators.data_generation.sources.vllm import DamagedStatesError, read_and_delete
@@ -42,7 +44,7 @@ def assert_right(states, ids, *, aux_slots=(0, 1), last_slot=2, num_slots=3):
 
 def test_rows_come_back_in_order_and_no_file_stays(start_fake):
     server = start_fake()
-    source = VllmSource(server.endpoint, CAPTURE, concurrency=2)
+    source = VllmSource(server.endpoint, CAPTURE, directory=server.states, concurrency=2)
     for states, ids in zip(source.read(ROWS), ROWS, strict=True):
         assert_right(states, ids)
     assert server.files == []
@@ -53,11 +55,13 @@ def test_rows_come_back_in_order_and_no_file_stays(start_fake):
 def test_the_servers_note_says_which_slot_is_which_layer(start_fake):
     server = start_fake("--slots", "5")
     ExtractionNote("m", (1, 2, 3, 5, 8), 8).write(server.folder / "states")
-    [states] = VllmSource(server.endpoint, CAPTURE).read(ROWS[:1])
+    [states] = VllmSource(server.endpoint, CAPTURE, directory=server.states).read(ROWS[:1])
     assert_right(states, ROWS[0], aux_slots=(1, 3), last_slot=4, num_slots=5)
-    [last_only] = VllmSource(server.endpoint, CaptureSpec((), last_hidden=True)).read(ROWS[:1])
+    [last_only] = VllmSource(server.endpoint, CaptureSpec((), last_hidden=True), directory=server.states).read(ROWS[:1])
     assert last_only.aux_TD is None
-    [of_last_layer] = VllmSource(server.endpoint, CaptureSpec((2, 8), last_hidden=True)).read(ROWS[:1])
+    [of_last_layer] = VllmSource(server.endpoint, CaptureSpec((2, 8), last_hidden=True), directory=server.states).read(
+        ROWS[:1]
+    )
     assert torch.equal(of_last_layer.aux_TD[:, HIDDEN_SIZE:], of_last_layer.last_hidden_TH)
 
 
@@ -66,18 +70,18 @@ def test_layers_the_server_does_not_extract_are_named(start_fake):
     note = ExtractionNote("m", (1, 2, 8), 8)
     note.write(server.folder / "states")
     with pytest.raises(InvalidResponseError, match=r"layers \[1, 2, 8\] of 8.*reads \[5\].*--target-layer-ids 2 5"):
-        VllmSource(server.endpoint, CAPTURE).read(ROWS[:1])
+        VllmSource(server.endpoint, CAPTURE, directory=server.states).read(ROWS[:1])
     (server.folder / "states" / "extraction.json").unlink()
     with pytest.raises(InvalidResponseError, match="extracts 3 layers, the drafter reads 2"):
-        VllmSource(server.endpoint, CaptureSpec((2, 5))).read(ROWS[:1])
-    [states] = VllmSource(server.endpoint, CAPTURE, layer_ids=(2, 5, 8)).read(ROWS[:1])
+        VllmSource(server.endpoint, CaptureSpec((2, 5)), directory=server.states).read(ROWS[:1])
+    [states] = VllmSource(server.endpoint, CAPTURE, directory=server.states, layer_ids=(2, 5, 8)).read(ROWS[:1])
     assert_right(states, ROWS[0])
 
 
 @pytest.mark.parametrize("fault", ["500", "drop", "truncated", "nan", "no file", "other tokens in file"])
 def test_a_passing_fault_is_tried_again(start_fake, fault):
     server = start_fake()
-    source = VllmSource(server.endpoint, CAPTURE, concurrency=1)
+    source = VllmSource(server.endpoint, CAPTURE, directory=server.states, concurrency=1)
     server.inject(fault)
     for states, ids in zip(source.read(ROWS), ROWS, strict=True):
         assert_right(states, ids)
@@ -88,7 +92,7 @@ def test_a_passing_fault_is_tried_again(start_fake, fault):
 @pytest.mark.parametrize("benign", ["slow writer", "no lock file"])
 def test_a_slow_writer_is_waited_for_and_locks_are_optional(start_fake, benign):
     server = start_fake()
-    source = VllmSource(server.endpoint, CAPTURE)
+    source = VllmSource(server.endpoint, CAPTURE, directory=server.states)
     server.inject(benign)
     assert_right(source.read(ROWS[:1])[0], ROWS[0])
     assert server.log == [benign]
@@ -96,7 +100,7 @@ def test_a_slow_writer_is_waited_for_and_locks_are_optional(start_fake, benign):
 
 def test_a_writer_that_never_lets_go_is_given_up_after_the_timeout(start_fake):
     server = start_fake()
-    source = VllmSource(server.endpoint, CAPTURE, timeout_s=0.3)
+    source = VllmSource(server.endpoint, CAPTURE, directory=server.states, timeout_s=0.3)
     server.inject("lock never released")
     assert_right(source.read(ROWS[:1])[0], ROWS[0])
     assert server.log == ["lock never released", "ok"]
@@ -112,12 +116,81 @@ def test_a_writer_that_never_lets_go_is_given_up_after_the_timeout(start_fake):
 )
 def test_a_wrong_answer_is_final(start_fake, fault, message):
     server = start_fake()
-    source = VllmSource(server.endpoint, CAPTURE)
+    source = VllmSource(server.endpoint, CAPTURE, directory=server.states)
     server.inject(fault)
     with pytest.raises(InvalidResponseError, match=message):
         source.read(ROWS[:1])
     assert server.log == [fault]
     assert source.counts.num_failed == 1
+
+
+def precious(folder, name):
+    """A file of the user's, with a lock beside it, that no server may have deleted."""
+    folder.mkdir(exist_ok=True)
+    save_file({"hidden_states": torch.ones(5, 3, 4), "token_ids": ROWS[0]}, folder / name)
+    (folder / f"{name}.lock").touch()
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("named", "rule"),
+    [
+        ("{home}/thesis.safetensors", "not directly in .*--server-states-path"),
+        ("{states}/../home/thesis.safetensors", "not directly in"),
+        ("{states}/deeper/thesis.safetensors", "not directly in"),
+        ("{states}/elsewhere/thesis.safetensors", "not directly in"),
+        ("thesis.safetensors", "not directly in"),
+        ("{states}/link.safetensors", "not a plain file"),
+        ("{states}/hs_3.safetensors", "called <request id>"),
+        ("{states}/model.safetensors", "called <request id>"),
+        ("{states}/notes.txt", "called <request id>"),
+        ("{states}/.safetensors", "called <request id>"),
+        ("{states}/directory.safetensors", "not a plain file"),
+        ("{states}/pipe.safetensors", "not a plain file"),
+        ("{states}/a\0.safetensors", "not directly in|called <request id>"),
+        ("{states}/" + "a" * 5000 + ".safetensors", "not directly in|called <request id>"),
+    ],
+)
+def test_a_server_chooses_no_file_that_is_read_or_deleted(start_fake, tmp_path, named, rule):
+    server, home = start_fake(), tmp_path / "home"
+    kept = [precious(home, "thesis.safetensors"), precious(server.states, "hs_3.safetensors")]
+    kept += [precious(server.states, name) for name in ("model.safetensors", "notes.txt", ".safetensors")]
+    kept.append(precious(server.states / "deeper", "thesis.safetensors"))
+    (server.states / "elsewhere").symlink_to(home)
+    (server.states / "link.safetensors").symlink_to(kept[0])
+    (server.states / "directory.safetensors").mkdir()
+    os.mkfifo(server.states / "pipe.safetensors")
+    server.inject("names " + named.format(home=home, states=server.states))
+    with pytest.raises(InvalidResponseError, match=rule):
+        VllmSource(server.endpoint, CAPTURE, directory=server.states).read(ROWS[:1])
+    assert all(file.is_file() and file.with_name(f"{file.name}.lock").is_file() for file in kept)
+
+
+def test_a_directory_may_be_named_by_a_link(start_fake, tmp_path):
+    server = start_fake()
+    (tmp_path / "link").symlink_to(server.states)
+    assert_right(VllmSource(server.endpoint, CAPTURE, directory=tmp_path / "link").read(ROWS[:1])[0], ROWS[0])
+    assert server.files == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"choices": 3}',
+        '{"choices": ["x"]}',
+        '{"choices": {"0": 1}}',
+        '{"choices": [{"prompt_token_ids": 5}]}',
+        '{"choices": [{"prompt_token_ids": "31415"}]}',
+        '{"kv_transfer_params": "path"}',
+        '{"kv_transfer_params": {"hidden_states_path": 7}}',
+        '{"kv_transfer_params": {"hidden_states_path": ["a"]}}',
+    ],
+)
+def test_a_malformed_answer_is_named(start_fake, answer):
+    server = start_fake()
+    server.inject("answers " + answer)
+    with pytest.raises(InvalidResponseError, match=r"the answer's .* is this a vLLM server"):
+        VllmSource(server.endpoint, CAPTURE, directory=server.states).read(ROWS[:1])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +205,7 @@ def test_a_wrong_answer_is_final(start_fake, fault, message):
 )
 def test_a_fault_that_stays_is_an_error_that_says_so(start_fake, fault, message):
     server = start_fake()
-    source = VllmSource(server.endpoint, CAPTURE)
+    source = VllmSource(server.endpoint, CAPTURE, directory=server.states)
     server.inject(*[fault] * 10)
     with pytest.raises(ServerUnavailableError, match=message):
         source.read(ROWS[:1])
@@ -144,7 +217,7 @@ def test_a_server_that_dies_and_comes_back_is_asked_on(start_fake, monkeypatch):
     from speculators.data_generation import vllm_client
 
     server = start_fake()
-    source = VllmSource(server.endpoint, CAPTURE, concurrency=1, max_retries=8)
+    source = VllmSource(server.endpoint, CAPTURE, directory=server.states, concurrency=1, max_retries=8)
     monkeypatch.setattr(vllm_client, "BACKOFF_S", 0.05)
     server.inject("", "die")
     restarted = server.when_it_dies(lambda: start_fake(port=server.port))
@@ -156,13 +229,13 @@ def test_a_server_that_dies_and_comes_back_is_asked_on(start_fake, monkeypatch):
 
 def test_a_server_that_stays_away_is_named(start_fake):
     server = start_fake()
-    source = VllmSource(server.endpoint, CAPTURE)
+    source = VllmSource(server.endpoint, CAPTURE, directory=server.states)
     server.process.kill()
     server.process.wait()
     with pytest.raises(ServerUnavailableError, match=rf"no answer from .*:{server.port}/v1/completions.*4 attempts"):
         source.read(ROWS)
     with pytest.raises(ServerUnavailableError, match="no answer from"):
-        VllmSource(server.endpoint, CAPTURE)
+        VllmSource(server.endpoint, CAPTURE, directory=server.states)
     with pytest.raises(ValueError, match="begins with http://"):
         VllmSource("localhost:8000", CAPTURE)
 
@@ -172,14 +245,12 @@ def test_a_lock_left_by_a_dead_writer_does_not_block(tmp_path):
     (tmp_path / "a.safetensors.lock").touch()
     start = time.monotonic()
     with pytest.raises(DamagedStatesError, match="wrote no"):
-        read_and_delete(path, ROWS[0], timeout_s=5)
+        read_and_delete(path.parent, path.name, ROWS[0], timeout_s=5)
     assert time.monotonic() - start < 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_reader_waits_for_the_lock_and_not_for_the_file(tmp_path):
-    from safetensors.torch import save_file
-
     path, lock = tmp_path / "a.safetensors", tmp_path / "a.safetensors.lock"
     handle = lock.open("w")
     fcntl.flock(handle, fcntl.LOCK_EX)
@@ -190,7 +261,7 @@ def test_the_reader_waits_for_the_lock_and_not_for_the_file(tmp_path):
         handle.close()
 
     threading.Timer(0.2, finish).start()
-    assert read_and_delete(path, ROWS[0], timeout_s=5).shape == (5, 1, 2)
+    assert read_and_delete(path.parent, path.name, ROWS[0], timeout_s=5).shape == (5, 1, 2)
 
 
 def test_the_async_request_answers_alike(start_fake):

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators.checkpoint.findings import Finding
-from speculators.utils.files import atomic_write
+from speculators.utils.files import atomic_write, read_json_object
 from speculators.utils.loading import SAFETENSORS, list_checkpoint_keys, load_checkpoint
+from speculators.utils.names import refuse_option
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorModelConfig
@@ -44,14 +45,9 @@ class ForeignCheckpoint:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """The values of config.json; empty when the file is missing. Raises `ValueError` when it is not JSON."""
+        """The values of config.json; empty without the file. Raises `ValueError` when it is not a JSON object."""
         file = self.path / CONFIG_FILE
-        if not file.is_file():
-            return {}
-        try:
-            return json.loads(file.read_text())
-        except ValueError as problem:
-            raise ValueError(f"{file} is not JSON ({problem}): fetch it again, or correct it") from problem
+        return read_json_object(file) if file.is_file() else {}
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
@@ -87,7 +83,7 @@ class Serving:
     def command(self) -> str:
         options = [] if self.speculative_config is None else [json.dumps(dict(self.speculative_config))]
         flags = ["--speculative-config", *options] if options else []
-        return shlex.join(["vllm", "serve", self.model, *flags])
+        return shlex.join(["vllm", "serve", refuse_option(self.model), *flags])
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from speculators.checkpoint.formats import (
 from speculators.checkpoint.record import RECORD_FILE, read_training_record
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
-from speculators.utils.files import absolute_if_directory, looks_like_a_path
+from speculators.utils.files import absolute_if_directory, looks_like_a_path, read_json_object
 from speculators.utils.progress import no_progress_bars
 
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
@@ -213,7 +213,7 @@ def hub_config(name: str) -> dict[str, Any] | None:
             f"{name} is not a directory here, and the hub gives no model of that name ({reason}); name the directory "
             "or the hub id of a speculator or a model"
         ) from error
-    return parse_config(Path(path))
+    return read_json_object(Path(path))
 
 
 def local_config(name: str) -> dict[str, Any]:
@@ -224,11 +224,4 @@ def local_config(name: str) -> dict[str, Any]:
     if not (path / CONFIG_FILE).is_file():
         refuse_run(path)
         raise ValueError(f"{name} has no {CONFIG_FILE}: it is neither a speculator nor a model")
-    return parse_config(path / CONFIG_FILE)
-
-
-def parse_config(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): the checkpoint is damaged") from error
+    return read_json_object(path / CONFIG_FILE)

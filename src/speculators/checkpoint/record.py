@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from speculators.checkpoint.formats import dtype_name
 from speculators.config import installed_version
-from speculators.utils.files import atomic_write
+from speculators.utils.files import atomic_write, read_json_object
 from speculators.utils.loading import load_checkpoint
 from speculators.verifier.config import open_config, text_config
 from speculators.verifier.loading import verifier_rows
@@ -104,7 +104,7 @@ def read_training_record(directory: str | Path) -> dict[str, Any] | None:
     file = Path(directory) / RECORD_FILE
     if not file.is_file():
         return None
-    record = json.loads(file.read_text())
+    record = read_json_object(file, "delete it, or take it from where the checkpoint was trained")
     if record.get("record_version") != RECORD_VERSION:
         raise ValueError(f"{file} has version {record.get('record_version')}; this release reads {RECORD_VERSION}")
     return record

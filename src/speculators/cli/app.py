@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from speculators.cli.shared import say_error
+from speculators.cli.shared import escape_warnings, say_error
 from speculators.train.events import ConfigError
 from speculators.utils.names import did_you_mean
 
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     quieten_libraries()
+    escape_warnings()
     try:
         result = run(args)
     except SystemExit as end:  # argparse's --help, --dump-config

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from speculators.cli.shared import (
     Device,
@@ -131,7 +130,7 @@ def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) ->
     report = api.evaluate(**settings, check_sampling=lossless, progress=True)
     out().print(report)
     for warning in report.warnings():
-        say(f"[yellow]{escape(warning)}[/]")
+        say(warning, "yellow")
     if output is not None:
         say(f"report: {report.save(output)}")
     if lossless:
@@ -175,7 +174,7 @@ def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: 
     if config.baseline is None:
         say(NO_BASELINE)
     for warning in report.warnings():
-        say(f"[yellow]{escape(warning)}[/]")
+        say(warning, "yellow")
     if output is not None:
         say(f"report: {report.save(output)}")
     result = {"verb": "evaluate", **report.to_dict()}

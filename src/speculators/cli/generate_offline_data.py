@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from speculators.cli.shared import out, say
+from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
 
 NUM_SHOWN = 5
 """Failed rows named one by one; all are in the JSON line."""
@@ -15,6 +16,9 @@ NUM_SHOWN = 5
 def generate_offline_data(
     preprocessed_data: Annotated[str, typer.Option(help="Prepared dataset (the output of prepare-data).")] = "./output",
     endpoint: Annotated[str, typer.Option(help="Server started by launch-vllm.")] = "http://localhost:8000/v1",
+    server_states_path: Annotated[
+        str, typer.Option(help="Directory that this server writes to: its --hidden-states-path.")
+    ] = str(DEFAULT_STATES_DIRECTORY),
     output: Annotated[str | None, typer.Option(help="Default: hidden_states in the prepared dataset.")] = None,
     model: Annotated[str | None, typer.Option(help="Only a check: what the server must serve.")] = None,
     target_layer_ids: Annotated[
@@ -40,6 +44,7 @@ def generate_offline_data(
     config = data_generation.OfflineConfig(
         preprocessed_data=preprocessed_data,
         endpoint=endpoint,
+        server_states_path=server_states_path,
         output=output,
         model=model,
         target_layer_ids=parse_layer_ids(target_layer_ids),
@@ -56,7 +61,7 @@ def generate_offline_data(
     report = data_generation.generate_offline_data(config, progress=True)
     out().print(report)
     for row, reason in list(report.failed.items())[:NUM_SHOWN]:
-        say(f"[yellow]row {row}: {reason}[/]")
+        say(f"row {row}: {reason}", "yellow")
     return {
         "verb": "generate-offline-data",
         "directory": str(report.directory),

@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from speculators.cli.shared import TrustRemoteCode, out, parse_json_object
+from speculators.utils.report import visible
 
 if TYPE_CHECKING:
     from speculators.data_generation.prepared import InspectedRow
@@ -50,7 +51,7 @@ def coloured(row: InspectedRow) -> Text:
     text = Text()
     for span in row.spans:
         if span.supervised:
-            text.append("⟦", style="dim").append(span.text, style="green").append("⟧", style="dim")
+            text.append("⟦", style="dim").append(visible(span.text), style="green").append("⟧", style="dim")
         else:
-            text.append(span.text, style="dim")
+            text.append(visible(span.text), style="dim")
     return text

@@ -6,7 +6,6 @@ Its flags are read here, not by typer: `--target-layer-ids 2 4 5` takes several 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from speculators.cli.vllm_server import READY_TIMEOUT_S, start, vllm_environment
+from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
 
 if TYPE_CHECKING:
     from speculators.verifier.capture import ExtractionNote
-
-DEFAULT_DIRECTORY = Path(tempfile.gettempdir()) / "hidden_states"
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,8 +38,8 @@ def parser() -> Parser:
     parser.add_argument(
         "--hidden-states-path",
         type=Path,
-        default=DEFAULT_DIRECTORY,
-        help=f"Directory both the server and the reader see; a fast one. Default: {DEFAULT_DIRECTORY}.",
+        default=DEFAULT_STATES_DIRECTORY,
+        help=f"Directory both the server and the reader see; a fast one. Default: {DEFAULT_STATES_DIRECTORY}.",
     )
     parser.add_argument(
         "--target-layer-ids",

@@ -19,7 +19,8 @@ from speculators.cli.shared import out, print_facts
 
 NUM_SPECULATIVE_TOKENS = 4
 MARKER = "made-by-quickstart"
-"""Only a directory with this file in it is ever replaced."""
+WRITTEN = (MARKER, "responses.jsonl", "responses.errors.jsonl", "data", "run", "report.json")
+"""Only a directory with the marker, and with nothing but these in it, is ever replaced."""
 
 REGENERATION = ("--limit", "600", "--max-tokens", "128", "--batch-size", "64")
 RECIPE = ("--draft-vocab-size", "2048", "--total-seq-len", "512", "--lr", "3e-3", "--epochs", "4")
@@ -39,7 +40,7 @@ def quickstart(
     results: dict[str, dict[str, Any]] = {}
     for title, command in steps(output, results):
         out().rule(f"[bold]{len(results) + 1} {title}", align="left")
-        out().print(f"[cyan]$ speculators {shlex.join(command)}", highlight=False)
+        out().print(f"$ speculators {shlex.join(command)}", style="cyan", markup=False)
         step_begun_s = time.perf_counter()
         results[command[0]] = run(command) | {"time_s": time.perf_counter() - step_begun_s}
     checkpoint = results["train"]["checkpoint"]
@@ -112,9 +113,11 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
 def start_output(output: Path) -> None:
     """An empty directory; an earlier quickstart's is removed, anyone else's is left alone."""
     if output.exists():
-        if not (output / MARKER).is_file():
+        others = sorted(path.name for path in output.iterdir() if path.name not in WRITTEN)
+        if not (output / MARKER).is_file() or others:
+            found = f"holds {others[:5]}" if others else "exists"
             raise ValueError(
-                f"{output} exists and is not an earlier quickstart's; name another directory with --output"
+                f"{output} {found} and is not an earlier quickstart's; name another directory with --output"
             )
         shutil.rmtree(output)
     output.mkdir(parents=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from speculators.cli.shared import NumSpeculativeTokens, parse_json_object, say
 from speculators.cli.vllm_server import READY_TIMEOUT_S, DryRun, Python, ReadyTimeout, start, vllm_environment
@@ -91,7 +90,7 @@ def look_up(name: str, taken_for: str) -> dict[str, Any] | None:
 
     values = read_model_config(name)
     if values is None:
-        say(f"{escape(name)} is no directory here and the hub cannot be asked: it is taken for {taken_for}")
+        say(f"{name} is no directory here and the hub cannot be asked: it is taken for {taken_for}")
     return values
 
 
@@ -146,9 +145,9 @@ def refuse_errors(checkpoint: str, verifier: str) -> None:
     report = check_checkpoint(checkpoint, verifier=verifier)
     for found in report.findings:
         if found.severity == "warning":
-            say(f"[yellow]{escape(str(found))}[/]")
+            say(str(found), "yellow")
     report.raise_for_errors("; --no-check serves it all the same")
-    say(f"[dim]contract check: {report.verdict}[/]")
+    say(f"contract check: {report.verdict}", "dim")
 
 
 def refuse_other_method(model: str, own: Any, asked: str | None) -> None:

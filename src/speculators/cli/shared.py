@@ -5,35 +5,49 @@ flags that several of them have.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from speculators.utils.report import WIDTH, facts_table
+from speculators.utils.report import WIDTH, ReportConsole, facts_table, visible
 
 
-def out() -> Console:
+def out() -> ReportConsole:
     """For people: tables and text. Made on each call, so that a redirected stdout is honoured."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    return ReportConsole(width=None if sys.stdout.isatty() else WIDTH)
 
 
-def err() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+def err() -> ReportConsole:
+    return ReportConsole(stderr=True, soft_wrap=True)
 
 
-def say(text: str) -> None:
-    """Prints a line of progress on stderr: stdout holds the result alone."""
-    err().print(text)
+def say(text: str, style: str | None = None) -> None:
+    """Prints a line of progress on stderr: stdout holds the result alone. Brackets in it are text, not styles."""
+    err().print(text, style=style, markup=False)
 
 
 def say_error(message: str, hint: str | None = None) -> None:
-    err().print(f"[bold red]error:[/] {escape(message)}")
+    console = err()
+    console.print("[bold red]error:[/] ", end="")
+    console.print(message, markup=False)
     if hint:
-        err().print(f"[dim]{escape(hint)}[/]")
+        say(hint, "dim")
+
+
+class WarningFormatter(logging.Formatter):
+    """Shows control characters of a logged warning escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def escape_warnings() -> None:
+    """Escapes what Python prints of warnings that nobody else handles."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(WarningFormatter())
 
 
 def print_facts(title: str, facts: Mapping[str, object]) -> None:

@@ -35,10 +35,10 @@ def vllm_environment(python: str | None, dry_run: bool) -> VllmEnvironment | Non
     except ValueError as error:
         if not dry_run or python is not None:
             raise
-        say(f"[dim]{escape(str(error))}[/]")
+        say(str(error), "dim")
         return None
     if not found.is_tested_version:
-        say(f"[yellow]vLLM {found.version} in {found.python}; checkpoints were tested with {TESTED_VERSION}[/]")
+        say(f"vLLM {found.version} in {found.python}; checkpoints were tested with {TESTED_VERSION}", "yellow")
     return found
 
 
@@ -53,11 +53,11 @@ def start(
         "dry_run": dry_run,
     }
     if dry_run:
-        out().print(shlex.join(launch.command), soft_wrap=True, markup=False, emoji=False)
+        out().print(shlex.join(launch.command), soft_wrap=True, markup=False)
         return result
     from speculators.deploy.serve import run_server
 
-    say(f"[dim]{escape(shlex.join(launch.command))}[/]")
+    say(shlex.join(launch.command), "dim")
     with WaitLine() as line:
         signal_name = run_server(
             launch,
@@ -87,7 +87,7 @@ class WaitLine:
         self.status.stop()
 
     def forward(self, line: str) -> None:
-        self.console.print(line, markup=False, emoji=False)
+        self.console.print(line, markup=False)
 
     def wait(self, seconds: float, last_line: str) -> None:
         if self.console.is_terminal:
@@ -98,4 +98,4 @@ class WaitLine:
 
     def ready(self, seconds: float, endpoint: str | None) -> None:
         self.status.stop()
-        self.console.print(f"[bold]ready[/] after {seconds:.0f} s: {endpoint}")
+        self.console.print(f"[bold]ready[/] after {seconds:.0f} s: {escape(str(endpoint))}")

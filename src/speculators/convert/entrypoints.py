@@ -8,8 +8,8 @@ Converter                            base of the converter classes of earlier re
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,13 @@ from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint, OurCh
 from speculators.checkpoint.io import local_directory, open_checkpoint, recognise, write_ours
 from speculators.checkpoint.record import write_training_record
 from speculators.model import SpeculatorModel
-from speculators.utils.files import absolute_if_directory, atomic_directory, refuse_to_replace
+from speculators.utils.files import (
+    absolute_if_directory,
+    atomic_directory,
+    read_json_object,
+    record_files,
+    refuse_to_replace,
+)
 from speculators.utils.names import NamedModel, model_name
 from speculators.utils.report import TableReport, facts_table
 
@@ -48,7 +54,9 @@ class ConvertedCheckpoint(TableReport, os.PathLike[str]):
             "written to": self.path,
             "from format": self.source_format,
             "speculator": self.speculators_model_type,
-            "check it with": f"speculators check {self.path}",
+            "check it with": shlex.join(
+                ["speculators", "check", *(["--"] if str(self.path).startswith("-") else []), str(self.path)]
+            ),
         }
         return [facts_table("converted", facts | ({"note": "\n".join(self.notes)} if self.notes else {}))]
 
@@ -86,6 +94,7 @@ def convert_checkpoint(
     with atomic_directory(output) as folder:
         write_ours(ours, opened.model_class, folder)
         write_training_record(folder, opened.model_class.contract.training_keys, origin="conversion")
+        record_files(folder)
     expected = opened.model_class.contract.expected_tensors(opened.model_class, config)
     unused = sorted(opened.tensors.keys() - expected.keys())
     left_out = (f"tensors that such a drafter does not have were left out: {unused}",) if unused else ()
@@ -152,7 +161,7 @@ def maybe_convert_external_checkpoint(
     Raises `NotImplementedError` when no algorithm recognises it, `ValueError` when it needs a verifier.
     """
     path = local_directory(model, cache_dir)
-    values = config_dict if config_dict is not None else json.loads((path / "config.json").read_text())
+    values = config_dict if config_dict is not None else read_json_object(path / "config.json")
     if "speculators_model_type" in values:
         return model
     try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from speculators.checkpoint.io import local_directory
+from speculators.utils.files import read_json_object
 from speculators.utils.loading import BIN_INDEX, SAFETENSORS_INDEX, load_checkpoint
 
 
@@ -27,7 +27,7 @@ def load_checkpoint_config(checkpoint_dir: str | Path) -> dict[str, Any]:
     file = Path(checkpoint_dir) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"No config.json found at {checkpoint_dir}")
-    return json.loads(file.read_text())
+    return read_json_object(file)
 
 
 def load_checkpoint_weights(checkpoint_dir: str | Path) -> dict[str, Tensor]:

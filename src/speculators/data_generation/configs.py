@@ -6,8 +6,10 @@ No preset is on-policy for your verifier: regenerate the responses (`regenerate_
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -18,6 +20,8 @@ DEFAULT_ANSWER_TOKENS = 1024
 """Longest regenerated answer."""
 DEFAULT_ANSWERED_TOGETHER = 32
 """Conversations that one batch answers."""
+DEFAULT_STATES_DIRECTORY = Path(tempfile.gettempdir()) / "hidden_states"
+"""Where `launch-vllm` has a server write its files unless told otherwise, and where they are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
 from speculators.data_generation.offline import find_corrupt_hidden_state_indices, get_indices_to_process
 from speculators.data_generation.prepared import HIDDEN_STATES_NAME, PreparedData
 from speculators.data_generation.sources.store import HiddenStateStore
@@ -44,6 +45,8 @@ class OfflineConfig:
 
     preprocessed_data: str
     endpoint: str = DEFAULT_ENDPOINT
+    server_states_path: str = str(DEFAULT_STATES_DIRECTORY)
+    """Directory that the server writes to; its files are read and deleted there and nowhere else."""
     output: str | None = None
     """None: beside the prepared data, where `train` looks."""
     model: str | None = None
@@ -102,6 +105,7 @@ def generate_offline_data(config: OfflineConfig, progress: bool | Progress | Non
     source = VllmSource(
         config.endpoint,
         capture,
+        directory=config.server_states_path,
         layer_ids=config.target_layer_ids,
         concurrency=config.concurrency,
         timeout_s=config.request_timeout_s,
@@ -127,7 +131,10 @@ def capture_of(config: OfflineConfig) -> CaptureSpec:
     ids, num_layers = config.target_layer_ids, max(config.target_layer_ids or (0,))
     if ids is None:
         note = what_the_server_extracts(
-            config.endpoint, timeout_s=config.request_timeout_s, max_retries=config.max_retries
+            config.endpoint,
+            Path(config.server_states_path).expanduser(),
+            timeout_s=config.request_timeout_s,
+            max_retries=config.max_retries,
         )
         if note is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Asks a vLLM server for the hidden states of token sequences: requests, answers, retries. No tensors here.
+"""Asks a vLLM server for the hidden states of token sequences: requests, answers, retries, which files it may name.
 
     POST <endpoint>/completions  {"prompt": [ids], "max_tokens": 1, "return_token_ids": true}
     answer                       choices[0].prompt_token_ids, kv_transfer_params.hidden_states_path
@@ -12,12 +12,19 @@ import asyncio
 import functools
 import inspect
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+
+from speculators.data_generation.offline import FILE_NAME as STORED_ROW
+from speculators.data_generation.offline import num_slots
+from speculators.interfaces import CaptureSpec
+from speculators.verifier.capture import ExtractionNote
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +33,10 @@ DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_MAX_RETRIES = 3
 BACKOFF_S = 1.0
 """Wait before the first retry; each further wait is twice as long."""
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.safetensors", re.ASCII)
+"""vLLM names a file after its request."""
+KEPT_NAMES = re.compile(rf"{STORED_ROW.pattern}|(pytorch_)?model.*", re.ASCII)
+"""Files of stored rows and of models, which no server writes and nobody wants deleted."""
 TRANSIENT_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP codes of a server that may answer soon."""
 
@@ -62,7 +73,7 @@ def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
             for attempt in range(max_retries + 1):
                 try:
                     return await function(*args, **kwargs)
-                except (TransientError, httpx.TransportError) as error:
+                except (TransientError, httpx.TransportError, httpx.DecodingError) as error:
                     if attempt == max_retries:
                         raise gave_up(error, max_retries) from error
                     log_retry(error, attempt)
@@ -76,7 +87,7 @@ def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
         for attempt in range(max_retries + 1):
             try:
                 return function(*args, **kwargs)
-            except (TransientError, httpx.TransportError) as error:
+            except (TransientError, httpx.TransportError, httpx.DecodingError) as error:
                 if attempt == max_retries:
                     raise gave_up(error, max_retries) from error
                 log_retry(error, attempt)
@@ -91,7 +102,7 @@ def log_retry(error: Exception, attempt: int) -> None:
 
 
 def describe(error: Exception) -> str:
-    if isinstance(error, httpx.TransportError):  # httpx's own text speaks of sockets
+    if isinstance(error, httpx.RequestError):  # httpx's own text speaks of sockets
         return f"no answer from {error.request.url} ({error or type(error).__name__})"
     return str(error)
 
@@ -126,8 +137,13 @@ def served_model(client: httpx.Client) -> ServedModel:
     models = body.get("data") or []
     if not models:
         raise InvalidResponseError(f"{client.base_url} serves no model")
-    first = models[0]
-    return ServedModel(first["id"], first.get("root") or first["id"], first.get("max_model_len"))
+    first = models[0] if isinstance(models, list) else models
+    if not isinstance(first, Mapping) or not isinstance(first.get("id"), str):
+        raise wrong_kind("list of models", models, "a list of objects with an id")
+    root, length = first.get("root") or first["id"], first.get("max_model_len")
+    if not isinstance(root, str) or not (length is None or type(length) is int):
+        raise wrong_kind("model", first, "one with a root and a number as max_model_len")
+    return ServedModel(first["id"], root, length)
 
 
 def checked_json(response: httpx.Response) -> dict[str, Any]:
@@ -138,7 +154,7 @@ def checked_json(response: httpx.Response) -> dict[str, Any]:
         raise InvalidResponseError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
     try:
         body = response.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidResponseError(f"{response.url} did not answer with JSON: {response.text[:300]}") from error
     if not isinstance(body, dict):
         raise InvalidResponseError(f"{response.url} answered {type(body).__name__}, not an object")
@@ -185,11 +201,12 @@ def extract_output(response: Mapping[str, Any], token_ids: Sequence[int]) -> tup
 
     Raises `InvalidResponseError` when the answer is about other tokens or has no handle.
     """
-    choices = response.get("choices") or [{}]
-    seen = choices[0].get("prompt_token_ids")
+    seen = first_choice(response).get("prompt_token_ids")
     if seen is None:
         raise InvalidResponseError("the answer has no prompt_token_ids: the server is older than return_token_ids")
-    if list(seen) != list(token_ids):
+    if not isinstance(seen, list):
+        raise wrong_kind("prompt_token_ids", seen, "a list of token ids")
+    if seen != list(token_ids):
         raise InvalidResponseError(
             f"the server read {len(seen)} tokens, not the {len(token_ids)} that were sent: it cuts or changes prompts"
         )
@@ -199,7 +216,72 @@ def extract_output(response: Mapping[str, Any], token_ids: Sequence[int]) -> tup
             "the answer has no kv_transfer_params: this server does not extract hidden states; start one with "
             "`speculators launch-vllm`"
         )
+    if not isinstance(transfer, Mapping):
+        raise wrong_kind("kv_transfer_params", transfer, "an object")
     handle = transfer.get("hidden_states_path") or transfer.get("handle")
     if not handle:
-        raise InvalidResponseError(f"kv_transfer_params has neither hidden_states_path nor handle: {dict(transfer)}")
-    return str(handle), dict(transfer)
+        raise InvalidResponseError(
+            f"kv_transfer_params has neither hidden_states_path nor handle: {str(dict(transfer))[:300]}"
+        )
+    if not isinstance(handle, str):
+        raise wrong_kind("hidden_states_path", handle, "a path")
+    return handle, dict(transfer)
+
+
+def first_choice(response: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the first completion of an answer, {} without any. Raises `InvalidResponseError` for another kind."""
+    choices = response.get("choices") or [{}]
+    if not isinstance(choices, list) or not isinstance(choices[0], Mapping):
+        raise wrong_kind("choices", choices, "a list of objects")
+    return choices[0]
+
+
+def wrong_kind(what: str, value: Any, wanted: str) -> InvalidResponseError:
+    return InvalidResponseError(f"the answer's {what} is {str(value)[:100]!r}, not {wanted}: is this a vLLM server?")
+
+
+def name_of_served_file(handle: str, directory: Path) -> str:
+    """Returns the file's name in `directory`.
+
+    Raises `InvalidResponseError` unless the server's path is directly in the directory and named as vLLM names files.
+    """
+    try:
+        parent, name = Path(handle).parent.resolve(), Path(handle).name
+        is_inside = Path(handle).is_absolute() and parent == directory.resolve()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, a loop of links
+        is_inside, name = False, ""
+    if not is_inside:
+        raise InvalidResponseError(
+            f"the server names the file {handle[:200]!r}, which is not directly in {directory}: nothing else is read "
+            "or deleted; name the directory that the server writes to (launch-vllm --hidden-states-path) with "
+            "--server-states-path"
+        )
+    if FILE_NAME.fullmatch(name) is None or KEPT_NAMES.fullmatch(name):
+        raise InvalidResponseError(
+            f"the server names the file {name[:200]!r} in {directory}; files of states are called "
+            "<request id>.safetensors, and no other file is read or deleted"
+        )
+    return name
+
+
+def slots_of(capture: CaptureSpec, note: ExtractionNote | None, num_slots_in_file: int) -> list[int]:
+    """Finds the slots of the wanted layers by the server's note; without one the file must hold exactly those layers.
+
+    Raises `InvalidResponseError` when a layer is missing or the number of layers differs.
+    """
+    if note is None:
+        if num_slots_in_file != num_slots(capture):
+            raise InvalidResponseError(
+                f"the server extracts {num_slots_in_file} layers, the drafter reads {num_slots(capture)} ({capture}), "
+                "and the server left no note of its layers; start it with `speculators launch-vllm`"
+            )
+        return list(range(num_slots_in_file))
+    wanted = [*capture.aux_layer_ids, *([note.num_layers] if capture.last_hidden else [])]
+    missing = [layer for layer in wanted if layer not in note.layer_ids]
+    if missing:
+        asked = " ".join(map(str, capture.aux_layer_ids))
+        raise InvalidResponseError(
+            f"the server extracts layers {list(note.layer_ids)} of {note.num_layers}, the drafter reads {missing}: "
+            f"start it with --target-layer-ids {asked or '0'} --include-last-layer"
+        )
+    return [note.layer_ids.index(layer) for layer in wanted]

@@ -10,7 +10,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from speculators.utils.files import looks_like_a_path
+from speculators.utils.files import looks_like_a_path, read_json_object
 
 PLAIN = "none"
 PATH_KEYS = ("speculators_model_type", "model_type")
@@ -99,13 +99,7 @@ def name_of(config: dict[str, Any]) -> str:
         return str(config["method"])
     path = Path(str(config.get("model", "")))
     if (path / "config.json").is_file():
-        try:
-            written = json.loads((path / "config.json").read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"{path / 'config.json'} cannot be read as JSON ({error}): the checkpoint is damaged; copy or train "
-                "it again"
-            ) from error
+        written = read_json_object(path / "config.json", "the checkpoint is damaged; copy or train it again")
         for key in PATH_KEYS:
             if written.get(key):
                 return str(written[key])

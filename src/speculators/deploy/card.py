@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from speculators.checkpoint.findings import VLLM_PROFILE
 from speculators.checkpoint.formats import Serving
 from speculators.config import SpeculatorModelConfig
 from speculators.provenance import package_versions
-from speculators.utils.files import is_same_model
+from speculators.utils.files import is_same_model, read_json_object
 
 REPORT_NAMES = ("report.json", "evaluation.json")
 CARD_FILE = "README.md"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def model_card(
@@ -56,7 +57,7 @@ Written for {VLLM_PROFILE.replace("-", " ")}:
 
 def base_model_line(verifier: str | None) -> str:
     """Names a verifier of the hub; leaves out a local path, which would mean nothing there."""
-    is_hub_id = verifier is not None and verifier.count("/") == 1 and not verifier.startswith((".", "/"))
+    is_hub_id = verifier is not None and HUB_ID.fullmatch(verifier)
     return f"base_model: {verifier}\n" if is_hub_id else ""
 
 
@@ -111,14 +112,14 @@ def rows_about(report: Mapping[str, Any], checkpoint: Path) -> list[Any]:
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as problem:
-        raise ValueError(
-            f"{file} is not JSON ({problem}); name what `evaluate --output` wrote by --report"
-        ) from problem
-    if not isinstance(found, dict) or "rows" not in found:
+    found = read_json_object(file, "name what `evaluate --output` wrote by --report")
+    if not is_evaluation(found):
         raise ValueError(
             f"{file} is not an evaluation: it has no rows; name what `evaluate --output` wrote by --report"
         )
     return found
+
+
+def is_evaluation(values: Mapping[str, Any]) -> bool:
+    rows = values.get("rows")
+    return isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows)

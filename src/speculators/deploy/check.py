@@ -26,7 +26,7 @@ from speculators.config import SpeculatorModelConfig
 from speculators.deploy import config_check, tensor_check, verifier_check
 from speculators.deploy.report import CheckReport
 from speculators.model import SpeculatorModel
-from speculators.utils.names import NamedModel, model_name
+from speculators.utils.names import NamedModel, model_name, refuse_option
 
 RECORD = "as it was trained"
 MAP = "vocabulary map"
@@ -199,6 +199,13 @@ def check_verifier(
     report.verifier = name
     if name is None:
         report.skip(FIT, f"{report.path} names no verifier; give it with --verifier")
+        return
+    try:
+        refuse_option(name)
+    except ValueError as problem:
+        fix = "write a hub id or an absolute path"
+        report.findings.append(error("verifier-name", verifier_check.WHERE, repr(name), str(problem), fix))
+        report.skip(FIT, "the verifier has no usable name")
         return
     report.serving = contract.serving(opened.config, opened.format, str(report.path), name)
     verifier_config, found = verifier_check.verifier_config(name)

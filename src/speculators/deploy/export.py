@@ -24,7 +24,13 @@ from speculators.config import VerifierConfig
 from speculators.deploy.card import CARD_FILE, find_report, model_card
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.report import CheckError, CheckReport
-from speculators.utils.files import absolute_if_directory, atomic_directory, refuse_missing_verifier, refuse_to_replace
+from speculators.utils.files import (
+    absolute_if_directory,
+    atomic_directory,
+    record_files,
+    refuse_missing_verifier,
+    refuse_to_replace,
+)
 from speculators.utils.names import NamedModel, model_name
 from speculators.utils.report import TableReport, facts_table
 
@@ -120,6 +126,7 @@ def write_export(
         refuse_errors(
             check_checkpoint(folder, verifier=named, algorithm=ours.config.speculators_model_type), checkpoint
         )
+        record_files(folder)
     return Exported(path, ours.config.speculators_model_type, format_name, serving, opened.notes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,4 +123,4 @@ class CheckReport(TableReport):
             return "a verifier that is named: --verifier"
         if self.served_format is None:
             return "nothing: decode here with `speculators generate`"
-        return f"what this writes: speculators export {self.path} --output DIRECTORY"
+        return f"what this writes: speculators export {shlex.quote(str(self.path))} --output DIRECTORY"

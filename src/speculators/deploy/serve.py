@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from speculators.deploy.process import ServerProcess, ignore
+from speculators.utils.names import refuse_option
 from speculators.verifier.capture import ExtractionNote
 
 DEFAULT_PORT = 8000
@@ -53,7 +54,7 @@ def command_to_serve(
     """
     refuse(vllm_args, SPECULATIVE_FLAGS, "the drafter is named by the command itself; use its --speculative-config")
     drafting = () if speculative_config is None else ("--speculative-config", json.dumps(speculative_config))
-    return Launch((*vllm, "serve", verifier, *drafting, *vllm_args), base_url_of(vllm_args))
+    return Launch((*vllm, "serve", refuse_option(verifier), *drafting, *vllm_args), base_url_of(vllm_args))
 
 
 def command_to_extract(
@@ -73,7 +74,7 @@ def command_to_extract(
         "kv_connector_extra_config": {"shared_storage_path": str(directory)},
     }
     extraction = ("--speculative_config", json.dumps(speculative), "--kv_transfer_config", json.dumps(transfer))
-    return Launch((*vllm, "serve", note.model, *extraction, *vllm_args), base_url_of(vllm_args))
+    return Launch((*vllm, "serve", refuse_option(note.model), *extraction, *vllm_args), base_url_of(vllm_args))
 
 
 def refuse(vllm_args: Sequence[str], flags: Sequence[str], reason: str) -> None:

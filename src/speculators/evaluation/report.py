@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from speculators.decoding.method import PLAIN
@@ -120,7 +121,7 @@ class EvaluationReport(SavedReport):
         caption = "± 95 % bootstrap over prompts; speeds interleaved in one process; conditional: given all before"
         table = results_table(f"{first.num_prompts} prompts of {self.dataset}", first.temperature, caption, COLUMNS)
         for row in self.rows:
-            table.add_row(*cells(row))
+            table.add_row(*map(escape, cells(row)))
         return [table]
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def results_table(measured: str, temperature: float, caption: str, columns: Sequ
     """An empty one: its title says what was measured and how it was sampled."""
     sampling = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     table = Table(
-        title=f"{measured}, {sampling}",
+        title=escape(f"{measured}, {sampling}"),
         caption=caption,
         title_justify="left",
         caption_justify="left",

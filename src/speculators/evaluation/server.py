@@ -13,6 +13,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
 
@@ -95,7 +96,7 @@ class ServerReport(SavedReport):
         caption = "± 95 % bootstrap over groups of prompts; rounds from the server's own counters"
         table = results_table(measured, first.temperature, caption, COLUMNS)
         for row in self.rows:
-            table.add_row(*cells(row))
+            table.add_row(*map(escape, cells(row)))
         return [table]
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,9 +25,11 @@ from speculators.data_generation.vllm_client import (
     InvalidResponseError,
     TransientError,
     checked_json,
+    first_choice,
     make_client,
     served_model,
     with_retries,
+    wrong_kind,
 )
 from speculators.decoding.stats import DecodeStats
 from speculators.evaluation.measurement import Measurement
@@ -117,10 +119,12 @@ class MeasuredServer:
 
     def answer(self, settings: AnswerSettings, prompt: Sequence[int]) -> list[int]:
         body = complete(self.client, settings.request(self.served.name, prompt), max_retries=self.max_retries)
-        choice = (body.get("choices") or [{}])[0]
-        if choice.get("token_ids") is None:
+        token_ids = first_choice(body).get("token_ids")
+        if token_ids is None:
             raise InvalidResponseError(f"{self.base_url} returns no token_ids; vLLM does from 0.10 on")
-        return list(choice["token_ids"])
+        if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
+            raise wrong_kind("token_ids", token_ids, "a list of token ids")
+        return token_ids
 
 
 @with_retries

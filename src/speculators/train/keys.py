@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
 from speculators.training_keys import AnchorKeys, DraftKeys, Keys, LossKeys, VerifierKeys
 
 
@@ -34,6 +35,10 @@ class DataKeys(AnchorKeys):
         None,
         description="Compute verifier states on this server (launch-vllm), e.g. http://localhost:8000/v1. "
         "None: in process.",
+    )
+    server_states_path: str = Field(
+        str(DEFAULT_STATES_DIRECTORY),
+        description="Directory that this server writes to: its --hidden-states-path. Files elsewhere are not touched.",
     )
     request_timeout: float = Field(120.0, gt=0.0, description="Seconds the server may take for one row.")
     max_retries: int = Field(3, ge=0, description="Tries after a failed request, 1, 2, 4, ... seconds apart.")

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from speculators.train.events import (
@@ -25,6 +24,7 @@ from speculators.train.events import (
     describe,
 )
 from speculators.utils.names import did_you_mean
+from speculators.utils.report import ReportConsole
 
 
 class TrainingProgress(Progress):
@@ -37,14 +37,14 @@ class TrainingProgress(Progress):
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True, highlight=False, soft_wrap=True),
+            console=ReportConsole(stderr=True, soft_wrap=True),
         )
         self.bar: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
         match event:
             case Note():
-                self.console.print(f"[dim]{event.text}[/]")
+                self.console.print(event.text, style="dim", markup=False)
             case Started():
                 self.bar = self.add_task("starting", total=event.num_steps, completed=event.first_step)
                 self.console.print(
@@ -60,9 +60,9 @@ class TrainingProgress(Progress):
                 line = describe(event.metrics, event.acceptance_length)
                 self.console.print(f"epoch {event.epoch + 1}, step {event.step}, validation: {line}")
             case Saved():
-                self.console.print(f"[dim]saved {event.path}[/]")
+                self.console.print(f"saved {event.path}", style="dim", markup=False)
             case Stopped():
-                self.console.print(f"{event.signal_name}: saved {event.path}; the same command continues from there")
+                self.console.print(f"{event.signal_name}: saved {event.path}; the same command continues from there", markup=False)
 
 
 Log = Callable[[dict[str, float], int], None]

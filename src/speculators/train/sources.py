@@ -89,6 +89,7 @@ def ask_server(
     source = VllmSource(
         keys.vllm_endpoint,
         capture,
+        directory=keys.server_states_path,
         hidden_size=hidden_size,
         timeout_s=keys.request_timeout,
         max_retries=keys.max_retries,

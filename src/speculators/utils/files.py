@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -18,10 +19,15 @@ def absolute_if_directory(name: str) -> str:
     return os.path.abspath(name) if Path(name).is_dir() else name
 
 
+FILES_RECORD = ".speculators.json"
+"""In a directory that `export` or `convert` wrote: the files that it wrote there."""
+
+
 def refuse_to_replace(output: Path, made_from: str | os.PathLike, *, overwrite: bool) -> None:
     """Raises `ValueError` unless `output` may be written: replacing a directory deletes everything in it.
 
-    Refuses an existing path without `overwrite`, a file, a directory that is not a checkpoint, and the source itself.
+    Refuses an existing path without `overwrite`, a file, the source itself, and a directory that is neither empty nor
+    one that `record_files` described and that holds nothing else.
     """
     if not output.exists():
         return
@@ -29,12 +35,59 @@ def refuse_to_replace(output: Path, made_from: str | os.PathLike, *, overwrite: 
         raise ValueError(f"{output} exists already: name another --output, or replace it with --overwrite")
     if not output.is_dir():
         raise ValueError(f"{output} is a file; name a directory")
-    if any(output.iterdir()) and not (output / "config.json").is_file():
-        raise ValueError(
-            f"{output} is not a checkpoint, and --overwrite would delete its contents; name another --output"
-        )
     if Path(made_from).is_dir() and output.samefile(made_from):
         raise ValueError(f"{output} is the source itself; name another --output")
+    others = sorted(files_below(output) - recorded_files(output))
+    if others:
+        raise ValueError(
+            f"{output} holds {others[:5]}, which --overwrite would delete and which export and convert did not write "
+            f"there (by its {FILES_RECORD}); name another --output, or delete the directory yourself"
+        )
+
+
+def record_files(directory: Path) -> None:
+    """Writes down which files the directory holds now, so that `refuse_to_replace` knows them later."""
+    text = json.dumps({"files": sorted({*files_below(directory), FILES_RECORD})}, indent=1)
+    (directory / FILES_RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def recorded_files(directory: Path) -> set[str]:
+    """Returns the files that `record_files` wrote down; nothing without a readable record."""
+    try:
+        values = json.loads((directory / FILES_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    files = values.get("files") if isinstance(values, dict) else None
+    return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
+
+
+def files_below(directory: Path) -> set[str]:
+    """Lists every file and link below a directory, hidden ones too, by relative path."""
+    found = set()
+    for folder, folders, files in os.walk(directory):
+        here = Path(folder).relative_to(directory)
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        found |= {str(here / name) for name in (*files, *links)}
+    return found
+
+
+MOST_JSON_BYTES = 200_000_000
+"""The index of a model of a hundred thousand tensors has 10 MB."""
+
+
+def read_json_object(file: Path, fix: str = "fetch it again, or correct it") -> dict[str, Any]:
+    """Reads a JSON object that others wrote. Raises `ValueError`, naming the file and the fix, for anything else."""
+    try:
+        if file.stat().st_size > MOST_JSON_BYTES:
+            raise ValueError(f"it has more than {human_bytes(MOST_JSON_BYTES)}")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ValueError(f"{file} cannot be read ({problem.strerror or problem}): {fix}") from problem
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{file} is not JSON ({problem}): {fix}") from problem
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a JSON {type(values).__name__}, not an object: {fix}")
+    return values
 
 
 def is_same_model(name: str, other: str) -> bool:

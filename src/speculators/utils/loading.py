@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
+
+from speculators.utils.files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Pat
     for index_name, single_name in ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN)):
         index = _fetch(path, index_name, **hub_kwargs)
         if index is not None:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = read_index(index)
             shards = {shard: _fetch(path, shard, **hub_kwargs) for shard in set(weight_map.values())}
             missing = sorted(shard for shard, file in shards.items() if file is None)
             if missing:
@@ -167,6 +168,22 @@ def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Pat
     raise FileNotFoundError(
         f"'{path}' has no weights: neither {SAFETENSORS}, {BIN} nor an index of them is a file of it"
     )
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Reads tensor name -> shard's file name of an index. Raises `ValueError` for a damaged one, and for shards outside
+    the checkpoint: an index that others wrote must not choose which other files are read."""
+    weight_map = read_json_object(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{file} has no weight_map of tensor names to file names: fetch it again")
+    suffixes = (".safetensors",) if file.name == SAFETENSORS_INDEX else (".bin", ".pt", ".pth")
+    for shard in weight_map.values():
+        parts = PurePosixPath(shard).parts
+        if shard.startswith("/") or ".." in parts or "\\" in shard or "\0" in shard or ":" in shard:
+            raise ValueError(f"{file} names the file {shard!r}, which is outside the checkpoint: it is not read")
+        if not shard.endswith(suffixes):
+            raise ValueError(f"{file} names the file {shard!r}; its shards end in {' or '.join(suffixes)}")
+    return weight_map
 
 
 def _fetch(path: str | os.PathLike, name: str, **hub_kwargs: Any) -> Path | None:

@@ -77,6 +77,17 @@ def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> Non
             raise ValueError(f"unknown {what} {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}")
 
 
+def refuse_option(name: str) -> str:
+    """Returns a model's name as it is. Raises `ValueError` where a command that is given the name would read an option
+    or several lines: names come from checkpoints that other people wrote."""
+    if name.startswith("-") or not name.isprintable():
+        raise ValueError(
+            f"the model name {name!r} is not passed to a command: names begin with no '-', which commands take for an "
+            "option, and have no control characters; write a hub id, or ./ before a directory"
+        )
+    return name
+
+
 def model_name(model: str | os.PathLike[str] | NamedModel) -> str:
     """Returns the hub id or directory of a model, given as such or loaded from there. Raises `ValueError` otherwise."""
     if isinstance(model, str | os.PathLike):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from transformers.utils import logging
+
+from speculators.utils.report import ReportConsole
 
 Progress = Callable[[str, int, "int | None"], None]
 """Called with (name of the step, amount done, total amount or None)."""
@@ -19,11 +20,11 @@ class WorkProgress:
 
     def __init__(self) -> None:
         self.bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            console=Console(stderr=True, highlight=False, soft_wrap=True),
+            console=ReportConsole(stderr=True, soft_wrap=True),
         )
         self.bar_of: dict[str, TaskID] = {}
 

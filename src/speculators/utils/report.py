@@ -1,18 +1,45 @@
-"""Renders reports as tables, the same ones for a command, `print(report)` and a notebook."""
+"""Renders reports as tables, the same ones for a command, `print(report)` and a notebook, and foreign text as text.
+
+A path, a config value, a row of data or a model's answer may hold control characters, which move the cursor or rewrite
+what was printed, and words in brackets, which rich takes for styles. `visible` shows the first escaped, and a
+`ReportConsole` does so with everything it prints; brackets are kept by `markup=False` or `rich.markup.escape`.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 WIDTH = 120
 """Columns to assume without a terminal."""
+CONTROL = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
+"""Control characters but tab and line feed, marks that reorder text, and halves of surrogate pairs."""
 HTML = '<pre style="font-family:monospace;line-height:1.2">{code}</pre>'
+
+
+def visible(text: str) -> str:
+    """Returns the text with what a terminal would obey written out: "\\x1b[2J" for the code that clears the screen."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class ReportConsole(Console):
+    """A console that shows control characters of what it prints escaped, and takes `:smile:` for what it is."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
 
 
 class TableReport(ABC):
@@ -26,13 +53,13 @@ class TableReport(ABC):
         return Group(*self.tables())
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=WIDTH, highlight=False, color_system=None, force_terminal=False)
+        console = ReportConsole(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False)
         with console.capture() as captured:
             console.print(self)
         return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), width=WIDTH, highlight=False, record=True, force_jupyter=False)
+        console = ReportConsole(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)
         console.print(self)
         return console.export_html(code_format=HTML, inline_styles=True)
 
@@ -43,5 +70,5 @@ def facts_table(title: str, facts: Mapping[str, object]) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, escape(str(value)))
+        table.add_row(escape(visible(name)), escape(visible(str(value))))
     return table

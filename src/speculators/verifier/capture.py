@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec
-from speculators.utils.files import atomic_write
+from speculators.utils.files import atomic_write, read_json_object
 from speculators.verifier.config import logit_transform, text_config
 
 if TYPE_CHECKING:
@@ -202,12 +202,17 @@ class ExtractionNote:
     def read(cls, directory: Path) -> ExtractionNote | None:
         """None when the server was started by other means and left none."""
         path = directory / NOTE_NAME
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); start the extraction server again") from error
-        if not isinstance(values, dict) or values.pop("format", None) != NOTE_FORMAT:
+        values = read_json_object(path, "start the extraction server again")
+        if values.pop("format", None) != NOTE_FORMAT:
             raise ValueError(f"{path} is not of format {NOTE_FORMAT}; start the extraction server with this version")
-        return cls(values["model"], tuple(values["layer_ids"]), values["num_layers"])
+        layer_ids: Any = values.get("layer_ids")
+        num_layers: Any = values.get("num_layers")
+        is_count = type(num_layers) is int and isinstance(layer_ids, list)
+        if not is_count or not all(type(i) is int and 0 <= i <= num_layers for i in layer_ids):
+            raise ValueError(
+                f"{path} names the layers {layer_ids} of {num_layers}, which are not layers of a model; start the "
+                "extraction server again"
+            )
+        return cls(str(values.get("model")), tuple(layer_ids), num_layers)

@@ -9,11 +9,14 @@ Shapes: T tokens, S slots (layers in the file), H hidden size.
 from __future__ import annotations
 
 import logging
+import os
+import stat
 import threading
 import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from speculators.data_generation.offline import check_hidden_states, num_slots
+from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
+from speculators.data_generation.offline import check_hidden_states
 from speculators.data_generation.vllm_client import (
     DEFAULT_MAX_RETRIES,
     DEFAULT_TIMEOUT_S,
@@ -32,7 +36,9 @@ from speculators.data_generation.vllm_client import (
     ServerUnavailableError,
     generate_hidden_states,
     make_client,
+    name_of_served_file,
     served_model,
+    slots_of,
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.verifier.capture import ExtractionNote
@@ -42,6 +48,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_CONCURRENCY = 32
 DEFAULT_VALIDATION_RETRIES = 2
 POLL_S = 0.01
+MAX_BYTES_PER_TOKEN = 1 << 22
+"""More than the states of 32 layers of 32,768 numbers in fp32."""
 
 
 class DamagedStatesError(ValueError):
@@ -71,6 +79,7 @@ class VllmSource:
         endpoint: str,
         capture: CaptureSpec,
         *,
+        directory: str | os.PathLike[str] = DEFAULT_STATES_DIRECTORY,
         model: str | None = None,
         layer_ids: Sequence[int] | None = None,
         hidden_size: int | None = None,
@@ -79,14 +88,16 @@ class VllmSource:
         max_retries: int = DEFAULT_MAX_RETRIES,
         validation_retries: int = DEFAULT_VALIDATION_RETRIES,
     ) -> None:
-        """`layer_ids`: layers that the server extracts if `launch-vllm` (which leaves a note) did not start it,
-        ascending, including the last layer. `hidden_size`: the verifier's, to detect another model.
+        """`directory`: where the server writes; its files are read and deleted there and nowhere else. `layer_ids`:
+        layers that it extracts if `launch-vllm` (which leaves a note) did not start it, ascending, including the last
+        layer. `hidden_size`: the verifier's, to detect another model.
 
         Raises `ServerUnavailableError` when the server does not answer, `ValueError` for a wrong setting.
         """
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency}; at least one request at a time is needed")
         self.endpoint = endpoint
+        self.directory = Path(directory).expanduser()
         self.capture = capture
         self.hidden_size = hidden_size
         self.layer_ids = None if layer_ids is None else tuple(layer_ids)
@@ -150,14 +161,14 @@ class VllmSource:
         handle, _ = generate_hidden_states(
             self.client, self.model, {"input_ids": ids_T.tolist()}, timeout=self.timeout_s, max_retries=self.max_retries
         )
-        path = Path(handle)
-        states_TSH = read_and_delete(path, ids_T, self.timeout_s)
+        name = name_of_served_file(handle, self.directory)
+        states_TSH = read_and_delete(self.directory, name, ids_T, self.timeout_s)
         if self.hidden_size is not None and states_TSH.shape[2] != self.hidden_size:
             raise InvalidResponseError(
                 f"{self.endpoint} serves {self.served.root}, whose hidden size is {states_TSH.shape[2]}; "
                 f"the verifier's is {self.hidden_size}: it is another model"
             )
-        slots = self.find_slots(path.parent, states_TSH.shape[1])
+        slots = self.find_slots(states_TSH.shape[1])
         num_aux = len(self.capture.aux_layer_ids)
         return VerifierStates(
             token_ids_T=ids_T,
@@ -165,25 +176,25 @@ class VllmSource:
             last_hidden_TH=states_TSH[:, slots[-1]] if self.capture.last_hidden else None,
         )
 
-    def find_slots(self, directory: Path, num_slots_in_file: int) -> list[int]:
+    def find_slots(self, num_slots_in_file: int) -> list[int]:
         """Finds the slots of a file that hold the layers that the drafter reads, in its order."""
         with self.lock:
             if self.slots is None:
-                note = ExtractionNote.read(directory)
+                note = ExtractionNote.read(self.directory)
                 if note is None and self.layer_ids is not None:
                     note = ExtractionNote(self.served.root, self.layer_ids, max(self.layer_ids))
                 self.slots = slots_of(self.capture, note, num_slots_in_file)
                 self.num_slots_in_file = num_slots_in_file if note is None else len(note.layer_ids)
         if num_slots_in_file != self.num_slots_in_file:
             raise InvalidResponseError(
-                f"the server's files hold {num_slots_in_file} layers, its note in {directory} says "
+                f"the server's files hold {num_slots_in_file} layers, its note in {self.directory} says "
                 f"{self.num_slots_in_file}: another server wrote to it; give each its own --hidden-states-path"
             )
         return self.slots
 
 
 def what_the_server_extracts(
-    endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, max_retries: int = DEFAULT_MAX_RETRIES
+    endpoint: str, directory: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S, max_retries: int = DEFAULT_MAX_RETRIES
 ) -> ExtractionNote | None:
     """Finds the note that `launch-vllm` left, by requesting the states of one token; None when there is no note."""
     with make_client(endpoint, timeout_s=timeout_s) as client:
@@ -191,70 +202,94 @@ def what_the_server_extracts(
         handle, _ = generate_hidden_states(
             client, model, {"input_ids": [0]}, timeout=timeout_s, max_retries=max_retries
         )
-    read_and_delete(Path(handle), torch.tensor([0]), timeout_s)
-    return ExtractionNote.read(Path(handle).parent)
+    read_and_delete(directory, name_of_served_file(handle, directory), torch.tensor([0]), timeout_s)
+    return ExtractionNote.read(directory)
 
 
-def slots_of(capture: CaptureSpec, note: ExtractionNote | None, num_slots_in_file: int) -> list[int]:
-    """Finds the slots of the wanted layers by the server's note; without one the file must hold exactly those layers.
+# -- the server's files: opened relative to the directory that the user named, and never through a link, so that nothing
+# can be put in their place after the check
 
-    Raises `InvalidResponseError` when a layer is missing or the number of layers differs.
+
+def read_and_delete(directory: Path, name: str, ids_T: Tensor, timeout_s: float) -> Tensor:
+    """Reads and checks the states [T, S, H] of these tokens; deletes the file and its lock.
+
+    Raises `DamagedStatesError` when the file is missing, damaged or about other tokens, and `InvalidResponseError` for
+    a link, a directory or a device, which stays.
     """
-    if note is None:
-        if num_slots_in_file != num_slots(capture):
-            raise InvalidResponseError(
-                f"the server extracts {num_slots_in_file} layers, the drafter reads {num_slots(capture)} ({capture}), "
-                "and the server left no note of its layers; start it with `speculators launch-vllm`"
-            )
-        return list(range(num_slots_in_file))
-    wanted = [*capture.aux_layer_ids, *([note.num_layers] if capture.last_hidden else [])]
-    missing = [layer for layer in wanted if layer not in note.layer_ids]
-    if missing:
-        asked = " ".join(map(str, capture.aux_layer_ids))
-        raise InvalidResponseError(
-            f"the server extracts layers {list(note.layer_ids)} of {note.num_layers}, the drafter reads {missing}: "
-            f"start it with --target-layer-ids {asked or '0'} --include-last-layer"
-        )
-    return [note.layer_ids.index(layer) for layer in wanted]
-
-
-def read_and_delete(path: Path, ids_T: Tensor, timeout_s: float) -> Tensor:
-    """Reads and checks the states [T, S, H] of these tokens; always deletes the file and its lock.
-
-    Raises `DamagedStatesError` when the file is missing, damaged or about other tokens.
-    """
-    lock = path.with_name(path.name + ".lock")
+    path = directory / name
     try:
-        wait_for_writer(path, lock, timeout_s)
-        tensors = load(path.read_bytes())
-        check_hidden_states(tensors, ids_T)
-        states_TSH = tensors["hidden_states"]
-        if states_TSH.dim() != 3:
-            raise ValueError(f"hidden_states has shape {tuple(states_TSH.shape)}, not [tokens, layers, hidden size]")
-    except FileNotFoundError as error:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            wait_for_writer(folder, path, timeout_s)
+            content = read_plain_file(folder, path, MAX_BYTES_PER_TOKEN * (len(ids_T) + 1))
+            try:
+                return states_of(content, ids_T, path)
+            finally:
+                os.unlink(name, dir_fd=folder)
+        finally:
+            with suppress(OSError):  # a directory under that name stays
+                os.unlink(f"{name}.lock", dir_fd=folder)
+            os.close(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedStatesError(
             f"the server wrote no {path}, or it is not on this machine: server and reader must share the directory "
             "(launch-vllm --hidden-states-path)"
         ) from error
-    except (ValueError, SafetensorError) as error:
+
+
+def states_of(content: bytes, ids_T: Tensor, path: Path) -> Tensor:
+    try:
+        tensors = load(content)
+        check_hidden_states(tensors, ids_T)
+        states_TSH = tensors["hidden_states"]
+        if states_TSH.dim() != 3 or not states_TSH.is_floating_point():
+            shape = f"{tuple(states_TSH.shape)} of {states_TSH.dtype}"
+            raise ValueError(f"hidden_states is {shape}, not [tokens, layers, hidden size] of floats")
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DamagedStatesError(f"{path}: {error}") from error
-    finally:
-        path.unlink(missing_ok=True)
-        lock.unlink(missing_ok=True)
     return states_TSH
 
 
-def wait_for_writer(path: Path, lock: Path, timeout_s: float) -> None:
+def read_plain_file(folder: int, path: Path, max_bytes: int) -> bytes:
+    """Reads `path.name` in the opened directory.
+
+    Raises `InvalidResponseError` unless it is a plain file of at most that size."""
+    handle = open_no_link(folder, path)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
+        os.close(handle)
+        found = f"holds {status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "is not a plain file"
+        raise InvalidResponseError(f"{path} {found}; states of these tokens are a file of at most {max_bytes} bytes")
+    with os.fdopen(handle, "rb") as file:
+        return file.read(max_bytes + 1)
+
+
+def open_no_link(folder: int, path: Path) -> int:
+    """Opens a file of the directory without waiting for a pipe's writer.
+
+    Raises `FileNotFoundError`, and `InvalidResponseError` for a link."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path.name, flags, dir_fd=folder)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InvalidResponseError(f"{path} is not a plain file that can be read: {error.strerror}") from error
+
+
+def wait_for_writer(folder: int, path: Path, timeout_s: float) -> None:
     """Waits until the writer releases its lock, which it takes before it announces the path; a dead writer holds none.
 
     Raises `DamagedStatesError` after `timeout_s`.
     """
     import fcntl  # exists on POSIX only, as does vLLM
 
-    if not lock.exists():
+    try:
+        handle = open_no_link(folder, path.with_name(f"{path.name}.lock"))
+    except FileNotFoundError:
         return  # a server that writes without locks finishes before it answers
     deadline = time.monotonic() + timeout_s
-    with lock.open("rb") as handle:
+    try:
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -263,3 +298,5 @@ def wait_for_writer(path: Path, lock: Path, timeout_s: float) -> None:
                 if time.monotonic() > deadline:
                     raise DamagedStatesError(f"{path} was still being written after {timeout_s:.0f} s") from None
                 time.sleep(POLL_S)
+    finally:
+        os.close(handle)

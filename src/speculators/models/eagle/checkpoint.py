@@ -11,7 +11,6 @@ embed_tokens.weight                 -                       (the verifier's)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from speculators.model import SpeculatorModel
 from speculators.models.draft_model import complete_layer_config
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
 from speculators.nn.attention import layer_window
+from speculators.utils.files import read_json_object
 from speculators.utils.loading import load_checkpoint
 from speculators.verifier.config import make_speculators_config
 
@@ -143,7 +143,7 @@ def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path:
 def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns config fields and tensors of a native directory."""
     path = Path(path)
-    values = json.loads((path / "config.json").read_text())
+    values = read_json_object(path / "config.json")
     ours = native_to_ours(load_checkpoint(path))
     if values.get("num_hidden_layers", 1) != 1:
         raise ValueError(f"{path} has num_hidden_layers={values['num_hidden_layers']}: an EAGLE drafter is one layer")

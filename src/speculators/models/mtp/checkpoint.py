@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speculators.checkpoint.formats import (
@@ -35,7 +36,7 @@ from speculators.models.mtp.families import GATE_UP, LAYER, export_native, famil
 from speculators.models.mtp.network import decoder_shape
 from speculators.training_keys import default_of
 from speculators.utils.files import atomic_directory
-from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX, load_checkpoint
+from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX, load_checkpoint, read_index
 from speculators.verifier.config import get_verifier_config, make_speculators_config, open_verifier_config, text_config
 
 STITCHED = "stitched"
@@ -136,6 +137,9 @@ def stitch(
     file_of = weight_map(source)
     native = native_layer(layer, config, source, set(file_of))
     entries = {name: read_header(source / name) for name in sorted({file_of[key] for key in native})}
+    absent = sorted(key for key in native if key not in entries[file_of[key]][0])
+    if absent:
+        raise ValueError(f"the index of verifier '{source}' names files that lack {absent}: fetch the verifier again")
     for key, tensor in native.items():
         check_fits(key, tensor, entries[file_of[key]][0][key])
     with atomic_directory(output) as folder:
@@ -153,7 +157,7 @@ def local_directory(verifier: str | os.PathLike) -> Path:
 def weight_map(directory: Path) -> dict[str, str]:
     """tensor name -> file name"""
     if (directory / SAFETENSORS_INDEX).is_file():
-        return json.loads((directory / SAFETENSORS_INDEX).read_text())["weight_map"]
+        return read_index(directory / SAFETENSORS_INDEX)
     if (directory / SAFETENSORS).is_file():
         return dict.fromkeys(read_header(directory / SAFETENSORS)[0], SAFETENSORS)
     raise ValueError(f"verifier '{directory}' has no {SAFETENSORS}: only safetensors can be written into")
@@ -186,7 +190,12 @@ def native_layer(
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Returns the entry of each tensor and the byte where data start."""
+    """Returns the entry of each tensor and the byte where data start. Raises `ValueError` for a damaged file."""
+    try:
+        with safe_open(file, framework="pt"):  # checks every entry against the length of the file
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"'{file}' cannot be read ({error}); it is incomplete or damaged, fetch it again") from error
     with file.open("rb") as reader:
         size = int.from_bytes(reader.read(SIZE_BYTES), "little")
         header = json.loads(reader.read(size))
