@@ -62,7 +62,9 @@ class TrainingProgress(Progress):
             case Saved():
                 self.console.print(f"saved {event.path}", style="dim", markup=False)
             case Stopped():
-                self.console.print(f"{event.signal_name}: saved {event.path}; the same command continues from there", markup=False)
+                self.console.print(
+                    f"{event.signal_name}: saved {event.path}; the same command continues from there", markup=False
+                )
 
 
 Log = Callable[[dict[str, float], int], None]

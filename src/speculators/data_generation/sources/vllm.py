@@ -251,9 +251,7 @@ def states_of(content: bytes, ids_T: Tensor, path: Path) -> Tensor:
 
 
 def read_plain_file(folder: int, path: Path, max_bytes: int) -> bytes:
-    """Reads `path.name` in the opened directory.
-
-    Raises `InvalidResponseError` unless it is a plain file of at most that size."""
+    """Reads `path.name` in `folder`. Raises `InvalidResponseError` unless it is a plain file of at most that size."""
     handle = open_no_link(folder, path)
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
@@ -265,9 +263,7 @@ def read_plain_file(folder: int, path: Path, max_bytes: int) -> bytes:
 
 
 def open_no_link(folder: int, path: Path) -> int:
-    """Opens a file of the directory without waiting for a pipe's writer.
-
-    Raises `FileNotFoundError`, and `InvalidResponseError` for a link."""
+    """Opens a file, of a pipe without waiting for its writer. Raises `InvalidResponseError` for a link."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         return os.open(path.name, flags, dir_fd=folder)
