@@ -24,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from speculators.data_generation.vllm_client import InvalidResponseError
 from speculators.interfaces import CaptureSpec, VerifierStates
+from speculators.verifier.capture import ExtractionNote
 
 FILE_NAME = re.compile(r"hs_(\d+)\.safetensors")
 REQUIRED_KEYS = ("hidden_states", "token_ids")
@@ -147,6 +149,29 @@ class FileHeader:
 
 def num_slots(capture: CaptureSpec) -> int:
     return len(capture.aux_layer_ids) + capture.last_hidden
+
+
+def slots_of(capture: CaptureSpec, note: ExtractionNote | None, num_slots_in_file: int) -> list[int]:
+    """Finds the slots of the wanted layers by the server's note; without one the file must hold exactly those layers.
+
+    Raises `InvalidResponseError` when a layer is missing or the number of layers differs.
+    """
+    if note is None:
+        if num_slots_in_file != num_slots(capture):
+            raise InvalidResponseError(
+                f"the server extracts {num_slots_in_file} layers, the drafter reads {num_slots(capture)} ({capture}), "
+                "and the server left no note of its layers; start it with `speculators launch-vllm`"
+            )
+        return list(range(num_slots_in_file))
+    wanted = [*capture.aux_layer_ids, *([note.num_layers] if capture.last_hidden else [])]
+    missing = [layer for layer in wanted if layer not in note.layer_ids]
+    if missing:
+        asked = " ".join(map(str, capture.aux_layer_ids))
+        raise InvalidResponseError(
+            f"the server extracts layers {list(note.layer_ids)} of {note.num_layers}, the drafter reads {missing}: "
+            f"start it with --target-layer-ids {asked or '0'} --include-last-layer"
+        )
+    return [note.layer_ids.index(layer) for layer in wanted]
 
 
 def estimate_bytes(num_tokens: int, capture: CaptureSpec, hidden_size: int, dtype: torch.dtype) -> int:

@@ -21,11 +21,6 @@ from typing import Any
 
 import httpx
 
-from speculators.data_generation.offline import FILE_NAME as STORED_ROW
-from speculators.data_generation.offline import num_slots
-from speculators.interfaces import CaptureSpec
-from speculators.verifier.capture import ExtractionNote
-
 logger = logging.getLogger(__name__)
 
 DEFAULT_ENDPOINT = "http://localhost:8000/v1"
@@ -35,7 +30,7 @@ BACKOFF_S = 1.0
 """Wait before the first retry; each further wait is twice as long."""
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.safetensors", re.ASCII)
 """vLLM names a file after its request."""
-KEPT_NAMES = re.compile(rf"{STORED_ROW.pattern}|(pytorch_)?model.*", re.ASCII)
+KEPT_NAMES = re.compile(r"hs_\d+\.safetensors|(pytorch_)?model.*", re.ASCII)
 """Files of stored rows and of models, which no server writes and nobody wants deleted."""
 TRANSIENT_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP codes of a server that may answer soon."""
@@ -262,26 +257,3 @@ def name_of_served_file(handle: str, directory: Path) -> str:
             "<request id>.safetensors, and no other file is read or deleted"
         )
     return name
-
-
-def slots_of(capture: CaptureSpec, note: ExtractionNote | None, num_slots_in_file: int) -> list[int]:
-    """Finds the slots of the wanted layers by the server's note; without one the file must hold exactly those layers.
-
-    Raises `InvalidResponseError` when a layer is missing or the number of layers differs.
-    """
-    if note is None:
-        if num_slots_in_file != num_slots(capture):
-            raise InvalidResponseError(
-                f"the server extracts {num_slots_in_file} layers, the drafter reads {num_slots(capture)} ({capture}), "
-                "and the server left no note of its layers; start it with `speculators launch-vllm`"
-            )
-        return list(range(num_slots_in_file))
-    wanted = [*capture.aux_layer_ids, *([note.num_layers] if capture.last_hidden else [])]
-    missing = [layer for layer in wanted if layer not in note.layer_ids]
-    if missing:
-        asked = " ".join(map(str, capture.aux_layer_ids))
-        raise InvalidResponseError(
-            f"the server extracts layers {list(note.layer_ids)} of {note.num_layers}, the drafter reads {missing}: "
-            f"start it with --target-layer-ids {asked or '0'} --include-last-layer"
-        )
-    return [note.layer_ids.index(layer) for layer in wanted]

@@ -27,7 +27,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
-from speculators.data_generation.offline import check_hidden_states
+from speculators.data_generation.offline import check_hidden_states, slots_of
 from speculators.data_generation.vllm_client import (
     DEFAULT_MAX_RETRIES,
     DEFAULT_TIMEOUT_S,
@@ -38,7 +38,6 @@ from speculators.data_generation.vllm_client import (
     make_client,
     name_of_served_file,
     served_model,
-    slots_of,
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.verifier.capture import ExtractionNote
