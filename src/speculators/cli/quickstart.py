@@ -5,6 +5,7 @@ Each step is a command line of this program, shown and then run in this process.
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import time
@@ -19,7 +20,7 @@ from speculators.cli.shared import out, print_facts
 
 NUM_SPECULATIVE_TOKENS = 4
 MARKER = "made-by-quickstart"
-WRITTEN = (MARKER, "responses.jsonl", "responses.errors.jsonl", "data", "run", "report.json")
+WRITTEN = re.compile(rf"{MARKER}|responses\.[a-z.]+|data|run|report\.json")
 """Only a directory with the marker, and with nothing but these in it, is ever replaced."""
 
 REGENERATION = ("--limit", "600", "--max-tokens", "128", "--batch-size", "64")
@@ -113,7 +114,7 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
 def start_output(output: Path) -> None:
     """An empty directory; an earlier quickstart's is removed, anyone else's is left alone."""
     if output.exists():
-        others = sorted(path.name for path in output.iterdir() if path.name not in WRITTEN)
+        others = sorted(path.name for path in output.iterdir() if not WRITTEN.fullmatch(path.name))
         if not (output / MARKER).is_file() or others:
             found = f"holds {others[:5]}" if others else "exists"
             raise ValueError(
