@@ -297,7 +297,7 @@ def test_a_checkpoint_that_nobody_recorded_is_not_replaced(copy_of, trained, tmp
 def test_a_verifier_or_report_that_cannot_be_read_is_named_with_its_flag(trained, tmp_path):
     with pytest.raises(ValueError, match=r"no verifier at './nowhere'"):
         export_checkpoint(trained("eagle"), tmp_path / "out", verifier="./nowhere")
-    for text, words in (("{", "is not JSON"), ("[]", "it has no rows")):
+    for text, words in (("{", "is not JSON"), ("{}", "it has no rows")):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(ValueError, match=rf"report.json (is not an evaluation: )?{words}.*--report"):
             export_checkpoint(trained("eagle"), tmp_path / "out", report=tmp_path / "report.json")
