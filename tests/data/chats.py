@@ -6,6 +6,7 @@ Merges never cross the ChatML markers, and letters are mostly single tokens, so 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -48,6 +49,25 @@ def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     tokenizer.train_from_iterator(["user system assistant tool"] * 20, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", chat_template=chat_template
+    )
+
+
+FAMILIES = Path(__file__).parent / "templates"
+"""Chat templates in the manner of ten model families."""
+MARKERS = re.compile(r"<\|[^|>]+\|>|<(?:start|end)_of_turn>|\[/?[A-Z_]+\]|\[gMASK\]|<sop>")
+
+
+def family_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer, one letter per token, for a template's text; its markers are special tokens."""
+    template = (FAMILIES / f"{family}.jinja").read_text()
+    markers = sorted({"<bos>", "<eos>", *MARKERS.findall(template)})
+    vocab = {token: i for i, token in enumerate([*markers, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.add_special_tokens(markers)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", chat_template=template
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from chats import CHATML_WITH_GENERATION_BLOCKS, THINKING, chat, make_tokenizer
 
 from speculators.data_generation.conversations import Conversation, TokenRow, UnusableRow, parse_row
-from speculators.data_generation.tokenizing import (
+from speculators.data_generation.masks import (
     agrees_with_template,
     generation_start,
     mask_spans,
@@ -32,17 +32,23 @@ def spans(tokenizer, row: TokenRow) -> list[tuple[bool, str]]:
     return [(span.supervised, span.text) for span in mask_spans(tokenizer, row.input_ids, row.loss_mask)]
 
 
+def answer(tokenizer, row: TokenRow) -> str:
+    """The last supervised text."""
+    return [text for supervised, text in spans(tokenizer, row) if supervised][-1]
+
+
 def test_a_single_turn_supervises_the_answer_and_its_end_marker(tokenizer):
     (row,) = rows_of(tokenizer, chat("hi", "hello")).rows
     assert spans(tokenizer, row) == [
         (False, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
-        (True, "hello<|im_end|>\n"),
+        (True, "hello<|im_end|>"),
+        (False, "\n"),
     ]
 
 
 def test_each_assistant_turn_is_a_row_of_its_own_with_the_earlier_ones_as_context(tokenizer):
     rows = rows_of(tokenizer, chat("a", "b", "c", "d")).rows
-    assert [spans(tokenizer, row)[-1] for row in rows] == [(True, "b<|im_end|>\n"), (True, "d<|im_end|>\n")]
+    assert [answer(tokenizer, row) for row in rows] == ["b<|im_end|>", "d<|im_end|>"]
     assert spans(tokenizer, rows[1])[0] == (
         False,
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
@@ -53,7 +59,7 @@ def test_each_assistant_turn_is_a_row_of_its_own_with_the_earlier_ones_as_contex
 def test_merged_turns_are_one_row_that_supervises_both_answers(tokenizer):
     (row,) = merge_prefix_rows(rows_of(tokenizer, chat("a", "b", "c", "d")).rows)
     supervised = [text for is_supervised, text in spans(tokenizer, row) if is_supervised]
-    assert supervised == ["b<|im_end|>\n", "d<|im_end|>\n"]
+    assert supervised == ["b<|im_end|>", "d<|im_end|>"]
 
 
 def test_rows_that_are_no_prefix_of_the_next_one_stay_apart():
@@ -64,7 +70,7 @@ def test_rows_that_are_no_prefix_of_the_next_one_stay_apart():
 def test_system_and_tool_turns_are_context(tokenizer):
     turns = [("system", "be kind"), ("user", "sum"), ("assistant", "call"), ("tool", "4"), ("assistant", "four")]
     rows = rows_of(tokenizer, {"conversations": [{"from": role, "value": text} for role, text in turns]}).rows
-    assert [spans(tokenizer, row)[-1][1] for row in rows] == ["call<|im_end|>\n", "four<|im_end|>\n"]
+    assert [answer(tokenizer, row) for row in rows] == ["call<|im_end|>", "four<|im_end|>"]
     assert "<|im_start|>tool\n4<|im_end|>" in spans(tokenizer, rows[1])[0][1]
 
 
@@ -81,16 +87,16 @@ def test_only_the_turn_whose_prompt_fills_the_window_is_left_out(tokenizer):
     num_prompt_tokens = second.loss_mask.index(1)
     found = rows_of(tokenizer, chat("a", "b", "c", "d"), max_length=num_prompt_tokens)
     assert found.rows == [first]
-    assert sum(found.dropped.values()) == 1
-    assert "fills the whole window" in next(iter(found.dropped))
+    assert sum(found.filtered.values()) == 1
+    assert "fills the whole window" in next(iter(found.filtered))
 
 
 def test_an_opening_assistant_turn_is_context_only(tokenizer):
     turns = [("assistant", "welcome"), ("user", "hi"), ("assistant", "hello")]
     found = rows_of(tokenizer, {"conversations": [{"role": role, "content": text} for role, text in turns]})
     (row,) = found.rows
-    assert spans(tokenizer, row)[-1] == (True, "hello<|im_end|>\n")
-    assert found.dropped == {"opening assistant turn (context only)": 1}
+    assert answer(tokenizer, row) == "hello<|im_end|>"
+    assert found.filtered == {"opening assistant turn (context only)": 1}
 
 
 def thinking_chat() -> dict[str, object]:
@@ -107,9 +113,9 @@ def thinking_chat() -> dict[str, object]:
 def test_thoughts_are_supervised_in_their_own_turn_and_absent_from_later_context():
     tokenizer = make_tokenizer(THINKING)
     rows = rows_of(tokenizer, thinking_chat()).rows
-    assert [spans(tokenizer, row)[-1][1] for row in rows] == [
-        "<think>why b</think>b<|im_end|>\n",
-        "<think>why d</think>d<|im_end|>\n",
+    assert [answer(tokenizer, row) for row in rows] == [
+        "<think>why b</think>b<|im_end|>",
+        "<think>why d</think>d<|im_end|>",
     ]
     assert "why b" not in spans(tokenizer, rows[1])[0][1]
     assert len(merge_prefix_rows(rows)) == 2  # the first row is not a prefix of the second: its thought is gone
@@ -118,10 +124,7 @@ def test_thoughts_are_supervised_in_their_own_turn_and_absent_from_later_context
 def test_a_generation_prompt_that_opens_a_thought_is_context():
     tokenizer = make_tokenizer(THINKING)
     rows = rows_of(tokenizer, thinking_chat(), open_thought=True).rows
-    assert [spans(tokenizer, row)[-1][1] for row in rows] == [
-        "why b</think>b<|im_end|>\n",
-        "why d</think>d<|im_end|>\n",
-    ]
+    assert [answer(tokenizer, row) for row in rows] == ["why b</think>b<|im_end|>", "why d</think>d<|im_end|>"]
 
 
 def test_an_answer_without_the_thought_its_prompt_opens_starts_where_both_renderings_part():
@@ -129,7 +132,8 @@ def test_an_answer_without_the_thought_its_prompt_opens_starts_where_both_render
     (row,) = rows_of(tokenizer, chat("a", "b"), open_thought=True).rows
     assert spans(tokenizer, row) == [
         (False, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"),
-        (True, "b<|im_end|>\n"),
+        (True, "b<|im_end|>"),
+        (False, "\n"),
     ]
 
 
@@ -137,7 +141,7 @@ def test_a_data_set_that_says_thinking_reaches_a_template_that_says_reasoning_co
     tokenizer = make_tokenizer(THINKING)
     row = {"conversations": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b", "thinking": "why"}]}
     (turn,) = rows_of(tokenizer, row).rows
-    assert spans(tokenizer, turn)[-1][1] == "<think>why</think>b<|im_end|>\n"
+    assert answer(tokenizer, turn) == "<think>why</think>b<|im_end|>"
 
 
 def test_the_boundary_rule_on_numbers():

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from chats import chat, write_jsonl
+from chats import chat, family_tokenizer, write_jsonl
 
 from speculators.data_generation import PreparedData, inspect_mask, load_raw_dataset, prepare_data
 from speculators.data_generation.preprocessing import build_speculator_training_dataset, load_and_preprocess_dataset
@@ -88,11 +88,122 @@ def test_every_bad_row_is_counted_under_its_reason(model_dir, tmp_path, caplog):
         "a turn has no content": 1,
         "a turn has no role": 1,
         "row has images (only text is supported)": 1,
-        "no supervised token in the window": 1,
+        "no supervised token": 1,
         "turn's prompt fills the whole window (seq_length)": 1,
-        "row is not a JSON object": 1,
+        "line is not valid JSON (cut off in writing?)": 1,
     }
     assert all(reason in caplog.text for reason in manifest.dropped)
+
+
+CASES = Path(__file__).parent / "cases"
+
+
+def quarantined(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "quarantine.jsonl").read_text().splitlines()]
+
+
+def prepared_case(name: str, model: str, output: Path, **options):
+    return prepare_data(model=model, data=CASES / name, output=output, seq_length=200, **options).manifest
+
+
+def test_read_is_written_plus_quarantined_plus_filtered_by_unit(model_dir, tmp_path):
+    manifest = prepared_case("bad_rows.jsonl", model_dir, tmp_path / "out")
+    assert manifest.units == {
+        "conversations": {"read": 12, "written": 5, "quarantined": 7, "filtered": 0},
+        # one answer each, two in ok2 and in openassistant, whose first is context; weirdrole's narrator counts as one
+        "turns": {"read": 8, "written": 6, "quarantined": 0, "filtered": 2},
+        "rows": {"read": 12, "written": 5, "quarantined": 7, "filtered": 0},
+    }
+    assert manifest.num_rows == 6
+    file = str(CASES / "bad_rows.jsonl")
+    assert quarantined(tmp_path / "out") == [
+        {"file": file, "line": line, "id": row_id, "reason": reason}
+        for line, row_id, reason in (
+            (3, "noassistant", "no assistant turn"),
+            (4, "emptyconv", "empty conversation"),
+            (5, "nullcontent", "a turn has no content"),
+            (6, "image", "a turn has parts that are not text (only text is supported)"),
+            (8, "numcontent", "a turn's content is not text"),
+            (9, "nothing", "no 'conversations' (or input_ids + loss_mask)"),
+            (11, "pretok_zero", "no supervised token"),
+        )
+    ]
+    assert PreparedData.open(tmp_path / "out").manifest == manifest
+    assert "12: 5 written, 7 quarantined, 0 filtered" in str(manifest.facts()["conversations read"])
+
+
+def test_one_bad_row_does_not_end_the_run(base_model_dir, tmp_path):
+    for name, num_written, line, reason in (
+        ("one_bad_token_row.jsonl", 2, 2, "input_ids and loss_mask differ in length: 3 input_ids but 2 loss_mask"),
+        ("cut_line.jsonl", 1, 2, "line is not valid JSON (cut off in writing?)"),
+    ):
+        manifest = prepared_case(name, base_model_dir, tmp_path / name)
+        assert manifest.num_rows == num_written
+        (bad,) = quarantined(tmp_path / name)
+        assert bad["line"] == line
+        assert bad["reason"].startswith(reason)
+
+
+def test_places_are_named_in_directories_and_tables_too(base_model_dir, tmp_path):
+    rows = [{"input_ids": [5, 6], "loss_mask": [0, 1]}, {"input_ids": [5, 6], "loss_mask": [0, 0]}]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("\n\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "in" / "b.parquet"))
+    prepare_data(model=base_model_dir, data=tmp_path / "in", output=tmp_path / "out", seq_length=200)
+    places = [(Path(bad["file"]).name, bad.get("line"), bad.get("row")) for bad in quarantined(tmp_path / "out")]
+    assert places == [("a.jsonl", 4, None), ("b.parquet", None, 1)]
+
+
+def test_what_a_limit_leaves_out_is_filtered_and_counts_add_up(model_dir, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b", "c", "d") for _ in range(5)])
+    manifest = prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=200, max_samples=3).manifest
+    assert manifest.units["turns"] == {"read": 10, "written": 3, "quarantined": 0, "filtered": 7}
+    assert manifest.units["conversations"] == {"read": 5, "written": 2, "quarantined": 0, "filtered": 3}
+    assert manifest.dropped == {"beyond max_samples": 7}
+
+
+def test_rows_of_one_conversation_are_one_conversation(base_model_dir, tmp_path):
+    tokens = [{"primary_id": i // 2, "input_ids": [5 + i, 6], "loss_mask": [0, 1]} for i in range(6)]
+    data = write_jsonl(tmp_path / "rows.jsonl", tokens)
+    units = prepare_data(model=base_model_dir, data=data, output=tmp_path / "out", seq_length=9).manifest.units
+    assert (units["conversations"]["written"], units["rows"]["written"]) == (3, 6)
+
+
+def test_reasoning_that_the_template_drops_is_an_error_unless_asked_for(tmp_path):
+    for family in ("deepseek_r1", "qwen3"):
+        family_tokenizer(family).save_pretrained(tmp_path / family)
+    options = {"data": CASES / "thought_in_content.jsonl", "seq_length": 200}
+    with pytest.raises(ValueError, match=r"reasoning dropped by the template: 1 rows.*--drop-reasoning"):
+        prepare_data(model=str(tmp_path / "deepseek_r1"), output=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    asked = prepare_data(model=str(tmp_path / "deepseek_r1"), output=tmp_path / "out", drop_reasoning=True, **options)
+    assert asked.manifest.num_without_reasoning == 1
+    kept = prepare_data(model=str(tmp_path / "qwen3"), output=tmp_path / "kept", **options)
+    (row,) = kept.dataset()
+    supervised = row["input_ids"][row["loss_mask"].bool()]
+    assert family_tokenizer("qwen3").decode(supervised) == "<think>\nIt is 2.\n</think>\n\nTwo.<|im_end|>"
+
+
+def test_calls_with_differing_arguments_are_rows_of_one_file(tmp_path):
+    family_tokenizer("mistral_v3").save_pretrained(tmp_path / "verifier")
+    manifest = prepare_data(
+        model=str(tmp_path / "verifier"),
+        data=[CASES / "tool_args_differ.jsonl", CASES / "tool_call_openai.jsonl"],
+        output=tmp_path / "out",
+        seq_length=1000,
+    ).manifest
+    assert manifest.units["turns"] == {"read": 6, "written": 6, "quarantined": 0, "filtered": 0}
+
+
+def test_the_date_that_a_template_asks_for_is_part_of_the_recipe(tmp_path):
+    family_tokenizer("gpt_oss").save_pretrained(tmp_path / "verifier")
+    data = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    options = {"model": str(tmp_path / "verifier"), "data": data, "output": tmp_path / "out", "seq_length": 300}
+    first = prepare_data(**options, chat_template_kwargs={"template_date": "2026-01-31"})
+    assert first.manifest.recipe.template_date == "2026-01-31"
+    with pytest.raises(ValueError, match=r"template_date was '2026-01-31', now .*give the template the date again"):
+        prepare_data(**options)
+    assert prepare_data(**options, chat_template_kwargs={"template_date": "2026-01-31"}).reused
 
 
 def test_unknown_roles_become_the_assistants_with_one_warning_each(model_dir, tmp_path, caplog):
@@ -119,8 +230,10 @@ def test_pre_tokenised_rows_pass_through_without_a_chat_template(base_model_dir,
     [
         ({"input_ids": [1, 2, 3], "loss_mask": [0, 1]}, "3 input_ids but 2 loss_mask"),
         ({"input_ids": [1, 2], "loss_mask": [0, 5]}, "only 0 and 1"),
+        ({"input_ids": [1, 2, 3], "loss_mask": [0, 0.5, 1]}, r"0\.5; only 0 and 1"),
+        ({"input_ids": [1, 2.5, 3], "loss_mask": [0, 0, 1]}, r"no token id: 2\.5"),
         ({"input_ids": [1, 10_000], "loss_mask": [0, 1]}, "tokenised for another model"),
-        ({"input_ids": [1, 2], "loss_mask": [1, 1]}, "all 2 tokens are supervised"),
+        ({"input_ids": [1, 2], "loss_mask": [1, 1]}, "all tokens are supervised.*all 2"),
         ({"input_ids": [1, 2], "loss_mask": [0, 0]}, "none of the 1 rows .* 1 x no supervised token"),
     ],
 )
@@ -284,7 +397,8 @@ def test_inspect_mask_shows_raw_and_prepared_rows_alike(model_dir, data, tmp_pat
     raw = inspect_mask(data, model=model_dir, num_rows=1)
     assert [(span.supervised, span.text) for span in raw[0].spans] == [
         (False, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
-        (True, "hello<|im_end|>\n"),
+        (True, "hello<|im_end|>"),
+        (False, "\n"),
     ]
     shown = inspect_mask(prepared.path, num_rows=10)
     assert len(shown) == 4

@@ -24,6 +24,9 @@ def prepare_data(
     num_preprocessing_workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: chosen.")] = None,
     minimum_valid_tokens: Annotated[int | None, typer.Option(help="Drop rows with fewer trained tokens.")] = None,
     chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
+    drop_reasoning: Annotated[
+        bool, typer.Option("--drop-reasoning", help="Train on answers whose reasoning the template leaves out.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace rows prepared differently.")] = False,
     allow_empty_output: Annotated[bool, typer.Option("--allow-empty-output", help="No row is not an error.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -41,6 +44,7 @@ def prepare_data(
         num_workers=num_preprocessing_workers,
         minimum_valid_tokens=minimum_valid_tokens,
         token_freq_path=token_freq_path,
+        drop_reasoning=drop_reasoning,
         overwrite=overwrite,
         allow_empty_output=allow_empty_output,
         trust_remote_code=trust_remote_code,
@@ -56,5 +60,7 @@ def prepare_data(
             "num_tokens": manifest.num_tokens,
             "supervised_share": manifest.supervised_share,
             "dropped": manifest.dropped,
+            "units": manifest.units,
+            "num_without_reasoning": manifest.num_without_reasoning,
         }
     return record

@@ -1,7 +1,7 @@
 """Parses one raw row into a conversation or a pre-tokenised row. Pure: no tokenizer, no files.
 
-A row that cannot be used raises `UnusableRow` with a short reason; callers count the reasons.
-A pre-tokenised row whose lengths differ shows a broken generator, not a bad sample: that raises `ValueError`.
+A row that cannot be used raises `UnusableRow` with a short reason; callers count the reasons and keep a list of the
+rows, so that someone can repair them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
+
+from speculators.utils.chat_template import REASONING_KEYS
 
 Message = dict[str, Any]
 
@@ -28,12 +31,31 @@ ROLES = {
     "function_response": "tool",
     "observation": "tool",
 }
-KEPT_KEYS = ("tool_calls", "tool_call_id", "thinking", "reasoning_content", "name")
+KEPT_KEYS = ("tool_call_id", *REASONING_KEYS, "name", "prefix", "weight")
 IMAGE_COLUMNS = ("image", "images")
 
 
 class UnusableRow(ValueError):
-    """This row cannot become a training row. The message is the reason under which rows are counted."""
+    """This row cannot become a training row. Rows are counted by their reason; `detail` is about this one."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class FilteredRow(UnusableRow):
+    """Nothing is wrong with this row, but a setting leaves it out."""
+
+
+class BrokenTokenRow(UnusableRow):
+    """A pre-tokenised row that whoever made it broke."""
+
+
+@dataclass(frozen=True)
+class BrokenLine:
+    """A line of a file that is not JSON."""
+
+    error: str
 
 
 @dataclass(frozen=True)
@@ -48,23 +70,31 @@ class TokenRow:
 
     input_ids: list[int]
     loss_mask: list[int]
+    num_turns: int = 1
+    """Answers that are supervised in it."""
 
 
 def parse_row(row: Mapping[str, Any], unknown_roles: Counter[str]) -> Conversation | TokenRow:
     """Parses a row; counts unknown roles in `unknown_roles` and treats them as the assistant's.
 
-    Raises `UnusableRow` for a row to leave out, `ValueError` for a broken pre-tokenised row.
+    Raises `UnusableRow` for a row to leave out.
     """
-    if row is None:
-        raise UnusableRow("left out by the preset's filter")
-    if not isinstance(row, Mapping):
-        raise UnusableRow("row is not a JSON object")
+    refuse_no_object(row)
     if row.get("input_ids") is not None and row.get("loss_mask") is not None:
         return parse_token_row(row["input_ids"], row["loss_mask"])
     conversation = parse_conversation(row, unknown_roles)
     if not any(message["role"] == "assistant" for message in conversation.messages):
         raise UnusableRow("no assistant turn")
     return conversation
+
+
+def refuse_no_object(row: Any) -> None:
+    if row is None:
+        raise FilteredRow("left out by the preset's filter")
+    if isinstance(row, BrokenLine):
+        raise UnusableRow("line is not valid JSON (cut off in writing?)", row.error)
+    if not isinstance(row, Mapping):
+        raise UnusableRow("row is not a JSON object")
 
 
 def parse_conversation(row: Mapping[str, Any], unknown_roles: Counter[str]) -> Conversation:
@@ -81,16 +111,32 @@ def parse_conversation(row: Mapping[str, Any], unknown_roles: Counter[str]) -> C
 
 
 def parse_token_row(input_ids: Sequence[int], loss_mask: Sequence[int]) -> TokenRow:
-    """Checks a pre-tokenised row. Raises `ValueError` unless every token has a mask entry of 0 or 1."""
+    """Checks a pre-tokenised row. Raises `BrokenTokenRow` unless each token is a whole number with a mask of 0 or 1,
+    and some but not all are supervised."""
     if len(input_ids) != len(loss_mask):
-        raise ValueError(
-            f"a pre-tokenised row has {len(input_ids)} input_ids but {len(loss_mask)} loss_mask entries; "
-            "every token needs one: 1 = written by the verifier, 0 = context"
+        raise BrokenTokenRow(
+            "input_ids and loss_mask differ in length",
+            f"{len(input_ids)} input_ids but {len(loss_mask)} loss_mask entries; every token needs one: 1 = written by "
+            "the verifier, 0 = context",
         )
-    mask = [int(bit) for bit in loss_mask]
-    if not set(mask) <= {0, 1}:
-        raise ValueError(f"loss_mask holds {sorted(set(mask) - {0, 1})[:3]}; only 0 and 1 are valid")
-    return TokenRow([int(token) for token in input_ids], mask)
+    if wrong := [token for token in input_ids if not is_whole(token)]:
+        raise BrokenTokenRow("input_ids holds what is no token id", f"{wrong[0]!r}")
+    if wrong := [bit for bit in loss_mask if not is_whole(bit) or bit not in (0, 1)]:
+        raise BrokenTokenRow("loss_mask holds other values than 0 and 1", f"{wrong[0]!r}; only 0 and 1 are valid")
+    row = TokenRow([int(token) for token in input_ids], [int(bit) for bit in loss_mask])
+    if not any(row.loss_mask):
+        raise UnusableRow("no supervised token")
+    if all(row.loss_mask):
+        raise UnusableRow(
+            "all tokens are supervised, so the drafter would learn prompts as the verifier's own text",
+            f"all {len(row.loss_mask)}; set loss_mask to 0 over the prompt (to train on a whole document, over its "
+            "first token)",
+        )
+    return row
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
 
 
 def as_turns(turns: Any) -> Sequence[Any]:
@@ -120,9 +166,46 @@ def parse_turn(turn: Any, unknown_roles: Counter[str]) -> Message:
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
     message: Message = {"role": ROLES.get(role.lower(), "assistant"), "content": text_of(content)}
     message.update({key: turn[key] for key in KEPT_KEYS if turn.get(key) is not None})
+    if calls := parse_tool_calls(turn):
+        message["tool_calls"] = calls
+    if message.get("weight", 1) not in (0, 1):
+        raise UnusableRow("a turn's weight is neither 0 nor 1", repr(message["weight"]))
     if content is None and "tool_calls" not in message:
         raise UnusableRow("a turn has no content")
     return message
+
+
+def parse_tool_calls(turn: Mapping[str, Any]) -> list[Any]:
+    """Returns a turn's calls with their arguments as objects, which templates write as JSON themselves.
+
+    OpenAI's format has them as JSON text, and its older one a single `function_call`. Raises `UnusableRow`.
+    """
+    calls = from_json(turn.get("tool_calls"), "tool_calls")
+    if not calls and turn.get("function_call"):
+        calls = [{"type": "function", "function": from_json(turn["function_call"], "function_call")}]
+    if not isinstance(calls or [], Sequence):
+        raise UnusableRow("tool_calls is not a list")
+    parsed = []
+    for call in calls or ():
+        function = call.get("function", call) if isinstance(call, Mapping) else None  # some leave the envelope out
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise UnusableRow("a tool call has no function name")
+        arguments = from_json(function.get("arguments"), "a tool call's arguments")
+        envelope = {"type": "function", **(call if function is not call else {})}
+        parsed.append({**envelope, "function": {**function, "arguments": {} if arguments is None else arguments}})
+    return parsed
+
+
+def from_json(value: Any, name: str) -> Any:
+    """Parses JSON text; returns anything else as it is, and None for an empty text."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise UnusableRow(f"{name} is not valid JSON", str(error)) from None
 
 
 def text_of(content: Any) -> str:
@@ -138,13 +221,7 @@ def text_of(content: Any) -> str:
 
 
 def parse_tools(tools: Any) -> list[Any] | None:
-    if isinstance(tools, str):
-        if not tools.strip():
-            return None
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            raise UnusableRow("tools is not valid JSON") from None
+    tools = from_json(tools, "tools")
     if tools is None or tools == []:
         return None
     if not isinstance(tools, Sequence):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from typing import Any, TypeAlias
 import datasets
 
 from speculators.data_generation.configs import DATASET_CONFIGS, DatasetConfig
+from speculators.data_generation.conversations import BrokenLine
 
 Rows: TypeAlias = "Sequence[Any] | datasets.Dataset"
+Place: TypeAlias = dict[str, "str | int"]
 FILE_KINDS = (".json", ".jsonl", ".parquet")
 FORMS = (
     "a .json, .jsonl or .parquet file, a directory of them or of a saved dataset, hf:<id>[:<subset>][:<split>], "
@@ -27,11 +30,11 @@ FORMS = (
 
 
 class JsonLines(Sequence[Any]):
-    """The rows of a JSONL file, parsed on access. A line that is not JSON is returned as text."""
+    """The rows of a JSONL file, parsed on access. A line that is not JSON is returned as a `BrokenLine`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offsets = line_offsets(path)
+        self.offsets, self.numbers = line_offsets(path)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -42,33 +45,46 @@ class JsonLines(Sequence[Any]):
             line = file.readline()
         try:
             return json.loads(line)
-        except ValueError:
-            return line.decode(errors="replace")
+        except ValueError as error:
+            return BrokenLine(str(error))
+
+    def place(self, index: int) -> Place:
+        return {"file": str(self.path), "line": self.numbers[index]}
 
 
-def line_offsets(path: Path) -> list[int]:
-    offsets, position = [], 0
+def line_offsets(path: Path) -> tuple[array[int], array[int]]:
+    """Returns where each line that is not blank begins, and its number from 1."""
+    offsets, numbers, position = array("q"), array("q"), 0
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if line.strip():
                 offsets.append(position)
+                numbers.append(number)
             position += len(line)
-    return offsets
+    return offsets, numbers
 
 
 class Chain(Sequence[Any]):
-    """Concatenates several sequences of rows."""
+    """Concatenates several sources of rows."""
 
-    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+    def __init__(self, parts: Sequence[RawRows]) -> None:
         self.parts = [part for part in parts if len(part)]
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
     def __getitem__(self, index: Any) -> Any:
+        part, index = self.part_of(index)
+        return part[index]
+
+    def place(self, index: int) -> Place:
+        part, index = self.part_of(index)
+        return part.place(index)
+
+    def part_of(self, index: int) -> tuple[RawRows, int]:
         for part in self.parts:
             if index < len(part):
-                return part[index]
+                return part, index
             index -= len(part)
         raise IndexError(index)
 
@@ -95,6 +111,12 @@ class RawRows(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
+
+    def place(self, index: int) -> Place:
+        """Says where a row stands, for people: file and line, or source and row from 0."""
+        if isinstance(self.rows, JsonLines | Chain):
+            return self.rows.place(index)
+        return {"file": self.name, "row": index}
 
     def conversation_ids(self) -> Iterable[Any]:
         """Returns one id per row: its `primary_id`, which regenerated turns of a conversation share, else its index."""
@@ -164,7 +186,7 @@ def load_directory(path: Path) -> Rows:
     if not files:
         kinds = ", ".join(FILE_KINDS)
         raise ValueError(f"data directory {str(path)!r} has no {kinds} file and is not a saved dataset")
-    return Chain([load_file(file) for file in files])
+    return Chain([RawRows(str(file), load_file(file)) for file in files])
 
 
 def parse_hub_name(text: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import os
 import shutil
@@ -21,6 +22,7 @@ from speculators.data_generation.datasets import quiet_datasets
 from speculators.data_generation.prepared import (
     HIDDEN_STATES_NAME,
     MANIFEST_NAME,
+    QUARANTINE_NAME,
     TOKEN_FREQ_NAME,
     Manifest,
     PreparedData,
@@ -37,15 +39,32 @@ from speculators.data_generation.preprocessing import (
     tokenize_sources,
     vocabulary_size,
 )
-from speculators.data_generation.recipes import contents_sha256, differences, template_sha256, tokenizer_sha256
-from speculators.data_generation.tokenizing import RowTokenizer, Tokenized, TokenizeOptions, warn_about
+from speculators.data_generation.records import (
+    Outcome,
+    Tokenized,
+    contents_sha256,
+    differences,
+    template_date,
+    template_sha256,
+    tokenizer_sha256,
+)
+from speculators.data_generation.tokenizing import RowTokenizer, TokenizeOptions, warn_about
 from speculators.utils.files import absolute_if_directory, atomic_directory
 from speculators.utils.names import model_name
 from speculators.utils.progress import Progress, no_progress_bars, reporting
 
 logger = logging.getLogger(__name__)
 
-OWN_FILES = ("*.arrow", "dataset_info.json", "state.json", TOKEN_FREQ_NAME, MANIFEST_NAME, "d2t*.npy", "t2d*.npy")
+OWN_FILES = (
+    "*.arrow",
+    "dataset_info.json",
+    "state.json",
+    TOKEN_FREQ_NAME,
+    MANIFEST_NAME,
+    QUARANTINE_NAME,
+    "d2t*.npy",
+    "t2d*.npy",
+)
 """Files that `overwrite` may delete, besides the hidden states: everything that derives from the rows."""
 
 
@@ -67,15 +86,19 @@ def prepare_data(
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     merge_turns: bool = False,
+    drop_reasoning: bool = False,
     progress: bool | Progress | None = None,
 ) -> PreparedData:
     """Tokenises `data` (files, directories, hub names or presets) for the verifier `model` into the directory `output`.
 
     `model`: hub id, directory or loaded model; `tokenizer`: in place of its own. Reuses an `output` that was made from
     the same recipe. `seq_length`: longest row, in tokens. `max_samples`: most rows. `num_workers=None` chooses by the
-    number of rows. `chat_template_kwargs` go to the template (`enable_thinking`, ...). `progress`: True draws a bar, a
-    function is told of it. Raises `ValueError` for a source that cannot be read, data without a training row (unless
-    `allow_empty_output`), data in which every token is supervised, and an `output` that was made from another recipe
+    number of rows. `chat_template_kwargs` go to the template (`enable_thinking`, ...).
+    `drop_reasoning`: rows whose reasoning the template leaves out are no error. `progress`: True draws a bar, a
+    function is told of it. Bad rows are listed in the output's quarantine.jsonl.
+
+    Raises `ValueError` for a source that cannot be read, data without a training row (unless
+    `allow_empty_output`), and an `output` that was made from another recipe
     (unless `overwrite`) or holds other files.
     """
     name = model_name(model)
@@ -91,7 +114,7 @@ def prepare_data(
         vocab_size=vocabulary_size(name, tokenizer, trust_remote_code=trust_remote_code),
         merge_turns=merge_turns,
     )
-    recipe = make_recipe(name, tokenizer, sources, options, seed, max_samples, chat_template_kwargs)
+    recipe = make_recipe(name, tokenizer, sources, options, seed, max_samples, chat_template_kwargs, drop_reasoning)
     if is_prepared(path) and not overwrite:
         prepared = reuse(path, recipe)
         export_token_freq(prepared, token_freq_path)
@@ -119,7 +142,15 @@ def write_prepared(path: Path, chunks: Iterable[Tokenized], recipe: Recipe, allo
         num_tokens, num_supervised = sum(lengths), sum(token_freq.values())
         if not lengths and not allow_empty_output:
             raise ValueError(explain_no_rows(done, recipe.sources))
-        refuse_all_supervised(num_tokens, num_supervised)
+        if done.num_without_reasoning and not recipe.drop_reasoning:
+            raise ValueError(
+                f"reasoning dropped by the template: {done.num_without_reasoning} rows, which would teach answers "
+                "without the thought that the verifier writes first; use a template that renders it, or pass "
+                "drop_reasoning (--drop-reasoning) to train on them as they are"
+            )
+        for unit, counts in done.units.items():
+            counts.check(unit)
+        write_quarantine(done.quarantine, directory / QUARANTINE_NAME)
         manifest = Manifest(
             recipe=recipe,
             library_version=importlib.metadata.version("speculators"),
@@ -131,6 +162,8 @@ def write_prepared(path: Path, chunks: Iterable[Tokenized], recipe: Recipe, allo
             longest_row=max(lengths, default=0),
             dropped=dict(done.dropped.most_common()),
             unknown_roles=dict(done.unknown_roles),
+            units={unit: asdict(counts) for unit, counts in done.units.items()},
+            num_without_reasoning=done.num_without_reasoning,
         )
         save_token_freq(token_freq, directory / TOKEN_FREQ_NAME)
         (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -160,18 +193,18 @@ def write_rows(chunks: Iterable[Tokenized], directory: Path) -> tuple[Tokenized,
     return done, token_freq, lengths
 
 
+def write_quarantine(quarantine: Sequence[Outcome], path: Path) -> None:
+    """Writes one line per bad row, in the order of the sources; no file without any."""
+    if quarantine:
+        logger.warning("%d bad rows are in %s; the first: %s", len(quarantine), path.name, quarantine[0])
+        lines = (bad.record() for bad in sorted(quarantine, key=lambda bad: bad.index))
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
 def export_token_freq(prepared: PreparedData, token_freq_path: str | Path | None) -> None:
     """Writes the copy of the token frequencies that a user asked for outside the prepared directory."""
     if token_freq_path is not None and Path(token_freq_path) != prepared.path / TOKEN_FREQ_NAME:
         save_token_freq(Counter(prepared.token_freq()), Path(token_freq_path))
-
-
-def refuse_all_supervised(num_tokens: int, num_supervised: int) -> None:
-    if num_tokens and num_supervised == num_tokens:
-        raise ValueError(
-            f"all {num_tokens} tokens are supervised, so the drafter would learn prompts as the verifier's own text; "
-            "set loss_mask to 0 over the prompts (to train on whole documents, set it to 0 on each first token)"
-        )
 
 
 def make_recipe(
@@ -182,12 +215,14 @@ def make_recipe(
     seed: int,
     max_samples: int | None,
     chat_template_kwargs: Mapping[str, Any] | None,
+    drop_reasoning: bool,
 ) -> Recipe:
     return Recipe(
         verifier=absolute_if_directory(model),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         chat_template_sha256=template_sha256(tokenizer),
         chat_template_kwargs=dict(chat_template_kwargs or {}),
+        template_date=template_date(tokenizer, chat_template_kwargs),
         sources=[str(source) for source in sources],
         sources_sha256=[contents_sha256(Path(source)) for source in sources],
         seq_length=options.seq_length,
@@ -195,6 +230,7 @@ def make_recipe(
         seed=seed,
         minimum_valid_tokens=options.minimum_valid_tokens,
         merge_turns=options.merge_turns,
+        drop_reasoning=drop_reasoning,
         vocab_size=options.vocab_size or len(tokenizer),
     )
 

@@ -3,6 +3,7 @@
 <output>/*.arrow, dataset_info.json, state.json    `datasets.save_to_disk`: input_ids, loss_mask, seq_len
 <output>/token_freq.pt                             dict[int, int], supervised tokens only
 <output>/manifest.json                             what the rows were made from and what was left out
+<output>/quarantine.jsonl                         the bad rows: file, line, id, reason (only if there are any)
 <output>/hidden_states/                            written later, by a `HiddenStateStore`
 """
 
@@ -22,12 +23,15 @@ from rich.table import Table
 
 from speculators.data_generation.conversations import TokenRow
 from speculators.data_generation.datasets import load_raw_dataset
+from speculators.data_generation.masks import MaskSpan, mask_spans
 from speculators.data_generation.preprocessing import explain_no_rows, load_tokenizer
-from speculators.data_generation.tokenizing import MaskSpan, RowTokenizer, Tokenized, TokenizeOptions, mask_spans
+from speculators.data_generation.records import Tokenized
+from speculators.data_generation.tokenizing import RowTokenizer, TokenizeOptions, tokenize_chunks
 from speculators.utils.report import TableReport, facts_table
 
 MANIFEST_NAME = "manifest.json"
 TOKEN_FREQ_NAME = "token_freq.pt"
+QUARANTINE_NAME = "quarantine.jsonl"
 HIDDEN_STATES_NAME = "hidden_states"
 
 
@@ -39,6 +43,8 @@ class Recipe:
     tokenizer_sha256: str
     chat_template_sha256: str | None
     chat_template_kwargs: dict[str, Any]
+    template_date: str | None
+    """The date that the rows name, where the template asks for today's."""
     sources: list[str]
     sources_sha256: list[str | None]
     """Hash of each local source's contents; None for a source on the hub."""
@@ -47,6 +53,7 @@ class Recipe:
     seed: int
     minimum_valid_tokens: int
     merge_turns: bool
+    drop_reasoning: bool
     vocab_size: int
 
 
@@ -66,6 +73,10 @@ class Manifest:
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> number of raw rows or turns that gave no training row."""
     unknown_roles: dict[str, int] = field(default_factory=dict)
+    units: dict[str, dict[str, int]] = field(default_factory=dict)
+    """conversations, turns and (raw) rows -> read, and of these written, quarantined and filtered."""
+    num_without_reasoning: int = 0
+    """Training rows whose answer had reasoning that the template does not render."""
 
     @property
     def supervised_share(self) -> float:
@@ -75,7 +86,12 @@ class Manifest:
     def facts(self) -> dict[str, str]:
         """For people."""
         return {
-            "rows": f"{self.num_rows:,} of {self.num_read:,} read",
+            "rows": f"{self.num_rows:,}",
+            **{
+                f"{unit} read": f"{num['read']:,}: {num['written']:,} written, {num['quarantined']:,} quarantined, "
+                f"{num['filtered']:,} filtered"
+                for unit, num in self.units.items()
+            },
             "tokens": f"{self.num_tokens:,}, {self.supervised_share:.0%} trained on",
             "row length": f"{self.shortest_row} to {self.longest_row}",
             "left out": "; ".join(f"{count} x {reason}" for reason, count in self.dropped.items()) or "nothing",
@@ -193,8 +209,8 @@ def raw_training_rows(data: str | Path, row_tokenizer: RowTokenizer) -> Iterator
     """Yields the training rows of raw data, one source row at a time."""
     done = Tokenized()
     num_rows = 0
-    for raw_row in load_raw_dataset(data):
-        chunk = row_tokenizer.chunk([raw_row])
+    raw_rows = load_raw_dataset(data)
+    for chunk in tokenize_chunks(raw_rows, [[index] for index in range(len(raw_rows))], row_tokenizer, num_workers=1):
         done.add_counts(chunk)
         num_rows += len(chunk.rows)
         yield from chunk.rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from speculators.data_generation.conversations import TokenRow
+from speculators.data_generation.conversations import BrokenTokenRow, TokenRow
 from speculators.data_generation.datasets import Chain, RawRows, load_raw_dataset
+from speculators.data_generation.records import Tokenized
 from speculators.data_generation.tokenizing import (
     RowTokenizer,
-    Tokenized,
     TokenizeOptions,
     default_num_workers,
     tokenize_chunks,
@@ -70,20 +71,15 @@ def tokenize_sources(
     """
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples={max_samples}; keep at least 1 row, or None for all")
-    opened = [load_raw_dataset(source) for source in sources]
-    raw_rows = Chain(opened)
-    order = shuffled(conversations_of(opened), seed)
-    num_read = num_rows = 0
-    for chunk in tokenize_chunks(raw_rows, order, row_tokenizer, num_workers):
-        if max_samples is not None:
-            chunk.rows = chunk.rows[: max_samples - num_rows]
+    raw_rows = Chain([load_raw_dataset(source) for source in sources])
+    conversations = shuffled(conversations_of(raw_rows.parts), seed)
+    num_read = 0
+    for chunk in tokenize_chunks(raw_rows, conversations, row_tokenizer, num_workers, max_samples):
+        chunk.quarantine = [replace(bad, place=raw_rows.place(bad.index)) for bad in chunk.quarantine]
         num_read += chunk.num_read
-        num_rows += len(chunk.rows)
         if progress is not None:
             progress("tokenise", num_read, len(raw_rows))
         yield chunk
-        if num_rows == max_samples:
-            return
 
 
 def conversations_of(sources: Sequence[RawRows]) -> list[list[int]]:
@@ -102,8 +98,8 @@ def conversations_of(sources: Sequence[RawRows]) -> list[list[int]]:
     return conversations
 
 
-def shuffled(conversations: Sequence[Sequence[int]], seed: int) -> list[int]:
-    return [row for i in np.random.default_rng(seed).permutation(len(conversations)) for row in conversations[i]]
+def shuffled(conversations: Sequence[Sequence[int]], seed: int) -> list[Sequence[int]]:
+    return [conversations[i] for i in np.random.default_rng(seed).permutation(len(conversations))]
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -130,7 +126,15 @@ def explain_no_rows(done: Tokenized, sources: Sequence[str | Path]) -> str:
     if done.num_read == 0:
         return f"no rows in {names}"
     reasons = "; ".join(f"{count} x {reason}" for reason, count in done.dropped.most_common(5))
-    return f"none of the {done.num_read} rows of {names} gave a training row: {reasons}"
+    first = f" (the first: {done.quarantine[0]})" if done.quarantine else ""
+    return f"none of the {done.num_read} rows of {names} gave a training row: {reasons}{first}"
+
+
+def refuse_broken_token_rows(done: Tokenized) -> None:
+    """Raises `ValueError` for pre-tokenised rows that whoever made them broke: here is no file to set them aside in."""
+    broken = [bad for bad in done.quarantine if isinstance(bad.problem, BrokenTokenRow)]
+    if broken:
+        raise ValueError(f"{len(broken)} broken pre-tokenised rows; the first: {broken[0]}")
 
 
 def build_speculator_training_dataset(
@@ -150,9 +154,10 @@ def build_speculator_training_dataset(
     refuse_render_endpoint(render_endpoint)
     options = TokenizeOptions(max_length, 1 if minimum_valid_tokens is None else minimum_valid_tokens)
     num_workers = min(num_proc, default_num_workers(len(dataset)))
-    done = Tokenized()
-    for chunk in tokenize_chunks(dataset, range(len(dataset)), RowTokenizer(processor, options), num_workers):
+    done, rows = Tokenized(), [[index] for index in range(len(dataset))]
+    for chunk in tokenize_chunks(dataset, rows, RowTokenizer(processor, options), num_workers):
         done.add(chunk)
+    refuse_broken_token_rows(done)
     warn_about(done)
     return to_dataset(done.rows)
 
@@ -192,6 +197,7 @@ def load_and_preprocess_dataset(
         num_workers=1 if build_dataset_num_proc <= 1 else None,
     ):
         done.add(chunk)
+    refuse_broken_token_rows(done)
     warn_about(done)
     if not done.rows and not allow_empty_output:
         raise ValueError(explain_no_rows(done, train_data_paths))

@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from speculators.data_generation.configs import DEFAULT_ANSWERED_TOGETHER
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
-from speculators.data_generation.recipes import (
+from speculators.data_generation.records import (
     Finished,
     finished_conversations,
     open_recipe,
+    template_date,
     template_sha256,
     tokenizer_sha256,
 )
@@ -131,6 +132,7 @@ def regenerate_responses(
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "chat_template_sha256": template_sha256(tokenizer),
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
+            "template_date": template_date(tokenizer, chat_template_kwargs),
             "sampling_params": dict(sampling_params or {}),
             "stop_token_ids": sorted(stop_ids),
             "max_prompt_tokens": max_prompt_tokens,

@@ -28,6 +28,7 @@ from speculators.data_generation.conversations import (
     UnusableRow,
     parse_conversation,
     parse_token_row,
+    refuse_no_object,
 )
 from speculators.data_generation.datasets import load_raw_dataset
 from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
@@ -238,8 +239,7 @@ def make_rollout(index: int, row: Any, primary_id: str, prompt_field: str | None
 
     Raises `UnusableRow` when the row has nothing to answer.
     """
-    if not isinstance(row, Mapping):
-        raise UnusableRow("row is not a JSON object")
+    refuse_no_object(row)
     if row.get("input_ids") is not None and row.get("loss_mask") is not None:
         return Rollout(index, primary_id, [], prompt_ids=prompt_of(parse_token_row(row["input_ids"], row["loss_mask"])))
     prompt = row.get(prompt_field or "prompt")

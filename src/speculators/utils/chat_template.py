@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-REASONING_KEYS = ("reasoning_content", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names of the same thing: of older servers, of newer ones, and of gpt-oss."""
+READS_CLOCK = re.compile(r"\bstrftime_now\b")
+TEMPLATE_DATE = "template_date"
+"""Key among the template's arguments: the date (2026-01-31) of templates that ask for today's."""
+THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
 class ChatTemplateError(ValueError):
@@ -24,6 +31,12 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.template = chat_template_of(tokenizer)
         self.template_kwargs = dict(template_kwargs or {})
+        date = self.template_kwargs.pop(TEMPLATE_DATE, None)
+        self.date = read_date(date) if READS_CLOCK.search(self.template) else None
+        """What a template that asks for the time is told, so that a run over midnight renders one date."""
+        if (today := self.date) is not None:
+            self.template_kwargs["strftime_now"] = today.strftime
+        self.tokens_after_answer: dict[str, int | None] = {}
 
     @property
     def marks_generations(self) -> bool:
@@ -33,9 +46,54 @@ class ChatRenderer:
     def token_ids(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool
     ) -> list[int]:
-        """Renders the messages. Raises `ChatTemplateError` when the template refuses them."""
-        rendered = self.render(messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False)
-        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        """Renders the messages as tokens. Raises `ChatTemplateError` when the template refuses them."""
+        return self.encode(self.text(messages, tools, add_generation_prompt=add_generation_prompt))
+
+    def text(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool
+    ) -> str:
+        """Renders the messages as text. Raises `ChatTemplateError` when the template refuses them."""
+        return str(self.render(messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    def encode_from(self, text: str, start: int) -> list[int]:
+        """Returns the tokens of `text[start:]` as they stand in the whole text, where the tokenizer can say so: some
+        put a space in front of a text."""
+        if self.tokenizer.is_fast:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = encoded["offset_mapping"]
+            if all(end <= start or begin >= start for begin, end in spans):
+                return [token for token, (begin, _) in zip(encoded["input_ids"], spans, strict=True) if begin >= start]
+        return self.encode(text[start:])
+
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """The special tokens that may end an answer: all but those that close a part of it (`</think>`)."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {token for token, content in added if content.special} | set(self.tokenizer.all_special_ids)
+        return frozenset(token for token in special if not self.decode([token]).startswith("</"))
+
+    def token_after_answer(self, role: str) -> int | None:
+        """Returns the special token that the template renders right behind an answer when a turn of `role` follows."""
+        if role not in self.tokens_after_answer:
+            contents = ("ask", "answer", "follow")
+            roles = ("user", "assistant", role)
+            try:
+                text = self.text(
+                    [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)],
+                    add_generation_prompt=False,
+                )
+                first = self.encode(text.rpartition("answer")[2].partition("follow")[0])[:1]
+            except ChatTemplateError:
+                first = []
+            is_end = bool(first) and first[0] in self.end_token_ids
+            self.tokens_after_answer[role] = first[0] if is_end else None
+        return self.tokens_after_answer[role]
 
     def generation_mask(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
         """Returns the mask of the template's own {% generation %} blocks, one entry per token of the conversation."""
@@ -94,10 +152,42 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(template)
 
 
+def read_date(given: str | None) -> datetime:
+    """Parses the date that a template is told; None: today's."""
+    try:
+        day = datetime.now() if given is None else datetime.strptime(given, "%Y-%m-%d")
+    except (ValueError, TypeError):
+        raise ValueError(f"{TEMPLATE_DATE}={given!r} is not a date like '2026-01-31'") from None
+    return day.replace(hour=0, minute=0, second=0, microsecond=0)
+
+
 def rename_reasoning(message: Mapping[str, Any], template: str) -> dict[str, Any]:
-    """Renames `thinking` or `reasoning_content` to the one that the template reads; it would ignore the other."""
-    for given, other in (REASONING_KEYS, REASONING_KEYS[::-1]):
-        if given in message and other not in message and given not in template and other in template:
-            renamed = {key: value for key, value in message.items() if key != given}
-            return {**renamed, other: message[given]}
-    return dict(message)
+    """Puts a message's reasoning under the name that the template reads; it would ignore the others.
+
+    Takes it from a <think> block that begins the content, too, for templates that read it apart.
+    """
+    given = [key for key in REASONING_KEYS if key in message]
+    read = next((key for key in REASONING_KEYS if reads(template, key)), None)
+    if read is None or read in given:
+        return dict(message)
+    if given:
+        return {**{key: value for key, value in message.items() if key not in given}, read: message[given[0]]}
+    content = message.get("content")
+    thought = THOUGHT.match(content.lstrip()) if isinstance(content, str) and message["role"] == "assistant" else None
+    if thought is None:
+        return dict(message)
+    return {**message, "content": thought.string[thought.end() :].lstrip("\n"), read: thought[1].strip("\n")}
+
+
+def reads(template: str, key: str) -> bool:
+    """Says whether a template reads this key of a message (`m.key`, `m['key']`, `'key' in m`)."""
+    return re.search(rf"""[.'"]{key}\b""", template) is not None
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """Returns a message's reasoning, under any of its names or as a <think> block of its content; "" without any."""
+    for key in REASONING_KEYS:
+        if isinstance(message.get(key), str) and message[key].strip():
+            return str(message[key])
+    thought = THOUGHT.search(message.get("content") or "")
+    return thought[1] if thought else ""
