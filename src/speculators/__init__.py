@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from speculators.data_generation.prepare import prepare_data
     from speculators.decoding.config import SpeculativeConfig
     from speculators.decoding.engine import Engine
-    from speculators.decoding.sampling import SamplingParams
+    from speculators.decoding.settings import SamplingParams
     from speculators.deploy.check import check_checkpoint as check
     from speculators.deploy.export import export_checkpoint as export
     from speculators.model import SpeculatorModel

@@ -24,13 +24,18 @@ from speculators import assets
 from speculators.checkpoint.formats import SPECULATORS
 from speculators.checkpoint.io import local_directory
 from speculators.config import SpeculatorModelConfig
-from speculators.data_generation.configs import DEFAULT_ANSWER_TOKENS, DEFAULT_ANSWERED_TOGETHER
+from speculators.data_generation.configs import (
+    DEFAULT_ANSWER_TOKENS,
+    DEFAULT_ANSWERED_TOGETHER,
+    DEFAULT_NUM_ANSWERS,
+    DEFAULT_SEED,
+)
 from speculators.data_generation.regenerate import RegenerationReport, regenerate_responses
 from speculators.decoding.chat import sampling_params
 from speculators.decoding.engine import Engine
 from speculators.decoding.method import Drafter
 from speculators.decoding.request import end_of_sequence_ids
-from speculators.decoding.sampling import SamplingParams
+from speculators.decoding.settings import SamplingParams
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.deploy.export import export_checkpoint
 from speculators.deploy.process import find_vllm
@@ -65,7 +70,7 @@ def regenerate(
     num_speculative_tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     limit: int | None = None,
-    num_samples: int = 1,
+    num_samples: int = DEFAULT_NUM_ANSWERS,
     batch_size: int = DEFAULT_ANSWERED_TOGETHER,
     resume: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -82,7 +87,7 @@ def regenerate(
     has a seed of its own, made from `seed`, the conversation's id and the turn. Raises `ValueError` for data without a
     prompt, for an `output` that exists unless `resume`, and for one to complete that was made by another recipe.
     """
-    params = sampling_params(**{"max_tokens": DEFAULT_ANSWER_TOKENS, "seed": 0, **sampling})
+    params = sampling_params(**{"max_tokens": DEFAULT_ANSWER_TOKENS, "seed": DEFAULT_SEED, **sampling})
     target = open_target(verifier, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if target.tokenizer is None:
         raise ValueError(f"no tokenizer was found for the verifier {model_name(verifier)}; give one as tokenizer=")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,33 @@ def test_help_imports_neither_torch_nor_transformers(args: list[str]):
     done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+WRITTEN_HERE = {("root", "version"), ("quickstart", "output"), ("inspect_mask", "first_row")}
+"""What is the command's alone: a help text, a directory of its own, and that rows are shown from the first."""
+
+
+def literal_defaults(source: str) -> list[tuple[str, str]]:
+    """(command, flag) of each default that is a number or a text, in place of the name of where it is written."""
+    found = []
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef) and function.args.defaults:
+            flags = function.args.args[-len(function.args.defaults) :]
+            for flag, default in zip(flags, function.args.defaults, strict=True):
+                values = [node.value for node in ast.walk(default) if isinstance(node, ast.Constant)]
+                if any(value is not None and not isinstance(value, bool) and value != "," for value in values):
+                    found.append((function.name, flag.arg))
+    return found
+
+
+def test_a_flag_takes_its_default_from_the_config_or_function_behind_it():
+    """The default that a flag repeats drifts from the one that Python has."""
+    sources = [file.read_text() for file in Path(app.__file__).parent.glob("*.py")]
+    assert {default for source in sources for default in literal_defaults(source)} == WRITTEN_HERE
+    assert literal_defaults("def generate(top_k: TopK = 0, output: Path = Path('out'), raw=False, seed=None): ...") == [
+        ("generate", "top_k"),
+        ("generate", "output"),
+    ]
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):

@@ -75,7 +75,7 @@ def test_messages_where_prompts_belong_say_what_to_call(engine, prompts):
         engine.generate(prompts)
 
 
-@pytest.mark.parametrize("question", [[], ["say 3"], [["say 3"]], [{"content": "say 3"}]])
+@pytest.mark.parametrize("question", [None, [], ["say 3"], [["say 3"]], [{"content": "say 3"}]])
 def test_what_is_no_chat_shows_how_one_looks(engine, question):
     with pytest.raises(ValueError, match='"role": "user"'):
         engine.chat(question)

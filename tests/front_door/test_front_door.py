@@ -125,6 +125,8 @@ def test_settings_that_do_not_exist_name_the_nearest(run, data, tmp_path):
         sp.evaluate(VERIFIER, "heldout.jsonl", num_promts=2)
     with pytest.raises(ValueError, match="Did you mean 'max_tokens'"):
         sp.verify(run, max_token=2)
+    with pytest.raises(ValueError, match="Did you mean 'max_batch_size'"):
+        sp.Engine.from_pretrained(VERIFIER, max_batch=2)
     with pytest.raises(ValueError, match="Did you mean 'temperature'"):
         sp.regenerate(VERIFIER, "chat.jsonl", output=tmp_path / "a.jsonl", temprature=2)
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 VLLM_PROFILE = "vllm-0.32"
 """The engine version whose reading of a checkpoint the rules describe."""
+CONVERTED = "converted"
+"""Directory that a conversion writes unless told another."""
 
 Severity = Literal["error", "warning"]
 """error: the served drafter would fail, or would not be the one that was trained. warning: worth a look."""

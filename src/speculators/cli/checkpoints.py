@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.checkpoint.findings import VLLM_PROFILE
+from speculators.checkpoint.findings import CONVERTED, VLLM_PROFILE
 from speculators.cli.shared import Verifier, out, parse_json_object, print_facts
 
 
@@ -69,7 +69,7 @@ def convert(
     model: Annotated[str, typer.Argument(help="The checkpoint: directory or hub id.")],
     verifier: Verifier,
     output: Annotated[Path, typer.Option("--output", "--output-path", help="New directory to write.")] = Path(
-        "converted"
+        CONVERTED
     ),
     algorithm: Annotated[
         str | None, typer.Option(help="Speculator type. Default: recognised by config and tensors.")

@@ -24,6 +24,7 @@ from speculators.cli.shared import (
     parse_json_object,
     say,
 )
+from speculators.decoding.settings import DEFAULT_DTYPE
 from speculators.evaluation.config import EvaluateConfig, ServerConfig
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def evaluate(
     method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP)] = None,
     server: Annotated[str | None, typer.Option(help="Measure a running vLLM server instead, by its counters.")] = None,
     baseline_server: Annotated[str | None, typer.Option(help="Plain server to compare that one with.")] = None,
-    concurrency: Annotated[str, typer.Option(help="With --server: numbers of clients, such as 1,4,8.")] = "1",
+    concurrency: Annotated[str, typer.Option(help="With --server: numbers of clients, such as 1,4,8.")] = ",".join(
+        map(str, ServerConfig.num_clients)
+    ),
     request_timeout: Annotated[
         float, typer.Option(min=1, help="With --server: seconds an answer may take.")
     ] = ServerConfig.timeout_s,
@@ -71,8 +74,8 @@ def evaluate(
     num_repeats: Annotated[
         int, typer.Option(min=1, help="Timings of each batch; the fastest counts.")
     ] = EvaluateConfig.num_repeats,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    dtype: Dtype = DEFAULT_DTYPE,
+    device: Device = EvaluateConfig.device,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = EvaluateConfig.seed,
     output: Annotated[Path | None, typer.Option(help="Write the whole report to this JSON file.")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Fail unless the output is plain decoding's.")] = False,

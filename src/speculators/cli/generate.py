@@ -23,6 +23,8 @@ from speculators.cli.shared import (
     parse_json_object,
     print_facts,
 )
+from speculators.decoding.method import PLAIN
+from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams
 
 if TYPE_CHECKING:
     from speculators.decoding.request import RequestOutput
@@ -31,22 +33,22 @@ if TYPE_CHECKING:
 def generate(
     verifier: Verifier,
     prompt: Annotated[list[str], typer.Option(help="What to ask; '-' reads stdin. Repeatable.")],
-    method: Annotated[str, typer.Option(help="A speculator's directory, a method's name, JSON, or none.")] = "none",
+    method: Annotated[str, typer.Option(help="A speculator's directory, a method's name, JSON, or none.")] = PLAIN,
     num_speculative_tokens: NumSpeculativeTokens = None,
     speculative_token_tree: TokenTree = None,
     dynamic_tree: DynamicTree = None,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
+    max_tokens: MaxTokens = SamplingParams.max_tokens,
+    temperature: Temperature = SamplingParams.temperature,
+    top_k: TopK = SamplingParams.top_k,
+    top_p: TopP = SamplingParams.top_p,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    dtype: Dtype = DEFAULT_DTYPE,
+    device: Device = DEFAULT_DEVICE,
     raw: Annotated[bool, typer.Option("--raw", help="Take prompts as they are: no chat template.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> dict[str, Any]:
     """Decode prompts with draft-and-verify; greedy output is the verifier's own, token for token."""
-    from speculators.decoding import Engine, SamplingParams, open_target, parse_methods
+    from speculators.decoding import Engine, open_target, parse_methods
     from speculators.utils.chat_template import chat_prompt
 
     trees = {

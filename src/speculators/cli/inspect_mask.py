@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from speculators.cli.shared import TrustRemoteCode, out, parse_json_object
+from speculators.data_generation.configs import DEFAULT_SEQ_LENGTH, DEFAULT_SHOWN_ROWS
 from speculators.utils.report import visible
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 def inspect_mask(
     data: Annotated[str, typer.Argument(help="Prepared directory, or raw conversations (then with --model).")],
     model: Annotated[str | None, typer.Option(help="Verifier. Default: the one the directory was made for.")] = None,
-    num_rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
+    num_rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = DEFAULT_SHOWN_ROWS,
     first_row: Annotated[int, typer.Option(min=0, help="First row to show.")] = 0,
-    seq_length: Annotated[int, typer.Option(min=2, help="For raw conversations: longest row.")] = 8192,
+    seq_length: Annotated[int, typer.Option(min=2, help="For raw conversations: longest row.")] = DEFAULT_SEQ_LENGTH,
     chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from speculators.cli.shared import TrustRemoteCode, out, parse_json_object
-from speculators.data_generation.configs import DEFAULT_OUTPUT, DEFAULT_SEQ_LENGTH
+from speculators.data_generation.configs import DEFAULT_OUTPUT, DEFAULT_SEED, DEFAULT_SEQ_LENGTH
 
 
 def prepare_data(
@@ -20,7 +20,7 @@ def prepare_data(
     ] = DEFAULT_SEQ_LENGTH,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Rows to keep. Default: all.")] = None,
     token_freq_path: Annotated[Path | None, typer.Option(help="Default: <output>/token_freq.pt.")] = None,
-    seed: Annotated[int, typer.Option(help="Order of the rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Order of the rows.")] = DEFAULT_SEED,
     num_preprocessing_workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: chosen.")] = None,
     minimum_valid_tokens: Annotated[int | None, typer.Option(help="Drop rows with fewer trained tokens.")] = None,
     chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,

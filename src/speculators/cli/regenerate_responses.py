@@ -19,7 +19,14 @@ from speculators.cli.shared import (
     out,
     parse_json_object,
 )
-from speculators.data_generation.configs import DEFAULT_ANSWER_TOKENS, DEFAULT_ANSWERED_TOGETHER
+from speculators.data_generation.configs import (
+    DEFAULT_ANSWER_TOKENS,
+    DEFAULT_ANSWERED_TOGETHER,
+    DEFAULT_NUM_ANSWERS,
+    DEFAULT_SEED,
+)
+from speculators.decoding.method import PLAIN
+from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams
 
 
 def regenerate_responses(
@@ -27,23 +34,23 @@ def regenerate_responses(
     data: Annotated[str, typer.Option("--data", "--dataset", help="File, directory, hf:<id> or preset.")],
     output: Annotated[Path, typer.Option("--output", "--outfile", help="JSONL file to write, for prepare-data.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Conversations to answer. Default: all.")] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 1,
+    num_samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = DEFAULT_NUM_ANSWERS,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = DEFAULT_ANSWER_TOKENS,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--concurrency", min=1, help="Answered together.")
     ] = DEFAULT_ANSWERED_TOGETHER,
     method: Annotated[
         str, typer.Option(help="Draft with a speculator's directory or a method; none: plainly.")
-    ] = "none",
+    ] = PLAIN,
     num_speculative_tokens: NumSpeculativeTokens = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    temperature: Temperature = SamplingParams.temperature,
+    top_k: TopK = SamplingParams.top_k,
+    top_p: TopP = SamplingParams.top_p,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = DEFAULT_SEED,
     resume: Annotated[bool, typer.Option("--resume", help="Complete a file that exists.")] = False,
     chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    dtype: Dtype = DEFAULT_DTYPE,
+    device: Device = DEFAULT_DEVICE,
     trust_remote_code: TrustRemoteCode = False,
 ) -> dict[str, Any]:
     """Replace the answers of a data set by the verifier's own: the text that a drafter will see when it serves."""

@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from speculators.checkpoint.findings import CONVERTED
 from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint, OurCheckpoint
 from speculators.checkpoint.io import local_directory, open_checkpoint, recognise, write_ours
 from speculators.checkpoint.record import write_training_record
@@ -116,7 +117,7 @@ def convert_model(
     model: str | os.PathLike[str],
     verifier: str | os.PathLike[str] | NamedModel,
     algorithm: str | None = None,
-    output_path: str | os.PathLike[str] = "converted",
+    output_path: str | os.PathLike[str] = CONVERTED,
     validate_device: str | None = None,
     **kwargs: Any,
 ) -> ConvertedCheckpoint:

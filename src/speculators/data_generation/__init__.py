@@ -37,7 +37,7 @@ EXPORTS = {
     "ServerUnavailableError": "vllm_client",
     "generate_hidden_states": "vllm_client",
     "estimate_bytes": "sources",
-    "OfflineConfig": "offline_generation",
+    "OfflineConfig": "configs",
     "OfflineReport": "offline_generation",
     "generate_offline_data": "offline_generation",
     "check_hidden_states": "offline",

@@ -12,16 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speculators.data_generation.vllm_client import DEFAULT_ENDPOINT, DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S
+
 Row = dict[str, Any]
 DEFAULT_OUTPUT = "./output"
 DEFAULT_SEQ_LENGTH = 8192
 """Tokens of the longest row."""
+DEFAULT_SHOWN_ROWS = 3
+"""Rows that `inspect-mask` shows."""
 DEFAULT_ANSWER_TOKENS = 1024
 """Longest regenerated answer."""
 DEFAULT_ANSWERED_TOGETHER = 32
 """Conversations that one batch answers."""
 DEFAULT_STATES_DIRECTORY = Path(tempfile.gettempdir()) / "hidden_states"
 """Where `launch-vllm` has a server write its files unless told otherwise, and where they are looked for."""
+DEFAULT_CONCURRENCY = 32
+"""Requests at a time to a server that extracts hidden states."""
+DEFAULT_NUM_ANSWERS = 1
+"""Regenerated answers per prompt."""
+DEFAULT_SEED = 0
+"""Order of prepared rows; draws of regenerated answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +101,31 @@ DATASET_CONFIGS: dict[str, DatasetConfig] = {
         ),
     )
 }
+
+
+@dataclass(frozen=True)
+class OfflineConfig:
+    """Settings of `generate_offline_data`: source, target, and what to do when a row fails."""
+
+    preprocessed_data: str
+    endpoint: str = DEFAULT_ENDPOINT
+    server_states_path: str = str(DEFAULT_STATES_DIRECTORY)
+    """Directory that the server writes to; its files are read and deleted there and nowhere else."""
+    output: str | None = None
+    """None: beside the prepared data, where `train` looks."""
+    model: str | None = None
+    """The model that the server must serve; only checked."""
+    target_layer_ids: tuple[int, ...] | None = None
+    """Layers that the server extracts if `launch-vllm` did not start it, the last layer at the end."""
+    max_samples: int | None = None
+    concurrency: int = DEFAULT_CONCURRENCY
+    validate_outputs: bool = False
+    """Reads existing files in full, and replaces damaged ones. Otherwise reads only their headers."""
+    request_timeout_s: float = DEFAULT_TIMEOUT_S
+    max_retries: int = DEFAULT_MAX_RETRIES
+    fail_on_error: bool = False
+    max_consecutive_errors: int | None = None
+    """Ends the run after so many failed rows in sequence; None: `concurrency`."""
+    world_size: int = 1
+    rank: int = 0
+    """Several machines share the rows: this one is number `rank` of `world_size`."""

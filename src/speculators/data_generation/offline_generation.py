@@ -17,18 +17,12 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
+from speculators.data_generation.configs import OfflineConfig
 from speculators.data_generation.offline import find_corrupt_hidden_state_indices, get_indices_to_process
 from speculators.data_generation.prepared import HIDDEN_STATES_NAME, PreparedData
 from speculators.data_generation.sources.store import HiddenStateStore
-from speculators.data_generation.sources.vllm import DEFAULT_CONCURRENCY, VllmSource, what_the_server_extracts
-from speculators.data_generation.vllm_client import (
-    DEFAULT_ENDPOINT,
-    DEFAULT_MAX_RETRIES,
-    DEFAULT_TIMEOUT_S,
-    InvalidResponseError,
-    ServerUnavailableError,
-)
+from speculators.data_generation.sources.vllm import VllmSource, what_the_server_extracts
+from speculators.data_generation.vllm_client import InvalidResponseError, ServerUnavailableError
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.utils.progress import Progress, reporting
 from speculators.utils.report import TableReport, facts_table
@@ -37,34 +31,6 @@ logger = logging.getLogger(__name__)
 
 NUM_AHEAD = 2
 """Rows requested ahead of the one being written, in units of `concurrency`: bounds the states held in memory."""
-
-
-@dataclass(frozen=True)
-class OfflineConfig:
-    """Settings of `generate_offline_data`: source, target, and what to do when a row fails."""
-
-    preprocessed_data: str
-    endpoint: str = DEFAULT_ENDPOINT
-    server_states_path: str = str(DEFAULT_STATES_DIRECTORY)
-    """Directory that the server writes to; its files are read and deleted there and nowhere else."""
-    output: str | None = None
-    """None: beside the prepared data, where `train` looks."""
-    model: str | None = None
-    """The model that the server must serve; only checked."""
-    target_layer_ids: tuple[int, ...] | None = None
-    """Layers that the server extracts if `launch-vllm` did not start it, the last layer at the end."""
-    max_samples: int | None = None
-    concurrency: int = DEFAULT_CONCURRENCY
-    validate_outputs: bool = False
-    """Reads existing files in full, and replaces damaged ones. Otherwise reads only their headers."""
-    request_timeout_s: float = DEFAULT_TIMEOUT_S
-    max_retries: int = DEFAULT_MAX_RETRIES
-    fail_on_error: bool = False
-    max_consecutive_errors: int | None = None
-    """Ends the run after so many failed rows in sequence; None: `concurrency`."""
-    world_size: int = 1
-    rank: int = 0
-    """Several machines share the rows: this one is number `rank` of `world_size`."""
 
 
 @dataclass

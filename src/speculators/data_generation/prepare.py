@@ -17,7 +17,7 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from speculators.data_generation.configs import DEFAULT_OUTPUT, DEFAULT_SEQ_LENGTH
+from speculators.data_generation.configs import DEFAULT_OUTPUT, DEFAULT_SEED, DEFAULT_SEQ_LENGTH
 from speculators.data_generation.datasets import quiet_datasets
 from speculators.data_generation.prepared import (
     HIDDEN_STATES_NAME,
@@ -77,7 +77,7 @@ def prepare_data(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seq_length: int = DEFAULT_SEQ_LENGTH,
     max_samples: int | None = None,
-    seed: int = 0,
+    seed: int = DEFAULT_SEED,
     num_workers: int | None = None,
     minimum_valid_tokens: int | None = None,
     token_freq_path: str | Path | None = None,

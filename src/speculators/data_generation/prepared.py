@@ -21,6 +21,7 @@ import datasets
 import torch
 from rich.table import Table
 
+from speculators.data_generation.configs import DEFAULT_SEQ_LENGTH, DEFAULT_SHOWN_ROWS
 from speculators.data_generation.conversations import TokenRow
 from speculators.data_generation.datasets import load_raw_dataset
 from speculators.data_generation.masks import MaskSpan, mask_spans
@@ -178,9 +179,9 @@ def inspect_mask(
     data: str | Path,
     *,
     model: str | None = None,
-    num_rows: int = 3,
+    num_rows: int = DEFAULT_SHOWN_ROWS,
     first_row: int = 0,
-    seq_length: int = 8192,
+    seq_length: int = DEFAULT_SEQ_LENGTH,
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[InspectedRow]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from speculators.data_generation.configs import DEFAULT_SEED
 from speculators.data_generation.conversations import BrokenTokenRow, TokenRow
 from speculators.data_generation.datasets import Chain, RawRows, load_raw_dataset
 from speculators.data_generation.records import Tokenized
@@ -60,7 +61,7 @@ def tokenize_sources(
     sources: Sequence[str | Path],
     row_tokenizer: RowTokenizer,
     *,
-    seed: int = 0,
+    seed: int = DEFAULT_SEED,
     max_samples: int | None = None,
     num_workers: int | None = None,
     progress: Progress | None = None,
@@ -168,7 +169,7 @@ def load_and_preprocess_dataset(
     *,
     seq_length: int,
     build_dataset_num_proc: int = 8,
-    seed: int = 0,
+    seed: int = DEFAULT_SEED,
     max_samples: int | None = None,
     token_freq_path: str | Path,
     render_endpoint: str | None = None,

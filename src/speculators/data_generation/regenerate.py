@@ -22,7 +22,7 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from speculators.data_generation.configs import DEFAULT_ANSWERED_TOGETHER
+from speculators.data_generation.configs import DEFAULT_ANSWERED_TOGETHER, DEFAULT_NUM_ANSWERS
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
 from speculators.data_generation.records import (
@@ -89,7 +89,7 @@ def regenerate_responses(
     output: str | os.PathLike[str],
     verifier: str | None = None,
     limit: int | None = None,
-    num_samples: int = 1,
+    num_samples: int = DEFAULT_NUM_ANSWERS,
     batch_size: int = DEFAULT_ANSWERED_TOGETHER,
     max_prompt_tokens: int | None = None,
     resume: bool = False,

@@ -6,7 +6,7 @@ from speculators.utils.names import lazy_attributes
 
 _HOME = {
     "Engine": "engine",
-    "SamplingParams": "sampling",
+    "SamplingParams": "settings",
     "SpeculativeConfig": "config",
     "DecodeStats": "stats",
     "RequestOutput": "request",

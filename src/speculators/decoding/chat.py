@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from inspect import signature
 from typing import Any, Literal, overload
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from typing_extensions import Self
 from speculators.decoding.config import SpeculativeConfig
 from speculators.decoding.method import Drafter, parse_method
 from speculators.decoding.request import RequestOutput, StreamEvent
-from speculators.decoding.sampling import SamplingParams
+from speculators.decoding.settings import SamplingParams
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.interfaces import Proposer, Verifier
 from speculators.utils.chat_template import chat_prompt
@@ -62,8 +63,10 @@ class ChatEngine(ABC):
         `drafter`: a speculator's directory or the result of its training, a method's name ("ngram"), vLLM's
         speculative config as a dict, JSON or `SpeculativeConfig`, a ready `Proposer`; None or "none" decodes plainly.
         `options`: further arguments of `Engine` (`max_batch_size`, `max_length`, ...).
-        Raises `ValueError` for a verifier or drafter that is not there, or that do not fit each other.
+        Raises `ValueError` for a verifier or drafter that is not there, for two that do not fit each other, and for an
+        option that `Engine` does not have.
         """
+        refuse_unknown("option of Engine", options, option_names(cls))
         target = open_target(
             verifier, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -121,6 +124,12 @@ class ChatEngine(ABC):
         if stream:
             return pieces(self.stream([prompt], params))
         return self.generate([prompt], params)[0]
+
+
+def option_names(engine_class: type[ChatEngine]) -> list[str]:
+    """What only the constructor takes: `max_batch_size`, `max_length`, ..."""
+    named_here = {"speculative_config", *signature(ChatEngine.from_pretrained).parameters}
+    return sorted(signature(engine_class).parameters.keys() - named_here)
 
 
 def pieces(events: Iterator[StreamEvent]) -> Iterator[str]:

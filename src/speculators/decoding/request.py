@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from speculators.decoding.sampling import SamplingParams
+from speculators.decoding.settings import SamplingParams
 from speculators.decoding.stats import DecodeStats
 from speculators.decoding.text import IncrementalText
 from speculators.interfaces import Verifier

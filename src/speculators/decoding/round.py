@@ -15,7 +15,8 @@ from torch import Tensor
 from speculators.decoding.adaptive import AdaptiveLength
 from speculators.decoding.request import ActiveRequest, TokenLogprobs
 from speculators.decoding.rows import Batch
-from speculators.decoding.sampling import DraftedTokens, SamplingParams
+from speculators.decoding.sampling import DraftedTokens
+from speculators.decoding.settings import SamplingParams
 from speculators.decoding.trees.token_tree import ancestor_mask, depths
 from speculators.decoding.verification import GreedyRule, keyed_draws
 from speculators.interfaces import AcceptanceRule, Proposal, Verification

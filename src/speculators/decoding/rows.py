@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from speculators.decoding.request import ActiveRequest
-from speculators.decoding.sampling import BatchSampling, SamplingParams, SeenTokens
+from speculators.decoding.sampling import BatchSampling, SeenTokens
+from speculators.decoding.settings import SamplingParams
 from speculators.interfaces import Committed, Proposal, Verifier, VerifierOutput
 
 MIN_SHARED_TOKENS = 16

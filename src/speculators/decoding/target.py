@@ -8,12 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, DTYPES
 from speculators.utils.progress import no_progress_bars
 from speculators.verifier import load_verifier
-
-DTYPES = ("float32", "bfloat16", "float16")
-DEFAULT_DTYPE = "float32"
-"""Greedy answers are exactly the verifier's own in float32 only: lower precisions have ties."""
 
 VerifierSource = str | os.PathLike[str] | PreTrainedModel
 """Hub id, directory, or a loaded causal LM (`load_verifier`)."""
@@ -44,7 +41,7 @@ def open_target(
     loaded here. Raises `ValueError` for one that cannot be loaded, and for a dtype or device given for a loaded model.
     """
     if isinstance(verifier, PreTrainedModel):
-        given = {"dtype": dtype, "device": None if device == "auto" else device}
+        given = {"dtype": dtype, "device": None if device == DEFAULT_DEVICE else device}
         for key, value in given.items():
             if value is not None:
                 raise ValueError(f"{key}={value!r} but the verifier is loaded already; call verifier.to(...) instead")
@@ -57,7 +54,7 @@ def open_target(
         model = load_verifier(
             name,
             dtype=getattr(torch, dtype),
-            device=default_device() if device in (None, "auto") else device,
+            device=default_device() if device in (None, DEFAULT_DEVICE) else device,
             trust_remote_code=trust_remote_code,
         )
     if tokenizer is None:

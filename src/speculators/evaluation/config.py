@@ -7,6 +7,7 @@ from typing import Any
 
 from speculators.data_generation.vllm_client import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S
 from speculators.decoding.method import Drafter
+from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams
 
 SERVED = "served"
 """Default name of a server's row: a server does not say what drafts in it."""
@@ -19,10 +20,10 @@ class Workload:
     data: str
     """Held-out conversations: a file, a directory or a preset."""
     num_prompts: int = 32
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    max_tokens: int = SamplingParams.max_tokens
+    temperature: float = SamplingParams.temperature
+    top_k: int = SamplingParams.top_k
+    top_p: float = SamplingParams.top_p
     seed: int = 0
     num_warmup: int = 2
     """Groups of prompts answered before the clock counts."""
@@ -46,7 +47,7 @@ class EvaluateConfig(Workload):
     """Timings of each group, of which the fastest counts."""
     dtype: str | None = None
     """None: float32, or that of a verifier that is loaded already. Lower precisions have ties that rounding decides."""
-    device: str = "auto"
+    device: str = DEFAULT_DEVICE
     check_sampling: bool = False
     """With a temperature: draw `num_samples` short answers of each prompt both ways, and test that their law is one."""
     num_samples: int = 64
@@ -96,8 +97,8 @@ class ParityConfig:
     """Longer prompts lose their beginning."""
     batch_size: int = 3
     """Prompts decoded together: rows of different lengths, and rows that are taken over, are part of the proof."""
-    dtype: str = "float32"
-    device: str = "auto"
+    dtype: str = DEFAULT_DTYPE
+    device: str = DEFAULT_DEVICE
     trust_remote_code: bool = False
     vllm: VllmTarget | str | None = None
     """Text: why vLLM cannot be asked; None: it is not to be."""

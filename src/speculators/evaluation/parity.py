@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from speculators.data_generation.rollout import load_prompts
 from speculators.data_generation.sources import LocalSource
 from speculators.decoding import Engine, RequestOutput, SamplingParams
+from speculators.decoding.settings import DEFAULT_DEVICE
 from speculators.decoding.target import default_device, load_tokenizer
 from speculators.evaluation.config import ParityConfig, VllmTarget
 from speculators.evaluation.parity_checks import (
@@ -142,7 +143,7 @@ def check_parity(
         verifier = load_verifier(
             verifier_path,
             dtype=getattr(torch, config.dtype),
-            device=default_device() if config.device == "auto" else config.device,
+            device=default_device() if config.device == DEFAULT_DEVICE else config.device,
             trust_remote_code=config.trust_remote_code,
         )
     model.to(verifier.device)

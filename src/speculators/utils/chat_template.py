@@ -128,8 +128,9 @@ def chat_prompt(
     Raises `ValueError` for a tokenizer without a chat template and for anything but text or a list of messages, and
     `ChatTemplateError` (a `ValueError`) for messages that the template refuses.
     """
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-    if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    is_list = isinstance(messages, Sequence) and len(messages) > 0
+    if not is_list or not all(isinstance(message, Mapping) and "role" in message for message in messages):
         raise ValueError(
             "a chat is one text, or a list of messages such as "
             f'[{{"role": "user", "content": "What is the capital of France?"}}]; got {question!r:.80}'

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
+from speculators.data_generation.configs import DEFAULT_CONCURRENCY, DEFAULT_STATES_DIRECTORY
 from speculators.data_generation.offline import check_hidden_states, slots_of
 from speculators.data_generation.vllm_client import (
     DEFAULT_MAX_RETRIES,
@@ -44,7 +44,6 @@ from speculators.verifier.capture import ExtractionNote
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CONCURRENCY = 32
 DEFAULT_VALIDATION_RETRIES = 2
 POLL_S = 0.01
 MAX_BYTES_PER_TOKEN = 1 << 22
