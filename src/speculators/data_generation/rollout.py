@@ -107,6 +107,8 @@ class Rollout:
         """Copies turns up to the next answer and skips the original's answer. False: nothing is left to answer."""
         while self.position < len(self.turns):
             turn = self.turns[self.position]
+            if self.answers and self.messages[-1].get("tool_calls"):
+                return False  # nobody has the result of the call that the verifier made
             if turn["role"] == "tool" and self.answers and self.messages[-1]["role"] == "assistant":
                 return False  # the result of a tool call that the new conversation did not make
             self.position += 1
@@ -127,13 +129,15 @@ class Rollout:
         token_ids: Sequence[int],
         tokenizer: PreTrainedTokenizerBase,
         provenance: Provenance,
+        renderer: ChatRenderer | None,
     ) -> None:
         """Adds the verifier's answer to the conversation and to the rows. Raises `ValueError` when it is empty."""
         ids = [int(token) for token in token_ids]
         if not ids:
             raise ValueError("the verifier's answer has no token")
         text = str(tokenizer.decode(ids, skip_special_tokens=False))
-        self.messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
+        message = {} if renderer is None else renderer.answer_message(ids)
+        self.messages.append(message)
         self.answers.append(
             {
                 "id": f"{self.primary_id}{f'_sample{self.sample}' if self.sample else ''}_gen{len(self.answers)}",
@@ -148,7 +152,7 @@ class Rollout:
                     "turn": len(self.answers),
                     "is_last_turn": False,
                     "finish_reason": "stop" if ids[-1] in provenance.stop_token_ids else "length",
-                    "is_tool_call": TOOL_CALL.search(text) is not None,
+                    "is_tool_call": "tool_calls" in message or TOOL_CALL.search(text) is not None,
                     "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids)},
                     "endpoint": provenance.endpoint,
                     "sampling_params": dict(provenance.sampling_params),
@@ -191,7 +195,7 @@ class RolloutBatches:
                 try:
                     if isinstance(answer, Exception):
                         raise answer
-                    rollout.accept(prompt, answer, self.tokenizer, self.provenance)
+                    rollout.accept(prompt, answer, self.tokenizer, self.provenance, self.renderer)
                 except Exception as error:  # whatever the caller's generate raised for this prompt
                     yield rollout, error
                 else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -71,6 +73,18 @@ class ChatRenderer:
                 return [token for token, (begin, _) in zip(encoded["input_ids"], spans, strict=True) if begin >= start]
         return self.encode(text[start:])
 
+    def answer_message(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        """Returns the message that a server would put back into the conversation for these generated tokens."""
+        num_text = len(token_ids)
+        while num_text and token_ids[num_text - 1] in self.end_token_ids:
+            num_text -= 1
+        message = parse_answer(self.decode(token_ids[:num_text]), self.template)
+        return {**message, "content": self.without_special_tokens(message["content"])}
+
+    def without_special_tokens(self, text: str) -> str:
+        special = sorted(content.content for content in self.tokenizer.added_tokens_decoder.values() if content.special)
+        return re.sub("|".join(map(re.escape, special)), "", text) if special else text
+
     @cached_property
     def end_token_ids(self) -> frozenset[int]:
         """The special tokens that may end an answer: all but those that close a part of it (`</think>`)."""
@@ -136,6 +150,97 @@ def chat_prompt(
             f'[{{"role": "user", "content": "What is the capital of France?"}}]; got {question!r:.80}'
         )
     return ChatRenderer(tokenizer, template_kwargs).token_ids(messages, tools, add_generation_prompt=True)
+
+
+def parse_answer(text: str, template: str) -> dict[str, Any]:
+    """Parses generated text by the template's family into `content`, `reasoning_content` and `tool_calls`.
+
+    Fed back to the template, the message is rendered as the template renders earlier answers; as mere content, thoughts
+    and calls would stay in the conversation in a form that no server puts there. What cannot be parsed is content.
+    """
+    if "<|channel|>" in template:
+        reasoning, content, calls = parse_harmony(text)
+    else:
+        reasoning, content = split_thought(text) if "</think>" in template else ("", text)
+        content, calls = split_calls(content, template)
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = [
+            {"id": call.get("id") or call_id(i, call), "type": "function", "function": call["function"]}
+            for i, call in enumerate(calls)
+        ]
+    return message
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """Returns (reasoning, content). The prompt may have opened the block, and the length limit may have cut it."""
+    before, end, after = text.partition("</think>")
+    if end:
+        return before.strip().removeprefix("<think>").strip("\n"), after.lstrip("\n")
+    if before.lstrip().startswith("<think>"):
+        return before.strip().removeprefix("<think>").strip("\n"), ""
+    return "", text
+
+
+def parse_harmony(text: str) -> tuple[str, str, list[dict[str, Any]]]:
+    """Returns (reasoning, content, calls) of gpt-oss's channels.
+
+    ` <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...`
+    """
+    reasoning, content, calls = [], [], []
+    for part in text.split("<|start|>assistant"):
+        header, is_message, body = part.partition("<|message|>")
+        body = re.split(r"<\|(?:end|return|call)\|>", body)[0]
+        recipient = re.search(r"to=functions\.([\w.-]+)", header)
+        arguments = parsed_object(body) if recipient else None
+        if recipient and arguments is not None:
+            calls.append({"function": {"name": recipient[1], "arguments": arguments}})
+        elif "analysis" in header:
+            reasoning.append(body)
+        else:
+            content.append(body if is_message else header)
+    return "\n".join(reasoning), "".join(content), calls
+
+
+def split_calls(text: str, template: str) -> tuple[str, list[dict[str, Any]]]:
+    """Returns the text without the calls in the template's form (Hermes and Qwen, Mistral, Llama), and the calls."""
+    calls: list[Any] = []
+    rest = text
+    if "<tool_call>" in template:
+        calls = [parsed_object(body) for body in re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)]
+        rest = text.partition("<tool_call>")[0].rstrip("\n")
+    elif "[TOOL_CALLS]" in template:
+        rest, _, body = text.partition("[TOOL_CALLS]")
+        found = parsed_json(body)
+        calls = found if isinstance(found, list) else []
+    elif '"parameters"' in template and text.lstrip().startswith("{"):
+        calls, rest = [parsed_object(text)], ""
+    named = [call for call in calls if isinstance(call, Mapping) and isinstance(call.get("name"), str)]
+    if not named or len(named) != len(calls):
+        return text, []
+    functions = (
+        {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))} for call in named
+    )
+    return rest, [{"id": call.get("id"), "function": function} for call, function in zip(named, functions, strict=True)]
+
+
+def parsed_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def parsed_object(text: str) -> dict[str, Any] | None:
+    value = parsed_json(text)
+    return value if isinstance(value, dict) else None
+
+
+def call_id(index: int, call: Mapping[str, Any]) -> str:
+    """Makes the id of a call that has none: nine letters and digits, as Mistral's templates demand."""
+    return hashlib.sha256(json.dumps([index, call], sort_keys=True).encode()).hexdigest()[:9]
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
