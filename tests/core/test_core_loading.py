@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -163,3 +166,43 @@ def test_a_damaged_index_is_named(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"index\.json"):
         list_checkpoint_keys(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from speculators.utils.files import atomic_directory, atomic_write
+with {how}(sys.argv[1]) as target:
+    (target / "half").touch() if isinstance(target, os.PathLike) else target.write("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["atomic_write", "atomic_directory"])
+def test_what_a_killed_writer_left_is_written_over_by_the_next(tmp_path, how):
+    path = tmp_path / "out"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", KILLED.format(how=how), str(path)], check=False)
+        assert done.returncode == -signal.SIGKILL
+    assert [entry.name for entry in tmp_path.iterdir()] == [".out.partial"]
+    if how == "atomic_write":
+        with atomic_write(path) as file:
+            file.write("whole")
+        assert path.read_text() == "whole"
+    else:
+        with atomic_directory(path) as folder:
+            (folder / "whole").touch()
+        assert [entry.name for entry in path.iterdir()] == ["whole"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_writers_of_one_path_do_not_mix(tmp_path):
+    with atomic_write(tmp_path / "out") as first, atomic_write(tmp_path / "out") as second:
+        first.write("first " * 3)
+        second.write("second")
+    assert (tmp_path / "out").read_text() == "first first first "
+    with atomic_directory(tmp_path / "folder") as one, atomic_directory(tmp_path / "folder") as other:
+        assert one != other
+        (one / "one").touch()
+        (other / "other").touch()
+    assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["one"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "out"]

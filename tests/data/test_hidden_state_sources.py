@@ -176,6 +176,52 @@ def test_files_of_other_tools_are_read(tmp_path):
     assert torch.equal(clipped.last_hidden_TH, states[:2, 2])
 
 
+FP8_STATES = torch.ones(3, 3, HIDDEN_SIZE).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("states", "scales", "named"),
+    [
+        (FP8_STATES, None, "fp8 but there are no hidden_states_scales"),
+        (FP8_STATES, torch.ones(2, 1, 1), r"scales are \(2, 1, 1\); one per token is needed: \(3, 1, 1\)"),
+        (FP8_STATES, torch.ones(3), r"scales are \(3,\); one per token"),
+        (FP8_STATES, torch.tensor([1.0, float("nan"), 1.0]).view(3, 1, 1), "not all finite and positive"),
+        (FP8_STATES, torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1), "not all finite and positive"),
+        (FP8_STATES.bfloat16(), torch.ones(3, 1, 1), "only fp8 states have scales"),
+    ],
+)
+def test_scales_that_do_not_fit_are_named_with_the_file(tmp_path, states, scales, named):
+    ids = torch.tensor([4, 5, 6])
+    (tmp_path / "hidden_states").mkdir()
+    tensors = {
+        "hidden_states": states,
+        "token_ids": ids,
+        **({} if scales is None else {"hidden_states_scales": scales}),
+    }
+    save_file(tensors, tmp_path / "hidden_states" / "hs_0.safetensors")
+    with pytest.raises(CorruptHiddenStatesError, match=rf"hs_0\.safetensors: .*{named}"):
+        make_store(tmp_path, [ids]).read([ids])
+
+
+def test_the_layer_order_of_files_of_other_tools_is_said_once(tmp_path, caplog):
+    rows = [torch.tensor([4, 5, 6]), torch.tensor([7, 8])]
+    (tmp_path / "hidden_states").mkdir()
+    for i, ids in enumerate(rows):
+        tensors = {"hidden_states": torch.randn(len(ids), 3, HIDDEN_SIZE), "token_ids": ids}
+        save_file(tensors, tmp_path / "hidden_states" / f"hs_{i}.safetensors")
+    make_store(tmp_path, rows).read(rows)
+    assert caplog.text.count("does not name its layers: they are taken as [1, 3], then the last layer") == 1
+
+
+def test_equal_states_are_equal_bytes(verifier, rows, tmp_path):
+    (states,) = LocalSource(verifier, CAPTURE).read(rows[:1])
+    contents = set()
+    for i in range(8):
+        make_store(tmp_path / str(i), rows, verifier="tiny").write_row(0, states)
+        contents.add((tmp_path / str(i) / "hidden_states" / "hs_0.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
 def test_states_are_kept_when_the_same_verifier_is_given_by_a_link(verifier, rows, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "current").symlink_to(tmp_path / "model")

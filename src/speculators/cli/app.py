@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -77,9 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             say_error(message_of(error), hint=hint_of(error))
         return exit_code_of(error)
     if isinstance(result, dict):
-        print(json.dumps(result, default=str), flush=True)
-        return 0
+        return print_result(result)
     return result or 0  # --help and --version end with typer's own exit code
+
+
+def print_result(result: Mapping[str, Any]) -> int:
+    try:
+        print(json.dumps(result, default=str), flush=True)
+    except BrokenPipeError:  # `| head` has read enough; what is left in the buffer would fail again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # as for the tables before it
+    return 0
 
 
 def run(args: Sequence[str]) -> Any:

@@ -111,7 +111,23 @@ def check_hidden_states(data: Mapping[str, Any], tokens: Sequence[int] | Tensor 
         )
     if len(states) != len(token_ids):
         raise ValueError(f"length mismatch: {len(states)} hidden states for {len(token_ids)} tokens")
+    check_scales(states, data.get("hidden_states_scales"))
     check_finite(states)
+
+
+def check_scales(states: Tensor, scales: Any) -> None:
+    """Raises `ValueError` unless fp8 states, and only they, have a positive finite scale per token."""
+    if states.dtype != FP8:
+        if scales is not None:
+            raise ValueError(f"hidden_states_scales stand beside states of {states.dtype}; only fp8 states have scales")
+        return
+    if not isinstance(scales, Tensor):
+        raise ValueError("hidden states are fp8 but there are no hidden_states_scales to restore their values with")
+    expected = (len(states), *(1 for _ in states.shape[1:]))
+    if tuple(scales.shape) != expected:
+        raise ValueError(f"hidden_states_scales are {tuple(scales.shape)}; one per token is needed: {expected}")
+    if not (torch.isfinite(scales) & (scales > 0)).all():
+        raise ValueError("hidden_states_scales are not all finite and positive")
 
 
 def check_finite(states: Tensor) -> None:
@@ -232,7 +248,15 @@ def to_bytes(tensors: TensorDict, capture: CaptureSpec, source_dtype: torch.dtyp
     }
     if verifier is not None:
         metadata["verifier"] = verifier
-    return save(tensors, metadata)
+    return with_sorted_header(save(tensors, metadata))
+
+
+def with_sorted_header(content: bytes) -> bytes:
+    """Sorts the header, which safetensors writes in random order: equal states are equal bytes, whose hashes agree."""
+    num_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + num_bytes])
+    in_order = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + in_order.ljust(num_bytes) + content[8 + num_bytes :]
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:

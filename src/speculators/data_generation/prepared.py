@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,7 @@ def inspect_mask(
 ) -> list[InspectedRow]:
     """Shows rows of a prepared directory (its manifest names the `model`), or of raw data for the verifier `model`.
 
-    Raises `ValueError` when the verifier is not known, or no raw row gives a training row.
+    Raises `ValueError` when the verifier is not known, no raw row gives a training row, or `first_row` is past the end.
     """
     prepared = PreparedData.open(data) if is_prepared(Path(data)) else None
     if model is None and prepared is not None and prepared.manifest is not None:
@@ -200,10 +199,16 @@ def inspect_mask(
         rows = (TokenRow(row["input_ids"].tolist(), row["loss_mask"].tolist()) for row in dataset)
     else:
         rows = raw_training_rows(data, RowTokenizer(tokenizer, TokenizeOptions(seq_length), chat_template_kwargs))
-    return [
-        InspectedRow(index, len(row.input_ids), sum(row.loss_mask), mask_spans(tokenizer, row.input_ids, row.loss_mask))
-        for index, row in islice(enumerate(rows), first_row, first_row + num_rows)
-    ]
+    shown, num_seen = [], 0
+    for num_seen, row in enumerate(rows, start=1):
+        if num_seen > first_row:
+            spans = mask_spans(tokenizer, row.input_ids, row.loss_mask)
+            shown.append(InspectedRow(num_seen - 1, len(row.input_ids), sum(row.loss_mask), spans))
+        if len(shown) == num_rows:
+            break
+    if num_rows > 0 and not shown:
+        raise ValueError(f"first_row={first_row} is past the end: {str(data)!r} has {num_seen} rows, counted from 0")
+    return shown
 
 
 def raw_training_rows(data: str | Path, row_tokenizer: RowTokenizer) -> Iterator[TokenRow]:

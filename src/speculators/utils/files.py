@@ -106,17 +106,13 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
         raise ValueError(f"atomic_write replaces a file; mode={mode!r} does not write one, use 'w' or 'wb'")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+    with _partial(path, is_directory=False) as (temporary, handle):
+        with os.fdopen(os.dup(handle), mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -128,14 +124,64 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with _partial(path, is_directory=True) as (temporary, _):
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
         _replace_directory(temporary, path)
+
+
+@contextmanager
+def _partial(path: Path, *, is_directory: bool) -> Iterator[tuple[Path, int]]:
+    """Yields an empty file or directory beside `path`, and its handle; removes it when the block ends in an error.
+
+    Its name is the same each time, so that what a killed process left is written over by the next. Another process that
+    writes the same path holds a lock on it: then a name of its own is taken.
+    """
+    usual = path.with_name(f".{path.name}.partial")
+    handle = _lock_partial(usual, is_directory)
+    temporary = usual
+    if handle is None:
+        make: Any = tempfile.mkdtemp if is_directory else lambda **options: _closed(*tempfile.mkstemp(**options))
+        temporary = Path(make(dir=path.parent, prefix=f".{path.name}."))
+        handle = os.open(temporary, os.O_RDONLY if is_directory else os.O_RDWR)
+    try:
+        yield temporary, handle
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True) if is_directory else temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def _lock_partial(path: Path, is_directory: bool) -> int | None:
+    """Opens, locks and empties the file or directory, made if it is not there. None: another process writes it, or this
+    system or file system has no locks."""
+    try:
+        import fcntl  # exists on POSIX only
+
+        if is_directory:
+            path.mkdir(exist_ok=True)
+        handle = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR | os.O_CREAT, 0o666)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_ino != os.stat(path).st_ino:  # its writer finished and renamed it meanwhile
+            raise BlockingIOError
+        if is_directory:
+            for entry in path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        else:
+            os.ftruncate(handle, 0)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _closed(handle: int, name: str) -> str:
+    os.close(handle)
+    return name
 
 
 def _replace_directory(new: Path, path: Path) -> None:

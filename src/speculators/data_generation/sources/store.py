@@ -93,6 +93,7 @@ class HiddenStateStore:
             self.row_by_digest.setdefault(digest(token_ids), row)  # equal rows share the first one's file
         self.present = set(get_existing_hidden_state_indices(self.directory))
         self.space_was_checked = False
+        self.warned_of_order = False
 
     def row_of(self, token_ids: Sequence[int] | Tensor) -> int | None:
         """Finds the row with exactly these tokens; None when the dataset has no such row."""
@@ -135,6 +136,14 @@ class HiddenStateStore:
 
     def refuse_other_capture(self, path: Path, header: FileHeader, states: Tensor) -> None:
         """Raises `ValueError` for a whole file that is useless here: computing all again silently would be worse."""
+        if header.capture is None and not self.warned_of_order:
+            self.warned_of_order = True
+            logger.warning(
+                "%s was written by another tool and does not name its layers: they are taken as %s%s, in this order",
+                path,
+                list(self.capture.aux_layer_ids),
+                ", then the last layer before the final norm",
+            )
         stored: Any = header.capture or states.shape[1]
         wanted: Any = self.capture if header.capture else len(self.capture.aux_layer_ids) + 1
         if stored != wanted:
