@@ -130,6 +130,8 @@ class MarkovVerifier:
 
     def share_prefix(self, from_row: int, to_row: int, length: int) -> None: ...
 
+    def clear_unused(self) -> None: ...
+
     def __enter__(self) -> MarkovVerifier:
         return self
 

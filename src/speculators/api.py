@@ -34,7 +34,7 @@ from speculators.data_generation.regenerate import RegenerationReport, regenerat
 from speculators.decoding.chat import sampling_params
 from speculators.decoding.engine import Engine
 from speculators.decoding.method import Drafter
-from speculators.decoding.request import end_of_sequence_ids
+from speculators.decoding.request import NonFiniteScoresError, end_of_sequence_ids
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.deploy.export import export_checkpoint
@@ -85,7 +85,8 @@ def regenerate(
     `output`: .jsonl file to write, for `prepare_data`. `drafter`: see `Engine.from_pretrained`. `limit`:
     conversations to answer. `num_samples`: answers per prompt. `sampling`: the fields of `SamplingParams`; each answer
     has a seed of its own, made from `seed`, the conversation's id and the turn. Raises `ValueError` for data without a
-    prompt, for an `output` that exists unless `resume`, and for one to complete that was made by another recipe.
+    prompt, for an `output` that exists unless `resume`, and for one to complete that was made by another recipe. A
+    verifier whose scores are not finite loses the conversations concerned: `report.raise_for_errors()`.
     """
     params = sampling_params(**{"max_tokens": DEFAULT_ANSWER_TOKENS, "seed": DEFAULT_SEED, **sampling})
     target = open_target(verifier, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -99,10 +100,11 @@ def regenerate(
         max_batch_size=batch_size,
     )
 
-    def answer(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
-        return [output.token_ids for output in engine.generate(prompts, [replace(params, seed=seed) for seed in seeds])]
+    def answer(prompts: list[list[int]], seeds: list[int]) -> list[list[int] | Exception]:
+        outputs = engine.generate(prompts, [replace(params, seed=seed) for seed in seeds])
+        return [o.token_ids if o.error is None else NonFiniteScoresError(o.error) for o in outputs]
 
-    return regenerate_responses(
+    report = regenerate_responses(
         data,
         target.tokenizer,
         answer,
@@ -122,6 +124,7 @@ def regenerate(
         chat_template_kwargs=chat_template_kwargs,
         progress=progress,
     )
+    return replace(report, num_non_finite=engine.stats.num_non_finite)
 
 
 @no_progress_bars()

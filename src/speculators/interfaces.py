@@ -139,6 +139,8 @@ class Proposal:
     come first. A row with fewer nodes has -1 tokens in the other slots. None = chain."""
     confidence_BK: Tensor | None = None
     """For chains: the drafter's own probability that each slot is accepted, given that those before it are."""
+    num_dropped_B: Tensor | None = None
+    """Set by the engine: how many drafts it left out, because their scores were not finite or they are no tokens."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,11 @@ class Verifier(Protocol):
 
     def share_prefix(self, from_row: int, to_row: int, length: int) -> None:
         """Give an empty row the first `length` cached tokens of another."""
+        ...
+
+    def clear_unused(self) -> None:
+        """Overwrite what the cache holds behind each row's tokens. Called after scores that were not finite: slots
+        behind a row may be read with weight 0, and 0 times NaN is NaN."""
         ...
 
     def __enter__(self) -> object: ...

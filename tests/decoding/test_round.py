@@ -11,7 +11,7 @@ import toys
 from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.adaptive import AdaptiveLength
 from speculators.decoding.request import ActiveRequest, RequestOutput
-from speculators.decoding.round import on_host, to_score
+from speculators.decoding.round import Verified, on_host, to_score
 from speculators.decoding.rows import Batch
 from speculators.interfaces import Proposal, Verification
 
@@ -28,7 +28,8 @@ def zeros_forever() -> toys.MarkovVerifier:
 def test_a_draft_of_token_0_is_offered_and_accepted():
     proposal = Proposal(torch.tensor([[0, 0, -1], [0, -1, -1], [-1, -1, -1]]))
     path_BK = torch.tensor([[0, 1, -1], [-1, -1, -1], [-1, -1, -1]])
-    accepted = on_host(Verification(path_BK, torch.tensor([2, 0, 0]), torch.tensor([0, 3, 0])), proposal, rows=range(3))
+    verification = Verification(path_BK, torch.tensor([2, 0, 0]), torch.tensor([0, 3, 0]))
+    accepted = on_host(Verified(verification, torch.ones(3, 4, dtype=torch.bool)), proposal, rows=range(3))
     assert accepted.offered_by_row == {0: (2, 2), 1: (1, 1), 2: (0, 0)}
     assert accepted.token_ids_by_row == {0: [0, 0, 0], 1: [3], 2: [0]}
     assert accepted.columns_by_row == {0: [0, 1, 2], 1: [0], 2: [0]}
@@ -36,11 +37,8 @@ def test_a_draft_of_token_0_is_offered_and_accepted():
 
 def test_a_tree_with_token_0_in_it_is_as_deep_as_it_is():
     proposal = Proposal(torch.tensor([[0, 1, 0], [2, -1, -1]]), parents_K=torch.tensor([-1, -1, 0]))
-    accepted = on_host(
-        Verification(torch.tensor([[0, 2, -1], [-1, -1, -1]]), torch.tensor([2, 0]), torch.tensor([1, 1])),
-        proposal,
-        rows=range(2),
-    )
+    verification = Verification(torch.tensor([[0, 2, -1], [-1, -1, -1]]), torch.tensor([2, 0]), torch.tensor([1, 1]))
+    accepted = on_host(Verified(verification, torch.ones(2, 4, dtype=torch.bool)), proposal, rows=range(2))
     assert accepted.offered_by_row == {0: (3, 2), 1: (1, 1)}
     assert accepted.token_ids_by_row == {0: [0, 0, 1], 1: [1]}
 
@@ -50,7 +48,8 @@ def test_drafts_of_token_0_are_scored():
     batch = Batch([request], 1, V, torch.device("cpu"))
     batch.admit()
     token_ids_BT, num_valid_B = to_score(batch, Proposal(torch.tensor([[0, 0, -1]])))
-    assert token_ids_BT.tolist() == [[3, 0, 0, 0]] and num_valid_B.tolist() == [3]
+    # the empty slot repeats the last token
+    assert token_ids_BT.tolist() == [[3, 0, 0, 3]] and num_valid_B.tolist() == [3]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])

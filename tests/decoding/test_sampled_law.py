@@ -173,3 +173,42 @@ def test_rows_of_one_batch_keep_their_own_parameters():
             counts[tuple(output.token_ids)] = counts.get(tuple(output.token_ids), 0) + 1
         law = joint_law(table(0), SamplingParams(**PARAMS[name]))
         assert p_value(counts, law) > FALSE_ALARM
+
+
+def law_until_the_scores_end(
+    verifier_VV: torch.Tensor, params: SamplingParams, last: int
+) -> dict[tuple[int, ...], float]:
+    """The joint law of texts that end with the first token `last`: no score after it is a number."""
+    law: dict[tuple[int, ...], float] = {}
+    for tokens, probability in joint_law(verifier_VV, params).items():
+        seen = tokens[: tokens.index(last) + 1] if last in tokens else tokens
+        law[seen] = law.get(seen, 0.0) + probability
+    return law
+
+
+@pytest.mark.parametrize(
+    ("drafter", "rule", "params"),
+    [
+        ("point mass, ragged", "standard", "top-p"),
+        ("drawn, ragged", "standard", "temperature"),
+        ("drawn, ragged", "block", "temperature"),
+        ("drawn from the verifier's own table", "block", "penalties"),
+        ("tree", "standard", "temperature"),
+    ],
+)
+def test_the_law_up_to_the_first_score_that_is_no_number_is_the_verifiers(drafter, rule, params):
+    """Columns behind a NaN must not decide about the tokens before it: block verification reads all of them."""
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, **PARAMS[params])
+    last = 2  # of PROMPT and this token, only the latter is followed by NaN
+    verifier = toys.MarkovVerifier(table(0))
+    verifier.logits_VV[last] = math.nan
+    proposer = DRAFTERS[drafter]()
+    engine = Engine(verifier, proposer, num_speculative_tokens=2, rule=resolve_rule(rule), max_batch_size=120)
+    counts: dict[tuple[int, ...], int] = {}
+    for output in engine.generate([PROMPT] * NUM_REQUESTS, sampling):
+        tokens = tuple(output.token_ids)
+        counts[tokens] = counts.get(tokens, 0) + 1
+        assert (output.finish_reason == "error") == (
+            last in tokens[:-1] or (last in tokens and len(tokens) < NUM_TOKENS)
+        )
+    assert p_value(counts, law_until_the_scores_end(table(0), sampling, last)) > FALSE_ALARM

@@ -20,12 +20,15 @@ def check(
     algorithm: Annotated[
         str | None, typer.Option(help="Whose format a directory of another project is, if that is unclear.")
     ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Load verifier and drafter too: every weight and score must be a number.")
+    ] = False,
     only_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON alone.")] = False,
 ) -> Any:
     """Check a checkpoint before serving it: config, tensors, vocabulary, verifier, and the record of its training."""
     from speculators.deploy.check import check_checkpoint
 
-    report = check_checkpoint(checkpoint, verifier=verifier, algorithm=algorithm)
+    report = check_checkpoint(checkpoint, verifier=verifier, algorithm=algorithm, deep=deep)
     if not only_json:
         out().print(report)
     print(json.dumps({"verb": "check", **report.as_dict()}, default=str), flush=True)

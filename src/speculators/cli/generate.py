@@ -22,6 +22,7 @@ from speculators.cli.shared import (
     out,
     parse_json_object,
     print_facts,
+    raise_after_printing,
 )
 from speculators.decoding.method import PLAIN
 from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams
@@ -49,6 +50,7 @@ def generate(
 ) -> dict[str, Any]:
     """Decode prompts with draft-and-verify; greedy output is the verifier's own, token for token."""
     from speculators.decoding import Engine, open_target, parse_methods
+    from speculators.decoding.request import raise_for_failed
     from speculators.utils.chat_template import chat_prompt
 
     trees = {
@@ -68,7 +70,9 @@ def generate(
         out().print(text, style="bold", markup=False)
         out().print(output.text, markup=False)
         print_facts("", facts_of(output))
-    return {"verb": "generate", "method": chosen.name, "outputs": [record_of(output) for output in outputs]}
+    result = {"verb": "generate", "method": chosen.name, "outputs": [record_of(output) for output in outputs]}
+    raise_after_printing(lambda: raise_for_failed(outputs), result)
+    return result
 
 
 def facts_of(output: RequestOutput) -> dict[str, Any]:
@@ -91,6 +95,7 @@ def record_of(output: RequestOutput) -> dict[str, Any]:
         "text": output.text,
         "token_ids": list(output.token_ids),
         "finish_reason": output.finish_reason,
+        "error": output.error,
         "num_rounds": stats.num_rounds,
         "num_drafted": stats.num_drafted,
         "num_accepted": stats.num_accepted,

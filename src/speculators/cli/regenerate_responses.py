@@ -18,6 +18,7 @@ from speculators.cli.shared import (
     Verifier,
     out,
     parse_json_object,
+    raise_after_printing,
 )
 from speculators.data_generation.configs import (
     DEFAULT_ANSWER_TOKENS,
@@ -78,7 +79,7 @@ def regenerate_responses(
         seed=seed,
     )
     out().print(report)
-    return {
+    result = {
         "verb": "regenerate-responses",
         "path": str(report.path),
         "num_conversations": report.num_conversations,
@@ -86,4 +87,7 @@ def regenerate_responses(
         "num_tokens": report.num_tokens,
         "num_cut": report.num_cut,
         "num_failed": report.num_failed,
+        "num_non_finite": report.num_non_finite,
     }
+    raise_after_printing(report.raise_for_errors, result)
+    return result

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -82,6 +82,15 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the verifier.")]
+
+
+def raise_after_printing(raise_for_errors: Callable[[], None], result: Mapping[str, Any]) -> None:
+    """Lets an error of the result travel, after the JSON of what was done: the exit code says that not all is good."""
+    try:
+        raise_for_errors()
+    except ValueError:
+        print(json.dumps(result, default=str), flush=True)
+        raise
 
 
 def parse_json_object(flag: str, text: str | None) -> dict[str, Any] | None:

@@ -57,6 +57,8 @@ class RegenerationReport(TableReport, os.PathLike[str]):
     """Answers cut at the length limit."""
     num_already_done: int = 0
     num_failed: int = 0
+    num_non_finite: int = 0
+    """Answers that ended because the verifier's scores were not finite; their conversations failed."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Reason -> rows of the source that could not be answered."""
 
@@ -72,6 +74,13 @@ class RegenerationReport(TableReport, os.PathLike[str]):
             "left out": "; ".join(f"{count} x {reason}" for reason, count in self.dropped.items()) or "nothing",
         }
         return [facts_table("Regenerated", facts)]
+
+    def raise_for_errors(self) -> None:
+        """Raises `ValueError` when the verifier is damaged: the rows that it did answer are doubtful."""
+        if self.num_non_finite:
+            raise ValueError(
+                f"the verifier's scores were not finite in {self.num_non_finite} answers: see {self.errors_path}"
+            )
 
     def reasons(self) -> str:
         """Lists why conversations gave no row, for a message."""

@@ -35,7 +35,7 @@ from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 
 logger = logging.getLogger(__name__)
 
-Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
+Generate = Callable[[list[list[int]], list[int]], Sequence[list[int] | Exception]]
 """Takes prompts (token ids) and one sampling seed each; returns the generated tokens in the same order, without the
 prompt and with the end token."""
 
@@ -227,7 +227,11 @@ class RolloutBatches:
             return [self.ask([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
         if len(answers) != len(prompts):
             raise ValueError(f"generate returned {len(answers)} answers for {len(prompts)} prompts; one each is needed")
-        self.num_consecutive_errors = 0
+        for index, answer in enumerate(answers):
+            if isinstance(answer, Exception):
+                answers[index] = self.failed(answer)
+            else:
+                self.num_consecutive_errors = 0
         return answers
 
     def failed(self, error: Exception) -> Exception:

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from speculators.decoding.config import SpeculativeConfig
 from speculators.decoding.method import Drafter, parse_method
-from speculators.decoding.request import RequestOutput, StreamEvent
+from speculators.decoding.request import NonFiniteScoresError, RequestOutput, StreamEvent
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.interfaces import Proposer, Verifier
@@ -133,10 +133,12 @@ def option_names(engine_class: type[ChatEngine]) -> list[str]:
 
 
 def pieces(events: Iterator[StreamEvent]) -> Iterator[str]:
-    """The texts of one request's events."""
+    """The texts of one request's events. Raises `NonFiniteScoresError` where the verifier's scores end."""
     for event in events:
         if event.text:
             yield event.text
+        if event.error is not None:
+            raise NonFiniteScoresError(event.error)
 
 
 def sampling_params(**settings: Any) -> SamplingParams:

@@ -31,8 +31,22 @@ from speculators.decoding.request import (
     refuse_below_one,
     usable_length,
 )
-from speculators.decoding.round import Accepted, RoundTimes, account, logprobs_of, no_drafts, on_host, to_score, verify
+from speculators.decoding.round import (
+    Accepted,
+    RoundTimes,
+    Verified,
+    account,
+    failure,
+    no_drafts,
+    on_host,
+    refuse_outside,
+    score_again,
+    to_score,
+    usable_drafts,
+    verify,
+)
 from speculators.decoding.rows import Batch, score_chunk, share_prompt_prefix
+from speculators.decoding.sampling import logprobs_of
 from speculators.decoding.stats import DecodeStats
 from speculators.decoding.verification import resolve_rule, seed_drafts
 from speculators.decoding.verifiers.cache import neighbours
@@ -44,7 +58,6 @@ from speculators.interfaces import (
     Proposal,
     Proposer,
     RemembersRequests,
-    Verification,
     Verifier,
 )
 
@@ -186,8 +199,10 @@ class Engine(ChatEngine):
         drafted = perf_counter()
         output = self.verifier.score(*to_score(batch, proposal), proposal.parents_K)
         scored = perf_counter()
-        verification = self._verify(batch, proposal, output.logits_BTV)
-        accepted = on_host(verification, proposal, requests)
+        accepted = on_host(self._verify(batch, proposal, output.logits_BTV), proposal, requests)
+        if accepted.rows_in_doubt:
+            proposal, output = score_again(self.verifier, batch, proposal, output, accepted.rows_in_doubt)
+            accepted = on_host(self._verify(batch, proposal, output.logits_BTV), proposal, requests)
         self.verifier.keep(*accepted.to_keep(batch.width))
         if self.drafting is not None:
             batch.publish(accepted.token_ids_by_row, accepted.states(output.states_BTD))
@@ -207,15 +222,17 @@ class Engine(ChatEngine):
             seed_drafts(self._generator, sampling.seed_B, batch.lengths(0, batch.width))
         wants_confidence = drafting.adaptive is not None
         draft_sampling = DraftSampling(sampling.temperature_B, self._generator, probabilistic, wants_confidence)
-        return drafting.propose(batch.committed(), num_tokens, draft_sampling)
+        proposal = drafting.propose(batch.committed(), num_tokens, draft_sampling)
+        return usable_drafts(proposal, self.verifier.vocab_size)
 
-    def _verify(self, batch: Batch, proposal: Proposal, logits_BTV: Tensor, first_row: int = 0) -> Verification:
+    def _verify(self, batch: Batch, proposal: Proposal, logits_BTV: Tensor, first_row: int = 0) -> Verified:
         rule = self.drafting.rule if self.drafting is not None else PLAIN_RULE
         return verify(rule, batch, proposal, logits_BTV, first_row)
 
     def _commit(self, batch: Batch, accepted: Accepted, logits_BTV: Tensor, first_row: int = 0) -> list[StreamEvent]:
-        """Append the accepted runs to their requests, free the rows of those that ended."""
+        """Append the accepted runs to their requests, free the rows of those that ended or whose scores failed."""
         events = []
+        refuse_outside(accepted.token_ids_by_row, logits_BTV.shape[-1])
         if batch.seen is not None:
             batch.seen.add(accepted.token_ids_by_row)
         for row, token_ids in accepted.token_ids_by_row.items():
@@ -223,9 +240,15 @@ class Engine(ChatEngine):
             assert request is not None
             columns = accepted.columns_by_row[row]
             logprobs = logprobs_of(request.params, logits_BTV[row - first_row], columns, token_ids)
-            events.append(request.append(token_ids, logprobs))
+            error = None
+            if row in accepted.failed_column_by_row:
+                logits_V = logits_BTV[row - first_row, accepted.failed_column_by_row[row]]
+                error = failure(logits_V, f"after {request.length + len(token_ids)} tokens")
+            events.append(request.append(token_ids, logprobs, error))
             if events[-1].finish_reason is not None:
                 self._release(batch, row)
+        if accepted.is_finite_BT is not None:
+            self.verifier.clear_unused()
         return events
 
     def _prefill(self, batch: Batch) -> list[StreamEvent]:
@@ -250,8 +273,7 @@ class Engine(ChatEngine):
         if not ended:
             return []
         nothing = no_drafts(num_rows, batch.device)
-        verification = self._verify(batch, nothing, output.logits_BTV, first_row)
-        accepted = on_host(verification, nothing, ended, first_row)
+        accepted = on_host(self._verify(batch, nothing, output.logits_BTV, first_row), nothing, ended, first_row)
         if self.drafting is not None:  # the proposer gets the prompt together with its first token
             token_ids = {row: request.prompt + accepted.token_ids_by_row[row] for row, request in ended.items()}
             has_states = output.states_BTD is not None

@@ -17,7 +17,8 @@ from speculators.decoding.text import IncrementalText
 from speculators.interfaces import Verifier
 from speculators.verifier.config import text_config
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""error: the verifier's scores were not finite; `error` says where. Whatever came before is the verifier's own text."""
 Prompts = Sequence[str | Sequence[int]]
 """Texts or token ids."""
 Samplings = SamplingParams | Sequence[SamplingParams] | None
@@ -48,6 +49,7 @@ class StreamEvent:
     The texts of a request's events make up its output's. Empty without a tokenizer."""
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
 
 
 @dataclass
@@ -62,6 +64,20 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
     logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
+    """Why it ended with the reason "error"."""
+
+
+class NonFiniteScoresError(ValueError):
+    """The verifier's scores were NaN or infinite: it has no text to give, and nothing can be measured with it."""
+
+
+def raise_for_failed(outputs: Sequence[RequestOutput], what: str = "prompt") -> None:
+    """Raises `NonFiniteScoresError` with the first error, and how many requests ended so."""
+    failed = [number for number, output in enumerate(outputs) if output.error is not None]
+    if failed:
+        more = f" ({len(failed)} of {len(outputs)} requests ended so)" if len(failed) > 1 else ""
+        raise NonFiniteScoresError(f"{what} {failed[0]}: {outputs[failed[0]].error}{more}")
 
 
 @dataclass
@@ -108,9 +124,12 @@ class ActiveRequest:
         if donor.prompt_states:
             self.prompt_states = [torch.cat(donor.prompt_states)[:num_tokens]]
 
-    def append(self, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> StreamEvent:
-        """Append an accepted run, cut after the first token that ends the request."""
-        num_appended, finish_reason = 0, None
+    def append(
+        self, token_ids: list[int], logprobs: list[TokenLogprobs] | None, error: str | None = None
+    ) -> StreamEvent:
+        """Append an accepted run, cut after the first token that ends the request; an error ends it after the run."""
+        num_appended = 0
+        finish_reason: FinishReason | None = None
         for token_id in token_ids:
             self.output.token_ids.append(token_id)
             num_appended += 1
@@ -118,13 +137,16 @@ class ActiveRequest:
             if finish_reason is not None:
                 break
         self.output.stats.num_tokens += num_appended
+        if finish_reason is None and error is not None:
+            finish_reason, self.output.error = "error", error
+            self.output.stats.num_non_finite += 1
         if logprobs is not None and self.output.logprobs is not None:
             self.output.logprobs += logprobs[:num_appended]
         if finish_reason is not None:
             self.finish(finish_reason)
         text = self.text.take(is_final=finish_reason is not None) if self.text is not None else ""
         kept_logprobs = logprobs[:num_appended] if logprobs is not None else None
-        return StreamEvent(self.index, token_ids[:num_appended], text, finish_reason, kept_logprobs)
+        return StreamEvent(self.index, token_ids[:num_appended], text, finish_reason, kept_logprobs, self.output.error)
 
     def _ends_with(self, token_id: int) -> FinishReason | None:
         # the string first: a token may complete it and be the last one allowed

@@ -177,11 +177,13 @@ def proposal_of(drafts: list[list[int]], device: torch.device) -> Proposal:
 
 
 def score_chunk(verifier: Verifier, requests: dict[int, ActiveRequest], num_tokens: int) -> VerifierOutput:
-    """Score the next `num_tokens` of each prompt in one forward over neighbouring rows, with one row of logits each."""
+    """Score the next `num_tokens` of each prompt in one forward over neighbouring rows, with one row of logits each.
+
+    Padding repeats a row's own token: another's could have a NaN embedding, and its slots may be read with weight 0."""
     chunks = [q.prompt[q.num_prefilled : q.num_prefilled + num_tokens] for q in requests.values()]
     num_valid_B = torch.tensor([len(chunk) for chunk in chunks])
     T = max(len(chunk) for chunk in chunks)
-    token_ids_BT = torch.tensor([chunk + [0] * (T - len(chunk)) for chunk in chunks], device=verifier.device)
+    token_ids_BT = torch.tensor([chunk + chunk[-1:] * (T - len(chunk)) for chunk in chunks], device=verifier.device)
     output = verifier.score(token_ids_BT, num_valid_B, first_row=next(iter(requests)), last_only=True)
     verifier.keep(torch.arange(T).expand(len(chunks), T), num_valid_B)
     for i, request in enumerate(requests.values()):

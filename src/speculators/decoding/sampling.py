@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from speculators.decoding.request import TokenLogprobs
 from speculators.decoding.settings import SamplingParams
 
 
@@ -21,11 +22,12 @@ class BatchSampling:
     def __init__(self, params: list[SamplingParams], seeds: list[int], device: torch.device):
         self.params = params
         self.device = device
-        self.all_greedy = all(p.temperature == 0 for p in params)
+        self.all_greedy = all(p.is_greedy for p in params)
         self.has_penalties = any(p.has_penalties for p in params)
         self.is_argmax = self.all_greedy and not self.has_penalties
         """The argmax of the raw logits decides every row."""
-        self.temperature_B = self._column("temperature")
+        temperatures = [0.0 if p.is_greedy else p.temperature for p in params]
+        self.temperature_B = torch.tensor(temperatures, dtype=torch.float32, device=device)
         self.seed_B = torch.tensor(seeds, dtype=torch.int64, device=device)
 
     def _column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,13 +63,21 @@ class BatchSampling:
         logits_BTV = torch.where(is_seen_BTV, repeated_BTV, logits_BTV)
         return logits_BTV - frequency * output_counts_BTV - presence * is_in_output_BTV
 
+    def is_finite(self, logits_BTV: Tensor) -> Tensor:
+        """bool [B, T]: `probs` has a law to give. One pass: the largest of scores with a NaN is NaN; it is -inf when no
+        token is left. A best score that temperature takes out of range counts as infinite."""
+        return (logits_BTV.amax(-1).float() / self.divisor_B[:, None]).isfinite()
+
+    @cached_property
+    def divisor_B(self) -> Tensor:
+        return self.temperature_B.masked_fill(self.temperature_B == 0, 1.0)
+
     def probs(self, logits_BTV: Tensor) -> Tensor:
         """fp32 probabilities after temperature and filters; greedy rows are one-hot."""
         is_greedy_B11 = (self.temperature_B == 0)[:, None, None]
         logits_BTV = logits_BTV.float()
-        temperature_B11 = self.temperature_B[:, None, None].masked_fill(is_greedy_B11, 1.0)
-        probs_BTV = self._filtered((logits_BTV / temperature_B11).softmax(-1))
-        if any(p.temperature == 0 for p in self.params):
+        probs_BTV = self._filtered((logits_BTV / self.divisor_B[:, None, None]).softmax(-1))
+        if any(p.is_greedy for p in self.params):
             best_BT1 = logits_BTV.argmax(-1, keepdim=True)
             one_hot_BTV = torch.zeros_like(probs_BTV).scatter_(-1, best_BT1, 1.0)
             probs_BTV = torch.where(is_greedy_B11, one_hot_BTV, probs_BTV)
@@ -109,7 +119,7 @@ class SeenTokens:
     def add(self, token_ids_by_row: dict[int, list[int]]) -> None:
         rows = [row for row, token_ids in token_ids_by_row.items() for _ in token_ids]
         tokens = [token_id for token_ids in token_ids_by_row.values() for token_id in token_ids]
-        index = torch.tensor([rows, tokens], device=self.output_counts_BV.device)
+        index = torch.tensor([rows, tokens], dtype=torch.int64, device=self.output_counts_BV.device)
         one = self.output_counts_BV.new_ones(())
         self.output_counts_BV.index_put_((index[0], index[1]), one, accumulate=True)
 
@@ -139,3 +149,19 @@ class DraftedTokens:
             added_BT1 = (is_drafted_BK[:, slot, None] * after_T)[..., None]
             counts_BTV.scatter_add_(-1, index_BK1[:, slot, None].expand(B, K + 1, 1), added_BT1)
         return counts_BTV
+
+
+def logprobs_of(
+    params: SamplingParams, logits_TV: Tensor, columns: list[int], token_ids: list[int]
+) -> list[TokenLogprobs] | None:
+    if params.logprobs is None:
+        return None
+    logprobs_TV = logits_TV[columns].float().log_softmax(-1)
+    top = logprobs_TV.topk(params.logprobs) if params.logprobs else None
+    return [
+        TokenLogprobs(
+            logprob=logprobs_TV[i, token_id].item(),
+            top=dict(zip(top.indices[i].tolist(), top.values[i].tolist(), strict=True)) if top is not None else {},
+        )
+        for i, token_id in enumerate(token_ids)
+    ]

@@ -16,13 +16,17 @@ DEFAULT_DEVICE = "auto"
 """The first CUDA device, else the CPU."""
 
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this decode greedily: scores divided by less would leave the range of floats."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled and when it ends."""
 
     max_tokens: int = 128
     temperature: float = 0.0
-    """0 = greedy."""
+    """0 = greedy, and so is whatever is below 1e-5 (as in vLLM)."""
     top_k: int = 0
     """0 or -1 = all tokens."""
     top_p: float = 1.0
@@ -66,6 +70,10 @@ class SamplingParams:
         ):
             if not is_valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
 
     @property
     def has_penalties(self) -> bool:

@@ -27,6 +27,10 @@ class DecodeStats:
     overhead_s: float = 0.0
     """Everything but the proposer and the verifier. Times of a round are split evenly over its requests."""
     prefill_s: float = 0.0
+    num_non_finite: int = 0
+    """Requests that ended because the verifier's scores were not finite (finish reason "error")."""
+    num_dropped_drafts: int = 0
+    """Drafts that were left out: drawn from scores that were not finite, or of tokens outside the vocabulary."""
 
     def record(self, num_drafted: int, depth: int, num_accepted: int) -> None:
         self.rounds[num_drafted, depth, num_accepted] += 1
@@ -44,6 +48,8 @@ class DecodeStats:
             self.verify_s + other.verify_s,
             self.overhead_s + other.overhead_s,
             self.prefill_s + other.prefill_s,
+            self.num_non_finite + other.num_non_finite,
+            self.num_dropped_drafts + other.num_dropped_drafts,
         )
 
     @property

@@ -32,6 +32,7 @@ RECORD = "as it was trained"
 MAP = "vocabulary map"
 FIT = "fits the verifier"
 COPIES = "copies of the verifier's weights"
+FORWARDS = "forwards of verifier and drafter"
 LEARNED_FROM = "the verifier it learned from"
 
 
@@ -40,15 +41,33 @@ def check_checkpoint(
     *,
     verifier: str | os.PathLike[str] | NamedModel | None = None,
     algorithm: str | None = None,
+    deep: bool = False,
 ) -> CheckReport:
     """Checks everything that can be wrong with a checkpoint; `report.raise_for_errors()` raises what it found.
 
     `checkpoint`: directory, hub id, or the result of training, export or conversion. `verifier`: the one to check
     against in place of the recorded one. `algorithm`: needed only for a directory of another project that several
-    algorithms recognise. Raises `FileNotFoundError` when there is no such checkpoint, and `ValueError` when no
-    algorithm, or more than one, recognises it; errors inside it are findings of the report.
+    algorithms recognise. `deep`: load both models and run them on a few tokens too. Raises `FileNotFoundError` when
+    there is no such checkpoint, and `ValueError` when no algorithm, or more than one, recognises it; errors inside it
+    are findings of the report.
     """
-    return check_directory(local_directory(checkpoint), None if verifier is None else model_name(verifier), algorithm)
+    path = local_directory(checkpoint)
+    report = check_directory(path, None if verifier is None else model_name(verifier), algorithm)
+    if deep:
+        check_deeply(report)
+    return report
+
+
+def check_deeply(report: CheckReport) -> None:
+    """Runs the models that the report is about; notes in the report why they cannot be run."""
+    if report.verifier is None:
+        report.skip(FORWARDS, "no verifier is known; give it with --verifier")
+        return
+    try:
+        report.add(FORWARDS, verifier_check.deep_findings(report.path, report.verifier))
+    except ValueError as problem:
+        rule, fix = "verifier and drafter must load and run together", "correct the errors above, or name the verifier"
+        report.add(FORWARDS, [error("cannot-run", str(report.path), str(problem), rule, fix)])
 
 
 def check_directory(path: Path, verifier: str | None, algorithm: str | None) -> CheckReport:

@@ -35,6 +35,7 @@ from speculators.evaluation.parity_checks import (
     compare_rounds,
     drafts_check,
     drafts_tokens,
+    finite_check,
     text_check,
     tie_tolerance,
     vocabulary_check,
@@ -207,7 +208,11 @@ def replay(
 def engine_checks(replayed: Replayed) -> list[Check]:
     plain = [output.token_ids for output in replayed.plain]
     speculative = [output.token_ids for output in replayed.speculative]
-    return [drafts_check(replayed.rounds), text_check("engine text = plain text", plain, speculative, replayed.is_tie)]
+    return [
+        finite_check([*replayed.plain, *replayed.speculative]),
+        drafts_check(replayed.rounds),
+        text_check("engine text = plain text", plain, speculative, replayed.is_tie),
+    ]
 
 
 def vllm_checks(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from speculators.decoding.request import RequestOutput
 from speculators.draft_vocab import DraftVocabMixin
 from speculators.evaluation.statistics import first_difference
 from speculators.interfaces import Committed, DraftSampling, Proposal, Proposer, VerifierStates
@@ -121,7 +122,7 @@ def compare_drafts(
             best = int(logits_KV[k].argmax())
             gap = float(logits_KV[k, best] - logits_KV[k, drafted])
             differs = not gap <= tolerance * max(1.0, abs(float(logits_KV[k, best])))
-            says = f"{best} ({gap:.3g} above it)"
+            says = f"{best} ({gap:.3g} above it)" if gap == gap else "scores that are not finite"
             if not differs and drafted != best:
                 found.num_ties += 1
                 found.largest_tie = max(found.largest_tie, gap)
@@ -178,6 +179,15 @@ def drafts_tokens(model: SpeculatorModel) -> bool:
         return True
     ids = verifier_ids(model.d2t)
     return bool(((ids >= 0) & (ids < model.verifier_vocab_size)).all())
+
+
+def finite_check(outputs: Sequence[RequestOutput]) -> Check:
+    """Two empty answers of a verifier without numbers are equal too."""
+    name = "the verifier's scores are finite"
+    errors = [output.error for output in outputs if output.error is not None]
+    if errors:
+        return Check(name, False, f"{len(errors)} of {len(outputs)} requests ended so; first: {errors[0]}")
+    return Check(name, True, f"{len(outputs)} requests")
 
 
 def drafts_check(rounds: RoundsCompared) -> Check:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from speculators.data_generation.rollout import load_prompts
 from speculators.decoding import Engine, RequestOutput, SamplingParams
 from speculators.decoding.method import PLAIN, Method, parse_methods
+from speculators.decoding.request import raise_for_failed
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.evaluation.config import EvaluateConfig
 from speculators.evaluation.measurement import Generate, measure_interleaved, summarise
@@ -33,7 +34,7 @@ def measure_methods(
     """Measure every method on the same prompts; `progress` counts them.
 
     `verifier`, `data`: what `config` names, or the loaded model and the rows that it names. Raises `ValueError` for a
-    verifier, drafter or data set that cannot be read.
+    verifier, drafter or data set that cannot be read, and for a verifier whose scores are not finite.
     """
     trees = {"speculative_token_tree": config.speculative_token_tree, "dynamic_tree": config.dynamic_tree}
     trees = {name: tree for name, tree in trees.items() if tree is not None}
@@ -69,7 +70,7 @@ def measure_methods(
 
     with reporting(progress) as show:
         measurements = measure_interleaved(
-            {name: decoder(engine, sampling) for name, engine in engines.items()},
+            {name: decoder(name, engine, sampling) for name, engine in engines.items()},
             prompts,
             group_size=config.batch_size,
             num_warmup=config.num_warmup,
@@ -118,18 +119,22 @@ def sampling_p_values(
         sampled = []
         for prompt in prompts:
             params = [replace(base, seed=next(seeds)) for _ in range(config.num_samples)]
-            sampled.append([output.token_ids for output in engine.generate([list(prompt)] * len(params), params)])
+            outputs = engine.generate([list(prompt)] * len(params), params)
+            raise_for_failed(outputs, "sampled answer")
+            sampled.append([output.token_ids for output in outputs])
         return sampled
 
     plain = draw(engines[PLAIN])
     return {name: two_sample_p_value(plain, draw(engine)) for name, engine in engines.items() if name != PLAIN}
 
 
-def decoder(engine: Engine, sampling: SamplingParams) -> Generate:
+def decoder(name: str, engine: Engine, sampling: SamplingParams) -> Generate:
     def generate(prompts: Sequence[Sequence[int]]) -> list[RequestOutput]:
         engine.forget_requests()  # the answer to a prompt that was decoded before must not be a draft
         params = [seeded_by_prompt(sampling, prompt) for prompt in prompts]
-        return engine.generate([list(prompt) for prompt in prompts], params)
+        outputs = engine.generate([list(prompt) for prompt in prompts], params)
+        raise_for_failed(outputs, f"{name}: prompt")
+        return outputs
 
     return generate
 

@@ -119,7 +119,9 @@ def draft_probs(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
 
 
 def draw(probs_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-    """int64 [B]: one token per row, drawn on the generator's device."""
+    """int64 [B]: one token per row, drawn on the generator's device; any token where the probabilities are NaN (the
+    engine leaves that draft out)."""
+    probs_BV = torch.where(probs_BV.amax(-1, keepdim=True).isfinite(), probs_BV, 1.0)
     if generator is None or generator.device == probs_BV.device:
         return torch.multinomial(probs_BV, 1, generator=generator)[:, 0]
     return torch.multinomial(probs_BV.to(generator.device), 1, generator=generator)[:, 0].to(probs_BV.device)

@@ -33,7 +33,11 @@ class GreedyRule:
     def __call__(
         self, proposal: Proposal, target_probs_BK1V: Tensor, generator: torch.Generator | Draws | None = None
     ) -> Verification:
-        best_BK1 = target_probs_BK1V.argmax(-1)
+        return self.follow(proposal, target_probs_BK1V.argmax(-1))
+
+    @staticmethod
+    def follow(proposal: Proposal, best_BK1: Tensor) -> Verification:
+        """The decision by the verifier's best token of each column."""
         if proposal.parents_K is not None:
             return greedy_tree(proposal, best_BK1)
         return match_chain(proposal.token_ids_BK, best_BK1)

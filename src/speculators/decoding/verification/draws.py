@@ -89,7 +89,7 @@ def inverse_cdf(probs_BNV: Tensor, uniform_BN: Tensor) -> Tensor:
     total_BN1 = cdf_BNV[..., -1:].contiguous()
     token_BN1 = torch.searchsorted(cdf_BNV, uniform_BN[..., None] * total_BN1, right=True)
     last_possible_BN1 = torch.searchsorted(cdf_BNV, total_BN1)  # u * total may round up to total
-    return torch.minimum(token_BN1, last_possible_BN1)[..., 0]
+    return torch.minimum(token_BN1, last_possible_BN1)[..., 0].clamp_(max=probs_BNV.shape[-1] - 1)  # V: a total of NaN
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64

@@ -109,6 +109,12 @@ class RowCache(Cache):
                 row_SND = states_RSND[row]
                 row_SND[to_slot : to_slot + len(from_slots)] = row_SND[from_slots]
 
+    def clear(self, row: int, from_slot: int) -> None:
+        """Write zeros from a slot on."""
+        for store in (self.keys_by_layer, self.values_by_layer):
+            for states_RSND in store.values():
+                states_RSND[row, from_slot:] = 0
+
     def copy_prefix(self, from_row: int, to_row: int, num_slots: int) -> None:
         for store in (self.keys_by_layer, self.values_by_layer):
             for states_RSND in store.values():

@@ -130,6 +130,11 @@ class HFVerifier(NestedContext):
         self._cache.copy_prefix(from_row, to_row, length)
         self.length_by_row[to_row] = length
 
+    def clear_unused(self) -> None:
+        """See `interfaces.Verifier`."""
+        for row, length in enumerate(self.length_by_row):
+            self._cache.clear(row, length)
+
     def cached_states(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Cached keys and values of a row, each [N, S, D]."""
         return self._cache.layer_states(layer, row, self.length_by_row[row])

@@ -197,6 +197,10 @@ class LeanCache:
         slots = torch.tensor(from_slots, device=self.storage.device)
         self.storage[:, row, to_slot : to_slot + len(from_slots)] = self.storage[:, row, slots]
 
+    def clear(self, row: int, from_slot: int) -> None:
+        """Write zeros from a slot on."""
+        self.storage[:, row, from_slot:] = 0
+
     def copy_prefix(self, from_row: int, to_row: int, num_slots: int) -> None:
         self.storage[:, to_row, :num_slots] = self.storage[:, from_row, :num_slots]
 

@@ -145,6 +145,11 @@ class RecurrentVerifier(NestedContext):
         """Run the tokens again: the other row's state is past `length`."""
         self._advance([to_row], [self._tokens_by_row[from_row][:length]])
 
+    def clear_unused(self) -> None:
+        """See `interfaces.Verifier`."""
+        for row, length in enumerate(self.length_by_row):
+            self._cache.clear(row, length)
+
     # -- forwards
 
     def _advance(self, rows: list[int], token_ids: list[list[int]]) -> None:
