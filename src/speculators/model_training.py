@@ -25,6 +25,8 @@ from speculators.interfaces import LossOutput, PackedBatch
 from speculators.losses.metrics import as_pairs, ratio
 from speculators.losses.registry import LossConfig, choose_loss_config, loss_keywords
 from speculators.nn.packed_row import pack_row, padded_row
+from speculators.nn.rope import head_dim
+from speculators.nn.routes import DENSE, Route, choose_route
 from speculators.training_keys import DraftKeys, LossKeys, TrainingArgs, VerifierKeys, default_of, read_keys
 from speculators.verifier.config import make_speculators_config
 
@@ -57,8 +59,7 @@ class LossArgs(Generic[Own]):
     own: Own
     """The algorithm's `training_args`."""
     loss_config: LossConfig
-    attention: str | None
-    """Name of the attention implementation; None: by device."""
+    attention: Route
     max_anchors: int | None
     """Most positions sampled in a row; None: nothing was said."""
     generator: torch.Generator | None
@@ -71,6 +72,7 @@ class TrainingDoors:
     config: Any
     config_class: Any
     training: bool
+    device: torch.device
 
     training_args: ClassVar[type[BaseModel]] = NoTrainingArgs
     """Keys the algorithm adds to the training command line and YAML."""
@@ -81,6 +83,8 @@ class TrainingDoors:
     has_chosen_layers: ClassVar[bool] = True
     """Whether it is made of decoder layers that the draft keys shape (how many, which architecture, what window):
     `from_training_args` is then given their config, else the verifier's own."""
+    takes_routes: ClassVar[bool] = False
+    """Whether its layers attend by `LossArgs.attention`, which `draft_attn_impl` and the device choose."""
     forward_keys: ClassVar[Mapping[str, str] | None] = None
     """Own training keys that forwards read -> the keyword of `forward`. None: all, by their own names."""
     forward_columns: ClassVar[tuple[str, ...]] = (
@@ -150,10 +154,18 @@ class TrainingDoors:
         return LossArgs(
             own=own,
             loss_config=loss_config,
-            attention=getattr(getattr(self.config, "transformer_layer_config", None), "_attn_implementation", None),
+            attention=keywords.get("attention_route") or self.attention_route(self.device.type),
             max_anchors=keywords.get("max_anchors"),
             generator=validation_generator() if generator is None and not self.training else generator,
         )
+
+    def attention_route(self, device_kind: str) -> Route:
+        """How its layers attend in training on such a device. Raises ValueError where they cannot; `forward` takes
+        another one as `attention_route`."""
+        if not self.takes_routes:
+            return DENSE  # any: it is not asked
+        layers = self.config.transformer_layer_config
+        return choose_route(layers._attn_implementation, device_kind, head_dim(layers))
 
     def train_on(self, batch: PackedBatch, args: LossArgs[Any]) -> LossOutput:
         """Loss and metrics of one row."""

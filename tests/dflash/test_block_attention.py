@@ -1,13 +1,12 @@
 """The routes of block attention against each other, and the reference's mask against a picture."""
 
-import warnings
+from functools import partial
 
 import pytest
 import torch
 
 from speculators.models.dflash.block_attention import (
     BlockLayout,
-    CompiledFlexBlockAttention,
     ContextKV,
     DenseBlockAttention,
     FlexBlockAttention,
@@ -17,6 +16,7 @@ from speculators.models.dflash.block_attention import (
 )
 from speculators.nn.attention import Group
 from speculators.nn.packed_row import document_starts
+from speculators.nn.routes import FLEX, attend
 
 LAYER_MASKS = [LayerMask(None, False), LayerMask(None, True), LayerMask(3, True), LayerMask(6, False)]
 
@@ -75,14 +75,14 @@ def test_fast_routes_equal_the_dense_reference(attend_class, layer_mask):
         torch.testing.assert_close(grad, reference, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("layer_mask", LAYER_MASKS)
 def test_the_flex_mask_is_the_dense_mask(layer_mask):
     """Forward only: flex attention has no backward on a CPU."""
     layout, made = tensors(40, [0, 3, 4, 9, 14, 20, 21, 33, 39], 5)
     query, key, value, *context = (x.detach() for x in made)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # it says that it is slow when not compiled
-        out = FlexBlockAttention(layout, layer_mask, ContextKV(*context))(query, key, value)
+    with torch.no_grad():
+        out = FlexBlockAttention(layout, layer_mask, ContextKV(*context), kernel=attend)(query, key, value)
         expected = DenseBlockAttention(layout, layer_mask, ContextKV(*context))(query, key, value)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
 
@@ -92,7 +92,7 @@ def test_the_flex_mask_is_the_dense_mask(layer_mask):
 def test_compiled_flex_equals_the_dense_reference_on_a_gpu(layer_mask):
     layout, made = tensors(300, list(range(0, 290, 7)), 16, device="cuda")
     expected, expected_grads = run(DenseBlockAttention, layer_mask, layout, made)
-    out, grads = run(CompiledFlexBlockAttention, layer_mask, layout, made)
+    out, grads = run(partial(FlexBlockAttention, kernel=FLEX.kernel), layer_mask, layout, made)
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
     for grad, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, reference, atol=5e-3, rtol=5e-3)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from speculators.nn.packed_row import PackedRow, document_mask, unrolled_mask
+from speculators.nn.routes import DENSE, FLASH, FLEX, SDPA, attend
 from speculators.nn.unrolled import (
-    CompiledFlexUnrolledAttention,
     DenseUnrolledAttention,
     FlexUnrolledAttention,
     SdpaUnrolledAttention,
@@ -117,7 +117,7 @@ def test_flex_attention_with_a_tail_equals_dense_attention(window):
     document_ids = torch.tensor(DOCUMENTS["three and padding"])
     rows = (document_ids != -1).nonzero().flatten()[::2]
     expected, _ = unroll(DenseUnrolledAttention(PackedRow(document_ids), window), rows, 3, backward=False)
-    attention = FlexUnrolledAttention(PackedRow(document_ids, rows), window, last_layer=True)
+    attention = FlexUnrolledAttention(PackedRow(document_ids, rows), window, last_layer=True, kernel=attend)
     out, _ = unroll(attention, rows, 3, backward=False)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
 
@@ -129,7 +129,7 @@ def test_compiled_flex_attention_equals_dense_attention_on_a_gpu(window):
     rows = torch.arange(0, 500, 3, device="cuda")
     sizes = {"dtype": torch.float32, "head_dim": 64}
     expected, expected_grads = unroll(DenseUnrolledAttention(PackedRow(document_ids), window), rows, 3, **sizes)
-    attention = CompiledFlexUnrolledAttention(PackedRow(document_ids, rows), window, last_layer=True)
+    attention = FlexUnrolledAttention(PackedRow(document_ids, rows), window, last_layer=True, kernel=FLEX.kernel)
     out, grads = unroll(attention, rows, 3, **sizes)
     # flex attention multiplies in tf32 or better: ten bits
     torch.testing.assert_close(out, expected, atol=5e-3, rtol=5e-3)
@@ -168,10 +168,16 @@ def test_bf16_is_as_close_to_the_truth_as_the_reference():
     torch.testing.assert_close(out.double(), truth, atol=0.03, rtol=0.03)
 
 
-def test_the_route_follows_the_contracts_names():
+def test_each_route_has_its_attention():
     packed = PackedRow(torch.zeros(4, dtype=torch.int64))
-    assert type(unrolled_attention("eager", packed, [None])[0]) is DenseUnrolledAttention
-    for name in ("sdpa", "simple_flex_attention", None):
-        assert type(unrolled_attention(name, packed, [None])[0]) is TailUnrolledAttention
-    first, last = unrolled_attention(None, packed, [None, 5])
-    assert (first.last_layer, last.last_layer, last.window) == (False, True, 5)
+    classes = {
+        DENSE: DenseUnrolledAttention,
+        SDPA: SdpaUnrolledAttention,
+        FLASH: TailUnrolledAttention,
+        FLEX: FlexUnrolledAttention,
+    }
+    for route, kind in classes.items():
+        assert type(unrolled_attention(route, packed, [None])[0]) is kind
+    for route in (FLASH, FLEX):
+        first, last = unrolled_attention(route, packed, [None, 5])
+        assert (first.last_layer, last.last_layer, last.window) == (False, True, 5)

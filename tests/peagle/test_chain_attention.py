@@ -1,6 +1,7 @@
 """Every route of chain attention against the predicate written as a loop."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from speculators.models.peagle.network import (
     GroupedChainAttention,
     SdpaChainAttention,
 )
+from speculators.nn.routes import attend
 
 DOCUMENTS = [0, 0, 0, 0, 0, 1, 1, 1, -1]
 SLOTS = [(0, 1), (0, 2), (1, 1), (2, 1), (2, 2), (5, 1), (6, 1)]
 """(anchor, depth)"""
+
+KINDS = [DenseChainAttention, SdpaChainAttention, GroupedChainAttention, partial(FlexChainAttention, kernel=attend)]
 
 
 def looped(query, key, value, window):
@@ -42,7 +46,8 @@ def looped(query, key, value, window):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("last_layer", [False, True])
-@pytest.mark.parametrize("kind", [DenseChainAttention, SdpaChainAttention, GroupedChainAttention, FlexChainAttention])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_route_sees_what_the_rule_says(kind, last_layer, window):
     generator = torch.Generator().manual_seed(0)
     anchors, depths = (torch.tensor(part) for part in zip(*SLOTS, strict=True))

@@ -37,11 +37,6 @@ def layer_config_of(values: Mapping[str, Any], left_out: Collection[str], **assu
     return AutoConfig.for_model(**{**assumed, **{key: value for key, value in values.items() if key not in left_out}})
 
 
-def attention_of(config: Any) -> str | None:
-    """Returns the attention implementation chosen for training the draft layers; None: by device."""
-    return getattr(config.transformer_layer_config, "_attn_implementation", None)
-
-
 def layer_values(config: Any) -> dict[str, Any]:
     """Returns the values of a decoder config as such a config.json holds them."""
     return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
@@ -72,6 +67,7 @@ def complete_layer_config(config: Any) -> Any:
 class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     """Subclasses define `fc`, which reads the verifier's states."""
 
+    takes_routes = True
     fc: nn.Linear
 
     def beside(self, verifier_model: Any) -> Self:

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from speculators.interfaces import PackedBatch, Ratio
 from speculators.losses.chunks import HeadTargets
 from speculators.losses.metrics import ratio
+from speculators.nn.routes import Route
 from speculators.verifier.config import LogitTransform
-
-ANSWERS_CHOSEN_COLUMNS = ("cpu", "cuda")
-"""Devices with an attention route that computes chosen queries alone (see `nn.unrolled`)."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,9 @@ def supervised_steps(batch: PackedBatch, num_steps: int) -> Tensor:
     return supervised_ST
 
 
-def query_columns(supervised_ST: Tensor, attention: str | None) -> Tensor:
+def query_columns(supervised_ST: Tensor, route: Route) -> Tensor:
     """Columns [R] with a supervised step; all of them where attention cannot compute chosen queries."""
-    if attention == "eager" or supervised_ST.device.type not in ANSWERS_CHOSEN_COLUMNS:
+    if not route.computes_chosen_queries:
         return torch.arange(supervised_ST.shape[1], device=supervised_ST.device)
     columns_R = supervised_ST.any(0).nonzero().squeeze(1)
     return columns_R if len(columns_R) else columns_R.new_zeros(1)  # one column keeps the graph and gives loss 0

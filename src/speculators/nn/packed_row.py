@@ -13,13 +13,14 @@ Unrolling (EAGLE-3's training-time test): every step appends T keys. Query q at 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from speculators.interfaces import PackedBatch
+from speculators.nn.routes import FlexMask, KeyRanges
 
 SLIDING_BLOCK = 256
 """Queries per masked block of a sliding layer: small enough that little outside the window is computed."""
@@ -144,6 +145,12 @@ class PackedRow:
     document_ids_T: Tensor
     query_positions_R: Tensor | None = None
     """Ascending columns; None = every column (padding then attends to itself: finite, and without effect)."""
+    flex_masks: dict[tuple[int | None, int], FlexMask] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def every_column(self) -> PackedRow:
+        """The same row, all of it queries; itself when it is so already."""
+        return PackedRow(self.document_ids_T) if self.query_positions_R is not None else self
 
     @cached_property
     def queries_R(self) -> Tensor:
@@ -165,6 +172,19 @@ class PackedRow:
         table = torch.stack((places, rows[places], starts_R[places])).tolist()
         ends = [*table[0][1:], rows.numel()]
         return [(p, a, a + end - p, d) for p, a, d, end in zip(*table, ends, strict=True)]
+
+    def flex_mask(self, window: int | None, shift: int) -> FlexMask:
+        """Of the step-0 keys that queries see, made once per row: layers and steps with the same view share it."""
+        key = (window, 0 if window is None else shift)
+        if key not in self.flex_masks:
+            queries_R = self.queries_R
+            low_R = document_starts(self.document_ids_T)[queries_R]
+            if window is not None:
+                low_R = low_R.maximum(queries_R + (shift + 1 - window))
+            nothing_R = torch.zeros_like(low_R)
+            ranges = KeyRanges(torch.stack((low_R, nothing_R)), torch.stack((queries_R + 1, nothing_R)))
+            self.flex_masks[key] = FlexMask.of(ranges, len(self.document_ids_T))
+        return self.flex_masks[key]
 
     def blocks(self, window: int | None, shift: int) -> list[list[Block]]:
         """Returns, for each run of queries, the rectangles that cover the step-0 keys it sees."""

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from speculators.nn.attention import dense_attention, sdpa_attention
 from speculators.nn.packed_row import Block, PackedRow, additive_mask, unrolled_mask
+from speculators.nn.routes import DENSE, SDPA, Kernel, Route, flex
 
 flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -61,7 +61,6 @@ class TailUnrolledAttention:
 
     def __init__(self, packed: PackedRow, window: int | None, *, last_layer: bool):
         self.packed, self.window, self.last_layer = packed, window, last_layer
-        self.every_column = PackedRow(packed.document_ids_T)
         self.step = -1
         self.key_0: Tensor | None = None
         self.value_0: Tensor | None = None
@@ -78,7 +77,7 @@ class TailUnrolledAttention:
         return self.attention(query_BTNd, self.key_0, self.value_0, self.visible_tail())
 
     def queries(self) -> PackedRow:
-        return self.packed if self.last_layer or self.step > 0 else self.every_column
+        return self.packed if self.last_layer or self.step > 0 else self.packed.every_column
 
     def visible_tail(self) -> list[Tensor]:
         """key, value, key, value, ... of the later steps inside the window."""
@@ -100,32 +99,18 @@ class TailUnrolledAttention:
 class FlexUnrolledAttention(TailUnrolledAttention):
     """The fast route on a GPU: flex attention returns its log-sum-exp and is differentiable through it."""
 
-    flex = staticmethod(flex_attention)
+    def __init__(self, packed: PackedRow, window: int | None, *, last_layer: bool, kernel: Kernel):
+        super().__init__(packed, window, last_layer=last_layer)
+        self.kernel = kernel
 
     def attention(self, query_BRNd: Tensor, key_BTGd: Tensor, value_BTGd: Tensor, tail: list[Tensor]) -> Tensor:
-        query, key, value = (x.transpose(1, 2) for x in (query_BRNd, key_BTGd, value_BTGd))
+        query = query_BRNd.transpose(1, 2)
         if self.window is not None and self.step >= self.window:
             out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
         else:
-            mask, want = self.block_mask(), AuxRequest(lse=True)
-            out, aux = self.flex(query, key, value, block_mask=mask, enable_gqa=True, return_aux=want)  # type: ignore
-            lse = aux.lse  # natural logarithm
+            mask = self.queries().flex_mask(self.window, self.step)
+            out, lse = flex(self.kernel, query_BRNd, key_BTGd, value_BTGd, mask)
         return merge_tail(out, lse, query, tail).transpose(1, 2)
-
-    def block_mask(self):
-        documents_T, queries_R = self.packed.document_ids_T, self.queries().queries_R
-        window, step = self.window, self.step
-
-        def visible(batch, head, query_index, key):
-            query = queries_R[query_index]
-            seen = (key <= query) & (documents_T[key] == documents_T[query])
-            return seen if window is None else seen & (key > query + step - window)
-
-        return create_block_mask(visible, None, None, len(queries_R), len(documents_T), device=documents_T.device.type)
-
-
-class CompiledFlexUnrolledAttention(FlexUnrolledAttention):
-    flex = staticmethod(torch.compile(flex_attention, dynamic=False))
 
 
 def merge_tail(out_BNRd: Tensor, lse_BNR: Tensor, query_BNRd: Tensor, tail: list[Tensor]) -> Tensor:
@@ -249,17 +234,13 @@ def tail_backward(grad_out, query, out, total, scores, tail, grad_query) -> list
 
 
 def unrolled_attention(
-    implementation: str | None, packed: PackedRow, windows: list[int | None]
+    route: Route, packed: PackedRow, windows: list[int | None]
 ) -> Sequence[DenseUnrolledAttention | TailUnrolledAttention]:
-    """One function per layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest on this
-    device."""
-    if implementation == "eager":
-        return [DenseUnrolledAttention(packed, window) for window in windows]
-    device = packed.document_ids_T.device.type
-    if device != "cpu" and implementation == "sdpa":
-        return [SdpaUnrolledAttention(packed, window) for window in windows]
-    fast = {"cpu": TailUnrolledAttention, "cuda": CompiledFlexUnrolledAttention}.get(device)
-    if fast is None:
-        return [SdpaUnrolledAttention(packed, window) for window in windows]
-    last = len(windows) - 1
-    return [fast(packed, window, last_layer=i == last) for i, window in enumerate(windows)]
+    """One function per layer."""
+    if route in (DENSE, SDPA):
+        kind = DenseUnrolledAttention if route is DENSE else SdpaUnrolledAttention
+        return [kind(packed, window) for window in windows]
+    layers = [(window, i == len(windows) - 1) for i, window in enumerate(windows)]
+    if route.kernel is None:
+        return [TailUnrolledAttention(packed, window, last_layer=is_last) for window, is_last in layers]
+    return [FlexUnrolledAttention(packed, window, last_layer=last, kernel=route.kernel) for window, last in layers]

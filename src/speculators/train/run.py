@@ -96,6 +96,7 @@ def build(
     verifier_config = load_verifier_config(name, config.verifier.trust_remote_code)
     train_set, val_set = open_splits(config, dtype, text_config(verifier_config).vocab_size)
     model = build_model(config, verifier_config)
+    model.attention_route(ranks.device.type)  # refuses what this device cannot
 
     store = open_store(data, model.capture, name)
     usable = rows_to_use(data, store, note)

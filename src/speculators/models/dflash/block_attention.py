@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from speculators.nn.attention import GROUP_ROWS, Group, GroupedAttention, dense_attention, heads_first, sdpa_attention
+from speculators.nn.attention import GROUP_ROWS, Group, GroupedAttention, dense_attention, sdpa_attention
+from speculators.nn.routes import DENSE, SDPA, FlexMask, Kernel, KeyRanges, Route, flex
 
 
 class LayerMask(NamedTuple):
@@ -53,12 +53,36 @@ class BlockLayout:
     starts_P: Tensor
     """First column of each anchor's document."""
     block_size: int
-    flex_masks: dict[Any, Any] = field(default_factory=dict, compare=False)
+    flex_masks: dict[tuple[LayerMask, int], FlexMask] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def on_host(self) -> tuple[list[int], list[int]]:
         anchors, starts = torch.stack((self.anchors_P, self.starts_P)).tolist()
         return anchors, starts
+
+    def flex_mask(self, layer_mask: LayerMask, num_columns: int) -> FlexMask:
+        """Of [columns | slots of all blocks], made once per row for all layers of a kind."""
+        key = (layer_mask, num_columns)
+        if key not in self.flex_masks:
+            ranges = self.ranges(layer_mask, num_columns)
+            num_slots = ranges.low_2R.shape[1]
+            self.flex_masks[key] = FlexMask.of(ranges, num_columns + num_slots)
+        return self.flex_masks[key]
+
+    def ranges(self, layer_mask: LayerMask, num_columns: int) -> KeyRanges:
+        """What each slot sees: context columns, then slots of its block."""
+        anchors_P1, starts_P1, size = self.anchors_P[:, None], self.starts_P[:, None], self.block_size
+        slots_S = torch.arange(size, device=anchors_P1.device)
+        first_P1 = num_columns + size * torch.arange(len(anchors_P1), device=anchors_P1.device)[:, None]
+        low_PS, high_PS = starts_P1.expand(-1, size), anchors_P1.expand(-1, size)
+        own_low_S = torch.zeros_like(slots_S)
+        own_high_S = slots_S + 1 if layer_mask.causal else torch.full_like(slots_S, size)
+        if layer_mask.window is not None:
+            low_PS = low_PS.maximum(anchors_P1 + slots_S + (1 - layer_mask.window))
+            own_low_S = (slots_S + (1 - layer_mask.window)).clamp_min(0)
+            own_high_S = own_high_S.minimum(slots_S + layer_mask.window)
+        low = torch.stack((low_PS, first_P1 + own_low_S))
+        return KeyRanges(low.flatten(1), torch.stack((high_PS, first_P1 + own_high_S)).flatten(1))
 
     def groups(self, window: int | None) -> list[Group]:
         """Groups neighbouring whole blocks of one document; the rows of a group are slots."""
@@ -140,56 +164,27 @@ class GroupedBlockAttention(DenseBlockAttention):
 class FlexBlockAttention(DenseBlockAttention):
     """The fast route on a GPU: block-sparse flex attention."""
 
-    flex = staticmethod(flex_attention)
+    def __init__(self, layout: BlockLayout, layer_mask: LayerMask, context: ContextKV, *, kernel: Kernel):
+        super().__init__(layout, layer_mask, context)
+        self.kernel = kernel
 
     def __call__(self, query_PSNd: Tensor, key_PSGd: Tensor, value_PSGd: Tensor) -> Tensor:
-        query = heads_first(query_PSNd.flatten(0, 1))
         keys, values = (
-            heads_first(torch.cat((context, blocks.flatten(0, 1))))
+            torch.cat((context, blocks.flatten(0, 1)))[None]
             for context, blocks in zip(self.context, (key_PSGd, value_PSGd), strict=True)
         )
-        mask = flex_mask(self.layout, self.layer_mask, len(self.context.key_TGd))
-        out = self.flex(query, keys, values, block_mask=mask, enable_gqa=True)
-        assert isinstance(out, Tensor)
+        mask = self.layout.flex_mask(self.layer_mask, len(self.context.key_TGd))
+        out, _ = flex(self.kernel, query_PSNd.flatten(0, 1)[None], keys, values, mask)
         return out[0].transpose(0, 1).reshape(query_PSNd.shape)
 
 
-class CompiledFlexBlockAttention(FlexBlockAttention):
-    flex = staticmethod(torch.compile(flex_attention))
-
-
-def flex_mask(layout: BlockLayout, layer_mask: LayerMask, num_columns: int):
-    """Returns the block mask of [columns | slots of all blocks], made once per kind of layer."""
-    key = (layer_mask, num_columns)
-    if key not in layout.flex_masks:
-        layout.flex_masks[key] = make_flex_mask(layout, layer_mask, num_columns)
-    return layout.flex_masks[key]
-
-
-def make_flex_mask(layout: BlockLayout, layer_mask: LayerMask, num_columns: int):
-    anchors_P, starts_P, size = layout.anchors_P, layout.starts_P, layout.block_size
-    num_queries = len(anchors_P) * size
-
-    def visible(batch, head, query, key):
-        block, slot = query // size, query % size
-        position = anchors_P[block] + slot
-        in_context = (key < num_columns) & (key >= starts_P[block]) & (key < anchors_P[block])
-        key_slot = (key - num_columns) % size
-        in_block = (key >= num_columns) & ((key - num_columns) // size == block)
-        if layer_mask.causal:
-            in_block = in_block & (key_slot <= slot)
-        if layer_mask.window is not None:
-            in_context = in_context & (key > position - layer_mask.window)
-            in_block = in_block & ((key_slot - slot).abs() < layer_mask.window)
-        return in_context | in_block
-
-    return create_block_mask(visible, None, None, num_queries, num_columns + num_queries, device=anchors_P.device.type)
-
-
-def block_attention_class(implementation: str | None, device: torch.device) -> type[DenseBlockAttention]:
-    """Chooses the route. `implementation` is the contract's `draft_attn_impl`; None = the fastest on this device."""
-    if implementation == "eager":
-        return DenseBlockAttention
-    if device.type == "cpu":
-        return GroupedBlockAttention
-    return CompiledFlexBlockAttention if device.type == "cuda" and implementation != "sdpa" else SdpaBlockAttention
+def block_attention(
+    route: Route, layout: BlockLayout, layer_mask: LayerMask, context: ContextKV
+) -> DenseBlockAttention:
+    """The function of one layer."""
+    if route.kernel is not None:
+        return FlexBlockAttention(layout, layer_mask, context, kernel=route.kernel)
+    kind: type[DenseBlockAttention] = GroupedBlockAttention
+    if route in (DENSE, SDPA):
+        kind = DenseBlockAttention if route is DENSE else SdpaBlockAttention
+    return kind(layout, layer_mask, context)

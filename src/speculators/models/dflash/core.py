@@ -37,7 +37,7 @@ from speculators.models.dflash.training import (
     last_block,
     train_blocks,
 )
-from speculators.models.draft_model import DraftModel, attention_of
+from speculators.models.draft_model import DraftModel
 from speculators.models.supervision import VerifierHead
 from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.nn.decoder import DecoderLayer
@@ -181,7 +181,7 @@ class DFlashDraftModel(DraftModel):
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
         batch, first_slot = self.packed_batch(**self.training_row(states)), self.config.first_slot
         blocks = last_block(batch, num_drafts, first_slot)
-        output = fill_blocks(self.network, batch, blocks, attention_of(self.config))
+        output = fill_blocks(self.network, batch, blocks, self.attention_route(self.device.type))
         return logits_over_verifier(self.drafts_logits(output)[first_slot:], self.t2d)
 
     def drafts_logits(self, output: BlockOutput) -> Tensor:

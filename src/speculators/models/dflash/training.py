@@ -25,11 +25,12 @@ from speculators.losses.chunked import RowLosses, row_losses
 from speculators.losses.metrics import ratio
 from speculators.losses.registry import MASK_EPSILON, LossConfig, dflash_loss_decay, dpace_loss_decay
 from speculators.model_training import LossArgs
-from speculators.models.dflash.block_attention import BlockLayout, ContextKV, block_attention_class
+from speculators.models.dflash.block_attention import BlockLayout, ContextKV, block_attention
 from speculators.models.dflash.config import DPACE, FIXED_DECAY, DFlashTrainingArgs
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.models.supervision import VerifierHead
 from speculators.nn.packed_row import document_starts
+from speculators.nn.routes import Route
 
 Own = TypeVar("Own", bound=DFlashTrainingArgs)
 
@@ -81,16 +82,15 @@ def fill_sampled_blocks(network: DFlashNetwork, batch: PackedBatch, args: BlockA
     return fill_blocks(network, batch, blocks, args.attention)
 
 
-def fill_blocks(network: DFlashNetwork, batch: PackedBatch, blocks: Blocks, attention: str | None) -> BlockOutput:
+def fill_blocks(network: DFlashNetwork, batch: PackedBatch, blocks: Blocks, attention: Route) -> BlockOutput:
     assert batch.aux_TD is not None
     context_CH = network.context(batch.aux_TD)
     context_rope = network.rope.at(batch.position_ids_T, torch.float32)
-    attention_class = block_attention_class(attention, context_CH.device)
     layer_attention = []
     for layer, layer_mask in zip(network.layers, network.layer_masks, strict=True):
         key_1CGd, value_1CGd = layer.self_attn.project_kv(context_CH[None], context_rope)  # type: ignore[operator]
         context = ContextKV(key_1CGd[0], value_1CGd[0])
-        layer_attention.append(attention_class(blocks.layout, layer_mask, context))
+        layer_attention.append(block_attention(attention, blocks.layout, layer_mask, context))
     token_ids_PS = network.blocks(batch.token_ids_T[blocks.anchors_P], blocks.layout.block_size)
     rope = network.rope.at(blocks.positions_PS(batch), torch.float32)
     return BlockOutput(batch, blocks, network.forward(token_ids_PS, rope, layer_attention))

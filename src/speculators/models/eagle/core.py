@@ -21,7 +21,6 @@ from speculators.checkpoint.formats import ForeignCheckpoint
 from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, VerifierStates
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
-from speculators.models.draft_model import attention_of
 from speculators.models.eagle.attachment import DETACHED, Generating, head_of, no_grad_weight, run_sequences
 from speculators.models.eagle.checkpoint import EagleContract, complete_eagle_config, save_native
 from speculators.models.eagle.config import (
@@ -48,6 +47,7 @@ class EagleSpeculator(Generating, SpeculatorModel):
 
     config_class = EagleSpeculatorConfig  # type: ignore[assignment]
     training_args = EagleTrainingArgs
+    takes_routes = True
     training_defaults = TRAINING_DEFAULTS
     forward_keys: ClassVar[Mapping[str, str]] = {
         name: name
@@ -254,7 +254,8 @@ class EagleSpeculator(Generating, SpeculatorModel):
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
         batch = self.packed_batch(**self.training_row(states))
-        return self.network.lm_head(drafts_read(self.network, batch, num_drafts, attention_of(self.config)))
+        route = self.attention_route(self.device.type)
+        return self.network.lm_head(drafts_read(self.network, batch, num_drafts, route))
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from speculators.models.eagle.config import EagleTrainingArgs
 from speculators.models.eagle.network import EagleNetwork
 from speculators.models.supervision import VerifierHead, query_columns, step_accuracy, step_means, supervised_steps
 from speculators.nn.packed_row import PackedRow
+from speculators.nn.routes import Route
 from speculators.nn.unrolled import unrolled_attention
 
 NOISE_LENGTH = 512
@@ -116,7 +117,7 @@ def unroll(
     columns_R: Tensor,
     num_steps: int,
     detach_steps: bool,
-    attention: str | None,
+    attention: Route,
 ) -> list[Step]:
     """Step 0 runs every column, since each is context to others; later steps the columns that carry loss."""
     layer_attention = unrolled_attention(attention, PackedRow(batch.document_ids_T, columns_R), network.windows)
@@ -137,7 +138,7 @@ def with_noise(features_TH: Tensor, width: float) -> Tensor:
     return features_TH + noise_TH * (width * min(1.0, NOISE_LENGTH / len(features_TH)))
 
 
-def drafts_read(network: EagleNetwork, batch: PackedBatch, num_drafts: int, attention: str | None) -> Tensor:
+def drafts_read(network: EagleNetwork, batch: PackedBatch, num_drafts: int, attention: Route) -> Tensor:
     """What the head reads in the places of the last K tokens of the batch: [K, H]."""
     assert batch.aux_TD is not None
     columns_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)

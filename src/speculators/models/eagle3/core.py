@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, TreeDrafter, VerifierStates
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
-from speculators.models.draft_model import DraftModel, attention_of
+from speculators.models.draft_model import DraftModel
 from speculators.models.eagle3.checkpoint import Eagle3Contract, complete_transformer_layer_config
 from speculators.models.eagle3.config import (
     DEFAULT_NUM_AUX,
@@ -35,6 +35,7 @@ from speculators.nn.draft_tokens import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.packed_row import padded_row
 from speculators.nn.rope import Rope
+from speculators.nn.routes import Route
 from speculators.verifier.config import resolve_target_layer_ids
 
 
@@ -134,10 +135,10 @@ class Eagle3DraftModel(DraftModel):
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
         batch = self.packed_batch(**self.training_row(states))
-        read_KH = self.drafts_read(batch, num_drafts, attention_of(self.config))
+        read_KH = self.drafts_read(batch, num_drafts, self.attention_route(self.device.type))
         return logits_over_verifier(self.lm_head(read_KH), self.t2d)
 
-    def drafts_read(self, batch: PackedBatch, num_drafts: int, attention: str | None) -> Tensor:
+    def drafts_read(self, batch: PackedBatch, num_drafts: int, attention: Route) -> Tensor:
         return drafts_read(self.network, batch, num_drafts, attention)
 
     # -- serving -----------------------------------------------------------------------------------------------------

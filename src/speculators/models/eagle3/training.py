@@ -26,6 +26,7 @@ from speculators.models.eagle3.config import Eagle3TrainingArgs
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.supervision import VerifierHead, query_columns, step_accuracy, step_means, supervised_steps
 from speculators.nn.packed_row import PackedRow
+from speculators.nn.routes import Route
 from speculators.nn.unrolled import unrolled_attention
 
 
@@ -85,7 +86,7 @@ def reduce(
 
 
 def unroll(
-    network: Eagle3Network, batch: PackedBatch, columns_R: Tensor, num_steps: int, attention: str | None
+    network: Eagle3Network, batch: PackedBatch, columns_R: Tensor, num_steps: int, attention: Route
 ) -> list[Tensor]:
     """What the head reads at each step, [R, H] per step. Step 0 runs every column, since each is context to others."""
     assert batch.aux_TD is not None
@@ -104,15 +105,13 @@ def unroll(
     return out
 
 
-def unroll_everywhere(
-    network: Eagle3Network, batch: PackedBatch, num_steps: int, attention: str | None
-) -> list[Tensor]:
+def unroll_everywhere(network: Eagle3Network, batch: PackedBatch, num_steps: int, attention: Route) -> list[Tensor]:
     """The same with every column a query: [T, H] per step."""
     columns_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
     return unroll(network, batch, columns_T, num_steps, attention)
 
 
-def drafts_read(network: Eagle3Network, batch: PackedBatch, num_drafts: int, attention: str | None) -> Tensor:
+def drafts_read(network: Eagle3Network, batch: PackedBatch, num_drafts: int, attention: Route) -> Tensor:
     """What the head reads in the places of the last K tokens of the batch: [K, H]."""
     steps = unroll_everywhere(network, batch, num_drafts, attention)
     return torch.stack([normed_TH[-num_drafts - 1] for normed_TH in steps])

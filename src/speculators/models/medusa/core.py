@@ -1,16 +1,21 @@
-"""`MedusaDraftModel`: the weights under the names of the checkpoint, and the hooks of training and serving.
+"""`MedusaDraftModel`: the weights under the names of the checkpoint, hooks of training and serving, and the network:
+K heads side by side, all on the same verifier state. The alignment of training is in `models.last_state_model`.
 
-Shapes: H hidden size, V vocabulary. What is computed with the weights is in `network`; the alignment of training in
-`models.last_state_model`.
+Shapes: H hidden size, V vocabulary.
+
+    f = final norm of y;   head k:  r = f;  repeat: r = r + SiLU(W r + b);   logits = L_k r
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from speculators.checkpoint.formats import ForeignCheckpoint
@@ -20,10 +25,38 @@ from speculators.models.last_state_model import LastStateModel, check_whole_voca
 from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.medusa.checkpoint import MedusaContract, save_native
 from speculators.models.medusa.config import TRAINING_DEFAULTS, MedusaSpeculatorConfig, MedusaTrainingArgs
-from speculators.models.medusa.network import MedusaBlock, MedusaNetwork
 from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.verifier.capture import fitting_embedding, verifier_parts
 from speculators.verifier.config import get_verifier_config, norm_kind
+
+
+class MedusaBlock(nn.Module):
+    """The residual layers of one head; starts as the identity."""
+
+    def __init__(self, hidden_size: int, num_layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(hidden_size, hidden_size) for _ in range(num_layers)])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = hidden + F.silu(layer(hidden))
+        return hidden
+
+
+@dataclass(frozen=True)
+class MedusaNetwork:
+    """Owns nothing."""
+
+    verifier_norm: nn.Module
+    blocks: Sequence[nn.Module]
+    heads: Sequence[nn.Linear]
+
+    def start(self, states: Tensor) -> Tensor:
+        return self.verifier_norm(states)
+
+    def step(self, k: int, carried: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads do not see each other's tokens."""
+        return self.blocks[k](carried), carried
 
 
 @SpeculatorModel.register("medusa")

@@ -20,7 +20,6 @@ from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, VerifierStates
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
-from speculators.models.draft_model import attention_of
 from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.mtp.checkpoint import MTPContract, stitch, verifier_layer_config
 from speculators.models.mtp.config import TRAINING_DEFAULTS, MTPSpeculatorConfig, MTPTrainingArgs
@@ -57,6 +56,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     training_args = MTPTrainingArgs
     training_defaults = TRAINING_DEFAULTS
     has_chosen_layers = False
+    takes_routes = True
     forward_keys: ClassVar[Mapping[str, str]] = {}
     forward_columns = ("input_ids", "hidden_states", "attention_mask", "position_ids", "loss_mask", "document_ids")
     contract = MTPContract()
@@ -217,7 +217,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor:
         """The first draft is a step of training; see `training.drafts_read` for the others."""
         batch = self.packed_batch(**self.training_row(states))
-        return self.lm_head(drafts_read(self.network, batch, num_drafts, attention_of(self.config)))
+        return self.lm_head(drafts_read(self.network, batch, num_drafts, self.attention_route(self.device.type)))
 
     # -- serving -----------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from speculators.models.mtp.config import MTPTrainingArgs
 from speculators.models.mtp.network import MTPNetwork
 from speculators.models.supervision import VerifierHead, step_accuracy
 from speculators.nn.packed_row import PackedRow
+from speculators.nn.routes import Route
 from speculators.nn.unrolled import unrolled_attention
 from speculators.training_keys import default_of
 
@@ -98,19 +99,18 @@ class StepColumns:
         return same_document_R & self.at(self.batch.supervised_T, step + 2, False)
 
 
-def unroll(
-    network: MTPNetwork, columns: StepColumns, attention: str | None, *, as_served: bool = False
-) -> list[Tensor]:
+def unroll(network: MTPNetwork, columns: StepColumns, attention: Route, *, as_served: bool = False) -> list[Tensor]:
     """What the head reads at each step: [R, H] per step. Steps of training have keys of their own; a layer that is
     served sees the keys of step 0 and, after them, those of the tokens it drafted."""
     batch, columns_R = columns.batch, columns.columns_R
     assert batch.last_hidden_TH is not None
     hidden = network.combine(batch.last_hidden_TH)[columns_R][None]
+    packed = PackedRow(batch.document_ids_T[columns_R])
     out: list[Tensor] = []
     for k in range(columns.num_steps):
         positions = batch.position_ids_T[columns_R][None] + k
         if k == 0 or not as_served:
-            layer_attention = unrolled_attention(attention, PackedRow(batch.document_ids_T[columns_R]), [None])
+            layer_attention = unrolled_attention(attention, packed, [None])
         rope = network.rope.at(positions[0], torch.float32)
         tokens = network.tokens_at(columns.at(batch.token_ids_T, k + 1, 0)[None], positions)
         normed, hidden = network.step(tokens, hidden, rope, layer_attention)
@@ -118,7 +118,7 @@ def unroll(
     return out
 
 
-def drafts_read(network: MTPNetwork, batch: PackedBatch, num_drafts: int, attention: str | None) -> Tensor:
+def drafts_read(network: MTPNetwork, batch: PackedBatch, num_drafts: int, attention: Route) -> Tensor:
     """What the head reads in the places of the last K tokens: [K, H]. The first is a step of training; the others are
     that step continued as engines serve it."""
     columns = StepColumns.of(batch, num_drafts)

@@ -22,6 +22,7 @@ from speculators.models.peagle.network import PEagleNetwork
 from speculators.models.peagle.proposer import PEagleProposer
 from speculators.models.peagle.training import drafts_read, train_slots
 from speculators.models.tree_drafting import SlotTreeDrafter
+from speculators.nn.routes import Route
 from speculators.training_keys import AnchorKeys
 from speculators.verifier.config import resolve_mask_token_id
 
@@ -90,7 +91,7 @@ class PEagleDraftModel(Eagle3DraftModel):
 
     forward_without_targets = SpeculatorModel.forward_without_targets
 
-    def drafts_read(self, batch: PackedBatch, num_drafts: int, attention: str | None) -> Tensor:
+    def drafts_read(self, batch: PackedBatch, num_drafts: int, attention: Route) -> Tensor:
         return drafts_read(self.network, batch, num_drafts, attention)
 
     # -- serving -----------------------------------------------------------------------------------------------------

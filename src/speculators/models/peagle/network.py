@@ -19,16 +19,16 @@ then the slots by anchor and depth, so that the slots of neighbouring anchors sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.nn.attention import GROUP_ROWS, Group, GroupedAttention, dense_attention, sdpa_attention
 from speculators.nn.packed_row import PackedRow, document_starts
+from speculators.nn.routes import DENSE, SDPA, FlexMask, Kernel, KeyRanges, Route, flex
 from speculators.nn.unrolled import TailAttention
 
 
@@ -50,6 +50,7 @@ class ChainLayout:
     """1, 2, .. within an anchor, without gaps."""
     columns_C: Tensor
     """Query columns of the last layer, ascending; every slot is a query too."""
+    flex_masks: dict[tuple[int | None, bool], FlexMask] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def query_elements_R(self) -> Tensor:
@@ -75,6 +76,29 @@ class ChainLayout:
         if window is not None:
             seen = seen & (anchor_q + depth_q - anchor_k - depth_k < window)
         return seen | (query == key)
+
+    def flex_mask(self, window: int | None, last_layer: bool) -> FlexMask:
+        """Made once per row for all layers of a kind."""
+        key = (window, last_layer)
+        if key not in self.flex_masks:
+            ranges = self.ranges(window)
+            if last_layer:
+                ranges = KeyRanges(*(part[:, self.query_elements_R] for part in ranges))
+            self.flex_masks[key] = FlexMask.of(ranges, len(self.elements[0]))
+        return self.flex_masks[key]
+
+    def ranges(self, window: int | None) -> KeyRanges:
+        """What `sees` says, as two ranges of keys: columns, then slots of the own chain, which lie side by side."""
+        anchors_E, depths_E = self.elements
+        index_E = torch.arange(len(anchors_E), device=anchors_E.device)
+        low_E, own_low_E = document_starts(self.document_ids_T)[anchors_E], index_E - depths_E + 1
+        if window is not None:
+            low_E = low_E.maximum(anchors_E + depths_E + (1 - window))
+            own_low_E = own_low_E.maximum(index_E + (1 - window))
+        in_padding_E = self.document_ids_T[anchors_E] == -1
+        low_E = torch.where(in_padding_E, anchors_E + (depths_E > 0), low_E)  # a column sees itself, a slot none
+        own_low_E = torch.where(in_padding_E | (depths_E == 0), index_E, own_low_E)
+        return KeyRanges(torch.stack((low_E, own_low_E)), torch.stack((anchors_E + 1, index_E + 1)))
 
     def groups(self, window: int | None) -> list[Group]:
         """Groups neighbouring whole chains of one document; the rows of a group are slots."""
@@ -155,38 +179,22 @@ class GroupedChainAttention(DenseChainAttention):
 class FlexChainAttention(DenseChainAttention):
     """The fast route on a GPU: block-sparse flex attention."""
 
-    flex = staticmethod(flex_attention)
+    def __init__(self, layout: ChainLayout, window: int | None, *, last_layer: bool, kernel: Kernel):
+        super().__init__(layout, window, last_layer=last_layer)
+        self.kernel = kernel
 
     def __call__(self, query_1ENd: Tensor, key_1EGd: Tensor, value_1EGd: Tensor) -> Tensor:
-        layout, window, num_elements = self.layout, self.window, query_1ENd.shape[1]
-        query_1RNd = self.select_queries(query_1ENd)
-        queries_R = layout.query_elements_R if self.last_layer else torch.arange(num_elements, device=query_1ENd.device)
-
-        def visible(batch, head, query_index, key):
-            return layout.sees(queries_R[query_index], key, window)
-
-        mask = create_block_mask(visible, None, None, len(queries_R), num_elements, device=query_1ENd.device.type)
-        query, key, value = (x.transpose(1, 2) for x in (query_1RNd, key_1EGd, value_1EGd))
-        out = self.flex(query, key, value, block_mask=mask, enable_gqa=True)
-        assert isinstance(out, Tensor)
+        mask = self.layout.flex_mask(self.window, self.last_layer)
+        out, _ = flex(self.kernel, self.select_queries(query_1ENd), key_1EGd, value_1EGd, mask)
         return out.transpose(1, 2)
 
 
-class CompiledFlexChainAttention(FlexChainAttention):
-    flex = staticmethod(torch.compile(flex_attention))
-
-
-def chain_attention(
-    implementation: str | None, layout: ChainLayout, windows: list[int | None]
-) -> list[DenseChainAttention]:
-    """One function per layer. `implementation` is the contract's `draft_attn_impl`; None = the fastest on this
-    device."""
-    device = layout.document_ids_T.device.type
-    if implementation == "eager":
-        kind: type[DenseChainAttention] = DenseChainAttention
-    elif device == "cpu":
-        kind = GroupedChainAttention
-    else:
-        kind = CompiledFlexChainAttention if device == "cuda" and implementation != "sdpa" else SdpaChainAttention
-    last = len(windows) - 1
-    return [kind(layout, window, last_layer=i == last) for i, window in enumerate(windows)]
+def chain_attention(route: Route, layout: ChainLayout, windows: list[int | None]) -> list[DenseChainAttention]:
+    """One function per layer."""
+    layers = [(window, i == len(windows) - 1) for i, window in enumerate(windows)]
+    if route.kernel is not None:
+        return [FlexChainAttention(layout, window, last_layer=last, kernel=route.kernel) for window, last in layers]
+    kind: type[DenseChainAttention] = GroupedChainAttention
+    if route in (DENSE, SDPA):
+        kind = DenseChainAttention if route is DENSE else SdpaChainAttention
+    return [kind(layout, window, last_layer=last) for window, last in layers]

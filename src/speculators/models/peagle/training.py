@@ -38,6 +38,7 @@ from speculators.model_training import LossArgs
 from speculators.models.peagle.config import PEagleTrainingArgs
 from speculators.models.peagle.network import ChainLayout, PEagleNetwork, chain_attention
 from speculators.models.supervision import VerifierHead
+from speculators.nn.routes import Route
 
 
 def train_slots(
@@ -77,7 +78,7 @@ class Supervision:
         return cls(columns_C, chains, batch.supervised_T[target_R], depth_R, target_R)
 
 
-def run_elements(network: PEagleNetwork, batch: PackedBatch, supervision: Supervision, attention: str | None) -> Tensor:
+def run_elements(network: PEagleNetwork, batch: PackedBatch, supervision: Supervision, attention: Route) -> Tensor:
     """What the head reads of the queries: [R, H]."""
     assert batch.aux_TD is not None
     anchors_M, depths_M = supervision.chains
@@ -91,7 +92,7 @@ def run_elements(network: PEagleNetwork, batch: PackedBatch, supervision: Superv
     return network.step(token_ids_E[None], hidden_1EH, rope, layer_attention).normed_BRH[0]
 
 
-def drafts_read(network: PEagleNetwork, batch: PackedBatch, num_drafts: int, attention: str | None) -> Tensor:
+def drafts_read(network: PEagleNetwork, batch: PackedBatch, num_drafts: int, attention: Route) -> Tensor:
     """What the head reads in the places of the last K tokens of the batch: [K, H]. A column and its chain of slots."""
     column = batch.token_ids_T.new_tensor([len(batch.token_ids_T) - num_drafts - 1])
     depths = torch.arange(1, num_drafts, device=column.device)
