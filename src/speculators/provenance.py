@@ -1,29 +1,47 @@
-"""What made a result: package versions and the state of the source tree they came from."""
+"""What made a result: package versions, the state of the source tree they came from, its recipe, and who is making it.
+
+recipe.json      every setting that shapes the result, resolved; compared when the result is continued
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import socket
 import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from speculators.utils.files import atomic_write
+from speculators.utils.files import atomic_write, lock_if_free
 
 __all__ = [
     "TRACKED_PACKAGES",
+    "as_json",
     "atomic_write",
+    "changed_settings",
+    "columns",
     "find_package_repo",
     "find_repo_root",
     "git_diff",
     "git_sha",
+    "output_lock",
     "package_versions",
     "pkg_version",
+    "read_recipe",
+    "refuse_changes",
     "run_git",
+    "write_recipe",
 ]
 
 TRACKED_PACKAGES = ("speculators", "torch", "transformers", "datasets", "safetensors", "pydantic", "numpy", "vllm")
 GIT_TIMEOUT_S = 10.0
+CLAIM_TIMEOUT_S = 1.0
+"""Longest time between locking the file and writing one's name into it."""
 
 
 def pkg_version(name: str) -> str | None:
@@ -69,3 +87,105 @@ def git_sha(repo: str | os.PathLike | None) -> str | None:
 def git_diff(repo: str | os.PathLike | None) -> str | None:
     """Uncommitted changes to tracked files; "" when there are none."""
     return run_git("diff", "HEAD", cwd=repo) if repo is not None else None
+
+
+def read_recipe(file: Path) -> dict[str, Any] | None:
+    """Reads a recipe; None when the output was begun by an earlier release. Raises `ValueError` for a damaged one."""
+    if not file.is_file():
+        return None
+    try:
+        recipe = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): delete it to continue with settings that nobody compared"
+        ) from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{file} holds no recipe: delete it to continue with settings that nobody compared")
+    return recipe
+
+
+def write_recipe(file: Path, recipe: Mapping[str, Any]) -> None:
+    with atomic_write(file) as writer:
+        writer.write(as_json(recipe) + "\n")
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Returns setting -> "before -> now" for each that differs. A missing one is none: a later release may add it."""
+    now = json.loads(as_json(now))
+    pairs = {name: (before.get(name), now.get(name)) for name in sorted({*before, *now})}
+    return {name: f"{shown(old)} -> {shown(new)}" for name, (old, new) in pairs.items() if old != new}
+
+
+def as_json(recipe: Mapping[str, Any]) -> str:
+    return json.dumps(recipe, indent=1, sort_keys=True, default=str)
+
+
+def shown(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def columns(changes: Mapping[str, str]) -> str:
+    """Returns the changes as indented lines."""
+    width = max(map(len, changes), default=0) + 2
+    return "\n".join(f"    {name + ':':<{width}}{change}" for name, change in changes.items())
+
+
+def refuse_changes(changes: Mapping[str, str], what: str, ways_out: str) -> None:
+    """Raises `ValueError` with two columns when a setting that shapes the result has changed."""
+    if changes:
+        raise ValueError(f"{what} was made with other settings:\n{columns(changes)}\n{ways_out}")
+
+
+@contextmanager
+def output_lock(path: Path, what: str, note: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock file `path` while the block runs. The kernel frees it when the process ends, however it ends.
+
+    The lock of a dead process is taken over with a note. Raises `ValueError` when another process holds it.
+    """
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = acquire(path, what, note)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+        for parent in made:  # nothing was written there
+            if any(parent.iterdir()):
+                break
+            parent.rmdir()
+
+
+def acquire(path: Path, what: str, note: Callable[[str], None]) -> int:
+    deadline = time.monotonic() + CLAIM_TIMEOUT_S
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        is_free = lock_if_free(handle)
+        is_removed = os.fstat(handle).st_nlink == 0  # its holder ended meanwhile
+        holder = os.pread(handle, 4096, 0).decode(errors="replace")
+        if not is_removed and (is_free or holder or time.monotonic() > deadline):
+            break
+        os.close(handle)
+        time.sleep(CLAIM_TIMEOUT_S / 20)
+    if not is_free and holder:
+        os.close(handle)
+        raise ValueError(
+            f"{what} is in use by {described(holder)}: two runs there would spoil each other. Wait until it ends or "
+            f"stop it, or name another output (if it ended long ago on a file system without locks, delete {path})"
+        )
+    if not is_free:
+        note(f"{path.parent} is on a file system without locks: a second run there would not be noticed")
+    elif holder:
+        note(f"{what}: continued in the place of {described(holder)}, which has died")
+    facts = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps(facts).encode(), 0)
+    return handle
+
+
+def described(holder: str) -> str:
+    try:
+        facts = json.loads(holder)
+        return f"process {facts['pid']} on {facts['host']} (since {facts['since']})"
+    except (ValueError, KeyError, TypeError):
+        return "an unknown process"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from speculators.utils.files import atomic_directory, atomic_write
+from speculators.utils.files import atomic_directory, atomic_write, finish_dead_writes
 from speculators.utils.loading import find_key, is_config_only_dir, list_checkpoint_keys, load_model_layers
 from speculators.utils.names import did_you_mean, lazy_attributes, nearest
 
@@ -206,3 +206,69 @@ def test_two_writers_of_one_path_do_not_mix(tmp_path):
         (other / "other").touch()
     assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["one"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "out"]
+
+
+def kill_in(tmp_path, patched: str, code: str) -> None:
+    """Runs `code` in a process that dies, as by `kill -9`, when it would call `patched`."""
+    script = (
+        "import os, shutil, signal, sys\n"
+        "from pathlib import Path\n"
+        "from speculators.utils.files import atomic_directory, atomic_write\n"
+        "root = Path(sys.argv[1])\n"
+        "def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{patched} = die\n{code}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+FILL = "with atomic_directory(root / 'd') as folder:\n    (folder / 'x').write_text('new')\n"
+DIE_AT_SECOND_RENAME = (
+    "real = os.rename\n"
+    "def rename(source, target):\n"
+    "    if Path(target).name == 'd': die()\n"
+    "    real(source, target)\n"
+    "os.rename = rename\n"
+)
+
+
+def test_a_kill_between_the_two_renames_loses_neither_the_name_nor_the_new_contents(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x").write_text("old")
+    kill_in(tmp_path, "unused", DIE_AT_SECOND_RENAME + FILL)
+    assert not (tmp_path / "d").exists()
+    [line, removed] = finish_dead_writes(tmp_path, lambda name: name == "d")
+    assert "completed" in line and "removed" in removed
+    assert (tmp_path / "d" / "x").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.parametrize("patched", ["shutil.rmtree", "os.fsync", "os.chmod"])
+def test_a_kill_anywhere_else_leaves_the_old_or_the_new(tmp_path, patched):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x").write_text("old")
+    kill_in(tmp_path, patched, FILL)
+    kill_in(tmp_path, "os.replace", "with atomic_write(root / 'f') as file: file.write('half')")
+    finish_dead_writes(tmp_path, lambda name: name in ("d", "f"))
+    assert (tmp_path / "d" / "x").read_text() == ("new" if patched == "shutil.rmtree" else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_what_a_living_process_or_somebody_else_writes_is_left_alone(tmp_path):
+    (tmp_path / ".theirs.abcdefgh").write_text("x")
+    with atomic_directory(tmp_path / "d") as folder, atomic_write(tmp_path / "f") as file:
+        (folder / "x").write_text("new")
+        assert finish_dead_writes(tmp_path, lambda name: name in ("d", "f")) == []
+        file.write("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".theirs.abcdefgh", "d", "f"]
+
+
+def test_names_are_on_disk_before_the_next_step(tmp_path, monkeypatch):
+    flushed = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (flushed.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle))
+    )
+    with atomic_directory(tmp_path / "d") as folder:
+        (folder / "x").write_text("new")
+    assert [os.path.basename(path) for path in flushed] == ["x", folder.name, tmp_path.name]

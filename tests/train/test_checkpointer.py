@@ -115,7 +115,7 @@ def test_save_best_removes_only_what_we_wrote(tmp_path, model, optimizers):
     (tmp_path / "7" / "mine.bin").write_text("x")
     for epoch in (0, 1):
         checkpointer.save(tmp_path / str(epoch), model, optimizers, Position(epoch, 0, epoch), {"loss": 2.0 - epoch})
-        checkpointer.mark_best(tmp_path / str(epoch))
+        checkpointer.mark_best()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "1",
         "7",
@@ -124,7 +124,7 @@ def test_save_best_removes_only_what_we_wrote(tmp_path, model, optimizers):
         "notes.txt",
         "run.yaml",
     ]
-    assert checkpointer.best_loss() == 1.0
+    assert checkpointer.val_losses() == {1: 1.0}
 
 
 @pytest.mark.parametrize("name", ["master_weights.fp32", "optimizer_state_dict.pt", "training_state.json"])

@@ -28,7 +28,8 @@ from speculators.checkpoint.formats import (
 from speculators.checkpoint.record import RECORD_FILE, read_training_record
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
-from speculators.utils.files import absolute_if_directory, looks_like_a_path, read_json_object
+from speculators.utils.files import absolute_if_directory, read_json_object
+from speculators.utils.names import looks_like_a_path
 from speculators.utils.progress import no_progress_bars
 
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")

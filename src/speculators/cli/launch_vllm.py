@@ -99,7 +99,8 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def what_to_extract(args: argparse.Namespace) -> ExtractionNote:
     """The layers, ascending: engines hand them over in the order of the network."""
-    from speculators.utils.files import absolute_if_directory, refuse_missing_verifier
+    from speculators.utils.files import absolute_if_directory
+    from speculators.utils.names import refuse_missing_verifier
     from speculators.verifier.capture import ExtractionNote
     from speculators.verifier.config import get_verifier_config, resolve_target_layer_ids
 

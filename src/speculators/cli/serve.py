@@ -98,7 +98,8 @@ def with_drafter(drafter: str, values: dict[str, Any] | None, verifier: str | No
     """`values`: config.json of the drafter. `verifier`: the one the user named."""
     from speculators.checkpoint.io import is_export, speculator_facts
     from speculators.cli.serve_settings import refuse_method_without_model
-    from speculators.utils.files import absolute_if_directory, refuse_missing_verifier
+    from speculators.utils.files import absolute_if_directory
+    from speculators.utils.names import refuse_missing_verifier
 
     if verifier is not None:
         refuse_missing_verifier(verifier)

@@ -10,7 +10,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from speculators.utils.files import looks_like_a_path, read_json_object
+from speculators.utils.files import read_json_object
+from speculators.utils.names import looks_like_a_path
 
 PLAIN = "none"
 PATH_KEYS = ("speculators_model_type", "model_type")

@@ -24,14 +24,8 @@ from speculators.config import VerifierConfig
 from speculators.deploy.card import CARD_FILE, find_report, model_card
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.report import CheckError, CheckReport
-from speculators.utils.files import (
-    absolute_if_directory,
-    atomic_directory,
-    record_files,
-    refuse_missing_verifier,
-    refuse_to_replace,
-)
-from speculators.utils.names import NamedModel, model_name
+from speculators.utils.files import absolute_if_directory, atomic_directory, record_files, refuse_to_replace
+from speculators.utils.names import NamedModel, model_name, refuse_missing_verifier
 from speculators.utils.report import TableReport, facts_table
 
 NATIVE = "native"

@@ -22,8 +22,8 @@ from speculators.config import SpeculatorModelConfig
 from speculators.deploy.tensor_check import MAP, is_near
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.model import SpeculatorModel
-from speculators.utils.files import looks_like_a_path
 from speculators.utils.loading import Rows, spaced
+from speculators.utils.names import looks_like_a_path
 from speculators.verifier import capture_states, load_verifier, verifier_parts
 from speculators.verifier.config import open_config, text_config
 from speculators.verifier.loading import EMBEDDING, verifier_rows

@@ -7,8 +7,8 @@
     <save_path>/epoch<N>_end, epoch<N>_step<K>, checkpoint_best   symlinks to <N>
     <save_path>/interrupted/                                      saved on SIGINT or SIGTERM
 
-A directory appears whole or not at all. Resuming from it is exact: it keeps master weights, optimizer, step and random
-state.
+A directory appears whole or not at all. Resuming from it is exact: it keeps master weights, optimizer, step and the
+random state of every rank. Links and the best checkpoint follow from the directories: `recover` makes them anew.
 """
 
 from __future__ import annotations
@@ -17,38 +17,53 @@ import json
 import math
 import os
 import pickle
-import shutil
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from speculators.checkpoint.io import BEST
-from speculators.checkpoint.record import write_training_record
 from speculators.model import SpeculatorModel
+from speculators.train.checkpoint_files import (
+    MASTERS_FILE,
+    METRICS_FILE,
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    STATE_FILE,
+    DamagedCheckpointError,
+    Position,
+    first_sentence,
+    read_position,
+    restore_weights,
+    save_speculator,
+    write_checkpoint,
+    write_random_states,
+)
+from speculators.train.distributed import RandomState, Ranks
 from speculators.train.optimizers import Optimizers
-from speculators.utils.files import atomic_directory
+from speculators.utils.files import atomic_directory, atomic_write, finish_dead_writes, remove_directory
 
-STATE_FILE = "training_state.json"
-MASTERS_FILE = "master_weights.fp32"
-"""A safetensors file by another name: vLLM loads every *.safetensors of the directory it serves."""
-OPTIMIZER_FILE = "optimizer_state_dict.pt"
-SCHEDULER_FILE = "scheduler_state_dict.pt"
-METRICS_FILE = "val_metrics.json"
+__all__ = [
+    "INTERRUPTED",
+    "Checkpointer",
+    "DamagedCheckpointError",
+    "Position",
+    "is_saved_epoch",
+    "mid_epoch_saves",
+    "read_position",
+    "save_speculator",
+]
+
 INTERRUPTED = "interrupted"
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run is. `local_step > 0`: the run is inside the epoch, after so many of its rows."""
-
-    epoch: int = 0
-    local_step: int = 0
-    global_step: int = 0
+DRY_RUN = "dry_run"
+RUN_FILES = ("run.yaml", "recipe.json", "train_command.txt", "speculators.patch", "finished.json")
+FINISHED_FILE = "finished.json"
+"""Written when the last steps of a run made no better checkpoint, so that no directory shows that it is over."""
+LINK = re.compile(rf"epoch\d+_\w+|{BEST}")
+ALONE = Ranks()
 
 
 class Checkpointer:
@@ -66,8 +81,11 @@ class Checkpointer:
 
     def newest(self) -> Path | None:
         """Returns the checkpoint to continue from: the highest epoch, or `interrupted` if that went further."""
-        candidates = [path for path in (*self.epochs(), self.root / INTERRUPTED) if (path / STATE_FILE).exists()]
-        return max(candidates, key=lambda path: read_position(path).global_step, default=None)
+        return max(self.candidates(), key=progress, default=None)
+
+    def candidates(self) -> list[Path]:
+        """Lists what a run can continue from."""
+        return [path for path in (*self.epochs(), self.root / INTERRUPTED) if (path / STATE_FILE).exists()]
 
     def epochs(self) -> list[Path]:
         """Lists our own epoch directories; never links, never directories of others."""
@@ -83,8 +101,13 @@ class Checkpointer:
         optimizers: Optimizers,
         position: Position,
         val_metrics: dict[str, float] | None = None,
+        *,
+        random_states: Sequence[RandomState] = (),
+        num_rows: int | None = None,
     ) -> None:
         """Writes one checkpoint directory below `root`, and the link of one that is named by its epoch.
+
+        `random_states`: of each rank; of this process alone when not given. `num_rows`: the rank's rows in this epoch.
 
         Raises `OSError` when it cannot be written, e.g. because the disk is full.
         """
@@ -92,6 +115,7 @@ class Checkpointer:
             self.root.mkdir(parents=True, exist_ok=True)
             with atomic_directory(path) as directory:
                 write_checkpoint(Path(directory), model, optimizers, position, val_metrics)
+                write_random_states(Path(directory), position, random_states or [Ranks().random_state()], num_rows)
                 if self.train_command:
                     (Path(directory) / "train_command.txt").write_text(self.train_command + "\n")
         # torch and safetensors wrap a full disk in errors of their own
@@ -101,7 +125,7 @@ class Checkpointer:
                 "and older checkpoints are intact: free some space, then run the same command to continue"
             ) from error
         if path.name == str(position.epoch):
-            self.link(f"epoch{path.name}_" + (f"step{position.local_step}" if position.local_step else "end"), path)
+            self.link(link_name(position), path)
 
     def link(self, name: str, target: Path) -> None:
         """Points a symlink at a checkpoint; removes earlier links to the same epoch."""
@@ -114,9 +138,10 @@ class Checkpointer:
         fresh.symlink_to(target.name)
         os.replace(fresh, self.root / name)
 
-    def best_loss(self) -> float:
-        """Returns the validation loss of `checkpoint_best`; infinity when no such checkpoint exists."""
-        return self.val_metrics(self.best).get("loss", math.inf)
+    def val_losses(self) -> dict[int, float]:
+        """Returns epoch -> validation loss of the epochs on disk that were validated."""
+        losses = {int(path.name): self.val_metrics(path).get("loss", math.inf) for path in self.epochs()}
+        return {epoch: loss for epoch, loss in losses.items() if math.isfinite(loss)}
 
     def val_metrics(self, path: Path) -> dict[str, float]:
         """Returns the validation metrics saved with a checkpoint; empty when nothing was validated then."""
@@ -132,35 +157,102 @@ class Checkpointer:
                 "--no-resume-from-checkpoint out"
             )
 
-    def mark_best(self, path: Path) -> None:
-        """Points `checkpoint_best` at a checkpoint; with `save_best`, removes the other epochs we wrote."""
-        self.link(BEST, path)
+    def mark_best(self) -> None:
+        """Points `checkpoint_best` at the lowest validation loss on disk; with `save_best`, removes other epochs."""
+        losses = self.val_losses()
+        if not losses:
+            return
+        best = min(losses, key=lambda epoch: (losses[epoch], epoch))
+        if not self.best.is_symlink() or os.readlink(self.best) != str(best):
+            self.link(BEST, self.root / str(best))
         if self.save_best:
             for old in self.epochs():
-                if old != path:
-                    shutil.rmtree(old)
-            for link in self.root.glob("epoch*_*"):
-                if link.is_symlink() and not link.exists():
-                    link.unlink()
+                if int(old.name) < best:  # a later one is of a run without save_best, and may be its newest
+                    remove_directory(old)
+        for link in self.root.glob("epoch*_*"):
+            if link.is_symlink() and not link.exists():
+                link.unlink()
 
-    def load(self, path: Path, model: SpeculatorModel, optimizers: Optimizers) -> Position:
-        """Restores a run bit for bit and returns its position.
+    def recover(self) -> list[str]:
+        """Finishes what a process that died while saving left here; returns a line for each thing done."""
+        if not self.root.is_dir():
+            return []
+        lines = finish_dead_writes(self.root, lambda name: name.isdigit() or name in (INTERRUPTED, DRY_RUN, *RUN_FILES))
+        for half_made in self.root.glob(".*.new"):
+            if half_made.is_symlink() and LINK.fullmatch(half_made.name[1 : -len(".new")]):
+                half_made.unlink()
+        for path in self.epochs():
+            try:
+                name = link_name(read_position(path))
+            except DamagedCheckpointError:  # told when it is loaded
+                continue
+            if not (self.root / name).is_symlink():
+                self.link(name, path)
+        if self.candidates():
+            self.mark_best()
+        return lines
 
-        Raises `ValueError` for a damaged checkpoint, or one of another drafter or optimizer.
+    def set_aside(self, path: Path) -> Path:
+        """Renames a damaged checkpoint, so that the one before it is the newest."""
+        aside = self.root / f"{path.name}.damaged"
+        if aside.exists():
+            remove_directory(aside)
+        os.rename(path, aside)
+        for link in self.root.glob(f"epoch{path.name}_*"):
+            if link.is_symlink():
+                link.unlink()
+        return aside
+
+    def finish(self, num_steps: int) -> None:
+        """Records that the run is over after `num_steps`."""
+        with atomic_write(self.root / FINISHED_FILE) as file:
+            file.write(json.dumps({"num_steps": num_steps}))
+
+    def finished_steps(self) -> int | None:
+        """Returns the steps of the run that is over, if that was recorded."""
+        file = self.root / FINISHED_FILE
+        return json.loads(file.read_text())["num_steps"] if file.is_file() else None
+
+    def load(
+        self,
+        path: Path,
+        model: SpeculatorModel,
+        optimizers: Optimizers,
+        *,
+        ranks: Ranks = ALONE,
+        num_rows: int | None = None,
+        allow_changes: bool = False,
+    ) -> Position:
+        """Restores a run bit for bit and returns its position. `num_rows`: the rank's rows in the checkpoint's epoch.
+
+        Raises `DamagedCheckpointError`, and `ValueError` for a checkpoint of another drafter or optimizer, of another
+        number of ranks (unless `allow_changes`), or inside an epoch of other rows.
         """
         try:
             weights = load_file(path / MASTERS_FILE)
             state = torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
             random = torch.load(path / SCHEDULER_FILE, weights_only=True, map_location="cpu")
+            states = random.get("random_states") or [random["random_state"]]
             position = read_position(path)
         except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, KeyError, EOFError) as error:
-            raise ValueError(
+            raise DamagedCheckpointError(
                 f"checkpoint {path} cannot be read ({first_sentence(error)}): delete that directory to "
                 "continue from an older one, or start anew with --no-resume-from-checkpoint"
             ) from error
+        if len(states) != ranks.world_size and (position.local_step or not allow_changes):
+            raise ValueError(
+                f"checkpoint {path} is of a run on {len(states)} ranks, this one has {ranks.world_size}: start as many "
+                "as before, or name another --save-path"
+            )
+        if position.local_step and num_rows is not None and num_rows != random.get("num_rows", num_rows):
+            raise ValueError(
+                f"checkpoint {path} is inside an epoch, after {position.local_step} of {random['num_rows']} rows, and "
+                f"this run packs {num_rows}: use the same data, lengths and seed, or name another --save-path"
+            )
         restore_weights(model, weights, path)
         optimizers.load_state_dict(state)
-        set_random_state(random["random_state"])
+        if ranks.rank < len(states):
+            ranks.set_random_state(states[ranks.rank])
         return position
 
 
@@ -177,70 +269,13 @@ def is_saved_epoch(checkpoint_freq: float, epoch: int) -> bool:
     return epoch % max(1, int(checkpoint_freq)) == 0
 
 
-def write_checkpoint(
-    path: Path, model: SpeculatorModel, optimizers: Optimizers, position: Position, val_metrics: dict[str, float] | None
-) -> None:
-    save_speculator(model, path)
-    save_file({name: tensor.contiguous() for name, tensor in masters(model).items()}, path / MASTERS_FILE)
-    torch.save(optimizers.state_dict(), path / OPTIMIZER_FILE)
-    torch.save({"step": position.global_step, "random_state": random_state()}, path / SCHEDULER_FILE)
-    (path / STATE_FILE).write_text(json.dumps(asdict(position)))
-    if val_metrics is not None:
-        (path / METRICS_FILE).write_text(json.dumps(val_metrics, indent=1))
-
-
-def save_speculator(model: SpeculatorModel, path: Path) -> None:
-    """Writes the Hugging Face directory, with every float tensor in bf16, and its training record."""
-    state = {
-        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    model.save_pretrained(path, state_dict=state)
-    config = json.loads((path / "config.json").read_text())  # transformers writes the type of the masters there
-    (path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2, sort_keys=True) + "\n")
-    write_training_record(path, model.contract.training_keys)
-
-
-def masters(model: SpeculatorModel) -> dict[str, Tensor]:
-    """Returns what training changes, in its own precision: trainable parameters and saved buffers."""
-    frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
-    return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in frozen}
-
-
-def restore_weights(model: SpeculatorModel, weights: dict[str, Tensor], path: Path) -> None:
-    current = masters(model)
-    wrong = sorted(
-        name
-        for name in current.keys() | weights.keys()
-        if name not in current or name not in weights or current[name].shape != weights[name].shape
-    )
-    if wrong:
-        raise ValueError(
-            f"checkpoint {path} is of another drafter (first difference: {wrong[0]}): use the settings it "
-            "was trained with, another --save-path, or --no-resume-from-checkpoint"
-        )
-    with torch.no_grad():
-        for name, tensor in current.items():
-            tensor.copy_(weights[name])
-
-
-def read_position(path: Path) -> Position:
+def progress(path: Path) -> float:
+    """Orders checkpoints; one that cannot be read counts as the newest, so that it is not passed over in silence."""
     try:
-        return Position(**json.loads((path / STATE_FILE).read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / STATE_FILE} is damaged ({error}): delete the directory {path}") from error
+        return read_position(path).global_step
+    except DamagedCheckpointError:
+        return math.inf
 
 
-def first_sentence(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-
-
-def random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def link_name(position: Position) -> str:
+    return f"epoch{position.epoch}_" + (f"step{position.local_step}" if position.local_step else "end")

@@ -6,13 +6,39 @@ Gradients are averaged after the backward pass: every rank holds the whole draft
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from speculators.train.keys import TrainerKeys
+from speculators.training_keys import default_of
+
+T = TypeVar("T")
+RandomState = dict[str, list[Tensor] | Tensor]
+"""{"cpu": state, "cuda": [state of this rank's device] or []}"""
+
+
+class RankError(OSError):
+    """Another rank ended or does not answer."""
+
+
+@contextmanager
+def hearing_others() -> Iterator[None]:
+    """Turns what a collective raises into one clear error."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RankError(
+            f"another rank ended or did not answer within --rank-timeout ({reason}): its own output says why; the "
+            "same command continues from the newest checkpoint"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -30,7 +56,8 @@ class Ranks:
     def add_up(self, values: Tensor) -> None:
         """Sums `values` over all ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            with hearing_others():
+                dist.all_reduce(values)
 
     def average_gradients(self, params: Iterable[torch.nn.Parameter]) -> None:
         """Averages the gradients over all ranks, in place, with one collective call."""
@@ -38,7 +65,8 @@ class Ranks:
             return
         grads = [param.grad for param in params if param.grad is not None]
         packed = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(packed)
+        with hearing_others():
+            dist.all_reduce(packed)
         packed /= self.world_size
         for grad, mean in zip(grads, packed.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
@@ -48,12 +76,57 @@ class Ranks:
         if self.world_size == 1:
             return flag
         values = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(values)
+        with hearing_others():
+            dist.all_reduce(values)
         return bool(values > 0)
 
     def wait(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            with hearing_others():
+                dist.barrier()
+
+    def main_first(self, work: Callable[[], T]) -> T | None:
+        """Runs `work` on the main rank while the others wait. When it raises, every rank raises."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as raised:
+                error = raised
+        if self.any(error is not None):
+            raise error or ValueError("the main rank does not start; its own output says why")
+        return result
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Returns the values of every rank, on the CPU. They have one shape and type."""
+        if self.world_size == 1:
+            return [values.cpu()]
+        mine = values.to(self.device)
+        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
+        with hearing_others():
+            dist.all_gather(gathered, mine)
+        return [theirs.cpu() for theirs in gathered]
+
+    def random_state(self) -> RandomState:
+        """Returns the state of this process's generators."""
+        is_cuda = self.device.type == "cuda"
+        return {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(self.device)] if is_cuda else []}
+
+    def set_random_state(self, state: RandomState) -> None:
+        assert isinstance(state["cpu"], Tensor)
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and len(state["cuda"]):
+            torch.cuda.set_rng_state(state["cuda"][0], self.device)
+
+    def random_states(self) -> list[RandomState]:
+        """Returns the states of every rank: each draws numbers of its own."""
+        state = self.random_state()
+        assert isinstance(state["cpu"], Tensor)
+        on_device = [self.gather(device) for device in state["cuda"]]
+        return [
+            {"cpu": cpu, "cuda": [states[rank] for states in on_device]}
+            for rank, cpu in enumerate(self.gather(state["cpu"]))
+        ]
 
 
 def pick_device(local_rank: int = 0) -> torch.device:
@@ -61,8 +134,11 @@ def pick_device(local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def ranks_from_environment() -> Iterator[Ranks]:
-    """Joins the ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or runs this process alone."""
+def ranks_from_environment(timeout_s: float = default_of(TrainerKeys, "rank_timeout")) -> Iterator[Ranks]:
+    """Joins the ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or runs this process alone.
+
+    A rank that does not answer the others for `timeout_s` ends the run.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = pick_device(local_rank)
@@ -71,7 +147,7 @@ def ranks_from_environment() -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
         yield Ranks(dist.get_rank(), world_size, device)
     finally:

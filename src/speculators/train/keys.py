@@ -84,6 +84,10 @@ class TrainerKeys(Keys):
     checkpoint_freq: float = Field(1.0, gt=0.0, description="Epochs between checkpoints; 0.25: four an epoch.")
     save_best: bool = Field(False, description="Keep only the checkpoint with the lowest validation loss.")
     resume_from_checkpoint: bool = Field(True, description="Continue from the newest checkpoint in --save-path.")
+    allow_changed_settings: bool = Field(
+        False, description="Continue even if settings that shape the result differ from those the run began with."
+    )
+    rank_timeout: float = Field(600.0, gt=0.0, description="Seconds without an answer of another rank that end a run.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     log_freq: int = Field(1, ge=1, description="Steps between reports.")
     save_path: str = Field("./output/checkpoints", description="Run directory.")

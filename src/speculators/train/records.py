@@ -1,8 +1,9 @@
-"""What a `Trainer` is told, and what it answers."""
+"""What a `Trainer` is told, what it answers, and the memory and disk space that a run is estimated to need."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,14 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from rich.table import Table
 
+from speculators.model import SpeculatorModel
 from speculators.train.events import describe
 from speculators.train.keys import OptimizerKeys, SchedulerKeys, TrainerKeys
 from speculators.training_keys import default_of
+from speculators.utils.files import human_bytes
 from speculators.utils.report import TableReport, facts_table
 
 if TYPE_CHECKING:
     from speculators.deploy.report import CheckReport
     from speculators.evaluation.parity import ParityReport
+
+BYTES_FP32, BYTES_BF16 = 4, 2
+FINISHED = "finished ({} of {} steps); nothing to do"
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class TrainerConfig:
     checkpoint_freq: float = default_of(TrainerKeys, "checkpoint_freq")
     save_best: bool = default_of(TrainerKeys, "save_best")
     hidden_states_dtype: torch.dtype = torch.bfloat16
+    allow_changed_settings: bool = default_of(TrainerKeys, "allow_changed_settings")
     log_freq: int = default_of(TrainerKeys, "log_freq")
     gradient_checkpointing: bool = default_of(TrainerKeys, "gradient_checkpointing")
     max_steps: int | None = None
@@ -66,6 +73,8 @@ class TrainResult(TableReport, os.PathLike[str]):
     """Of the gate at the end of a run; None when it was not made."""
     check: CheckReport | None = None
     """Of the contract check at the end of a run; None when it was not made."""
+    finished_before: bool = field(default=False, compare=False)
+    """The run was over already: nothing was trained."""
 
     def __fspath__(self) -> str:
         return str(self.checkpoint)
@@ -76,11 +85,73 @@ class TrainResult(TableReport, os.PathLike[str]):
             facts["metrics"] = describe(self.metrics, self.acceptance_length)
         if self.check is not None:
             facts["check"] = self.check.verdict
+        title = FINISHED.format(self.num_steps, self.num_steps) if self.finished_before else "Trained"
         findings = [] if self.check is None else self.check.findings_tables()
-        return [*findings, facts_table("Trained", facts), *([] if self.parity is None else self.parity.tables())]
+        return [*findings, facts_table(title, facts), *([] if self.parity is None else self.parity.tables())]
 
     def raise_for_errors(self) -> None:
         """Raises `ParityError` or `CheckError` when the gate or the check at the end of the run failed."""
         for report in (self.parity, self.check):
             if report is not None:
                 report.raise_for_errors()
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Estimated bytes of a run, by use. `str()` is a sentence."""
+
+    weights_bytes: int
+    """Masters, gradients and optimizer moments of the drafter, and its frozen copies of verifier weights."""
+    verifier_bytes: int
+    states_bytes: int
+    """Verifier states of one packed row."""
+    activations_bytes: int
+    """Drafter activations and one block of logits, for the backward pass."""
+    checkpoint_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.verifier_bytes + self.states_bytes + self.activations_bytes
+
+    def __str__(self) -> str:
+        parts = {
+            "drafter and optimizer": self.weights_bytes,
+            "verifier": self.verifier_bytes,
+            "states": self.states_bytes,
+            "activations": self.activations_bytes,
+        }
+        uses = ", ".join(f"{use} {human_bytes(num_bytes)}" for use, num_bytes in parts.items())
+        checkpoint = human_bytes(self.checkpoint_bytes)
+        return f"about {human_bytes(self.total_bytes)} of memory: {uses}; {checkpoint} of disk per checkpoint"
+
+
+def estimate_memory(
+    model: SpeculatorModel, *, num_tokens: int, hidden_size: int, num_states: int, num_unrolls: int, verifier_bytes: int
+) -> MemoryEstimate:
+    """Estimates a run on packed rows of `num_tokens`.
+
+    `num_unrolls`: forwards of the draft layers per row; `num_states`: verifier states kept per token.
+    """
+    num_trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    num_frozen = sum(param.numel() for param in model.parameters() if not param.requires_grad)
+    num_layers = len(list(model.layers))  # type: ignore[arg-type]
+    # A gated decoder layer keeps about 16 vectors of its hidden width for the backward pass, in 16 bits.
+    activations = num_tokens * hidden_size * 16 * num_layers * num_unrolls * BYTES_BF16
+    return MemoryEstimate(
+        weights_bytes=num_trainable * 4 * BYTES_FP32 + num_frozen * BYTES_FP32,
+        verifier_bytes=verifier_bytes,
+        states_bytes=num_tokens * hidden_size * num_states * BYTES_BF16,
+        activations_bytes=activations,
+        checkpoint_bytes=num_trainable * 3 * BYTES_FP32 + (num_trainable + num_frozen) * BYTES_BF16,
+    )
+
+
+def check_disk_space(path: Path, num_bytes: int) -> None:
+    """Raises `OSError` if the disk cannot hold a checkpoint: an error now is cheaper than one after an epoch."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise OSError(
+            f"a checkpoint takes {human_bytes(num_bytes)} but {existing} has {human_bytes(free)} free: free some "
+            "space, or choose another --save-path"
+        )

@@ -8,7 +8,7 @@ What can be wrong is looked at in the order of its cost: names first, then files
 
 from __future__ import annotations
 
-import shlex
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,32 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from speculators.data_generation import LocalSource
+from speculators.data_generation import LocalSource, PreparedData
 from speculators.deploy.check import check_checkpoint
+from speculators.evaluation.config import ParityConfig
+from speculators.evaluation.parity import REPORT_NAME, ParityReport, check_parity
 from speculators.model import SpeculatorModel
-from speculators.provenance import find_package_repo, git_diff, git_sha, package_versions
+from speculators.provenance import output_lock
+from speculators.train.checkpointer import DRY_RUN
 from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset, CollateFn, PackedLoader, check_supervised, check_token_ids
 from speculators.train.distributed import Ranks, ranks_from_environment
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.draft_shape import draft_config, load_verifier_config
 from speculators.train.events import Event, Listener, Note, ignore
-from speculators.train.gate import run_gate
 from speculators.train.logger import make_trackers
-from speculators.train.memory import MemoryEstimate, check_disk_space, estimate_memory
-from speculators.train.records import TrainerConfig, TrainResult
+from speculators.train.recipe import check_recipe, command, recipe_of, write_provenance
+from speculators.train.records import MemoryEstimate, TrainerConfig, TrainResult, check_disk_space, estimate_memory
 from speculators.train.sources import ask_server, make_source, open_store, rows_to_use
 from speculators.train.trainer import Trainer
 from speculators.train.vocab_mapping import resolve_vocab_mapping
-from speculators.utils.files import absolute_if_directory, atomic_write
+from speculators.utils.files import absolute_if_directory
 from speculators.utils.progress import no_progress_bars
 from speculators.verifier import check_reproduces_logits, load_verifier, text_config
 
-DRY_RUN_NAME = "dry_run"
+LOCK_FILE = ".run.lock"
+NUM_PROMPTS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 64, 32
+"""A wrong drafter shows within a few rounds."""
 
 
 @no_progress_bars()
@@ -46,7 +50,10 @@ def train(config: TrainConfig, *, verifier: PreTrainedModel | None = None, on_ev
 
     `verifier`: the model that `config` names, when it is loaded already.
     """
-    with ranks_from_environment() as ranks:
+    save_path = Path(config.trainer.save_path)
+    with ranks_from_environment(config.trainer.rank_timeout) as ranks, ExitStack() as stack:
+        lock = output_lock(save_path / LOCK_FILE, f"run directory {save_path}", lambda text: on_event(Note(text)))
+        ranks.main_first(lambda: stack.enter_context(lock))
         trackers = []
         if ranks.is_main:
             keys = config.logging
@@ -57,14 +64,10 @@ def train(config: TrainConfig, *, verifier: PreTrainedModel | None = None, on_ev
                 listener(event)
 
         trainer, estimate = build(config, ranks, tell if ranks.is_main else ignore, verifier)
-        save_path = Path(config.trainer.save_path)
-        check_disk_space(save_path, estimate.checkpoint_bytes)
-        if ranks.is_main:
-            write_provenance(config, save_path)
         if config.dry_run:
             tell(Note(str(estimate)))
-            trainer.save(name=DRY_RUN_NAME)
-            return TrainResult(save_path / DRY_RUN_NAME, {}, None, 0)
+            trainer.save(name=DRY_RUN)
+            return TrainResult(save_path / DRY_RUN, {}, None, 0)
         result = trainer.run_training()
         device, has_verifier = trainer.ranks.device, estimate.verifier_bytes > 0
     if not ranks.is_main:
@@ -83,7 +86,7 @@ def train(config: TrainConfig, *, verifier: PreTrainedModel | None = None, on_ev
 def build(
     config: TrainConfig, ranks: Ranks, on_event: Listener, verifier: PreTrainedModel | None = None
 ) -> tuple[Trainer, MemoryEstimate]:
-    """Everything of a run but its first step."""
+    """Builds everything of a run but its first step, and writes what makes it into its directory."""
     torch.manual_seed(config.seed)
     if config.deterministic_cuda:
         torch.use_deterministic_algorithms(True)
@@ -115,6 +118,8 @@ def build(
             dataset.keep_rows(usable)
             num_threads = data.num_workers if verifier_model is None else 0  # one verifier, one thread
             loaders.append(make_loader(config, dataset, model, hidden_size, ranks, num_threads))
+    recipe = recipe_of(config, ranks, model, usable)
+    ranks.main_first(lambda: check_recipe(config, recipe, on_event))
     torch.manual_seed(config.seed + ranks.rank)
     trainer = Trainer(
         model,
@@ -125,7 +130,11 @@ def build(
         num_documents=len(train_set),
         num_tokens=sum(train_set.lengths),
     )
-    return trainer, estimate(config, model, verifier_model, hidden_size)
+    memory = estimate(config, model, verifier_model, hidden_size)
+    check_disk_space(Path(config.trainer.save_path), memory.checkpoint_bytes)
+    if ranks.is_main and not trainer.is_finished() and not config.dry_run:
+        write_provenance(config, recipe)
+    return trainer, memory
 
 
 def verifier_name(config: TrainConfig) -> str:
@@ -239,20 +248,38 @@ def estimate(
     )
 
 
-def command(config: TrainConfig) -> str:
-    return shlex.join(["speculators", "train", *config.argv])
+def run_gate(
+    config: TrainConfig, verifier: str, checkpoint: Path, device: torch.device, loaded: PreTrainedModel | None = None
+) -> ParityReport:
+    """Runs the parity gate: the checkpoint on prompts of the run's own data. Writes the report beside its weights.
+
+    `loaded`: the verifier, when the run was given it. One that is loaded here has the run's own precision on an
+    accelerator: a second verifier in fp32 may not fit.
+    """
+    report = check_parity(
+        ParityConfig(
+            checkpoint=str(checkpoint),
+            verifier=verifier,
+            max_tokens=MAX_TOKENS,
+            max_prompt_tokens=MAX_PROMPT_TOKENS,
+            dtype="float32" if device.type == "cpu" else config.data.hidden_states_dtype,
+            device=str(device),
+            trust_remote_code=config.verifier.trust_remote_code,
+        ),
+        gate_prompts(config),
+        verifier=loaded,
+    )
+    report.save(checkpoint / REPORT_NAME)
+    return report
 
 
-def write_provenance(config: TrainConfig, save_path: Path) -> None:
-    """What made the run: its configuration, its command, and source changes that no commit holds."""
-    save_path.mkdir(parents=True, exist_ok=True)
-    repo = find_package_repo()
-    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items() if version)
-    with atomic_write(save_path / "run.yaml") as file:
-        file.write(f"# {versions}; commit {git_sha(repo) or 'unknown'}\n{config.dump_yaml()}")
-    with atomic_write(save_path / "train_command.txt") as file:
-        file.write(command(config) + "\n")
-    patch = git_diff(repo)
-    if patch:
-        with atomic_write(save_path / "speculators.patch") as file:
-            file.write(patch)
+def gate_prompts(config: TrainConfig) -> list[list[int]]:
+    """Returns the last rows of the data up to their first supervised token: the held-out ones, if there are any."""
+    rows = PreparedData.open(config.data.data_path).dataset()
+    last = rows.select(range(max(0, len(rows) - NUM_PROMPTS), len(rows)))
+    return [prompt_of(row["input_ids"], row["loss_mask"]) for row in last]
+
+
+def prompt_of(input_ids: list[int], loss_mask: list[int]) -> list[int]:
+    first = next((index for index, mask in enumerate(loss_mask) if mask), len(input_ids))
+    return list(input_ids[: max(first, 1)])

@@ -15,14 +15,22 @@ import torch
 
 from speculators.data_generation import InvalidResponseError, ServerUnavailableError
 from speculators.model import SpeculatorModel
-from speculators.train.checkpointer import INTERRUPTED, Checkpointer, Position, is_saved_epoch, mid_epoch_saves
+from speculators.train.checkpointer import (
+    INTERRUPTED,
+    Checkpointer,
+    DamagedCheckpointError,
+    Position,
+    is_saved_epoch,
+    mid_epoch_saves,
+    read_position,
+)
 from speculators.train.data import Batch, BatchLoader, as_loader, num_steps_of
 from speculators.train.distributed import Ranks, pick_device
 from speculators.train.events import Listener, Note, Saved, Started, StepDone, Stopped, Validated, ignore
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
 from speculators.train.metrics import MetricSums, RecentSteps, expected_acceptance_length
 from speculators.train.optimizers import make_optimizers, make_schedule
-from speculators.train.records import TrainerConfig, TrainResult
+from speculators.train.records import FINISHED, TrainerConfig, TrainResult
 
 __all__ = ["TrainResult", "Trainer", "TrainerConfig"]
 
@@ -73,31 +81,70 @@ class Trainer:
         self.recent = RecentSteps()
         self.last_metrics: dict[str, float] = {}
         self.last_saved: tuple[Path, int] | None = None
+        self.ranks.main_first(self.open_run_directory)
         if config.resume_from_checkpoint:
-            self.best_loss = self.checkpointer.best_loss()
             self.resume()
-        else:
-            self.best_loss = math.inf
+        self.val_losses = self.checkpointer.val_losses()
+        """Epoch -> validation loss, of the checkpoints on disk."""
+
+    def open_run_directory(self) -> None:
+        """Finishes what a dead process left half done; refuses to mix a new run with an old one."""
+        for text in self.checkpointer.recover():
+            self.on_event(Note(text))
+        if not self.config.resume_from_checkpoint:
             self.checkpointer.refuse_other_runs()
 
     def resume(self) -> None:
-        path = self.checkpointer.newest()
+        """Continues from the newest checkpoint that can be read; damaged ones are set aside, with a line."""
+        path = self.ranks.main_first(self.load_newest)
+        if not self.ranks.is_main and (path := self.checkpointer.newest()) is not None:
+            self.load(path)
         if path is None:
             return
-        position = self.checkpointer.load(path, self.model, self.optimizers)
+        position = self.position
         self.train_loader.set_epoch(position.epoch)
         finished = position.local_step == 0 or position.local_step >= len(self.train_loader)
         self.position = Position(position.epoch + 1, 0, position.global_step) if finished else position
         self.last_saved = (path, position.global_step)
-        self.on_event(Note(f"continuing from {path} at step {position.global_step}"))
+        if self.checkpointer.finished_steps() == self.num_steps:
+            self.position = Position(self.config.num_epochs, 0, self.num_steps)
+        if not self.is_finished():
+            self.on_event(Note(f"continuing from {path} at step {position.global_step}"))
+
+    def load_newest(self) -> Path | None:
+        while (path := self.checkpointer.newest()) is not None:
+            try:
+                self.load(path)
+            except DamagedCheckpointError as error:
+                if len(self.checkpointer.candidates()) == 1:
+                    raise
+                aside = self.checkpointer.set_aside(path)
+                self.on_event(Note(f"{error}. It is now {aside.name}, and the run continues from the one before"))
+            else:
+                return path
+        return None
+
+    def load(self, path: Path) -> None:
+        self.train_loader.set_epoch(read_position(path).epoch)
+        self.position = self.checkpointer.load(
+            path,
+            self.model,
+            self.optimizers,
+            ranks=self.ranks,
+            num_rows=len(self.train_loader),
+            allow_changes=self.config.allow_changed_settings,
+        )
 
     def run_training(self) -> TrainResult:
         config = self.config
         num_trainable = sum(param.numel() for param in self.params)
         first_step = self.position.global_step
+        if self.is_finished():
+            self.on_event(Note(FINISHED.format(first_step, self.num_steps)))
+            return self.result(finished_before=True)
         self.on_event(Started(self.num_steps, first_step, num_trainable, self.num_documents, self.num_tokens))
         with GracefulShutdown() as shutdown:
-            while self.position.epoch < config.num_epochs and not self.is_finished():
+            while not self.is_finished():
                 first_of_epoch = self.position.global_step
                 try:
                     self.train_epoch(shutdown)
@@ -105,10 +152,13 @@ class Trainer:
                     self.save_what_was_trained(first_of_epoch, error)
         if self.last_saved is None or (self.last_saved[1] < self.position.global_step and not config.save_best):
             self.save()
+        if self.ranks.is_main and self.last_saved is not None and self.last_saved[1] < self.position.global_step:
+            self.checkpointer.finish(self.position.global_step)
         return self.result()
 
     def is_finished(self) -> bool:
-        return self.config.max_steps is not None and self.position.global_step >= self.config.max_steps
+        is_last_step = self.config.max_steps is not None and self.position.global_step >= self.config.max_steps
+        return is_last_step or self.position.epoch >= self.config.num_epochs
 
     def train_epoch(self, shutdown: GracefulShutdown) -> None:
         """The rest of the current epoch, or as much of it as `max_steps` leaves."""
@@ -197,22 +247,29 @@ class Trainer:
     def validate_and_save(self) -> None:
         started = time.perf_counter()
         metrics = self.validate()
-        is_best = metrics is not None and metrics.get("loss", math.inf) < self.best_loss
-        if is_best and metrics is not None:
-            self.best_loss = metrics["loss"]
-        if is_best or not self.config.save_best:
-            self.save(metrics, is_best=is_best)
+        loss = math.inf if metrics is None else metrics.get("loss", math.inf)
+        if not self.config.save_best:
+            self.save(metrics)
+        elif loss < min(self.val_losses.values(), default=math.inf):
+            self.val_losses = {self.position.epoch: loss}
+            self.save(metrics)
         self.recent.leave_out(time.perf_counter() - started)
 
-    def save(
-        self, val_metrics: dict[str, float] | None = None, *, is_best: bool = False, name: str | None = None
-    ) -> Path:
+    def save(self, val_metrics: dict[str, float] | None = None, *, name: str | None = None) -> Path:
         """Write a checkpoint of this step: into the directory of the epoch, or of that name."""
         path = self.checkpointer.root / (name or str(self.position.epoch))
+        states = self.ranks.random_states()
         if self.ranks.is_main:
-            self.checkpointer.save(path, self.model, self.optimizers, self.position, val_metrics)
-            if is_best:
-                self.checkpointer.mark_best(path)
+            self.checkpointer.save(
+                path,
+                self.model,
+                self.optimizers,
+                self.position,
+                val_metrics,
+                random_states=states,
+                num_rows=len(self.train_loader),
+            )
+            self.checkpointer.mark_best()
         self.last_saved = (path, self.position.global_step)
         self.on_event(Saved(path, self.position.global_step))
         self.ranks.wait()
@@ -235,8 +292,9 @@ class Trainer:
         self.on_event(Stopped(path, signal_name))
         raise TrainingInterrupted(path, signal_name)
 
-    def result(self) -> TrainResult:
+    def result(self, *, finished_before: bool = False) -> TrainResult:
         best = self.checkpointer.best
         path = best if best.exists() else (self.last_saved or (self.checkpointer.root, 0))[0]
         metrics = self.checkpointer.val_metrics(path) or self.last_metrics
-        return TrainResult(path.resolve(), metrics, expected_acceptance_length(metrics), self.position.global_step)
+        length = expected_acceptance_length(metrics)
+        return TrainResult(path.resolve(), metrics, length, self.position.global_step, finished_before=finished_before)

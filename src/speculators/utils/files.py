@@ -1,12 +1,20 @@
-"""Writes files so that a reader sees the old content or the new, never half of it; compares names of directories."""
+"""Writes files so that a reader sees the old content or the new, never half of it; compares names of directories.
+
+A process may die between any two steps, and the power may fail: contents and names are on disk before the next step.
+
+    .NAME.partial        being written; its writer holds a lock on it
+    .NAME.partial.new    a whole directory, about to become NAME
+    .NAME.partial.old    the directory that NAME was before, about to be removed
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -95,6 +103,10 @@ def is_same_model(name: str, other: str) -> bool:
     return name == other or (Path(name).is_dir() and Path(other).is_dir() and os.path.samefile(name, other))
 
 
+UNFINISHED = re.compile(r"\.(?P<name>.+)\.(partial|[a-z0-9_]{8})(?P<state>\.new|\.old)?")
+WHOLE, REPLACED = ".new", ".old"
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a file for writing that replaces `path` only when the block ends without an error.
@@ -113,6 +125,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        flush(path.parent)
 
 
 @contextmanager
@@ -124,10 +137,13 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    finish_dead_writes(path.parent, lambda name: name == path.name)
     with _partial(path, is_directory=True) as (temporary, _):
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
-        _replace_directory(temporary, path)
+        for entry in (*temporary.rglob("*"), temporary):
+            flush(entry)
+        replace_directory(temporary, path)
 
 
 @contextmanager
@@ -141,9 +157,11 @@ def _partial(path: Path, *, is_directory: bool) -> Iterator[tuple[Path, int]]:
     handle = _lock_partial(usual, is_directory)
     temporary = usual
     if handle is None:
-        make: Any = tempfile.mkdtemp if is_directory else lambda **options: _closed(*tempfile.mkstemp(**options))
-        temporary = Path(make(dir=path.parent, prefix=f".{path.name}."))
-        handle = os.open(temporary, os.O_RDONLY if is_directory else os.O_RDWR)
+        own: dict[str, Any] = {"dir": path.parent, "prefix": f".{path.name}."}
+        handle, name = (-1, tempfile.mkdtemp(**own)) if is_directory else tempfile.mkstemp(**own)
+        temporary = Path(name)
+        handle = os.open(temporary, os.O_RDONLY) if is_directory else handle
+        lock_if_free(handle)
     try:
         yield temporary, handle
     except BaseException:
@@ -157,16 +175,14 @@ def _lock_partial(path: Path, is_directory: bool) -> int | None:
     """Opens, locks and empties the file or directory, made if it is not there. None: another process writes it, or this
     system or file system has no locks."""
     try:
-        import fcntl  # exists on POSIX only
-
         if is_directory:
             path.mkdir(exist_ok=True)
         handle = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR | os.O_CREAT, 0o666)
-    except (ImportError, OSError):
+    except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(handle).st_ino != os.stat(path).st_ino:  # its writer finished and renamed it meanwhile
+        # another inode: its writer finished and renamed it meanwhile
+        if not lock_if_free(handle) or os.fstat(handle).st_ino != os.stat(path).st_ino:
             raise BlockingIOError
         if is_directory:
             for entry in path.iterdir():
@@ -179,50 +195,100 @@ def _lock_partial(path: Path, is_directory: bool) -> int | None:
     return handle
 
 
-def _closed(handle: int, name: str) -> str:
-    os.close(handle)
-    return name
-
-
-def _replace_directory(new: Path, path: Path) -> None:
+def replace_directory(new: Path, path: Path) -> None:
+    """Renames a whole directory to `path`. A process that dies on the way leaves one of both under a name that
+    `finish_dead_writes` knows."""
     if not path.exists() and not path.is_symlink():
         os.rename(new, path)
+        flush(path.parent)
         return
-    # a directory cannot be renamed over a filled one: move the old one aside first, and back if the rename fails
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) / path.name
+    # a directory cannot be renamed over a filled one: the old one is moved aside first, and back if the rename fails
+    whole, old = (new.with_name(new.name + state) for state in (WHOLE, REPLACED))
+    os.rename(new, whole)
+    flush(path.parent)
     os.rename(path, old)
     try:
-        os.rename(new, path)
+        os.rename(whole, path)
     except BaseException:
         os.rename(old, path)
+        shutil.rmtree(whole, ignore_errors=True)
         raise
+    flush(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Removes a directory at once for every reader: the name is gone before the first file is."""
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    os.rename(path, old)  # over an empty directory
+    shutil.rmtree(old)
+
+
+def finish_dead_writes(directory: Path, is_ours: Callable[[str], bool]) -> list[str]:
+    """Completes or removes what processes that died while writing left in `directory`; returns a line for each.
+
+    `is_ours` is asked for the name that was being written. A whole directory gets its name if nothing has it: its
+    process died between the two renames. What a living process writes is left alone.
+    """
+    found = [(entry, match) for entry in sorted(directory.iterdir()) if (match := UNFINISHED.fullmatch(entry.name))]
+    lines = []
+    for entry, match in sorted(found, key=lambda pair: pair[1]["state"] != WHOLE):
+        name = match["name"]
+        if not is_ours(name) or entry.is_symlink() or not is_dead(entry):
+            continue
+        if match["state"] == WHOLE and not (directory / name).exists():
+            os.rename(entry, directory / name)
+            flush(directory)
+            lines.append(f"{directory / name} was whole but not in place when its process died: completed")
+            continue
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        lines.append(f"removed {entry}: its process died while it wrote {name}")
+    return lines
+
+
+def is_dead(path: Path) -> bool:
+    """Says whether no process holds the lock of a file or directory that is being written."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # its writer has just finished
+        return False
+    try:
+        return lock_if_free(handle)
     finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        os.close(handle)
+
+
+def lock_if_free(handle: int) -> bool:
+    """Locks an open file or directory until it is closed or this process ends, however it ends.
+
+    False: another process holds it, or the file system knows no locks.
+    """
+    if os.name != "posix":
+        return False
+    import fcntl  # exists on POSIX only
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's contents, or a directory's names, are on disk."""
+    if path.is_symlink() or (path.is_dir() and os.name != "posix"):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def looks_like_a_path(name: str) -> bool:
-    """Says whether a model's name means a directory. `org/name` is a hub id unless such a directory exists."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def refuse_missing_model(name: str, what: str, kind: str) -> None:
-    """Raises `ValueError` for a path without a model, before the hub is asked for a model of that name."""
-    if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"no {what} at {name!r}: it is not a directory with a config.json; give the directory of {kind}, or a "
-            "model id of the Hugging Face hub"
-        )
-
-
-def refuse_missing_verifier(name: str) -> None:
-    """Raises `ValueError` for a path without a verifier."""
-    refuse_missing_model(name, "verifier", "a saved causal LM")
 
 
 def human_bytes(num_bytes: float) -> str:

@@ -98,3 +98,22 @@ def model_name(model: str | os.PathLike[str] | NamedModel) -> str:
             "save it and load it from there"
         )
     return model.name_or_path
+
+
+def looks_like_a_path(name: str) -> bool:
+    """Says whether a model's name means a directory. `org/name` is a hub id unless such a directory exists."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def refuse_missing_model(name: str, what: str, kind: str) -> None:
+    """Raises `ValueError` for a path without a model, before the hub is asked for a model of that name."""
+    if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"no {what} at {name!r}: it is not a directory with a config.json; give the directory of {kind}, or a "
+            "model id of the Hugging Face hub"
+        )
+
+
+def refuse_missing_verifier(name: str) -> None:
+    """Raises `ValueError` for a path without a verifier."""
+    refuse_missing_model(name, "verifier", "a saved causal LM")

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from speculators.nn.norms import LayerNorm, RMSNorm, RMSNormPlusOne
-from speculators.utils.files import refuse_missing_verifier
 from speculators.utils.loading import Rows, find_key, list_checkpoint_keys, load_model_layers, load_rows
+from speculators.utils.names import refuse_missing_verifier
 from speculators.utils.progress import no_progress_bars
 from speculators.verifier.config import (
     LogitTransform,

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from speculators.utils.files import refuse_missing_model
+from speculators.utils.names import refuse_missing_model
 from speculators.verifier.config import open_config, text_config
 
 logger = logging.getLogger(__name__)
