@@ -21,7 +21,7 @@ VLLM_TRITON ?= .venv-vllm-triton
 VLLM_PYTEST := OMP_NUM_THREADS=1 SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest
 VLLM_TESTS ?= tests/integration tests/mtp tests/serving
 
-.PHONY: help quickstart results test test-newest test-vllm test-vllm-smallest test-vllm-v2 check lint types install install-dev clean
+.PHONY: help quickstart results test test-newest test-vllm test-vllm-smallest test-vllm-v2 soak check lint types install install-dev clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ test-vllm-smallest: install-dev $(VLLM_VENV)/.installed  ## the same with each m
 
 test-vllm-v2: install-dev $(VLLM_VENV)/.installed $(VLLM_TRITON)/.installed  ## DSpark in vLLM's model runner V2, interpreted on CPU (1 GB more, slow)
 	SPECULATORS_VLLM_TRITON=$(abspath $(VLLM_TRITON)) $(VLLM_PYTEST) -m vllm tests/integration/test_vllm_dspark.py
+
+soak: install-dev  ## 2,000 random requests per drafting method through one engine (ten minutes)
+	SPECULATORS_SOAK_REQUESTS=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/decoding/test_soak.py
 
 check: lint types test  ## everything that must pass before a change is finished
 

@@ -13,8 +13,13 @@ from speculators.cli.shared import (
     Device,
     Dtype,
     DynamicTree,
+    FrequencyPenalty,
     MaxTokens,
+    MinP,
     NumSpeculativeTokens,
+    PresencePenalty,
+    RepetitionPenalty,
+    Stop,
     Temperature,
     TokenTree,
     TopK,
@@ -35,6 +40,11 @@ LOCAL_FLAGS = (
     "num_speculative_tokens",
     "speculative_token_tree",
     "dynamic_tree",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
     "batch_size",
     "num_repeats",
     "dtype",
@@ -69,6 +79,11 @@ def evaluate(
     temperature: Temperature = EvaluateConfig.temperature,
     top_k: TopK = EvaluateConfig.top_k,
     top_p: TopP = EvaluateConfig.top_p,
+    min_p: MinP = EvaluateConfig.min_p,
+    repetition_penalty: RepetitionPenalty = EvaluateConfig.repetition_penalty,
+    presence_penalty: PresencePenalty = EvaluateConfig.presence_penalty,
+    frequency_penalty: FrequencyPenalty = EvaluateConfig.frequency_penalty,
+    stop: Stop = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = EvaluateConfig.batch_size,
     num_warmup: Annotated[int, typer.Option(min=0, help="Batches decoded before timing.")] = EvaluateConfig.num_warmup,
     num_repeats: Annotated[
@@ -94,7 +109,7 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     if server is not None:
-        refuse_flags(context, LOCAL_FLAGS, "does not go with --server: it was decided when the server was started")
+        refuse_flags(context, LOCAL_FLAGS, "does not go with --server: it holds for measurements in this process")
         return evaluate_running_server(
             **asked,
             server=server,
@@ -117,6 +132,11 @@ def evaluate(
         num_speculative_tokens=num_speculative_tokens,
         speculative_token_tree=speculative_token_tree,
         dynamic_tree=parse_json_object("--dynamic-tree", dynamic_tree),
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop or ()),
         batch_size=batch_size,
         num_repeats=num_repeats,
         dtype=dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,8 +12,13 @@ from speculators.cli.shared import (
     Device,
     Dtype,
     DynamicTree,
+    FrequencyPenalty,
     MaxTokens,
+    MinP,
     NumSpeculativeTokens,
+    PresencePenalty,
+    RepetitionPenalty,
+    Stop,
     Temperature,
     TokenTree,
     TopK,
@@ -42,6 +48,14 @@ def generate(
     temperature: Temperature = SamplingParams.temperature,
     top_k: TopK = SamplingParams.top_k,
     top_p: TopP = SamplingParams.top_p,
+    min_p: MinP = SamplingParams.min_p,
+    repetition_penalty: RepetitionPenalty = SamplingParams.repetition_penalty,
+    presence_penalty: PresencePenalty = SamplingParams.presence_penalty,
+    frequency_penalty: FrequencyPenalty = SamplingParams.frequency_penalty,
+    stop: Stop = None,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, help="Log-probabilities in the JSON: of each token and of so many likeliest.")
+    ] = SamplingParams.logprobs,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     dtype: Dtype = DEFAULT_DTYPE,
     device: Device = DEFAULT_DEVICE,
@@ -63,7 +77,19 @@ def generate(
     tokenizer = target.tokenizer
     texts = [sys.stdin.read() if text == "-" else text for text in prompt]
     prompts = [tokenizer(text).input_ids if raw else chat_prompt(tokenizer, text) for text in texts]
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+        logprobs=logprobs,
+    )
     engine = Engine(target.model, chosen.speculative_config, tokenizer=tokenizer, max_batch_size=len(prompts))
     outputs = engine.generate(prompts, sampling)
     for text, output in zip(texts, outputs, strict=True):
@@ -96,6 +122,7 @@ def record_of(output: RequestOutput) -> dict[str, Any]:
         "token_ids": list(output.token_ids),
         "finish_reason": output.finish_reason,
         "error": output.error,
+        **({} if output.logprobs is None else {"logprobs": [asdict(position) for position in output.logprobs]}),
         "num_rounds": stats.num_rounds,
         "num_drafted": stats.num_drafted,
         "num_accepted": stats.num_accepted,

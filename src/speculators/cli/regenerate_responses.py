@@ -10,7 +10,11 @@ import typer
 from speculators.cli.shared import (
     Device,
     Dtype,
+    FrequencyPenalty,
+    MinP,
     NumSpeculativeTokens,
+    PresencePenalty,
+    RepetitionPenalty,
     Temperature,
     TopK,
     TopP,
@@ -47,6 +51,10 @@ def regenerate_responses(
     temperature: Temperature = SamplingParams.temperature,
     top_k: TopK = SamplingParams.top_k,
     top_p: TopP = SamplingParams.top_p,
+    min_p: MinP = SamplingParams.min_p,
+    repetition_penalty: RepetitionPenalty = SamplingParams.repetition_penalty,
+    presence_penalty: PresencePenalty = SamplingParams.presence_penalty,
+    frequency_penalty: FrequencyPenalty = SamplingParams.frequency_penalty,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = DEFAULT_SEED,
     resume: Annotated[bool, typer.Option("--resume", help="Complete a file that exists.")] = False,
     chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
@@ -76,6 +84,10 @@ def regenerate_responses(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
     )
     out().print(report)

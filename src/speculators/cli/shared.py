@@ -77,6 +77,17 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens."
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens. 0: off.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability. 1: off.")]
+MinP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Drop tokens less likely than this share of the likeliest. 0: off.")
+]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: less of what is in prompt and output. 1: off.")]
+PresencePenalty = Annotated[
+    float, typer.Option(min=-2.0, max=2.0, help="Subtracted from the scores of tokens in the output. 0: off.")
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option(min=-2.0, max=2.0, help="The same, once per occurrence in the output. 0: off.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer and is left out of it. Repeatable.")]
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16. Greedy answers are sure to be identical in float32 only.")
 ]

@@ -42,6 +42,11 @@ class EvaluateConfig(Workload):
     speculative_token_tree: str | None = None
     dynamic_tree: dict[str, Any] | None = None
     """What speculators' directories draft in place of a chain: one of the two."""
+    min_p: float = SamplingParams.min_p
+    repetition_penalty: float = SamplingParams.repetition_penalty
+    presence_penalty: float = SamplingParams.presence_penalty
+    frequency_penalty: float = SamplingParams.frequency_penalty
+    stop: tuple[str, ...] = SamplingParams.stop
     batch_size: int = 1
     num_repeats: int = 1
     """Timings of each group, of which the fastest counts."""

@@ -104,6 +104,11 @@ def sampling_of(config: EvaluateConfig) -> SamplingParams:
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
+        stop=config.stop,
         seed=config.seed if config.temperature > 0 else None,
     )
 
