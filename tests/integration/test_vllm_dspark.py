@@ -14,7 +14,7 @@ from vllm_cases import DSPARK, train_flags
 from speculators.api import vllm_target
 from speculators.cli.app import run
 from speculators.decoding import Engine, SamplingParams
-from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm
+from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm, speculative_run
 
 TRITON = os.environ.get("SPECULATORS_VLLM_TRITON")
 MAX_TOKENS, NUM_PROMPTS = 24, 6
@@ -34,7 +34,7 @@ def test_vllm_and_our_engine_decode_alike(vllm_python, verifier, verifier_model,
     ours = Engine(verifier_model, drafting, max_batch_size=3, max_length=512).generate(
         few, SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     )
-    served = vllm_target(checkpoint, None, vllm_python, tmp_path).run(DSPARK.num_drafts, **shared)
+    served = speculative_run(vllm_target(checkpoint, None, vllm_python, tmp_path), DSPARK.num_drafts, **shared)
     plain, theirs = decode_in_vllm(
         vllm_python, [VllmRun(verifier, **shared), served], env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(TRITON)}
     )

@@ -14,7 +14,7 @@ from speculators.api import vllm_target
 from speculators.cli.app import run
 from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.proposers.ngram import NgramProposer
-from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm
+from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm, speculative_run
 
 pytestmark = pytest.mark.vllm
 
@@ -48,7 +48,8 @@ def decoded(request, vllm_python, verifier, verifier_model, prompts, checkpoints
         if case in TRAINED:
             num_drafts, folder = TRAINED[case].num_drafts, tmp_path_factory.mktemp("served")
             here = {"model": checkpoints[case], "num_speculative_tokens": num_drafts}
-            runs[case] = vllm_target(checkpoints[case], None, vllm_python, folder).run(num_drafts, **shared)
+            target = vllm_target(checkpoints[case], None, vllm_python, folder)
+            runs[case] = speculative_run(target, num_drafts, **shared)
         else:
             here = {**UNTRAINED[case], "num_speculative_tokens": NUM_DRAFTS}
             if case == "draft_model":
