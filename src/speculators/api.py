@@ -71,6 +71,7 @@ def regenerate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     limit: int | None = None,
     num_samples: int = DEFAULT_NUM_ANSWERS,
+    prompt_field: str | None = None,
     batch_size: int = DEFAULT_ANSWERED_TOGETHER,
     resume: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -83,10 +84,11 @@ def regenerate(
     """Replaces the answers of a data set by the verifier's own: the text that a drafter will see when it serves.
 
     `output`: .jsonl file to write, for `prepare_data`. `drafter`: see `Engine.from_pretrained`. `limit`:
-    conversations to answer. `num_samples`: answers per prompt. `sampling`: the fields of `SamplingParams`; each answer
-    has a seed of its own, made from `seed`, the conversation's id and the turn. Raises `ValueError` for data without a
-    prompt, for an `output` that exists unless `resume`, and for one to complete that was made by another recipe. A
-    verifier whose scores are not finite loses the conversations concerned: `report.raise_for_errors()`.
+    conversations to answer. `num_samples`: answers per prompt. `prompt_field`: column of the prompts, where it is not
+    recognised. `sampling`: the fields of `SamplingParams`; each answer has a seed of its own, made from `seed`, the
+    conversation's id and the turn. Raises `ValueError` for data without a prompt, for an `output` that exists unless
+    `resume`, and for one to complete that was made by another recipe. A verifier whose scores are not finite loses the
+    conversations concerned: `report.raise_for_errors()`.
     """
     params = sampling_params(**{"max_tokens": DEFAULT_ANSWER_TOKENS, "seed": DEFAULT_SEED, **sampling})
     target = open_target(verifier, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -112,6 +114,7 @@ def regenerate(
         verifier=model_name(verifier),
         limit=limit,
         num_samples=num_samples,
+        prompt_field=prompt_field,
         batch_size=batch_size,
         max_prompt_tokens=engine.max_length - 1,
         resume=resume,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from random import Random
 
+import datasets
 import pytest
 from chats import CHATML_WITH_GENERATION_BLOCKS, chat, make_tokenizer, write_jsonl
 
@@ -260,7 +261,12 @@ def test_several_samples_of_a_prompt_are_one_conversation_and_more_can_be_added(
 
 
 def test_rows_that_cannot_be_asked_are_counted(tokenizer, parrot, tmp_path):
-    rows = [{"text": "x"}, chat("hi"), {"conversations": [{"role": "assistant", "content": "x"}]}, chat("w" * 90)]
+    rows = [
+        {"id": "r0", "body": "x"},
+        chat("hi"),
+        {"conversations": [{"role": "assistant", "content": "x"}]},
+        chat("w" * 90),
+    ]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     calls = []
     report = regenerate_responses(
@@ -272,7 +278,14 @@ def test_rows_that_cannot_be_asked_are_counted(tokenizer, parrot, tmp_path):
         progress=lambda *call: calls.append(call),
     )
     assert report.num_conversations == 1
-    assert report.dropped == {"no 'conversations' (or input_ids + loss_mask)": 1, "no user turn to answer": 1}
+    assert report.dropped == {
+        "no prompt: name its column with prompt_field (--prompt-field)": 1,
+        "no user turn to answer": 1,
+    }
+    bad = written(tmp_path / "out.quarantine.jsonl")
+    assert [(row["file"], row["line"], row["id"]) for row in bad] == [(data, 1, "r0"), (data, 3, None)]
+    assert bad[0]["reason"].endswith("the columns are id, body")
+    assert (report.num_read, len(report.quarantine), report.num_failed) == (4, 2, 1)
     assert "longer than max_prompt_tokens=80" in written(report.errors_path)[0]["error"]
     assert calls[-1] == ("regenerate", 4, 4)
 
@@ -284,7 +297,7 @@ def test_a_tokenizer_without_template_and_a_wrong_output_name_are_refused(parrot
         regenerate_responses([chat("hi")], make_tokenizer(None), parrot, output=tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="returned 0 answers for 1"):
         regenerate_responses([chat("hi")], tokenizer, lambda prompts, seeds: [], output=tmp_path / "out.jsonl")
-    for rows, reason in (([], "no conversation to answer"), ([{"text": "x"}], "1 x no 'conversations'")):
+    for rows, reason in (([], "no conversation to answer"), ([{"body": "x"}], "1 x no prompt")):
         with pytest.raises(ValueError, match=reason):
             regenerate_responses(rows, tokenizer, parrot, output=tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == []
@@ -294,3 +307,56 @@ def test_the_number_of_conversations_is_limited_and_equal_ids_are_told_apart(tok
     rows = [{"id": "same", **chat("hi")}] * 3
     regenerate_responses(rows, tokenizer, parrot, output=tmp_path / "out.jsonl", limit=2)
     assert [row["primary_id"] for row in written(tmp_path / "out.jsonl")] == ["same", "same-1"]
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "questions"),
+    [
+        ({"prompt": "hi"}, "prompt", ["hi"]),
+        ({"prompt": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]}, "prompt", ["hi"]),
+        ({"question": "hi", "answer": "an old one"}, "question", ["hi"]),
+        ({"instruction": "Translate.", "input": "", "output": "x"}, "instruction", ["Translate."]),
+        ({"instruction": "Translate.", "input": "chat"}, "instruction + input", ["Translate.\n\nchat"]),
+        ({"turns": ["one", "two"], "category": "writing"}, "turns", ["one", "two"]),
+        ({"text": "hi"}, "text", ["hi"]),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x"}]}, "conversations", ["hi"]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}, "messages", ["hi"]),
+        ({"id": 7, "messages": [{"role": "user", "content": "hi"}], "prompt": "x"}, "messages", ["hi"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_prompts_are_recognised_in_the_shapes_people_have(
+    tokenizer, parrot, tmp_path, caplog, kind, row, shape, questions
+):
+    data = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        write_jsonl(data, [row])
+    else:
+        datasets.Dataset.from_list([row]).to_parquet(str(data))
+    with caplog.at_level("INFO"):
+        report = regenerate_responses(data, tokenizer, parrot, output=tmp_path / "out.jsonl")
+    assert [row["text"] for row in written(tmp_path / "out.jsonl")] == [
+        question.upper() + END for question in questions
+    ]
+    assert report.prompts == f"prompts are in {shape}; the first: {questions[0]!r}"
+    assert report.prompts in caplog.text
+
+
+def test_any_column_can_be_named(tokenizer, parrot, tmp_path):
+    row = {"task": "hi", **chat("no", "x")}
+    report = regenerate_responses([row], tokenizer, parrot, output=tmp_path / "out.jsonl", prompt_field="task")
+    assert [row["text"] for row in written(tmp_path / "out.jsonl")] == ["HI" + END]
+    assert report.prompts.startswith("prompts are in task")
+    for value in (None, "", 5, []):
+        with pytest.raises(ValueError, match="1 x column 'task' holds no prompt"):
+            regenerate_responses(
+                [{"task": value}], tokenizer, parrot, output=tmp_path / "none.jsonl", prompt_field="task"
+            )
+
+
+@pytest.mark.parametrize(("case", "num_rows"), [("same_prompt", 4), ("resume_a", 8)])
+def test_the_cases_are_answered(tokenizer, parrot, tmp_path, case, num_rows):
+    path = Path(__file__).parent / "cases" / f"{case}.jsonl"
+    report = regenerate_responses(path, tokenizer, parrot, output=tmp_path / "out.jsonl")
+    assert len({row["id"] for row in written(tmp_path / "out.jsonl")}) == report.num_rows
+    assert report.num_read == report.num_conversations == len(path.read_text().splitlines())

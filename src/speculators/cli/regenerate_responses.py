@@ -40,6 +40,9 @@ def regenerate_responses(
     output: Annotated[Path, typer.Option("--output", "--outfile", help="JSONL file to write, for prepare-data.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Conversations to answer. Default: all.")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = DEFAULT_NUM_ANSWERS,
+    prompt_field: Annotated[
+        str | None, typer.Option(help="Column of the prompts. Default: recognised (messages, prompt, question, ...).")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = DEFAULT_ANSWER_TOKENS,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--concurrency", min=1, help="Answered together.")
@@ -73,6 +76,7 @@ def regenerate_responses(
         num_speculative_tokens=num_speculative_tokens,
         limit=limit,
         num_samples=num_samples,
+        prompt_field=prompt_field,
         batch_size=batch_size,
         resume=resume,
         chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
@@ -100,6 +104,11 @@ def regenerate_responses(
         "num_cut": report.num_cut,
         "num_failed": report.num_failed,
         "num_non_finite": report.num_non_finite,
+        "num_read": report.num_read,
+        "num_already_done": report.num_already_done,
+        "num_quarantined": len(report.quarantine),
+        "num_filtered": report.num_filtered,
+        "prompts": report.prompts,
     }
     raise_after_printing(report.raise_for_errors, result)
     return result

@@ -18,6 +18,8 @@ from speculators.utils.chat_template import REASONING_KEYS
 Message = dict[str, Any]
 
 CONVERSATION_COLUMNS = ("conversations", "messages", "conversation")
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "turns", "text")
+"""Columns of bare prompts, as data sets call them; the first that a row has counts."""
 ROLES = {
     "user": "user",
     "human": "user",
@@ -108,6 +110,47 @@ def parse_conversation(row: Mapping[str, Any], unknown_roles: Counter[str]) -> C
     if not messages:
         raise UnusableRow("empty conversation")
     return Conversation(messages, parse_tools(row.get("tools")))
+
+
+def parse_prompt(
+    row: Mapping[str, Any], prompt_field: str | None = None, preset_field: str | None = None
+) -> tuple[str, Conversation]:
+    """Returns the shape in which a row holds its prompt, and the conversation to answer.
+
+    `prompt_field`: the column to read, whatever else the row holds; `preset_field`: in place of the usual names. Raises
+    `UnusableRow` for a row without a prompt.
+    """
+    if prompt_field is not None:
+        return prompt_field, conversation_of(row.get(prompt_field), row, prompt_field)
+    for column in CONVERSATION_COLUMNS:
+        if row.get(column) is not None:
+            conversation = parse_conversation(row, Counter())
+            if not any(message["role"] == "user" for message in conversation.messages):
+                raise UnusableRow("no user turn to answer")
+            return column, conversation
+    for column in PROMPT_COLUMNS if preset_field is None else (preset_field, *PROMPT_COLUMNS):
+        if row.get(column) is not None:
+            prompt, shape = row[column], column
+            if column == "instruction" and isinstance(prompt, str) and row.get("input"):
+                prompt, shape = f"{prompt}\n\n{text_of(row['input'])}", "instruction + input"
+            return shape, conversation_of(prompt, row, column)
+    raise UnusableRow(
+        "no prompt: name its column with prompt_field (--prompt-field)", f"the columns are {', '.join(map(str, row))}"
+    )
+
+
+def conversation_of(prompt: Any, row: Mapping[str, Any], column: str) -> Conversation:
+    """Returns the conversation that one column holds: a text, the texts of several user turns, or messages."""
+    if isinstance(prompt, str) and prompt.strip():
+        prompt = [prompt]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt:
+        raise UnusableRow(f"column {column!r} holds no prompt", f"{prompt!r:.60}")
+    if not all(isinstance(turn, str) for turn in prompt):
+        return parse_prompt({**row, CONVERSATION_COLUMNS[0]: prompt})[1]
+    messages: list[Message] = []
+    for text in prompt:  # between two questions stands an answer
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
+    return Conversation(messages[:-1], parse_tools(row.get("tools")))
 
 
 def parse_token_row(input_ids: Sequence[int], loss_mask: Sequence[int]) -> TokenRow:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import os
 import shutil
@@ -44,6 +43,7 @@ from speculators.data_generation.records import (
     Tokenized,
     contents_sha256,
     differences,
+    json_line,
     template_date,
     template_sha256,
     tokenizer_sha256,
@@ -198,7 +198,7 @@ def write_quarantine(quarantine: Sequence[Outcome], path: Path) -> None:
     if quarantine:
         logger.warning("%d bad rows are in %s; the first: %s", len(quarantine), path.name, quarantine[0])
         lines = (bad.record() for bad in sorted(quarantine, key=lambda bad: bad.index))
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        path.write_text("".join(map(json_line, lines)), encoding="utf-8")
 
 
 def export_token_freq(prepared: PreparedData, token_freq_path: str | Path | None) -> None:

@@ -141,6 +141,10 @@ def open_recipe(output: Path, recipe: Mapping[str, Any]) -> None:
         )
 
 
+def json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 @dataclass
 class Outcome:
     """What became of one raw row."""

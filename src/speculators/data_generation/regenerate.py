@@ -2,6 +2,7 @@
 
     <output>.jsonl          one row per answer, pre-tokenised: prepare-data reads the file unchanged
     <output>.errors.jsonl   conversations that failed; a resumed run tries them again
+    <output>.quarantine.jsonl   bad rows: file, line, id, reason
     <output>.recipe.json    verifier, template and sampling; a run with others does not complete the file
 
 Conversations are written in the order of the source, each as a whole after its last answer. A resumed run skips those
@@ -10,7 +11,6 @@ whose last turn is written, answers the others again from their own seeds, and s
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -23,11 +23,12 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.configs import DEFAULT_ANSWERED_TOGETHER, DEFAULT_NUM_ANSWERS
-from speculators.data_generation.conversations import UnusableRow
+from speculators.data_generation.conversations import FilteredRow, UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
 from speculators.data_generation.records import (
     Finished,
     finished_conversations,
+    json_line,
     open_recipe,
     template_date,
     template_sha256,
@@ -35,7 +36,7 @@ from speculators.data_generation.records import (
 )
 from speculators.data_generation.rollout import Generate, Provenance, Rollout, RolloutBatches, make_rollout
 from speculators.utils.chat_template import ChatRenderer
-from speculators.utils.files import absolute_if_directory
+from speculators.utils.files import absolute_if_directory, atomic_write
 from speculators.utils.progress import Progress, reporting
 from speculators.utils.report import TableReport, facts_table
 
@@ -59,15 +60,27 @@ class RegenerationReport(TableReport, os.PathLike[str]):
     num_failed: int = 0
     num_non_finite: int = 0
     """Answers that ended because the verifier's scores were not finite; their conversations failed."""
+    num_read: int = 0
+    """Conversations of the source; a prompt that is answered several times counts as several."""
+    num_filtered: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     """Reason -> rows of the source that could not be answered."""
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    """The bad rows: file, line, id, reason."""
+    prompts: str = ""
+    """The shape in which prompts were recognised, and the first of them."""
 
     def __fspath__(self) -> str:
         return str(self.path)
 
+    def check(self) -> None:
+        ended = self.num_conversations + self.num_already_done + self.num_failed
+        assert self.num_read == ended + len(self.quarantine) + self.num_filtered, f"{self} does not add up"
+
     def tables(self) -> list[Table]:
         facts = {
             "file": self.path,
+            "prompts": self.prompts or "none",
             "conversations": f"{self.num_conversations:,}, and {self.num_already_done:,} of an earlier run",
             "answers": f"{self.num_rows:,} of {self.num_tokens:,} tokens, {self.num_cut:,} cut at the limit",
             "failed": f"{self.num_failed:,}",
@@ -99,6 +112,7 @@ def regenerate_responses(
     verifier: str | None = None,
     limit: int | None = None,
     num_samples: int = DEFAULT_NUM_ANSWERS,
+    prompt_field: str | None = None,
     batch_size: int = DEFAULT_ANSWERED_TOGETHER,
     max_prompt_tokens: int | None = None,
     resume: bool = False,
@@ -112,10 +126,11 @@ def regenerate_responses(
     """Answers every user turn of `conversations` (rows, or a source for `load_raw_dataset`) with `generate`.
 
     Answers `batch_size` conversations together, turn by turn. `limit`: most conversations. `max_prompt_tokens`:
-    conversations end before a longer prompt. `num_samples`: answers per prompt, each from a seed of its own. `resume`
-    completes an existing `output` (a .jsonl file). `verifier` (its name), `endpoint` and `sampling_params` are only
-    recorded. Raises `ValueError` for a wrong or existing `output`, one that was made by another recipe, and when
-    nothing was answered; raises the error of `generate` after `max_consecutive_errors` failures in sequence.
+    conversations end before a longer prompt. `num_samples`: answers per prompt, each from a seed of its own.
+    `prompt_field`: column of the prompts, where it is not recognised. `resume` completes an existing `output` (a .jsonl
+    file). `verifier` (its name), `endpoint` and `sampling_params` are only recorded. Raises `ValueError` for a wrong or
+    existing `output`, one that was made by another recipe, and when nothing was answered; raises the error of
+    `generate` after `max_consecutive_errors` failures in sequence.
     """
     refuse_equal_samples(num_samples, sampling_params or {})
     path = Path(output)
@@ -150,7 +165,7 @@ def regenerate_responses(
     finished = finished_conversations(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     num_rows = len(rows) if limit is None else min(limit, len(rows))
-    unanswered = rollouts(rows, num_rows, num_samples, finished, report)
+    unanswered = rollouts(rows, num_rows, num_samples, prompt_field, finished, report)
     try:
         with (
             reporting(progress) as show,
@@ -174,6 +189,10 @@ def regenerate_responses(
                 file.unlink()
         if not path.exists():
             path.with_suffix(".recipe.json").unlink(missing_ok=True)
+    if report.quarantine and path.exists():
+        with atomic_write(path.with_suffix(".quarantine.jsonl")) as quarantine:
+            quarantine.writelines(map(json_line, report.quarantine))
+    report.check()
     warn_about(report)
     if report.num_rows == 0 and report.num_already_done == 0:
         raise ValueError(f"nothing was answered: {num_rows} rows in {rows.name}, {report.reasons()}")
@@ -181,21 +200,35 @@ def regenerate_responses(
 
 
 def rollouts(
-    rows: RawRows, num_rows: int, num_samples: int, finished: Finished, report: RegenerationReport
+    rows: RawRows,
+    num_rows: int,
+    num_samples: int,
+    prompt_field: str | None,
+    finished: Finished,
+    report: RegenerationReport,
 ) -> Iterator[Rollout]:
     """Yields the conversations that still need answers; counts the others in the report.
 
     An id is the row's own, else a hash of what it asks. Raises `ValueError` when a finished id asked something else.
     """
-    prompt_field = None if rows.config is None else rows.config.prompt_field
+    preset_field = None if rows.config is None else rows.config.prompt_field
     seen: Counter[str] = Counter()
     for index in range(num_rows):
         row = rows[index]
         try:
-            first = make_rollout(index, row, "", prompt_field)
+            first = make_rollout(index, row, "", prompt_field, preset_field)
         except UnusableRow as reason:
-            report.dropped[str(reason)] += 1
+            report.num_read += 1
+            report.num_filtered += isinstance(reason, FilteredRow)
+            report.dropped[reason.reason] += 1
+            if not isinstance(reason, FilteredRow):
+                own_id = row.get("id") if isinstance(row, Mapping) else None
+                report.quarantine.append({**rows.place(index), "id": own_id, "reason": str(reason)})
             continue
+        if not report.prompts:
+            report.prompts = first.example()
+            logger.info("%s: %s", rows.name, report.prompts)
+        report.num_read += num_samples
         own_id = row.get("id") if isinstance(row, Mapping) else None
         primary_id = first.content_sha256[:16] if own_id is None else str(own_id)
         seen[primary_id] += 1
@@ -256,10 +289,6 @@ def count(report: RegenerationReport, rollout: Rollout) -> None:
 
 def failure(rollout: Rollout, error: Exception) -> dict[str, Any]:
     return {"primary_id": rollout.primary_id, "idx": rollout.index, "error": f"{type(error).__name__}: {error}"}
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def warn_about(report: RegenerationReport) -> None:

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -22,11 +21,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.conversations import (
-    CONVERSATION_COLUMNS,
     Message,
     TokenRow,
     UnusableRow,
-    parse_conversation,
+    parse_prompt,
     parse_token_row,
     refuse_no_object,
 )
@@ -68,6 +66,8 @@ class Rollout:
     tools: list[Any] | None = None
     prompt_ids: list[int] | None = None
     """A prompt given as tokens instead of turns."""
+    shape: str = ""
+    """The columns in which the row held it."""
     sample: int = 0
     """Which of several answers to the same prompt."""
     position: int = 0
@@ -76,6 +76,11 @@ class Rollout:
     """The new conversation so far."""
     answers: list[dict[str, Any]] = field(default_factory=list)
     """Rows to write."""
+
+    def example(self) -> str:
+        """Says which shape was recognised, with the beginning of the first question."""
+        question = next((turn["content"] for turn in self.turns if turn["role"] == "user"), self.prompt_ids)
+        return f"prompts are in {self.shape}; the first: {question!r:.80}"
 
     @property
     def index_and_sample(self) -> tuple[int, int]:
@@ -242,21 +247,19 @@ class RolloutBatches:
         return error
 
 
-def make_rollout(index: int, row: Any, primary_id: str, prompt_field: str | None = None) -> Rollout:
+def make_rollout(
+    index: int, row: Any, primary_id: str, prompt_field: str | None = None, preset_field: str | None = None
+) -> Rollout:
     """Starts a rollout from a raw row: turns, a bare prompt, or tokens, whose prompt ends at the first supervised one.
 
     Raises `UnusableRow` when the row has nothing to answer.
     """
     refuse_no_object(row)
-    if row.get("input_ids") is not None and row.get("loss_mask") is not None:
-        return Rollout(index, primary_id, [], prompt_ids=prompt_of(parse_token_row(row["input_ids"], row["loss_mask"])))
-    prompt = row.get(prompt_field or "prompt")
-    if isinstance(prompt, str) and not any(row.get(column) for column in CONVERSATION_COLUMNS):
-        return Rollout(index, primary_id, [{"role": "user", "content": prompt}])
-    conversation = parse_conversation(row, Counter())
-    if not any(message["role"] == "user" for message in conversation.messages):
-        raise UnusableRow("no user turn to answer")
-    return Rollout(index, primary_id, conversation.messages, conversation.tools)
+    if prompt_field is None and row.get("input_ids") is not None and row.get("loss_mask") is not None:
+        prompt = prompt_of(parse_token_row(row["input_ids"], row["loss_mask"]))
+        return Rollout(index, primary_id, [], prompt_ids=prompt, shape="input_ids + loss_mask")
+    shape, conversation = parse_prompt(row, prompt_field, preset_field)
+    return Rollout(index, primary_id, conversation.messages, conversation.tools, shape=shape)
 
 
 def prompt_of(row: TokenRow) -> list[int]:
@@ -282,6 +285,8 @@ def load_prompts(
             if renderer is None and rollout.prompt_ids is None:
                 renderer = ChatRenderer(tokenizer)  # raises for a tokenizer without a template
             prompts.append(rollout.next_prompt(renderer) or [])
+            if len(prompts) == 1:
+                logger.info("%s: %s", raw_rows.name, rollout.example())
         except (UnusableRow, ChatTemplateError) as reason:
             reasons.append(str(reason))
     if not prompts:
