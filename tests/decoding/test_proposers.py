@@ -11,7 +11,7 @@ from toys import VOCAB
 
 from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.proposers.draft_model import TokenIntersection, first_layers
-from speculators.decoding.proposers.ngram import NgramIndex, NgramProposer
+from speculators.decoding.proposers.suffix import NgramIndex, NgramProposer
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 
 

@@ -13,7 +13,7 @@ from vllm_cases import NGRAM_SIZES, NUM_DRAFTS, TRAINED, UNTRAINED, VARIANTS, De
 from speculators.api import vllm_target
 from speculators.cli.app import run
 from speculators.decoding import Engine, SamplingParams
-from speculators.decoding.proposers.ngram import NgramProposer
+from speculators.decoding.proposers.suffix import NgramProposer
 from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm, speculative_run
 
 pytestmark = pytest.mark.vllm

@@ -12,13 +12,14 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import typer
 from typer.main import get_command
 
-from speculators.cli.shared import escape_warnings, say_error
+from speculators.cli.shared import escape_warnings, say_error, say_warning
 from speculators.train.events import ConfigError
 from speculators.utils.names import did_you_mean
 
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     quieten_libraries()
     escape_warnings()
     try:
-        result = run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = say_warning
+            result = run(args)
     except SystemExit as end:  # argparse's --help, --dump-config
         return int(end.code or 0)
     except (KeyboardInterrupt, typer.Abort, Interrupted) as stop:

@@ -1,7 +1,8 @@
-"""Progress bars: draws ours on request, keeps transformers and the hub from drawing theirs."""
+"""Progress bars: draws ours on request, keeps transformers and the hub from drawing theirs and from giving notices."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -62,3 +63,16 @@ def no_progress_bars() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+@contextmanager
+def no_notices() -> Iterator[None]:
+    """Turns transformers' notices and Python's warnings off inside the block, or in a function that it decorates."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)

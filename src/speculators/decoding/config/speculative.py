@@ -21,8 +21,7 @@ from speculators.decoding.config import mtp_families
 from speculators.decoding.config.checks import BatchSizeRange, check, scheduled_num_tokens
 from speculators.decoding.config.draft import lookup
 from speculators.decoding.config.infer import infer
-from speculators.decoding.config.methods import ATTENTION_BACKENDS, METHODS, Method
-from speculators.decoding.config.vllm_json import vllm_settings
+from speculators.decoding.config.methods import ATTENTION_BACKENDS, METHODS, Method, vllm_settings
 from speculators.decoding.trees.dynamic_tree import DynamicTreeShape
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.decoding.verification import resolve_rule

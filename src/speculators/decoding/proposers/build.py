@@ -13,8 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from speculators.decoding.config import SpeculativeConfig
 from speculators.decoding.config.draft import lookup
 from speculators.decoding.proposers.draft_model import DraftModelProposer, TokenIntersection, first_layers
-from speculators.decoding.proposers.ngram import NgramProposer
-from speculators.decoding.proposers.suffix import SuffixProposer
+from speculators.decoding.proposers.suffix import NgramProposer, SuffixProposer
 from speculators.decoding.trees.dynamic_tree import DynamicTreeProposer
 from speculators.decoding.trees.static_tree import StaticTreeProposer, TreeDraftModelProposer
 from speculators.decoding.verifiers.recurrent_verifier import is_recurrent

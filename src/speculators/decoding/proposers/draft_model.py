@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from speculators.decoding.verifiers.hf_verifier import HFVerifier
+from speculators.decoding.verifiers.recurrent_verifier import make_verifier
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.verifier import verifier_parts
 
@@ -34,7 +34,7 @@ class DraftModelProposer:
 
     def __init__(self, model: PreTrainedModel, *, max_batch_size: int, intersection: TokenIntersection | None = None):
         self.capture = CaptureSpec()
-        self.lm = HFVerifier(model, max_batch_size)
+        self.lm: Any = make_verifier(model, max_batch_size)
         self.intersection = intersection
 
     def __enter__(self) -> DraftModelProposer:

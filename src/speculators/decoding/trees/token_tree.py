@@ -148,3 +148,19 @@ MEDUSA_63 = TokenTree.of(
     + [*_children((0, 0, 0), 2)]
 )
 """Medusa's mc_sim_7b_63."""
+
+
+def paths_of(parents: list[int]) -> list[list[int]]:
+    """The columns from the root to each leaf. Column 0 is the last committed token, node k is column k + 1."""
+    parent_by_column = [-1, *(parent + 1 for parent in parents)]
+    leaves = set(range(len(parent_by_column))) - set(parent_by_column)
+    return [path_to(leaf, parent_by_column) for leaf in sorted(leaves)]
+
+
+def path_to(column: int, parent_by_column: list[int]) -> list[int]:
+    """The columns from the root, whose parent is -1, to this one."""
+    path: list[int] = []
+    while column >= 0:
+        path.insert(0, column)
+        column = parent_by_column[column]
+    return path

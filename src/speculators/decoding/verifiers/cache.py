@@ -177,6 +177,8 @@ class RowState:
     recurrent: tuple[Tensor | None, ...]
 
 
+STATELESS = ("moe", "mlp")
+"""Types of layers that transformers gives a state's place in the cache but that keep nothing there."""
 States = dict[int, RowState]
 """By layer."""
 
@@ -184,12 +186,18 @@ States = dict[int, RowState]
 class HybridCache(RowCache):
     """Keys and values of attention layers in rows; states of the others in `layers`, set up before each forward."""
 
-    def __init__(self, num_rows: int, kinds: list[Any]):
+    def __init__(self, num_rows: int, kinds: list[Any], names: list[str]):
+        """`kinds`: transformers' cache layers. `names`: the types of the layers, or none."""
         super().__init__(num_rows)
         self.num_states = {
-            i: kind.number_of_states for i, kind in enumerate(kinds) if isinstance(kind, LinearAttentionCacheLayerMixin)
+            i: kind.number_of_states
+            for i, kind in enumerate(kinds)
+            if isinstance(kind, LinearAttentionCacheLayerMixin) and not (names and names[i] in STATELESS)
         }
         self.layers = [DynamicLayer() for _ in kinds]
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
     def load(self, states_by_row: list[States | None]) -> None:
         """Start the next forward from these states; None: from the initial ones."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from speculators.nn.prepacked_linear import PrepackedLinears
 from speculators.utils.nested_context import NestedContext
 from speculators.verifier import CapturedStates, VerifierParts, capture_states
 
+Masks = Literal["grouped", "plain", "own"]
+"""What attention gets: our masks with heads that share a key grouped, our masks as they are, or the model's own."""
 IMPLEMENTATION = "speculators_grouped_sdpa"
 """Registered without a mask function, so models build no masks: attention gets ours, or None."""
 
@@ -156,16 +158,25 @@ AttentionInterface.register(IMPLEMENTATION, grouped_sdpa)
 class HFForward(NestedContext):
     """Inside, the model is set up for decoding: attention, prepacked linears, hooks. Restored after the last exit."""
 
-    def __init__(self, model: PreTrainedModel, parts: VerifierParts, num_rows: int, capture: CaptureSpec):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        parts: VerifierParts,
+        num_rows: int,
+        capture: CaptureSpec,
+        *,
+        masks: Masks = "grouped",
+    ):
         self.model, self.config, self.capture = model, parts.config, capture
         self.cache = RowCache(num_rows)
-        self.is_grouped = _can_replace_attention(model, parts.config)
+        self.is_grouped = masks == "grouped" and _can_replace_attention(model, parts.config)
         self.num_groups = _uniform_groups(parts.config) if self.is_grouped else 1
         self.max_position: int | None = getattr(parts.config, "max_position_embeddings", None)
         self._prepacked = PrepackedLinears(model)
         self._states: CapturedStates | None = None
         self._cache_name = cache_argument(model)
-        self._has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self._has_logits_to_keep, self._has_positions = "logits_to_keep" in takes, "position_ids" in takes
 
     def set_up(self, stack: ExitStack) -> None:
         stack.enter_context(self._prepacked)
@@ -192,9 +203,11 @@ class HFForward(NestedContext):
             kwargs["logits_to_keep"] = columns_C
         if self.max_position is not None and span.num_slots_read > self.max_position:
             position_BT = position_BT.clamp(max=self.max_position - 1)  # drafts past the last position are never kept
-        logits = self.model(
-            input_ids=token_ids_BT, attention_mask=masks, position_ids=position_BT, use_cache=True, **kwargs
-        ).logits
+        if self._has_positions:
+            kwargs["position_ids"] = position_BT
+        if masks is not None:
+            kwargs["attention_mask"] = masks
+        logits = self.model(input_ids=token_ids_BT, use_cache=True, **kwargs).logits
         if columns_B is not None:
             logits = logits[torch.arange(len(columns_B), device=logits.device), columns_B][:, None]
         return logits, self._states.drafter_input if self._states is not None else None

@@ -12,6 +12,7 @@ made), and `HFForward`, the model's own, for all others and for a model that get
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speculators.decoding.verifiers.cache import WriteSpan
-from speculators.decoding.verifiers.hf_forward import HFForward, MaskBuilder
+from speculators.decoding.verifiers.hf_forward import HFForward, MaskBuilder, Masks
 from speculators.decoding.verifiers.lean_forward import LeanForward
 from speculators.decoding.verifiers.lean_weights import LeanWeights, NotLlamaShaped
 from speculators.interfaces import CaptureSpec, VerifierOutput
@@ -37,25 +38,46 @@ TOLERANCE_BY_DTYPE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 
 
 class HFVerifier(NestedContext):
     """A model with a cache of `num_rows` rows. `capture`: the states that `score` returns. `lean=False`: run the
-    model's own forward. Raises ValueError for layers that the model does not have or that cannot be rolled back."""
+    model's own forward. `masks` of that forward: "own" are those that the model makes, one row at a time, chains only.
+    Raises ValueError for layers that the model does not have or that cannot be rolled back."""
 
-    def __init__(self, model: PreTrainedModel, num_rows: int, capture: CaptureSpec | None = None, *, lean: bool = True):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_rows: int,
+        capture: CaptureSpec | None = None,
+        *,
+        lean: bool = True,
+        masks: Masks = "grouped",
+    ):
         parts = verifier_parts(model)
         capture = capture or CaptureSpec()
         refuse_unknown_layers(capture, parts)
-        forward, self.forward_reason = lean_forward(model, parts, num_rows, capture) if lean else (None, "lean=False")
-        self._start(model, parts, num_rows, forward or HFForward(model, parts, num_rows, capture))
+        forward: LeanForward | HFForward | None = None
+        self.forward_reason = "lean=False"
+        if lean and masks == "grouped":
+            forward, self.forward_reason = lean_forward(model, parts, num_rows, capture)
+        windows = None if masks == "own" else _attention_windows(model, parts.config)
+        forward = forward or HFForward(model, parts, num_rows, capture, masks=masks)
+        self._start(model, parts, num_rows, forward, windows)
 
     def _start(
-        self, model: PreTrainedModel, parts: VerifierParts, num_rows: int, forward: LeanForward | HFForward
+        self,
+        model: PreTrainedModel,
+        parts: VerifierParts,
+        num_rows: int,
+        forward: LeanForward | HFForward,
+        windows: dict[str, int | None] | None,
     ) -> None:
+        """`windows` None: the model makes its masks itself."""
         parameter = parts.head.weight
         self._model = model
         self.num_rows, self.length_by_row = num_rows, [0] * num_rows
         self.vocab_size: int = parts.config.vocab_size
         self.device: torch.device = parameter.device  # type: ignore[assignment]
         self._forward, self._cache = forward, forward.cache
-        self._masks = MaskBuilder(_attention_windows(model, parts.config), parameter.dtype, self.device)  # type: ignore[arg-type]
+        self._max_positions: int | None = getattr(parts.config, "max_position_embeddings", None)
+        self._masks = None if windows is None else MaskBuilder(windows, parameter.dtype, self.device)  # type: ignore[arg-type]
         self._position_S = torch.arange(0, device=self.device)
         self._last_rows: tuple[int, bool] = (0, False)
 
@@ -63,7 +85,7 @@ class HFVerifier(NestedContext):
     def around(cls, forward: LeanForward, model: PreTrainedModel, parts: VerifierParts, num_rows: int) -> HFVerifier:
         """A verifier on a given forward."""
         verifier = cls.__new__(cls)
-        verifier._start(model, parts, num_rows, forward)
+        verifier._start(model, parts, num_rows, forward, _attention_windows(model, parts.config))
         return verifier
 
     @property
@@ -86,6 +108,10 @@ class HFVerifier(NestedContext):
             if self._cache.capacity:
                 forward.cache.adopt(*self._forward.cache.by_layer())
             self._forward, self._cache, self.forward_reason = forward, forward.cache, str(reason)
+
+    def num_positions_left(self, row: int) -> int:
+        """How many more tokens the row may have before the model's positions end."""
+        return sys.maxsize if self._max_positions is None else max(self._max_positions - self.length_by_row[row], 0)
 
     # -- scoring
 
@@ -145,6 +171,9 @@ class HFVerifier(NestedContext):
         self, lengths: list[int], num_tokens: int, parents_K: Tensor | None
     ) -> tuple[Tensor, Tensor | dict[str, Tensor] | None]:
         num_slots = max(lengths) + num_tokens
+        if self._masks is None:
+            assert len(lengths) == 1 and parents_K is None
+            return self._positions(num_slots)[None, lengths[0] :], None
         groups = self._forward.num_groups if num_tokens <= MAX_GROUPED_TOKENS else 1
         if parents_K is not None:
             tree = self._masks.tree_shape(parents_K)
@@ -156,7 +185,7 @@ class HFVerifier(NestedContext):
         else:
             length_B1 = torch.tensor(lengths, device=self.device)[:, None]
             position_BT = length_B1 + self._positions(num_tokens)
-        if self._forward.is_grouped and self._needs_no_mask(lengths, num_tokens):
+        if self._forward.is_grouped and _needs_no_mask(self._masks.windows, lengths, num_tokens):
             return position_BT, None
         return position_BT, self._unwrapped(self._masks.chain(position_BT, num_slots, groups))
 
@@ -165,13 +194,6 @@ class HFVerifier(NestedContext):
         if len(self._position_S) < end:
             self._position_S = torch.arange(2 * end, device=self.device)
         return self._position_S[:end]
-
-    def _needs_no_mask(self, lengths: list[int], num_tokens: int) -> bool:
-        """Whether no mask is needed: one new token that attends to all, or a prompt from its start (plain causal)."""
-        num_slots = max(lengths) + num_tokens
-        if any(window is not None and num_slots > window for window in self._masks.windows.values()):
-            return False
-        return max(lengths) == 0 or (num_tokens == 1 and len(set(lengths)) == 1)
 
     def _unwrapped(self, masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         return masks if len(masks) > 1 else next(iter(masks.values()))
@@ -186,6 +208,14 @@ class HFVerifier(NestedContext):
         slot_BT = position_BT[:, :1] + self._positions(num_tokens)  # nodes of a tree fill consecutive slots
         slots_M = (row_B1 * self._cache.capacity + slot_BT).flatten()
         return WriteSpan(first_row, B, num_tokens, num_slots, None, slots_M, is_chain)
+
+
+def _needs_no_mask(windows: dict[str, int | None], lengths: list[int], num_tokens: int) -> bool:
+    """Whether no mask is needed: one new token that attends to all, or a prompt from its start (plain causal)."""
+    num_slots = max(lengths) + num_tokens
+    if any(window is not None and num_slots > window for window in windows.values()):
+        return False
+    return max(lengths) == 0 or (num_tokens == 1 and len(set(lengths)) == 1)
 
 
 def refuse_unknown_layers(capture: CaptureSpec, parts: VerifierParts) -> None:
@@ -238,12 +268,14 @@ def compare(what: str, ours: Tensor, expected: Tensor) -> None:
 def _attention_windows(model: PreTrainedModel, config: Any) -> dict[str, int | None]:
     """Sliding window by layer type (None: full attention). Raises ValueError for recurrent layers."""
     layer_types = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
-    unknown = [name for name in layer_types if name not in ("full_attention", "sliding_attention")]
-    if unknown or getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False):
         raise ValueError(
-            f"{type(model).__name__} has layers of type {unknown or ['recurrent']}: they keep a recurrent state, "
-            "which cannot be rolled back when drafts are rejected; decode it with transformers' generate"
+            f"{type(model).__name__} keeps a recurrent state, which cannot be rolled back when drafts are rejected; "
+            "decode it with transformers' generate"
         )
+    unknown = [name for name in layer_types if name not in ("full_attention", "sliding_attention")]
+    if unknown:
+        raise ValueError(f"{type(model).__name__} has layers of type {unknown}, for which no masks are made here")
     window = getattr(config, "sliding_window", None)
     if not layer_types:
         return {"all": window if getattr(config, "use_sliding_window", True) else None}

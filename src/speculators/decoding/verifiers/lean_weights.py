@@ -232,7 +232,8 @@ def activation_of(layer: Any) -> Apply:
 
 def norm_of(module: Any) -> Apply:
     """w x / sqrt(mean(x^2) + eps) over the last axis."""
-    return rms_norm(module.weight.detach(), eps_of(module))
+    eps = eps_of(module)  # first: it refuses a norm without a weight
+    return rms_norm(module.weight.detach(), eps)
 
 
 def heads_norm_of(attention: Any, shape: Shape) -> Apply | None:

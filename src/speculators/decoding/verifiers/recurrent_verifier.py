@@ -28,9 +28,10 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from speculators.decoding.verifiers.cache import HybridCache, States, WriteSpan, neighbours, tensors_of
+from speculators.decoding.verifiers.attention_proof import Way, make_proven_verifier
+from speculators.decoding.verifiers.cache import STATELESS, HybridCache, States, WriteSpan, neighbours, tensors_of
 from speculators.decoding.verifiers.hf_forward import MaskBuilder, cache_argument
-from speculators.decoding.verifiers.hf_verifier import HFVerifier
+from speculators.decoding.verifiers.hf_verifier import refuse_unknown_layers
 from speculators.interfaces import CaptureSpec, Verifier, VerifierOutput
 from speculators.utils.nested_context import NestedContext
 from speculators.verifier import CapturedStates, capture_states, verifier_parts
@@ -52,7 +53,15 @@ def make_verifier(verifier: PreTrainedModel | Verifier, num_rows: int, capture: 
     """The verifier for a model, by how its layers keep the past; a ready verifier is returned as it is."""
     if not isinstance(verifier, nn.Module):
         return verifier
-    return (RecurrentVerifier if is_recurrent(verifier) else HFVerifier)(verifier, num_rows, capture)
+    if not is_recurrent(verifier):
+        refuse_unknown_layers(capture or CaptureSpec(), verifier_parts(verifier))
+        return make_proven_verifier(verifier, num_rows, capture)
+    RecurrentVerifier(verifier, 1, capture)  # refuses what it cannot follow, with its own reason
+    return make_proven_verifier(verifier, num_rows, capture, (Way(RecurrentVerifier, has_trees=False),))
+
+
+class RefusedState(ValueError):
+    """Says why a recurrent model is not decoded here."""
 
 
 class RecurrentVerifier(NestedContext):
@@ -66,7 +75,7 @@ class RecurrentVerifier(NestedContext):
         self.device: torch.device = parameter.device
         kinds = DynamicCache(config=self.parts.config).layers
         self._windows = attention_windows(model, self.parts.config, kinds)
-        self._cache = HybridCache(num_rows, kinds)
+        self._cache = HybridCache(num_rows, kinds, list(getattr(self.parts.config, "layer_types", None) or []))
         self._masks = MaskBuilder(self._windows, parameter.dtype, self.device) if self._windows else None
         takes = inspect.signature(model.forward).parameters
         self._cache_name = cache_argument(model)
@@ -77,7 +86,15 @@ class RecurrentVerifier(NestedContext):
         self._scored: list[tuple[list[int], States]] = []
         self._captured: CapturedStates | None = None
         with torch.inference_mode():
-            self._check_that_states_continue()
+            try:
+                self._check_that_states_continue()
+            except RefusedState:
+                raise
+            except Exception as error:  # whatever a model's forward raises on a cache that is not its own
+                raise RefusedState(
+                    f"{type(model).__name__} does not run on a cache whose states can be put back when drafts are "
+                    f"rejected ({type(error).__name__}: {error}); decode it with transformers' generate"
+                ) from error
 
     @property
     def length_by_row(self) -> list[int]:
@@ -202,14 +219,14 @@ class RecurrentVerifier(NestedContext):
         self._tokens_by_row[0], self._states_by_row[0] = [], None
         difference = max(relative_difference(*pair) for pair in zip(whole, parts, strict=True))
         if not difference <= CHECK_TOLERANCE.get(self.model.dtype, HALF_PRECISION_TOLERANCE):
-            raise ValueError(
+            raise RefusedState(
                 f"{type(self.model).__name__} does not continue its states over several tokens at once (they differ by "
                 f"{difference:.1%}), so drafts cannot be scored; decode it with transformers' generate"
             )
 
 
-def _states_outside_the_cache(model: PreTrainedModel) -> ValueError:
-    return ValueError(
+def _states_outside_the_cache(model: PreTrainedModel) -> RefusedState:
+    return RefusedState(
         f"{type(model).__name__} keeps its states outside transformers' cache, where they cannot be put back when "
         "drafts are rejected; decode it with transformers' generate"
     )
@@ -227,6 +244,8 @@ def attention_windows(model: PreTrainedModel, config: Any, kinds: list[Any]) -> 
     names = list(getattr(config, "layer_types", None) or [])
     windows: dict[str, int | None] = {}
     for i, kind in enumerate(kinds):
+        if names and names[i] in STATELESS:
+            continue
         if isinstance(kind, DynamicSlidingWindowLayer):
             windows[names[i] if names else "all"] = kind.sliding_window
         elif type(kind) is DynamicLayer or (isinstance(kind, DynamicLayer) and isinstance(kind, LinearAttentionLayer)):
