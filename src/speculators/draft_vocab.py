@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from speculators.losses.chunks import OutsideHead
 from speculators.nn.draft_tokens import select_rows
 from speculators.verifier.config import LogitTransform
 from speculators.verifier.loading import read_verifier_weights
@@ -54,6 +55,7 @@ class DraftVocabMixin(_Base):
                 f"draft_vocab_size={self.draft_vocab_size} is larger than the verifier's vocabulary "
                 f"({self.verifier_vocab_size}); give at most that many"
             )
+        self._outside_head: OutsideHead | None = None
         self.register_buffer("t2d", self._buffer(self.verifier_vocab_size, torch.bool))
         self.register_buffer("d2t", self._buffer(self.draft_vocab_size, torch.long))
         padding_idx = getattr(nested, "pad_token_id", None)
@@ -85,6 +87,7 @@ class DraftVocabMixin(_Base):
         device = self.embed_tokens.weight.device
         self.t2d = t2d.to(device=device, dtype=torch.bool).clone()
         self.d2t = d2t.to(device=device, dtype=torch.long).clone()
+        self._outside_head = None
 
     def load_verifier_weights(self) -> None:
         """Fill from the verifier: its norm and head always, the embedding and the draft head where nothing was loaded.
@@ -113,6 +116,27 @@ class DraftVocabMixin(_Base):
         if norm is not None:
             self.verifier_norm = weights.fill_norm(norm)
         self.target_transform = weights.logit_transform
+
+    def outside_head(self) -> OutsideHead | None:
+        """The rows of the verifier's head outside the draft vocabulary: read when training asks, never saved. None for
+        the whole vocabulary, and for a config that names no verifier."""
+        path = self.config.recorded_verifier
+        if not self.use_draft_vocab or path is None:
+            return None
+        device = self.verifier_lm_head.weight.device
+        if self._outside_head is None or self._outside_head.weight_OH.device != device:
+            weights = read_verifier_weights(
+                path,
+                vocab_size=self.verifier_vocab_size,
+                hidden_size=self.hidden_size,
+                needs_embedding=False,
+                needs_norm=False,
+            )
+            assert self.t2d is not None
+            kept_V = self.t2d.to(weights.head_VH.device)
+            parts = weights.head_VH[~kept_V], (~kept_V).nonzero().flatten(), kept_V.nonzero().flatten()
+            self._outside_head = OutsideHead(*(part.to(device) for part in parts))
+        return self._outside_head
 
     def freeze_verifier_weights(self) -> None:
         """What is the verifier's is not trained."""

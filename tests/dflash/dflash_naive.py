@@ -97,6 +97,17 @@ class NaiveDFlash:
         last = batch["verifier_last_hidden_states"][0, column].double()
         return self.w["verifier_lm_head.weight"] @ self.norm("verifier_norm", last)
 
+    outside_head = None
+    """Rows of the verifier's head outside the draft vocabulary."""
+
+    def can_be_drafted(self, batch, column):
+        """Whether the verifier's token is in the draft vocabulary."""
+        if self.outside_head is None:
+            return True
+        last = batch["verifier_last_hidden_states"][0, column].double()
+        others = self.outside_head.double() @ self.norm("verifier_norm", last)
+        return bool(others.max() < self.target(batch, column).max())
+
     def blocks(self, batch):
         """{p: {k: (draft logits, target logits)}} of everything that counts."""
         context = self.context(batch)

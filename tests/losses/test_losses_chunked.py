@@ -1,12 +1,15 @@
 """The chunked route against the reference over one list of cases, forward and backward, in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from speculators.losses import resolve_loss_config
+from speculators.losses import chunks, resolve_loss_config
 from speculators.losses.chunked import row_losses
-from speculators.losses.chunks import HeadTargets, TokenTargets
+from speculators.losses.chunks import HeadTargets, OutsideHead, TokenTargets
+from speculators.models.supervision import step_accuracy
 
 V, H, R = 13, 6, 11
 SPECS = ["kl_div", "rkl", "jsd", "ce", "tv", "nla", "lk_hybrid", '{"ce": 0.3, "tv": 0.7}', '{"kl_div": 2.0, "tv": 0.0}']
@@ -156,3 +159,64 @@ def test_no_tensor_of_all_rows_by_vocabulary_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
         row_losses(hidden, head, targets, index, resolve_loss_config("kl_div"))
     assert saved == [hidden.shape]
+
+
+KEPT = torch.tensor([1, 4, 6])
+"""Verifier ids of a draft vocabulary of 3 out of 8."""
+
+
+def reduced_case(rows_T8, drafts_N3):
+    """Targets whose logits over the whole vocabulary are the given rows, and drafts with the given logits."""
+    eye = torch.eye(8, dtype=torch.float64)
+    is_kept = torch.zeros(8, dtype=torch.bool).index_fill(0, KEPT, True)
+    outside = OutsideHead(eye[~is_kept], (~is_kept).nonzero().flatten(), KEPT)
+    targets = HeadTargets(torch.tensor(rows_T8, dtype=torch.float64), eye[KEPT], outside_head=outside)
+    return torch.tensor(drafts_N3, dtype=torch.float64).requires_grad_(), targets
+
+
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_a_target_outside_the_draft_vocabulary_is_a_miss(implementation):
+    """Rows: best token kept; best outside, the drafter says the best kept one; a tie of 4 with 3 (outside, the smaller
+    id: the verifier says 3); a tie of 4 with 5 (the verifier says 4)."""
+    rows = [[0, 0, 0, 0, 9, 0, 0, 0], [9, 0, 0, 0, 5, 0, 0, 0], [0, 0, 0, 7, 7, 0, 0, 0], [0, 0, 0, 0, 7, 7, 0, 0]]
+    hidden, targets = reduced_case(rows, [[0, 1, 0]] * 4)
+    config = resolve_loss_config("kl_div", implementation)
+    losses = row_losses(hidden, torch.eye(3, dtype=torch.float64), targets, torch.arange(4), config)
+    assert losses.correct_N.tolist() == [True, False, False, True]
+    assert losses.agrees_N.tolist() == [True] * 4
+
+
+def test_a_chain_is_broken_by_a_target_outside():
+    """Step 0 of column 1 and step 1 of column 0 are outside: column 0 ends after step 0, column 1 before it."""
+    inside, outside = [0, 0, 0, 0, 9, 0, 0, 0], [9, 0, 0, 0, 5, 0, 0, 0]
+    hidden, targets = reduced_case([inside, outside, inside], [[0, 1, 0]] * 5)
+    step_N, row_N = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 0, 1])
+    config = resolve_loss_config("kl_div")
+    losses = row_losses(hidden, torch.eye(3, dtype=torch.float64), targets, row_N + step_N, config)
+    supervised, correct = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool)
+    correct[step_N, row_N] = losses.correct_N
+    shares = {name: float(r.numerator / r.denominator) for name, r in step_accuracy(supervised, correct).items()}
+    assert shares == pytest.approx({"full_acc_0": 2 / 3, "cond_acc_0": 2 / 3, "full_acc_1": 0.0, "cond_acc_1": 0.0})
+
+
+@pytest.mark.parametrize("spec", ["kl_div", "ce"])
+def test_the_loss_does_not_read_what_is_outside(spec, monkeypatch):
+    """Same bits, whatever is outside; pieces of 16 rows find what one piece finds; a whole vocabulary asks nothing."""
+    generator = torch.Generator().manual_seed(5)
+    rows, drafts = (torch.randn(n, 3 if n == 90 else 8, generator=generator).tolist() for n in (70, 90))
+    hidden, targets = reduced_case(rows, drafts)
+    index = torch.randint(0, 70, (90,), generator=generator)
+    eye, config = torch.eye(3, dtype=torch.float64), resolve_loss_config(spec)
+    found = []
+    for given in (targets, dataclasses.replace(targets, outside_head=None), targets):
+        losses = row_losses(hidden, eye, given, index, config)
+        found.append((losses, *torch.autograd.grad(losses.loss_N.sum(), hidden)))
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", {"cpu": 1, "cuda": 1})
+    for (losses, grad), (plain, plain_grad) in ((found[0], found[1]), (found[2], found[1])):
+        torch.testing.assert_close(losses.loss_N, plain.loss_N, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(grad, plain_grad, atol=1e-12, rtol=1e-12)
+        assert torch.equal(losses.agrees_N, plain.correct_N) and not plain.outside_N.any()
+    best = torch.tensor(rows, dtype=torch.float64).argmax(-1)[index]
+    expected = best == KEPT[hidden.argmax(-1)]
+    assert torch.equal(found[0][0].correct_N, expected) and torch.equal(found[2][0].correct_N, expected)
+    assert 0 < expected.sum() < found[1][0].correct_N.sum()

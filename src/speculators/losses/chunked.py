@@ -25,12 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from speculators.losses.chunks import Chunk, Pairing, Targets, Terms, iterate_chunks, kernel_of
+from speculators.losses.chunks import Chunk, Pairing, Targets, Terms, iterate_chunks, kernel_of, rows_per_chunk
 from speculators.losses.closed_form import TokenRows
 from speculators.losses.registry import LossConfig, is_reference
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits per chunk, by device: on a CPU they fit its cache, on a GPU products are worth launching."""
 ROUNDING = 1e-5
 """Relative difference up to which the weights of rows equal the expected ones."""
 
@@ -45,10 +43,19 @@ class RowLosses:
     """Each term, unweighted and detached."""
     draft_ids_N: Tensor
     target_ids_N: Tensor
+    """The most likely token of the draft vocabulary."""
+    outside_N: Tensor
+    """Bool: the verifier's own most likely token is not in the draft vocabulary, so that no draft is right."""
+
+    @property
+    def agrees_N(self) -> Tensor:
+        """Drafter and verifier agree on the best token of the draft vocabulary: what losses are made of."""
+        return self.draft_ids_N == self.target_ids_N
 
     @property
     def correct_N(self) -> Tensor:
-        return self.draft_ids_N == self.target_ids_N
+        """A greedy verifier accepts the draft: what is measured."""
+        return self.agrees_N & ~self.outside_N
 
 
 def row_losses(
@@ -107,14 +114,13 @@ def head_losses(
     chunk_elements: int | None,
 ) -> RowLosses:
     terms = [(kernel_of(function), weight) for function, weight in loss_config.values()]
-    budget = chunk_elements or CHUNK_ELEMENTS.get(rows_NX.device.type, CHUNK_ELEMENTS["cuda"])
     vocab_size = next(part.shape[0] for part in head if part is not None)
-    pairing = Pairing.of(target_index_N, chunk_rows=max(16, budget // vocab_size))
+    pairing = Pairing.of(target_index_N, rows_per_chunk(rows_NX.device, vocab_size, chunk_elements))
     frozen_VH = None if head.frozen_VH is None else head.frozen_VH.detach()
-    loss_N, terms_MN, draft_ids_N, target_ids_N = ChunkedRows.apply(
+    loss_N, terms_MN, *ids_and_outside = ChunkedRows.apply(
         rows_NX, frozen_VH, head.trained_VR, targets, pairing, terms, expected_weight_N
     )
-    return RowLosses(loss_N, dict(zip(loss_config, terms_MN, strict=True)), draft_ids_N, target_ids_N)
+    return RowLosses(loss_N, dict(zip(loss_config, terms_MN, strict=True)), *ids_and_outside)
 
 
 def reference_row_losses(
@@ -130,7 +136,9 @@ def reference_row_losses(
     total = sum((weight * losses[name] for name, (_, weight) in loss_config.items()), start=logits_NV.new_zeros(()))
     assert isinstance(total, Tensor)
     terms = {name: loss_N.detach() for name, loss_N in losses.items()}
-    return RowLosses(total, terms, logits_NV.argmax(-1), target.token_ids_N)
+    outside_N = targets.outside(target_index_N, target, logits_NV.dtype)
+    outside_N = torch.zeros_like(target_index_N, dtype=torch.bool) if outside_N is None else outside_N
+    return RowLosses(total, terms, logits_NV.argmax(-1), target.token_ids_N, outside_N)
 
 
 def is_reference_config(loss_config: LossConfig) -> bool:
@@ -181,15 +189,19 @@ class ChunkedRows(torch.autograd.Function):
         head = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         losses_MN = torch.zeros(len(terms), len(rows), dtype=accumulate, device=device)
         draft_ids_N, target_ids_N = torch.zeros(2, len(rows), dtype=torch.int64, device=device).unbind(0)
+        outside_N = torch.zeros(len(rows), dtype=torch.bool, device=device)
         gradients = None
         if any(ctx.needs_input_grad) and (trained_VR is None or expected_N is not None):
             gradients = Gradients.zeros(rows, head, trained_VR, None if trained_VR is None else expected_N)
         with torch.autocast(device.type, enabled=False):  # products are cast by hand; sums stay fp32
-            for chunk in iterate_chunks(rows, head, targets, pairing, terms, gradients is not None):
+            wants_grad = gradients is not None
+            for chunk in iterate_chunks(rows, head, targets, pairing, terms, wants_grad=wants_grad, wants_outside=True):
                 for loss_N, loss in zip(losses_MN, chunk.losses, strict=True):
                     chunk.write(loss_N, loss)
                 chunk.write(draft_ids_N, chunk.draft_ids)
                 chunk.write(target_ids_N, chunk.target_ids)
+                if chunk.outside is not None:
+                    chunk.write(outside_N, chunk.outside)
                 if gradients is not None:
                     gradients.add(chunk)
         known = (None, None) if gradients is None else (gradients.grad_rows_NX, gradients.grad_trained_VR)
@@ -198,9 +210,9 @@ class ChunkedRows(torch.autograd.Function):
         ctx.rest = targets, pairing, terms, rows_NX.dtype
         weights_M = torch.tensor([weight for _, weight in terms], dtype=accumulate, device=device)
         loss_N = (weights_M[:, None] * losses_MN).sum(0)  # not a matmul: autocast would make it bf16
-        ids = draft_ids_N.clone(), target_ids_N.clone()
-        ctx.mark_non_differentiable(losses_MN, *ids)
-        return loss_N, losses_MN, *ids
+        judged = draft_ids_N.clone(), target_ids_N.clone(), outside_N
+        ctx.mark_non_differentiable(losses_MN, *judged)
+        return loss_N, losses_MN, *judged
 
     @staticmethod
     @once_differentiable
@@ -216,7 +228,9 @@ class ChunkedRows(torch.autograd.Function):
             else:
                 gradients = Gradients.zeros(rows, head, trained_VR, grad_loss_N)
                 with torch.autocast(rows.device.type, enabled=False):
-                    for chunk in iterate_chunks(rows, head, targets, pairing, terms, True):
+                    for chunk in iterate_chunks(
+                        rows, head, targets, pairing, terms, wants_grad=True, wants_outside=False
+                    ):
                         gradients.add(chunk)
                 grad_rows_NX, grad_trained_VR = gradients.grad_rows_NX, gradients.grad_trained_VR
         return grad_rows_NX.to(rows_dtype), None, grad_trained_VR, None, None, None, None

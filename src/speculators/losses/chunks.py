@@ -1,7 +1,7 @@
 """Chunks of draft rows and of the target rows they are compared with: how they are cut, computed and scored.
 
 Shapes: N draft rows, T target rows, U of them in use, K uses of a target row, C rows of a chunk, H hidden size, X width
-of a row, V draft vocabulary.
+of a row, V draft vocabulary, O verifier tokens outside it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 from speculators.losses.closed_form import KernelOutput, LogitRows, LossKernel, TargetRows, TokenRows
 from speculators.losses.registry import KERNELS, LossFunction
 
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Logits per chunk, by device: on a CPU they fit its cache, on a GPU products are worth launching."""
 MIN_FILL = 0.5
 """A column of the table that fills at least this share of a chunk is padded; sparser ones are gathered."""
 
@@ -25,6 +27,26 @@ class Targets(Protocol):
     """What draft rows are compared with: computes the target distributions of chosen rows on demand."""
 
     def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows: ...
+
+    def outside(self, rows_C: Tensor, target: TargetRows, dtype: torch.dtype) -> Tensor | None:
+        """Bool: the most likely token of these rows is outside the draft vocabulary. None: it never is."""
+        ...
+
+
+class OutsideHead(NamedTuple):
+    """The rows of the verifier's head that a reduced draft vocabulary leaves out. No loss reads them; they tell where
+    the verifier's token cannot be drafted."""
+
+    weight_OH: Tensor
+    token_ids_O: Tensor
+    """Verifier ids, ascending, of the rows."""
+    kept_ids_V: Tensor
+    """Verifier ids of the draft vocabulary, ascending."""
+
+
+def rows_per_chunk(device: torch.device, width: int, elements: int | None = None) -> int:
+    """Rows of a chunk of logits over `width` tokens."""
+    return max(16, (elements or CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])) // width)
 
 
 @dataclass(frozen=True)
@@ -37,15 +59,34 @@ class HeadTargets:
     """Factor on the logits (`logit_scale`; 1 / `logits_scaling`)."""
     softcap: float | None = None
     """`final_logit_softcapping`: cap * tanh(logits / cap)."""
+    outside_head: OutsideHead | None = None
+    """None: `weight_VH` is the verifier's whole head."""
 
-    def logits(self, rows_C: Tensor, dtype: torch.dtype) -> Tensor:
-        logits_CV = F.linear(self.hidden_TH[rows_C].to(dtype), self.weight_VH.to(dtype))
+    def logits(self, rows_C: Tensor, dtype: torch.dtype, weight_VH: Tensor | None = None) -> Tensor:
+        weight_VH = self.weight_VH.to(dtype) if weight_VH is None else weight_VH
+        logits_CV = F.linear(self.hidden_TH[rows_C].to(dtype), weight_VH)
         if self.scale != 1.0:
             logits_CV = logits_CV * self.scale
         return logits_CV if self.softcap is None else self.softcap * torch.tanh(logits_CV / self.softcap)
 
     def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows:
         return LogitRows(self.logits(rows_C, dtype))
+
+    @torch.no_grad()
+    def outside(self, rows_C: Tensor, target: TargetRows, dtype: torch.dtype) -> Tensor | None:
+        """The argmax over the whole head, in pieces of a chunk: a small draft vocabulary makes chunks of many rows."""
+        if self.outside_head is None:
+            return None
+        weight_OH, token_ids_O, kept_ids_V = self.outside_head
+        weight_OH, pieces = weight_OH.to(dtype), []
+        for rows in rows_C.split(rows_per_chunk(rows_C.device, len(weight_OH))):
+            rival = LogitRows(self.logits(rows, dtype, weight_OH))
+            pieces.append((rival.logits_NV.gather(1, rival.token_ids_N[:, None])[:, 0], rival.token_ids_N))
+        rival_C, rival_ids_C = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+        assert isinstance(target, LogitRows)
+        best_C = target.logits_NV.gather(1, target.token_ids_N[:, None])[:, 0]
+        comes_first_C = token_ids_O[rival_ids_C] < kept_ids_V[target.token_ids_N]  # ties: the smallest id
+        return (rival_C > best_C) | ((rival_C == best_C) & comes_first_C)
 
 
 @dataclass(frozen=True)
@@ -56,6 +97,9 @@ class TokenTargets:
 
     def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows:
         return TokenRows(self.token_ids_T[rows_C])
+
+    def outside(self, rows_C: Tensor, target: TargetRows, dtype: torch.dtype) -> Tensor | None:
+        return None
 
 
 class Group(NamedTuple):
@@ -130,6 +174,9 @@ class Chunk(NamedTuple):
     """Of the weighted sum of the terms."""
     draft_ids: Tensor
     target_ids: Tensor
+    """In the draft vocabulary."""
+    outside: Tensor | None
+    """See `Targets.outside`; None too where nobody asked."""
 
     def write(self, out_N: Tensor, values: Tensor) -> None:
         """Writes the values of the group's real rows into `out_N`."""
@@ -144,18 +191,29 @@ Terms = list[tuple[LossKernel, float]]
 
 
 def iterate_chunks(
-    rows_NX: Tensor, head_VX: Tensor, targets: Targets, pairing: Pairing, terms: Terms, wants_grad: bool
+    rows_NX: Tensor,
+    head_VX: Tensor,
+    targets: Targets,
+    pairing: Pairing,
+    terms: Terms,
+    *,
+    wants_grad: bool,
+    wants_outside: bool,
 ) -> Iterator[Chunk]:
     """Computes target logits once per chunk, then scores the draft rows that share them, group by group."""
     for target_rows_C, groups in pairing.chunks():
         target = targets.at(target_rows_C, head_VX.dtype)
+        outside_C = targets.outside(target_rows_C, target, head_VX.dtype) if wants_outside else None
         for group in groups:
             draft = LogitRows(F.linear(rows_NX[group.draft_rows], head_VX))
             chosen = target if group.target_index is None else target.take(group.target_index)
-            yield score_group(group, draft, chosen, terms, wants_grad)
+            outside = outside_C if outside_C is None or group.target_index is None else outside_C[group.target_index]
+            yield score_group(group, draft, chosen, outside, terms, wants_grad)
 
 
-def score_group(group: Group, draft: LogitRows, target: TargetRows, terms: Terms, wants_grad: bool) -> Chunk:
+def score_group(
+    group: Group, draft: LogitRows, target: TargetRows, outside: Tensor | None, terms: Terms, wants_grad: bool
+) -> Chunk:
     losses, grad_logits = [], None
     for kernel, weight in terms:
         loss, grad = kernel(draft, target, wants_grad and weight != 0.0)
@@ -165,7 +223,7 @@ def score_group(group: Group, draft: LogitRows, target: TargetRows, terms: Terms
             grad_logits = grad if grad_logits is None else grad_logits.add_(grad)
     if wants_grad and grad_logits is None:
         grad_logits = torch.zeros_like(draft.probs_NV)
-    return Chunk(group, losses, grad_logits, draft.token_ids_N, target.token_ids_N)
+    return Chunk(group, losses, grad_logits, draft.token_ids_N, target.token_ids_N, outside)
 
 
 def kernel_of(function: LossFunction) -> LossKernel:

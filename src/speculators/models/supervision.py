@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.interfaces import PackedBatch, Ratio
-from speculators.losses.chunks import HeadTargets
+from speculators.losses.chunks import HeadTargets, OutsideHead
 from speculators.losses.metrics import ratio
 from speculators.nn.routes import Route
 from speculators.verifier.config import LogitTransform
@@ -28,13 +28,15 @@ class VerifierHead:
     lm_head: nn.Linear
     """Of the draft vocabulary's tokens alone, where there is one."""
     transform: LogitTransform
+    outside: OutsideHead | None = None
+    """The head's other tokens, where `lm_head` is of a draft vocabulary."""
 
     def targets(self, last_hidden_TH: Tensor) -> HeadTargets:
         """Distributions after each column; states are before the final norm."""
         return self.normed_targets(self.norm(last_hidden_TH))
 
     def normed_targets(self, normed_TH: Tensor) -> HeadTargets:
-        return HeadTargets(normed_TH, self.lm_head.weight, *self.transform)
+        return HeadTargets(normed_TH, self.lm_head.weight, *self.transform, self.outside)
 
 
 def supervised_steps(batch: PackedBatch, num_steps: int) -> Tensor:

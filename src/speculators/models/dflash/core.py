@@ -172,7 +172,7 @@ class DFlashDraftModel(DraftModel):
 
     @property
     def verifier_head(self) -> VerifierHead:
-        return VerifierHead(self.verifier_norm, self.verifier_lm_head, self.target_transform)
+        return VerifierHead(self.verifier_norm, self.verifier_lm_head, self.target_transform, self.outside_head())
 
     def train_on(self, batch: PackedBatch, args: LossArgs[Any]) -> LossOutput:
         assert isinstance(args, BlockArgs)

@@ -109,7 +109,7 @@ def confidence_loss_of(kappa_PS: Tensor, losses: RowLosses, output: BlockOutput,
     """Always with the fixed decay."""
     blocks = output.blocks
     supervised_PS = blocks.supervised_PS
-    target_N = losses.correct_N.float() if own.confidence_target == "greedy" else 1.0 - losses.terms[TV]
+    target_N = losses.agrees_N.float() if own.confidence_target == "greedy" else 1.0 - losses.terms[TV]
     kappa_N = kappa_PS[supervised_PS].float()
     decay_PS = dflash_loss_decay(blocks.slot_index_PS, own.dflash_decay_gamma, blocks.first_slot == 0)
     loss_N = F.binary_cross_entropy_with_logits(kappa_N, target_N.float(), reduction="none")

@@ -123,7 +123,7 @@ class Eagle3DraftModel(DraftModel):
 
     @property
     def verifier_head(self) -> VerifierHead:
-        return VerifierHead(self.verifier_norm, self.verifier_lm_head, self.target_transform)
+        return VerifierHead(self.verifier_norm, self.verifier_lm_head, self.target_transform, self.outside_head())
 
     def train_on(self, batch: PackedBatch, args: LossArgs[Any]) -> LossOutput:
         return train_unrolled(self.network, batch, self.verifier_head, args)
