@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from speculators.decoding import SpeculativeConfig
-from speculators.decoding.proposers.ngram import NgramProposer
-from speculators.decoding.proposers.suffix import SuffixProposer
+from speculators.decoding.proposers.suffix import NgramProposer, SuffixProposer
 from speculators.interfaces import Committed, DraftSampling
 
 NUM_DRAFTED = 4
