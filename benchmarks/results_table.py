@@ -42,7 +42,7 @@ class Trained:
 
 
 def results_table(report: EvaluationReport, trained: Mapping[str, Trained]) -> str:
-    """One row a method, by acceptance length; plain decoding first."""
+    """One row per method, by acceptance length; plain decoding first."""
     rows = sorted(report.rows, key=lambda row: (row.method != PLAIN, -row.acceptance_length.value))
     lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(cells(row, trained.get(row.method)) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -136,8 +136,8 @@ def names_share(chats: list, answers: list[str]) -> float:
 
 LABELS = {
     "answers": "answers",
-    "mean_tokens": "tokens an answer, mean",
-    "median_tokens": "tokens an answer, median",
+    "mean_tokens": "tokens per answer, mean",
+    "median_tokens": "tokens per answer, median",
     "without_end_mark": "answers cut at the limit without an end mark",
     "looping": f"answers that loop (one {LOOP_NGRAM}-gram {LOOP_TIMES} times or more)",
     "repeated_4grams": "4-grams seen before in the same answer, mean",

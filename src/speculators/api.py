@@ -56,7 +56,7 @@ from speculators.utils.progress import Progress, no_progress_bars
 NOTED = ("max_tokens", "temperature", "top_k", "top_p", "seed")
 """Sampling settings that are written beside each regenerated answer; others where they were set."""
 
-Source = str | os.PathLike[str] | Sequence[Any]
+Source = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
 """Conversations: a file, a directory, `hf:<id>` or a preset, or the rows themselves."""
 
 
@@ -161,12 +161,12 @@ def train_drafter(
     model = verifier if isinstance(verifier, PreTrainedModel) else None
     with TrainingProgress() if progress else nullcontext() as bar:
 
-        def tell(event: Event) -> None:
+        def publish(event: Event) -> None:
             for listener in (bar, on_event):
                 if listener is not None:
                     listener(event)
 
-        return train(config, verifier=model, on_event=tell)
+        return train(config, verifier=model, on_event=publish)
 
 
 def as_flags(given: Mapping[str, Any]) -> list[str]:
@@ -240,7 +240,7 @@ def verify(
 
 
 def vllm_target(checkpoint: str, verifier: str | None, python: str | None, folder: Path) -> VllmTarget | str:
-    """What vLLM serves: the checkpoint itself, or the directory `export` makes of it. Text: why it cannot be asked."""
+    """Returns what vLLM is to serve: the checkpoint, or what `export` makes of it. A text says why vLLM cannot run."""
     try:
         environment = find_vllm(python)
     except ValueError as error:

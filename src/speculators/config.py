@@ -1,4 +1,4 @@
-"""What config.json says: which algorithm a speculator is, how it drafts, and which verifier it was made for.
+"""Reads and writes config.json: which algorithm a speculator is, how it drafts, and which verifier it was made for.
 
 A `SpeculatorModelConfig` is both a pydantic model (typed fields, families told apart by `speculators_model_type`) and
 a transformers `PretrainedConfig` (saving, hub, model classes). Pydantic validates; transformers only stores.
@@ -76,7 +76,7 @@ class VerifierConfig(BaseModel):
 
 
 class SpeculatorsConfig(ReloadableBaseModel):
-    """How a speculator drafts and for whom: the `speculators_config` block that serving engines read."""
+    """Records how a speculator drafts and for whom: the `speculators_config` block that serving engines read."""
 
     algorithm: str = Field(description="Name of the algorithm; equals the config's speculators_model_type")
     proposal_methods: list[TokenProposalConfig] = Field(description="Supported ways to propose tokens, best first")
@@ -160,7 +160,7 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
         return load_transformer_config(value, cls.default_transformer_model_type)
 
     def serialize_transformer_config(self, value: PretrainedConfig) -> dict[str, Any]:
-        """How that field is written: a subclass with a `field_serializer` of its own for it writes it its way."""
+        """Writes that field; a subclass with a `field_serializer` of its own for it writes it its way."""
         return dump_transformer_config(value)
 
     def __init__(self, **kwargs: Any) -> None:
@@ -246,7 +246,7 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
         return values
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds: every field of ours, and of transformers' what differs from its defaults."""
+        """Returns what config.json holds: every field of ours, and of transformers' what differs from its defaults."""
         values, defaults = self.to_dict(), PretrainedConfig().to_dict()
         own_fields = set(type(self).model_fields) - _HF_FIELDS
         return {

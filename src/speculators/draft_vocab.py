@@ -139,7 +139,7 @@ class DraftVocabMixin(_Base):
         return self._outside_head
 
     def freeze_verifier_weights(self) -> None:
-        """What is the verifier's is not trained."""
+        """Excludes the verifier's weights from training."""
         for name in ("embed_tokens", "lm_head", "verifier_lm_head", "verifier_norm"):
             module = getattr(self, name, None)
             if module is not None:

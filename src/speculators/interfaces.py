@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """Which activations of the verifier a drafter reads."""
+    """Says which activations of the verifier a drafter reads."""
 
     aux_layer_ids: tuple[int, ...] = ()
     """Residual streams, concatenated on the feature axis in this (strictly increasing) order."""
@@ -29,7 +29,7 @@ class CaptureSpec:
 
 @dataclass(frozen=True)
 class VerifierStates:
-    """What the verifier computed for one token sequence. Row i belongs to token i."""
+    """Holds what the verifier computed for one token sequence. Row i belongs to token i."""
 
     token_ids_T: Tensor
     aux_TD: Tensor | None = None
@@ -38,7 +38,7 @@ class VerifierStates:
 
 
 class HiddenStateSource(Protocol):
-    """Where training gets verifier states from: in process, a vLLM server, a store on disk, or a cache over one."""
+    """Gives training its verifier states: in process, a vLLM server, a store on disk, or a cache over one."""
 
     capture: CaptureSpec
 
@@ -145,7 +145,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class DraftSampling:
-    """How a proposer draws drafts: temperatures [B] (0 = argmax) and the source of randomness."""
+    """Says how a proposer draws drafts: temperatures [B] (0 = argmax) and the source of randomness."""
 
     temperature_B: Tensor
     generator: torch.Generator | None = None

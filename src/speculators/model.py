@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from speculators.checkpoint.formats import SPECULATORS, CheckpointContract
 from speculators.config import SpeculatorModelConfig
@@ -96,7 +97,7 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
         )
 
     @classmethod
-    def verify_training_compatible(cls, model: Any) -> None:
+    def verify_training_compatible(cls, model: nn.Module) -> None:
         """Raise unless the trainer can train `model`."""
         if not isinstance(model, SpeculatorModel):
             raise TypeError(f"Expected a SpeculatorModel to train, got {type(model).__name__}")
@@ -110,7 +111,7 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
 
     @property
     def capture(self) -> CaptureSpec:
-        """Which verifier states the drafter reads; by default those of its `target_layer_ids`, and the last."""
+        """Says which verifier states the drafter reads; by default those of its `target_layer_ids`, and the last."""
         return CaptureSpec(aux_layer_ids=tuple(getattr(self, "target_layer_ids", None) or ()), last_hidden=True)
 
     @staticmethod
@@ -121,15 +122,15 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
     def make_tree_drafter(
         self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
     ) -> TreeDrafter:
-        """What draft trees are grown with at decode time."""
+        """Builds what grows draft trees at decode time."""
         raise ValueError(f"{type(self).__name__} drafts chains only; leave out speculative_token_tree and dynamic_tree")
 
     def make_proposer(self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int) -> Proposer:
-        """What drafts with this model at decode time."""
+        """Builds what drafts with this model at decode time."""
         raise NotImplementedError(f"{type(self).__name__} does not implement make_proposer: it can only be trained")
 
     def draft_logits(self, states: VerifierStates, num_drafts: int) -> Tensor | None:
-        """What the training forward answers in the places of the last `num_drafts` tokens, each on the tokens before
+        """What the training forward predicts in the places of the last `num_drafts` tokens, each on the tokens before
         it: [K, V] logits over the verifier's vocabulary, -inf for tokens that cannot be drafted. States are zeros from
         the last token before the drafts on: nobody knows them when drafting. The parity gate compares this with what
         the proposer drafted; None: the algorithm has no such answer, and the gate says that nothing was compared."""
@@ -170,8 +171,24 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
         `load_verifier_weights` is called at the end."""
         return cls(config, *args, **kwargs)
 
+    @overload
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *,
+        output_loading_info: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Self: ...
+
+    @classmethod
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
@@ -188,7 +205,7 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
         t2d: Tensor | None = None,
         d2t: Tensor | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """The model of a checkpoint directory, a hub id, or a config and a `state_dict`.
 
         `verifier` says where the verifier lies now, if not where the checkpoint recorded it. `dtype` ("auto": as
@@ -229,7 +246,8 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
         model.eval()
         model.load_vocab_mappings(t2d, d2t)
         model.load_verifier_weights()
-        return (model, loading_info) if options.output_loading_info else model
+        loaded = cast("Self", model)
+        return (loaded, loading_info) if options.output_loading_info else loaded
 
     @classmethod
     def expected_tensors(cls, config: SpeculatorModelConfig) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How every drafter is built and trained: the open doors that callers use, written once over the typed hooks that an
+"""Builds and trains every drafter: the open doors that callers use, written once over the typed hooks that an
 algorithm fills in.
 
     from_training_args(config, t2d, d2t, **keys)   ->  DrafterArgs  ->  config_values
@@ -39,7 +39,7 @@ class NoTrainingArgs(TrainingArgs):
 
 @dataclass(frozen=True)
 class DrafterArgs(Generic[Own]):
-    """What a new drafter is made of, beside the config of its layers."""
+    """Holds what a new drafter is made of, beside the config of its layers."""
 
     own: Own
     """The algorithm's `training_args`."""
@@ -54,7 +54,7 @@ class DrafterArgs(Generic[Own]):
 
 @dataclass(frozen=True)
 class LossArgs(Generic[Own]):
-    """What one training forward is told."""
+    """Holds the settings of one training forward."""
 
     own: Own
     """The algorithm's `training_args`."""
@@ -145,7 +145,7 @@ class TrainingDoors:
         )
 
     def loss_args(self, keywords: Mapping[str, Any]) -> LossArgs[Any]:
-        """What the keywords of `forward` say, the rest by default."""
+        """Reads the keywords of `forward`, the rest by default."""
         own = self.read_own({key: keywords[word] for key, word in self._forward_keys().items() if word in keywords})
         default = self.generic_key({}, LossKeys, "loss_fn")
         loss_config = choose_loss_config(keywords.get("loss_config"), keywords.get("loss_fn"), default)
@@ -174,7 +174,7 @@ class TrainingDoors:
     def forward_output(
         self, batch: PackedBatch, args: LossArgs[Any], result: LossOutput, given: Mapping[str, Any]
     ) -> Any:
-        """What `forward` returns beside loss and metrics: the draft ids of each step, [1, S], if there are any.
+        """Returns what `forward` gives beside loss and metrics: the draft ids of each step, [1, S], if there are any.
         `given`: tensors and keywords as `forward` got them."""
         if result.draft_ids is None:
             return None
@@ -214,7 +214,8 @@ class TrainingDoors:
         if cls.train_on is TrainingDoors.train_on:
             raise NotImplementedError(f"{cls.__name__} does not implement get_trainer_kwargs")
         own = cls.read_own(keys)
-        loss = loss_keywords(**{name: cls.generic_key(keys, LossKeys, name) for name in LossKeys.model_fields})
+        loss_fn, implementation = (cls.generic_key(keys, LossKeys, name) for name in ("loss_fn", "loss_implementation"))
+        loss = loss_keywords(loss_fn, implementation)
         cls.check_loss(own, loss["loss_config"])
         shared = {**loss, **cls.trainer_keywords(own, keys)}
         return shared, {**shared, "loss_config": dict(shared["loss_config"])}

@@ -71,7 +71,7 @@ def find_package_repo(package: str = "speculators") -> Path | None:
 
 
 def run_git(*args: str, cwd: str | os.PathLike) -> str | None:
-    """What a git command prints; None when git is missing or says no."""
+    """Returns what a git command prints; None when git is missing or says no."""
     try:
         done = subprocess.run(["git", *args], cwd=cwd, capture_output=True, text=True, timeout=GIT_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):

@@ -150,8 +150,7 @@ def test_soft_capped_attention_is_loaded_with_the_path_that_caps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "message"),
-    [("cuda:99", "device='cuda:99' but torch sees"), ("gpu", "device='gpu' is none that torch knows")],
+    ("device", "message"), [("cuda:99", "device='cuda:99' but torch sees"), ("gpu", "device='gpu' is unknown to torch")]
 )
 def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(device, message):
     with pytest.raises(ValueError, match=message):

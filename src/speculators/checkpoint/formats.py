@@ -1,4 +1,4 @@
-"""What an algorithm says of its checkpoints: `CheckpointContract`, and `CheckpointFormat` for each directory format of
+"""Declares an algorithm's checkpoints: `CheckpointContract`, and `CheckpointFormat` for each directory format of
 another project that it reads or writes.
 
 A format is an object in `CheckpointContract.formats`. Reading gives a config and tensors under our names; writing
@@ -132,7 +132,7 @@ class CheckpointFormat:
 
 
 class CheckpointContract:
-    """What an algorithm knows of its checkpoints. The defaults fit one that is only trained and decoded here."""
+    """Describes an algorithm's checkpoints. The defaults fit one that is only trained and decoded here."""
 
     formats: ClassVar[tuple[CheckpointFormat, ...]] = ()
     """Formats of other projects."""

@@ -1,1 +1,1 @@
-"""The command line: one thin file a verb. Nothing imports this package."""
+"""The command line: one thin file per verb. Nothing imports this package."""

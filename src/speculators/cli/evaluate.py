@@ -178,7 +178,7 @@ def parse_concurrency(text: str) -> tuple[int, ...]:
 
 
 def label_of(methods: Sequence[str] | None) -> dict[str, str]:
-    """What the row is called: a server does not say what drafts in it."""
+    """Names the row: a server does not say what drafts in it."""
     if methods and len(methods) > 1:
         raise typer.BadParameter("--method names the row of --server, which has one: give it once")
     return {"label": methods[0]} if methods else {}

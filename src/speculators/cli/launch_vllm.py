@@ -89,7 +89,7 @@ def launch_vllm(context: typer.Context) -> dict[str, Any]:
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before `--`, and what after it."""
+    """Splits the arguments at `--`."""
     args = list(args)
     if "--" not in args:
         return args, []

@@ -1,4 +1,4 @@
-"""What the commands share: where they write (tables and the JSON line on stdout, progress and errors on stderr), and
+"""Shared by the commands: where they write (tables and the JSON line on stdout, progress and errors on stderr), and
 flags that several of them have.
 """
 

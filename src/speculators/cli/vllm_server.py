@@ -1,4 +1,4 @@
-"""What `serve` and `launch-vllm` share: finding vLLM, running its server in the foreground, and the flags for both."""
+"""Finds vLLM and runs its server in the foreground, for `serve` and `launch-vllm`, and defines the flags of both."""
 
 from __future__ import annotations
 

@@ -32,23 +32,20 @@ from speculators.utils.files import (
     refuse_to_replace,
 )
 from speculators.utils.names import NamedModel, model_name
-from speculators.utils.report import TableReport, facts_table
+from speculators.utils.report import PathReport, facts_table
 
 OLDER_OPTIONS = ("validate", "trust_remote_code")
 """Arguments of earlier releases without effect: the result is always checked, and remote code is never run."""
 
 
 @dataclass(frozen=True)
-class ConvertedCheckpoint(TableReport, os.PathLike[str]):
+class ConvertedCheckpoint(PathReport):
     """The directory that a conversion wrote, and notes on it; accepted wherever a checkpoint path is."""
 
     path: Path
     speculators_model_type: str
     source_format: str
     notes: tuple[str, ...] = ()
-
-    def __fspath__(self) -> str:
-        return str(self.path)
 
     def tables(self) -> list[Table]:
         facts = {

@@ -127,7 +127,7 @@ class RawRows(Sequence[Any]):
         return (row.get("primary_id", index) if isinstance(row, Mapping) else index for index, row in enumerate(self))
 
 
-def load_raw_dataset(source: str | os.PathLike[str] | Sequence[Any]) -> RawRows:
+def load_raw_dataset(source: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> RawRows:
     """Opens a source in one of the `FORMS`, or rows. Raises `ValueError` when it has another form or cannot be read."""
     if not isinstance(source, str | os.PathLike):
         return RawRows("rows", source)

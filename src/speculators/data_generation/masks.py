@@ -24,7 +24,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.conversations import Conversation, Message, TokenRow, UnusableRow
-from speculators.utils.chat_template import ChatRenderer, reasoning_of
+from speculators.utils.chat_template import ChatRenderer, Tool, reasoning_of
 
 OTHER_ANSWER = "\ue000"
 """An answer that no real one begins like: a character for private use."""
@@ -93,7 +93,7 @@ def reason_for_context_only(index: int, message: Message) -> str | None:
 class RenderedTurn:
     """A conversation that ends in an answer, rendered up to it and whole."""
 
-    def __init__(self, renderer: ChatRenderer, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+    def __init__(self, renderer: ChatRenderer, messages: Sequence[Message], tools: Sequence[Tool] | None) -> None:
         self.renderer = renderer
         self.earlier, self.message, self.tools = list(messages[:-1]), messages[-1], tools
         self.prompt_text = renderer.text(self.earlier, tools, add_generation_prompt=True)

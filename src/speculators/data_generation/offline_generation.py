@@ -35,7 +35,7 @@ NUM_AHEAD = 2
 
 @dataclass
 class OfflineReport(TableReport):
-    """What became of the rows of this rank."""
+    """Counts what became of the rows of this rank."""
 
     directory: Path
     capture: CaptureSpec

@@ -95,7 +95,7 @@ def prepare_data(
     the same recipe. `seq_length`: longest row, in tokens. `max_samples`: most rows. `num_workers=None` chooses by the
     number of rows. `chat_template_kwargs` go to the template (`enable_thinking`, ...).
     `drop_reasoning`: rows whose reasoning the template leaves out are no error. `progress`: True draws a bar, a
-    function is told of it. Bad rows are listed in the output's quarantine.jsonl.
+    function is called with it. Bad rows are listed in the output's quarantine.jsonl.
 
     Raises `ValueError` for a source that cannot be read, data without a training row (unless
     `allow_empty_output`), and an `output` that was made from another recipe

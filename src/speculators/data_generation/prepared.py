@@ -27,7 +27,7 @@ from speculators.data_generation.masks import MaskSpan, mask_spans
 from speculators.data_generation.preprocessing import explain_no_rows, load_tokenizer
 from speculators.data_generation.records import Tokenized
 from speculators.data_generation.tokenizing import RowTokenizer, TokenizeOptions, tokenize_chunks
-from speculators.utils.report import TableReport, facts_table
+from speculators.utils.report import PathReport, facts_table
 
 MANIFEST_NAME = "manifest.json"
 TOKEN_FREQ_NAME = "token_freq.pt"
@@ -114,7 +114,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class PreparedData(TableReport, os.PathLike[str]):
+class PreparedData(PathReport):
     """A prepared directory: accepted wherever its path is, and a report of its contents."""
 
     path: Path
@@ -122,9 +122,6 @@ class PreparedData(TableReport, os.PathLike[str]):
     """None: another tool wrote the directory."""
     reused: bool = False
     """True: the directory existed already and nothing was written."""
-
-    def __fspath__(self) -> str:
-        return str(self.path)
 
     def tables(self) -> list[Table]:
         facts: dict[str, Any] = {"directory": self.path}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def refuse_broken_token_rows(done: Tokenized) -> None:
 
 
 def build_speculator_training_dataset(
-    dataset: datasets.Dataset | Sequence[Any],
+    dataset: datasets.Dataset | Sequence[Mapping[str, Any]],
     processor: PreTrainedTokenizerBase,
     max_length: int = 2048,
     num_proc: int = 8,
@@ -177,7 +177,7 @@ def load_and_preprocess_dataset(
     allow_empty_output: bool = False,
     trust_remote_code: bool = False,
     skip_token_freq: bool = True,
-) -> tuple[datasets.Dataset, Any]:
+) -> tuple[datasets.Dataset, PreTrainedTokenizerBase]:
     """Makes the rows that `prepare_data` writes, in memory; returns (dataset, tokenizer).
 
     Writes only the token frequencies, unless `skip_token_freq`. Raises as `prepare_data` does.

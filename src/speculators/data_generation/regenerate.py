@@ -38,13 +38,13 @@ from speculators.data_generation.rollout import Generate, Provenance, Rollout, R
 from speculators.utils.chat_template import ChatRenderer
 from speculators.utils.files import absolute_if_directory, atomic_write
 from speculators.utils.progress import Progress, reporting
-from speculators.utils.report import TableReport, facts_table
+from speculators.utils.report import PathReport, facts_table
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class RegenerationReport(TableReport, os.PathLike[str]):
+class RegenerationReport(PathReport):
     """Counts what a regeneration wrote; accepted wherever a path of data is."""
 
     path: Path
@@ -69,9 +69,6 @@ class RegenerationReport(TableReport, os.PathLike[str]):
     """The bad rows: file, line, id, reason."""
     prompts: str = ""
     """The shape in which prompts were recognised, and the first of them."""
-
-    def __fspath__(self) -> str:
-        return str(self.path)
 
     def check(self) -> None:
         ended = self.num_conversations + self.num_already_done + self.num_failed
@@ -104,7 +101,7 @@ class RegenerationReport(TableReport, os.PathLike[str]):
 
 
 def regenerate_responses(
-    conversations: str | os.PathLike[str] | Sequence[Any],
+    conversations: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     generate: Generate,
     *,

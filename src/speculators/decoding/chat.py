@@ -18,7 +18,7 @@ from speculators.decoding.request import NonFiniteScoresError, RequestOutput, St
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.interfaces import Proposer, Verifier
-from speculators.utils.chat_template import chat_prompt
+from speculators.utils.chat_template import Tool, chat_prompt
 from speculators.utils.names import refuse_unknown
 
 Message = Mapping[str, Any]
@@ -86,7 +86,7 @@ class ChatEngine(ABC):
         question: str | Sequence[Message],
         *,
         stream: Literal[False] = False,
-        tools: Sequence[Any] | None = None,
+        tools: Sequence[Tool] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> RequestOutput: ...
@@ -97,7 +97,7 @@ class ChatEngine(ABC):
         question: str | Sequence[Message],
         *,
         stream: Literal[True],
-        tools: Sequence[Any] | None = None,
+        tools: Sequence[Tool] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Iterator[str]: ...
@@ -107,7 +107,7 @@ class ChatEngine(ABC):
         question: str | Sequence[Message],
         *,
         stream: bool = False,
-        tools: Sequence[Any] | None = None,
+        tools: Sequence[Tool] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> RequestOutput | Iterator[str]:
@@ -127,7 +127,7 @@ class ChatEngine(ABC):
 
 
 def option_names(engine_class: type[ChatEngine]) -> list[str]:
-    """What only the constructor takes: `max_batch_size`, `max_length`, ..."""
+    """Lists the options that only the constructor takes: `max_batch_size`, `max_length`, ..."""
     named_here = {"speculative_config", *signature(ChatEngine.from_pretrained).parameters}
     return sorted(signature(engine_class).parameters.keys() - named_here)
 

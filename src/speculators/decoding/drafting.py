@@ -1,4 +1,4 @@
-"""How an engine drafts: its proposer, the number of tokens per round and its rule, from the arguments of `Engine`.
+"""Builds an engine's drafting: proposer, the number of tokens per round and its rule, from the arguments of `Engine`.
 
 Shapes: B rows, K draft slots.
 """

@@ -1,4 +1,4 @@
-"""What a user calls a drafter: `none` (plain decoding), a method's name, a speculator's directory, or vLLM's JSON."""
+"""Parses the names of drafters: `none` (plain decoding), a method's name, a speculator's directory, or vLLM's JSON."""
 
 from __future__ import annotations
 

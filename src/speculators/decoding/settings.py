@@ -1,4 +1,4 @@
-"""What a user sets of decoding: how a request is sampled, dtype and device. The defaults of every door, written once.
+"""Defines what a user sets of decoding: how a request is sampled, dtype and device. Every default is here, once.
 
 Imports nothing heavy: the help of the commands reads it.
 """
@@ -22,7 +22,7 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled and when it ends."""
+    """Says how one request is sampled and when it ends."""
 
     max_tokens: int = 128
     temperature: float = 0.0

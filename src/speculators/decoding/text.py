@@ -43,7 +43,7 @@ class IncrementalText:
         return self.text[start:end]
 
     def _num_undecided(self) -> int:
-        """How many of the last characters may be the start of a stop string."""
+        """Counts the last characters that may be the start of a stop string."""
         longest = max((len(s) for s in self.stop), default=1) - 1
         for length in range(min(longest, len(self.text)), 0, -1):
             if any(len(s) > length and s.startswith(self.text[-length:]) for s in self.stop):

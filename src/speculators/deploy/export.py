@@ -26,13 +26,13 @@ from speculators.deploy.check import check_checkpoint
 from speculators.deploy.report import CheckError, CheckReport
 from speculators.utils.files import absolute_if_directory, atomic_directory, record_files, refuse_to_replace
 from speculators.utils.names import NamedModel, model_name, refuse_missing_verifier
-from speculators.utils.report import TableReport, facts_table
+from speculators.utils.report import PathReport, facts_table
 
 NATIVE = "native"
 
 
 @dataclass(frozen=True)
-class Exported(TableReport, os.PathLike[str]):
+class Exported(PathReport):
     """Says where and in which format an export was written; accepted wherever a checkpoint path is."""
 
     path: Path
@@ -41,9 +41,6 @@ class Exported(TableReport, os.PathLike[str]):
     serving: Serving | None
     """How to serve the directory; None: vLLM does not serve such drafters."""
     notes: tuple[str, ...] = ()
-
-    def __fspath__(self) -> str:
-        return str(self.path)
 
     def tables(self) -> list[Table]:
         facts = {

@@ -51,7 +51,7 @@ class VllmEnvironment:
 
     @property
     def command(self) -> list[str]:
-        """How to call `vllm` here: its script beside that Python, else the module behind the script."""
+        """Returns how to call `vllm` here: its script beside that Python, else the module behind the script."""
         script = self.python.parent / "vllm"
         return [str(script)] if script.is_file() else [str(self.python), "-m", "vllm.entrypoints.cli.main"]
 

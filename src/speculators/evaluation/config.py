@@ -76,7 +76,7 @@ class ServerConfig(Workload):
 
 @dataclass(frozen=True)
 class VllmTarget:
-    """What vLLM serves of a checkpoint, and where vLLM is."""
+    """Says what vLLM serves of a checkpoint, and where vLLM is."""
 
     python: str
     """Python of an environment with vLLM."""

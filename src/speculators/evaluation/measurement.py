@@ -47,7 +47,7 @@ def measure_interleaved(
     on_group: Callable[[int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Measurement]]:
-    """Measurements of each method, one a group of `group_size` prompts, in the order of the prompts.
+    """Measurements of each method, one per group of `group_size` prompts, in the order of the prompts.
 
     num_warmup: groups decoded by every method before the clock counts. num_repeats: each group is timed so many times
     and its fastest time is kept, because noise only ever adds. on_group: called with the number of prompts done.

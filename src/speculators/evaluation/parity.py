@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
@@ -126,7 +126,7 @@ def check_parity(
     config: ParityConfig,
     prompts: Sequence[Sequence[int]] | None = None,
     *,
-    source: str | os.PathLike[str] | Sequence[Any] = "",
+    source: str | os.PathLike[str] | Sequence[Mapping[str, Any]] = "",
     verifier: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool | Progress | None = None,
@@ -147,7 +147,7 @@ def check_parity(
             device=default_device() if config.device == DEFAULT_DEVICE else config.device,
             trust_remote_code=config.trust_remote_code,
         )
-    model.to(verifier.device)
+    model.to(verifier.device)  # type: ignore[arg-type]
     if prompts is None:
         tokenizer = tokenizer or load_tokenizer(verifier_path, config.trust_remote_code)
         prompts = load_prompts(source, tokenizer, limit=config.num_prompts)

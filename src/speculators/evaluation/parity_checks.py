@@ -1,4 +1,4 @@
-"""What the parity gate compares: rounds of the engine beside the training forward, and texts. A failed check names the
+"""Compares for the parity gate: rounds of the engine beside the training forward, and texts. A failed check names the
 first thing that differs.
 
 Shapes: T tokens, L of them known when drafting, K drafts, V vocabulary, D width of states.

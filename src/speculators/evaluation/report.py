@@ -1,4 +1,4 @@
-"""What an evaluation hands over: one row per method, shown as a table for people and one JSON document for machines.
+"""Reports an evaluation: one row per method, shown as a table for people and one JSON document for machines.
 
 Words: acceptance length counts the recovered or bonus token (1 + accepted / rounds); conditional acceptance of
 position i is the share of rounds accepting draft i among those that accepted draft i - 1. Times are wall-clock seconds.
@@ -46,9 +46,9 @@ class SavedReport(TableReport):
         return path
 
 
-@dataclass(frozen=True)
-class MethodRow:
-    """One row of the results table: a method on a data set, beside plain decoding of the same prompts."""
+@dataclass(frozen=True, kw_only=True)
+class ResultRow:
+    """Holds the figures that every row of a results table has, measured in this process or on a server."""
 
     method: str
     num_speculative_tokens: int
@@ -60,6 +60,12 @@ class MethodRow:
     """accepted / drafted"""
     conditional_acceptance: tuple[float, ...]
     tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRow(ResultRow):
+    """One row of the results table: a method on a data set, beside plain decoding of the same prompts."""
+
     plain_tokens_per_s: float
     speedup: Estimate
     speedup_per_token: float
@@ -112,7 +118,7 @@ class EvaluationReport(SavedReport):
             raise NotLosslessError(self.rows, str(self.settings.get("dtype", "float32")))
 
     def warnings(self) -> list[str]:
-        """What makes a figure doubtful, by method."""
+        """Lists what makes a figure doubtful, by method."""
         return [f"{row.method}: {warning}" for row in self.rows for warning in row.warnings]
 
     def tables(self) -> list[Table]:
@@ -187,7 +193,7 @@ def with_interval(estimate: Estimate) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Where figures were measured: versions, commit, machine. Part of every report."""
+    """Records where figures were measured (versions, commit, machine), for every report."""
     repo = find_package_repo()
     return {
         "versions": {"python": platform.python_version(), **package_versions()},

@@ -26,7 +26,7 @@ from speculators.utils.progress import Progress, reporting
 def measure_methods(
     config: EvaluateConfig,
     verifier: VerifierSource,
-    data: str | os.PathLike[str] | Sequence[Any],
+    data: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool | Progress | None = None,

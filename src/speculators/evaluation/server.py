@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from speculators.data_generation.rollout import load_prompts
 from speculators.data_generation.vllm_client import ServerUnavailableError
@@ -28,7 +28,7 @@ from speculators.evaluation.measurement import (
     rotated,
     speedup_warnings,
 )
-from speculators.evaluation.report import SavedReport, environment, results_table, with_interval
+from speculators.evaluation.report import ResultRow, SavedReport, environment, results_table, with_interval
 from speculators.evaluation.server_client import AnswerSettings, MeasuredServer, ServerCounters, ServerRestartedError
 from speculators.evaluation.statistics import Estimate, count_identical
 from speculators.utils.progress import Progress, reporting
@@ -48,21 +48,11 @@ UNKNOWN = "-"
 NO_BASELINE = "no plain server was given (--baseline-server), so speedup and losslessness were not measured"
 
 
-@dataclass(frozen=True)
-class ServerRow:
+@dataclass(frozen=True, kw_only=True)
+class ServerRow(ResultRow):
     """The columns of the results table, and the number of clients. None where no plain server was given."""
 
-    method: str
     num_clients: int
-    num_speculative_tokens: int
-    temperature: float
-    num_prompts: int
-    num_tokens: int
-    acceptance_length: Estimate
-    acceptance_rate: float
-    """accepted / drafted"""
-    conditional_acceptance: tuple[float, ...]
-    tokens_per_s: float
     plain_tokens_per_s: float | None
     speedup: Estimate | None
     speedup_per_token: float | None
@@ -84,7 +74,7 @@ class ServerReport(SavedReport):
     environment: dict[str, Any] = field(default_factory=dict)
 
     def warnings(self) -> list[str]:
-        """What makes a figure doubtful, by number of clients."""
+        """Lists what makes a figure doubtful, by number of clients."""
         return [f"{row.num_clients} clients: {warning}" for row in self.rows for warning in row.warnings]
 
     def tables(self) -> list[Table]:
@@ -176,7 +166,7 @@ def refuse_wrong_roles(servers: dict[str, MeasuredServer]) -> None:
         raise ValueError(f"--baseline-server {servers[PLAIN].base_url} drafts too; it must serve the verifier plainly")
 
 
-def tokenizer_of(config: ServerConfig, root: str) -> Any:
+def tokenizer_of(config: ServerConfig, root: str) -> PreTrainedTokenizerBase:
     name = config.verifier or root
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
@@ -249,7 +239,7 @@ def row_of(level: Level, config: ServerConfig) -> ServerRow:
 
 
 def speed(measurements: Sequence[Measurement]) -> float | None:
-    """Tokens a second; None where nothing was measured."""
+    """Tokens per second; None where nothing was measured."""
     time_s = sum(measurement.time_s for measurement in measurements)
     return sum(measurement.num_tokens for measurement in measurements) / time_s if measurements else None
 

@@ -208,7 +208,7 @@ def stats_of(counted: ServerCounters, num_tokens: int, num_requests: int) -> Dec
     rounds: Counter[tuple[int, int, int]] = Counter()
     depth = len(counted.accepted_per_position)
     at_least = [counted.num_drafts, *counted.accepted_per_position, 0]
-    # Offered drafts are known in all, not a round: spread evenly, which leaves every sum as it was counted.
+    # Offered drafts are known in all, not per round: spread evenly, which leaves every sum as it was counted.
     offered, longer = divmod(counted.num_drafted, counted.num_drafts) if counted.num_drafts else (0, 0)
     for accepted in range(depth + 1):
         count = at_least[accepted] - at_least[accepted + 1]

@@ -115,7 +115,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairing:
-    """Which draft rows share which target rows, cut into chunks of target rows."""
+    """Says which draft rows share which target rows, cut into chunks of target rows."""
 
     target_rows_U: Tensor
     table_UK: Tensor

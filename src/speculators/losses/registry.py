@@ -23,6 +23,8 @@ from speculators.losses.closed_form import ClosedForm, KernelOutput, LogitRows, 
 LossFunction = Callable[..., Tensor]
 LossConfig = dict[str, tuple[LossFunction, float]]
 """name -> (function of (logits, targets), weight); weights are not normalised."""
+LossSpec = str | Mapping[str, float] | LossFunction | LossConfig
+"""A name, weights by name (as JSON too), one function, or what was made of them."""
 
 MASK_EPSILON = 1e-5
 """Added to the number of supervised positions: a row without any has loss 0, not NaN."""
@@ -78,9 +80,7 @@ def is_reference(function: LossFunction) -> bool:
     return function in EAGER.values()
 
 
-def resolve_loss_config(
-    spec: str | Mapping[str, float] | LossFunction | LossConfig, implementation: str = "fused"
-) -> LossConfig:
+def resolve_loss_config(spec: LossSpec, implementation: str = "fused") -> LossConfig:
     """Returns {name: (function, weight)} from a name, a JSON object of weights, a mapping, a function, or a resolved
     config. Raises `ValueError` on an unknown name or implementation, and on a weight that is no number."""
     if implementation not in IMPLEMENTATIONS:
@@ -127,7 +127,7 @@ def resolve_loss_fn(name: str) -> LossFunction:
     return FUSED[_known(name, FUSED)]
 
 
-def loss_keywords(*, loss_fn: Any, loss_implementation: str = "fused", **_: Any) -> dict[str, Any]:
+def loss_keywords(loss_fn: LossSpec, loss_implementation: str) -> dict[str, Any]:
     """Resolves the training keys of the loss into a forward's keywords: `loss_config`, and `loss_fn` (the function of
     the only loss, or what was given)."""
     config = resolve_loss_config(loss_fn, loss_implementation)
@@ -135,7 +135,7 @@ def loss_keywords(*, loss_fn: Any, loss_implementation: str = "fused", **_: Any)
     return {"loss_config": config, "loss_fn": functions[0] if len(functions) == 1 else loss_fn}
 
 
-def choose_loss_config(loss_config: LossConfig | None, loss_fn: Any, default: str) -> LossConfig:
+def choose_loss_config(loss_config: LossConfig | None, loss_fn: LossSpec | None, default: str) -> LossConfig:
     """Resolves a forward's keywords: `loss_config` wins over `loss_fn` (name, JSON, function); both may be absent."""
     return resolve_loss_config(loss_config or loss_fn or default)
 

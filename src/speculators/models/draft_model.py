@@ -1,4 +1,4 @@
-"""What drafters made of decoder layers share: the nested decoder config as engines read it, and the base of those that
+"""Shared by drafters made of decoder layers: the nested decoder config as engines read it, and the base of those that
 have an embedding, a head and perhaps a vocabulary of their own.
 
 Shapes: V verifier vocabulary, H hidden size.
@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from typing_extensions import Self
 
 from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
@@ -70,7 +70,7 @@ class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     takes_routes = True
     fc: nn.Linear
 
-    def beside(self, verifier_model: Any) -> Self:
+    def beside(self, verifier_model: PreTrainedModel) -> Self:
         """This drafter in the verifier's dtype, on its device, complete with its embedding and head."""
         source = fitting_embedding(verifier_model, self.verifier_vocab_size, self.hidden_size)
         model = self

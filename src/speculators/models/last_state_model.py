@@ -1,4 +1,4 @@
-"""What drafters that read the verifier's last state alone share: the verifier's final norm and head, for inputs and
+"""Shared by drafters that read the verifier's last state alone: the verifier's final norm and head, for inputs and
 targets, the hooks of training, and how they learn: head k at column t, on y[t], is taught x[t+2+k].
 
 A config of theirs has `hidden_size`, `vocab_size` and `rms_norm_eps`, all the verifier's.

@@ -1,4 +1,4 @@
-"""What drafters are taught, and where: the verifier's next-token distributions, made of its last states when they are
+"""Supervises drafters, what and where: the verifier's next-token distributions, made of its last states when they are
 needed; and the steps of drafters that learn in several steps per column, each one column further right.
 
 Shapes: S steps, T columns of the packed row, R of them queries, H hidden size.
@@ -22,7 +22,7 @@ from speculators.verifier.config import LogitTransform
 
 @dataclass(frozen=True)
 class VerifierHead:
-    """How the verifier turns its last state into logits: transform(lm_head(norm(state)))."""
+    """Turns the verifier's last state into logits: transform(lm_head(norm(state)))."""
 
     norm: nn.Module
     lm_head: nn.Linear

@@ -8,6 +8,7 @@ input, V draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -72,6 +73,18 @@ class FeedbackTreeDrafter:
         return scatter_to_verifier(draft_probs, self.chain.d2t, self.chain.verifier_vocab_size)
 
 
+class SlotProposer(Protocol):
+    """A drafter of chains that fills all slots in one pass."""
+
+    capture: CaptureSpec
+    d2t: Tensor | None
+    verifier_vocab_size: int
+
+    def slot_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
+        """[B, K, V_draft]"""
+        ...
+
+
 class SlotTreeDrafter:
     """Wraps a drafter whose depths do not see each other's tokens: continuations of a node depend on its depth alone.
 
@@ -89,6 +102,16 @@ class SlotTreeDrafter:
     ):
         self.log_probs, self.capture, self.max_depth = log_probs, capture, max_depth
         self.d2t, self.verifier_vocab_size = d2t, verifier_vocab_size
+
+    @classmethod
+    def of_chain(cls, chain: SlotProposer, max_depth: int | None = None) -> SlotTreeDrafter:
+        return cls(
+            chain.slot_log_probs,
+            chain.capture,
+            max_depth=max_depth,
+            d2t=chain.d2t,
+            verifier_vocab_size=chain.verifier_vocab_size,
+        )
 
     def start(self, committed: Committed, depth: int) -> Tensor:
         self.log_probs_BKV = self.log_probs(committed, max(depth, 1))

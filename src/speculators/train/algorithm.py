@@ -1,4 +1,4 @@
-"""What the algorithm of a run says about its keys. Other algorithms are imported only where their keys matter: one of
+"""Reads what a run's algorithm declares of its keys. Other algorithms are imported only where their keys matter: one of
 them that cannot be imported must not stop the training of this one.
 
 They matter when something was given that is neither a generic key nor the algorithm's own, and to a class that declares

@@ -1,4 +1,4 @@
-"""What a training run reports: events while it runs, their lines of text, and the error for wrong settings.
+"""Reports a training run: events while it runs, their lines of text, and the error for wrong settings.
 
 The run itself prints nothing: consoles, trackers and tests listen through `on_event`.
 """

@@ -81,7 +81,7 @@ class SchedulerKeys(Keys):
 class TrainerKeys(Keys):
     epochs: int = Field(20, ge=1, description="Passes over the training split.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps.")
-    checkpoint_freq: float = Field(1.0, gt=0.0, description="Epochs between checkpoints; 0.25: four an epoch.")
+    checkpoint_freq: float = Field(1.0, gt=0.0, description="Epochs between checkpoints; 0.25: four per epoch.")
     save_best: bool = Field(False, description="Keep only the checkpoint with the lowest validation loss.")
     resume_from_checkpoint: bool = Field(True, description="Continue from the newest checkpoint in --save-path.")
     allow_changed_settings: bool = Field(
@@ -147,7 +147,7 @@ def group_of() -> dict[str, str]:
 
 
 def check_together(values: dict[str, Any]) -> str | None:
-    """What is wrong between keys that are each valid alone, as one sentence; None when nothing is."""
+    """Returns what is wrong between keys that are each valid alone, in one sentence; None where they agree."""
     freq = values["checkpoint_freq"]
     if freq > 1 and freq != int(freq):
         return f"checkpoint_freq={freq}: above 1 it counts whole epochs, so it must be an integer"

@@ -49,7 +49,7 @@ class TrainingProgress(Progress):
                 self.bar = self.add_task("starting", total=event.num_steps, completed=event.first_step)
                 self.console.print(
                     f"{event.num_trainable_params:,} parameters, {event.num_documents:,} rows, "
-                    f"{event.num_tokens:,} tokens an epoch, {event.num_steps} steps"
+                    f"{event.num_tokens:,} tokens per epoch, {event.num_steps} steps"
                 )
             case StepDone():
                 assert self.bar is not None

@@ -22,7 +22,7 @@ def normalize_counted_metrics(metrics: Mapping[str, Any], world_size: int = 1) -
 
 
 def expected_acceptance_length(metrics: Mapping[str, float]) -> float | None:
-    """Tokens a round: what the model says (`eal`), else 1 + the chances that the first 1, 2, .. drafts are right."""
+    """Tokens per round: what the model says (`eal`), else 1 + the chances that the first 1, 2, .. drafts are right."""
     if "eal" in metrics:
         return metrics["eal"]
     chances = [value for key, value in metrics.items() if re.fullmatch(r"full_acc_\d+", key)]

@@ -61,7 +61,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class TrainResult(TableReport, os.PathLike[str]):
-    """What a run leaves; a path wherever a checkpoint is asked for."""
+    """Reports what a run leaves; a path wherever a checkpoint is asked for."""
 
     checkpoint: Path
     """The speculator directory to use: the best by validation loss, or the last when nothing was validated."""

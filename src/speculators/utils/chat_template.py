@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 READS_CLOCK = re.compile(r"\bstrftime_now\b")
 TEMPLATE_DATE = "template_date"
 """Key among the template's arguments: the date (2026-01-31) of templates that ask for today's."""
+Tool = dict[str, Any] | Callable[..., Any]  # JSON schema, or a documented Python function
 THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
@@ -46,13 +47,13 @@ class ChatRenderer:
         return GENERATION_BLOCK.search(self.template) is not None
 
     def token_ids(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] | None = None, *, add_generation_prompt: bool
     ) -> list[int]:
         """Renders the messages as tokens. Raises `ChatTemplateError` when the template refuses them."""
         return self.encode(self.text(messages, tools, add_generation_prompt=add_generation_prompt))
 
     def text(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] | None = None, *, add_generation_prompt: bool
     ) -> str:
         """Renders the messages as text. Raises `ChatTemplateError` when the template refuses them."""
         return str(self.render(messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False))
@@ -109,7 +110,7 @@ class ChatRenderer:
             self.tokens_after_answer[role] = first[0] if is_end else None
         return self.tokens_after_answer[role]
 
-    def generation_mask(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+    def generation_mask(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] | None = None) -> list[int]:
         """Returns the mask of the template's own {% generation %} blocks, one entry per token of the conversation."""
         encoded = self.render(
             messages,
@@ -121,7 +122,7 @@ class ChatRenderer:
         )
         return list(encoded["assistant_masks"])
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **options: Any) -> Any:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] | None, **options: Any) -> Any:
         renamed = [rename_reasoning(message, self.template) for message in messages]
         given = None if tools is None else list(tools)
         try:
@@ -134,7 +135,7 @@ def chat_prompt(
     tokenizer: PreTrainedTokenizerBase,
     question: str | Sequence[Mapping[str, Any]],
     *,
-    tools: Sequence[Any] | None = None,
+    tools: Sequence[Tool] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Renders one user turn, or a list of messages (`{"role": ..., "content": ...}`), up to where the verifier answers.

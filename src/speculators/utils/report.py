@@ -8,9 +8,11 @@ what was printed, and words in brackets, which rich takes for styles. `visible` 
 from __future__ import annotations
 
 import io
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -62,6 +64,15 @@ class TableReport(ABC):
         console = ReportConsole(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)
         console.print(self)
         return console.export_html(code_format=HTML, inline_styles=True)
+
+
+class PathReport(TableReport, os.PathLike[str]):
+    """A report of something written; accepted wherever its path is."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> Table:

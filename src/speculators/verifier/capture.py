@@ -72,7 +72,7 @@ class CapturedStates:
 
     @property
     def drafter_input(self) -> Tensor | None:
-        """What a drafter with this spec reads: the aux states, or the last state when there are none."""
+        """Returns what a drafter with this spec reads: the aux states, or without them the last state."""
         return self.aux if self.spec.aux_layer_ids else self.last_hidden
 
 

@@ -156,7 +156,7 @@ def resolve_target_layer_ids(
 
 @dataclass(frozen=True)
 class NormKind:
-    """Which norm a verifier applies before its head."""
+    """Says which norm a verifier applies before its head."""
 
     eps: float
     has_unit_offset: bool = False
@@ -177,7 +177,7 @@ def norm_kind(config: PretrainedConfig) -> NormKind:
 
 
 class LogitTransform(NamedTuple):
-    """What a verifier does to the numbers its head gives: logits = softcap(scale * head(state))."""
+    """Computes what a verifier does to the numbers its head gives: logits = softcap(scale * head(state))."""
 
     scale: float = 1.0
     softcap: float | None = None

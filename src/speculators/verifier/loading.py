@@ -84,7 +84,7 @@ def refuse_missing_device(device: torch.device | str | None) -> None:
     try:
         wanted = torch.device(device if device is not None else "cpu")
     except RuntimeError as error:
-        raise ValueError(f"device={device!r} is none that torch knows; say cpu, cuda, cuda:1, ...") from error
+        raise ValueError(f"device={device!r} is unknown to torch; use cpu, cuda, cuda:1, ...") from error
     num_devices = torch.cuda.device_count()
     if wanted.type == "cuda" and (wanted.index or 0) >= num_devices:
         raise ValueError(f"device={str(device)!r} but torch sees {num_devices} CUDA devices; use cpu or another one")

@@ -1,4 +1,4 @@
-"""How to speculate: `SpeculativeConfig`, the same JSON as vLLM's `--speculative-config`, and what it infers from."""
+"""Configures drafting: `SpeculativeConfig`, the same JSON as vLLM's `--speculative-config`, and what it infers from."""
 
 from speculators.decoding.config.draft import ModelInfo, ParallelInfo
 from speculators.decoding.config.mtp_families import hf_config_override

@@ -43,7 +43,7 @@ class ModelInfo:
 
 @dataclass
 class ParallelInfo:
-    """How a model is split over devices."""
+    """Says how a model is split over devices."""
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1

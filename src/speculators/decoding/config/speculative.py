@@ -31,7 +31,7 @@ RejectionSampleMethod = Literal["strict", "probabilistic", "standard", "block", 
 
 
 class SpeculativeConfig(BaseModel):
-    """How to speculate. See the module's docstring for what happens when."""
+    """Configures drafting. See the module's docstring for what happens when."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 

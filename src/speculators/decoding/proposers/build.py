@@ -27,7 +27,7 @@ EARLY_EXIT_SHARE = 4
 
 @dataclass(frozen=True)
 class ProposerContext:
-    """What a proposer is built for: the verifier, its tokenizer and the sizes of the engine."""
+    """Holds what a proposer is built for: the verifier, its tokenizer and the sizes of the engine."""
 
     verifier: PreTrainedModel | Verifier
     tokenizer: PreTrainedTokenizerBase | None

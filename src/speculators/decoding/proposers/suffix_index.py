@@ -34,7 +34,7 @@ class SuffixDraft:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far to draft."""
+    """Limits how far to draft."""
 
     max_spec_factor: float
     min_token_prob: float

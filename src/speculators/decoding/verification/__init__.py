@@ -1,4 +1,4 @@
-"""Which draft tokens the verifier keeps: pure rules, no model, no cache. Start at `resolve_rule`."""
+"""Decides which draft tokens the verifier keeps: pure rules, no model, no cache. Start at `resolve_rule`."""
 
 from speculators.decoding.verification.chain import BlockRule, GreedyRule, StandardRule, StrictRule
 from speculators.decoding.verification.draws import (

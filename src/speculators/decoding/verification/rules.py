@@ -105,7 +105,7 @@ class ToleranceRule:
 
     @staticmethod
     def _rank(proposal: Proposal, scores_BK1V: Tensor, rows_BK: Tensor) -> Tensor:
-        """How many tokens the verifier prefers to the drafted one (ties: lower ids first)."""
+        """Counts the tokens that the verifier prefers to the drafted one (ties: lower ids first)."""
         token_id_V = torch.arange(scores_BK1V.shape[-1], device=scores_BK1V.device)
         ranks = []
         row_B = torch.arange(len(rows_BK), device=rows_BK.device)

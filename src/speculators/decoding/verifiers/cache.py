@@ -26,7 +26,7 @@ MAX_GROWTH_SLOTS = 4096
 
 @dataclass(frozen=True)
 class WriteSpan:
-    """Where one forward writes its keys and how far it reads."""
+    """Says where one forward writes its keys and how far it reads."""
 
     first_row: int
     num_rows: int

@@ -24,7 +24,9 @@ CALLED_BY_HAND = {"block_size": default_of(DraftKeys, "block_size"), "per_positi
 
 
 class DFlashTrainingArgs(TrainingArgs):
-    sample_from_anchor: bool = Field(False, description="The anchor's own slot drafts too: block_size drafts a block.")
+    sample_from_anchor: bool = Field(
+        False, description="The anchor's own slot drafts too: block_size drafts per block."
+    )
     sliding_window_non_causal: bool = Field(
         False, description="Slots of sliding layers see later slots of their block as well."
     )
@@ -119,7 +121,7 @@ def is_sliding(nested: PretrainedConfig, layer: int) -> bool:
 
 
 def check_buildable(config: DFlashSpeculatorConfig) -> None:
-    """What a config may leave open but a model cannot."""
+    """Refuses what a config may leave open but a model cannot."""
     if not isinstance(config, DFlashSpeculatorConfig):
         return  # the base class says so
     ids = config.aux_hidden_state_layer_ids

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 
 from pydantic import BaseModel
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from speculators.interfaces import LossOutput, PackedBatch, TreeDrafter, VerifierStates
 from speculators.losses.registry import LossConfig
@@ -189,7 +189,7 @@ class DFlashDraftModel(DraftModel):
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> DFlashProposer:
+    def make_proposer(self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int) -> DFlashProposer:
         model = self.beside(verifier_model)
         return DFlashProposer(
             model.network,
@@ -200,13 +200,9 @@ class DFlashDraftModel(DraftModel):
             max_length=max_length,
         )
 
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
+    def make_tree_drafter(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> TreeDrafter:
         """Slots do not see each other's tokens: the candidates of a slot are the same below all nodes before it."""
         chain = self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
-        return SlotTreeDrafter(
-            chain.slot_log_probs,
-            chain.capture,
-            max_depth=self.config.num_drafts,
-            d2t=chain.d2t,
-            verifier_vocab_size=chain.verifier_vocab_size,
-        )
+        return SlotTreeDrafter.of_chain(chain, max_depth=self.config.num_drafts)

@@ -1,4 +1,4 @@
-"""How DFlash learns: blocks of masked slots at sampled anchors, all filled in one forward, the tokens before them true.
+"""Trains DFlash: blocks of masked slots at sampled anchors, all filled in one forward, the tokens before them true.
 
 Shapes: T columns of the packed row, P blocks, S slots per block, N supervised slots, C context columns, H hidden size,
 V draft vocabulary.

@@ -18,7 +18,7 @@ CALLED_BY_HAND = {"max_anchors": 3072}
 
 
 class DSparkTrainingArgs(DFlashTrainingArgs):
-    sample_from_anchor: bool = Field(True, description="The anchor's own slot drafts too: block_size drafts a block.")
+    sample_from_anchor: bool = Field(True, description="The anchor's own slot drafts too: block_size drafts per block.")
     per_position_loss_weight: Literal["fixed-exp-decay", "dpace"] = Field(
         "fixed-exp-decay", description="How much a slot's loss counts. dpace: by what its success is worth now (ce)."
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from speculators.interfaces import LossOutput, PackedBatch, TreeDrafter
 from speculators.losses.registry import resolve_loss_config, resolve_loss_fn
@@ -92,7 +92,7 @@ class DSparkDraftModel(DFlashDraftModel):
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> DSparkProposer:
+    def make_proposer(self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int) -> DSparkProposer:
         model = self.beside(verifier_model)
         assert isinstance(model, DSparkDraftModel)
         return DSparkProposer(
@@ -106,7 +106,9 @@ class DSparkDraftModel(DFlashDraftModel):
             max_length=max_length,
         )
 
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
+    def make_tree_drafter(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> TreeDrafter:
         sizes = {"max_batch_size": max_batch_size, "max_length": max_length}
         chain = self.make_proposer(verifier_model, **sizes)
         if chain.markov_head is None:

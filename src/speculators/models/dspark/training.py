@@ -1,4 +1,4 @@
-"""How DSpark learns: DFlash's blocks, the Markov head fed the true tokens before, the confidence head the overlap.
+"""Trains DSpark: DFlash's blocks, the Markov head fed the true tokens before, the confidence head the overlap.
 
 Shapes: P blocks, S slots, N supervised slots, H hidden size, R Markov rank, V draft vocabulary. Alignment of the slots:
 see `dflash.blocks`; the token before a slot's draft is column p + k when the anchor's slot drafts, p + k - 1 when not.
@@ -127,7 +127,7 @@ def acceptance_metrics(losses: RowLosses, output: BlockOutput) -> dict[str, Rati
 
 
 def confidence_metrics(kappa_PS: Tensor, losses: RowLosses, output: BlockOutput) -> dict[str, Ratio]:
-    """How far the predicted chances, and the run lengths they promise, are from 1 - TV."""
+    """Measures how far the predicted chances, and the run lengths they promise, are from 1 - TV."""
     blocks = output.blocks
     supervised_PS = blocks.supervised_PS
     accept_N = 1.0 - losses.terms[TV]

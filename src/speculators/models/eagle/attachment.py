@@ -103,7 +103,7 @@ class VerifierAttachment(_Base):
         self.detach_all()
 
     def attach_files(self, path: str) -> None:
-        """What training needs from the verifier's files, as frozen modules of our own: the verifier is not loaded."""
+        """Loads what training needs from the verifier's files, as frozen modules: the verifier is not loaded."""
         nested = self.config.transformer_layer_config
         weights = read_verifier_weights(path, vocab_size=nested.vocab_size, hidden_size=nested.hidden_size)
         assert weights.embedding_VH is not None

@@ -21,7 +21,7 @@ TRAINING_DEFAULTS = {"draft_arch": "llama"}
 """Generic keys with another default here."""
 AUTO = "auto"
 NUM_TOKENS = GreedyTokenProposalConfig.model_fields["speculative_tokens"].default
-"""Draft tokens a round, where nothing else is recorded: the layer itself can be run any number of times."""
+"""Draft tokens per round, where nothing else is recorded: the layer itself can be run any number of times."""
 
 
 class EagleTrainingArgs(TrainingArgs):

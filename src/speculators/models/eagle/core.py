@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -58,7 +58,7 @@ class EagleSpeculator(Generating, SpeculatorModel):
     align = staticmethod(align)
 
     def __init__(
-        self, config: EagleSpeculatorConfig, verifier: Any = None, verifier_attachment_mode: str | None = None, **_: Any
+        self, config: EagleSpeculatorConfig, verifier: Any = None, verifier_attachment_mode: str | None = None
     ):
         """Attaches `verifier`, or the one the config names, unless the mode is "detached"."""
         if not isinstance(config, EagleSpeculatorConfig):
@@ -259,14 +259,21 @@ class EagleSpeculator(Generating, SpeculatorModel):
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackTreeDrafter:
+    def make_tree_drafter(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> FeedbackTreeDrafter:
         return FeedbackTreeDrafter(
             self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
         )
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackProposer:
+    def make_proposer(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> FeedbackProposer:
         """Entry i of its cache is token x[i+1] with the verifier's final norm of the state that predicted it."""
-        embedding, nested = verifier_model.get_input_embeddings(), self.config.transformer_layer_config
+        embedding, nested = (
+            cast("nn.Embedding", verifier_model.get_input_embeddings()),
+            self.config.transformer_layer_config,
+        )
         fitting_embedding(verifier_model, nested.vocab_size, nested.hidden_size)
         parts = verifier_parts(verifier_model)
         network = self.network_with(embedding, parts.head, parts.final_norm).snapshot(embedding.weight)

@@ -1,4 +1,4 @@
-"""How EAGLE and HASS learn: predict the verifier's next feature and its next-token distribution.
+"""Trains EAGLE and HASS: they predict the verifier's next feature and its next-token distribution.
 
 Shapes: T columns of the packed row, R columns that carry loss, S unroll steps, N supervised (step, column) pairs,
 H hidden size, V vocabulary. y = last state, f = final norm of y.

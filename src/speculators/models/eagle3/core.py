@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 
 from pydantic import BaseModel
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from speculators.interfaces import CaptureSpec, LossOutput, PackedBatch, TreeDrafter, VerifierStates
 from speculators.model import SpeculatorModel
@@ -143,7 +143,9 @@ class Eagle3DraftModel(DraftModel):
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackProposer:
+    def make_proposer(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> FeedbackProposer:
         model = self.beside(verifier_model)
         return FeedbackProposer(
             model.network.fused(),
@@ -154,7 +156,9 @@ class Eagle3DraftModel(DraftModel):
             max_length=max_length,
         )
 
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
+    def make_tree_drafter(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> TreeDrafter:
         return FeedbackTreeDrafter(
             self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
         )

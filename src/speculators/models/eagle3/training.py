@@ -1,4 +1,4 @@
-"""How EAGLE-3 learns: the drafter is unrolled over its own states, the tokens are the true ones (teacher forcing).
+"""Trains EAGLE-3: the drafter is unrolled over its own states, the tokens are the true ones (teacher forcing).
 
 Shapes: T columns of the packed row, R columns that carry loss, S unroll steps, N supervised (step, column) pairs,
 H hidden size, D = aux layers * H, V draft vocabulary.
@@ -88,7 +88,7 @@ def reduce(
 def unroll(
     network: Eagle3Network, batch: PackedBatch, columns_R: Tensor, num_steps: int, attention: Route
 ) -> list[Tensor]:
-    """What the head reads at each step, [R, H] per step. Step 0 runs every column, since each is context to others."""
+    """Returns what the head reads, [R, H] per step. Step 0 runs every column, since each is context to others."""
     assert batch.aux_TD is not None
     packed = PackedRow(batch.document_ids_T, columns_R)
     layer_attention = unrolled_attention(attention, packed, network.windows)

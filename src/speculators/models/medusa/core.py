@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from speculators.checkpoint.formats import ForeignCheckpoint
 from speculators.model import SpeculatorModel
@@ -115,13 +115,17 @@ class MedusaDraftModel(LastStateModel):
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> LastStateProposer:
+    def make_proposer(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> LastStateProposer:
         weight = fitting_embedding(verifier_model, self.config.vocab_size, self.config.hidden_size)
         blocks, heads = snapshot(self.blocks, weight), snapshot(self.lm_heads, weight)
         norm = verifier_parts(verifier_model).final_norm
         return LastStateProposer(MedusaNetwork(norm, blocks, heads), [blocks, heads])
 
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> SlotTreeDrafter:
+    def make_tree_drafter(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> SlotTreeDrafter:
         """Heads do not see each other's tokens: below all parents stand the same best tokens."""
         chain = self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
         return SlotTreeDrafter(chain.head_log_probs, chain.capture, max_depth=len(chain.network.heads))

@@ -32,7 +32,7 @@ class MLPSpeculatorConfig(SpeculatorModelConfig):
     hidden_size: int = Field(default=4096, ge=1, description="The verifier's hidden size")
     intermediate_size: int = Field(default=4096, ge=1, description="Width of the state that goes from step to step")
     vocab_size: int = Field(default=128256, ge=1, description="The verifier's vocabulary")
-    num_layers: int = Field(default=5, ge=1, description="Steps: tokens drafted a round")
+    num_layers: int = Field(default=5, ge=1, description="Steps: tokens drafted per round")
     tie_weights: bool = Field(
         default=default_of(MLPTrainingArgs, "tie_weights"),
         description="All steps share embedding, norm and head; all but the first their projection",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs
@@ -84,14 +84,18 @@ class MLPSpeculator(LastStateModel):
     def drafts_per_round(cls, args: DrafterArgs[Any]) -> int:
         return args.own.n_predict
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> LastStateProposer:
+    def make_proposer(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> LastStateProposer:
         weight = fitting_embedding(verifier_model, self.config.vocab_size, self.config.hidden_size)
         emb, proj, ln, head = (snapshot(part, weight) for part in (self.emb, self.proj, self.ln, self.head))
         norm = verifier_parts(verifier_model).final_norm
         network = MLPNetwork(norm, emb, proj, ln, head, self.config.num_layers, self.config.scale_input)
         return LastStateProposer(network, [proj, head])
 
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> CarriedTreeDrafter:
+    def make_tree_drafter(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> CarriedTreeDrafter:
         return CarriedTreeDrafter(
             self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
         )

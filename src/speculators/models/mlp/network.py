@@ -1,4 +1,4 @@
-"""The MLP speculator's network: a state that starts as the verifier's and takes in one token a step.
+"""The MLP speculator's network: a state that starts as the verifier's and takes in one token per step.
 
 Shapes: H hidden size, D width of the state, V vocabulary, n steps.
 

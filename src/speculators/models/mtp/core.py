@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from speculators.draft_vocab import DraftVocabMixin
@@ -221,12 +221,14 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackProposer:
+    def make_proposer(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> FeedbackProposer:
         """Entry i of its cache is token x[i+1] with the state y[i] that predicted it, normed as the family reads it."""
         model = self.beside(verifier_model)
         network = dataclasses.replace(
             model.network,
-            embed_tokens=verifier_model.get_input_embeddings(),
+            embed_tokens=cast("nn.Embedding", verifier_model.get_input_embeddings()),
             lm_head=verifier_model.get_output_embeddings(),
             verifier_norm=verifier_parts(verifier_model).final_norm,
         ).fused()
@@ -240,12 +242,14 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
             input_tokens=network.tokens_at,
         )
 
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> FeedbackTreeDrafter:
+    def make_tree_drafter(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> FeedbackTreeDrafter:
         return FeedbackTreeDrafter(
             self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
         )
 
-    def beside(self, verifier_model: Any) -> Self:
+    def beside(self, verifier_model: PreTrainedModel) -> Self:
         """This drafter in the verifier's dtype, on its device."""
         source = fitting_embedding(verifier_model, self.verifier_vocab_size, self.hidden_size)
         weight = self.network.layer.input_proj.weight

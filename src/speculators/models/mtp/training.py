@@ -1,4 +1,4 @@
-"""How an MTP layer learns: run over its own states, the tokens are the true ones (teacher forcing).
+"""Trains an MTP layer: it is run over its own states, the tokens are the true ones (teacher forcing).
 
 Shapes: B rows end to end (1 when packed), S columns of each as it came, T columns of all, K steps, R columns that take
 part (of each row the first S - K - 1), N supervised (step, column) pairs, H hidden size, V vocabulary.

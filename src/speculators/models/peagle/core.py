@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from speculators.interfaces import LossOutput, PackedBatch, TreeDrafter
 from speculators.model import SpeculatorModel
@@ -96,7 +96,7 @@ class PEagleDraftModel(Eagle3DraftModel):
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def make_proposer(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> PEagleProposer:
+    def make_proposer(self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int) -> PEagleProposer:
         model = self.beside(verifier_model)
         return PEagleProposer(
             model.network.fused(),
@@ -109,8 +109,8 @@ class PEagleDraftModel(Eagle3DraftModel):
             max_length=max_length,
         )
 
-    def make_tree_drafter(self, verifier_model: Any, *, max_batch_size: int, max_length: int) -> TreeDrafter:
+    def make_tree_drafter(
+        self, verifier_model: PreTrainedModel, *, max_batch_size: int, max_length: int
+    ) -> TreeDrafter:
         chain = self.make_proposer(verifier_model, max_batch_size=max_batch_size, max_length=max_length)
-        return SlotTreeDrafter(
-            chain.slot_log_probs, chain.capture, d2t=chain.d2t, verifier_vocab_size=chain.verifier_vocab_size
-        )
+        return SlotTreeDrafter.of_chain(chain)

@@ -1,4 +1,4 @@
-"""How P-EAGLE learns: one forward over true columns and masked slots at once, nothing is fed back.
+"""Trains P-EAGLE: one forward over true columns and masked slots at once, nothing is fed back.
 
 Shapes: T columns of the packed row, M slots, E = T + M elements, R queries among them, N supervised, S seeds,
 H hidden size, D = aux layers * H.
@@ -103,7 +103,7 @@ def drafts_read(network: PEagleNetwork, batch: PackedBatch, num_drafts: int, att
 
 
 class ChainPositions(NamedTuple):
-    """Where the supervised elements stand."""
+    """Says where the supervised elements stand."""
 
     depth_N: Tensor
     anchor_N: Tensor
