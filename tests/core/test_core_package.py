@@ -1,5 +1,7 @@
 """What importing costs, which names the packages offer, and the small helpers of `speculators.models`."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -231,3 +233,17 @@ def test_provenance_of_what_is_not_there(tmp_path):
     assert provenance.find_package_repo("no_such_package") is None
     assert set(provenance.package_versions()) == set(provenance.TRACKED_PACKAGES)
     assert provenance.package_versions()["torch"] == torch.__version__.split("+")[0] or torch.__version__
+
+
+def test_every_name_that_a_package_exports_can_be_had():
+    packages = [
+        "speculators",
+        *(m.name for m in pkgutil.walk_packages(speculators.__path__, "speculators.") if m.ispkg),
+    ]
+    missing = [
+        f"{package}.{name}"
+        for package in packages
+        for name in getattr(importlib.import_module(package), "__all__", [])
+        if not hasattr(importlib.import_module(package), name)
+    ]
+    assert not missing

@@ -31,7 +31,6 @@ EXPORTS = {
     "count_identical": "statistics",
     "first_difference": "statistics",
     "two_sample_p_value": "statistics",
-    "load_prompts": "prompts",
 }
 
 __all__ = sorted(EXPORTS)
