@@ -21,7 +21,7 @@ VLLM_TRITON ?= .venv-vllm-triton
 VLLM_PYTEST := OMP_NUM_THREADS=1 SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest
 VLLM_TESTS ?= tests/integration tests/mtp tests/serving
 
-.PHONY: help quickstart results test test-newest test-vllm test-vllm-smallest test-vllm-v2 soak check lint types install install-dev clean
+.PHONY: help quickstart results test fuzz test-newest test-vllm test-vllm-smallest test-vllm-v2 soak check lint types install install-dev clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ results: install  ## train every drafter for the embedded verifier, measure them
 
 test: install-dev  ## install with the development tools, then run the tests
 	$(PYTEST)
+
+fuzz: install-dev  ## 20,000 damaged configs, files, rows and answers, drawn anew (some minutes)
+	OMP_NUM_THREADS=1 SPECULATORS_FUZZ_CASES=1000 $(BIN)/python -m pytest -n 2 tests/fuzz
 
 # Other packages keep their versions of constraints.txt.
 test-newest: | $(NEWEST_VENV)/bin/python  ## tests and types with the newest transformers that pyproject.toml admits

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_valida
 from transformers import PretrainedConfig
 
 from speculators.proposals import TokenProposalConfig
+from speculators.utils.foreign import load_transformer_config, reading, refuse_huge
 from speculators.utils.registry import PydanticClassRegistryMixin, ReloadableBaseModel
 
 __all__ = ["SpeculatorModelConfig", "SpeculatorsConfig", "VerifierConfig", "reload_schemas"]
@@ -168,7 +169,10 @@ class SpeculatorModelConfig(_PydanticOwnsTheFields, PydanticClassRegistryMixin, 
         super().__init__(**{key: value for key, value in kwargs.items() if self._can_set(key)})
         if type(self) is SpeculatorModelConfig:
             return  # carries the values of an object that went through the lines below
-        PretrainedConfig.__init__(self, **{**self.__dict__, **(self.model_extra or {})})
+        refuse_huge(self.__dict__, "config.json")
+        with reading("config.json"):
+            PretrainedConfig.__init__(self, **{**self.__dict__, **(self.model_extra or {})})
+            self.to_dict()
         self.transformers_version = transformers.__version__
 
     @classmethod
@@ -275,18 +279,6 @@ def reload_schemas() -> None:
     TokenProposalConfig.reload_schema()
     SpeculatorsConfig.reload_schema()
     SpeculatorModelConfig.reload_schema()
-
-
-def load_transformer_config(value: Any, default_model_type: str) -> PretrainedConfig:
-    """`transformer_layer_config` from what a user or a file gives: a config as it is, or a dict.
-
-    A dict names its class by `model_type`; without one it is of `default_model_type`."""
-    if isinstance(value, PretrainedConfig):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(f"Input should be a dict or an instance of PreTrainedConfig, got {value!r}")
-    values = {"model_type": default_model_type, **value}
-    return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def dump_transformer_config(config: PretrainedConfig) -> dict[str, Any]:

@@ -155,7 +155,10 @@ def was_never_loaded(weight: Tensor) -> bool:
 
 def _never_loaded(kind: type[nn.Module], *sizes: int, **options: Any) -> Any:
     """A frozen module whose weight is NaN, flagged so that transformers' initialisation leaves it that way."""
-    module = torch.nn.utils.skip_init(kind, *sizes, **options)
+    device = torch.get_default_device()
+    with torch.device("meta"):  # neither initialised nor, inside a caller's own meta device, ever in memory
+        module: Any = kind(*sizes, **options)
+    module.to_empty(device=device)
     nn.init.constant_(module.weight, math.nan)
     module.requires_grad_(False)
     module._is_hf_initialized = True

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from speculators.checkpoint.formats import SPECULATORS, CheckpointContract
+from speculators.checkpoint.formats import SPECULATORS, CheckpointContract, build_without_data
 from speculators.config import SpeculatorModelConfig
 from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.model_loading import LoadOptions, cast_parameters, copy_tensors, load_tensors
+from speculators.model_loading import LoadOptions, cast_parameters, copy_tensors, load_tensors, refuse_other_sizes
 from speculators.model_training import NoTrainingArgs, TrainingDoors
+from speculators.utils.foreign import bounded_build, reading
 from speculators.utils.names import did_you_mean
 from speculators.utils.registry import ClassRegistryMixin
 
@@ -239,7 +240,10 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
             config.transformer_layer_config._attn_implementation = options.attn_implementation
 
         tensors = state_dict if state_dict is not None else load_tensors(path, hub)
-        model = model_class.to_be_loaded(config, *model_args, **kwargs)
+        if not ignore_mismatched_sizes:
+            refuse_other_sizes(build_without_data(model_class, config), tensors)
+        with bounded_build("config.json"), reading("config.json"):
+            model = model_class.to_be_loaded(config, *model_args, **kwargs)
         cast_parameters(model, options.dtype_for(config, tensors))
         loading_info = copy_tensors(model, tensors, ignore_mismatched_sizes)
         nn.Module.to(model, options.device)

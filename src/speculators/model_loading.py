@@ -31,6 +31,10 @@ _LOADER_OPTIONS_WITHOUT_EFFECT = (
 )
 
 
+MOST_VALUES = 1 << 32
+"""Values of the largest tensor that is taken from the verifier: a vocabulary of 262,144 at a width of 16,384."""
+
+
 class LoadOptions:
     """The options of transformers' `from_pretrained` that mean something here, taken out of its keyword arguments."""
 
@@ -49,7 +53,10 @@ class LoadOptions:
         if dtype == "auto":
             stored = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
             dtype = config.dtype or next(stored, torch.get_default_dtype())
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(f"dtype={dtype!r} is not a floating type; say bfloat16, float16 or float32")
+        return found
 
 
 def _single_device(device_map: Any) -> torch.device:
@@ -79,20 +86,33 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def copy_tensors(
-    model: PreTrainedModel, tensors: Mapping[str, Tensor], ignore_mismatched_sizes: bool
-) -> dict[str, list[Any]]:
-    own = model.state_dict()
-    mismatched = [
+def mismatched_sizes(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[tuple[str, Any, Any]]:
+    return [
         (key, tuple(tensors[key].shape), tuple(own[key].shape))
         for key in own
         if key in tensors and tensors[key].shape != own[key].shape
     ]
-    if mismatched and not ignore_mismatched_sizes:
+
+
+def refuse_other_sizes(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> list[tuple[str, Any, Any]]:
+    """Raises `ValueError` unless the tensors have the sizes of the model's. Asked of a model without data too, before
+    memory is taken for one that a damaged config makes too large."""
+    own = model.state_dict()
+    if mismatched := mismatched_sizes(own, tensors):
         raise ValueError(
             "the checkpoint's tensors do not fit its config (name, shape in the checkpoint, shape by the config): "
             f"{mismatched}; correct config.json, or pass ignore_mismatched_sizes=True to leave these out"
         )
+    if huge := [name for name, tensor in own.items() if name not in tensors and tensor.numel() > MOST_VALUES]:
+        raise ValueError(f"config.json makes {huge} larger than any embedding or head; correct its vocabulary or sizes")
+    return []
+
+
+def copy_tensors(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], ignore_mismatched_sizes: bool
+) -> dict[str, list[Any]]:
+    own = model.state_dict()
+    mismatched = mismatched_sizes(own, tensors) if ignore_mismatched_sizes else refuse_other_sizes(model, tensors)
     left_out = {key for key, *_ in mismatched}
     model.load_state_dict({k: v for k, v in tensors.items() if k in own and k not in left_out}, strict=False)
     missing = [key for key in own if key not in tensors and not _matches(key, model._keys_to_ignore_on_load_missing)]

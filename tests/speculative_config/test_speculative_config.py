@@ -306,6 +306,8 @@ def test_a_synthetic_length_becomes_rates_of_that_mean(length, rates):
 
 def test_token_trees_default_to_a_chain_and_are_written_breadth_first():
     assert SpeculativeConfig(model="o/d", num_speculative_tokens=2).speculative_token_tree == "[(0,), (0, 0)]"
+    long = SpeculativeConfig(model="o/d", num_speculative_tokens=2000)  # as paths: two million numbers
+    assert long.speculative_token_tree is None and long.max_depth == 2000
     given = SpeculativeConfig(model="o/d", num_speculative_tokens=2, speculative_token_tree="[(0, 0), (1,), (0,)]")
     assert given.speculative_token_tree == "[(0,), (1,), (0, 0)]"
     assert SpeculativeConfig(method="ngram", num_speculative_tokens=2).speculative_token_tree is None

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from speculators.checkpoint.findings import Finding
 from speculators.utils.files import atomic_write, read_json_object
+from speculators.utils.foreign import bounded_build, reading
 from speculators.utils.loading import SAFETENSORS, list_checkpoint_keys, load_checkpoint
 from speculators.utils.names import refuse_option
 
@@ -147,9 +148,7 @@ class CheckpointContract:
 
     def expected_tensors(self, model_class: type[SpeculatorModel], config: SpeculatorModelConfig) -> dict[str, Tensor]:
         """Returns every tensor that a checkpoint holds, by name, on the meta device (shape and type, no data)."""
-        with torch.device("meta"):
-            model = model_class.to_be_loaded(copy.deepcopy(config))
-        return saved_tensors(model)
+        return saved_tensors(build_without_data(model_class, config))
 
     def shared_tensors(self, config: SpeculatorModelConfig) -> frozenset[str]:
         """Names the tensors that a checkpoint may leave out because engines then use the verifier's: the embedding
@@ -202,6 +201,12 @@ class CheckpointContract:
         if format_name == SPECULATORS:
             return Serving(directory) if self.served_format == SPECULATORS else None
         return self.format_named(format_name).serving(config, directory, verifier)
+
+
+def build_without_data(model_class: type[SpeculatorModel], config: SpeculatorModelConfig) -> SpeculatorModel:
+    """Builds the model of a config on the meta device. Raises `ValueError` when the config does not describe one."""
+    with torch.device("meta"), bounded_build("config.json"), reading("config.json"):
+        return model_class.to_be_loaded(copy.deepcopy(config))
 
 
 def saved_tensors(model: SpeculatorModel) -> dict[str, Tensor]:

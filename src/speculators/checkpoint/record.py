@@ -107,7 +107,38 @@ def read_training_record(directory: str | Path) -> dict[str, Any] | None:
     record = read_json_object(file, "delete it, or take it from where the checkpoint was trained")
     if record.get("record_version") != RECORD_VERSION:
         raise ValueError(f"{file} has version {record.get('record_version')}; this release reads {RECORD_VERSION}")
+    if not is_record(record):
+        raise ValueError(f"{file} is damaged: take it from where the checkpoint was trained, or delete it")
     return record
+
+
+def is_record(values: Mapping[str, Any]) -> bool:
+    """Says whether every part that is read later has the type in which it was written."""
+    verifier, num_tokens = values.get("verifier") or {}, values.get("num_speculative_tokens")
+    if not isinstance(values.get("config"), dict) or not isinstance(values.get("tensors"), dict):
+        return False
+    if not isinstance(verifier, dict) or not (num_tokens is None or (type(num_tokens) is int and num_tokens > 0)):
+        return False
+    rows, tokenizer = verifier.get("tensors") or {}, verifier.get("tokenizer")
+    is_named = not verifier or isinstance(verifier.get("name_or_path"), str)
+    is_tokenizer = not tokenizer or (isinstance(tokenizer, dict) and {"sha256", "num_tokens"} <= tokenizer.keys())
+    if not (is_named and is_tokenizer and isinstance(rows, dict)):
+        return False
+    fingerprints = [*values["tensors"].values(), *(found for found in rows.values() if found is not None)]
+    return all(map(is_fingerprint, fingerprints))
+
+
+def is_fingerprint(values: Any) -> bool:
+    if not isinstance(values, dict) or not {"shape", "dtype", "sha256"} <= values.keys():
+        return False
+    chunks = values.get("chunks") or []
+    sketches = [*(chunks if isinstance(chunks, list) else [None]), *([values["sketch"]] if "sketch" in values else [])]
+    return all(
+        isinstance(found, list)
+        and len(found) == NUM_SKETCHES
+        and all(isinstance(number, float | int) and abs(number) < 1e30 for number in found)
+        for found in sketches
+    )
 
 
 # -- config ------------------------------------------------------------------------------------------------------------
@@ -125,7 +156,8 @@ def computed_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_of(layers: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(layers.get("rope_parameters") or layers.get("rope_scaling") or {})
+    given = layers.get("rope_parameters") or layers.get("rope_scaling")
+    found = dict(given) if isinstance(given, Mapping) else {}
     if any(isinstance(value, Mapping) for value in found.values()):
         return found  # one set per kind of layer
     for key in ("rope_theta", "partial_rotary_factor"):
@@ -146,8 +178,9 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def hidden_size_of(values: Mapping[str, Any]) -> int | None:
-    layers = values.get(LAYERS) or {}
-    return layers.get("hidden_size") or values.get("hidden_size")
+    layers = values.get(LAYERS)
+    found = (layers.get("hidden_size") if isinstance(layers, Mapping) else None) or values.get("hidden_size")
+    return found if type(found) is int and found > 0 else None
 
 
 def recorded_num_tokens(values: Mapping[str, Any]) -> int | None:

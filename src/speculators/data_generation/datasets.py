@@ -124,7 +124,8 @@ class RawRows(Sequence[Any]):
             return range(len(self))
         if isinstance(self.rows, datasets.Dataset):
             return self.rows["primary_id"]  # reads one column, not all tokens
-        return (row.get("primary_id", index) if isinstance(row, Mapping) else index for index, row in enumerate(self))
+        found = (row.get("primary_id", index) if isinstance(row, Mapping) else index for index, row in enumerate(self))
+        return (identity if isinstance(identity, str | int) else str(identity) for identity in found)
 
 
 def load_raw_dataset(source: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> RawRows:

@@ -105,12 +105,23 @@ class Manifest:
         """Raises `ValueError`, naming `path`, when this version cannot read the text."""
         try:
             values = json.loads(text)
-            return cls(**{**values, "recipe": Recipe(**values["recipe"])})
-        except (ValueError, TypeError, KeyError) as error:
+            manifest = cls(**{**values, "recipe": Recipe(**values["recipe"])})
+            refuse_other_types(manifest)
+            return manifest
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a manifest that this version of speculators can read ({error}); prepare the data again "
                 "(--overwrite)"
             ) from error
+
+
+def refuse_other_types(manifest: Manifest) -> None:
+    """Raises `ValueError` when a number, a name or a count of the manifest is of another type."""
+    counts = {name: n for name, n in asdict(manifest).items() if name.startswith("num_") or name.endswith("_row")}
+    counts |= {f"dropped {name}": count for name, count in dict(manifest.dropped).items()}
+    wrong = [name for name, count in counts.items() if type(count) is not int or count < 0]
+    if wrong or not isinstance(manifest.recipe.verifier, str):
+        raise ValueError(f"{wrong or ['verifier']} are of another type")
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from speculators.checkpoint.findings import Finding, error
-from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint
+from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint, build_without_data
 from speculators.checkpoint.io import OpenedCheckpoint, local_directory, read_foreign, recognise
 from speculators.checkpoint.record import RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
 from speculators.config import SpeculatorModelConfig
 from speculators.deploy import config_check, tensor_check, verifier_check
 from speculators.deploy.report import CheckReport
 from speculators.model import SpeculatorModel
+from speculators.utils.foreign import reading
 from speculators.utils.names import NamedModel, model_name, refuse_option
 
 RECORD = "as it was trained"
@@ -73,11 +73,23 @@ def check_deeply(report: CheckReport) -> None:
 def check_directory(path: Path, verifier: str | None, algorithm: str | None) -> CheckReport:
     report = CheckReport(path)
     try:
+        with reading("the checkpoint"):
+            check_contents(report, verifier, algorithm)
+    except (OSError, ValueError) as problem:
+        fix = "correct the value, or fetch the checkpoint again; if it is right, please report this"
+        rule = "every part of a checkpoint must be readable"
+        report.findings.append(error("not-checked", str(path), str(problem), rule, fix))
+    return report
+
+
+def check_contents(report: CheckReport, verifier: str | None, algorithm: str | None) -> None:
+    path = report.path
+    try:
         values = ForeignCheckpoint(path).values
     except ValueError as problem:
         fix = "correct the file, or fetch it again"
         report.add("config.json", [error("config-unreadable", "config.json", str(problem), "it must be JSON", fix)])
-        return report
+        return
     opened = (
         open_ours(values, report)
         if "speculators_model_type" in values
@@ -85,7 +97,6 @@ def check_directory(path: Path, verifier: str | None, algorithm: str | None) -> 
     )
     if opened is not None:
         check_opened(opened, report, verifier)
-    return report
 
 
 def open_ours(values: dict[str, Any], report: CheckReport) -> OpenedCheckpoint | None:
@@ -115,12 +126,18 @@ def open_foreign(
 ) -> OpenedCheckpoint | None:
     """Reads a directory of another project; None when its format's reader refuses it."""
     source = ForeignCheckpoint(path)
-    model_class, known = recognise(source, algorithm)
+    try:
+        model_class, known = recognise(source, algorithm)
+    except (OSError, ValueError) as problem:
+        fix = "name the directory of a drafter, convert it, or say its --algorithm"
+        report.findings.append(error("format-unknown", str(path), str(problem), "one format must recognise it", fix))
+        return None
     report.format = known.name
     report.add("config.json", known.findings(source))
     try:
-        converted = read_foreign(source, known, verifier)
-    except ValueError as problem:
+        with reading("the checkpoint"):
+            converted = read_foreign(source, known, verifier)
+    except (OSError, ValueError) as problem:
         rule = f"the format {known.name!r} must be readable"
         report.findings.append(error("unreadable", str(path), str(problem), rule, "take it from where it was made"))
         return None
@@ -154,15 +171,16 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
     contract, config, tensors = opened.model_class.contract, opened.config, opened.tensors
     report.served_format = contract.served_format
     is_served = contract.served_format == opened.format
-    report.add("what vLLM makes of the options", contract.findings(opened.values, config))
     try:
-        expected = contract.expected_tensors(opened.model_class, config)
-        layer_ids = read_layers(opened)
-    except (ValueError, AttributeError) as problem:
+        with reading("config.json"):
+            expected = contract.expected_tensors(opened.model_class, config)
+            layer_ids = read_layers(opened)
+    except ValueError as problem:
         report.findings.append(
             error("config-invalid", "config.json", str(problem), "it must describe a drafter", "correct the value")
         )
         return
+    report.add("what vLLM makes of the options", contract.findings(opened.values, config))
     shared = contract.shared_tensors(config)
     report.add("tensors", tensor_check.tensor_findings(tensors, expected, shared, is_served=is_served))
     report.findings += tensor_check.file_findings(report.path)
@@ -185,8 +203,7 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
 
 def read_layers(opened: OpenedCheckpoint) -> tuple[int, ...]:
     """Returns the verifier's layers that the drafter reads; empty when config.json does not say, which is a finding."""
-    with torch.device("meta"):
-        model = opened.model_class.to_be_loaded(SpeculatorModelConfig.from_dict(opened.config.to_dict()))
+    model = build_without_data(opened.model_class, SpeculatorModelConfig.from_dict(opened.config.to_dict()))
     try:
         return model.capture.aux_layer_ids
     except ValueError:

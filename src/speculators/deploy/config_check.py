@@ -15,6 +15,8 @@ from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 
 SETTINGS = "speculators_config"
+MOST_FINDINGS = 20
+"""Invalid values of one config.json that are listed."""
 CONFIG_FIX = "write the value back, or take config.json from where the checkpoint was trained"
 # vLLM builds a generic config of the draft layers from the dict, which has no default for a missing key.
 LAYER_KEYS = (
@@ -35,20 +37,19 @@ def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
     """Checks the parts that every speculator's config.json has."""
     name = values.get("speculators_model_type")
     known = SpeculatorModel.available_names()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         yield error("type-unknown", "speculators_model_type", repr(name), f"known are {known}", "correct the name")
-    settings = values.get(SETTINGS)
-    if not isinstance(settings, Mapping):
+    if not isinstance(values.get(SETTINGS), Mapping):
         yield missing_key(SETTINGS, "vLLM recognises a speculator by it")
         return
-    methods = settings.get("proposal_methods") or [{}]
-    if methods[0].get("speculative_tokens") is None:
+    if at(values, SETTINGS, "proposal_methods", 0, "speculative_tokens") is None:
         yield missing_key(
             f"{SETTINGS}.proposal_methods[0].speculative_tokens", "vLLM drafts this many tokens per round"
         )
-    if (settings.get("verifier") or {}).get("name_or_path") is None:
+    if at(values, SETTINGS, "verifier", "name_or_path") is None:
         yield missing_key(f"{SETTINGS}.verifier.name_or_path", "vLLM serves this model, with its tokenizer")
-    default, first = settings.get("default_proposal_method"), methods[0].get("proposal_type")
+    default = at(values, SETTINGS, "default_proposal_method")
+    first = at(values, SETTINGS, "proposal_methods", 0, "proposal_type")
     if default != first:
         yield warning(
             "proposal-not-first",
@@ -57,11 +58,11 @@ def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
             "vLLM reads the first method only",
             f"put {default!r} first in proposal_methods",
         )
-    if settings.get("algorithm") != name:
+    if at(values, SETTINGS, "algorithm") != name:
         yield warning(
             "algorithm-differs",
             f"{SETTINGS}.algorithm",
-            repr(settings.get("algorithm")),
+            repr(at(values, SETTINGS, "algorithm")),
             f"speculators_model_type is {name!r}, and that is what counts",
             f"write {name!r}",
         )
@@ -90,8 +91,8 @@ def layer_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
         yield missing_key(
             f"{LAYERS}.rope_parameters", "vLLM then takes a theta of its own, which differs by drafter type"
         )
-    rope = layers.get("rope_parameters") or {}
-    if any(isinstance(value, Mapping) for value in rope.values()):
+    rope = layers.get("rope_parameters")
+    if isinstance(rope, Mapping) and any(isinstance(value, Mapping) for value in rope.values()):
         yield error(
             "rope-nested",
             f"{LAYERS}.rope_parameters",
@@ -100,6 +101,9 @@ def layer_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
             "write the set that was trained with, flat",
         )
     kinds, num_layers = layers.get("layer_types"), layers.get("num_hidden_layers")
+    if not isinstance(kinds, list | None):
+        yield error("layer-types", f"{LAYERS}.layer_types", repr(kinds), "it is a list of names", "write the list")
+        return
     if kinds is not None and len(kinds) != num_layers:
         yield error(
             "layer-types",
@@ -118,6 +122,18 @@ def layer_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
+def at(values: Any, *keys: str | int) -> Any:
+    """Returns the value at a path of keys and indices; None where the path ends earlier."""
+    for key in keys:
+        if isinstance(key, str) and isinstance(values, Mapping):
+            values = values.get(key)
+        elif isinstance(key, int) and isinstance(values, list) and len(values) > key:
+            values = values[key]
+        else:
+            return None
+    return values
+
+
 def missing_key(where: str, meaning: str) -> Finding:
     return error("key-missing", where, "not in config.json", meaning, f"write {where}")
 
@@ -127,16 +143,16 @@ def read_config(path: Path) -> tuple[SpeculatorModelConfig | None, list[Finding]
     try:
         return SpeculatorModelConfig.from_pretrained(path), []
     except ValidationError as problem:
-        return None, [
-            error(
-                "config-invalid",
-                ".".join(map(str, detail["loc"])) or "config.json",
-                repr(detail["input"])[:80],
-                detail["msg"].removeprefix("Value error, "),
-                "correct the value",
-            )
+        details = [
+            (".".join(map(str, detail["loc"])), repr(detail["input"])[:80], detail["msg"].removeprefix("Value error, "))
             for detail in problem.errors(include_url=False)
         ]
+    except ValueError as problem:
+        details = [("", "unusable", str(problem))]
+    return None, [
+        error("config-invalid", where or "config.json", found, rule, "correct the value")
+        for where, found, rule in details[:MOST_FINDINGS]
+    ]
 
 
 def changed_config_findings(

@@ -140,9 +140,11 @@ def map_findings(tensors: Mapping[str, Tensor], vocab_size: int) -> Iterator[Fin
             fix,
         )
         return
+    if t2d_V.shape != (vocab_size,):  # reported with the other shapes; a damaged config may name any number
+        return
     kept_V = torch.zeros(vocab_size, dtype=torch.bool)
     kept_V[targets_D] = True
-    if t2d_V.shape == kept_V.shape and not torch.equal(kept_V, t2d_V.bool()):
+    if not torch.equal(kept_V, t2d_V.bool()):
         yield error(
             "map-inconsistent",
             f"{MAP}, {KEPT}",

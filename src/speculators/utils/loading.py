@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from speculators.utils.files import read_json_object
+from speculators.utils.foreign import WRONG_VALUE
 
 logger = logging.getLogger(__name__)
 
@@ -140,13 +142,13 @@ def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
     for file in dict.fromkeys(files.values()):
         keys = [key for key, where in files.items() if where == file]
         if file.suffix != ".safetensors":
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            tensors.update({key: content[key] for key in keys})
+            content = _read_pickle(file, "cpu")
+            tensors.update({key: content[key] for key in keys if key in content})
             continue
         try:
             with safe_open(file, framework="pt") as reader:
                 tensors.update({key: reader.get_tensor(key) for key in keys})
-        except SafetensorError as error:
+        except (SafetensorError, *WRONG_VALUE) as error:
             raise _damaged(file, error) from error
     return tensors
 
@@ -196,12 +198,26 @@ def _fetch(path: str | os.PathLike, name: str, **hub_kwargs: Any) -> Path | None
 
 def _keys_of(file: Path) -> list[str]:
     if file.suffix != ".safetensors":
-        return list(torch.load(file, map_location="meta", weights_only=True))
+        return list(_read_pickle(file, "meta"))
     try:
         with safe_open(file, framework="pt") as reader:
             return list(reader.keys())
-    except SafetensorError as error:
+    except (SafetensorError, *WRONG_VALUE) as error:
         raise _damaged(file, error) from error
+
+
+def _read_pickle(file: Path, device: str) -> dict[str, Tensor]:
+    """Reads the tensors of a pickle. Raises `ValueError` for one that holds anything else: unpickling would run it."""
+    try:
+        content = torch.load(file, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, *WRONG_VALUE, ValueError) as error:
+        raise ValueError(
+            f"'{file}' is damaged, or a pickle of more than tensors, which is not read because it can run any code: "
+            "convert it to safetensors where you trust it, or fetch the checkpoint in that format"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"'{file}' holds more than tensors by name: convert it to safetensors where you trust it")
+    return content
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:

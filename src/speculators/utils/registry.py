@@ -229,7 +229,8 @@ class PydanticClassRegistryMixin(ReloadableBaseModel, ABC, ClassRegistryMixin):
         member = cls.find(tag) if isinstance(tag, str) else None
         if member is None:
             expected = ", ".join(f"'{name}'" for name in cls.available_names())
-            context = {"discriminator": discriminator, "tag": str(tag), "expected_tags": expected}
+            named = str(tag).encode("ascii", "backslashreplace").decode()[:100]  # pydantic takes no lone surrogate
+            context = {"discriminator": discriminator, "tag": named, "expected_tags": expected}
             raise PydanticKnownError("union_tag_invalid", context)
         return member.model_validate(dict(value))
 

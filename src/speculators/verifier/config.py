@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.proposals import GreedyTokenProposalConfig
+from speculators.utils.foreign import reading, refuse_huge
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,11 +79,14 @@ def open_config(
     """A model's config with its class's defaults. Of a model type that transformers does not know: a record of the
     file's keys. Raises OSError where there is no config.json."""
     values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    refuse_huge(values, name)
     if values.get("model_type") in CONFIG_MAPPING or (trust_remote_code and values.get("auto_map")):
-        return AutoConfig.from_pretrained(
-            name, revision=revision, code_revision=code_revision, trust_remote_code=trust_remote_code
-        )
-    return plain_config(values)
+        with reading(f"the config of {name}"):
+            return AutoConfig.from_pretrained(
+                name, revision=revision, code_revision=code_revision, trust_remote_code=trust_remote_code
+            )
+    with reading(f"the config of {name}"):
+        return plain_config(values)
 
 
 def plain_config(values: Mapping[str, Any]) -> PretrainedConfig:
@@ -98,8 +102,9 @@ def plain_config(values: Mapping[str, Any]) -> PretrainedConfig:
 def open_verifier_config(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
     """The whole config of a verifier, all parts of it. ValueError where none of a known model type can be read."""
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        with reading("its config.json"):
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{name}: no model config can be read there ({first_line(error)}); give the directory of a saved causal "
             "LM, or a model id of the Hugging Face hub"

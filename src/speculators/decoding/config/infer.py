@@ -273,7 +273,7 @@ def _fill_in_tree(config: SpeculativeConfig) -> None:
             "provided"
         )
     else:
-        config.speculative_token_tree = str(TokenTree.chain(config.num_speculative_tokens))
+        config.speculative_token_tree = TokenTree.written_chain(config.num_speculative_tokens)
 
 
 def _make_draft_model_config(config: SpeculativeConfig, hf_config: Any) -> None:

@@ -26,6 +26,7 @@ from speculators.decoding.trees.dynamic_tree import DynamicTreeShape
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule
+from speculators.utils.foreign import reading
 
 RejectionSampleMethod = Literal["strict", "probabilistic", "standard", "block", "synthetic"]
 
@@ -36,7 +37,7 @@ class SpeculativeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
     # What to draft with
-    num_speculative_tokens: int | None = Field(default=None, gt=0)
+    num_speculative_tokens: int | None = Field(default=None, gt=0, le=65_536)
     """Draft tokens per round (K). None: derived from the draft (its n_predict or proposal method) where it says."""
     model: str | None = None
     """Draft model, head or weights: a path or hub id; a speculators checkpoint says its own method and K."""
@@ -134,11 +135,11 @@ class SpeculativeConfig(BaseModel):
     def model_post_init(self, context: Any) -> None:
         given = {name: getattr(self, name) for name in self.model_fields_set}
         self._given = {name: value for name, value in given.items() if value is not None}
-        infer(self)
+        reading("the speculative config or its draft")(infer)(self)
 
     @model_validator(mode="after")
     def _verify_args(self) -> SpeculativeConfig:
-        check(self)
+        reading("the speculative config or its draft")(check)(self)
         return self
 
     @property
@@ -151,8 +152,8 @@ class SpeculativeConfig(BaseModel):
         """From the value of `--speculative-config`; `engine` may give target_model_config and the like."""
         try:
             settings = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the speculative config {text!r} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the speculative config {text[:200]!r} is not JSON: {error}") from error
         if not isinstance(settings, dict):
             raise ValueError(f'the speculative config {text!r} must be a JSON object such as {{"method": "ngram"}}')
         return cls(**settings, **engine)

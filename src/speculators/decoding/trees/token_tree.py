@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 Path = tuple[int, ...]
+LONGEST_WRITTEN_CHAIN = 64
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class TokenTree:
         """A tree from a Python literal, a list of tuples of ints. Raises ValueError for anything else."""
         try:
             paths = ast.literal_eval(text)
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"speculative_token_tree={text!r} must be a Python literal list of tuples") from error
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"speculative_token_tree={text[:99]!r} must be a Python literal list of tuples") from error
         if not isinstance(paths, list | tuple) or not all(isinstance(path, list | tuple) for path in paths):
             raise ValueError(f"speculative_token_tree={text!r} must be a list of tuples, such as [(0,), (0, 0)]")
         return cls.of(paths)
@@ -57,6 +58,11 @@ class TokenTree:
     @classmethod
     def chain(cls, num_tokens: int) -> TokenTree:
         return cls(tuple((0,) * length for length in range(1, num_tokens + 1)))
+
+    @classmethod
+    def written_chain(cls, num_tokens: int) -> str | None:
+        """A chain as text. None, which also means a chain, for a long one: its paths grow with the square of it."""
+        return str(cls.chain(num_tokens)) if num_tokens <= LONGEST_WRITTEN_CHAIN else None
 
     @classmethod
     def best(cls, accuracy: Sequence[Sequence[float]], num_nodes: int) -> TokenTree:
