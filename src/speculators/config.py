@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_valida
 from transformers import PretrainedConfig
 
 from speculators.proposals import TokenProposalConfig
-from speculators.utils.foreign import load_transformer_config, reading, refuse_huge
 from speculators.utils.registry import PydanticClassRegistryMixin, ReloadableBaseModel
+from speculators.utils.util import load_transformer_config, reading, refuse_huge
 
 __all__ = ["SpeculatorModelConfig", "SpeculatorsConfig", "VerifierConfig", "reload_schemas"]
 

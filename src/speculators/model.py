@@ -21,9 +21,9 @@ from speculators.draft_vocab import DraftVocabMixin
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.model_loading import LoadOptions, cast_parameters, copy_tensors, load_tensors, refuse_other_sizes
 from speculators.model_training import NoTrainingArgs, TrainingDoors
-from speculators.utils.foreign import bounded_build, reading
 from speculators.utils.names import did_you_mean
 from speculators.utils.registry import ClassRegistryMixin
+from speculators.utils.util import bounded_build, reading
 
 if TYPE_CHECKING:
     from speculators.interfaces import Proposer, TreeDrafter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import httpx
 import pytest
@@ -17,7 +17,7 @@ from speculators.data_generation.conversations import parse_row
 from speculators.data_generation.prepared import Manifest, Recipe
 from speculators.data_generation.rollout import make_rollout
 from speculators.decoding.config import SpeculativeConfig
-from speculators.train.checkpointer import STATE_FILE, Position, read_position
+from speculators.train.checkpoint_files import STATE_FILE, Position, read_position
 
 CONFIGS = [
     {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
@@ -62,7 +62,7 @@ def test_rows_of_data(row):
         make_rollout(0, row, "id")
 
 
-RECIPE = Recipe("v", "a", None, {}, ["s"], [None], 8, None, 0, 1, False, 64)
+RECIPE = Recipe(**({field.name: None for field in fields(Recipe)} | {"verifier": "v", "seq_length": 8}))  # type: ignore
 MANIFEST = json.loads(Manifest(RECIPE, "0", 1, 1, 3, 2, 3, 3).to_json())
 
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from speculators.checkpoint.findings import Finding
 from speculators.utils.files import atomic_write, read_json_object
-from speculators.utils.foreign import bounded_build, reading
 from speculators.utils.loading import SAFETENSORS, list_checkpoint_keys, load_checkpoint
 from speculators.utils.names import refuse_option
+from speculators.utils.util import bounded_build, reading
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorModelConfig

@@ -156,6 +156,8 @@ def conversation_of(prompt: Any, row: Mapping[str, Any], column: str) -> Convers
 def parse_token_row(input_ids: Sequence[int], loss_mask: Sequence[int]) -> TokenRow:
     """Checks a pre-tokenised row. Raises `BrokenTokenRow` unless each token is a whole number with a mask of 0 or 1,
     and some but not all are supervised."""
+    if any(isinstance(v, str | Mapping) or not hasattr(v, "__len__") for v in (input_ids, loss_mask)):
+        raise BrokenTokenRow("input_ids or loss_mask is not a list", f"{str((input_ids, loss_mask))[:100]}")
     if len(input_ids) != len(loss_mask):
         raise BrokenTokenRow(
             "input_ids and loss_mask differ in length",
@@ -191,6 +193,8 @@ def as_turns(turns: Any) -> Sequence[Any]:
             raise UnusableRow("conversation is text, not a list of turns") from None
     if isinstance(turns, Mapping):
         columns = [(key, values) for key, values in turns.items() if values is not None]
+        if not all(isinstance(values, Sequence) for _, values in columns):
+            raise UnusableRow("conversation is not a list of turns")
         num_turns = max((len(values) for _, values in columns), default=0)
         return [{key: values[i] for key, values in columns if i < len(values)} for i in range(num_turns)]
     if not isinstance(turns, Sequence):

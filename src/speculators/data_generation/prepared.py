@@ -107,8 +107,9 @@ class Manifest:
             values = json.loads(text)
             manifest = cls(**{**values, "recipe": Recipe(**values["recipe"])})
             refuse_other_types(manifest)
+            manifest.facts()  # every part of it can be shown
             return manifest
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a manifest that this version of speculators can read ({error}); prepare the data again "
                 "(--overwrite)"

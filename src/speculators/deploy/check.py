@@ -25,8 +25,8 @@ from speculators.config import SpeculatorModelConfig
 from speculators.deploy import config_check, tensor_check, verifier_check
 from speculators.deploy.report import CheckReport
 from speculators.model import SpeculatorModel
-from speculators.utils.foreign import reading
 from speculators.utils.names import NamedModel, model_name, refuse_option
+from speculators.utils.util import reading
 
 RECORD = "as it was trained"
 MAP = "vocabulary map"

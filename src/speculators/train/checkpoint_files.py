@@ -90,8 +90,11 @@ def restore_weights(model: SpeculatorModel, weights: dict[str, Tensor], path: Pa
 
 def read_position(path: Path) -> Position:
     try:
-        return Position(**json.loads((path / STATE_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        position = Position(**json.loads((path / STATE_FILE).read_text()))
+        if wrong := [name for name, n in asdict(position).items() if type(n) is not int or n < 0]:
+            raise ValueError(f"{wrong} are not counts")
+        return position
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(
             f"{path / STATE_FILE} is damaged ({error}): delete the directory {path}"
         ) from error

@@ -13,8 +13,6 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from speculators.utils.foreign import WRONG_VALUE
-
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of the same thing: of older servers, of newer ones, and of gpt-oss."""
@@ -129,7 +127,7 @@ class ChatRenderer:
         given = None if tools is None else list(tools)
         try:
             return self.tokenizer.apply_chat_template(renamed, tools=given, **options, **self.template_kwargs)
-        except (jinja2.TemplateError, ValueError, *WRONG_VALUE) as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise ChatTemplateError(f"chat template refuses it: {str(error)[:100]}") from error
 
 

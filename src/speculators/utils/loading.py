@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from speculators.utils.files import read_json_object
-from speculators.utils.foreign import WRONG_VALUE
+from speculators.utils.util import WRONG_VALUE
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,20 @@
-"""Finds the device to work on: CUDA, Ascend NPU or CPU."""
+"""Finds the device to work on (CUDA, Ascend NPU or CPU), and turns what other people wrote into objects: a wrong value
+ends in one `ValueError`, and a config cannot ask for more modules or layers than a drafter has."""
 
 from __future__ import annotations
 
 import importlib.util
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from transformers import PretrainedConfig
 
 
 def is_npu_available() -> bool:
@@ -45,3 +55,80 @@ def empty_cache() -> None:
     kind = _kind()
     if kind != "cpu":
         getattr(torch, kind).empty_cache()
+
+
+# -- what other people wrote
+
+WRONG_VALUE = (
+    *(TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError, MemoryError),
+    StrictDataclassError,
+)
+"""What transformers, torch and our constructors raise for a value that nobody expected there."""
+MOST_MODULES = 20_000
+"""Modules and parameters of one drafter: 256 experts in three layers have 3,000."""
+MOST_COUNT = 65_536
+"""Largest number of layers, heads or experts that a config may ask for: some classes make a list of that length."""
+MOST_SIZE = 1 << 40
+COUNTS = ("num_", "n_")
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raises `ValueError`, naming `what`, for a value that the code inside cannot work with."""
+    try:
+        yield
+    except NotImplementedError:  # a RuntimeError that says what is not supported
+        raise
+    except WRONG_VALUE as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = ": ".join([type(error).__name__, *lines[:2]])[:300]
+        raise ValueError(f"{what} has a value that cannot be used ({reason}); correct it, or fetch it again") from error
+
+
+def refuse_huge(values: Mapping[str, Any], what: str) -> None:
+    """Raises `ValueError` for sizes and counts of a config that no model has."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            refuse_huge(value, f"{what}.{key}")
+        elif isinstance(value, int):
+            most = MOST_COUNT if str(key).startswith(COUNTS) or str(key).endswith("layers") else MOST_SIZE
+            if abs(value) > most:
+                raise ValueError(f"{what}.{key}={value!r}; at most {most} makes sense there: correct it")
+
+
+@contextmanager
+def bounded_build(what: str) -> Iterator[None]:
+    """Raises `ValueError` as soon as this thread has built more than `MOST_MODULES` modules and parameters inside."""
+    thread, num_built = threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, part: Any) -> None:
+        nonlocal num_built
+        if threading.get_ident() != thread:
+            return
+        num_built += 1
+        if num_built > MOST_MODULES:
+            raise ValueError(f"{what} asks for more than {MOST_MODULES} modules; correct its number of layers or heads")
+
+    hooks = (
+        module_hooks.register_module_module_registration_hook(count),
+        module_hooks.register_module_parameter_registration_hook(count),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def load_transformer_config(value: Any, default_model_type: str) -> PretrainedConfig:
+    """`transformer_layer_config` from what a user or a file gives: a config as it is, or a dict.
+
+    A dict names its class by `model_type`; without one it is of `default_model_type`."""
+    if isinstance(value, PretrainedConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"Input should be a dict or an instance of PreTrainedConfig, got {value!r}")
+    values = {"model_type": default_model_type, **value}
+    refuse_huge(values, "transformer_layer_config")
+    with reading("transformer_layer_config"):
+        return transformers.AutoConfig.for_model(values.pop("model_type"), **values)

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.proposals import GreedyTokenProposalConfig
-from speculators.utils.foreign import reading, refuse_huge
+from speculators.utils.util import reading, refuse_huge
 
 if TYPE_CHECKING:
     from torch import Tensor

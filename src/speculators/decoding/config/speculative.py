@@ -26,7 +26,7 @@ from speculators.decoding.trees.dynamic_tree import DynamicTreeShape
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule
-from speculators.utils.foreign import reading
+from speculators.utils.util import reading
 
 RejectionSampleMethod = Literal["strict", "probabilistic", "standard", "block", "synthetic"]
 
