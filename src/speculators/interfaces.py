@@ -78,6 +78,8 @@ class PackedBatch:
     """Before the verifier's final norm."""
     row_length: int
     """Columns of each row before its padding was cut."""
+    host_document_ids_T: Tensor
+    host_supervised_T: Tensor  # on the host: choosing from them waits for no device
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,8 @@ class TrainingDoors:
     has_chosen_layers: ClassVar[bool] = True
     """Whether it is made of decoder layers that the draft keys shape (how many, which architecture, what window):
     `from_training_args` is then given their config, else the verifier's own."""
+    columns_on_host: ClassVar[tuple[str, ...]] = ()
+    """Tensors of a batch that the trainer leaves in the host's memory: choosing from them then waits for no device."""
     takes_routes: ClassVar[bool] = False
     """Whether its layers attend by `LossArgs.attention`, which `draft_attn_impl` and the device choose."""
     forward_keys: ClassVar[Mapping[str, str] | None] = None

@@ -115,7 +115,8 @@ def head_losses(
 ) -> RowLosses:
     terms = [(kernel_of(function), weight) for function, weight in loss_config.values()]
     vocab_size = next(part.shape[0] for part in head if part is not None)
-    pairing = Pairing.of(target_index_N, rows_per_chunk(rows_NX.device, vocab_size, chunk_elements))
+    chunk_rows = rows_per_chunk(rows_NX.device, vocab_size, chunk_elements)
+    pairing = Pairing.of(target_index_N, chunk_rows, rows_NX.device)
     frozen_VH = None if head.frozen_VH is None else head.frozen_VH.detach()
     loss_N, terms_MN, *ids_and_outside = ChunkedRows.apply(
         rows_NX, frozen_VH, head.trained_VR, targets, pairing, terms, expected_weight_N
@@ -127,6 +128,7 @@ def reference_row_losses(
     hidden_NH: Tensor, head_VH: Tensor, targets: Targets, target_index_N: Tensor, loss_config: LossConfig
 ) -> RowLosses:
     logits_NV = F.linear(hidden_NH, head_VH)
+    target_index_N = target_index_N.to(hidden_NH.device)
     target = targets.at(target_index_N, logits_NV.dtype)
     if isinstance(target, TokenRows):
         labels = F.cross_entropy(logits_NV.float(), target.token_ids_N, reduction="none")
@@ -208,7 +210,7 @@ class ChunkedRows(torch.autograd.Function):
         again = (rows, head) if trained_VR is not None else (None, None)
         ctx.save_for_backward(*known, *again, trained_VR, expected_N)
         ctx.rest = targets, pairing, terms, rows_NX.dtype
-        weights_M = torch.tensor([weight for _, weight in terms], dtype=accumulate, device=device)
+        weights_M = torch.tensor([weight for _, weight in terms], dtype=accumulate).to(device, non_blocking=True)
         loss_N = (weights_M[:, None] * losses_MN).sum(0)  # not a matmul: autocast would make it bf16
         judged = draft_ids_N.clone(), target_ids_N.clone(), outside_N
         ctx.mark_non_differentiable(losses_MN, *judged)

@@ -112,6 +112,9 @@ class Group(NamedTuple):
     target_index: Tensor | None
     """Target rows of the chunk to gather; None = all, in order."""
 
+    def to(self, device: torch.device) -> Group:
+        return Group(*(part if part is None else part.to(device, non_blocking=True) for part in self))  # type: ignore
+
 
 @dataclass(frozen=True)
 class Pairing:
@@ -121,12 +124,15 @@ class Pairing:
     table_UK: Tensor
     """Draft row of the k-th use of a target row, -1 = none."""
     counts: list[list[int]]
-    """[chunk][k]: rows of column k that exist. The only numbers that the host needs."""
+    """[chunk][k]: rows of column k that exist."""
     chunk_rows: int
     num_rows: int
+    device: torch.device
+    """Where the rows are. All that is kept here is on the host: cutting chunks waits for no device."""
 
     @classmethod
-    def of(cls, target_index_N: Tensor, chunk_rows: int) -> Pairing:
+    def of(cls, target_index_N: Tensor, chunk_rows: int, device: torch.device) -> Pairing:
+        target_index_N = target_index_N.cpu()
         order_N = target_index_N.argsort(stable=True)
         sorted_N = target_index_N[order_N]
         target_rows_U, group_N, uses_U = sorted_N.unique_consecutive(return_inverse=True, return_counts=True)
@@ -137,7 +143,7 @@ class Pairing:
         table_UK[group_N, use_N] = order_N
         exists = F.pad((table_UK >= 0).long(), (0, 0, 0, -len(target_rows_U) % chunk_rows))
         counts = exists.unflatten(0, (-1, chunk_rows)).sum(1).tolist() if num_uses else []
-        return cls(target_rows_U, table_UK, counts, chunk_rows, len(order_N))
+        return cls(target_rows_U, table_UK, counts, chunk_rows, len(order_N), device)
 
     def chunks(self) -> Iterator[tuple[Tensor, list[Group]]]:
         for i, counts in enumerate(self.counts):
@@ -148,7 +154,8 @@ class Pairing:
             pairs = [(rows, n) for rows, n in zip(columns, counts, strict=True) if n]
             groups = [dense_group(rows, n == size) for rows, n in pairs if n >= MIN_FILL * size]
             sparse = [rows for rows, n in pairs if n < MIN_FILL * size]
-            yield target_rows_C, groups + (gathered_groups(torch.stack(sparse), self.chunk_rows) if sparse else [])
+            groups += gathered_groups(torch.stack(sparse), self.chunk_rows) if sparse else []
+            yield target_rows_C.to(self.device, non_blocking=True), [group.to(self.device) for group in groups]
 
 
 def dense_group(draft_rows_C: Tensor, is_full: bool) -> Group:

@@ -68,6 +68,7 @@ class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     """Subclasses define `fc`, which reads the verifier's states."""
 
     takes_routes = True
+    columns_on_host = ("document_ids", "loss_mask")
     fc: nn.Linear
 
     def beside(self, verifier_model: PreTrainedModel) -> Self:

@@ -9,6 +9,7 @@ Shapes: S steps, T columns of the packed row, R of them queries, H hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +41,42 @@ class VerifierHead:
 
 
 def supervised_steps(batch: PackedBatch, num_steps: int) -> Tensor:
-    """bool [S, T]"""
-    documents_T, supervised_T = batch.document_ids_T, batch.supervised_T
+    """bool [S, T], on the host"""
+    documents_T, supervised_T = batch.host_document_ids_T, batch.host_supervised_T
     length = len(supervised_T)
-    supervised_ST = torch.zeros(num_steps, length, dtype=torch.bool, device=supervised_T.device)
+    supervised_ST = torch.zeros(num_steps, length, dtype=torch.bool)
     for s in range(min(num_steps, length)):
         same_document = documents_T[: length - s] == documents_T[s:]
         supervised_ST[s, : length - s] = same_document & supervised_T[s:]
     return supervised_ST
+
+
+class StepPairs(NamedTuple):
+    """The supervised (step, query) pairs, on the device; chosen on the host."""
+
+    columns_R: Tensor
+    supervised_SR: Tensor
+    step_N: Tensor
+    row_N: Tensor
+    target_N: Tensor
+    """Column that each is compared with, on the host."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch, num_steps: int, route: Route) -> StepPairs:
+        supervised_ST = supervised_steps(batch, num_steps)
+        columns_R = query_columns(supervised_ST, route)
+        supervised_SR = supervised_ST[:, columns_R]
+        step_N, row_N = supervised_SR.nonzero().unbind(1)
+        device = batch.token_ids_T.device
+        chosen = (columns_R, supervised_SR, step_N, row_N)
+        columns_on, supervised_on, step_on, row_on = (part.to(device, non_blocking=True) for part in chosen)
+        return cls(columns_on, supervised_on, step_on, row_on, columns_R[row_N] + step_N)
+
+    def drafts(self, draft_ids_N: Tensor, num_columns: int) -> list[Tensor]:
+        """[T] of each step; -1 where nothing is supervised."""
+        drafts_ST = draft_ids_N.new_full((len(self.supervised_SR), num_columns), -1)
+        drafts_ST[self.step_N, self.columns_R[self.row_N]] = draft_ids_N
+        return list(drafts_ST)
 
 
 def query_columns(supervised_ST: Tensor, route: Route) -> Tensor:

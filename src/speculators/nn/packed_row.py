@@ -61,27 +61,32 @@ def join_rows(
     position_ids: Tensor | None,
     first_position: int,
 ) -> PackedBatch:
-    """The same of B rows, end to end; documents of different rows get different ids."""
+    """The same of B rows, end to end; documents of different rows get different ids. `document_ids` and `loss_mask` may
+    be on the host when the others are on a device: nothing then waits for it."""
     num_rows, num_columns = input_ids.shape
     if document_ids is None:
-        document_ids = torch.zeros_like(input_ids)
+        document_ids = torch.zeros(input_ids.shape, dtype=torch.int64)
     if loss_mask is None:
-        loss_mask = torch.ones_like(input_ids)
+        loss_mask = torch.ones(input_ids.shape, dtype=torch.int64)
     if position_ids is None:
         positions = torch.arange(first_position, first_position + num_columns, device=input_ids.device)
         position_ids = positions.expand(num_rows, -1)
-    rows_B1 = torch.arange(num_rows, device=input_ids.device)[:, None]
+    device, document_ids, loss_mask = input_ids.device, document_ids.cpu(), loss_mask.cpu()
+    rows_B1 = torch.arange(num_rows)[:, None]
     documents = torch.where(document_ids < 0, -1, document_ids + rows_B1 * (document_ids.max() + 1)).flatten()
     real = (documents != -1).nonzero()
     kept = slice(int(real[-1]) + 1 if len(real) else 1)
+    supervised_T = loss_mask.flatten()[kept].bool() & (documents[kept] != -1)
     return PackedBatch(
         token_ids_T=input_ids.flatten()[kept],
-        document_ids_T=documents[kept],
+        document_ids_T=documents[kept].to(device, non_blocking=True),
         position_ids_T=position_ids.flatten()[kept],
-        supervised_T=loss_mask.flatten()[kept].bool() & (documents[kept] != -1),
+        supervised_T=supervised_T.to(device, non_blocking=True),
         aux_TD=None if aux is None else aux.flatten(0, 1)[kept],
         last_hidden_TH=None if last_hidden is None else last_hidden.flatten(0, 1)[kept],
         row_length=num_columns,
+        host_document_ids_T=documents[kept],
+        host_supervised_T=supervised_T,
     )
 
 

@@ -99,6 +99,6 @@ class Rope:
     def at(self, positions: Tensor, dtype: torch.dtype) -> RopeTables:
         """Tables of the given positions (any shape), computed directly: no limit on how large they are."""
         frequencies, factor = inverse_frequencies(self.config)
-        angles = positions.unsqueeze(-1).float() * frequencies.to(positions.device)
+        angles = positions.unsqueeze(-1).float() * frequencies.to(positions.device, non_blocking=True)
         cos, sin = angles.cos() * factor, angles.sin() * factor
         return RopeTables(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))

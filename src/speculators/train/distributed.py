@@ -6,7 +6,7 @@ Gradients are averaged after the backward pass: every rank holds the whole draft
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -52,6 +52,11 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def moved(self, batch: Mapping[str, Tensor], left_out: Sequence[str], on_host: Sequence[str]) -> dict[str, Tensor]:
+        """The batch on this rank's device, but for the columns that stay on the host."""
+        kept = {key: value for key, value in batch.items() if key not in left_out}
+        return {k: v if k in on_host else v.to(self.device, non_blocking=True) for k, v in kept.items()}
 
     def add_up(self, values: Tensor) -> None:
         """Sums `values` over all ranks, in place."""

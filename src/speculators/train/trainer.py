@@ -200,7 +200,7 @@ class Trainer:
 
     def forward(self, batch: Batch, call_kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         device, dtype = self.ranks.device, self.config.hidden_states_dtype
-        inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "error_records"}
+        inputs = self.ranks.moved(batch, left_out=("error_records",), on_host=self.model.columns_on_host)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             _, loss, metrics = self.model(**inputs, **call_kwargs)
         return (metrics["loss"] if loss is None else loss), metrics

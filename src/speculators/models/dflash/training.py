@@ -74,7 +74,7 @@ class BlockOutput:
 
     @property
     def hidden_NH(self) -> Tensor:
-        return self.hidden_PSH[self.blocks.supervised_PS]
+        return self.blocks.supervised(self.hidden_PSH)
 
 
 def fill_sampled_blocks(network: DFlashNetwork, batch: PackedBatch, args: BlockArgs) -> BlockOutput:
@@ -173,6 +173,29 @@ class Blocks:
     supervised_PS: Tensor
     """bool: the slot is compared with the verifier."""
     first_slot: int
+    place_N: Tensor
+    """Which of the P * S slots are supervised."""
+    target_index_N: Tensor
+    """Column whose last state made the distribution that each of them is taught; on the host."""
+
+    @classmethod
+    def at(
+        cls, batch: PackedBatch, anchors_P: Tensor, supervised_PS: Tensor, block_size: int, first_slot: int
+    ) -> Blocks:
+        """`anchors_P`, `supervised_PS`: on the host, where all is chosen that takes values."""
+        columns_PS, device = slot_columns(anchors_P, block_size), batch.token_ids_T.device
+        place_N = supervised_PS.flatten().nonzero().squeeze(1)
+        target_index_N = (columns_PS.flatten()[place_N] - first_slot).clamp_min(0)
+        starts_P = document_starts(batch.host_document_ids_T)[anchors_P]
+        chosen = (anchors_P, starts_P, columns_PS, supervised_PS, place_N)
+        anchors_P, starts_P, *others = (part.to(device, non_blocking=True) for part in chosen)
+        columns_PS, supervised_PS, place_N = others
+        layout = BlockLayout(anchors_P, starts_P, block_size)
+        return cls(layout, columns_PS, supervised_PS, first_slot, place_N, target_index_N)
+
+    def supervised(self, values_PS: Tensor) -> Tensor:
+        """[N, ...]: those of the supervised slots."""
+        return values_PS.flatten(0, 1)[self.place_N]
 
     @property
     def anchors_P(self) -> Tensor:
@@ -187,10 +210,6 @@ class Blocks:
         """Column whose last state made the distribution a slot is taught. Means nothing where it is not supervised."""
         return (self.columns_PS - self.first_slot).clamp_min(0)
 
-    @property
-    def target_index_N(self) -> Tensor:
-        return self.target_index_PS[self.supervised_PS]
-
     def positions_PS(self, batch: PackedBatch) -> Tensor:
         return batch.position_ids_T[self.anchors_P, None] + self.slot_index_PS
 
@@ -204,27 +223,24 @@ def choose_blocks(
 ) -> Blocks:
     """Blocks of at most `max_anchors` supervised columns, drawn without replacement and sorted. A column whose block
     has nothing to teach is not drawn. The last `block_size` columns of the row, padding included, are no anchors."""
-    may_anchor_T = batch.supervised_T.clone()
+    may_anchor_T = batch.host_supervised_T.clone()
     may_anchor_T[max(0, batch.row_length - block_size) :] = False
     anchors_P = may_anchor_T.nonzero().squeeze(1)
     anchors_P = anchors_P[supervised_slots(batch, anchors_P, block_size, first_slot).any(1)]
     if len(anchors_P) > max_anchors:  # drawn on the host, so that every device trains on the same anchors
         drawn = torch.randperm(len(anchors_P), generator=generator)[:max_anchors].sort().values
-        anchors_P = anchors_P[drawn.to(anchors_P.device)]
+        anchors_P = anchors_P[drawn]
     if len(anchors_P) == 0:  # nothing is supervised: one block keeps the graph and gives loss 0
         anchors_P = anchors_P.new_zeros(1)
-    layout = BlockLayout(anchors_P, document_starts(batch.document_ids_T)[anchors_P], block_size)
     supervised_PS = supervised_slots(batch, anchors_P, block_size, first_slot)
-    return Blocks(layout, slot_columns(anchors_P, block_size), supervised_PS, first_slot)
+    return Blocks.at(batch, anchors_P, supervised_PS, block_size, first_slot)
 
 
 def last_block(batch: PackedBatch, num_drafts: int, first_slot: int) -> Blocks:
     """The block whose slots draft the last K tokens of the row; as many slots as that takes."""
-    anchors_P = batch.token_ids_T.new_tensor([len(batch.token_ids_T) - num_drafts - 1])
+    anchors_P = torch.tensor([len(batch.token_ids_T) - num_drafts - 1])
     block_size = num_drafts + first_slot
-    layout = BlockLayout(anchors_P, document_starts(batch.document_ids_T)[anchors_P], block_size)
-    columns_PS = slot_columns(anchors_P, block_size)
-    return Blocks(layout, columns_PS, torch.ones_like(columns_PS, dtype=torch.bool), first_slot)
+    return Blocks.at(batch, anchors_P, torch.ones(1, block_size, dtype=torch.bool), block_size, first_slot)
 
 
 def slot_columns(anchors_P: Tensor, block_size: int) -> Tensor:
@@ -232,14 +248,16 @@ def slot_columns(anchors_P: Tensor, block_size: int) -> Tensor:
 
 
 def supervised_slots(batch: PackedBatch, anchors_P: Tensor, block_size: int, first_slot: int) -> Tensor:
-    length = len(batch.token_ids_T)
+    """bool [P, S], on the host"""
+    documents_T, supervised_T = batch.host_document_ids_T, batch.host_supervised_T
+    length = len(documents_T)
     columns_PS = slot_columns(anchors_P, block_size)
     drafted_PS = columns_PS + 1 - first_slot
     within = drafted_PS.clamp_max(length - 1)
-    documents_P1 = batch.document_ids_T[anchors_P, None]
+    documents_P1 = documents_T[anchors_P, None]
     # the drafted column is never left of the slot, and documents are contiguous: one comparison guards both
-    supervised_PS = batch.supervised_T[columns_PS.clamp_max(length - 1)]
-    supervised_PS &= batch.document_ids_T[within] == documents_P1
+    supervised_PS = supervised_T[columns_PS.clamp_max(length - 1)]
+    supervised_PS &= documents_T[within] == documents_P1
     supervised_PS &= (drafted_PS < length) & (documents_P1 != -1)
     supervised_PS[:, :first_slot] = False
     return supervised_PS

@@ -92,16 +92,15 @@ def slot_losses(
     if features_PSR is None or network.markov_head is None:
         return row_losses(output.hidden_NH, network.lm_head.weight, targets, index_N, config)
     head = SplitHead(network.lm_head.weight, network.markov_head.markov_w2.weight)
-    supervised_PS = output.blocks.supervised_PS
     fixed_PS = fixed_weights(output.blocks, args.own)
     return split_row_losses(
         output.hidden_NH,
-        features_PSR[supervised_PS],
+        output.blocks.supervised(features_PSR),
         head,
         targets,
         index_N,
         config,
-        expected_weight_N=None if fixed_PS is None else fixed_PS[supervised_PS],
+        expected_weight_N=None if fixed_PS is None else output.blocks.supervised(fixed_PS),
     )
 
 
@@ -110,10 +109,10 @@ def confidence_loss_of(kappa_PS: Tensor, losses: RowLosses, output: BlockOutput,
     blocks = output.blocks
     supervised_PS = blocks.supervised_PS
     target_N = losses.agrees_N.float() if own.confidence_target == "greedy" else 1.0 - losses.terms[TV]
-    kappa_N = kappa_PS[supervised_PS].float()
+    kappa_N = blocks.supervised(kappa_PS).float()
     decay_PS = dflash_loss_decay(blocks.slot_index_PS, own.dflash_decay_gamma, blocks.first_slot == 0)
     loss_N = F.binary_cross_entropy_with_logits(kappa_N, target_N.float(), reduction="none")
-    return (loss_N * decay_PS[supervised_PS]).sum() / (supervised_PS.sum() + COUNT_EPSILON)
+    return (loss_N * blocks.supervised(decay_PS)).sum() / (supervised_PS.sum() + COUNT_EPSILON)
 
 
 def acceptance_metrics(losses: RowLosses, output: BlockOutput) -> dict[str, Ratio]:
@@ -131,7 +130,7 @@ def confidence_metrics(kappa_PS: Tensor, losses: RowLosses, output: BlockOutput)
     blocks = output.blocks
     supervised_PS = blocks.supervised_PS
     accept_N = 1.0 - losses.terms[TV]
-    predicted_N = kappa_PS.detach()[supervised_PS].float().sigmoid()
+    predicted_N = blocks.supervised(kappa_PS.detach()).float().sigmoid()
     num_slots = supervised_PS.sum()
     promised = mean_length(on_grid(predicted_N, supervised_PS), blocks)
     actual = mean_length(on_grid(accept_N, supervised_PS), blocks)

@@ -48,6 +48,7 @@ class EagleSpeculator(Generating, SpeculatorModel):
     config_class = EagleSpeculatorConfig  # type: ignore[assignment]
     training_args = EagleTrainingArgs
     takes_routes = True
+    columns_on_host = ("document_ids", "loss_mask")
     training_defaults = TRAINING_DEFAULTS
     forward_keys: ClassVar[Mapping[str, str]] = {
         name: name

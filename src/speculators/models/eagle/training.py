@@ -29,7 +29,7 @@ from speculators.losses.registry import MASK_EPSILON, LossConfig
 from speculators.model_training import LossArgs
 from speculators.models.eagle.config import EagleTrainingArgs
 from speculators.models.eagle.network import EagleNetwork
-from speculators.models.supervision import VerifierHead, query_columns, step_accuracy, step_means, supervised_steps
+from speculators.models.supervision import StepPairs, VerifierHead, step_accuracy, step_means
 from speculators.nn.packed_row import PackedRow
 from speculators.nn.routes import Route
 from speculators.nn.unrolled import unrolled_attention
@@ -57,29 +57,24 @@ def train_features(
     """Loss of all steps; `draft_ids` where they are supervised."""
     assert batch.aux_TD is not None and batch.last_hidden_TH is not None
     own = args.own
-    supervised_ST = supervised_steps(batch, own.ttt_steps)
-    columns_R = query_columns(supervised_ST, args.attention)
-    supervised_SR = supervised_ST[:, columns_R]
+    pairs = StepPairs.of(batch, own.ttt_steps, args.attention)
+    step_N, row_N, target_N = pairs.step_N, pairs.row_N, pairs.columns_R[pairs.row_N] + pairs.step_N
     with torch.no_grad():
         features_TH, targets_TH = network.combine(batch.aux_TD), network.combine(batch.last_hidden_TH)
         if own.feature_noise:
             features_TH = with_noise(features_TH, own.feature_noise)
-    steps = unroll(network, batch, features_TH, columns_R, own.ttt_steps, own.detach_steps, args.attention)
-    step_N, row_N = supervised_SR.nonzero().unbind(1)
-    target_N = columns_R[row_N] + step_N
+    steps = unroll(network, batch, features_TH, pairs.columns_R, own.ttt_steps, own.detach_steps, args.attention)
     losses = row_losses(
         torch.stack([step.normed_RH for step in steps])[step_N, row_N],
         network.lm_head.weight,
         verifier.normed_targets(targets_TH),
-        target_N,
+        pairs.target_N,
         weighted_losses(args.loss_config, own),
     )
     predicted_NH = torch.stack([step.features_RH for step in steps])[step_N, row_N]
     regression_N = F.smooth_l1_loss(predicted_NH.float(), targets_TH[target_N].float(), reduction="none").mean(-1)
-    loss, metrics = reduce(losses, regression_N, own.regression_weight, supervised_SR, step_N, row_N)
-    drafts_ST = torch.full_like(supervised_ST, -1, dtype=torch.int64)
-    drafts_ST[step_N, columns_R[row_N]] = losses.draft_ids_N
-    return LossOutput(loss, metrics, list(drafts_ST))
+    loss, metrics = reduce(losses, regression_N, own.regression_weight, pairs.supervised_SR, step_N, row_N)
+    return LossOutput(loss, metrics, pairs.drafts(losses.draft_ids_N, len(features_TH)))
 
 
 def weighted_losses(loss_config: LossConfig, own: EagleTrainingArgs) -> LossConfig:

@@ -24,7 +24,7 @@ from speculators.losses.registry import MASK_EPSILON
 from speculators.model_training import LossArgs
 from speculators.models.eagle3.config import Eagle3TrainingArgs
 from speculators.models.eagle3.network import Eagle3Network
-from speculators.models.supervision import VerifierHead, query_columns, step_accuracy, step_means, supervised_steps
+from speculators.models.supervision import StepPairs, VerifierHead, step_accuracy, step_means
 from speculators.nn.packed_row import PackedRow
 from speculators.nn.routes import Route
 from speculators.nn.unrolled import unrolled_attention
@@ -48,22 +48,17 @@ def train_unrolled(
     """Loss of all steps; `draft_ids` where they are supervised."""
     assert batch.last_hidden_TH is not None
     num_steps = args.own.ttt_steps
-    supervised_ST = supervised_steps(batch, num_steps)
-    columns_R = query_columns(supervised_ST, args.attention)
-    supervised_SR = supervised_ST[:, columns_R]
-    steps = unroll(network, batch, columns_R, num_steps, args.attention)
-    step_N, row_N = supervised_SR.nonzero().unbind(1)
+    pairs = StepPairs.of(batch, num_steps, args.attention)
+    steps = unroll(network, batch, pairs.columns_R, num_steps, args.attention)
     losses = row_losses(
-        torch.stack(steps)[step_N, row_N],
+        torch.stack(steps)[pairs.step_N, pairs.row_N],
         network.lm_head.weight,
         verifier.targets(batch.last_hidden_TH),
-        columns_R[row_N] + step_N,
+        pairs.target_N,
         args.loss_config,
     )
-    loss, metrics = reduce(losses, supervised_SR, step_N, row_N, args.own.ttt_step_loss_decay)
-    drafts_ST = torch.full_like(supervised_ST, -1, dtype=torch.int64)
-    drafts_ST[step_N, columns_R[row_N]] = losses.draft_ids_N
-    return LossOutput(loss, metrics, list(drafts_ST))
+    loss, metrics = reduce(losses, pairs.supervised_SR, pairs.step_N, pairs.row_N, args.own.ttt_step_loss_decay)
+    return LossOutput(loss, metrics, pairs.drafts(losses.draft_ids_N, len(batch.token_ids_T)))
 
 
 def reduce(

@@ -48,17 +48,17 @@ def train_slots(
     assert batch.last_hidden_TH is not None
     supervision = Supervision.of(batch, sample_chains(batch, args))
     hidden_RH = run_elements(network, batch, supervision, args.attention)
-    supervised_R = supervision.supervised_R
-    depth_N, target_N = supervision.depth_R[supervised_R], supervision.target_R[supervised_R]
-    targets = verifier.targets(batch.last_hidden_TH)
-    losses = row_losses(hidden_RH[supervised_R], network.lm_head.weight, targets, target_N, args.loss_config)
-    positions = ChainPositions(depth_N, target_N - depth_N, args.own.num_depths)
+    place_N = supervision.supervised_R.nonzero().squeeze(1)
+    depth_N, target_N = supervision.depth_R[place_N], supervision.target_R[place_N]
+    targets, hidden_NH = verifier.targets(batch.last_hidden_TH), hidden_RH[on_device(place_N, hidden_RH)]
+    losses = row_losses(hidden_NH, network.lm_head.weight, targets, target_N, args.loss_config)
+    positions = ChainPositions.of(depth_N, target_N - depth_N, args.own.num_depths, hidden_RH)
     return LossOutput(*reduce(losses, positions, args.loss_config))
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """The elements that are queries: columns, then slots."""
+    """The elements that are queries: columns, then slots. On the host, where they are chosen."""
 
     columns_C: Tensor
     """Supervised columns (any one where there are none: it keeps the graph and gives loss 0)."""
@@ -70,19 +70,25 @@ class Supervision:
 
     @classmethod
     def of(cls, batch: PackedBatch, chains: Chains) -> Supervision:
-        columns_C = batch.supervised_T.nonzero().squeeze(1)
+        supervised_T = batch.host_supervised_T
+        columns_C = supervised_T.nonzero().squeeze(1)
         if len(columns_C) == 0:
             columns_C = columns_C.new_zeros(1)
         target_R = torch.cat((columns_C, chains.anchors_M + chains.depths_M))
         depth_R = torch.cat((torch.zeros_like(columns_C), chains.depths_M))
-        return cls(columns_C, chains, batch.supervised_T[target_R], depth_R, target_R)
+        return cls(columns_C, chains, supervised_T[target_R], depth_R, target_R)
+
+
+def on_device(chosen: Tensor, like: Tensor) -> Tensor:
+    return chosen.to(like.device, non_blocking=True)
 
 
 def run_elements(network: PEagleNetwork, batch: PackedBatch, supervision: Supervision, attention: Route) -> Tensor:
     """What the head reads of the queries: [R, H]."""
     assert batch.aux_TD is not None
-    anchors_M, depths_M = supervision.chains
-    layout = ChainLayout(batch.document_ids_T, anchors_M, depths_M, supervision.columns_C)
+    chosen = (*supervision.chains, supervision.columns_C)
+    anchors_M, depths_M, columns_C = (on_device(part, batch.token_ids_T) for part in chosen)
+    layout = ChainLayout(batch.document_ids_T, anchors_M, depths_M, columns_C)
     layer_attention = chain_attention(attention, layout, network.windows)
     token_ids_E = torch.cat((batch.token_ids_T, torch.full_like(anchors_M, network.mask_token_id)))
     slot_11H = network.combine(network.mask_hidden)
@@ -94,7 +100,7 @@ def run_elements(network: PEagleNetwork, batch: PackedBatch, supervision: Superv
 
 def drafts_read(network: PEagleNetwork, batch: PackedBatch, num_drafts: int, attention: Route) -> Tensor:
     """What the head reads in the places of the last K tokens of the batch: [K, H]. A column and its chain of slots."""
-    column = batch.token_ids_T.new_tensor([len(batch.token_ids_T) - num_drafts - 1])
+    column = torch.tensor([len(batch.token_ids_T) - num_drafts - 1])
     depths = torch.arange(1, num_drafts, device=column.device)
     chains = Chains(column.expand_as(depths), depths)
     queries = torch.cat((column, column + depths))
@@ -108,11 +114,17 @@ class ChainPositions(NamedTuple):
     depth_N: Tensor
     anchor_N: Tensor
     num_depths: int
+    num_columns: int
+
+    @classmethod
+    def of(cls, depth_N: Tensor, anchor_N: Tensor, num_depths: int, like: Tensor) -> ChainPositions:
+        """Of what is on the host, on the device of `like`."""
+        num_columns = int(anchor_N.max()) + 1 if len(anchor_N) else 1
+        return cls(on_device(depth_N, like), on_device(anchor_N, like), num_depths, num_columns)
 
     def on_grid(self, values_N: Tensor) -> Tensor:
         """[depths, columns] by depth and anchor, zeros elsewhere."""
-        num_columns = int(self.anchor_N.max()) + 1 if len(self.anchor_N) else 1
-        grid_DT = torch.zeros(self.num_depths, num_columns, device=values_N.device)
+        grid_DT = torch.zeros(self.num_depths, self.num_columns, device=values_N.device)
         grid_DT[self.depth_N, self.anchor_N] = values_N.float()
         return grid_DT
 
@@ -150,7 +162,7 @@ class Chains(NamedTuple):
 def sample_chains(batch: PackedBatch, args: LossArgs[PEagleTrainingArgs]) -> Chains:
     """Drawn on the host, so that every device trains on the same slots."""
     own, generator = args.own, args.generator
-    documents_T, supervised_T = batch.document_ids_T.cpu(), batch.supervised_T.cpu()
+    documents_T, supervised_T = batch.host_document_ids_T, batch.host_supervised_T
     continues_T = supervised_T.clone()  # the column may follow the one before it in a chain
     continues_T[:1] = False
     continues_T[1:] &= documents_T[1:] == documents_T[:-1]
@@ -169,8 +181,7 @@ def sample_chains(batch: PackedBatch, args: LossArgs[PEagleTrainingArgs]) -> Cha
         candidates = following[continues_T[following]]
     anchors_M, depths_M = torch.cat(anchors), torch.cat(depths)
     order_M = (anchors_M * own.num_depths + depths_M).argsort()
-    device = batch.supervised_T.device
-    return Chains(anchors_M[order_M].to(device), depths_M[order_M].to(device))
+    return Chains(anchors_M[order_M], depths_M[order_M])
 
 
 def drawn(columns: Tensor, most: int | None, generator: torch.Generator | None) -> Tensor:
