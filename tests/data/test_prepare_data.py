@@ -463,3 +463,13 @@ def test_the_contracts_in_memory_functions_give_the_same_rows(model_dir, tokeniz
     assert len(built) == 4
     with pytest.raises(ValueError, match="render_endpoint"):
         build_speculator_training_dataset(CHATS, tokenizer, render_endpoint="http://localhost:8000")
+
+
+def test_a_manifest_without_the_keys_of_later_versions_is_read(model_dir, data, tmp_path):
+    prepared = prepare_data(model=model_dir, data=data, output=tmp_path / "out", seq_length=100)
+    path = tmp_path / "out" / "manifest.json"
+    values = json.loads(path.read_text())
+    for key in ("drop_reasoning", "template_date"):
+        del values["recipe"][key]
+    path.write_text(json.dumps(values))
+    assert PreparedData.open(tmp_path / "out").manifest == prepared.manifest

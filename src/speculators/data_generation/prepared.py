@@ -43,8 +43,6 @@ class Recipe:
     tokenizer_sha256: str
     chat_template_sha256: str | None
     chat_template_kwargs: dict[str, Any]
-    template_date: str | None
-    """The date that the rows name, where the template asks for today's."""
     sources: list[str]
     sources_sha256: list[str | None]
     """Hash of each local source's contents; None for a source on the hub."""
@@ -53,8 +51,11 @@ class Recipe:
     seed: int
     minimum_valid_tokens: int
     merge_turns: bool
-    drop_reasoning: bool
     vocab_size: int
+    # Absent from directories of earlier versions, which are read as they were made.
+    drop_reasoning: bool = False
+    template_date: str | None = None
+    """The date that the rows name, where the template asks for today's."""
 
 
 @dataclass(frozen=True)
