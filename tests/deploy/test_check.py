@@ -405,10 +405,10 @@ def test_only_what_vllm_serves_as_it_is_is_called_ready_to_serve(case, verdict, 
     assert served in report.served_by
 
 
-def test_a_directory_of_no_format_is_an_error_that_says_so(tmp_path):
+def test_a_directory_of_no_format_is_a_finding_that_says_so(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="has no weights"):
-        check_checkpoint(tmp_path)
+    [found] = check_checkpoint(tmp_path).errors
+    assert found.code == "format-unknown" and "has no weights" in found.found and found.fix
     with pytest.raises(FileNotFoundError, match="not a directory here"):
         check_checkpoint(tmp_path / "none")
 

@@ -173,6 +173,7 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
     is_served = contract.served_format == opened.format
     try:
         with reading("config.json"):
+            report.add("what vLLM makes of the options", contract.findings(opened.values, config))
             expected = contract.expected_tensors(opened.model_class, config)
             layer_ids = read_layers(opened)
     except ValueError as problem:
@@ -180,7 +181,6 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
             error("config-invalid", "config.json", str(problem), "it must describe a drafter", "correct the value")
         )
         return
-    report.add("what vLLM makes of the options", contract.findings(opened.values, config))
     shared = contract.shared_tensors(config)
     report.add("tensors", tensor_check.tensor_findings(tensors, expected, shared, is_served=is_served))
     report.findings += tensor_check.file_findings(report.path)
