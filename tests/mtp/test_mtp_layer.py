@@ -19,6 +19,7 @@ from speculators.models.mtp.families import family_of
 from speculators.models.mtp.network import MTPLayer
 from speculators.nn.packed_row import PackedRow
 from speculators.nn.rope import Rope
+from speculators.nn.routes import DENSE, FLASH
 from speculators.nn.unrolled import unrolled_attention
 from speculators.proposals import GreedyTokenProposalConfig
 
@@ -127,7 +128,7 @@ def test_the_decoder_layer_equals_transformers(name):
     )
     expected = expected[0] if isinstance(expected, tuple) else expected
     expected = expected * torch.rsqrt(expected.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps)
-    for route in ("eager", "simple_flex_attention"):
+    for route in (DENSE, FLASH):
         (attention,) = unrolled_attention(route, PackedRow(torch.zeros(9, dtype=torch.int64)), [None])
         actual, _ = ours(torch.randn(1, 9, HIDDEN), hidden, Rope(config).at(positions[0], torch.float32), attention)
         torch.testing.assert_close(actual, expected.view(1, 9, HIDDEN), atol=1e-5, rtol=1e-4)
