@@ -183,14 +183,14 @@ def test_lossless_fails_for_answers_that_differ(verifier, chats, checkpoint, cap
     from speculators.decoding import round as decoding_round
     from speculators.interfaces import Verification
 
-    def keep_everything(proposal, logits_BTV):
+    def keep_everything(proposal, best_BK1):
         B, K = proposal.token_ids_BK.shape
         path_BK = torch.arange(K).expand(B, K).masked_fill(proposal.token_ids_BK < 0, -1)
         num_accepted_B = (path_BK >= 0).sum(1)
-        last = logits_BTV.argmax(-1)[torch.arange(B), num_accepted_B]
+        last = best_BK1[torch.arange(B), num_accepted_B]
         return Verification(path_BK=path_BK, num_accepted_B=num_accepted_B, next_token_B=last)
 
-    monkeypatch.setattr(decoding_round, "GreedyRule", lambda: keep_everything)
+    monkeypatch.setattr(decoding_round.GreedyRule, "follow", keep_everything)
     args = ["evaluate", "--verifier", verifier, "--data", chats, "--method", checkpoint, "-k", "2", "--lossless"]
     assert main([*args, "--num-prompts", "2", "--max-tokens", "12", "--num-warmup", "0"]) == 1
     assert "not lossless" in capsys.readouterr().err

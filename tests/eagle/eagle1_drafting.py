@@ -4,6 +4,7 @@ import torch
 from drafter_toys import HIDDEN
 
 from speculators.models.eagle.training import unroll
+from speculators.nn.routes import DENSE
 
 PROMPTS = [[3, 5, 7], [11] * 40, [2], [9, 8, 7, 6, 5, 4]]
 
@@ -17,5 +18,5 @@ def trained(model, request, drafts):
     batch = model.packed_batch(states, tokens, verifier_last_hidden_states=states)
     with torch.no_grad():
         features = model.network.combine(batch.aux_TD)
-        steps = unroll(model.network, batch, features, torch.arange(tokens.shape[1]), len(drafts), False, "eager")
+        steps = unroll(model.network, batch, features, torch.arange(tokens.shape[1]), len(drafts), False, DENSE)
         return model.lm_head(torch.stack([step.normed_RH[column] for step in steps])).softmax(-1)

@@ -7,6 +7,7 @@ from eagle3_toys import NUM_AUX, request
 
 from speculators.interfaces import DraftSampling
 from speculators.models.eagle3.training import unroll
+from speculators.nn.routes import DENSE
 
 CASES = {
     "llama": {},
@@ -34,7 +35,7 @@ def from_scratch(model, verifier, sequence, proposal, row):
     batch = model.packed_batch(states, tokens)
     model.config.transformer_layer_config._attn_implementation = "eager"
     with torch.no_grad():
-        steps = unroll(model.network, batch, torch.arange(tokens.shape[1]), len(drafts), "eager")
+        steps = unroll(model.network, batch, torch.arange(tokens.shape[1]), len(drafts), DENSE)
         logits = model.lm_head(torch.stack([normed_TH[column] for normed_TH in steps]))
     probs = torch.zeros(len(drafts), VOCAB)
     kept = draft_maps()[0].nonzero().flatten() if logits.shape[1] == DRAFT_VOCAB else torch.arange(VOCAB)

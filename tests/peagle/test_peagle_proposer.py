@@ -9,6 +9,7 @@ from peagle_toys import request
 from speculators.decoding import Engine
 from speculators.interfaces import DraftSampling
 from speculators.models.peagle.training import Chains, Supervision, run_elements
+from speculators.nn.routes import DENSE
 
 CASES = {
     "qwen3": {},
@@ -39,7 +40,7 @@ def trained(model, sequence, num_tokens):
     column = torch.tensor([last])
     supervision = Supervision(column, chains, column, column, column)  # what is answered; targets are not looked at
     with torch.no_grad():
-        return over_verifier(model.lm_head(run_elements(model.network, batch, supervision, "eager")))
+        return over_verifier(model.lm_head(run_elements(model.network, batch, supervision, DENSE)))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -39,6 +39,7 @@ from speculators.decoding.verifiers.trial import (
 from speculators.interfaces import CaptureSpec, Verifier, VerifierOutput
 from speculators.utils.nested_context import NestedContext
 from speculators.utils.progress import no_notices
+from speculators.verifier.config import text_config
 
 LONG_ON_COPY, LONG_ON_MODEL, MOST_LONG = 300, 24, 512
 """Tokens of the longer prompt. On the copy they go beyond windows that the config does not name, too; a model without a
@@ -161,7 +162,7 @@ def num_long_tokens(config: PretrainedConfig, *, has_copy: bool, most: int = LON
             stacklevel=4,
         )
         window = 0
-    num_positions = getattr(config, "max_position_embeddings", None) or sum((most, window, NUM_LATER))
+    num_positions = getattr(text_config(config), "max_position_embeddings", None) or sum((most, window, NUM_LATER))
     return min(max(most, window + SHORT), num_positions - NUM_LATER)
 
 
