@@ -94,11 +94,12 @@ def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
     (tmp_path / "plain").write_text("")
     with atomic_write(tmp_path / "atomic") as file:
         file.write("")
-    with atomic_directory(tmp_path / "folder"):
-        pass
+    with atomic_directory(tmp_path / "folder") as folder:
+        save_file({"weight": torch.zeros(2)}, folder / "weights")  # for its owner alone, by itself
     os.mkdir(tmp_path / "plain_folder")
-    mode = {name: (tmp_path / name).stat().st_mode for name in ("plain", "atomic", "folder", "plain_folder")}
-    assert mode["atomic"] == mode["plain"] and mode["folder"] == mode["plain_folder"]
+    names = ("plain", "atomic", "folder/weights", "folder", "plain_folder")
+    mode = {name: (tmp_path / name).stat().st_mode for name in names}
+    assert mode["atomic"] == mode["folder/weights"] == mode["plain"] and mode["folder"] == mode["plain_folder"]
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):

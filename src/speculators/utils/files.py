@@ -140,8 +140,8 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     finish_dead_writes(path.parent, lambda name: name == path.name)
     with _partial(path, is_directory=True) as (temporary, _):
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        for entry in (*temporary.rglob("*"), temporary):
+        for entry in (*temporary.rglob("*"), temporary):  # whoever wrote it: safetensors leaves files to their owner
+            os.chmod(entry, (0o777 if entry.is_dir() else 0o666) & ~_umask())
             flush(entry)
         replace_directory(temporary, path)
 
