@@ -11,10 +11,10 @@ import torch
 from speculators.train.vocab_mapping import (
     build_vocab_mappings_from_distribution,
     check_vocab_mapping,
+    coverage,
     get_target_vocab_size,
     resolve_vocab_mapping,
     save_vocab_mapping,
-    supervised_share,
 )
 
 
@@ -51,7 +51,8 @@ def test_offsets_by_hand():
     d2t, t2d = build_vocab_mappings_from_distribution({9: 8, 5: 4, 7: 1, 2: 1}, 3, 10)
     assert d2t.tolist() == [2, 4, 7]
     assert t2d.nonzero().flatten().tolist() == [2, 5, 9]
-    assert supervised_share({9: 8, 5: 4, 7: 1, 2: 1}, t2d) == 13 / 14
+    said = coverage(torch.tensor([9] * 8 + [5] * 4 + [7, 2]), t2d)
+    assert said.startswith("the draft vocabulary of 3 tokens holds 92.9% of the 14 trained tokens")
 
 
 def test_unseen_ids_below_the_draft_size_fill_up():
@@ -95,11 +96,13 @@ def test_mappings_under_the_old_names_are_read_and_checked(data):
     d2t, t2d = build_vocab_mappings_from_distribution({3: 1}, 1, 10)
     np.save(data / "d2t.npy", d2t.numpy())
     np.save(data / "t2d.npy", t2d.numpy())
-    assert resolve_vocab_mapping(target_vocab_size=10, data_path=data)[0].tolist() == [3]
+    found = resolve_vocab_mapping(target_vocab_size=10, draft_vocab_size=1, data_path=data)
+    assert found[0].tolist() == [3]
+    assert resolve_vocab_mapping(target_vocab_size=10, data_path=data) is None  # nobody asked for it
     with pytest.raises(ValueError, match="d2t has 1 entries but draft_vocab_size=2"):
         resolve_vocab_mapping(target_vocab_size=10, draft_vocab_size=2, data_path=data)
     with pytest.raises(ValueError, match="t2d has 10 entries"):
-        resolve_vocab_mapping(target_vocab_size=12, data_path=data)
+        resolve_vocab_mapping(target_vocab_size=12, draft_vocab_size=1, data_path=data)
 
 
 def test_explicit_files_come_first_and_come_in_pairs(data, tmp_path):
@@ -132,4 +135,4 @@ def test_damaged_files_are_named(data):
     (data / "d2t.npy").write_bytes(b"garbage")
     (data / "t2d.npy").write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"d2t\.npy"):
-        resolve_vocab_mapping(target_vocab_size=10, data_path=data)
+        resolve_vocab_mapping(target_vocab_size=10, draft_vocab_size=2, data_path=data)

@@ -109,7 +109,7 @@ def test_other_data_and_another_verifier_of_the_same_shape_are_refused(settings,
     torch.manual_seed(9)
     torch.nn.init.normal_(other.lm_head.weight)
     other.save_pretrained(tmp_path / "verifier2")
-    with pytest.raises(ValueError, match=r"verifier: +/.*verifier0 [0-9a-f]+ -> /.*verifier2 [0-9a-f]+"):
+    with pytest.raises(ValueError, match=r"verifier: +/.*verifier[0-9]+ [0-9a-f]+ -> /.*verifier2 [0-9a-f]+"):
         run(settings, verifier_name_or_path=str(tmp_path / "verifier2"))
 
 

@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -79,19 +80,8 @@ class CollateFn:
         return torch.cat([values, rest])[None]
 
 
-__all__ = [
-    "ArrowDataset",
-    "Batch",
-    "BatchLoader",
-    "CollateFn",
-    "ListLoader",
-    "PackedLoader",
-    "Sample",
-    "as_loader",
-    "check_supervised",
-    "check_token_ids",
-    "num_steps_of",
-]
+__all__ = ["ArrowDataset", "Batch", "BatchLoader", "CollateFn", "ListLoader", "PackedLoader", "Sample", "as_loader"]
+__all__ += ["num_steps_of"]
 
 Batch = dict[str, Any]
 
@@ -124,7 +114,8 @@ class ArrowDataset(Dataset[Sample]):
             raise ValueError(
                 f"the {split} split is empty: {datapath} has {len(rows)} rows and train_ratio={train_ratio}"
             )
-        self.first = first
+        self.split = split
+        self.numbers = list(range(first, end))  # of the rows in the prepared dataset
         self.rows = rows.select(range(first, end))
         self.source = source
         self.max_len = max_len
@@ -169,11 +160,26 @@ class ArrowDataset(Dataset[Sample]):
         """
         if usable is None:
             return
-        kept = [index for index in range(len(self)) if self.first + index in usable]
+        kept = [index for index, number in enumerate(self.numbers) if number in usable]
         if not kept:
-            raise ValueError(f"no row of rows {self.first}..{self.first + len(self) - 1} has stored verifier states")
+            raise ValueError(f"no row of rows {self.numbers[0]}..{self.numbers[-1]} has stored verifier states")
+        self.select(kept)
+
+    def trained_tokens(self) -> Tensor:
+        """All token ids that carry loss."""
+        token_ids, mask = (self.column(name).to_numpy() for name in ("input_ids", "loss_mask"))
+        return torch.from_numpy(token_ids[mask.astype(bool)].astype(np.int64))
+
+    def trained_per_row(self, limit: int | None = None) -> np.ndarray:
+        """How many of the first `limit` tokens of each row carry loss."""
+        masks = pc.list_slice(self.rows.with_format("arrow")[:]["loss_mask"], 0, limit)
+        ends = np.cumsum(pc.list_value_length(masks).to_numpy())
+        before = np.cumsum(np.concatenate(([0], pc.list_flatten(masks).to_numpy().astype(bool))))
+        return np.diff(before[ends], prepend=0)
+
+    def select(self, kept: list[int]) -> None:
         self.rows = self.rows.select(kept)
-        self.lengths = [self.lengths[index] for index in kept]
+        self.numbers, self.lengths = ([values[index] for index in kept] for values in (self.numbers, self.lengths))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Returns all values of a list column, concatenated, with rows clipped to `max_len`."""

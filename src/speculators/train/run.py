@@ -32,9 +32,9 @@ from speculators.train.events import Event, Listener, Note, ignore
 from speculators.train.logger import make_trackers
 from speculators.train.recipe import check_recipe, command, recipe_of, write_provenance
 from speculators.train.records import MemoryEstimate, TrainerConfig, TrainResult, check_disk_space, estimate_memory
-from speculators.train.sources import ask_server, make_source, open_store, rows_to_use
+from speculators.train.sources import ask_server, leave_out_untrained, make_source, open_store, rows_to_use
 from speculators.train.trainer import Trainer
-from speculators.train.vocab_mapping import resolve_vocab_mapping
+from speculators.train.vocab_mapping import coverage, resolve_vocab_mapping
 from speculators.utils.files import absolute_if_directory
 from speculators.utils.progress import no_progress_bars
 from speculators.verifier import check_reproduces_logits, load_verifier, text_config
@@ -98,7 +98,14 @@ def build(
 
     verifier_config = load_verifier_config(name, config.verifier.trust_remote_code)
     train_set, val_set = open_splits(config, dtype, text_config(verifier_config).vocab_size)
+    for dataset in (train_set, val_set):
+        said = None if dataset is None else leave_out_untrained(dataset)
+        if said is not None:
+            note(said)
     model = build_model(config, verifier_config)
+    t2d = getattr(model, "t2d", None)
+    if t2d is not None:
+        note(coverage(train_set.trained_tokens(), t2d))
     model.attention_route(ranks.device.type)  # refuses what this device cannot
 
     store = open_store(data, model.capture, name)
@@ -155,7 +162,10 @@ def open_splits(config: TrainConfig, dtype: torch.dtype, vocab_size: int) -> tup
     train_set = split("train")
     check_supervised(train_set, keys.data_path)
     check_token_ids(train_set, keys.data_path, vocab_size)
-    return train_set, split("val") if ratio < 1.0 else None
+    val_set = split("val") if ratio < 1.0 else None
+    if val_set is not None:
+        check_supervised(val_set, keys.data_path)
+    return train_set, val_set
 
 
 def build_model(config: TrainConfig, verifier_config: Any) -> SpeculatorModel:

@@ -21,6 +21,7 @@ from speculators.data_generation import (
     VllmSource,
 )
 from speculators.interfaces import CaptureSpec, HiddenStateSource
+from speculators.train.data import ArrowDataset
 from speculators.train.keys import DataKeys
 from speculators.utils.files import is_same_model
 
@@ -63,6 +64,24 @@ def rows_to_use(keys: DataKeys, store: HiddenStateStore | None, note: Callable[[
     if num_missing and keys.on_missing == "warn":
         note(f"{num_missing} of {num_rows} rows have no stored verifier states and are left out")
     return present
+
+
+def leave_out_untrained(dataset: ArrowDataset) -> str | None:
+    """Leaves out rows without a trained token within `max_len`, of which nothing can be learned. Says what is left out
+    and cut; None: nothing is."""
+    trained, of_whole_rows = dataset.trained_per_row(dataset.max_len), dataset.trained_per_row()
+    kept = trained.nonzero()[0].tolist()
+    num_rows, num_tokens, num_cut = len(trained), of_whole_rows.sum(), (of_whole_rows - trained).sum()
+    num_out = num_rows - len(kept)
+    if not num_out and not num_cut:
+        return None
+    if num_out:
+        dataset.select(kept)
+    has, is_ = ("has", "is") if num_out == 1 else ("have", "are")
+    return (
+        f"{dataset.split} split: {num_out} of {num_rows:,} rows {has} no trained token within {dataset.max_len} and "
+        f"{is_} left out; {num_cut:,} of {num_tokens:,} trained tokens are cut (--total-seq-len)"
+    )
 
 
 def make_source(

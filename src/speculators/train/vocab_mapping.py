@@ -4,6 +4,7 @@
     d2t  int64 [D]   OFFSETS: verifier id = draft id + d2t[draft id]; draft ids ascend with verifier ids
 
 On disk: `d2t-<D>.npy` and `t2d-<D>.npy` beside the data. Names without a size, of earlier versions, are read too.
+Nothing is read unless a size is asked for.
 """
 
 from __future__ import annotations
@@ -68,11 +69,13 @@ def get_target_vocab_size(size: int | None = None, model_path: str | None = None
     return int(get_verifier_config(model_path).vocab_size)
 
 
-def supervised_share(token_freq_dict: Mapping[int, int], t2d: Tensor) -> float:
-    """Returns the share of counted tokens in the draft vocabulary: an upper bound of the acceptance rate."""
-    total = sum(token_freq_dict.values())
-    kept = sum(count for token, count in token_freq_dict.items() if t2d[token])
-    return kept / total if total else 0.0
+def coverage(token_ids_N: Tensor, t2d: Tensor) -> str:
+    """Says how many of the trained tokens are in the draft vocabulary: about the most drafts that can be accepted."""
+    num_kept, num_tokens = int(t2d.cpu()[token_ids_N].sum()), len(token_ids_N)
+    return (
+        f"the draft vocabulary of {int(t2d.sum()):,} tokens holds {num_kept / max(num_tokens, 1):.1%} of the "
+        f"{num_tokens:,} trained tokens; the others cannot be drafted"
+    )
 
 
 def check_vocab_mapping(d2t: Tensor, t2d: Tensor, draft_vocab_size: int | None, target_vocab_size: int) -> None:
@@ -135,12 +138,10 @@ def load_token_freq(path: str | Path) -> dict[int, int]:
     return {int(token): int(count) for token, count in counts.items()}
 
 
-def cached_vocab_mapping(directory: Path, draft_vocab_size: int | None) -> VocabMapping | None:
+def cached_vocab_mapping(directory: Path, draft_vocab_size: int) -> VocabMapping | None:
     """Reads the mapping beside the data: of the wanted size, else under the names without a size; None if missing."""
-    candidates = [(directory / "d2t.npy", directory / "t2d.npy")]
-    if draft_vocab_size is not None:
-        candidates.insert(0, mapping_paths(directory, draft_vocab_size))
-    for d2t_path, t2d_path in candidates:
+    without_size = directory / "d2t.npy", directory / "t2d.npy"
+    for d2t_path, t2d_path in (mapping_paths(directory, draft_vocab_size), without_size):
         if d2t_path.is_file() and t2d_path.is_file():
             return load_vocab_mapping(d2t_path, t2d_path)
     return None
@@ -157,7 +158,8 @@ def resolve_vocab_mapping(
 ) -> VocabMapping | None:
     """Returns the mapping (d2t, t2d) to train with; None = the verifier's whole vocabulary.
 
-    Uses explicit files, else those cached in the data directory, else builds one from token frequencies and caches it.
+    Uses explicit files; else, for a `draft_vocab_size`, those cached in the data directory, or builds one from token
+    frequencies and caches it.
     Raises `ValueError` for a `draft_vocab_size` that cannot be met, and for files that do not fit.
     """
     if (d2t_path is None) != (t2d_path is None):
@@ -165,19 +167,18 @@ def resolve_vocab_mapping(
         raise ValueError(f"{given} is given without {missing}; a mapping is both files")
     if d2t_path is not None and t2d_path is not None:
         return checked(load_vocab_mapping(d2t_path, t2d_path), draft_vocab_size, target_vocab_size)
-    if draft_vocab_size is not None:
-        check_sizes(draft_vocab_size, target_vocab_size)
-        if draft_vocab_size == target_vocab_size:
-            return None
+    if draft_vocab_size is None:
+        logger.warning("no draft_vocab_size: the drafter uses the verifier's whole vocabulary (%d)", target_vocab_size)
+        return None
+    check_sizes(draft_vocab_size, target_vocab_size)
+    if draft_vocab_size == target_vocab_size:
+        return None
     directory = Path(data_path) if data_path is not None else None
     # frequencies named by the user win over a cache that may have been built from others
     if directory is not None and token_freq_path is None:
         cached = cached_vocab_mapping(directory, draft_vocab_size)
         if cached is not None:
             return checked(cached, draft_vocab_size, target_vocab_size)
-    if draft_vocab_size is None:
-        logger.warning("no draft_vocab_size: the drafter uses the verifier's whole vocabulary (%d)", target_vocab_size)
-        return None
     return build_and_cache(directory, token_freq_path, draft_vocab_size, target_vocab_size)
 
 
@@ -198,11 +199,6 @@ def build_and_cache(
         )
     token_freq = load_token_freq(token_freq_path)
     d2t, t2d = build_vocab_mappings_from_distribution(token_freq, draft_vocab_size, target_vocab_size)
-    logger.info(
-        "draft vocabulary of %d tokens covers %.2f%% of the supervised tokens",
-        draft_vocab_size,
-        100 * supervised_share(token_freq, t2d),
-    )
     if directory is not None:
         save_vocab_mapping(directory, d2t, t2d)
     return d2t, t2d
