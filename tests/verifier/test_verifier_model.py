@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import toys
@@ -181,3 +183,22 @@ def test_a_config_of_no_known_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(ValueError, match="unheard_of"):
         load_verifier(tmp_path)
+
+
+def test_a_verifiers_own_code_runs_only_when_it_is_trusted(tmp_path):
+    (tmp_path / "code.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(tmp_path / 'was-run')!r}).touch()\n"
+        "class Config(LlamaConfig):\n    model_type = 'of_its_own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    toys.tiny_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "of_its_own", "auto_map": auto_map}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_verifier(tmp_path)
+    assert not (tmp_path / "was-run").exists()
+    load_verifier(tmp_path, trust_remote_code=True)
+    assert (tmp_path / "was-run").exists()

@@ -105,6 +105,11 @@ def open_verifier_config(name: str, trust_remote_code: bool = False, revision: s
         with reading("its config.json"):
             return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ValueError(
+                f"{name} comes with code of its own, which is not run unasked; if you trust it, pass "
+                "trust_remote_code=True (--trust-remote-code)"
+            ) from error
         raise ValueError(
             f"{name}: no model config can be read there ({first_line(error)}); give the directory of a saved causal "
             "LM, or a model id of the Hugging Face hub"
