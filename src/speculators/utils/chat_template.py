@@ -17,6 +17,7 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of the same thing: of older servers, of newer ones, and of gpt-oss."""
 READS_CLOCK = re.compile(r"\bstrftime_now\b")
+CLOCK_CALL = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
 TEMPLATE_DATE = "template_date"
 """Key among the template's arguments: the date (2026-01-31) of templates that ask for today's."""
 Tool = dict[str, Any] | Callable[..., Any]  # JSON schema, or a documented Python function
@@ -38,7 +39,8 @@ class ChatRenderer:
         self.date = read_date(date) if READS_CLOCK.search(self.template) else None
         """What a template that asks for the time is told, so that a run over midnight renders one date."""
         if (today := self.date) is not None:
-            self.template_kwargs["strftime_now"] = today.strftime
+            dated = CLOCK_CALL.sub(lambda call: repr(today.strftime(call[2])), self.template)
+            self.template_kwargs["chat_template"] = dated
         self.tokens_after_answer: dict[str, int | None] = {}
 
     @property
@@ -112,14 +114,8 @@ class ChatRenderer:
 
     def generation_mask(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] | None = None) -> list[int]:
         """Returns the mask of the template's own {% generation %} blocks, one entry per token of the conversation."""
-        encoded = self.render(
-            messages,
-            tools,
-            add_generation_prompt=False,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        wanted = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = self.render(messages, tools, add_generation_prompt=False, **wanted)
         return list(encoded["assistant_masks"])
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] | None, **options: Any) -> Any:
