@@ -81,7 +81,7 @@ def is_beginning_of(output: RequestOutput, whole: RequestOutput) -> bool:
 
 def live_tensors() -> Counter:
     gc.collect()
-    return Counter(tuple(found.shape) for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
+    return Counter(str(tuple(found.shape)) for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
 
 
 def run_in_some_way(engine: Engine, prompts, params, expected: list[RequestOutput], draw: random.Random) -> str:
