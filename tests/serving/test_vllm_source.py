@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import os
 import threading
 import time
@@ -299,3 +300,16 @@ def test_retries_count_tries_and_waits_double(monkeypatch):
     with pytest.raises(ServerUnavailableError, match="http://x/"):
         refused()
     assert (len(tries), waits) == (4, [1.0, 2.0, 4.0])
+
+
+def test_a_source_forgotten_in_a_thread_of_its_own_pool_closes_its_connections(start_fake):
+    server = start_fake()
+    source = VllmSource(server.endpoint, CAPTURE, directory=server.states, concurrency=1)
+    pool, client = source.pool, source.client
+    last_reference = [source]
+    del source
+    pool.submit(last_reference.clear).result()
+    gc.collect()
+    assert client.is_closed
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(len, "")

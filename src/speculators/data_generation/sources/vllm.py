@@ -65,7 +65,8 @@ class Counts:
 
 
 def close_connections(pool: ThreadPoolExecutor, client: httpx.Client) -> None:
-    pool.shutdown(cancel_futures=True)
+    # Does not wait: the last reference may go in a thread of the pool, which cannot wait for itself.
+    pool.shutdown(wait=False, cancel_futures=True)
     client.close()
 
 
@@ -112,6 +113,7 @@ class VllmSource:
         """Slots of the wanted layers in a file; known after the first file, beside which the server's note is."""
 
     def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
         self._finalizer()
 
     def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
