@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from speculators.assets import tiny_verifier_path
-from speculators.cli import app, inspect_mask
+from speculators.cli import app, data
 from speculators.cli.shared import out, print_facts, say, say_error
 
 
@@ -118,7 +118,7 @@ def test_an_error_is_one_message_and_an_exit_code(
 def test_ctrl_c_inside_a_verb_says_what_the_verb_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(inspect_mask, "inspect_mask", stopped_verb)
+    monkeypatch.setattr(data, "inspect_mask", stopped_verb)
     assert app.main(["inspect-mask"]) == 130
     assert capsys.readouterr().err == "error: stopped, run again to continue\n"
 

@@ -42,7 +42,9 @@ VERBS: dict[str, str] = {
 }
 """Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`, or of the file below."""
 
-FILES = dict.fromkeys(("check", "export", "convert", "stitch-mtp"), "checkpoints")
+FILES = dict.fromkeys(("check", "export", "convert", "stitch-mtp"), "checkpoints") | dict.fromkeys(
+    ("prepare-data", "inspect-mask", "generate-offline-data"), "data"
+)
 
 VERBS_READING_THEIR_FLAGS = ("train", "launch-vllm")
 VERBS_PASSING_FLAGS_ON = ("serve", "launch-vllm")

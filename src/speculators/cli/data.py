@@ -1,0 +1,198 @@
+"""The verbs of training data: `prepare-data`, `inspect-mask`, `generate-offline-data`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from speculators.cli.shared import TrustRemoteCode, out, parse_json_object, say
+from speculators.data_generation.configs import (
+    DEFAULT_OUTPUT,
+    DEFAULT_SEED,
+    DEFAULT_SEQ_LENGTH,
+    DEFAULT_SHOWN_ROWS,
+    OfflineConfig,
+)
+from speculators.utils.report import visible
+
+if TYPE_CHECKING:
+    from speculators.data_generation.prepared import InspectedRow
+
+NUM_SHOWN = 5
+"""Failed rows of `generate-offline-data` named one by one; all are in its result."""
+
+
+def prepare_data(
+    model: Annotated[str, typer.Option(help="Verifier: its tokenizer and chat template make the rows.")],
+    data: Annotated[list[str], typer.Option(help="Conversations: file, directory, hf:<id> or preset. Repeatable.")],
+    output: Annotated[Path, typer.Option(help="Directory to write.")] = Path(DEFAULT_OUTPUT),
+    seq_length: Annotated[
+        int, typer.Option(min=2, help="Longest row, in tokens; longer ones are cut.")
+    ] = DEFAULT_SEQ_LENGTH,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Rows to keep. Default: all.")] = None,
+    token_freq_path: Annotated[Path | None, typer.Option(help="Default: <output>/token_freq.pt.")] = None,
+    seed: Annotated[int, typer.Option(help="Order of the rows.")] = DEFAULT_SEED,
+    num_preprocessing_workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: chosen.")] = None,
+    minimum_valid_tokens: Annotated[int | None, typer.Option(help="Drop rows with fewer trained tokens.")] = None,
+    chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
+    drop_reasoning: Annotated[
+        bool, typer.Option("--drop-reasoning", help="Train on answers whose reasoning the template leaves out.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace rows prepared differently.")] = False,
+    allow_empty_output: Annotated[bool, typer.Option("--allow-empty-output", help="No row is not an error.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> dict[str, Any]:
+    """Turn conversations into tokenised training rows with loss masks, token frequencies and a manifest."""
+    from speculators import data_generation
+
+    prepared = data_generation.prepare_data(
+        model=model,
+        data=data,
+        output=output,
+        seq_length=seq_length,
+        max_samples=max_samples,
+        seed=seed,
+        num_workers=num_preprocessing_workers,
+        minimum_valid_tokens=minimum_valid_tokens,
+        token_freq_path=token_freq_path,
+        drop_reasoning=drop_reasoning,
+        overwrite=overwrite,
+        allow_empty_output=allow_empty_output,
+        trust_remote_code=trust_remote_code,
+        chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
+        progress=True,
+    )
+    out().print(prepared)
+    record: dict[str, Any] = {"verb": "prepare-data", "path": str(prepared.path), "reused": prepared.reused}
+    manifest = prepared.manifest
+    if manifest is not None:
+        record |= {
+            "num_rows": manifest.num_rows,
+            "num_tokens": manifest.num_tokens,
+            "supervised_share": manifest.supervised_share,
+            "dropped": manifest.dropped,
+            "units": manifest.units,
+            "num_without_reasoning": manifest.num_without_reasoning,
+        }
+    return record
+
+
+def inspect_mask(
+    data: Annotated[str, typer.Argument(help="Prepared directory, or raw conversations (then with --model).")],
+    model: Annotated[str | None, typer.Option(help="Verifier. Default: the one the directory was made for.")] = None,
+    num_rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = DEFAULT_SHOWN_ROWS,
+    first_row: Annotated[int, typer.Option(min=0, help="First row to show.")] = 0,
+    seq_length: Annotated[int, typer.Option(min=2, help="For raw conversations: longest row.")] = DEFAULT_SEQ_LENGTH,
+    chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> dict[str, Any]:
+    """Show rows with the tokens that are trained on in green and the context dimmed."""
+    from speculators import data_generation
+
+    rows = data_generation.inspect_mask(
+        data,
+        model=model,
+        num_rows=num_rows,
+        first_row=first_row,
+        seq_length=seq_length,
+        trust_remote_code=trust_remote_code,
+        chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
+    )
+    for row in rows:
+        out().rule(f"row {row.index}: {row.num_supervised} of {row.num_tokens} tokens trained on")
+        out().print(coloured(row))
+    return {
+        "verb": "inspect-mask",
+        "rows": [
+            {"index": row.index, "num_tokens": row.num_tokens, "num_supervised": row.num_supervised} for row in rows
+        ],
+    }
+
+
+def coloured(row: InspectedRow) -> Text:
+    """Without a terminal there are no colours: brackets mark the trained spans instead."""
+    text = Text()
+    for span in row.spans:
+        if span.supervised:
+            text.append("⟦", style="dim").append(visible(span.text), style="green").append("⟧", style="dim")
+        else:
+            text.append(visible(span.text), style="dim")
+    return text
+
+
+def generate_offline_data(
+    preprocessed_data: Annotated[
+        str, typer.Option(help="Prepared dataset (the output of prepare-data).")
+    ] = DEFAULT_OUTPUT,
+    endpoint: Annotated[str, typer.Option(help="Server started by launch-vllm.")] = OfflineConfig.endpoint,
+    server_states_path: Annotated[
+        str, typer.Option(help="Directory that this server writes to: its --hidden-states-path.")
+    ] = OfflineConfig.server_states_path,
+    output: Annotated[str | None, typer.Option(help="Default: hidden_states in the prepared dataset.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only a check: what the server must serve.")] = None,
+    target_layer_ids: Annotated[
+        str | None, typer.Option(help="For other servers: their layers, e.g. 2,6,9,12, the last layer at the end.")
+    ] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first rows. Default: all.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = OfflineConfig.concurrency,
+    validate_outputs: Annotated[
+        bool, typer.Option("--validate-outputs", help="Read existing files in full; make damaged ones again.")
+    ] = False,
+    request_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds the server may take for one row.")
+    ] = OfflineConfig.request_timeout_s,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="Tries after a failed request: 1, 2, 4, ... s apart.")
+    ] = OfflineConfig.max_retries,
+    fail_on_error: Annotated[bool, typer.Option("--fail-on-error", help="Stop at the first row that fails.")] = False,
+    max_consecutive_errors: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many failed rows in a row. Default: --concurrency.")
+    ] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Machines that share the rows.")] = OfflineConfig.world_size,
+    rank: Annotated[int, typer.Option(min=0, help="Number of this machine among them.")] = OfflineConfig.rank,
+) -> dict[str, Any]:
+    """Write what is missing; the same command continues a run that ended early."""
+    from speculators import data_generation
+
+    config = OfflineConfig(
+        preprocessed_data=preprocessed_data,
+        endpoint=endpoint,
+        server_states_path=server_states_path,
+        output=output,
+        model=model,
+        target_layer_ids=parse_layer_ids(target_layer_ids),
+        max_samples=max_samples,
+        concurrency=concurrency,
+        validate_outputs=validate_outputs,
+        request_timeout_s=request_timeout,
+        max_retries=max_retries,
+        fail_on_error=fail_on_error,
+        max_consecutive_errors=max_consecutive_errors,
+        world_size=world_size,
+        rank=rank,
+    )
+    report = data_generation.generate_offline_data(config, progress=True)
+    out().print(report)
+    for row, reason in list(report.failed.items())[:NUM_SHOWN]:
+        say(f"row {row}: {reason}", "yellow")
+    return {
+        "verb": "generate-offline-data",
+        "directory": str(report.directory),
+        "num_written": report.num_written,
+        "num_tokens": report.num_tokens,
+        "num_repaired": report.num_repaired,
+        "num_kept": report.num_kept,
+        "failed": {str(row): reason for row, reason in report.failed.items()},
+    }
+
+
+def parse_layer_ids(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError as error:
+        raise typer.BadParameter(f"--target-layer-ids {text}: numbers with commas, such as 2,6,9,12") from error
