@@ -2,7 +2,7 @@
 
 import pytest
 
-from speculators.utils.nested_context import NestedContext
+from speculators.utils.util import NestedContext
 
 
 class Recorder(NestedContext):

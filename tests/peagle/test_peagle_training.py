@@ -6,12 +6,11 @@ from naive_layers import kl, mixed
 from naive_peagle import NaivePEagle
 from peagle_toys import packed_batch
 
-from speculators.losses.metrics import as_pairs
+from speculators.losses.metrics import as_pairs, expected_acceptance_length, normalize_counted_metrics
 from speculators.model_training import LossArgs
 from speculators.models.peagle.config import PEagleTrainingArgs
 from speculators.models.peagle.training import accuracy, sample_chains
 from speculators.nn.packed_row import pack_row
-from speculators.train.metrics import expected_acceptance_length, normalize_counted_metrics
 
 CASES = {
     "qwen3, reduced vocabulary": {},

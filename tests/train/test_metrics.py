@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from speculators.train.metrics import MetricSums, expected_acceptance_length, normalize_counted_metrics
+from speculators.losses.metrics import MetricSums, expected_acceptance_length, normalize_counted_metrics
 
 
 def test_pairs_are_divided_orphans_dropped_and_the_rest_averaged():

@@ -19,7 +19,7 @@ from speculators.decoding.config import ModelInfo, SpeculativeConfig
 from speculators.decoding.proposers.build import ProposerContext, build_proposer
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule, Committed, DraftSampling, Proposal, Proposer, Verifier
-from speculators.utils.nested_context import NestedContext
+from speculators.utils.util import NestedContext
 from speculators.verifier.config import text_config
 
 

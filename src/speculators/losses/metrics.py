@@ -1,7 +1,12 @@
-"""Metrics as (numerator, denominator) pairs, so that ranks, batches and runs can be added before dividing."""
+"""Metrics as (numerator, denominator) pairs until they are shown, so that steps, ranks and runs can be added.
+
+A forward reports `X_sum` and `X_total`; keys without such a pair are averaged over the forwards that reported them.
+"""
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,3 +51,60 @@ def normalize_counted_metrics(metrics: Mapping[str, Any], world_size: int = 1) -
         elif not key.endswith("_total") and key not in out and f"{key}_sum" not in metrics:
             out[key] = value / world_size
     return out
+
+
+def expected_acceptance_length(metrics: Mapping[str, float]) -> float | None:
+    """Tokens per round: what the model says (`eal`), else 1 + the chances that the first 1, 2, .. drafts are right."""
+    if "eal" in metrics:
+        return metrics["eal"]
+    chances = [value for key, value in metrics.items() if re.fullmatch(r"full_acc_\d+", key)]
+    return 1.0 + sum(chances) if chances else None
+
+
+class MetricSums:
+    """Adds up the metrics of several forwards. Nothing leaves the device before `values`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.num_forwards = 0
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        self.num_forwards += 1
+        for key, value in metrics.items():
+            value = torch.as_tensor(value).detach().double()
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def values(self, all_reduce: Any = None) -> dict[str, float]:
+        """Means so far, over all ranks when `all_reduce` (in place, on a float64 tensor) is given."""
+        if not self.num_forwards:
+            return {}
+        keys = list(self.sums)
+        packed = torch.stack(
+            [self.sums[key] for key in keys]
+            + [torch.tensor(float(self.num_forwards)).double().to(self.sums[keys[0]].device)]
+        )
+        if all_reduce is not None:
+            all_reduce(packed)
+        *sums, num_forwards = packed.tolist()
+        means = normalize_counted_metrics(dict(zip(keys, sums, strict=True)), world_size=int(num_forwards))
+        return {name: float(mean) for name, mean in means.items()}
+
+
+class RecentSteps:
+    """Training steps since the last report: their metrics, and how fast they were."""
+
+    def __init__(self) -> None:
+        self.sums = MetricSums()
+        self.num_tokens = 0
+        self.since = time.perf_counter()
+
+    def add(self, metrics: Mapping[str, Any], *, num_tokens: int) -> None:
+        self.sums.add(metrics)
+        self.num_tokens += num_tokens
+
+    def leave_out(self, time_s: float) -> None:
+        """Time that was spent between the steps, on a validation or a checkpoint."""
+        self.since += time_s
+
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / max(time.perf_counter() - self.since, 1e-9)

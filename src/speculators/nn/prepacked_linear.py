@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speculators.utils.nested_context import NestedContext
+from speculators.utils.util import NestedContext
 
 MAX_PREPACKED_BYTES = 4 << 30
 """Linears of a module beyond this total stay as they are: prepacking keeps a second copy of every weight."""

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from speculators.data_generation import InvalidResponseError, ServerUnavailableError
+from speculators.losses.metrics import MetricSums, RecentSteps, expected_acceptance_length
 from speculators.model import SpeculatorModel
 from speculators.train.checkpointer import (
     INTERRUPTED,
@@ -28,7 +29,6 @@ from speculators.train.data import Batch, BatchLoader, as_loader, num_steps_of
 from speculators.train.distributed import Ranks, pick_device
 from speculators.train.events import Listener, Note, Saved, Started, StepDone, Stopped, Validated, ignore
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
-from speculators.train.metrics import MetricSums, RecentSteps, expected_acceptance_length
 from speculators.train.optimizers import make_optimizers, make_schedule
 from speculators.train.records import FINISHED, TrainerConfig, TrainResult
 

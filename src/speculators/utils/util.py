@@ -1,12 +1,13 @@
 """Finds the device to work on (CUDA, Ascend NPU or CPU), and turns what other people wrote into objects: a wrong value
-ends in one `ValueError`, and a config cannot ask for more modules or layers than a drafter has."""
+ends in one `ValueError`, and a config cannot ask for more modules or layers than a drafter has. Nested contexts set up
+once and restore once."""
 
 from __future__ import annotations
 
 import importlib.util
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules import module as module_hooks
 from transformers import PretrainedConfig
+from typing_extensions import Self
 
 
 def is_npu_available() -> bool:
@@ -132,3 +134,31 @@ def load_transformer_config(value: Any, default_model_type: str) -> PretrainedCo
     refuse_huge(values, "transformer_layer_config")
     with reading("transformer_layer_config"):
         return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+# -- contexts
+
+
+class NestedContext:
+    """A context manager that may be entered again inside itself: calls `set_up` on the first entry and undoes it after
+    the last exit; entries in between are only counted."""
+
+    _num_entered = 0
+    _undo: ExitStack
+
+    def set_up(self, stack: ExitStack) -> None:
+        """Prepares the object; pushes on the stack what must be undone, also when it fails half way."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        if self._num_entered == 0:
+            with ExitStack() as stack:
+                self.set_up(stack)
+                self._undo = stack.pop_all()
+        self._num_entered += 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._num_entered -= 1
+        if self._num_entered == 0:
+            self._undo.close()

@@ -37,8 +37,8 @@ from speculators.decoding.verifiers.trial import (
     windows_of,
 )
 from speculators.interfaces import CaptureSpec, Verifier, VerifierOutput
-from speculators.utils.nested_context import NestedContext
 from speculators.utils.progress import no_notices
+from speculators.utils.util import NestedContext
 from speculators.verifier.config import text_config
 
 LONG_ON_COPY, LONG_ON_MODEL, MOST_LONG = 300, 24, 512

@@ -33,7 +33,7 @@ from speculators.decoding.trees.token_tree import ancestor_mask, depths
 from speculators.decoding.verifiers.cache import RowCache, WriteSpan
 from speculators.interfaces import CaptureSpec
 from speculators.nn.prepacked_linear import PrepackedLinears
-from speculators.utils.nested_context import NestedContext
+from speculators.utils.util import NestedContext
 from speculators.verifier import CapturedStates, VerifierParts, capture_states
 
 Masks = Literal["grouped", "plain", "own"]

@@ -25,7 +25,7 @@ from speculators.decoding.verifiers.hf_forward import HFForward, MaskBuilder, Ma
 from speculators.decoding.verifiers.lean_forward import LeanForward
 from speculators.decoding.verifiers.lean_weights import LeanWeights, NotLlamaShaped
 from speculators.interfaces import CaptureSpec, VerifierOutput
-from speculators.utils.nested_context import NestedContext
+from speculators.utils.util import NestedContext
 from speculators.verifier import VerifierParts, capture_states, verifier_parts
 
 MAX_GROUPED_TOKENS = 32

@@ -33,7 +33,7 @@ from speculators.decoding.verifiers.cache import STATELESS, HybridCache, States,
 from speculators.decoding.verifiers.hf_forward import MaskBuilder, cache_argument
 from speculators.decoding.verifiers.hf_verifier import refuse_unknown_layers
 from speculators.interfaces import CaptureSpec, Verifier, VerifierOutput
-from speculators.utils.nested_context import NestedContext
+from speculators.utils.util import NestedContext
 from speculators.verifier import CapturedStates, capture_states, verifier_parts
 
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
