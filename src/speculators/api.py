@@ -9,7 +9,6 @@ that does not exist is a `ValueError` with the nearest that does. Nothing is pri
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,15 +24,20 @@ from speculators.checkpoint.formats import SPECULATORS
 from speculators.checkpoint.io import local_directory
 from speculators.config import SpeculatorModelConfig
 from speculators.data_generation.configs import (
+    DEFAULT_ANSWER_RETRIES,
+    DEFAULT_ANSWER_TIMEOUT_S,
     DEFAULT_ANSWER_TOKENS,
     DEFAULT_ANSWERED_TOGETHER,
     DEFAULT_NUM_ANSWERS,
     DEFAULT_SEED,
 )
+from speculators.data_generation.endpoints import AnswerServers
+from speculators.data_generation.preprocessing import load_tokenizer
 from speculators.data_generation.regenerate import RegenerationReport, regenerate_responses
+from speculators.data_generation.rollout import Answer, Question
 from speculators.decoding.chat import sampling_params
 from speculators.decoding.engine import Engine
-from speculators.decoding.method import Drafter
+from speculators.decoding.method import PLAIN, Drafter
 from speculators.decoding.request import NonFiniteScoresError, end_of_sequence_ids
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.target import VerifierSource, open_target
@@ -46,12 +50,13 @@ from speculators.evaluation.run import measure_methods
 from speculators.model import SpeculatorModel
 from speculators.train.config import TrainConfig
 from speculators.train.events import Event, Listener
-from speculators.train.flags import flag_of
+from speculators.train.flags import as_flags
 from speculators.train.logger import TrainingProgress
 from speculators.train.records import TrainResult
 from speculators.train.run import train
 from speculators.utils.names import model_name, refuse_unknown
 from speculators.utils.progress import Progress, no_progress_bars
+from speculators.verifier.config import end_token_ids
 
 NOTED = ("max_tokens", "temperature", "top_k", "top_p", "seed")
 """Sampling settings that are written beside each regenerated answer; others where they were set."""
@@ -73,6 +78,13 @@ def regenerate(
     num_samples: int = DEFAULT_NUM_ANSWERS,
     prompt_field: str | None = None,
     batch_size: int = DEFAULT_ANSWERED_TOGETHER,
+    temperatures: Sequence[float] = (),
+    system_prompts: Sequence[str] = (),
+    drop_reasoning: bool = False,
+    endpoints: str | Sequence[str] | None = None,
+    request_timeout_s: float = DEFAULT_ANSWER_TIMEOUT_S,
+    max_retries: int = DEFAULT_ANSWER_RETRIES,
+    api_key: str | None = None,
     resume: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     dtype: str | None = None,
@@ -85,12 +97,55 @@ def regenerate(
 
     `output`: .jsonl file to write, for `prepare_data`. `drafter`: see `Engine.from_pretrained`. `limit`:
     conversations to answer. `num_samples`: answers per prompt. `prompt_field`: column of the prompts, where it is not
-    recognised. `sampling`: the fields of `SamplingParams`; each answer has a seed of its own, made from `seed`, the
-    conversation's id and the turn. Raises `ValueError` for data without a prompt, for an `output` that exists unless
-    `resume`, and for one to complete that was made by another recipe. A verifier whose scores are not finite loses the
-    conversations concerned: `report.raise_for_errors()`.
+    recognised. `temperatures`, `system_prompts`: each conversation draws one. `drop_reasoning`: thoughts are not
+    trained on. `endpoints`: servers with OpenAI's interface that answer in place of an engine here, `batch_size`
+    conversations at a time, with `api_key`; `max_retries`: waits while none of them answers. `sampling`: the fields of
+    `SamplingParams`; each answer has a seed of its own, made from `seed`, the conversation's id and the turn. Raises
+    `ValueError` for data without a prompt, for an `output` that exists unless `resume`, and for one to complete that
+    was made by another recipe. A verifier whose scores are not finite loses the conversations concerned:
+    `report.raise_for_errors()`.
     """
     params = sampling_params(**{"max_tokens": DEFAULT_ANSWER_TOKENS, "seed": DEFAULT_SEED, **sampling})
+    settings: dict[str, Any] = {
+        "output": output,
+        "verifier": model_name(verifier),
+        "limit": limit,
+        "num_samples": num_samples,
+        "prompt_field": prompt_field,
+        "batch_size": batch_size,
+        "temperatures": temperatures,
+        "system_prompts": system_prompts,
+        "drop_reasoning": drop_reasoning,
+        "resume": resume,
+        "sampling_params": {
+            name: value
+            for name, value in asdict(params).items()
+            if name in NOTED or value != getattr(SamplingParams, name)
+        },
+        "chat_template_kwargs": chat_template_kwargs,
+        "progress": progress,
+    }
+    if endpoints:
+        if drafter not in (None, PLAIN):
+            raise ValueError(f"drafter={drafter!r} with endpoints: a server drafts by itself; leave it out")
+        name = model_name(verifier)
+        tokenizer = tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code)
+        stop_token_ids = {*end_token_ids(name, tokenizer, trust_remote_code), *params.stop_token_ids}
+        urls = [endpoints] if isinstance(endpoints, str) else list(endpoints)
+        with AnswerServers(
+            urls, tokenizer, asdict(params), stop_token_ids, batch_size, request_timeout_s, max_retries, api_key
+        ) as servers:
+            servers.warn_about_other_model(name)
+            return regenerate_responses(
+                data,
+                tokenizer,
+                servers,
+                threaded=True,
+                max_prompt_tokens=None if servers.max_model_len is None else servers.max_model_len - 1,
+                stop_token_ids=stop_token_ids,
+                endpoint=", ".join(urls),
+                **settings,
+            )
     target = open_target(verifier, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if target.tokenizer is None:
         raise ValueError(f"no tokenizer was found for the verifier {model_name(verifier)}; give one as tokenizer=")
@@ -102,30 +157,18 @@ def regenerate(
         max_batch_size=batch_size,
     )
 
-    def answer(prompts: list[list[int]], seeds: list[int]) -> list[list[int] | Exception]:
-        outputs = engine.generate(prompts, [replace(params, seed=seed) for seed in seeds])
-        return [o.token_ids if o.error is None else NonFiniteScoresError(o.error) for o in outputs]
+    def answer(questions: Sequence[Question]) -> list[Answer | Exception]:
+        requests = [replace(params, seed=question.seed, temperature=question.temperature) for question in questions]
+        outputs = engine.generate([question.prompt for question in questions], requests)
+        return [Answer(o.token_ids) if o.error is None else NonFiniteScoresError(o.error) for o in outputs]
 
     report = regenerate_responses(
         data,
         target.tokenizer,
         answer,
-        output=output,
-        verifier=model_name(verifier),
-        limit=limit,
-        num_samples=num_samples,
-        prompt_field=prompt_field,
-        batch_size=batch_size,
         max_prompt_tokens=engine.max_length - 1,
-        resume=resume,
         stop_token_ids={*end_of_sequence_ids(target.model, target.tokenizer), *params.stop_token_ids},
-        sampling_params={
-            name: value
-            for name, value in asdict(params).items()
-            if name in NOTED or value != getattr(SamplingParams, name)
-        },
-        chat_template_kwargs=chat_template_kwargs,
-        progress=progress,
+        **settings,
     )
     return replace(report, num_non_finite=engine.stats.num_non_finite)
 
@@ -167,19 +210,6 @@ def train_drafter(
                     listener(event)
 
         return train(config, verifier=model, on_event=publish)
-
-
-def as_flags(given: Mapping[str, Any]) -> list[str]:
-    """The command line that means the same, for the record of the run."""
-    words = []
-    for key, value in given.items():
-        if isinstance(value, bool):
-            words.append(flag_of(key) if value else f"--no-{key.replace('_', '-')}")
-        elif isinstance(value, list | tuple):
-            words += [flag_of(key), *map(str, value)]
-        elif value is not None:
-            words += [flag_of(key), json.dumps(value) if isinstance(value, Mapping) else str(value)]
-    return words
 
 
 @no_progress_bars()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from chats import family_tokenizer, make_tokenizer
 
 from speculators.data_generation import regenerate_responses
+from speculators.data_generation.rollout import Answer, Question
 from speculators.utils.chat_template import parse_answer
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
@@ -19,9 +21,9 @@ def second_prompt(tokenizer: Any, answer: str, tmp_path: Path, **row: Any) -> st
     """The prompt of the second turn, when the verifier answered the first so; None: the conversation ended."""
     prompts: list[str] = []
 
-    def generate(token_ids: list[list[int]], seeds: list[int]) -> list[list[int]]:
-        prompts.extend(tokenizer.decode(ids) for ids in token_ids)
-        return [tokenizer(answer)["input_ids"] for _ in token_ids]
+    def generate(asked: Sequence[Question]) -> list[Answer]:
+        prompts.extend(tokenizer.decode(question.prompt) for question in asked)
+        return [Answer(tokenizer(answer)["input_ids"]) for _ in asked]
 
     turns = [{"role": role, "content": text} for role, text in (("user", "1+1?"), ("assistant", "x"), ("user", "ok"))]
     regenerate_responses([{"messages": turns, **row}], tokenizer, generate, output=tmp_path / "out.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -11,6 +12,7 @@ import pytest
 from chats import CHATML_WITH_GENERATION_BLOCKS, chat, make_tokenizer, write_jsonl
 
 from speculators.data_generation import prepare_data, regenerate_responses
+from speculators.data_generation.rollout import Answer, Question
 
 END = "<|im_end|>"
 
@@ -23,13 +25,13 @@ class Parrot:
         self.broken_word = broken_word
         self.prompts: list[str] = []
 
-    def __call__(self, prompts: list[list[int]], seeds: list[int] | None = None) -> list[list[int]]:
-        texts = [self.tokenizer.decode(prompt) for prompt in prompts]
+    def __call__(self, asked: Sequence[Question]) -> list[Answer]:
+        texts = [self.tokenizer.decode(question.prompt) for question in asked]
         if self.broken_word is not None and any(self.broken_word in text for text in texts):
             raise ConnectionError("server gone")
         self.prompts += texts
         questions = [text.rsplit("<|im_start|>user\n", 1)[-1].split(END)[0] for text in texts]
-        return [self.tokenizer(question.upper() + END)["input_ids"] for question in questions]
+        return [Answer(self.tokenizer(question.upper() + END)["input_ids"]) for question in questions]
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def test_whatever_ends_in_a_question_is_answered(tokenizer, parrot, tmp_path, ro
 def test_pre_tokenised_rows_need_no_template(tmp_path):
     tokenizer = make_tokenizer(None)
     row = {"input_ids": [9, 8, 7, 6], "loss_mask": [0, 0, 1, 1]}
-    regenerate_responses([row], tokenizer, lambda prompts, seeds: [[5]] * len(prompts), output=tmp_path / "out.jsonl")
+    regenerate_responses([row], tokenizer, lambda asked: [Answer([5])] * len(asked), output=tmp_path / "out.jsonl")
     (answer,) = written(tmp_path / "out.jsonl")
     assert (answer["input_ids"], answer["loss_mask"]) == ([9, 8, 5], [0, 0, 1])
     assert answer["metadata"]["finish_reason"] == "length"
@@ -156,12 +158,12 @@ LONG = [{"id": f"c{i}", **chat(*("a", "x", "b", "x", "c", "x")[: 2 + 2 * (i % 3)
 """Conversations of one, two and three turns."""
 
 
-def draw(prompts: list[list[int]], seeds: list[int] | None = None) -> list[list[int]]:
+def draw(asked: Sequence[Question]) -> list[Answer]:
     """A verifier that samples: four letters from its seed and its prompt."""
     answers = []
-    for prompt, seed in zip(prompts, seeds or [0] * len(prompts), strict=True):
-        random = Random(f"{seed} {prompt}")
-        answers.append([random.randrange(10, 100) for _ in range(4)])
+    for question in asked:
+        random = Random(f"{question.seed} {question.prompt}")
+        answers.append(Answer([random.randrange(10, 100) for _ in range(4)]))
     return answers
 
 
@@ -296,7 +298,7 @@ def test_a_tokenizer_without_template_and_a_wrong_output_name_are_refused(parrot
     with pytest.raises(ValueError, match="no chat template"):
         regenerate_responses([chat("hi")], make_tokenizer(None), parrot, output=tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="returned 0 answers for 1"):
-        regenerate_responses([chat("hi")], tokenizer, lambda prompts, seeds: [], output=tmp_path / "out.jsonl")
+        regenerate_responses([chat("hi")], tokenizer, lambda asked: [], output=tmp_path / "out.jsonl")
     for rows, reason in (([], "no conversation to answer"), ([{"body": "x"}], "1 x no prompt")):
         with pytest.raises(ValueError, match=reason):
             regenerate_responses(rows, tokenizer, parrot, output=tmp_path / "out.jsonl")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -42,6 +43,10 @@ class Fake:
 
     def __init__(self, directory: Path, model: str, num_slots: int, hidden_size: int, drafts: bool) -> None:
         self.hidden_size = hidden_size
+        self.answers = flag("--answers", "")  # "tokens": as vLLM; "text": a server that refuses vLLM's keys
+        self.max_model_len = int(flag("--length", "64"))
+        self.delay_s = float(flag("--delay", "0"))
+        self.num_in_flight = self.most_in_flight = 0
         self.directory, self.model, self.num_slots, self.drafts = directory, model, num_slots, drafts
         self.num_requests = 0
         self.counters = dict.fromkeys(["drafts", "draft_tokens", "accepted", "pos0", "pos1", "pos2", "generated"], 0)
@@ -65,9 +70,11 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
-    def reply(self, code: int, body: object) -> None:
+    def reply(self, code: int, body: object, headers: dict[str, str] | None = None) -> None:
         text = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(code)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
@@ -76,7 +83,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self.reply(200, "")
         elif self.path == "/v1/models":
-            self.reply(200, {"data": [{"id": self.fake.model, "root": self.fake.model, "max_model_len": 64}]})
+            self.reply(
+                200,
+                {"data": [{"id": self.fake.model, "root": self.fake.model, "max_model_len": self.fake.max_model_len}]},
+            )
         elif self.path == "/metrics":
             self.reply(200, self.metrics())
         else:
@@ -100,6 +110,9 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.fake.next_fault()
         if fault == "500":
             self.reply(500, {"error": "injected"})
+        elif fault.startswith(("429", "503")):  # "429 2": busy, and says for how many seconds
+            code, _, wait_s = fault.partition(" ")
+            self.reply(int(code), {"error": "busy"}, {"Retry-After": wait_s} if wait_s else None)
         elif fault == "400":
             self.reply(400, {"error": {"message": "prompt too long"}})
         elif fault == "drop":
@@ -107,6 +120,8 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif self.fake.answers:
+            self.reply(*self.answer(request))
         elif request.get("max_tokens") == 1 and not self.fake.drafts:
             self.reply(200, self.extract(request["prompt"], fault))
         else:
@@ -144,6 +159,27 @@ class Handler(BaseHTTPRequestHandler):
             named = fault.removeprefix("names ") if fault.startswith("names ") else str(path)
             answer["kv_transfer_params"] = {"hidden_states_path": named}
         return answer | json.loads(fault.removeprefix("answers ") if fault.startswith("answers ") else "{}")
+
+    def answer(self, request: dict) -> tuple[int, dict]:
+        """One to four letters that depend on prompt, seed and temperature, and the end token 0."""
+        if self.fake.answers == "text" and "return_token_ids" in request:
+            return 400, {"error": "Unrecognized request argument supplied: return_token_ids"}
+        if self.headers.get("Authorization", "") != flag("--authorization", ""):
+            return 401, {"error": "invalid api key"}
+        with LOCK:
+            self.fake.num_in_flight += 1
+            self.fake.most_in_flight = max(self.fake.most_in_flight, self.fake.num_in_flight)
+            (self.fake.directory / "in_flight.txt").write_text(str(self.fake.most_in_flight))
+        time.sleep(self.fake.delay_s)
+        with LOCK:
+            self.fake.num_in_flight -= 1
+        drawn = random.Random(f"{request['prompt']} {request['seed']} {request['temperature']}")
+        letters = [drawn.choice("abcdefgh") for _ in range(drawn.randint(1, 4))]
+        choice = {"text": "".join(letters), "finish_reason": "stop"}
+        if self.fake.answers == "tokens":
+            token_ids = [ord(letter) for letter in letters] + [0]
+            choice |= {"token_ids": token_ids, "prompt_token_ids": request["prompt"], "stop_reason": None}
+        return 200, {"choices": [choice]}
 
     def complete(self, request: dict) -> dict:
         """Tokens that depend on the prompt only. With drafts: K = 3, rounds accept 3, 0, 1, 3, 0, 1, ... of them."""

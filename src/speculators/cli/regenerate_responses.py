@@ -1,7 +1,8 @@
-"""`speculators regenerate-responses`: the verifier answers a data set's prompts itself, with our own engine."""
+"""`speculators regenerate-responses`: the verifier answers a data set's prompts itself, in our engine or on servers."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,8 @@ from speculators.cli.shared import (
     raise_after_printing,
 )
 from speculators.data_generation.configs import (
+    DEFAULT_ANSWER_RETRIES,
+    DEFAULT_ANSWER_TIMEOUT_S,
     DEFAULT_ANSWER_TOKENS,
     DEFAULT_ANSWERED_TOGETHER,
     DEFAULT_NUM_ANSWERS,
@@ -47,11 +50,38 @@ def regenerate_responses(
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--concurrency", min=1, help="Answered together.")
     ] = DEFAULT_ANSWERED_TOGETHER,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Server with OpenAI's interface that answers, http://host:8000/v1. Repeatable. Default: here."
+        ),
+    ] = None,
+    request_timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds a server may take for an answer.")
+    ] = DEFAULT_ANSWER_TIMEOUT_S,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="Waits (1, 2, 4, ... s) while no server answers.")
+    ] = DEFAULT_ANSWER_RETRIES,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable that holds the servers' API key.")
+    ] = None,
     method: Annotated[
         str, typer.Option(help="Draft with a speculator's directory or a method; none: plainly.")
     ] = PLAIN,
     num_speculative_tokens: NumSpeculativeTokens = None,
     temperature: Temperature = SamplingParams.temperature,
+    temperature_mix: Annotated[
+        str | None, typer.Option(help="Each conversation draws one: 0.3,0.7,1. Twice the same: twice as often.")
+    ] = None,
+    system_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Each conversation without a system turn draws one: a text file, one per line, or a JSON list."
+        ),
+    ] = None,
+    drop_reasoning: Annotated[
+        bool, typer.Option("--drop-reasoning", help="Thoughts stay in the rows as context and are not trained on.")
+    ] = False,
     top_k: TopK = SamplingParams.top_k,
     top_p: TopP = SamplingParams.top_p,
     min_p: MinP = SamplingParams.min_p,
@@ -67,6 +97,7 @@ def regenerate_responses(
 ) -> dict[str, Any]:
     """Replace the answers of a data set by the verifier's own: the text that a drafter will see when it serves."""
     from speculators import api
+    from speculators.data_generation.answering import read_system_prompts
 
     report = api.regenerate(
         model,
@@ -78,6 +109,13 @@ def regenerate_responses(
         num_samples=num_samples,
         prompt_field=prompt_field,
         batch_size=batch_size,
+        temperatures=parse_temperatures(temperature_mix),
+        system_prompts=[] if system_prompts is None else read_system_prompts(system_prompts),
+        drop_reasoning=drop_reasoning,
+        endpoints=endpoint,
+        request_timeout_s=request_timeout,
+        max_retries=max_retries,
+        api_key=read_api_key(api_key_env),
         resume=resume,
         chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
         dtype=dtype,
@@ -102,6 +140,7 @@ def regenerate_responses(
         "num_rows": report.num_rows,
         "num_tokens": report.num_tokens,
         "num_cut": report.num_cut,
+        "num_from_text": report.num_from_text,
         "num_failed": report.num_failed,
         "num_non_finite": report.num_non_finite,
         "num_read": report.num_read,
@@ -112,3 +151,18 @@ def regenerate_responses(
     }
     raise_after_printing(report.raise_for_errors, result)
     return result
+
+
+def parse_temperatures(mix: str | None) -> list[float]:
+    try:
+        return [] if mix is None else [float(temperature) for temperature in mix.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--temperature-mix {mix!r} is not a list of numbers such as 0.3,0.7,1") from None
+
+
+def read_api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise typer.BadParameter(f"--api-key-env {variable}: this environment variable is not set")
+    return os.environ[variable]

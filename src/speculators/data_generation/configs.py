@@ -24,6 +24,10 @@ DEFAULT_ANSWER_TOKENS = 1024
 """Longest regenerated answer."""
 DEFAULT_ANSWERED_TOGETHER = 32
 """Conversations that one batch answers."""
+DEFAULT_ANSWER_TIMEOUT_S = 600.0
+"""A server answers when the last token is there."""
+DEFAULT_ANSWER_RETRIES = 8
+"""Waits of about three minutes in all: a server that is started again is back by then."""
 DEFAULT_STATES_DIRECTORY = Path(tempfile.gettempdir()) / "hidden_states"
 """Where `launch-vllm` has a server write its files unless told otherwise, and where they are looked for."""
 DEFAULT_CONCURRENCY = 32

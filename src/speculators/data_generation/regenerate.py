@@ -14,14 +14,15 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from speculators.data_generation.answering import Mix, RolloutBatches
 from speculators.data_generation.configs import DEFAULT_ANSWERED_TOGETHER, DEFAULT_NUM_ANSWERS
 from speculators.data_generation.conversations import FilteredRow, UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
@@ -34,7 +35,7 @@ from speculators.data_generation.records import (
     template_sha256,
     tokenizer_sha256,
 )
-from speculators.data_generation.rollout import Generate, Provenance, Rollout, RolloutBatches, make_rollout
+from speculators.data_generation.rollout import Generate, Provenance, Rollout, make_rollout
 from speculators.utils.chat_template import ChatRenderer
 from speculators.utils.files import absolute_if_directory, atomic_write
 from speculators.utils.progress import Progress, reporting
@@ -56,8 +57,11 @@ class RegenerationReport(PathReport):
     """Generated tokens."""
     num_cut: int = 0
     """Answers cut at the length limit."""
+    num_from_text: int = 0
+    """Answers that a server gave as text, and that were tokenised here."""
     num_already_done: int = 0
     num_failed: int = 0
+    first_error: str = ""
     num_non_finite: int = 0
     """Answers that ended because the verifier's scores were not finite; their conversations failed."""
     num_read: int = 0
@@ -75,11 +79,12 @@ class RegenerationReport(PathReport):
         assert self.num_read == ended + len(self.quarantine) + self.num_filtered, f"{self} does not add up"
 
     def tables(self) -> list[Table]:
+        from_text = f", {self.num_from_text:,} tokenised from text" if self.num_from_text else ""
         facts = {
             "file": self.path,
             "prompts": self.prompts or "none",
             "conversations": f"{self.num_conversations:,}, and {self.num_already_done:,} of an earlier run",
-            "answers": f"{self.num_rows:,} of {self.num_tokens:,} tokens, {self.num_cut:,} cut at the limit",
+            "answers": f"{self.num_rows:,} of {self.num_tokens:,} tokens, {self.num_cut:,} cut at the limit{from_text}",
             "failed": f"{self.num_failed:,}",
             "left out": "; ".join(f"{count} x {reason}" for reason, count in self.dropped.items()) or "nothing",
         }
@@ -96,7 +101,7 @@ class RegenerationReport(PathReport):
         """Lists why conversations gave no row, for a message."""
         reasons = [f"{num_dropped} x {reason}" for reason, num_dropped in self.dropped.most_common(5)]
         if self.num_failed:
-            reasons.append(f"{self.num_failed} failed (see {self.errors_path})")
+            reasons.append(f"{self.num_failed} failed, the first by {self.first_error} (see {self.errors_path})")
         return "; ".join(reasons) or "no conversation to answer"
 
 
@@ -111,6 +116,10 @@ def regenerate_responses(
     num_samples: int = DEFAULT_NUM_ANSWERS,
     prompt_field: str | None = None,
     batch_size: int = DEFAULT_ANSWERED_TOGETHER,
+    threaded: bool = False,
+    temperatures: Sequence[float] = (),
+    system_prompts: Sequence[str] = (),
+    drop_reasoning: bool = False,
     max_prompt_tokens: int | None = None,
     resume: bool = False,
     stop_token_ids: Collection[int] | None = None,
@@ -122,14 +131,17 @@ def regenerate_responses(
 ) -> RegenerationReport:
     """Answers every user turn of `conversations` (rows, or a source for `load_raw_dataset`) with `generate`.
 
-    Answers `batch_size` conversations together, turn by turn. `limit`: most conversations. `max_prompt_tokens`:
-    conversations end before a longer prompt. `num_samples`: answers per prompt, each from a seed of its own.
+    Answers `batch_size` conversations together, turn by turn, or, `threaded`, calls `generate` from that many threads,
+    a conversation in each. `limit`: most conversations. `max_prompt_tokens`: conversations end before a longer prompt.
+    `num_samples`: answers per prompt, each from a seed of its own. `temperatures`, `system_prompts`: each conversation
+    (and sample) draws one; a system turn of its own stays. `drop_reasoning`: thoughts are context, not trained on.
     `prompt_field`: column of the prompts, where it is not recognised. `resume` completes an existing `output` (a .jsonl
     file). `verifier` (its name), `endpoint` and `sampling_params` are only recorded. Raises `ValueError` for a wrong or
     existing `output`, one that was made by another recipe, and when nothing was answered; raises the error of
     `generate` after `max_consecutive_errors` failures in sequence.
     """
-    refuse_equal_samples(num_samples, sampling_params or {})
+    mix = Mix(tuple(temperatures), tuple(system_prompts), (sampling_params or {}).get("seed"))
+    refuse_equal_samples(num_samples, mix, sampling_params or {})
     path = Path(output)
     if path.suffix != ".jsonl":
         raise ValueError(f"output {str(path)!r} must end in .jsonl: it holds one row per line")
@@ -141,7 +153,7 @@ def regenerate_responses(
     answering = RolloutBatches(
         tokenizer=tokenizer,
         generate=generate,
-        provenance=Provenance(endpoint, sampling_params or {}, stop_ids),
+        provenance=Provenance(endpoint, sampling_params or {}, stop_ids, drop_reasoning),
         max_prompt_tokens=max_prompt_tokens,
         max_consecutive_errors=max_consecutive_errors,
         renderer=ChatRenderer(tokenizer, chat_template_kwargs) if getattr(tokenizer, "chat_template", None) else None,
@@ -155,6 +167,9 @@ def regenerate_responses(
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
             "template_date": template_date(tokenizer, chat_template_kwargs),
             "sampling_params": dict(sampling_params or {}),
+            "temperatures": list(temperatures),
+            "system_prompts": list(system_prompts),
+            "drop_reasoning": drop_reasoning,
             "stop_token_ids": sorted(stop_ids),
             "max_prompt_tokens": max_prompt_tokens,
         },
@@ -162,24 +177,25 @@ def regenerate_responses(
     finished = finished_conversations(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     num_rows = len(rows) if limit is None else min(limit, len(rows))
-    unanswered = rollouts(rows, num_rows, num_samples, prompt_field, finished, report)
+    unanswered = rollouts(rows, num_rows, num_samples, prompt_field, mix, finished, report)
+    answered = answering.at_once if threaded else answering.in_batches
     try:
         with (
             reporting(progress) as show,
             path.open("a", encoding="utf-8") as written,
             report.errors_path.open("w", encoding="utf-8") as errors,
         ):
-            for batch in batches(unanswered, batch_size):
-                for rollout, error in in_source_order(batch, answering.answer(batch)):
-                    if error is None:
-                        written.write("".join(json_line(row) for row in rollout.answers))
-                        written.flush()
-                        count(report, rollout)
-                    else:
-                        report.num_failed += 1
-                        errors.write(json_line(failure(rollout, error)))
-                        errors.flush()
-                show("regenerate", batch[-1].index + 1, num_rows)
+            for rollout, error in answered(unanswered, batch_size):
+                if error is None:
+                    written.write("".join(json_line(row) for row in rollout.answers))
+                    written.flush()
+                    count(report, rollout)
+                else:
+                    report.num_failed += 1
+                    report.first_error = report.first_error or str(error)
+                    errors.write(json_line(failure(rollout, error)))
+                    errors.flush()
+                show("regenerate", rollout.index + 1, num_rows)
     finally:
         for file in (path, report.errors_path):
             if file.exists() and file.stat().st_size == 0:
@@ -201,6 +217,7 @@ def rollouts(
     num_rows: int,
     num_samples: int,
     prompt_field: str | None,
+    mix: Mix,
     finished: Finished,
     report: RegenerationReport,
 ) -> Iterator[Rollout]:
@@ -234,7 +251,7 @@ def rollouts(
         for sample in range(num_samples):
             content = finished.get((primary_id, sample))
             if content is None:
-                yield replace(first, primary_id=primary_id, sample=sample, messages=[], answers=[])
+                yield mix.start(first, primary_id, sample)
             elif content == first.content_sha256:
                 report.num_already_done += 1
             else:
@@ -244,36 +261,13 @@ def rollouts(
                 )
 
 
-def refuse_equal_samples(num_samples: int, sampling_params: Mapping[str, Any]) -> None:
+def refuse_equal_samples(num_samples: int, mix: Mix, sampling_params: Mapping[str, Any]) -> None:
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; each prompt needs an answer: 1 or more")
-    if num_samples > 1 and sampling_params.get("temperature") == 0:
+    if num_samples > 1 and 0 in (mix.temperatures or (sampling_params.get("temperature"),)):
         raise ValueError(
             f"num_samples={num_samples} at temperature 0 gives equal answers; sample (temperature above 0), or take one"
         )
-
-
-def in_source_order(
-    batch: Sequence[Rollout], ended: Iterable[tuple[Rollout, Exception | None]]
-) -> Iterator[tuple[Rollout, Exception | None]]:
-    """Yields the conversations of a batch in its order, so that a file is the same however often a run was resumed."""
-    waiting = [rollout.index_and_sample for rollout in batch]
-    early: dict[tuple[int, int], tuple[Rollout, Exception | None]] = {}
-    for rollout, error in ended:
-        early[rollout.index_and_sample] = (rollout, error)
-        while waiting and waiting[0] in early:
-            yield early.pop(waiting.pop(0))
-
-
-def batches(items: Iterator[Rollout], size: int) -> Iterator[list[Rollout]]:
-    batch: list[Rollout] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def count(report: RegenerationReport, rollout: Rollout) -> None:
@@ -282,6 +276,7 @@ def count(report: RegenerationReport, rollout: Rollout) -> None:
     for row in rollout.answers:
         report.num_tokens += row["metadata"]["usage"]["completion_tokens"]
         report.num_cut += row["metadata"]["finish_reason"] == "length"
+        report.num_from_text += row["metadata"].get("tokenised_from_text", False)
 
 
 def failure(rollout: Rollout, error: Exception) -> dict[str, Any]:
@@ -293,5 +288,10 @@ def warn_about(report: RegenerationReport) -> None:
         logger.warning("left out %d: %s", num_dropped, reason)
     if report.num_failed:
         logger.warning("%d conversations failed; see %s", report.num_failed, report.errors_path)
+    if report.num_from_text:
+        logger.warning(
+            "%d answers came as text, so the verifier may have written other tokens of it; vLLM gives the tokens",
+            report.num_from_text,
+        )
     if report.num_cut:
         logger.warning("%d of %d answers were cut at the length limit", report.num_cut, report.num_rows)

@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -33,9 +34,27 @@ from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 
 logger = logging.getLogger(__name__)
 
-Generate = Callable[[list[list[int]], list[int]], Sequence[list[int] | Exception]]
-"""Takes prompts (token ids) and one sampling seed each; returns the generated tokens in the same order, without the
-prompt and with the end token."""
+
+@dataclass(frozen=True)
+class Question:
+    """What the verifier is asked: the tokens to continue, and how to draw."""
+
+    prompt: list[int]
+    seed: int
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated tokens, without the prompt and with the end token."""
+
+    token_ids: list[int]
+    is_from_text: bool = False
+    """The server gave text, which was tokenised here: the verifier may have written other tokens of the same text."""
+
+
+Generate = Callable[[Sequence[Question]], Sequence[Answer | Exception]]
+"""Answers questions, in the same order."""
 
 TOOL_CALL = re.compile(r"<\|?tool_call|\[TOOL_CALLS\]|<function=")
 
@@ -48,11 +67,26 @@ class Provenance:
     sampling_params: Mapping[str, Any]
     stop_token_ids: Collection[int]
 
+    drop_reasoning: bool = False
+    """Thoughts stay in a row as context, and are not trained on."""
+
+    def settings_of(self, rollout: Rollout) -> dict[str, Any]:
+        """Returns the sampling settings of a conversation."""
+        drawn = {} if rollout.temperature is None else {"temperature": rollout.temperature}
+        return {**self.sampling_params, **drawn}
+
+    def question(self, rollout: Rollout, prompt: list[int]) -> Question:
+        return Question(prompt, self.seed_of(rollout), self.settings_of(rollout).get("temperature", 0.0))
+
     def seed_of(self, rollout: Rollout) -> int:
         """Returns the seed of a conversation's next answer: other conversations, samples and turns draw other numbers,
         and the same one draws the same numbers whatever is answered beside it."""
-        key = [self.sampling_params.get("seed"), rollout.primary_id, rollout.sample, len(rollout.answers)]
-        return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "big") >> 2
+        return number_of([self.sampling_params.get("seed"), rollout.primary_id, rollout.sample, len(rollout.answers)])
+
+
+def number_of(key: Sequence[Any]) -> int:
+    """Hashes a key to a number of 62 bits."""
+    return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "big") >> 2
 
 
 @dataclass
@@ -70,6 +104,8 @@ class Rollout:
     """The columns in which the row held it."""
     sample: int = 0
     """Which of several answers to the same prompt."""
+    temperature: float | None = None
+    """Drawn for this conversation; None: the run's."""
     position: int = 0
     """Number of turns of the original that were handled."""
     messages: list[Message] = field(default_factory=list)
@@ -110,10 +146,10 @@ class Rollout:
 
     def advance_to_question(self) -> bool:
         """Copies turns up to the next answer and skips the original's answer. False: nothing is left to answer."""
+        if self.answers and self.messages[-1].get("tool_calls") and not self.take_recorded_results():
+            return False  # nobody has the result of the call that the verifier made
         while self.position < len(self.turns):
             turn = self.turns[self.position]
-            if self.answers and self.messages[-1].get("tool_calls"):
-                return False  # nobody has the result of the call that the verifier made
             if turn["role"] == "tool" and self.answers and self.messages[-1]["role"] == "assistant":
                 return False  # the result of a tool call that the new conversation did not make
             self.position += 1
@@ -125,30 +161,49 @@ class Rollout:
                 self.messages.append(turn)  # an opening assistant turn is context
         return self.is_waiting()
 
+    def take_recorded_results(self) -> bool:
+        """Copies the results of the verifier's calls, if the original made the same calls in its answer's place."""
+        replaced, calls = self.turns[self.position - 1], self.messages[-1]["tool_calls"]
+        results = list(takewhile(lambda turn: turn["role"] == "tool", self.turns[self.position :]))
+        recorded = replaced.get("tool_calls") or []
+        if replaced["role"] != "assistant" or list(map(called, calls)) != list(map(called, recorded)):
+            return False
+        if len(results) != len(calls):
+            return False
+        place_of = {call.get("id"): place for place, call in enumerate(recorded)}
+        for number, result in enumerate(results):
+            place = place_of.get(result.get("tool_call_id"), number)
+            self.messages.append({**result, "tool_call_id": calls[place]["id"]})
+        self.position += len(results)
+        return True
+
     def is_waiting(self) -> bool:
         return bool(self.messages) and self.messages[-1]["role"] in ("user", "tool")
 
     def accept(
         self,
         prompt: Sequence[int],
-        token_ids: Sequence[int],
+        answer: Answer,
         tokenizer: PreTrainedTokenizerBase,
         provenance: Provenance,
         renderer: ChatRenderer | None,
     ) -> None:
         """Adds the verifier's answer to the conversation and to the rows. Raises `ValueError` when it is empty."""
-        ids = [int(token) for token in token_ids]
+        ids = [int(token) for token in answer.token_ids]
         if not ids:
             raise ValueError("the verifier's answer has no token")
         text = str(tokenizer.decode(ids, skip_special_tokens=False))
         message = {} if renderer is None else renderer.answer_message(ids)
         self.messages.append(message)
+        num_context = len(prompt)
+        if provenance.drop_reasoning and renderer is not None and message.get("reasoning_content"):
+            num_context += num_reasoning_tokens(ids, renderer)
         self.answers.append(
             {
                 "id": f"{self.primary_id}{f'_sample{self.sample}' if self.sample else ''}_gen{len(self.answers)}",
                 "primary_id": self.primary_id,
                 "input_ids": [*prompt, *ids],
-                "loss_mask": [0] * len(prompt) + [1] * len(ids),
+                "loss_mask": [0] * num_context + [1] * (len(prompt) + len(ids) - num_context),
                 "text": text,
                 "metadata": {
                     "idx": self.index,
@@ -160,91 +215,28 @@ class Rollout:
                     "is_tool_call": "tool_calls" in message or TOOL_CALL.search(text) is not None,
                     "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids)},
                     "endpoint": provenance.endpoint,
-                    "sampling_params": dict(provenance.sampling_params),
+                    "sampling_params": provenance.settings_of(self),
+                    **({"tokenised_from_text": True} if answer.is_from_text else {}),
                 },
             }
         )
 
 
-@dataclass
-class RolloutBatches:
-    """Answers batches of rollouts turn by turn until each conversation is over."""
+def called(call: Mapping[str, Any]) -> tuple[str, Any]:
+    """Returns what decides a call's result."""
+    return call["function"]["name"], call["function"].get("arguments")
 
-    tokenizer: PreTrainedTokenizerBase
-    generate: Generate
-    provenance: Provenance
-    max_prompt_tokens: int | None
-    max_consecutive_errors: int
-    renderer: ChatRenderer | None
-    num_consecutive_errors: int = 0
 
-    def answer(self, batch: Sequence[Rollout]) -> Iterator[tuple[Rollout, Exception | None]]:
-        """Yields each rollout as soon as it is over, with the error that ended it or None."""
-        waiting = list(batch)
-        while waiting:
-            asked: list[tuple[Rollout, list[int]]] = []
-            for rollout in waiting:
-                try:
-                    prompt = self.prompt_of(rollout)
-                except (UnusableRow, ChatTemplateError) as error:
-                    yield rollout, error
-                    continue
-                if prompt is None:
-                    rollout.finish()
-                    yield rollout, None
-                else:
-                    asked.append((rollout, prompt))
-            waiting = []
-            prompts, seeds = [prompt for _, prompt in asked], [self.provenance.seed_of(rollout) for rollout, _ in asked]
-            for (rollout, prompt), answer in zip(asked, self.ask(prompts, seeds), strict=True):
-                try:
-                    if isinstance(answer, Exception):
-                        raise answer
-                    rollout.accept(prompt, answer, self.tokenizer, self.provenance, self.renderer)
-                except Exception as error:  # whatever the caller's generate raised for this prompt
-                    yield rollout, error
-                else:
-                    waiting.append(rollout)
-
-    def prompt_of(self, rollout: Rollout) -> list[int] | None:
-        """Returns the next prompt; None when the conversation is over. Raises `UnusableRow` when it has no answer."""
-        if self.renderer is None and rollout.prompt_ids is None:
-            self.renderer = ChatRenderer(self.tokenizer)  # raises: the tokenizer has no template
-        prompt = rollout.next_prompt(self.renderer)
-        if prompt is None and not rollout.answers:
-            raise UnusableRow("no turn of this conversation needs an answer")
-        if prompt is None or self.max_prompt_tokens is None or len(prompt) <= self.max_prompt_tokens:
-            return prompt
-        if rollout.answers:
-            return None  # the conversation outgrew the window: its answers so far are kept
-        raise UnusableRow(f"prompt of {len(prompt)} tokens is longer than max_prompt_tokens={self.max_prompt_tokens}")
-
-    def ask(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int] | Exception]:
-        """Generates answers; if the whole batch fails, tries each prompt alone, so one bad prompt costs one row."""
-        if not prompts:
-            return []
-        try:
-            answers: list[list[int] | Exception] = list(self.generate(prompts, seeds))
-        except Exception as error:
-            if len(prompts) == 1:
-                return [self.failed(error)]
-            logger.warning("a batch of %d prompts failed (%s); trying each prompt alone", len(prompts), error)
-            return [self.ask([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
-        if len(answers) != len(prompts):
-            raise ValueError(f"generate returned {len(answers)} answers for {len(prompts)} prompts; one each is needed")
-        for index, answer in enumerate(answers):
-            if isinstance(answer, Exception):
-                answers[index] = self.failed(answer)
-            else:
-                self.num_consecutive_errors = 0
-        return answers
-
-    def failed(self, error: Exception) -> Exception:
-        """Returns the error as an answer; raises it after so many in sequence that the verifier must be gone."""
-        self.num_consecutive_errors += 1
-        if self.num_consecutive_errors >= self.max_consecutive_errors:
-            raise error
-        return error
+def num_reasoning_tokens(token_ids: Sequence[int], renderer: ChatRenderer) -> int:
+    """Counts the tokens of an answer up to the end of its thought, all of them when the thought was cut off."""
+    text = renderer.decode(token_ids)
+    if "</think>" in text:
+        num_letters = text.index("</think>") + len("</think>")
+    else:  # gpt-oss: the channel of the thoughts ends where another one begins
+        num_letters = text.rfind("<|start|>assistant")
+    if num_letters < 0:
+        return len(token_ids)
+    return bisect_left(range(len(token_ids)), num_letters, key=lambda n: len(renderer.decode(token_ids[:n])))
 
 
 def make_rollout(

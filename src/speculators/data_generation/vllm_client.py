@@ -1,9 +1,10 @@
-"""Asks a vLLM server for the hidden states of token sequences: requests, answers, retries, which files it may name.
+"""Asks a vLLM server: the client, its retry rule, hidden states of token sequences, which files it may name, rendering.
 
     POST <endpoint>/completions  {"prompt": [ids], "max_tokens": 1, "return_token_ids": true}
     answer                       choices[0].prompt_token_ids, kv_transfer_params.hidden_states_path
 
-Transient failures (a dropped connection, a busy or restarting server) are tried again; wrong answers are not.
+Transient failures (a dropped connection, a busy or restarting server) are tried again; wrong answers are not. Every
+client of a server follows the one rule, `retry_wait_s`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import asyncio
 import functools
 import inspect
 import logging
+import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,10 @@ DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_MAX_RETRIES = 3
 BACKOFF_S = 1.0
 """Wait before the first retry; each further wait is twice as long."""
+MOST_DOUBLINGS = 6
+"""Waits grow to about a minute."""
+MOST_RETRY_AFTER_S = 600.0
+"""A server that asks for more patience (`Retry-After`) is asked again after this."""
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.safetensors", re.ASCII)
 """vLLM names a file after its request."""
 KEPT_NAMES = re.compile(r"hs_\d+\.safetensors|(pytorch_)?model.*", re.ASCII)
@@ -45,55 +53,68 @@ class ServerUnavailableError(ConnectionError):
 
 
 class TransientError(Exception):
-    """A failure that another attempt may not meet."""
+    """A failure that another attempt may not meet; `retry_after_s`: the wait that the server asked for."""
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+TRANSIENT_ERRORS = (TransientError, httpx.TransportError, httpx.DecodingError)
+
+
+def retry_wait_s(error: Exception, attempt: int, jitter: float = 0.0) -> float:
+    """Returns the wait after a failed attempt (from 0): 1, 2, 4, ... s, or what the server asked for if that is longer.
+
+    `jitter`: adds up to this share of it at random, so that many clients do not come back at once.
+    """
+    backoff_s = BACKOFF_S * 2 ** min(attempt, MOST_DOUBLINGS) * (1 + jitter * random.random())
+    return max(backoff_s, min(getattr(error, "retry_after_s", 0.0), MOST_RETRY_AFTER_S))
+
+
+def gave_up(error: Exception, num_attempts: int, waited_s: float) -> ServerUnavailableError:
+    return ServerUnavailableError(
+        f"{describe(error)}: {num_attempts} attempts in {waited_s:.0f} s. Look at the server's log and start it "
+        "again; more retries wait longer (7: about two minutes)"
+    )
 
 
 def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `max_retries=3` to a plain or async function: retries after 1, 2, 4, ... s when it fails transiently.
+    """Adds `max_retries=3` to a plain or async function: retries by `retry_wait_s` when it fails transiently.
 
     The result raises `ServerUnavailableError` after the last attempt.
     """
 
-    def gave_up(error: Exception, max_retries: int) -> ServerUnavailableError:
-        waited_s = BACKOFF_S * (2**max_retries - 1)
-        return ServerUnavailableError(
-            f"{describe(error)}: {max_retries + 1} attempts in {waited_s:.0f} s. Look at the server's log and start it "
-            "again; more retries wait longer (7: about two minutes)"
-        )
+    def wait_of(error: Exception, waits_s: list[float], max_retries: int) -> float:
+        if len(waits_s) == max_retries:
+            raise gave_up(error, max_retries + 1, sum(waits_s)) from error
+        waits_s.append(retry_wait_s(error, len(waits_s)))
+        logger.warning("%s; trying again in %.0f s", describe(error), waits_s[-1])
+        return waits_s[-1]
 
     if inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)
         async def retried(*args: Any, max_retries: int = DEFAULT_MAX_RETRIES, **kwargs: Any) -> Any:
-            for attempt in range(max_retries + 1):
+            waits_s: list[float] = []
+            while True:
                 try:
                     return await function(*args, **kwargs)
-                except (TransientError, httpx.TransportError, httpx.DecodingError) as error:
-                    if attempt == max_retries:
-                        raise gave_up(error, max_retries) from error
-                    log_retry(error, attempt)
-                    await asyncio.sleep(BACKOFF_S * 2**attempt)
-            raise AssertionError("the last attempt returns or raises")
+                except TRANSIENT_ERRORS as error:
+                    await asyncio.sleep(wait_of(error, waits_s, max_retries))
 
         return retried
 
     @functools.wraps(function)
     def retried_plainly(*args: Any, max_retries: int = DEFAULT_MAX_RETRIES, **kwargs: Any) -> Any:
-        for attempt in range(max_retries + 1):
+        waits_s: list[float] = []
+        while True:
             try:
                 return function(*args, **kwargs)
-            except (TransientError, httpx.TransportError, httpx.DecodingError) as error:
-                if attempt == max_retries:
-                    raise gave_up(error, max_retries) from error
-                log_retry(error, attempt)
-                time.sleep(BACKOFF_S * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+            except TRANSIENT_ERRORS as error:
+                time.sleep(wait_of(error, waits_s, max_retries))
 
     return retried_plainly
-
-
-def log_retry(error: Exception, attempt: int) -> None:
-    logger.warning("%s; trying again in %.0f s", describe(error), BACKOFF_S * 2**attempt)
 
 
 def describe(error: Exception) -> str:
@@ -114,15 +135,18 @@ class ServedModel:
     """Longest sequence, in tokens; None when the server does not say."""
 
 
-def make_client(endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, num_connections: int = 32) -> httpx.Client:
+def make_client(
+    endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, num_connections: int = 32, api_key: str | None = None
+) -> httpx.Client:
     """Makes a client whose paths are relative to `endpoint` (which ends in /v1).
 
-    Raises `ValueError` when the endpoint is not an http address.
+    `api_key`: sent as the bearer token. Raises `ValueError` when the endpoint is not an http address.
     """
     if not endpoint.startswith(("http://", "https://")):
         raise ValueError(f"endpoint {endpoint!r}: an address begins with http://, e.g. {DEFAULT_ENDPOINT}")
     limits = httpx.Limits(max_connections=num_connections, max_keepalive_connections=num_connections)
-    return httpx.Client(base_url=endpoint.rstrip("/") + "/", timeout=timeout_s, limits=limits)
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    return httpx.Client(base_url=endpoint.rstrip("/") + "/", timeout=timeout_s, limits=limits, headers=headers)
 
 
 @with_retries
@@ -144,7 +168,8 @@ def served_model(client: httpx.Client) -> ServedModel:
 def checked_json(response: httpx.Response) -> dict[str, Any]:
     """Returns the body of a good answer. Raises `TransientError` (worth a retry), else `InvalidResponseError`."""
     if response.status_code in TRANSIENT_CODES:
-        raise TransientError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
+        message = f"{response.url} answered {response.status_code}: {response.text[:300]}"
+        raise TransientError(message, retry_after_s(response))
     if response.status_code != 200:
         raise InvalidResponseError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
     try:
@@ -154,6 +179,17 @@ def checked_json(response: httpx.Response) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InvalidResponseError(f"{response.url} answered {type(body).__name__}, not an object")
     return body
+
+
+def retry_after_s(response: httpx.Response) -> float:
+    """Returns the wait that a server asks for, given in seconds or as a date; 0 when it asks for none."""
+    asked = response.headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", asked):
+        return float(asked)
+    try:
+        return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # no date; one without a time zone
+        return 0.0
 
 
 def completion_request(model: str, item: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,15 +232,9 @@ def extract_output(response: Mapping[str, Any], token_ids: Sequence[int]) -> tup
 
     Raises `InvalidResponseError` when the answer is about other tokens or has no handle.
     """
-    seen = first_choice(response).get("prompt_token_ids")
-    if seen is None:
+    if first_choice(response).get("prompt_token_ids") is None:
         raise InvalidResponseError("the answer has no prompt_token_ids: the server is older than return_token_ids")
-    if not isinstance(seen, list):
-        raise wrong_kind("prompt_token_ids", seen, "a list of token ids")
-    if seen != list(token_ids):
-        raise InvalidResponseError(
-            f"the server read {len(seen)} tokens, not the {len(token_ids)} that were sent: it cuts or changes prompts"
-        )
+    refuse_other_prompt(first_choice(response), token_ids)
     transfer = response.get("kv_transfer_params")
     if not transfer:
         raise InvalidResponseError(
@@ -221,6 +251,17 @@ def extract_output(response: Mapping[str, Any], token_ids: Sequence[int]) -> tup
     if not isinstance(handle, str):
         raise wrong_kind("hidden_states_path", handle, "a path")
     return handle, dict(transfer)
+
+
+def refuse_other_prompt(choice: Mapping[str, Any], token_ids: Sequence[int]) -> None:
+    """Raises `InvalidResponseError` when the server says that it read other tokens than it was sent."""
+    seen = choice.get("prompt_token_ids")
+    if seen is not None and not isinstance(seen, list):
+        raise wrong_kind("prompt_token_ids", seen, "a list of token ids")
+    if seen is not None and seen != list(token_ids):
+        raise InvalidResponseError(
+            f"the server read {len(seen)} tokens, not the {len(token_ids)} that were sent: it cuts or changes prompts"
+        )
 
 
 def first_choice(response: Mapping[str, Any]) -> Mapping[str, Any]:

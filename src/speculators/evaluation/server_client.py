@@ -21,15 +21,16 @@ from dataclasses import dataclass
 
 import httpx
 
+from speculators.data_generation.endpoints import generated_token_ids
 from speculators.data_generation.vllm_client import (
     InvalidResponseError,
     TransientError,
     checked_json,
     first_choice,
     make_client,
+    retry_after_s,
     served_model,
     with_retries,
-    wrong_kind,
 )
 from speculators.decoding.stats import DecodeStats
 from speculators.evaluation.measurement import Measurement
@@ -119,11 +120,9 @@ class MeasuredServer:
 
     def answer(self, settings: AnswerSettings, prompt: Sequence[int]) -> list[int]:
         body = complete(self.client, settings.request(self.served.name, prompt), max_retries=self.max_retries)
-        token_ids = first_choice(body).get("token_ids")
+        token_ids = generated_token_ids(first_choice(body))
         if token_ids is None:
             raise InvalidResponseError(f"{self.base_url} returns no token_ids; vLLM does from 0.10 on")
-        if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
-            raise wrong_kind("token_ids", token_ids, "a list of token ids")
         return token_ids
 
 
@@ -136,7 +135,7 @@ def complete(client: httpx.Client, request: dict[str, object]) -> dict[str, obje
 def get_text(client: httpx.Client, url: str) -> str:
     response = client.get(url)
     if response.status_code != 200:
-        raise TransientError(f"{url} answered {response.status_code}")
+        raise TransientError(f"{url} answered {response.status_code}", retry_after_s(response))
     return response.text
 
 

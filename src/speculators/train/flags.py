@@ -6,6 +6,7 @@ Nothing is converted here: values stay text and pydantic reads them, so that a f
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
@@ -99,3 +100,16 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return "none" if value in (None, "", []) else str(value)
+
+
+def as_flags(given: Mapping[str, Any]) -> list[str]:
+    """The command line that means the same, for the record of the run."""
+    words = []
+    for key, value in given.items():
+        if isinstance(value, bool):
+            words.append(flag_of(key) if value else f"--no-{key.replace('_', '-')}")
+        elif isinstance(value, list | tuple):
+            words += [flag_of(key), *map(str, value)]
+        elif value is not None:
+            words += [flag_of(key), json.dumps(value) if isinstance(value, Mapping) else str(value)]
+    return words

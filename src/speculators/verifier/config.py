@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.proposals import GreedyTokenProposalConfig
@@ -119,6 +119,18 @@ def open_verifier_config(name: str, trust_remote_code: bool = False, revision: s
 def get_verifier_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a verifier's language model."""
     return text_config(open_verifier_config(name_or_path, trust_remote_code))
+
+
+def end_token_ids(name_or_path: str, tokenizer: Any, trust_remote_code: bool = False) -> frozenset[int]:
+    """Finds the tokens that end an answer: of the generation config or else of the config, and the tokenizer's own."""
+    try:
+        found = GenerationConfig.from_pretrained(name_or_path).eos_token_id
+    except OSError:  # a model without one
+        found = None
+    if found is None:
+        found = getattr(get_verifier_config(name_or_path, trust_remote_code), "eos_token_id", None)
+    listed = found if isinstance(found, list | tuple) else [found]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
 
 
 def first_line(error: BaseException) -> str:
