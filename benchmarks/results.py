@@ -117,7 +117,7 @@ def make_data(output: Path, num_responses: int) -> Step:
     ask = Step(
         "regenerate-responses",
         (
-            "--model",
+            "--verifier",
             VERIFIER,
             "--data",
             str(prompts_path("train")),
@@ -136,7 +136,7 @@ def make_data(output: Path, num_responses: int) -> Step:
     ask.run(resume=["--resume"])
     prepare = Step(
         "prepare-data",
-        ("--model", VERIFIER, "--data", str(answers), "--output", str(output / "data" / "rows")),
+        ("--verifier", VERIFIER, "--data", str(answers), "--output", str(output / "data" / "rows")),
         output / "data",
         inputs=digest(answers),
     )
@@ -148,11 +148,11 @@ def train(name: str, output: Path, data: Step, epochs: int) -> Trained:
     arguments = (
         "--speculator-type",
         name,
-        "--verifier-name-or-path",
+        "--verifier",
         VERIFIER,
-        "--data-path",
+        "--data",
         str(output / "data" / "rows"),
-        "--save-path",
+        "--output",
         str(output / "trained" / name / "run"),
         "--epochs",
         str(epochs),

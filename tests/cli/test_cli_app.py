@@ -69,7 +69,7 @@ def test_no_arguments_show_help(capsys: pytest.CaptureFixture[str]):
     [
         (["evalute"], "Did you mean 'evaluate'?"),
         (["evaluate", "--nonsense"], "--nonsense"),
-        (["prepare-data"], "--model"),
+        (["prepare-data"], "--verifier"),
         (["prepare-data", "--model", "x", "--data", "y", "--seq-length", "many"], "--seq-length"),
         (["train", "--lrr", "3"], "--lrr"),
         (["train"], "verifier"),

@@ -66,7 +66,7 @@ def test_a_run_by_object_is_checked_and_notes_the_command_that_means_the_same(ru
     run.raise_for_errors()
     assert run.parity.passed and run.check.ok
     command = (run.checkpoint.parent / "train_command.txt").read_text()
-    for words in ("speculators train --speculator-type eagle3", f"--verifier-name-or-path {VERIFIER}", "--max-steps 2"):
+    for words in ("speculators train --speculator-type eagle3", f"--verifier {VERIFIER}", "--max-steps 2"):
         assert words in command
     recipe = yaml.safe_load((run.checkpoint.parent / "run.yaml").read_text())
     assert recipe["draft"]["draft_vocab_size"] == 256

@@ -137,7 +137,7 @@ def test_machines_share_the_rows(start_fake, prepared):
 
 def test_another_model_and_unknown_layers_are_refused(start_fake, prepared):
     server = start(start_fake)
-    with pytest.raises(ValueError, match="serves fake, not --model org/other"):
+    with pytest.raises(ValueError, match="serves fake, not --verifier org/other"):
         generate(server, prepared, "--model", "org/other")
     (server.folder / "states" / "extraction.json").unlink()
     with pytest.raises(ValueError, match="left no note"):

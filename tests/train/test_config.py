@@ -126,7 +126,7 @@ def test_what_is_wrong_is_said_with_exit_code_2(argv, message):
 
 
 def test_the_verifier_is_required():
-    with pytest.raises(ConfigError, match="--verifier-name-or-path is required"):
+    with pytest.raises(ConfigError, match=r"^--verifier is required \(in earlier releases --verifier-name-or-path\)"):
         TrainConfig.resolve(["--speculator-type", "toy_algo"])
 
 

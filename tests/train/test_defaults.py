@@ -152,7 +152,7 @@ def is_second(value):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_no_function_of_an_algorithm_has_a_default_for_a_training_key(name):
-    files = [file for file in MODELS.glob(f"{name}/*.py") if file.name != "config.py"]
+    files = [file for file in MODELS.glob(f"{name}/*.py") if file.name not in ("config.py", "keys.py")]
     shared = [*MODELS.glob("*.py"), MODELS.parent / "model_training.py"]
     wrong = {}
     for file in files + shared:

@@ -144,7 +144,7 @@ def supervised_late():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"verifier_name_or_path": "/no/such/model"}, "--verifier-name-or-path /no/such/model"),
+        ({"verifier_name_or_path": "/no/such/model"}, "--verifier /no/such/model"),
         ({"data_path": "/no/such/data"}, "not a prepared dataset"),
         ({"data_path": rows([9] * 5, mask=0)}, "every loss_mask is 0"),
         ({"data_path": supervised_late(), "total_seq_len": 32}, "within total_seq_len=32"),

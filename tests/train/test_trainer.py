@@ -88,7 +88,7 @@ def test_stopped_anywhere_and_continued_it_ends_with_the_same_bits(tmp_path, mak
 def test_starting_anew_where_a_run_lies_is_refused(tmp_path, make_model):
     Trainer(make_model(), config(tmp_path), BATCHES).run_training()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=r"holds a run \(1 at step 10\).*another --save-path"):
+    with pytest.raises(ValueError, match=r"holds a run \(1 at step 10\).*another --output"):
         Trainer(make_model(), config(tmp_path), BATCHES)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -19,6 +19,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
+from speculators.cli.flags import HELP_FLAGS, OLD_NAMES, accept_old_names, shown_command
 from speculators.cli.shared import escape_warnings, say_error, say_warning
 from speculators.train.events import ConfigError
 from speculators.utils.names import did_you_mean
@@ -42,14 +43,18 @@ VERBS: dict[str, str] = {
 }
 """Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`, or of the file below."""
 
-FILES = dict.fromkeys(("check", "export", "convert", "stitch-mtp"), "checkpoints") | dict.fromkeys(
+FILES = dict.fromkeys(("check", "export", "convert", "stitch-mtp", "verify"), "checkpoints") | dict.fromkeys(
     ("prepare-data", "inspect-mask", "generate-offline-data"), "data"
 )
 
 VERBS_READING_THEIR_FLAGS = ("train", "launch-vllm")
 VERBS_PASSING_FLAGS_ON = ("serve", "launch-vllm")
 FLAGS_READ_ELSEWHERE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""For `train`, whose flags are the keys of `TrainConfig` and of the algorithm, and for a flag of several values."""
+"""For `train`, whose flags are the keys of `TrainConfig` and of the algorithm, and for a flag of several values. The
+file of such a verb has a function `help_parser` too, an argparse parser of what its help shows."""
+COMPLETION_VARIABLE = "_SPECULATORS_COMPLETE"
+"""Set by the shell functions that `--install-completion` writes."""
+EPILOG = "--debug shows the traceback of an error."
 
 # Every parsing error of typer derives from this one; typer does not export it under its own name.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -97,8 +102,13 @@ def print_result(result: Mapping[str, Any]) -> int:
 
 def run(args: Sequence[str]) -> Any:
     """Run one verb in this process and return what it returns. Errors travel to the caller."""
+    if COMPLETION_VARIABLE in os.environ:
+        return complete()
     if args and args[0] in VERBS:
         verb = args[0]
+        if verb in VERBS_READING_THEIR_FLAGS and asks_for_help(args):
+            command = shown_command_of(verb, args[1:], all_names=False)
+            return command.main(["--help"], prog_name=f"speculators {verb}", standalone_mode=False)
         untouched = ["--"] if verb in VERBS_READING_THEIR_FLAGS else []  # click eats the first one
         try:
             return command_of(verb).main(
@@ -123,11 +133,26 @@ def command_of(verb: str) -> Any:
     name = verb.replace("-", "_")
     function: Callable[..., Any] = getattr(importlib.import_module(f"speculators.cli.{FILES.get(verb, name)}"), name)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    settings = FLAGS_READ_ELSEWHERE if verb in VERBS_READING_THEIR_FLAGS else {}
-    app.command(verb, epilog="--debug shows the traceback of an error.", context_settings=settings)(
-        raising_interrupted(function)
-    )
-    return get_command(app)
+    settings = FLAGS_READ_ELSEWHERE if verb in VERBS_READING_THEIR_FLAGS else {"help_option_names": list(HELP_FLAGS)}
+    app.command(verb, epilog=EPILOG, context_settings=settings)(raising_interrupted(function))
+    command = get_command(app)
+    accept_old_names(command, OLD_NAMES.get(verb, {}))
+    return command
+
+
+def shown_command_of(verb: str, args: Sequence[str], *, all_names: bool) -> Any:
+    """The command of one verb as help, or completion with `all_names`, shows it."""
+    if verb not in VERBS_READING_THEIR_FLAGS:
+        return command_of(verb)
+    file = importlib.import_module(f"speculators.cli.{FILES.get(verb, verb.replace('-', '_'))}")
+    parser = file.help_parser(args)
+    return shown_command(parser, verb, parser.description or VERBS[verb], parser.epilog or EPILOG, all_names=all_names)
+
+
+def asks_for_help(args: Sequence[str]) -> bool:
+    """Whether a help flag stands before `--`."""
+    ours = list(args)[: list(args).index("--")] if "--" in args else args
+    return any(flag in ours for flag in HELP_FLAGS)
 
 
 def raising_interrupted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,9 +169,9 @@ def raising_interrupted(function: Callable[..., Any]) -> Callable[..., Any]:
 def listing() -> Any:
     """The group that prints `speculators --help`: names and one-liners, no verb is imported."""
     app = typer.Typer(
-        add_completion=False,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
+        context_settings={"help_option_names": list(HELP_FLAGS)},
         help="Train, decode and serve speculative-decoding drafters: what you train is what you serve.",
         epilog="`speculators COMMAND --help` lists a command's options. --debug shows the traceback of an error.",
     )
@@ -161,6 +186,15 @@ def listing() -> Any:
             print(installed_version("speculators"))
 
     return get_command(app)
+
+
+def complete() -> Any:
+    """Answers the shell function of a completion, which gives what was typed by environment variables."""
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    group, words = listing(), typed.split()
+    if len(words) > 1 and words[1] in VERBS:  # its flags are wanted
+        group.commands[words[1]] = shown_command_of(words[1], words[2:], all_names=True)
+    return group.main([], prog_name="speculators", complete_var=COMPLETION_VARIABLE, standalone_mode=False)
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -1,4 +1,4 @@
-"""The verbs of checkpoints: `check`, `export`, `convert`, `stitch-mtp`."""
+"""The verbs of checkpoints: `check`, `export`, `convert`, `stitch-mtp`, and the parity gate `verify`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from speculators.checkpoint.findings import CONVERTED, VLLM_PROFILE
-from speculators.cli.shared import Verifier, out, parse_json_object, print_facts
+from speculators.cli.shared import (
+    Device,
+    Dtype,
+    NumSpeculativeTokens,
+    Python,
+    TrustRemoteCode,
+    Verifier,
+    out,
+    parse_json_object,
+    print_facts,
+    say,
+)
+from speculators.evaluation.config import ParityConfig
 
 
 def check(
@@ -71,9 +83,7 @@ def export(
 def convert(
     model: Annotated[str, typer.Argument(help="The checkpoint: directory or hub id.")],
     verifier: Verifier,
-    output: Annotated[Path, typer.Option("--output", "--output-path", help="New directory to write.")] = Path(
-        CONVERTED
-    ),
+    output: Annotated[Path, typer.Option(help="New directory to write.")] = Path(CONVERTED),
     algorithm: Annotated[
         str | None, typer.Option(help="Speculator type. Default: recognised by config and tensors.")
     ] = None,
@@ -101,7 +111,7 @@ def convert(
 def stitch_mtp(
     finetuned: Annotated[str, typer.Argument(help="Directory of the trained MTP speculator.")],
     verifier: Annotated[str, typer.Argument(help="The verifier it was trained for: directory or hub id.")],
-    output_path: Annotated[
+    output: Annotated[
         Path | None, typer.Option(help="New directory to write. Default: ./<verifier's name>-stitched.")
     ] = None,
 ) -> dict[str, Any]:
@@ -109,7 +119,7 @@ def stitch_mtp(
     from speculators.model import SpeculatorModel
 
     speculator: Any = SpeculatorModel.get_class("mtp")
-    stitched = speculator.stitch(finetuned, verifier, output_path)
+    stitched = speculator.stitch(finetuned, verifier, output)
     facts = {"written to": stitched.path, "tensors replaced": len(stitched.keys), "in files": ", ".join(stitched.files)}
     print_facts("stitched", facts)
     return {
@@ -118,3 +128,43 @@ def stitch_mtp(
         "tensors": list(stitched.keys),
         "files": list(stitched.files),
     }
+
+
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="Speculator to verify: directory or hub id.")],
+    verifier: Annotated[str | None, typer.Option(help="Verifier. Default: the one the checkpoint names.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Conversations: file, directory, hf:<id> or preset. Default: built-in ones.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to replay.")] = ParityConfig.num_prompts,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = ParityConfig.max_tokens,
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    dtype: Dtype = ParityConfig.dtype,
+    device: Device = ParityConfig.device,
+    python: Python = None,
+    with_vllm: Annotated[bool, typer.Option("--vllm/--no-vllm", help="Replay in vLLM too, where it is found.")] = True,
+    output: Annotated[Path | None, typer.Option(help="Write the report to this JSON file.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> dict[str, Any]:
+    """Check that training, the engine and vLLM draft the same tokens, and that the text is the verifier's. Exit code 1
+    when they do not; the first round that differs is named."""
+    from speculators import api
+
+    report = api.verify(
+        checkpoint,
+        verifier=verifier,
+        data=data,
+        vllm=(python or True) if with_vllm else False,
+        progress=lambda what, done, total: say(what),
+        num_prompts=num_prompts,
+        max_tokens=max_tokens,
+        num_speculative_tokens=num_speculative_tokens,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    out().print(report)
+    if output is not None:
+        say(f"report: {report.save(output)}")
+    report.raise_for_errors()
+    return {"verb": "verify", **report.to_dict()}

@@ -26,7 +26,7 @@ NUM_SHOWN = 5
 
 
 def prepare_data(
-    model: Annotated[str, typer.Option(help="Verifier: its tokenizer and chat template make the rows.")],
+    verifier: Annotated[str, typer.Option(help="Verifier: its tokenizer and chat template make the rows.")],
     data: Annotated[list[str], typer.Option(help="Conversations: file, directory, hf:<id> or preset. Repeatable.")],
     output: Annotated[Path, typer.Option(help="Directory to write.")] = Path(DEFAULT_OUTPUT),
     seq_length: Annotated[
@@ -49,7 +49,7 @@ def prepare_data(
     from speculators import data_generation
 
     prepared = data_generation.prepare_data(
-        model=model,
+        model=verifier,
         data=data,
         output=output,
         seq_length=seq_length,
@@ -81,8 +81,8 @@ def prepare_data(
 
 
 def inspect_mask(
-    data: Annotated[str, typer.Argument(help="Prepared directory, or raw conversations (then with --model).")],
-    model: Annotated[str | None, typer.Option(help="Verifier. Default: the one the directory was made for.")] = None,
+    data: Annotated[str, typer.Argument(help="Prepared directory, or raw conversations (then with --verifier).")],
+    verifier: Annotated[str | None, typer.Option(help="Verifier. Default: the one the directory was made for.")] = None,
     num_rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = DEFAULT_SHOWN_ROWS,
     first_row: Annotated[int, typer.Option(min=0, help="First row to show.")] = 0,
     seq_length: Annotated[int, typer.Option(min=2, help="For raw conversations: longest row.")] = DEFAULT_SEQ_LENGTH,
@@ -94,7 +94,7 @@ def inspect_mask(
 
     rows = data_generation.inspect_mask(
         data,
-        model=model,
+        model=verifier,
         num_rows=num_rows,
         first_row=first_row,
         seq_length=seq_length,
@@ -124,15 +124,13 @@ def coloured(row: InspectedRow) -> Text:
 
 
 def generate_offline_data(
-    preprocessed_data: Annotated[
-        str, typer.Option(help="Prepared dataset (the output of prepare-data).")
-    ] = DEFAULT_OUTPUT,
+    data: Annotated[str, typer.Option(help="Prepared dataset (the output of prepare-data).")] = DEFAULT_OUTPUT,
     endpoint: Annotated[str, typer.Option(help="Server started by launch-vllm.")] = OfflineConfig.endpoint,
     server_states_path: Annotated[
         str, typer.Option(help="Directory that this server writes to: its --hidden-states-path.")
     ] = OfflineConfig.server_states_path,
     output: Annotated[str | None, typer.Option(help="Default: hidden_states in the prepared dataset.")] = None,
-    model: Annotated[str | None, typer.Option(help="Only a check: what the server must serve.")] = None,
+    verifier: Annotated[str | None, typer.Option(help="Only a check: what the server must serve.")] = None,
     target_layer_ids: Annotated[
         str | None, typer.Option(help="For other servers: their layers, e.g. 2,6,9,12, the last layer at the end.")
     ] = None,
@@ -158,11 +156,11 @@ def generate_offline_data(
     from speculators import data_generation
 
     config = OfflineConfig(
-        preprocessed_data=preprocessed_data,
+        preprocessed_data=data,
         endpoint=endpoint,
         server_states_path=server_states_path,
         output=output,
-        model=model,
+        model=verifier,
         target_layer_ids=parse_layer_ids(target_layer_ids),
         max_samples=max_samples,
         concurrency=concurrency,

@@ -27,11 +27,12 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     parser = Parser(
         prog="speculators launch-vllm",
-        usage="%(prog)s MODEL [options] -- VLLM_ARGS",
+        usage="%(prog)s VERIFIER [options] -- VLLM_ARGS",
         description="Start a vLLM server that writes the verifier's hidden states to files, for training.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="Verifier: hub id or directory.")
+    parser.add_argument("model", metavar="VERIFIER", nargs="?", help="Verifier: hub id or directory.")
+    parser.add_argument("--verifier", help="The same, by name.")
     parser.add_argument(
         "--hidden-states-backend", choices=["file"], default="file", help="How states travel. Default: file."
     )
@@ -52,7 +53,7 @@ def parser() -> Parser:
         "--include-last-layer",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="Also the last layer, before the final norm: training needs it. Default: yes.",
+        help="Also the last layer, before the final norm, for training; --no-include-last-layer leaves it out.",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="Run model code shipped with the verifier.")
     parser.add_argument("--python", help="Python, or its environment's directory, that has vLLM. Default: this one's.")
@@ -66,9 +67,16 @@ def parser() -> Parser:
     return parser
 
 
+def help_parser(argv: Sequence[str]) -> Parser:
+    return parser()
+
+
 def launch_vllm(context: typer.Context) -> dict[str, Any]:
     ours, vllm_args = split(context.args)
     args = parser().parse_args(ours)
+    if (args.model is None) is (args.verifier is None):
+        raise typer.BadParameter("name the verifier, once: speculators launch-vllm VERIFIER [options] -- VLLM_ARGS")
+    args.model = args.verifier if args.model is None else args.model
     from speculators.deploy.serve import command_to_extract
 
     note = what_to_extract(args)

@@ -71,7 +71,7 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
         "The verifier answers the training prompts: a drafter learns the text it will see",
         [
             "regenerate-responses",
-            "--model",
+            "--verifier",
             verifier,
             "--data",
             str(assets.prompts_path("train")),
@@ -82,11 +82,11 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
     )
     yield (
         "Tokenise, and mark which tokens the verifier wrote",
-        ["prepare-data", "--model", verifier, "--data", str(responses), "--output", str(data)],
+        ["prepare-data", "--verifier", verifier, "--data", str(responses), "--output", str(data)],
     )
     yield (
         "Train an EAGLE-3 drafter; the verifier's hidden states are computed as it goes",
-        ["train", "--verifier-name-or-path", verifier, "--data-path", str(data), "--save-path", str(run_dir), *RECIPE],
+        ["train", "--verifier", verifier, "--data", str(data), "--output", str(run_dir), *RECIPE],
     )
     drafter = ["--method", results["train"]["checkpoint"], "--num-speculative-tokens", str(NUM_SPECULATIVE_TOKENS)]
     yield (

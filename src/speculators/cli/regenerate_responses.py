@@ -38,18 +38,16 @@ from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, Samplin
 
 
 def regenerate_responses(
-    model: Verifier,
-    data: Annotated[str, typer.Option("--data", "--dataset", help="File, directory, hf:<id> or preset.")],
-    output: Annotated[Path, typer.Option("--output", "--outfile", help="JSONL file to write, for prepare-data.")],
+    verifier: Verifier,
+    data: Annotated[str, typer.Option(help="File, directory, hf:<id> or preset.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write, for prepare-data.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Conversations to answer. Default: all.")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = DEFAULT_NUM_ANSWERS,
     prompt_field: Annotated[
         str | None, typer.Option(help="Column of the prompts. Default: recognised (messages, prompt, question, ...).")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = DEFAULT_ANSWER_TOKENS,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "--concurrency", min=1, help="Answered together.")
-    ] = DEFAULT_ANSWERED_TOGETHER,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answered together.")] = DEFAULT_ANSWERED_TOGETHER,
     endpoint: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,7 +98,7 @@ def regenerate_responses(
     from speculators.data_generation.answering import read_system_prompts
 
     report = api.regenerate(
-        model,
+        verifier,
         data,
         output=output,
         drafter=method,

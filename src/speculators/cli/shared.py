@@ -67,6 +67,12 @@ def print_facts(title: str, facts: Mapping[str, object]) -> None:
 
 
 Verifier = Annotated[str, typer.Option(help="Verifier: hub id or directory.")]
+Python = Annotated[
+    str | None,
+    typer.Option(
+        help="Python with vLLM, or its environment's directory. Default: $SPECULATORS_VLLM_PYTHON, else here."
+    ),
+]
 NumSpeculativeTokens = Annotated[
     int | None,
     typer.Option(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 
 from speculators.cli.shared import out, say
 from speculators.train.config import TrainConfig
+
+
+def help_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    return TrainConfig.help_parser(argv)
 
 
 def train(context: typer.Context) -> dict[str, Any]:

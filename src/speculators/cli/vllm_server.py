@@ -19,9 +19,6 @@ READY_TIMEOUT_S = 1800.0
 WAIT_NOTE_S = 10.0
 """How often the wait is reported where there is no terminal to draw in."""
 
-Python = Annotated[
-    str | None, typer.Option(help="Python, or its environment's directory, that has vLLM. Default: this one's.")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command and exit.")]
 ReadyTimeout = Annotated[float, typer.Option(min=1, help="Seconds the server may take to become healthy.")]
 

@@ -79,7 +79,7 @@ def generate_offline_data(config: OfflineConfig, progress: bool | Progress | Non
     )
     try:
         if config.model is not None and config.model not in (source.served.root, source.served.name):
-            raise ValueError(f"{config.endpoint} serves {source.served.root}, not --model {config.model}")
+            raise ValueError(f"{config.endpoint} serves {source.served.root}, not --verifier {config.model}")
         rows = PreparedData.open(config.preprocessed_data).dataset()["input_ids"]
         directory = Path(config.output or Path(config.preprocessed_data) / HIDDEN_STATES_NAME)
         store = HiddenStateStore(directory, capture, rows, verifier=source.served.root)

@@ -8,18 +8,35 @@ no keys, which was written to receive all flags.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 import speculators
 from speculators.train.events import ConfigError
-from speculators.train.flags import build_parser, flag_of, parse
+from speculators.train.flags import FLAG_NAMES, build_parser, flag_of, parse
 from speculators.train.keys import GROUPS, RETIRED_KEYS, RunKeys, group_of
 from speculators.utils.names import did_you_mean
+
+FOLDER = Path(speculators.__file__).parent / "models"
+ALGORITHMS = tuple(sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]) if module.ispkg))
+"""Built-in ones, one folder each."""
+
+
+def declared_keys(given: Mapping[str, Any]) -> tuple[str, type[BaseModel], Mapping[str, Any]]:
+    """Returns the name, own keys and other defaults of the algorithm that `given` names. One with a file `keys.py` says
+    them without loading torch."""
+    name = str(given.get("speculator_type", RunKeys.model_fields["speculator_type"].default))
+    if name in ALGORITHMS and (FOLDER / name / "keys.py").is_file():
+        declared = importlib.import_module(f"speculators.models.{name}.keys")
+        return name, declared.TRAINING_ARGS, declared.TRAINING_DEFAULTS
+    algorithm = Algorithm.find(given)
+    return name, algorithm.keys, algorithm.defaults
 
 
 class Algorithm:
@@ -138,7 +155,8 @@ def sentence(error: Any) -> str:
         if part in group_of():
             key = str(part)
     if error["type"] == "missing":
-        return f"{flag_of(key)} is required"
+        old = f" (in earlier releases --{key.replace('_', '-')})" if key in FLAG_NAMES else ""
+        return f"{flag_of(key)} is required{old}"
     if error["type"] == "value_error":  # a rule of our own, which speaks for itself
         return f"{flag_of(key)} {error['input']}: {error['msg'].removeprefix('Value error, ')}"
     return f"{flag_of(key)}: {error['msg']}, not {error['input']!r}"

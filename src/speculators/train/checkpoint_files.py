@@ -81,7 +81,7 @@ def restore_weights(model: SpeculatorModel, weights: dict[str, Tensor], path: Pa
     if wrong:
         raise ValueError(
             f"checkpoint {path} is of another drafter (first difference: {wrong[0]}): use the settings it "
-            "was trained with, another --save-path, or --no-resume-from-checkpoint"
+            "was trained with, another --output, or --no-resume-from-checkpoint"
         )
     with torch.no_grad():
         for name, tensor in current.items():

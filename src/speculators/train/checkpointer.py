@@ -153,7 +153,7 @@ class Checkpointer:
         if (newest := self.newest()) is not None:
             raise ValueError(
                 f"{self.root} holds a run ({newest.name} at step {read_position(newest).global_step}) and this one "
-                "starts anew: name another --save-path, delete that directory, or continue it by leaving "
+                "starts anew: name another --output, delete that directory, or continue it by leaving "
                 "--no-resume-from-checkpoint out"
             )
 
@@ -242,12 +242,12 @@ class Checkpointer:
         if len(states) != ranks.world_size and (position.local_step or not allow_changes):
             raise ValueError(
                 f"checkpoint {path} is of a run on {len(states)} ranks, this one has {ranks.world_size}: start as many "
-                "as before, or name another --save-path"
+                "as before, or name another --output"
             )
         if position.local_step and num_rows is not None and num_rows != random.get("num_rows", num_rows):
             raise ValueError(
                 f"checkpoint {path} is inside an epoch, after {position.local_step} of {random['num_rows']} rows, and "
-                f"this run packs {num_rows}: use the same data, lengths and seed, or name another --save-path"
+                f"this run packs {num_rows}: use the same data, lengths and seed, or name another --output"
             )
         restore_weights(model, weights, path)
         optimizers.load_state_dict(state)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr
 
-from speculators.train.algorithm import Algorithm, validate
+from speculators.train.algorithm import ALGORITHMS, Algorithm, declared_keys, validate
 from speculators.train.events import ConfigError
-from speculators.train.flags import build_parser, flag_of
+from speculators.train.flags import FLAG_NAMES, Parser, build_parser, flag_of
 from speculators.train.keys import (
     GROUPS,
     SHAPING_KEYS,
@@ -35,6 +35,9 @@ from speculators.train.keys import (
 from speculators.utils.files import atomic_write
 
 __all__ = ["ConfigError", "TrainConfig"]
+
+
+KEY_OF_FLAG = {flag.removeprefix("--"): key for key, flag in FLAG_NAMES.items()}
 
 
 class TrainConfig(RunKeys):
@@ -71,16 +74,11 @@ class TrainConfig(RunKeys):
     @classmethod
     def resolve(cls, argv: Sequence[str]) -> TrainConfig:
         """Read a command line. `--help` and `--dump-config` print and end it with `SystemExit(0)`, as argparse does."""
-        first, _ = build_parser({"": RunKeys, **GROUPS}, {}).parse_known_args(list(argv))
-        given = vars(first)
-        if given.get("help") and "speculator_type" not in given:
-            print(help_text())
-            raise SystemExit(0)
-        yaml_values, _ = read_yaml(given["config"]) if "config" in given else ({}, [])
-        algorithm = Algorithm.find({**yaml_values, **given})
+        given = cls.first_look(argv)
         if given.get("help"):
-            print(help_text(algorithm))
+            print(cls.help_parser(argv).format_help())
             raise SystemExit(0)
+        algorithm = Algorithm.find(given)
         cli = algorithm.parse(argv)
         dump, path = cli.pop("dump_config", False), cli.pop("config", None)
         config = cls.from_sources(cli=cli, config_path=path, argv=argv)
@@ -88,6 +86,27 @@ class TrainConfig(RunKeys):
             print(config.dump_yaml(), end="")
             raise SystemExit(0)
         return config
+
+    @classmethod
+    def first_look(cls, argv: Sequence[str]) -> dict[str, Any]:
+        """Reads the flags and YAML keys that every algorithm has: they name the algorithm."""
+        first, _ = build_parser({"": RunKeys, **GROUPS}, {}).parse_known_args(list(argv))
+        given = vars(first)
+        yaml_values, _ = read_yaml(given["config"]) if "config" in given else ({}, [])
+        return {**yaml_values, **given}
+
+    @classmethod
+    def help_parser(cls, argv: Sequence[str]) -> Parser:
+        """Returns the parser whose help answers `--help`: with the keys and defaults of the algorithm that is named."""
+        name, keys, defaults = declared_keys(cls.first_look(argv))
+        parser = build_parser({"": RunKeys, **GROUPS, name: keys}, defaults)
+        parser.description = "Train a speculator for a verifier."
+        parser.epilog = (
+            f"With the keys and defaults of {name}; --speculator-type NAME --help shows those of another algorithm: "
+            f"{', '.join(other for other in ALGORITHMS if other != name)}. "
+            "Every key may also stand in a YAML file (--config). --debug shows the traceback of an error."
+        )
+        return parser
 
     @classmethod
     def from_sources(
@@ -154,15 +173,6 @@ class TrainConfig(RunKeys):
             file.write(self.dump_yaml())
 
 
-def help_text(algorithm: Algorithm | None = None) -> str:
-    """`--help`. Without an algorithm nothing heavy is imported."""
-    if algorithm is not None:
-        groups: dict[str, type[BaseModel]] = {"": RunKeys, **GROUPS, algorithm.name: algorithm.keys}
-        return build_parser(groups, algorithm.defaults).format_help()
-    note = "Each algorithm adds keys of its own and has other defaults: add --speculator-type NAME to this command.\n"
-    return build_parser({"": RunKeys, **GROUPS}, {}).format_help() + "\n" + note
-
-
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """A YAML file as `key -> value`, and its headings. Keys may stand under `train:` and under group headings."""
     try:
@@ -183,6 +193,7 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         headings += [key] if is_heading else []
         for name, item in value.items() if is_heading else [(key, value)]:
             name = str(name).replace("-", "_")
+            name = KEY_OF_FLAG.get(name, name)
             if name in flat:
                 raise ConfigError(f"--config {path} gives {name} twice")
             flat[name] = item

@@ -44,7 +44,7 @@ def load_verifier_config(name: str, trust_remote_code: bool = False) -> Pretrain
     try:
         return open_verifier_config(name, trust_remote_code)
     except ValueError as error:
-        raise ValueError(f"--verifier-name-or-path {error}") from error
+        raise ValueError(f"--verifier {error}") from error
 
 
 def draft_config(verifier: PretrainedConfig, keys: DraftKeys) -> PretrainedConfig:

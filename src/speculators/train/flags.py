@@ -18,6 +18,10 @@ from speculators.train.events import ConfigError
 from speculators.train.keys import RETIRED_KEYS
 from speculators.utils.names import did_you_mean
 
+FLAG_NAMES = {"verifier_name_or_path": "--verifier", "data_path": "--data", "save_path": "--output"}
+"""Keys whose flag is called as in every other command. The key's own name is accepted as a flag too, and this one as a
+key of YAML."""
+
 
 class Parser(argparse.ArgumentParser):
     """Raises instead of exiting, and knows the flags it was given."""
@@ -32,7 +36,7 @@ def build_parser(groups: Mapping[str, type[BaseModel]], defaults: Mapping[str, A
     """A parser for these groups of keys; of keys named twice the first counts. `defaults` are shown, never applied."""
     parser = Parser(
         prog="train",
-        usage="%(prog)s --verifier-name-or-path MODEL --data-path DIR [options]",
+        usage="%(prog)s --verifier MODEL --data DIR [options]",
         add_help=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -52,7 +56,7 @@ def build_parser(groups: Mapping[str, type[BaseModel]], defaults: Mapping[str, A
 
 
 def flag_of(key: str) -> str:
-    return "--" + key.replace("_", "-")
+    return FLAG_NAMES.get(key) or "--" + key.replace("_", "-")
 
 
 def add_flag(section: Any, name: str, field: FieldInfo, default: Any) -> None:
@@ -60,12 +64,18 @@ def add_flag(section: Any, name: str, field: FieldInfo, default: Any) -> None:
     if not field.is_required():
         text += f" Default: {shown(default)}."
     flag = flag_of(name)
+    if isinstance(default, bool) and default:
+        text = text.removesuffix(".") + f"; --no-{flag.removeprefix('--')} turns it off."
+    if get_origin(field.annotation) is Literal:
+        text = f"One of {', '.join(map(str, get_args(field.annotation)))}. {text}"
     if is_kind(field.annotation, bool):
         section.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
     elif is_kind(field.annotation, list):
         section.add_argument(flag, dest=name, nargs="+", metavar="N", help=text)
     else:
         section.add_argument(flag, dest=name, metavar=metavar(field.annotation), help=text)
+    if name in FLAG_NAMES:
+        section.add_argument("--" + name.replace("_", "-"), dest=name, help=argparse.SUPPRESS)
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class TrainerKeys(Keys):
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps.")
     checkpoint_freq: float = Field(1.0, gt=0.0, description="Epochs between checkpoints; 0.25: four per epoch.")
     save_best: bool = Field(False, description="Keep only the checkpoint with the lowest validation loss.")
-    resume_from_checkpoint: bool = Field(True, description="Continue from the newest checkpoint in --save-path.")
+    resume_from_checkpoint: bool = Field(True, description="Continue from the newest checkpoint in --output.")
     allow_changed_settings: bool = Field(
         False, description="Continue even if settings that shape the result differ from those the run began with."
     )

@@ -144,7 +144,7 @@ def check_recipe(config: TrainConfig, recipe: dict[str, Any], on_event: Listener
         on_event(Note(f"{root} has no {RECIPE_FILE}: an earlier release began it, so its settings are not compared"))
         return
     changes = changed_settings(before, recipe)
-    ways_out = "continue with the settings before, or name another --save-path"
+    ways_out = "continue with the settings before, or name another --output"
     if not config.trainer.allow_changed_settings:
         refuse_changes(changes, f"the run in {root}", f"{ways_out}; --allow-changed-settings mixes both in one result")
     if is_inside_epoch(newest):

@@ -153,5 +153,5 @@ def check_disk_space(path: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise OSError(
             f"a checkpoint takes {human_bytes(num_bytes)} but {existing} has {human_bytes(free)} free: free some "
-            "space, or choose another --save-path"
+            "space, or choose another --output"
         )

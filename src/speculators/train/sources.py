@@ -166,5 +166,5 @@ def check_stored_states(store: HiddenStateStore, computing: HiddenStateSource, d
         if not difference <= MAX_STORED_DIFFERENCE:
             raise ValueError(
                 f"the states stored for row {row} in {store.directory} differ from the verifier's by {difference:.0%}: "
-                "they come from another model or other layers; delete them, or use another --data-path"
+                "they come from another model or other layers; delete them, or use another --data"
             )

@@ -115,7 +115,7 @@ class ClassRegistryMixin:
         cls.registry_populated = True  # before the imports: one of them may ask again
         try:
             for module in cls._discoverable_modules():
-                importlib.import_module(module)
+                import_whole(module)
             for point in cls._entry_points():
                 point.load()
         except BaseException:
@@ -129,7 +129,7 @@ class ClassRegistryMixin:
             return
         for package in cls._auto_packages():
             if importlib.util.find_spec(f"{package}.{name}") is not None:
-                importlib.import_module(f"{package}.{name}")
+                import_whole(f"{package}.{name}")
         for point in cls._entry_points():
             if point.name == name:
                 point.load()
@@ -154,6 +154,13 @@ class ClassRegistryMixin:
     @classmethod
     def _entry_points(cls) -> list[Any]:
         return list(entry_points(group=cls.entry_point_group)) if cls.entry_point_group else []
+
+
+def import_whole(module: str) -> None:
+    """Imports a module, and what it offers lazily: classes register when they are defined."""
+    imported = importlib.import_module(module)
+    for name in getattr(imported, "__all__", ()):
+        getattr(imported, name)
 
 
 class ReloadableBaseModel(BaseModel):

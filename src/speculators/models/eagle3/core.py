@@ -17,13 +17,8 @@ from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
 from speculators.models.draft_model import DraftModel
 from speculators.models.eagle3.checkpoint import Eagle3Contract, complete_transformer_layer_config
-from speculators.models.eagle3.config import (
-    DEFAULT_NUM_AUX,
-    TRAINING_DEFAULTS,
-    Eagle3SpeculatorConfig,
-    Eagle3TrainingArgs,
-    FusionArgs,
-)
+from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
+from speculators.models.eagle3.keys import TRAINING_DEFAULTS, Eagle3TrainingArgs, FusionArgs
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.eagle3.training import drafts_read, shift_batch, train_unrolled, unroll_everywhere
 from speculators.models.feedback_proposer import FeedbackProposer

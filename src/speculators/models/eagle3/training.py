@@ -22,7 +22,7 @@ from speculators.losses.chunked import RowLosses, row_losses
 from speculators.losses.metrics import ratio
 from speculators.losses.registry import MASK_EPSILON
 from speculators.model_training import LossArgs
-from speculators.models.eagle3.config import Eagle3TrainingArgs
+from speculators.models.eagle3.keys import Eagle3TrainingArgs
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.supervision import StepPairs, VerifierHead, step_accuracy, step_means
 from speculators.nn.packed_row import PackedRow

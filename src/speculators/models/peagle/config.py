@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from speculators.config import SpeculatorModelConfig
-from speculators.models.eagle3.config import Eagle3SpeculatorConfig, FusionArgs
+from speculators.models.eagle3.config import Eagle3SpeculatorConfig
+from speculators.models.eagle3.keys import FusionArgs
 from speculators.training_keys import default_of
 
 TRAINING_DEFAULTS: dict[str, Any] = {}
