@@ -59,7 +59,7 @@ def shown_command(parser: argparse.ArgumentParser, verb: str, help: str, epilog:
 
     parameters = [
         inspect.Parameter(f"p{number}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for number, annotation in enumerate(annotations(parser, all_names))
+        for number, annotation in enumerate(options_of(parser, all_names))
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -68,7 +68,7 @@ def shown_command(parser: argparse.ArgumentParser, verb: str, help: str, epilog:
     return get_command(app)
 
 
-def annotations(parser: argparse.ArgumentParser, all_names: bool) -> Iterator[Any]:
+def options_of(parser: argparse.ArgumentParser, all_names: bool) -> Iterator[Any]:
     for group in parser._action_groups:
         panel = None if group.title in ("options", "positional arguments") else group.title
         for action in group._group_actions:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from speculators.cli.launch_vllm import READY_TIMEOUT_S, DryRun, ReadyTimeout, start, vllm_environment
 from speculators.cli.shared import NumSpeculativeTokens, Python, parse_json_object, say
-from speculators.cli.vllm_server import READY_TIMEOUT_S, DryRun, ReadyTimeout, start, vllm_environment
 
 if TYPE_CHECKING:
     from speculators.checkpoint.io import SpeculatorFacts
