@@ -88,6 +88,11 @@ def test_the_history_is_what_a_server_would_put_back(family, answer, expected, t
         ),
         ("mistral_v3", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 2}, "id": "abcdefghi"}]<eos>'),
         ("llama3", '{"name": "add", "parameters": {"a": 2}}<|eot_id|>'),
+        (
+            "glm45",
+            "\n<think>Add.</think>\n<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
+            "<|observation|>",
+        ),
     ],
 )
 def test_a_call_ends_the_conversation_and_is_parsed_so_that_its_template_renders_it_again(family, answer, tmp_path):
@@ -96,7 +101,11 @@ def test_a_call_ends_the_conversation_and_is_parsed_so_that_its_template_renders
     (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert row["metadata"]["is_tool_call"]
     message = parse_answer(
-        answer.removesuffix("<eos>").removesuffix("<|im_end|>").removesuffix("<|eot_id|>"), tokenizer.chat_template
+        answer.removesuffix("<eos>")
+        .removesuffix("<|im_end|>")
+        .removesuffix("<|eot_id|>")
+        .removesuffix("<|observation|>"),
+        tokenizer.chat_template,
     )
     (call,) = message["tool_calls"]
     assert call["function"] == {"name": "add", "arguments": {"a": 2}}
@@ -117,3 +126,82 @@ def test_a_template_without_thoughts_or_calls_gets_plain_text_without_markers(tm
     prompt = second_prompt(make_tokenizer(), "<think>hm</think>Two.<|im_end|>", tmp_path)
     assert prompt is not None
     assert "assistant\nhmTwo.<|im_end|>" in prompt
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>'
+RECORDED = {"id": "recorded", "function": {"name": "add", "arguments": '{"a": 2}'}}
+
+
+def prompts_of(answers: list[str], turns: list[dict[str, Any]], tmp_path: Path) -> list[str]:
+    """What the verifier was asked when it gave these answers, one after the other."""
+    tokenizer, prompts = family_tokenizer("qwen25"), list[str]()
+
+    def generate(asked: Sequence[Question]) -> list[Answer]:
+        (question,) = asked
+        prompts.append(tokenizer.decode(question.prompt))
+        return [Answer(tokenizer(answers[len(prompts) - 1])["input_ids"])]
+
+    regenerate_responses([{"messages": turns, "tools": [ADD]}], tokenizer, generate, output=tmp_path / "out.jsonl")
+    return prompts
+
+
+def conversation(*calls: dict[str, Any], results: Sequence[str] = ("5",)) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": "2+3?"},
+        {"role": "assistant", "content": None, "tool_calls": list(calls)},
+        *({"role": "tool", "content": result, "tool_call_id": "recorded"} for result in results),
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "ok"},
+    ]
+
+
+def test_the_call_that_was_recorded_goes_on_with_its_result(tmp_path):
+    prompts = prompts_of([CALL, "Five.<|im_end|>", "Bye.<|im_end|>"], conversation(RECORDED), tmp_path)
+    assert len(prompts) == 3
+    assert prompts[1].count("<tool_call>\n{") == 1 and "<tool_response>\n5\n</tool_response>" in prompts[1]
+    assert prompts[2].endswith("Five.<|im_end|>\n<|im_start|>user\nok<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        conversation({"id": "recorded", "function": {"name": "add", "arguments": {"a": 3}}}),
+        conversation({"id": "recorded", "function": {"name": "sub", "arguments": {"a": 2}}}),
+        conversation(RECORDED, RECORDED, results=("5", "5")),
+        conversation(RECORDED, results=()),
+        [{"role": "user", "content": "2+3?"}],
+    ],
+)
+def test_another_call_than_the_recorded_one_ends_the_conversation(turns, tmp_path):
+    assert len(prompts_of([CALL], turns, tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "answer", "trained"),
+    [
+        ("qwen3", "<think>\nIt is 2.\n</think>\n\nTwo.<|im_end|>", "\n\nTwo.<|im_end|>"),
+        ("deepseek_r1", "It is 2.\n</think>\n\nTwo.<eos>", "\n\nTwo.<eos>"),
+        (
+            "gpt_oss",
+            "<|channel|>analysis<|message|>It is 2.<|end|><|start|>assistant<|channel|>final<|message|>Two.<|return|>",
+            "<|start|>assistant<|channel|>final<|message|>Two.<|return|>",
+        ),
+        ("qwen3", "Two.<|im_end|>", "Two.<|im_end|>"),
+        ("qwen3", "<think>\nIt is", ""),
+    ],
+)
+def test_thoughts_are_trained_on_or_stay_as_context(family, answer, trained, tmp_path):
+    tokenizer = family_tokenizer(family)
+    for drop_reasoning, expected in ((False, answer), (True, trained)):
+        output = tmp_path / f"{drop_reasoning}.jsonl"
+        regenerate_responses(
+            [{"prompt": "1+1?"}],
+            tokenizer,
+            lambda asked: [Answer(tokenizer(answer)["input_ids"]) for _ in asked],
+            output=output,
+            drop_reasoning=drop_reasoning,
+        )
+        row = json.loads(output.read_text())
+        supervised = [t for t, bit in zip(row["input_ids"], row["loss_mask"], strict=True) if bit]
+        assert tokenizer.decode(supervised) == expected
+        assert tokenizer.decode(row["input_ids"]).endswith(answer)

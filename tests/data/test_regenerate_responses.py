@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -12,9 +16,11 @@ import pytest
 from chats import CHATML_WITH_GENERATION_BLOCKS, chat, make_tokenizer, write_jsonl
 
 from speculators.data_generation import prepare_data, regenerate_responses
+from speculators.data_generation.answering import read_system_prompts
 from speculators.data_generation.rollout import Answer, Question
 
 END = "<|im_end|>"
+CASES = Path(__file__).parent / "cases"
 
 
 class Parrot:
@@ -356,9 +362,124 @@ def test_any_column_can_be_named(tokenizer, parrot, tmp_path):
             )
 
 
-@pytest.mark.parametrize(("case", "num_rows"), [("same_prompt", 4), ("resume_a", 8)])
+@pytest.mark.parametrize(("case", "num_rows"), [("same_prompt", 4), ("resume_a", 7), ("regen_multi_turn", 24)])
 def test_the_cases_are_answered(tokenizer, parrot, tmp_path, case, num_rows):
-    path = Path(__file__).parent / "cases" / f"{case}.jsonl"
+    path = CASES / f"{case}.jsonl"
     report = regenerate_responses(path, tokenizer, parrot, output=tmp_path / "out.jsonl")
     assert len({row["id"] for row in written(tmp_path / "out.jsonl")}) == report.num_rows
     assert report.num_read == report.num_conversations == len(path.read_text().splitlines())
+    assert report.num_rows == num_rows
+
+
+def test_a_conversation_cut_in_its_middle_gets_all_of_its_turns(tokenizer, tmp_path):
+    """`regen_multi_turn` of the issue: 6 conversations of 4 turns; 21 of 24 rows came back."""
+    out = tmp_path / "out.jsonl"
+    regenerate_responses(CASES / "regen_multi_turn.jsonl", tokenizer, draw, output=out)
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for num_rows, cut in ((21, b""), (22, lines[22][:40])):
+        out.write_bytes(b"".join(lines[:num_rows]) + cut)
+        report = regenerate_responses(CASES / "regen_multi_turn.jsonl", tokenizer, draw, output=out, resume=True)
+        assert (report.num_already_done, report.num_conversations) == (5, 1)
+        assert out.read_bytes() == whole
+
+
+NUM_KILLS = int(os.environ.get("SPECULATORS_NUM_KILLS", "3"))
+
+
+def draw_slowly(asked: Sequence[Question]) -> list[Answer]:
+    time.sleep(0.003)
+    return draw(asked)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_runs_end_in_what_an_uninterrupted_one_writes(tokenizer, tmp_path):
+    """Killed at a random moment, and the file cut at a random byte, as a full disk or a lost write leaves it."""
+    out, random = tmp_path / "out.jsonl", Random(0)
+    rows = [{**row, "id": f"{row['id']}-{n}"} for n in range(10) for row in LONG]
+    regenerate_responses(rows, tokenizer, draw, output=out, batch_size=4)
+    whole, num_written = out.read_bytes(), []
+    for _ in range(NUM_KILLS):
+        out.unlink()
+        child = os.fork()
+        if child == 0:
+            try:
+                regenerate_responses(rows, tokenizer, draw_slowly, output=out, batch_size=4)
+            finally:
+                os._exit(0)
+        time.sleep(random.uniform(0.01, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if out.exists():
+            os.truncate(out, random.randint(0, out.stat().st_size))
+        report = regenerate_responses(rows, tokenizer, draw, output=out, batch_size=4, resume=True)
+        num_written.append(report.num_already_done)
+        assert out.read_bytes() == whole
+    assert any(0 < number < len(rows) for number in num_written), num_written
+
+
+def test_threads_write_what_batches_write(tokenizer, tmp_path):
+    for name, options in (("batches", {}), ("threads", {"threaded": True})):
+        regenerate_responses(LONG, tokenizer, draw, output=tmp_path / f"{name}.jsonl", batch_size=3, **options)
+    assert (tmp_path / "threads.jsonl").read_bytes() == (tmp_path / "batches.jsonl").read_bytes()
+    with pytest.raises(ConnectionError, match="server gone"):
+        regenerate_responses(
+            [chat("bad")] * 40,
+            tokenizer,
+            Parrot(tokenizer, "bad"),
+            output=tmp_path / "gone.jsonl",
+            batch_size=3,
+            threaded=True,
+        )
+
+
+def test_conversations_draw_temperatures_and_system_prompts_of_their_own(tokenizer, tmp_path):
+    rows = [{"id": f"p{i}", **chat("hi", "x", "bye", "x")} for i in range(40)]
+    rows[7]["conversations"] = [{"role": "system", "content": "own"}, *rows[7]["conversations"]]
+    mix = {"temperatures": (0.5, 1.0), "system_prompts": ("Be brief.", "Rhyme.", "")}
+    asked: list[Question] = []
+
+    def generate(questions: Sequence[Question]) -> list[Answer]:
+        asked.extend(questions)
+        return draw(questions)
+
+    regenerate_responses(rows, tokenizer, generate, output=tmp_path / "a.jsonl", batch_size=40, **mix)
+    found = written(tmp_path / "a.jsonl")
+    temperatures = [row["metadata"]["sampling_params"]["temperature"] for row in found]
+    assert temperatures[::2] == temperatures[1::2] == [question.temperature for question in asked[:40]]
+    assert 10 < temperatures[::2].count(0.5) < 30
+    first_turns = [tokenizer.decode(row["input_ids"]).split(END)[0] for row in found]
+    assert first_turns[::2] == first_turns[1::2] and "own" in first_turns[14]
+    counts = Counter(first_turns[::2])
+    assert set(counts) == {
+        "<|im_start|>" + turn for turn in ("system\nBe brief.", "system\nRhyme.", "system\nown", "user\nhi")
+    }
+    assert min(counts["<|im_start|>system\nRhyme."], counts["<|im_start|>user\nhi"]) >= 5
+    regenerate_responses(rows[5:], tokenizer, draw, output=tmp_path / "b.jsonl", batch_size=3, **mix)
+    ids = ("id", "input_ids", "loss_mask")
+    assert [[row[k] for k in ids] for row in written(tmp_path / "b.jsonl")] == [[r[k] for k in ids] for r in found[10:]]
+    with pytest.raises(ValueError, match="temperatures was"):
+        regenerate_responses(rows, tokenizer, draw, output=tmp_path / "a.jsonl", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperatures": (0.5, -1.0)}, r"temperatures=\[0\.5, -1\.0\]"),
+        ({"temperatures": (0.0, 1.0), "num_samples": 2}, "temperature 0 gives equal answers"),
+        ({"system_prompts": (5,)}, "system_prompts holds 5"),
+    ],
+)
+def test_mixes_that_mean_nothing_are_refused(tokenizer, parrot, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        regenerate_responses([chat("hi")], tokenizer, parrot, output=tmp_path / "out.jsonl", **options)
+
+
+def test_system_prompts_are_read_from_lines_or_a_json_list(tmp_path):
+    for name, content in (("a.txt", "Be brief.\n\nRhyme.\n"), ("a.json", '["Be brief.", "", "Rhyme."]')):
+        (tmp_path / name).write_text(content)
+        assert read_system_prompts(tmp_path / name) == ["Be brief.", "", "Rhyme."]
+    for name, content in (("b.json", "{}"), ("c.json", "["), ("d.txt", "")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match="system prompts"):
+            read_system_prompts(tmp_path / name)

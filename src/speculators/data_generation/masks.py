@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.conversations import Conversation, Message, TokenRow, UnusableRow
-from speculators.utils.chat_template import ChatRenderer, Tool, reasoning_of
+from speculators.utils.chat_template import REASONING_KEYS, THOUGHT, ChatRenderer, Tool
 
 OTHER_ANSWER = "\ue000"
 """An answer that no real one begins like: a character for private use."""
@@ -152,6 +152,15 @@ class RenderedTurn:
     def loses_reasoning(self) -> bool:
         reasoning = reasoning_of(self.message)
         return not is_in("".join(reasoning.split()), "".join(self.answer_text.split()))
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """Returns a message's reasoning, under any of its names or as a <think> block of its content; "" without any."""
+    for key in REASONING_KEYS:
+        if isinstance(message.get(key), str) and message[key].strip():
+            return str(message[key])
+    thought = THOUGHT.search(message.get("content") or "")
+    return thought[1] if thought else ""
 
 
 def last_assistant(messages: Sequence[Message]) -> int:

@@ -202,10 +202,13 @@ def parse_harmony(text: str) -> tuple[str, str, list[dict[str, Any]]]:
 
 
 def split_calls(text: str, template: str) -> tuple[str, list[dict[str, Any]]]:
-    """Returns the text without the calls in the template's form (Hermes and Qwen, Mistral, Llama), and the calls."""
+    """Returns the text without the calls in the template's form (GLM, Hermes, Mistral, Llama), and the calls."""
     calls: list[Any] = []
     rest = text
-    if "<tool_call>" in template:
+    if "<arg_key>" in template:
+        calls = [parsed_glm_call(body) for body in re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)]
+        rest = text.partition("<tool_call>")[0].rstrip("\n")
+    elif "<tool_call>" in template:
         calls = [parsed_object(body) for body in re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)]
         rest = text.partition("<tool_call>")[0].rstrip("\n")
     elif "[TOOL_CALLS]" in template:
@@ -221,6 +224,13 @@ def split_calls(text: str, template: str) -> tuple[str, list[dict[str, Any]]]:
         {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))} for call in named
     )
     return rest, [{"id": call.get("id"), "function": function} for call, function in zip(named, functions, strict=True)]
+
+
+def parsed_glm_call(body: str) -> dict[str, Any]:
+    """Parses `name<arg_key>a</arg_key><arg_value>2</arg_value>...`: values are JSON, or else the text itself."""
+    pairs = re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", body, re.DOTALL)
+    arguments = {key.strip(): text if (value := parsed_json(text)) is None else value for key, text in pairs}
+    return {"name": body.partition("<arg_key>")[0].strip(), "arguments": arguments}
 
 
 def parsed_json(text: str) -> Any:
@@ -285,12 +295,3 @@ def rename_reasoning(message: Mapping[str, Any], template: str) -> dict[str, Any
 def reads(template: str, key: str) -> bool:
     """Says whether a template reads this key of a message (`m.key`, `m['key']`, `'key' in m`)."""
     return re.search(rf"""[.'"]{key}\b""", template) is not None
-
-
-def reasoning_of(message: Mapping[str, Any]) -> str:
-    """Returns a message's reasoning, under any of its names or as a <think> block of its content; "" without any."""
-    for key in REASONING_KEYS:
-        if isinstance(message.get(key), str) and message[key].strip():
-            return str(message[key])
-    thought = THOUGHT.search(message.get("content") or "")
-    return thought[1] if thought else ""
