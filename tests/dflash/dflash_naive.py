@@ -104,9 +104,11 @@ class NaiveDFlash:
         """Whether the verifier's token is in the draft vocabulary."""
         if self.outside_head is None:
             return True
+        return bool(self.others(batch, column).max() < self.target(batch, column).max())
+
+    def others(self, batch, column):
         last = batch["verifier_last_hidden_states"][0, column].double()
-        others = self.outside_head.double() @ self.norm("verifier_norm", last)
-        return bool(others.max() < self.target(batch, column).max())
+        return self.outside_head.double() @ self.norm("verifier_norm", last)
 
     def blocks(self, batch):
         """{p: {k: (draft logits, target logits)}} of everything that counts."""

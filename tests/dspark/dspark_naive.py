@@ -15,7 +15,7 @@ class NaiveDSpark(NaiveDFlash):
     def __init__(self, weights, nested, *, kind, confidence_reads_markov=True, **backbone):
         super().__init__(weights, nested, **backbone)
         self.kind, self.confidence_reads_markov = kind, confidence_reads_markov
-        self.kappa = {}
+        self.kappa, self.chance = {}, {}
 
     def phi(self, state, e, h):
         """(phi, next state)"""
@@ -28,6 +28,13 @@ class NaiveDSpark(NaiveDFlash):
         gate, candidate, out = (joint + self.w["markov_head.joint_proj.bias"]).split(len(e))
         gate = torch.sigmoid(gate)
         return torch.tanh(out), gate * state + (1 - gate) * torch.tanh(candidate)
+
+    def accept_chance(self, draft, batch, column):
+        """sum min(p, q) over the draft vocabulary, p normalised over the whole one."""
+        target = self.target(batch, column)
+        weights = target.exp() if self.outside_head is None else torch.cat([target, self.others(batch, column)]).exp()
+        p, q = (target.exp() / weights.sum()), draft.exp() / draft.exp().sum()
+        return torch.minimum(p, q).sum()
 
     def blocks(self, batch):
         tokens, context, found = batch["input_ids"][0].tolist(), self.context(batch), {}
@@ -46,6 +53,7 @@ class NaiveDSpark(NaiveDFlash):
                     kappas[k] = kappa[0]
             found[p] = {k: (logits[k], self.target(batch, column)) for k, column in self.drafting_slots(batch, p)}
             self.kappa[p] = kappas
+            self.chance[p] = {k: self.accept_chance(logits[k], batch, c) for k, c in self.drafting_slots(batch, p)}
         return found
 
     def confidence_loss(self, found, gamma, label):

@@ -4,12 +4,15 @@ import pytest
 import torch
 from dflash_naive import ce
 from dflash_toys import MASK_TOKEN, MIXED, one_document, packed_batch
+from drafter_toys import decoder_config, save_llama
 from dspark_naive import NaiveDSpark, overlap
 from naive_layers import kl
+from transformers import LlamaForCausalLM
 
 from speculators.losses import resolve_loss_config
 from speculators.losses.chunked import SplitHead, split_row_losses
 from speculators.losses.chunks import HeadTargets
+from speculators.models import DSparkDraftModel
 
 CASES = {
     "vanilla": {},
@@ -27,7 +30,7 @@ CASES = {
 def naive_of(model):
     config = model.config
     kinds = config.transformer_layer_config.layer_types
-    return NaiveDSpark(
+    naive = NaiveDSpark(
         model.state_dict(),
         config.transformer_layer_config,
         block_size=config.block_size,
@@ -37,6 +40,9 @@ def naive_of(model):
         kind=config.markov_head_type,
         confidence_reads_markov=config.confidence_head_with_markov,
     )
+    outside = model.outside_head()
+    naive.outside_head = None if outside is None else outside.weight_OH
+    return naive
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,7 +87,7 @@ def check_metrics(metrics, found, naive):
             continue
         reach, hope, run, promise = 1.0, 1.0, 1.0, 1.0
         for k in range(first, naive.size):
-            rate = overlap(*slots[k]).item() if k in slots else 0.0
+            rate = naive.chance[p][k].item() if k in slots else 0.0
             chance = torch.sigmoid(naive.kappa[p][k]).item() if k in slots else 0.0
             reach, hope = reach * rate, hope * chance
             run, promise = run + reach, promise + hope
@@ -199,3 +205,29 @@ def test_bf16_autocast_stays_close_to_fp32(drafter):
         rounded = model(**batch, max_anchors=99)[1]
     rounded.backward()
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_acceptance_counts_what_a_draft_vocabulary_leaves_out(implementation, tmp_path):
+    """One token can be drafted, and all states are equal: q(token) = 1, so a draft is accepted with p(token)."""
+    verifier = save_llama(tmp_path, num_layers=2)
+    token, t2d = 7, torch.zeros(40, dtype=torch.bool)
+    t2d[token] = True
+    keys = {"verifier_name_or_path": str(verifier), "target_layer_ids": [1], "block_size": 4, "num_layers": 1}
+    shape = decoder_config("qwen3", num_hidden_layers=1)
+    model = DSparkDraftModel.from_training_args(
+        shape, t2d, torch.tensor([token]), draft_vocab_size=1, mask_token_id=3, markov_rank=4, **keys
+    )
+    batch = packed_batch([9], seed=1)
+    state = torch.randn(16, generator=torch.Generator().manual_seed(2))
+    batch["verifier_last_hidden_states"] = state.expand(1, batch["input_ids"].shape[1], -1).contiguous()
+    batch["hidden_states"] = batch["hidden_states"][..., :16]
+    batch["loss_mask"] = torch.ones_like(batch["loss_mask"])
+    loss_config = resolve_loss_config("kl_div", implementation)
+    tv_loss_fn, _ = resolve_loss_config("tv", implementation)["tv"]
+    metrics = model.eval()(**batch, loss_config=loss_config, tv_loss_fn=tv_loss_fn)[2]
+    whole = LlamaForCausalLM.from_pretrained(verifier, dtype=torch.float32)
+    with torch.no_grad():
+        chance = float(whole.lm_head(whole.model.norm(state)).softmax(-1)[token])
+    assert float(metrics["accept_rate_sum"] / metrics["accept_rate_total"]) == pytest.approx(chance, rel=1e-5)
+    assert chance < 0.2

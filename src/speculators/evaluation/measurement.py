@@ -13,11 +13,14 @@ from functools import reduce
 from operator import add
 
 import numpy as np
+from transformers import PreTrainedModel
 
-from speculators.decoding.request import RequestOutput
+from speculators.decoding import Engine, SamplingParams
+from speculators.decoding.request import RequestOutput, usable_length
 from speculators.decoding.stats import DecodeStats
 from speculators.evaluation.report import MethodRow
 from speculators.evaluation.statistics import Estimate, bootstrap, count_identical
+from speculators.model import SpeculatorModel
 
 Generate = Callable[[Sequence[Sequence[int]]], Sequence[RequestOutput]]
 """Decodes a group of prompts (token ids) to the end."""
@@ -35,6 +38,28 @@ class Measurement:
     @property
     def num_tokens(self) -> int:
         return sum(len(ids) for ids in self.token_ids)
+
+
+def decode_greedily(
+    model: SpeculatorModel,
+    verifier: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_drafts: int,
+    max_tokens: int,
+    batch_size: int = 8,
+) -> DecodeStats:
+    """Decodes prompts with a drafter as it is now and adds up the rounds. Prompts that leave no room for `max_tokens`
+    in the verifier's positions lose their beginning."""
+    if not prompts:
+        return DecodeStats()
+    max_length = usable_length(verifier, max(map(len, prompts)) + max_tokens)
+    cut_prompts = [list(prompt)[-max(max_length - max_tokens, 1) :] for prompt in prompts]
+    sizes = {"max_batch_size": min(batch_size, len(prompts)), "max_length": max_length}
+    proposer = model.make_proposer(verifier, **sizes)
+    engine = Engine(verifier, proposer, num_speculative_tokens=num_drafts, **sizes)
+    outputs = engine.generate(cut_prompts, SamplingParams(max_tokens=max_tokens, temperature=0.0))
+    return reduce(add, (output.stats for output in outputs))
 
 
 def measure_interleaved(

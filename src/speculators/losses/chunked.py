@@ -25,8 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from speculators.losses.chunks import Chunk, Pairing, Targets, Terms, iterate_chunks, kernel_of, rows_per_chunk
-from speculators.losses.closed_form import TokenRows
+from speculators.losses.chunks import (
+    Chunk,
+    Pairing,
+    Targets,
+    Terms,
+    WholeVocabulary,
+    iterate_chunks,
+    kernel_of,
+    rows_per_chunk,
+)
+from speculators.losses.closed_form import LogitRows, TokenRows
 from speculators.losses.registry import LossConfig, is_reference
 
 ROUNDING = 1e-5
@@ -130,16 +139,21 @@ def reference_row_losses(
     logits_NV = F.linear(hidden_NH, head_VH)
     target_index_N = target_index_N.to(hidden_NH.device)
     target = targets.at(target_index_N, logits_NV.dtype)
+    outside = targets.outside(target_index_N, target, logits_NV.dtype)
     if isinstance(target, TokenRows):
         labels = F.cross_entropy(logits_NV.float(), target.token_ids_N, reduction="none")
         losses = dict.fromkeys(loss_config, labels)
     else:
-        losses = {name: function(logits_NV, target.logits_NV) for name, (function, _) in loss_config.items()}
+        losses = {
+            name: function.measure(LogitRows(logits_NV.detach()), target, outside)
+            if isinstance(function, WholeVocabulary)
+            else function(logits_NV, target.logits_NV)
+            for name, (function, _) in loss_config.items()
+        }
     total = sum((weight * losses[name] for name, (_, weight) in loss_config.items()), start=logits_NV.new_zeros(()))
     assert isinstance(total, Tensor)
     terms = {name: loss_N.detach() for name, loss_N in losses.items()}
-    outside_N = targets.outside(target_index_N, target, logits_NV.dtype)
-    outside_N = torch.zeros_like(target_index_N, dtype=torch.bool) if outside_N is None else outside_N
+    outside_N = torch.zeros_like(target_index_N, dtype=torch.bool) if outside is None else outside.is_best_C
     return RowLosses(total, terms, logits_NV.argmax(-1), target.token_ids_N, outside_N)
 
 
@@ -203,7 +217,7 @@ class ChunkedRows(torch.autograd.Function):
                 chunk.write(draft_ids_N, chunk.draft_ids)
                 chunk.write(target_ids_N, chunk.target_ids)
                 if chunk.outside is not None:
-                    chunk.write(outside_N, chunk.outside)
+                    chunk.write(outside_N, chunk.outside.is_best_C)
                 if gradients is not None:
                     gradients.add(chunk)
         known = (None, None) if gradients is None else (gradients.grad_rows_NX, gradients.grad_trained_VR)

@@ -28,14 +28,26 @@ class Targets(Protocol):
 
     def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows: ...
 
-    def outside(self, rows_C: Tensor, target: TargetRows, dtype: torch.dtype) -> Tensor | None:
-        """Bool: the most likely token of these rows is outside the draft vocabulary. None: it never is."""
+    def outside(self, rows_C: Tensor, target: TargetRows, dtype: torch.dtype) -> OutsideRows | None:
+        """The tokens outside the draft vocabulary, of these rows. None: there are none."""
         ...
+
+
+class OutsideRows(NamedTuple):
+    """What the verifier gives to the tokens outside the draft vocabulary."""
+
+    is_best_C: Tensor
+    """Bool: the most likely token is one of them."""
+    log_weight_C: Tensor
+    """log sum exp of their logits."""
+
+    def take(self, index: Tensor) -> OutsideRows:
+        return OutsideRows(*(part[index] for part in self))
 
 
 class OutsideHead(NamedTuple):
     """The rows of the verifier's head that a reduced draft vocabulary leaves out. No loss reads them; they tell where
-    the verifier's token cannot be drafted."""
+    the verifier's token cannot be drafted, and how often."""
 
     weight_OH: Tensor
     token_ids_O: Tensor
@@ -73,20 +85,21 @@ class HeadTargets:
         return LogitRows(self.logits(rows_C, dtype))
 
     @torch.no_grad()
-    def outside(self, rows_C: Tensor, target: TargetRows, dtype: torch.dtype) -> Tensor | None:
-        """The argmax over the whole head, in pieces of a chunk: a small draft vocabulary makes chunks of many rows."""
+    def outside(self, rows_C: Tensor, target: TargetRows, dtype: torch.dtype) -> OutsideRows | None:
+        """The rest of the head, in pieces of a chunk: a small draft vocabulary makes chunks of many rows."""
         if self.outside_head is None:
             return None
         weight_OH, token_ids_O, kept_ids_V = self.outside_head
         weight_OH, pieces = weight_OH.to(dtype), []
         for rows in rows_C.split(rows_per_chunk(rows_C.device, len(weight_OH))):
             rival = LogitRows(self.logits(rows, dtype, weight_OH))
-            pieces.append((rival.logits_NV.gather(1, rival.token_ids_N[:, None])[:, 0], rival.token_ids_N))
-        rival_C, rival_ids_C = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+            best_N = rival.logits_NV.gather(1, rival.token_ids_N[:, None])[:, 0]
+            pieces.append((best_N, rival.token_ids_N, rival.logits_NV.logsumexp(-1)))
+        rival_C, rival_ids_C, log_weight_C = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         assert isinstance(target, LogitRows)
         best_C = target.logits_NV.gather(1, target.token_ids_N[:, None])[:, 0]
         comes_first_C = token_ids_O[rival_ids_C] < kept_ids_V[target.token_ids_N]  # ties: the smallest id
-        return (rival_C > best_C) | ((rival_C == best_C) & comes_first_C)
+        return OutsideRows((rival_C > best_C) | ((rival_C == best_C) & comes_first_C), log_weight_C)
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ class TokenTargets:
     def at(self, rows_C: Tensor, dtype: torch.dtype) -> TargetRows:
         return TokenRows(self.token_ids_T[rows_C])
 
-    def outside(self, rows_C: Tensor, target: TargetRows, dtype: torch.dtype) -> Tensor | None:
+    def outside(self, rows_C: Tensor, target: TargetRows, dtype: torch.dtype) -> OutsideRows | None:
         return None
 
 
@@ -182,8 +195,8 @@ class Chunk(NamedTuple):
     draft_ids: Tensor
     target_ids: Tensor
     """In the draft vocabulary."""
-    outside: Tensor | None
-    """See `Targets.outside`; None too where nobody asked."""
+    outside: OutsideRows | None
+    """None too where nobody asked."""
 
     def write(self, out_N: Tensor, values: Tensor) -> None:
         """Writes the values of the group's real rows into `out_N`."""
@@ -194,7 +207,7 @@ class Chunk(NamedTuple):
             out_N[rows[real]] = values[real]
 
 
-Terms = list[tuple[LossKernel, float]]
+Terms = list[tuple["LossKernel | WholeVocabulary", float]]
 
 
 def iterate_chunks(
@@ -214,15 +227,20 @@ def iterate_chunks(
         for group in groups:
             draft = LogitRows(F.linear(rows_NX[group.draft_rows], head_VX))
             chosen = target if group.target_index is None else target.take(group.target_index)
-            outside = outside_C if outside_C is None or group.target_index is None else outside_C[group.target_index]
+            outside = (
+                outside_C if outside_C is None or group.target_index is None else outside_C.take(group.target_index)
+            )
             yield score_group(group, draft, chosen, outside, terms, wants_grad)
 
 
 def score_group(
-    group: Group, draft: LogitRows, target: TargetRows, outside: Tensor | None, terms: Terms, wants_grad: bool
+    group: Group, draft: LogitRows, target: TargetRows, outside: OutsideRows | None, terms: Terms, wants_grad: bool
 ) -> Chunk:
     losses, grad_logits = [], None
     for kernel, weight in terms:
+        if isinstance(kernel, WholeVocabulary):
+            losses.append(kernel.measure(draft, target, outside))
+            continue
         loss, grad = kernel(draft, target, wants_grad and weight != 0.0)
         losses.append(loss)
         if grad is not None:
@@ -233,8 +251,28 @@ def score_group(
     return Chunk(group, losses, grad_logits, draft.token_ids_N, target.token_ids_N, outside)
 
 
-def kernel_of(function: LossFunction) -> LossKernel:
+@dataclass(frozen=True)
+class WholeVocabulary:
+    """Measures a loss over the verifier's whole vocabulary: the tokens outside the draft vocabulary are one more token,
+    which is never drafted. It teaches nothing: a term of weight 0."""
+
+    function: LossFunction
+
+    def measure(self, draft: LogitRows, target: TargetRows, outside: OutsideRows | None) -> Tensor:
+        if outside is not None:
+            assert isinstance(target, LogitRows)
+            never_N1 = torch.full_like(outside.log_weight_C, -torch.inf)[:, None]
+            draft = LogitRows(torch.cat([draft.logits_NV, never_N1], -1))
+            target = LogitRows(torch.cat([target.logits_NV, outside.log_weight_C[:, None]], -1))
+        kernel = kernel_of(self.function)
+        assert not isinstance(kernel, WholeVocabulary)
+        return kernel(draft, target, False)[0]
+
+
+def kernel_of(function: LossFunction | WholeVocabulary) -> LossKernel | WholeVocabulary:
     """Returns the closed form of a known loss; autograd differentiates any other function within the chunk."""
+    if isinstance(function, WholeVocabulary):
+        return function
     return KERNELS[function] if function in KERNELS else AutogradKernel(function)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,8 @@ def ignore(event: Event) -> None:
     """A listener that does nothing."""
 
 
+DECODED = "decoded_acceptance_length"
+"""Metric of a validation that decoded prompts: tokens per round, counted."""
 STEP_ACCURACY = re.compile(r"full_acc_(\d+)")
 """Metric of one unrolled step: the share of positions whose drafts are right up to and including this step."""
 
@@ -120,15 +122,20 @@ def line(event: Event) -> str:
 
 def numbers(event: StepDone | Validated) -> str:
     length = "" if event.acceptance_length is None else f" acceptance length {event.acceptance_length:.2f}"
-    return f"loss {event.metrics.get('loss', float('nan')):.4f}{length}"
+    return f"loss {event.metrics.get('loss', float('nan')):.4f}{length}{decoded(event.metrics)}"
+
+
+def decoded(metrics: Mapping[str, float]) -> str:
+    """Returns the decoded acceptance length as the end of a line; nothing where nothing was decoded."""
+    return f", decoded {metrics[DECODED]:.2f}" if DECODED in metrics else ""
 
 
 def describe(metrics: dict[str, float], acceptance_length: float | None) -> str:
-    """Returns the loss, accuracy by unrolled step and expected acceptance length that the event has."""
+    """Returns the loss, accuracy by unrolled step, expected and decoded acceptance length that the event has."""
     parts = [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
     accuracies = {int(name[1]): value for key, value in metrics.items() if (name := STEP_ACCURACY.fullmatch(key))}
     if accuracies:
         parts.append("accuracy " + " ".join(f"{accuracies[step]:.2f}" for step in sorted(accuracies)))
     if acceptance_length is not None:
         parts.append(f"expected acceptance length {acceptance_length:.2f}")
-    return ", ".join(parts)
+    return ", ".join(parts) + decoded(metrics)

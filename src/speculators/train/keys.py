@@ -90,6 +90,9 @@ class TrainerKeys(Keys):
     rank_timeout: float = Field(600.0, gt=0.0, description="Seconds without an answer of another rank that end a run.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     log_freq: int = Field(1, ge=1, description="Steps between reports.")
+    eval_prompts: int = Field(
+        0, ge=0, description="Held-out prompts decoded in each validation: the acceptance length that serving has."
+    )
     save_path: str = Field("./output/checkpoints", description="Run directory.")
     contract_check: bool = Field(True, description="At the end, check that vLLM would serve the checkpoint as trained.")
     parity_gate: bool = Field(True, description="At the end, check that the checkpoint drafts what it was trained to.")
@@ -155,4 +158,6 @@ def check_together(values: dict[str, Any]) -> str | None:
         return "d2t_path and t2d_path describe one mapping: give both, or neither"
     if values["save_best"] and values["train_data_ratio"] == 1.0:
         return "save_best needs validation rows, but train_data_ratio=1.0 leaves none; use e.g. 0.9"
+    if values["eval_prompts"] and values["train_data_ratio"] == 1.0:
+        return "eval_prompts are held-out rows, but train_data_ratio=1.0 leaves none; use e.g. 0.9"
     return None

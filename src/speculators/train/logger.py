@@ -21,6 +21,7 @@ from speculators.train.events import (
     StepDone,
     Stopped,
     Validated,
+    decoded,
     describe,
 )
 from speculators.utils.names import did_you_mean
@@ -40,6 +41,8 @@ class TrainingProgress(Progress):
             console=ReportConsole(stderr=True, soft_wrap=True),
         )
         self.bar: TaskID | None = None
+        self.decoded = ""
+        """Of the newest validation: shown on while training goes on."""
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -53,10 +56,10 @@ class TrainingProgress(Progress):
                 )
             case StepDone():
                 assert self.bar is not None
-                self.update(
-                    self.bar, completed=event.step, description=describe(event.metrics, event.acceptance_length)
-                )
+                description = describe(event.metrics, event.acceptance_length) + self.decoded
+                self.update(self.bar, completed=event.step, description=description)
             case Validated():
+                self.decoded = decoded(event.metrics)
                 line = describe(event.metrics, event.acceptance_length)
                 self.console.print(f"epoch {event.epoch + 1}, step {event.step}, validation: {line}")
             case Saved():

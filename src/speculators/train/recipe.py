@@ -48,6 +48,7 @@ FREE_KEYS = frozenset(
         "contract_check",
         "deterministic_cuda",
         "dry_run",
+        "eval_prompts",
         "generation_validation_retries",
         "gradient_checkpointing",
         "hidden_states_memory_gb",

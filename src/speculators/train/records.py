@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -144,6 +146,15 @@ def estimate_memory(
         activations_bytes=activations,
         checkpoint_bytes=num_trainable * 3 * BYTES_FP32 + (num_trainable + num_frozen) * BYTES_BF16,
     )
+
+
+def refuse_lost(metrics: Mapping[str, float], step: int, lr: float) -> None:
+    """Raises `ValueError` when the loss is not finite."""
+    if not math.isfinite(metrics.get("loss", 0.0)):
+        raise ValueError(
+            f"the loss became {metrics['loss']} by step {step}: nothing of it was saved; lower --lr (now {lr}), or "
+            "check the verifier states with --hidden-states-dtype float32"
+        )
 
 
 def check_disk_space(path: Path, num_bytes: int) -> None:

@@ -34,6 +34,7 @@ from speculators.train.recipe import check_recipe, command, recipe_of, write_pro
 from speculators.train.records import MemoryEstimate, TrainerConfig, TrainResult, check_disk_space, estimate_memory
 from speculators.train.sources import ask_server, leave_out_untrained, make_source, open_store, rows_to_use
 from speculators.train.trainer import Trainer
+from speculators.train.validation import PromptDecoder, prompts_of
 from speculators.train.vocab_mapping import coverage, resolve_vocab_mapping
 from speculators.utils.files import absolute_if_directory
 from speculators.utils.progress import no_progress_bars
@@ -125,6 +126,13 @@ def build(
             dataset.keep_rows(usable)
             num_threads = data.num_workers if verifier_model is None else 0  # one verifier, one thread
             loaders.append(make_loader(config, dataset, model, hidden_size, ranks, num_threads))
+    decoder = None
+    if config.trainer.eval_prompts:
+        if verifier_model is None:
+            note("the verifier is loaded to decode --eval-prompts; its states come from elsewhere")
+            verifier_model = checked_verifier(config, ranks, dtype, verifier)
+        assert val_set is not None
+        decoder = PromptDecoder.of(model, verifier_model, val_set.rows, config.trainer.eval_prompts)
     recipe = recipe_of(config, ranks, model, usable)
     ranks.main_first(lambda: check_recipe(config, recipe, on_event))
     torch.manual_seed(config.seed + ranks.rank)
@@ -136,6 +144,7 @@ def build(
         on_event=on_event,
         num_documents=len(train_set),
         num_tokens=sum(train_set.lengths),
+        decoder=decoder,
     )
     memory = estimate(config, model, verifier_model, hidden_size)
     check_disk_space(Path(config.trainer.save_path), memory.checkpoint_bytes)
@@ -284,12 +293,6 @@ def run_gate(
 
 
 def gate_prompts(config: TrainConfig) -> list[list[int]]:
-    """Returns the last rows of the data up to their first supervised token: the held-out ones, if there are any."""
+    """Returns the prompts of the last rows of the data: the held-out ones, if there are any."""
     rows = PreparedData.open(config.data.data_path).dataset()
-    last = rows.select(range(max(0, len(rows) - NUM_PROMPTS), len(rows)))
-    return [prompt_of(row["input_ids"], row["loss_mask"]) for row in last]
-
-
-def prompt_of(input_ids: list[int], loss_mask: list[int]) -> list[int]:
-    first = next((index for index, mask in enumerate(loss_mask) if mask), len(input_ids))
-    return list(input_ids[: max(first, 1)])
+    return prompts_of(rows.select(range(max(0, len(rows) - NUM_PROMPTS), len(rows))))

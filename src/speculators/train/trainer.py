@@ -30,7 +30,8 @@ from speculators.train.distributed import Ranks, pick_device
 from speculators.train.events import Listener, Note, Saved, Started, StepDone, Stopped, Validated, ignore
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
 from speculators.train.optimizers import make_optimizers, make_schedule
-from speculators.train.records import FINISHED, TrainerConfig, TrainResult
+from speculators.train.records import FINISHED, TrainerConfig, TrainResult, refuse_lost
+from speculators.train.validation import PromptDecoder
 
 __all__ = ["TrainResult", "Trainer", "TrainerConfig"]
 
@@ -49,6 +50,7 @@ class Trainer:
         on_event: Listener = ignore,
         num_documents: int = 0,
         num_tokens: int = 0,
+        decoder: PromptDecoder | None = None,
     ):
         SpeculatorModel.verify_training_compatible(model)
         self.config = config
@@ -77,7 +79,7 @@ class Trainer:
             config.save_path, save_best=config.save_best, train_command=config.train_command
         )
         self.position = Position()
-        self.num_documents, self.num_tokens = num_documents, num_tokens
+        self.num_documents, self.num_tokens, self.decoder = num_documents, num_tokens, decoder
         self.recent = RecentSteps()
         self.last_metrics: dict[str, float] = {}
         self.last_saved: tuple[Path, int] | None = None
@@ -211,11 +213,7 @@ class Trainer:
         if step % self.config.log_freq and step != self.num_steps:
             return
         metrics = self.recent.sums.values(self.ranks.add_up)
-        if not math.isfinite(metrics.get("loss", 0.0)):
-            raise ValueError(
-                f"the loss became {metrics['loss']} by step {step}: nothing of it was saved; lower --lr "
-                f"(now {self.config.lr}), or check the verifier states with --hidden-states-dtype float32"
-            )
+        refuse_lost(metrics, step, self.config.lr)
         self.last_metrics = metrics
         self.on_event(
             StepDone(
@@ -238,10 +236,11 @@ class Trainer:
         sums = MetricSums()
         for batch in self.val_loader.batches():
             sums.add(self.forward(batch, self.config.val_call_kwargs)[1])
-        metrics = sums.values(self.ranks.add_up)
+        metrics, at = sums.values(self.ranks.add_up), self.position
+        if self.decoder is not None:
+            metrics |= self.decoder.measure(self.model, self.ranks)
         self.last_metrics = metrics
-        position = self.position
-        self.on_event(Validated(position.global_step, position.epoch, metrics, expected_acceptance_length(metrics)))
+        self.on_event(Validated(at.global_step, at.epoch, metrics, expected_acceptance_length(metrics)))
         return metrics
 
     def validate_and_save(self) -> None:

@@ -11,12 +11,14 @@ see `dflash.blocks`; the token before a slot's draft is column p + k when the an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from speculators.interfaces import LossOutput, PackedBatch, Ratio
 from speculators.losses.chunked import RowLosses, SplitHead, row_losses, split_row_losses
+from speculators.losses.chunks import WholeVocabulary
 from speculators.losses.metrics import ratio
 from speculators.losses.registry import LossFunction, dflash_loss_decay
 from speculators.models.dflash.training import (
@@ -34,7 +36,7 @@ from speculators.models.supervision import VerifierHead
 
 COUNT_EPSILON = 1e-8
 """Added to the number of supervised slots in the confidence loss."""
-TV = "tv"
+TV, WHOLE_TV = "tv", "tv over the whole vocabulary"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ def slot_losses(
     network: DSparkNetwork, output: BlockOutput, features_PSR: Tensor | None, verifier: VerifierHead, args: DSparkArgs
 ) -> RowLosses:
     """Losses of the supervised slots, `tv` always among the terms: it is 1 - the chance of acceptance."""
-    config = {TV: (args.tv_loss_fn, 0.0), **args.loss_config}
+    config: dict[str, Any] = {TV: (args.tv_loss_fn, 0.0), **args.loss_config}
+    if verifier.outside is not None:  # where tokens cannot be drafted, fewer drafts are accepted than TV says
+        config[WHOLE_TV] = (WholeVocabulary(args.tv_loss_fn), 0.0)
     assert output.batch.last_hidden_TH is not None
     targets, index_N = verifier.targets(output.batch.last_hidden_TH), output.blocks.target_index_N
     if features_PSR is None or network.markov_head is None:
@@ -115,10 +119,15 @@ def confidence_loss_of(kappa_PS: Tensor, losses: RowLosses, output: BlockOutput,
     return (loss_N * blocks.supervised(decay_PS)).sum() / (supervised_PS.sum() + COUNT_EPSILON)
 
 
+def accepted(losses: RowLosses) -> Tensor:
+    """[N]: the chance that the verifier accepts a draft drawn from q."""
+    return 1.0 - losses.terms.get(WHOLE_TV, losses.terms[TV])
+
+
 def acceptance_metrics(losses: RowLosses, output: BlockOutput) -> dict[str, Ratio]:
     """Of drafts drawn from q: the chance to be accepted, and tokens per round."""
     supervised_PS = output.blocks.supervised_PS
-    accept_N = 1.0 - losses.terms[TV]
+    accept_N = accepted(losses)
     return {
         "accept_rate": ratio(accept_N.sum(), supervised_PS.sum()),
         "accept_len": mean_length(on_grid(accept_N, supervised_PS), output.blocks),
@@ -126,10 +135,10 @@ def acceptance_metrics(losses: RowLosses, output: BlockOutput) -> dict[str, Rati
 
 
 def confidence_metrics(kappa_PS: Tensor, losses: RowLosses, output: BlockOutput) -> dict[str, Ratio]:
-    """Measures how far the predicted chances, and the run lengths they promise, are from 1 - TV."""
+    """Measures how far the predicted chances, and the run lengths they promise, are from those of acceptance."""
     blocks = output.blocks
     supervised_PS = blocks.supervised_PS
-    accept_N = 1.0 - losses.terms[TV]
+    accept_N = accepted(losses)
     predicted_N = blocks.supervised(kappa_PS.detach()).float().sigmoid()
     num_slots = supervised_PS.sum()
     promised = mean_length(on_grid(predicted_N, supervised_PS), blocks)
