@@ -49,7 +49,7 @@ def draft_map(seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return t2d, kept - torch.arange(DRAFT_VOCAB)
 
 
-def make_checkpoint(case: str, path: Path, verifier: str = VERIFIER, **changes) -> Path:
+def make_checkpoint(case: str, path: Path, verifier: str = VERIFIER, noise: float = 0.05, **changes) -> Path:
     arguments = {**CASES[case], **changes}
     arch, num_layers, window = (arguments.pop(key, None) for key in ("arch", "num_layers", "window"))
     source = AutoConfig.from_pretrained(verifier)
@@ -81,7 +81,7 @@ def make_checkpoint(case: str, path: Path, verifier: str = VERIFIER, **changes) 
     )
     for parameter in model.parameters():  # make every weight matter
         if parameter.requires_grad:
-            parameter.data.add_(0.05 * torch.randn_like(parameter))
+            parameter.data.add_(noise * torch.randn_like(parameter))
     path.mkdir(parents=True)
     save_speculator(model, path)
     return path

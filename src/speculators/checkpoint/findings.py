@@ -48,16 +48,15 @@ def warning(code: str, where: str, found: str, rule: str, fix: str) -> Finding:
     return Finding("warning", code, where, found, rule, fix)
 
 
-def null_mask_token(values: Mapping[str, Any]) -> Iterable[Finding]:
-    """Reports a `mask_token_id` that is null."""
-    if values.get("mask_token_id", 0) is None:
-        yield error(
-            "mask-token-missing",
-            "mask_token_id",
-            "null",
-            "masked slots need a token",
-            "write the id the drafter was trained with",
-        )
+def mask_token_findings(values: Mapping[str, Any], vocab_size: int) -> Iterable[Finding]:
+    """Reports a `mask_token_id` that is null, or no row of the verifier's embedding."""
+    token = values.get("mask_token_id", 0)
+    fix = "write the id the drafter was trained with"
+    if token is None:
+        yield error("mask-token-missing", "mask_token_id", "null", "masked slots need a token", fix)
+    elif isinstance(token, int) and not 0 <= token < vocab_size:
+        rule = f"the verifier's embedding has the rows 0..{vocab_size - 1}"
+        yield error("mask-token-range", "mask_token_id", str(token), rule, fix)
 
 
 def missing_keys(values: Mapping[str, Any], meaning_of_absence: Mapping[str, str]) -> Iterable[Finding]:

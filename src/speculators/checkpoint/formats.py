@@ -183,6 +183,10 @@ class CheckpointContract:
         """Reports what vLLM would drop, misread or refuse. `values` is config.json as it is, `config` our reading."""
         return []
 
+    def most_drafts(self, config: Any) -> int | None:
+        """Returns how many tokens one round can draft; None: as many as are asked for."""
+        return None
+
     def completed(self, config: SpeculatorModelConfig) -> SpeculatorModelConfig:
         """Returns a copy of the config with every key that engines read."""
         return copy.deepcopy(config)
@@ -238,10 +242,15 @@ def write_config(directory: Path, values: Mapping[str, Any]) -> None:
         file.write(json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
 
 
+def drafts_per_round(config: SpeculatorModelConfig) -> int | None:
+    """Returns the recorded draft tokens per round; None when config.json does not say."""
+    recorded = config.speculators_config
+    return getattr(recorded.proposal_methods[0], "speculative_tokens", None) if recorded is not None else None
+
+
 def num_speculative_tokens(config: SpeculatorModelConfig) -> int:
     """Returns the recorded draft tokens per round. Raises `ValueError` when config.json does not say."""
-    recorded = config.speculators_config
-    tokens = getattr(recorded.proposal_methods[0], "speculative_tokens", None) if recorded is not None else None
+    tokens = drafts_per_round(config)
     if tokens is None:
         raise ValueError(
             "config.json does not say how many tokens to draft per round: write "

@@ -1,15 +1,18 @@
 """Writes and reads `training_record.json`, by which later edits of a checkpoint are detected.
 
     config      every value of config.json that affects the computation, flat: "transformer_layer_config.head_dim"
+    rope        the factor on cos and sin, and the frequencies, by transformers' reading of that config
     tensors     a fingerprint of each tensor on disk
     num_speculative_tokens      draft tokens per round
-    verifier    sizes, tokenizer and some rows of embedding and head of the verifier it learned from
+    verifier    sizes, tokenizer and some rows of embedding, head and layers of the verifier it learned from
 
-A fingerprint is a hash, exact, and a sketch, which survives rounding to another type: for fixed random signs s and t,
+A fingerprint has hashes, of the tensor and of what rounding to each other type makes of it (exact), its norm |W|, and a
+sketch, which says how far two tensors are apart when neither hash fits: for fixed random signs s and t,
 
     sketch = s' W t / |W|          about N(0, 1) for unrelated weights; rounding to bf16 moves it by some 0.002
 
 Matrices whose columns read several states of the verifier side by side also have a sketch for each of these chunks.
+Records of earlier releases have neither `rope` nor norms nor hashes of rounded tensors.
 """
 
 from __future__ import annotations
@@ -24,14 +27,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from speculators.checkpoint.formats import dtype_name
-from speculators.config import installed_version
+from speculators.config import SpeculatorModelConfig, installed_version
+from speculators.nn.rope import rope_numbers
 from speculators.utils.files import atomic_write, read_json_object
 from speculators.utils.loading import load_checkpoint
 from speculators.verifier.config import open_config, text_config
-from speculators.verifier.loading import verifier_rows
+from speculators.verifier.loading import layer_matrices, tokenizer_facts, verifier_rows
 
 RECORD_FILE = "training_record.json"
 RECORD_VERSION = 1
@@ -41,6 +44,9 @@ NUM_SKETCHES = 4
 ROWS_AT_ONCE = 1024
 """Rows per block: a block of fp32 then stays in the processor's cache."""
 MAX_CHUNKS = 64
+VALUES_AT_ONCE = 1 << 22
+PLAIN_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that weights are stored in."""
 
 # Keys of config.json that do not affect what is computed from given weights.
 NOT_COMPUTED = {
@@ -68,6 +74,9 @@ NOT_COMPUTED_BY_LAYERS = NOT_COMPUTED | {
 LAYERS = "transformer_layer_config"
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 VERIFIER_TENSORS = ("embed_tokens.weight", "lm_head.weight", "model.norm.weight")
+VERIFIER_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "model_type")
+NUM_LAYER_TENSORS = 6
+"""Matrices of a verifier's layers of which some rows are recorded: a fine-tuned one may keep its embedding."""
 
 
 def write_training_record(
@@ -86,6 +95,7 @@ def write_training_record(
         "speculators_version": installed_version(),
         "speculators_model_type": values.get("speculators_model_type"),
         "config": {key: value for key, value in computed_config(values).items() if key not in training_keys},
+        "rope": recorded_rope(values),
         "tensors": {name: fingerprint(t, hidden_size) for name, t in sorted(load_checkpoint(directory).items())},
         "num_speculative_tokens": recorded_num_tokens(values),
         "verifier": recorded_verifier(values),
@@ -124,21 +134,26 @@ def is_record(values: Mapping[str, Any]) -> bool:
     is_tokenizer = not tokenizer or (isinstance(tokenizer, dict) and {"sha256", "num_tokens"} <= tokenizer.keys())
     if not (is_named and is_tokenizer and isinstance(rows, dict)):
         return False
+    rope = values.get("rope")
+    if not (rope is None or (isinstance(rope, list) and all(map(is_number, rope)))):
+        return False
     fingerprints = [*values["tensors"].values(), *(found for found in rows.values() if found is not None)]
     return all(map(is_fingerprint, fingerprints))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and abs(value) < 1e30
 
 
 def is_fingerprint(values: Any) -> bool:
     if not isinstance(values, dict) or not {"shape", "dtype", "sha256"} <= values.keys():
         return False
-    chunks = values.get("chunks") or []
+    chunks, rounded, norm = values.get("chunks") or [], values.get("rounded") or {}, values.get("norm")
+    is_typed = isinstance(values["dtype"], str) and isinstance(rounded, dict) and (norm is None or is_number(norm))
+    if not is_typed:
+        return False
     sketches = [*(chunks if isinstance(chunks, list) else [None]), *([values["sketch"]] if "sketch" in values else [])]
-    return all(
-        isinstance(found, list)
-        and len(found) == NUM_SKETCHES
-        and all(isinstance(number, float | int) and abs(number) < 1e30 for number in found)
-        for found in sketches
-    )
+    return all(isinstance(s, list) and len(s) == NUM_SKETCHES and all(map(is_number, s)) for s in sketches)
 
 
 # -- config ------------------------------------------------------------------------------------------------------------
@@ -156,7 +171,9 @@ def computed_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_of(layers: Mapping[str, Any]) -> dict[str, Any]:
-    given = layers.get("rope_parameters") or layers.get("rope_scaling")
+    """As transformers reads it: the older `rope_scaling` replaces `rope_parameters`, and what is inside wins over what
+    stands beside."""
+    given = layers.get("rope_scaling") or layers.get("rope_parameters")
     found = dict(given) if isinstance(given, Mapping) else {}
     if any(isinstance(value, Mapping) for value in found.values()):
         return found  # one set per kind of layer
@@ -183,6 +200,12 @@ def hidden_size_of(values: Mapping[str, Any]) -> int | None:
     return found if type(found) is int and found > 0 else None
 
 
+def recorded_rope(values: Mapping[str, Any]) -> list[float] | None:
+    layers = values.get(LAYERS)
+    kind = SpeculatorModelConfig.default_transformer_model_type
+    return rope_numbers(layers, kind) if isinstance(layers, Mapping) else None
+
+
 def recorded_num_tokens(values: Mapping[str, Any]) -> int | None:
     methods = (values.get("speculators_config") or {}).get("proposal_methods") or [{}]
     return methods[0].get("speculative_tokens")
@@ -192,14 +215,25 @@ def recorded_num_tokens(values: Mapping[str, Any]) -> int | None:
 
 
 def fingerprint(tensor: Tensor, chunk_width: int | None = None) -> dict[str, Any]:
-    """Describes a tensor by shape, type and hash; floats also by a sketch, and one per `chunk_width` columns."""
-    found: dict[str, Any] = {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype), "sha256": sha256(tensor)}
+    """Describes a tensor by shape, type and hash; floats also by norm, sketch, the hashes of the tensor rounded to
+    other types, and a sketch per `chunk_width` columns."""
+    own_type = dtype_name(tensor.dtype)
+    found: dict[str, Any] = {"shape": list(tensor.shape), "dtype": own_type, "sha256": sha256(tensor)}
     if tensor.is_floating_point() and tensor.numel():
         matrix = as_matrix(tensor)
         found["sketch"] = sketch(matrix)
+        norm = norm_of(tensor)
+        found["norm"] = norm if is_number(norm) else None
+        shorter = [name for name in PLAIN_TYPES if name not in (own_type, "float32")]  # float32 changes neither of them
+        found["rounded"] = {name: sha256(tensor.to(PLAIN_TYPES[name])) for name in shorter}
         if tensor.ndim == 2 and chunk_width and is_chunked(matrix.shape[1], chunk_width):
             found["chunks"] = [sketch(chunk) for chunk in matrix.split(chunk_width, dim=1)]
     return found
+
+
+def norm_of(tensor: Tensor) -> float:
+    blocks = (block.double() for block in tensor.reshape(-1).split(VALUES_AT_ONCE))
+    return sum(float(torch.dot(block, block)) for block in blocks) ** 0.5
 
 
 def is_chunked(width: int, chunk_width: int) -> bool:
@@ -254,10 +288,9 @@ def verifier_facts(name: str) -> dict[str, Any]:
         config = text_config(open_config(name))
     except (OSError, ValueError):
         return facts
-    facts |= {
-        key: getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers", "vocab_size", "model_type")
-    }
-    facts["tensors"] = {tensor: rows_fingerprint(tensor, name) for tensor in VERIFIER_TENSORS}
+    facts |= {key: getattr(config, key, None) for key in VERIFIER_SIZES}
+    names = (*VERIFIER_TENSORS, *layer_matrices(name, NUM_LAYER_TENSORS))
+    facts["tensors"] = {tensor: rows_fingerprint(tensor, name) for tensor in names}
     return facts
 
 
@@ -265,14 +298,3 @@ def rows_fingerprint(tensor: str, verifier: str) -> dict[str, Any] | None:
     """Fingerprints some rows of a tensor; None when they cannot be read here."""
     found = verifier_rows(tensor, verifier)
     return None if found is None else {**fingerprint(found.rows), "shape": list(found.shape)}
-
-
-def tokenizer_facts(name: str) -> dict[str, Any] | None:
-    """Hashes token -> id; None when no tokenizer can be read here."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    text = json.dumps(vocabulary, ensure_ascii=True)
-    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "num_tokens": len(vocabulary)}

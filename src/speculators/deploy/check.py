@@ -17,18 +17,17 @@ from typing import Any
 
 from torch import Tensor
 
-from speculators.checkpoint.findings import Finding, error
+from speculators.checkpoint.findings import Finding, error, warning
 from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint, build_without_data
 from speculators.checkpoint.io import OpenedCheckpoint, local_directory, read_foreign, recognise
-from speculators.checkpoint.record import RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
+from speculators.checkpoint.record import LAYERS, RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
 from speculators.config import SpeculatorModelConfig
 from speculators.deploy import config_check, tensor_check, verifier_check
-from speculators.deploy.report import CheckReport
+from speculators.deploy.report import RECORD, CheckReport
 from speculators.model import SpeculatorModel
 from speculators.utils.names import NamedModel, model_name, refuse_option
 from speculators.utils.util import reading
 
-RECORD = "as it was trained"
 MAP = "vocabulary map"
 FIT = "fits the verifier"
 COPIES = "copies of the verifier's weights"
@@ -111,9 +110,10 @@ def open_ours(values: dict[str, Any], report: CheckReport) -> OpenedCheckpoint |
     if config is None:
         return None
     model_class = SpeculatorModel.registered_model_class_from_config(config)
-    is_served = model_class.contract.served_format == SPECULATORS
-    if is_served:
+    if model_class.contract.served_format == SPECULATORS:
         report.add("draft layers", config_check.layer_findings(values))
+    if isinstance(values.get(LAYERS), Mapping):
+        report.findings += config_check.rope_findings(values[LAYERS], LAYERS + ".")
     tensors = read_weights(report)
     if tensors is None:
         return None
@@ -134,6 +134,7 @@ def open_foreign(
         return None
     report.format = known.name
     report.add("config.json", known.findings(source))
+    report.findings += config_check.rope_findings(source.values, "")
     try:
         with reading("the checkpoint"):
             converted = read_foreign(source, known, verifier)
@@ -174,6 +175,7 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
     try:
         with reading("config.json"):
             report.add("what vLLM makes of the options", contract.findings(opened.values, config))
+            report.findings += config_check.count_findings(config, contract.most_drafts(config))
             expected = contract.expected_tensors(opened.model_class, config)
             layer_ids = read_layers(opened)
     except ValueError as problem:
@@ -198,6 +200,9 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
                 *tensor_check.changed_tensor_findings(record, tensors, hidden),
             ],
         )
+        if tensor_check.compared_by_sketch(record, tensors):
+            why = f"{RECORD_FILE} is of an earlier release, without their hashes: a factor or a small edit is not seen"
+            report.skip("exact values of weights stored in another type", why)
     report.findings = without_duplicates(report.findings)
 
 
@@ -218,7 +223,11 @@ def record_of(report: CheckReport) -> Mapping[str, Any] | None:
         report.skip(RECORD, str(problem))
         return None
     if record is None:
-        report.skip(RECORD, f"without {RECORD_FILE}, edits of config.json or weights after training cannot be detected")
+        why = "edits of config.json or weights after training cannot be detected"
+        report.skip(RECORD, f"without {RECORD_FILE}, {why}")
+        if report.format == SPECULATORS:
+            fix = "take it from where the checkpoint was trained; other writers write none"
+            report.findings.append(warning("record-missing", RECORD_FILE, "not in the directory", why, fix))
     return record
 
 
@@ -249,13 +258,19 @@ def check_verifier(
     if verifier_config is None:
         report.skip(FIT, "the verifier cannot be reached")
         return
-    report.add(FIT, verifier_check.fit_findings(verifier_config, opened.config, layer_ids))
+    same_tokenizer = verifier_check.has_same_tokenizer(record, name)
+    report.add(
+        FIT, verifier_check.fit_findings(verifier_config, opened.config, layer_ids, same_tokenizer=same_tokenizer)
+    )
     if not verifier_check.weights_are_here(name):
         why = "they are not on this machine; download them into the cache, or name a directory with --verifier"
         report.skip("the verifier's weights", why)
-    elif copies := {k: v for k, v in contract.verifier_copies(opened.config).items() if k in opened.tensors}:
+    else:
+        report.findings += verifier_check.rows_not_finite(name)
+        copies = {k: v for k, v in contract.verifier_copies(opened.config).items() if k in opened.tensors}
         origin = None if record is None else record.get("origin", "training")
-        report.add(COPIES, verifier_check.copy_findings(opened.tensors, copies, name, origin))
+        if copies:
+            report.add(COPIES, verifier_check.copy_findings(opened.tensors, copies, name, origin))
     if record is not None:
         report.add(LEARNED_FROM, verifier_check.changed_verifier_findings(record, name))
         if verifier_facts(name)["tokenizer"] is None:

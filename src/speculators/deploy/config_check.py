@@ -3,20 +3,24 @@ record of training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from speculators.checkpoint.findings import Finding, error, warning
-from speculators.checkpoint.record import LAYERS, ROPE_KEYS, computed_config
+from speculators.checkpoint.formats import drafts_per_round
+from speculators.checkpoint.record import LAYERS, ROPE_KEYS, computed_config, recorded_rope
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 
 SETTINGS = "speculators_config"
+ROPE = f"{LAYERS}.rope_parameters"
 MOST_FINDINGS = 20
 """Invalid values of one config.json that are listed."""
+SAME_ANGLE = 1e-4
+"""Rotary frequencies nearer than this share are the same: float32 arithmetic of two versions differs by 1e-6."""
 CONFIG_FIX = "write the value back, or take config.json from where the checkpoint was trained"
 # vLLM builds a generic config of the draft layers from the dict, which has no default for a missing key.
 LAYER_KEYS = (
@@ -122,6 +126,34 @@ def layer_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
+def rope_findings(layers: Mapping[str, Any], where: str) -> Iterator[Finding]:
+    """Reports rope that is said twice, differently: readers differ in which they take."""
+    inside = layers.get("rope_parameters") or {}
+    older = layers.get("rope_scaling") or {}
+    said = [part for part in (inside, older) if isinstance(part, Mapping)]
+    for key in sorted({key for part in said for key in part} | {"rope_theta", "partial_rotary_factor"}):
+        values = [part[key] for part in said if key in part]
+        if key in ROPE_KEYS and layers.get(key) is not None:
+            values.append(layers[key])
+        if any(value != values[0] for value in values[1:]):
+            found = " and ".join(map(repr, values))
+            rule = "it is said twice; transformers takes rope_scaling, then rope_parameters, others the one beside them"
+            yield error("rope-twice", f"{where}{key}", found, rule, "write rope_parameters alone, as trained")
+
+
+def count_findings(config: SpeculatorModelConfig, most: int | None) -> Iterator[Finding]:
+    """Compares the draft tokens per round with the `most` that the drafter can give."""
+    told = drafts_per_round(config)
+    if told is not None and most is not None and told > most:
+        yield error(
+            "drafts-too-many",
+            f"{SETTINGS}.proposal_methods[0].speculative_tokens",
+            str(told),
+            f"the drafter has {most} per round",
+            f"write at most {most}",
+        )
+
+
 def at(values: Any, *keys: str | int) -> Any:
     """Returns the value at a path of keys and indices; None where the path ends earlier."""
     for key in keys:
@@ -177,3 +209,16 @@ def changed_config_findings(
                 "it was not there in training, and engines read it",
                 "remove the key, or take config.json from where the checkpoint was trained",
             )
+    same_keys = all(now.get(key) == value for key, value in trained.items() if key.startswith(ROPE))
+    if same_keys and not is_same_rope(record.get("rope"), recorded_rope(values)):
+        found = "other frequencies than in training, by transformers' reading of config.json"
+        rule = "head_dim and, for some types of rope, max_position_embeddings make them too"
+        yield error("rope-changed", ROPE, found, rule, CONFIG_FIX)
+
+
+def is_same_rope(trained: Sequence[float] | None, now: Sequence[float] | None) -> bool:
+    """Whether no frequency differs; so too when either is not known."""
+    if not trained or not now:
+        return True
+    same_length = len(trained) == len(now)
+    return same_length and all(abs(a - b) <= SAME_ANGLE * abs(a) for a, b in zip(trained, now, strict=True))

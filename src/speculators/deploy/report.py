@@ -15,6 +15,9 @@ from speculators.checkpoint.findings import VLLM_PROFILE, Finding
 from speculators.checkpoint.formats import Serving
 from speculators.utils.report import TableReport, facts_table
 
+RECORD = "as it was trained"
+"""The step that compares with the record of training."""
+
 
 class CheckError(ValueError):
     """The checkpoint would fail in vLLM, or draft there otherwise than it was trained to."""
@@ -69,7 +72,7 @@ class CheckReport(TableReport):
         if num_errors:
             return f"{num_errors} error{'s' * (num_errors > 1)}: do not serve it"
         if self.serving is not None or self.served_format == self.format:
-            return "ready to serve"
+            return "ready to serve" + (", as far as can be told without its record" if RECORD in self.not_done else "")
         if self.served_format is None:
             return f"no errors; {VLLM_PROFILE} serves no drafter of this type"
         return f"no errors; {VLLM_PROFILE} serves what `speculators export` makes of it"

@@ -7,21 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from speculators.checkpoint.findings import Finding, error, warning
-from speculators.checkpoint.record import RECORD_FILE, fingerprint
+from speculators.checkpoint.record import (
+    PLAIN_TYPES,
+    RECORD_FILE,
+    VALUES_AT_ONCE,
+    as_matrix,
+    fingerprint,
+    norm_of,
+    sha256,
+    sketch,
+)
 from speculators.nn.draft_tokens import verifier_ids
 from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX
 
-PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAP, KEPT = "d2t", "t2d"
-VALUES_AT_ONCE = 1 << 22
 ROUNDING = 0.05
 """Sketches nearer than this are of the same weights: rounding moves them by some 0.002, fp8 by 0.03."""
+NORM_ROUNDING = 0.01
+"""Norms nearer than this share are of the same weights."""
+Likeness = Literal["same", "rounded", "near", "other"]
+"""Of a tensor and a fingerprint. same: equal, or equal after one rounding. rounded: as near as rounding leaves it, and
+no hash tells more. near: as near, but edited. other: other values."""
 TENSOR_FIX = "take the tensor from where the checkpoint was trained"
 
 
@@ -68,12 +80,12 @@ def single_tensor_findings(name: str, tensor: Tensor, expected: Tensor) -> Itera
             kind = type_of(expected)
             yield error("tensor-type", name, type_of(tensor), f"it must be {kind}", f"store it as {kind}")
         return
-    if tensor.dtype not in PLAIN_TYPES:
+    if tensor.dtype not in PLAIN_TYPES.values():
         yield error(
             "tensor-type",
             name,
             type_of(tensor),
-            f"weights are {', '.join(map(short, PLAIN_TYPES))}",
+            f"weights are {', '.join(PLAIN_TYPES)}",
             "export with --dtype bfloat16",
         )
     elif not is_finite(tensor):
@@ -160,40 +172,75 @@ def changed_tensor_findings(
     for name, trained in sorted(record["tensors"].items()):
         if name not in tensors or list(tensors[name].shape) != trained["shape"]:
             continue  # missing tensors and shapes are looked at elsewhere
-        now = fingerprint(tensors[name], hidden)
-        if now["sha256"] != trained["sha256"]:
-            yield from changed_tensor(name, trained, now)
+        found = likeness(trained, tensors[name])
+        if found in ("near", "other"):
+            yield changed_tensor(name, trained, tensors[name], hidden, is_near=found == "near")
+        elif found == "rounded" and trained["dtype"] == type_of(tensors[name]):
+            rule = f"{RECORD_FILE} has their hash; rounding to a shorter type and back would leave them so"
+            yield warning("tensor-edited", name, "nearly, not exactly, the trained values", rule, TENSOR_FIX)
 
 
-def changed_tensor(name: str, trained: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Finding]:
-    if "sketch" in trained and "sketch" in now and is_near(trained["sketch"], now["sketch"]):
-        if trained["dtype"] == now["dtype"]:
-            yield warning(
-                "tensor-edited",
-                name,
-                "nearly, not exactly, the trained values",
-                f"{RECORD_FILE} has their hash",
-                TENSOR_FIX,
-            )
-        return  # stored in another type
+def compared_by_sketch(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names the tensors of which a record of an earlier release says no more than that they are near."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    known = {name: trained for name, trained in record["tensors"].items() if name in floats}
+    return [n for n, trained in known.items() if "rounded" not in trained and trained["dtype"] != type_of(floats[n])]
+
+
+def changed_tensor(
+    name: str, trained: Mapping[str, Any], tensor: Tensor, hidden: int | None, *, is_near: bool
+) -> Finding:
+    now = fingerprint(tensor, hidden)
     order = order_of(trained.get("chunks"), now.get("chunks"))
-    found = "not the trained values" if order is None else f"its column chunks are in the order {order}"
-    rule = "they have another hash and another sketch than in training"
-    if order is not None:
+    if is_near:
+        found, rule = (
+            "nearly, not exactly, the trained values",
+            "stored in any type, they have another hash than trained",
+        )
+    elif order is not None and order != sorted(order):
+        found = f"its column chunks are in the order {order}"
         rule = f"it was trained in the order {sorted(order)}: each chunk reads one state of the verifier"
-    yield error("tensor-changed", name, found, rule, TENSOR_FIX)
+    else:
+        found, rule = "not the trained values", "they have another hash and another sketch than in training"
+        if trained.get("norm") and now.get("norm") is not None and are_near(trained["sketch"], now["sketch"]):
+            found = f"{now['norm'] / trained['norm']:.3g} times the trained values"
+    return error("tensor-changed", name, found, rule, TENSOR_FIX)
+
+
+def likeness(trained: Mapping[str, Any], tensor: Tensor) -> Likeness:
+    """Compares a tensor with the fingerprint of a trained one of its shape."""
+    known = {trained["dtype"]: trained["sha256"], **(trained.get("rounded") or {})}
+    own = type_of(tensor)
+    types = PLAIN_TYPES if own in PLAIN_TYPES else {own: tensor.dtype}
+    if any(name in known and holds(tensor, t) and sha256(tensor.to(t)) == known[name] for name, t in types.items()):
+        return "same"
+    if "sketch" not in trained or not tensor.is_floating_point() or not tensor.numel():
+        return "other"
+    norm = trained.get("norm")
+    is_as_large = norm is None or abs(norm_of(tensor) - norm) <= NORM_ROUNDING * norm
+    if not is_as_large or not are_near(trained["sketch"], sketch(as_matrix(tensor))):
+        return "other"
+    if "rounded" in trained:
+        return "near"
+    shorter = [t for name, t in PLAIN_TYPES.items() if name not in (own, "float32")]
+    return "rounded" if own != trained["dtype"] or any(holds(tensor, t) for t in shorter) else "near"
+
+
+def holds(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether each value of a tensor is one of that type."""
+    return tensor.dtype == dtype or torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+
+
+def are_near(a: Sequence[float], b: Sequence[float]) -> bool:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) < ROUNDING
 
 
 def order_of(trained: Sequence[Any] | None, now: Sequence[Any] | None) -> list[int] | None:
     """Which trained chunk each chunk is; None unless they are all there."""
     if not trained or not now:
         return None
-    order = [next((j for j, old in enumerate(trained) if is_near(old, new)), -1) for new in now]
+    order = [next((j for j, old in enumerate(trained) if are_near(old, new)), -1) for new in now]
     return order if sorted(order) == list(range(len(trained))) else None
-
-
-def is_near(a: Sequence[float], b: Sequence[float]) -> bool:
-    return max(abs(x - y) for x, y in zip(a, b, strict=True)) < ROUNDING
 
 
 def shape_of(tensor: Tensor) -> str:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from speculators.checkpoint.findings import Finding, error, warning
-from speculators.checkpoint.record import verifier_facts
+from speculators.checkpoint.record import VERIFIER_TENSORS, verifier_facts
 from speculators.config import SpeculatorModelConfig
-from speculators.deploy.tensor_check import MAP, is_near
+from speculators.deploy.tensor_check import MAP, likeness
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.model import SpeculatorModel
 from speculators.utils.loading import Rows, spaced
@@ -29,43 +29,34 @@ from speculators.verifier.config import open_config, text_config
 from speculators.verifier.loading import EMBEDDING, verifier_rows
 
 WHERE = "speculators_config.verifier"
-SAME_DIRECTION = 0.9
-"""Least median cosine between copied rows and the verifier's: 1 up to rounding; about 0 for other rows."""
+SAME_DIRECTION, SURELY_COPIED = 0.9, 0.999
+"""Least cosine between copied rows and the verifier's (1 up to rounding; about 0 for other rows), and a median that
+heads which were trained by themselves do not have."""
+SAME_SCALE = 0.02
+SHIFTS = (-1, 1, -2, 2)
+"""Rows beside, which are looked at where a head's rows are not the verifier's."""
 
 
 def verifier_config(name: str) -> tuple[PretrainedConfig | None, list[Finding]]:
     """Reads the verifier's config; None, with a finding, when it cannot be read from here."""
+    where = f"{WHERE}.name_or_path"
     fix = "write a hub id, or an absolute path that exists on the serving machine; or check with --verifier"
     if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
-        return None, [
-            error(
-                "verifier-unreachable",
-                f"{WHERE}.name_or_path",
-                repr(name),
-                "vLLM serves this model; it is not a directory with a config.json here",
-                fix,
-            )
-        ]
+        rule = "vLLM serves this model; it is not a directory with a config.json here"
+        return None, [error("verifier-unreachable", where, repr(name), rule, fix)]
     try:
         config = open_config(name)
     except (OSError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0]
-        return None, [error("verifier-unreachable", f"{WHERE}.name_or_path", repr(name), reason, fix)]
-    relative = Path(name).is_dir() and not Path(name).is_absolute()
-    found = [
-        warning(
-            "verifier-relative",
-            f"{WHERE}.name_or_path",
-            repr(name),
-            "a relative path means another directory wherever the server is started",
-            "write the absolute path",
-        )
-    ]
-    return config, found if relative else []
+        return None, [error("verifier-unreachable", where, repr(name), reason, fix)]
+    if not Path(name).is_dir() or Path(name).is_absolute():
+        return config, []
+    rule = "a relative path means another directory wherever the server is started"
+    return config, [warning("verifier-relative", where, repr(name), rule, "write the absolute path")]
 
 
 def fit_findings(
-    verifier: PretrainedConfig, config: SpeculatorModelConfig, layer_ids: Sequence[int]
+    verifier: PretrainedConfig, config: SpeculatorModelConfig, layer_ids: Sequence[int], *, same_tokenizer: bool
 ) -> Iterator[Finding]:
     """Compares sizes, layers and class of the verifier with the drafter's `config`; it reads the layers `layer_ids`."""
     text = text_config(verifier)
@@ -74,8 +65,10 @@ def fit_findings(
     for what, ours in (("hidden_size", getattr(layers, "hidden_size", None)), ("vocab_size", vocab_size_of(config))):
         theirs = getattr(text, what, None)
         if None not in (theirs, ours) and theirs != ours:
-            code = f"verifier-{what.replace('_', '-')}"
-            yield error(code, what, f"the drafter's is {ours}", f"the verifier's is {theirs}", fix)
+            code, rule = f"verifier-{what.replace('_', '-')}", f"the verifier's is {theirs}"
+            if what == "vocab_size" and same_tokenizer:
+                rule += "; the tokenizer is the same, the tables are padded to different numbers of rows"
+            yield error(code, what, f"the drafter's is {ours}", rule, fix)
     num_layers = getattr(text, "num_hidden_layers", None)
     if list(layer_ids) != sorted(set(layer_ids)):
         yield error(
@@ -131,20 +124,51 @@ def copy_findings(
         ours_RH = tensors[name][spaced(len(tensors[name]))]
         if found.rows.shape != ours_RH.shape:
             continue  # the sizes are compared elsewhere
-        cosine = float(torch.cosine_similarity(ours_RH.float(), found.rows.float(), dim=1).median())
+        cosine_R, scale = compared_rows(ours_RH, found.rows)
         is_head = name != EMBEDDING
-        if cosine < SAME_DIRECTION and not (is_head and origin == "conversion"):
-            is_surely_copy = not is_head or origin == "training"
-            severity = error if is_surely_copy else warning
-            yield severity(
-                "head-rows-differ" if is_head else "embedding-differs",
-                name,
-                f"its rows differ from the verifier's rows of the same tokens (median cosine {cosine:.2f})",
-                "they are copies of the verifier's" + (f", chosen by {MAP}" if is_head and MAP in tensors else ""),
-                "use the verifier, tokenizer and vocabulary map of training"
-                if is_surely_copy
-                else "nothing, if the head was trained by itself",
-            )
+        code = "head-rows-differ" if is_head else "embedding-differs"
+        rule = "they are copies of the verifier's" + (f", chosen by {MAP}" if is_head and MAP in tensors else "")
+        fix = "use the verifier, tokenizer and vocabulary map of training"
+        median, num_other = float(cosine_R.median()), int((cosine_R < SAME_DIRECTION).sum())
+        is_surely_copy = not is_head or origin == "training" or median > SURELY_COPIED
+        if is_surely_copy and num_other:
+            what = f"{num_other} of {len(cosine_R)} of its rows differ from the verifier's rows of the same tokens"
+            yield error(code, name, f"{what} (median cosine {median:.2f})", rule, fix)
+        elif is_surely_copy and abs(scale - 1) > SAME_SCALE:
+            yield error(code, name, f"its rows are {scale:.3g} times the verifier's", rule, fix)
+        elif median < SAME_DIRECTION and (shift := shift_of(tensors, name, theirs, verifier)):
+            yield error("head-rows-shifted", name, f"its rows are the verifier's of the tokens {shift}", rule, fix)
+        elif median < SAME_DIRECTION and origin != "conversion":
+            what = f"its rows differ from the verifier's rows of the same tokens (median cosine {median:.2f})"
+            yield warning(code, name, what, rule, "nothing, if the head was trained by itself")
+
+
+def compared_rows(ours_RH: Tensor, theirs_RH: Tensor) -> tuple[Tensor, float]:
+    """Returns the cosine of each pair of rows (1 where both are zero), and how many times larger ours are."""
+    ours_RH, theirs_RH = ours_RH.float(), theirs_RH.float()
+    ours_R, theirs_R = ours_RH.norm(dim=1), theirs_RH.norm(dim=1)
+    cosine_R = torch.cosine_similarity(ours_RH, theirs_RH, dim=1).where((ours_R > 0) | (theirs_R > 0), 1.0)
+    return cosine_R, float((ours_R / theirs_R.clamp_min(1e-30)).median())
+
+
+def shift_of(tensors: Mapping[str, Tensor], name: str, theirs: str, verifier: str) -> str | None:
+    """Says which tokens a head's rows stand for, when they are the verifier's rows of tokens beside."""
+    rows = spaced(len(tensors[name]))
+    for shift in SHIFTS:
+        inside = [row for row in rows if 0 <= row + shift < len(tensors[name])]
+        beside = own_rows(tensors, name, [row + shift for row in inside])
+        own = own_rows(tensors, name, inside)
+        if beside is None or own is None:
+            return None
+        moved = [max(token + shift, 0) for token in own]
+        for tokens, words in ((beside, f"of the rows {shift:+d} from theirs"), (moved, f"{shift:+d} from theirs")):
+            found = rows_of_copied(theirs, verifier, tokens)
+            if (
+                found is not None
+                and float(compared_rows(tensors[name][inside], found.rows)[0].median()) > SAME_DIRECTION
+            ):
+                return words
+    return None
 
 
 def weights_are_here(verifier: str) -> bool:
@@ -152,9 +176,9 @@ def weights_are_here(verifier: str) -> bool:
     return verifier_rows(EMBEDDING, verifier, [0]) is not None
 
 
-def own_rows(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:
-    """Returns the verifier's row for each of our sampled rows; None when the map is not usable."""
-    rows = spaced(len(tensors[name]))
+def own_rows(tensors: Mapping[str, Tensor], name: str, rows: Sequence[int] | None = None) -> list[int] | None:
+    """Returns the verifier's row for each of our rows (None: sampled ones); None when the map is not usable."""
+    rows = spaced(len(tensors[name])) if rows is None else list(rows)
     if name == EMBEDDING or MAP not in tensors:
         return rows
     if len(tensors[MAP]) != len(tensors[name]):
@@ -168,8 +192,24 @@ def rows_of_copied(name: str, verifier: str, rows: list[int]) -> Rows | None:
     return found if found is not None else verifier_rows(EMBEDDING, verifier, rows)
 
 
+def rows_not_finite(verifier: str) -> Iterator[Finding]:
+    """Looks at the sampled rows of the verifier alone; the deep check reads all."""
+    for name in VERIFIER_TENSORS:
+        found = verifier_rows(name, verifier)
+        if found is not None and found.rows.is_floating_point() and not bool(found.rows.isfinite().all()):
+            rule = "every weight must be a number"
+            yield error("weight-not-finite", f"the verifier's {name}", "NaN or infinite values", rule, DAMAGED)
+
+
+def has_same_tokenizer(record: Mapping[str, Any] | None, verifier: str) -> bool:
+    """Whether the verifier is known to have the tokenizer of the one in training."""
+    old = ((record or {}).get("verifier") or {}).get("tokenizer")
+    new = verifier_facts(verifier)["tokenizer"] if old else None
+    return bool(old and new and old["sha256"] == new["sha256"])
+
+
 def changed_verifier_findings(record: Mapping[str, Any], verifier: str) -> Iterator[Finding]:
-    """Compares the verifier with the one in training, by tokenizer and by some rows of its weights."""
+    """Compares the verifier with the one in training, by tokenizer, sizes and some rows of its weights."""
     trained, now = record.get("verifier"), verifier_facts(verifier)
     if trained is None:
         return
@@ -183,22 +223,19 @@ def changed_verifier_findings(record: Mapping[str, Any], verifier: str) -> Itera
             f"in training the tokenizer had {old['num_tokens']} tokens",
             fix,
         )
+    for key in ("num_hidden_layers", "model_type"):
+        if None not in (trained.get(key), now.get(key)) and trained[key] != now[key]:
+            yield error("verifier-differs", f"{verifier}: {key}", repr(now[key]), f"it was {trained[key]!r}", fix)
     for name, old in (trained.get("tensors") or {}).items():
-        new = (now.get("tensors") or {}).get(name)
-        if old and new and not same_rows(old, new):
-            yield error(
-                "verifier-differs",
-                f"{verifier}: {name}",
-                "not as in training",
-                "the drafter learned from another verifier",
-                fix,
-            )
-
-
-def same_rows(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    if old["shape"] != new["shape"]:
-        return False
-    return old["sha256"] == new["sha256"] or is_near(old["sketch"], new["sketch"])
+        found = verifier_rows(name, verifier) if old else None
+        if found is None or (list(found.shape) != old["shape"] and has_same_tokenizer(record, verifier)):
+            continue  # not here; or a table that is padded otherwise, which is said with the sizes
+        like = likeness(old, found.rows) if list(found.shape) == old["shape"] else "other"
+        rule = "the drafter learned from another verifier"
+        if like == "other":
+            yield error("verifier-differs", f"{verifier}: {name}", "not as in training", rule, fix)
+        elif like == "near":
+            yield warning("verifier-edited", f"{verifier}: {name}", "nearly, not exactly, as in training", rule, fix)
 
 
 # -- the deep check: both models are loaded and run on a few tokens; every weight and score must be a number

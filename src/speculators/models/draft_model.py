@@ -83,3 +83,16 @@ class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         if was_never_loaded(model.lm_head.weight):
             model.lm_head.weight.data.copy_(select_rows(verifier_model.get_output_embeddings().weight, model.t2d))
         return model
+
+
+def mask_token_of(config: Any) -> int:
+    """Returns the token of masked slots. Raises `ValueError` where there is none, or it is no row of the embedding."""
+    token, vocab_size = config.mask_token_id, config.target_vocab_size
+    if token is None:
+        raise ValueError("mask_token_id is not set, so masked slots have no token; set it in config.json")
+    if not 0 <= token < vocab_size:
+        raise ValueError(
+            f"mask_token_id={token} is no row of the verifier's embedding (0..{vocab_size - 1}); write the id that the "
+            "drafter was trained with into config.json"
+        )
+    return token

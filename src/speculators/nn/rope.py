@@ -11,14 +11,20 @@ device, saved by accident or cast to bf16.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from speculators.utils.util import WRONG_VALUE, load_transformer_config
+
 DEFAULT_ROPE_THETA = 10_000.0
 MIN_TABLE_POSITIONS = 256
+DEPEND_ON_LENGTH = ("dynamic", "longrope")
+"""Types that turn otherwise past the longest text."""
 
 
 class RopeTables(NamedTuple):
@@ -78,6 +84,20 @@ def inverse_frequencies(config: Any) -> tuple[Tensor, float]:
     # The scale that depends on length (longrope, dynamic) is chosen once, for the longest sequence the config allows:
     # keys rotated with different frequencies cannot share a cache.
     return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=config.max_position_embeddings)
+
+
+def rope_numbers(layers: Mapping[str, Any], model_type: str) -> list[float] | None:
+    """The factor on cos and sin, then the frequencies, of layers that config.json describes, by transformers' reading
+    of it; last, where they depend on it while decoding, the longest text. `model_type`: of a description that says
+    none. None where it cannot be read, or the layers do not rotate."""
+    try:
+        config: Any = load_transformer_config(copy.deepcopy(dict(layers)), model_type)
+        frequencies, factor = inverse_frequencies(config)
+        depends = rope_parameters(config)["rope_type"] in DEPEND_ON_LENGTH
+        longest = [float(config.max_position_embeddings)] if depends else []
+    except (ValueError, *WRONG_VALUE):
+        return None
+    return [float(factor), *frequencies.tolist(), *longest]
 
 
 class Rope:

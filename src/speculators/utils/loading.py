@@ -59,9 +59,9 @@ def is_config_only_dir(path: str | os.PathLike) -> bool:
     return not any(entry.name.endswith(weights) for entry in folder.iterdir())
 
 
-def list_checkpoint_keys(path: str | os.PathLike) -> list[str]:
-    """Lists the tensor names of a checkpoint directory. Raises `FileNotFoundError` when it has no weights."""
-    return list(_locate_tensors(path))
+def list_checkpoint_keys(path: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
+    """Lists the tensor names of a checkpoint directory or hub id. Raises `FileNotFoundError` when it has no weights."""
+    return list(_locate_tensors(path, **hub_kwargs))
 
 
 def load_model_layers(names: Iterable[str], model_path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Tensor]:

@@ -1,23 +1,25 @@
 """Loads a verifier, any Hugging Face causal LM, from safetensors only: the whole model, or only its embedding, head and
-final norm, read from its files.
+final norm, read from its files; and says what tells one verifier from another.
 
 Shapes: V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from speculators.nn.norms import LayerNorm, RMSNorm, RMSNormPlusOne
-from speculators.utils.loading import Rows, find_key, list_checkpoint_keys, load_model_layers, load_rows
+from speculators.utils.loading import Rows, find_key, list_checkpoint_keys, load_model_layers, load_rows, spaced
 from speculators.utils.names import refuse_missing_verifier
 from speculators.utils.progress import no_progress_bars
 from speculators.verifier.config import (
@@ -178,3 +180,29 @@ def resolve_verifier_norm_class(verifier: str) -> type[RMSNorm]:
     if kind.is_centered:
         return LayerNorm
     return RMSNormPlusOne if kind.has_unit_offset else RMSNorm
+
+
+# -- what tells one verifier from another
+
+
+def layer_matrices(name: str, count: int) -> list[str]:
+    """Names some matrices of a verifier's layers, first to last; none when its files are not on this machine."""
+    try:
+        keys = list_checkpoint_keys(name, local_files_only=True)
+    except (OSError, ValueError):
+        return []
+    inside = [key for key in keys if key.endswith("proj.weight") and any(part.isdigit() for part in key.split("."))]
+    return [sorted(inside)[i] for i in spaced(len(inside), count)]
+
+
+def tokenizer_facts(name: str) -> dict[str, Any] | None:
+    """Hashes token -> id; None when no tokenizer can be read here."""
+    from transformers import AutoTokenizer  # imports modelling code: only who reads a tokenizer pays for it
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    text = json.dumps(vocabulary, ensure_ascii=True)
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "num_tokens": len(vocabulary)}

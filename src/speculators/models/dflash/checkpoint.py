@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from speculators.checkpoint.findings import Finding, error, missing_keys, null_mask_token
+from speculators.checkpoint.findings import Finding, error, mask_token_findings, missing_keys
 from speculators.checkpoint.formats import (
     SPECULATORS,
     CheckpointContract,
@@ -167,7 +167,7 @@ class DFlashContract(CheckpointContract):
     }
 
     def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
-        found = [*missing_keys(values, self.absent_means), *null_mask_token(values)]
+        found = [*missing_keys(values, self.absent_means), *mask_token_findings(values, config.target_vocab_size)]
         if config.trained_causal != config.served_causal:
             found.append(
                 error(
@@ -193,6 +193,9 @@ class DFlashContract(CheckpointContract):
                 "train with --no-sample-from-anchor",
             )
         ]
+
+    def most_drafts(self, config: Any) -> int:
+        return config.num_drafts
 
     def warn_before_saving(self, config: Any) -> None:
         warn_if_served_differently(config)

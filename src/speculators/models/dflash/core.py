@@ -37,7 +37,7 @@ from speculators.models.dflash.training import (
     last_block,
     train_blocks,
 )
-from speculators.models.draft_model import DraftModel
+from speculators.models.draft_model import DraftModel, mask_token_of
 from speculators.models.supervision import VerifierHead
 from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.nn.decoder import DecoderLayer
@@ -115,9 +115,7 @@ class DFlashDraftModel(DraftModel):
 
     @property
     def mask_token_id(self) -> int:
-        if self.config.mask_token_id is None:
-            raise ValueError("mask_token_id is not set, so masked slots have no token; set it in config.json")
-        return self.config.mask_token_id
+        return mask_token_of(self.config)
 
     def load_verifier_weights(self) -> None:
         """The embedding, and the head of the whole vocabulary, are the verifier's even where a checkpoint has them."""

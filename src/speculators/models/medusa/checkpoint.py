@@ -144,3 +144,6 @@ class MedusaFormat(CheckpointFormat):
 class MedusaContract(CheckpointContract):
     formats = (MedusaFormat(),)
     served_format = NATIVE
+
+    def most_drafts(self, config: Any) -> int:
+        return config.num_heads

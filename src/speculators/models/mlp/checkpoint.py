@@ -89,3 +89,6 @@ def without_tied_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 class MLPContract(CheckpointContract):
     formats = (FmsFormat(),)
+
+    def most_drafts(self, config: Any) -> int:
+        return config.num_layers

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint.findings import Finding, error, null_mask_token
-from speculators.checkpoint.formats import ForeignCheckpoint, OurCheckpoint, Serving, write_config
+from speculators.checkpoint.findings import Finding, error, mask_token_findings, warning
+from speculators.checkpoint.formats import ForeignCheckpoint, OurCheckpoint, Serving, drafts_per_round, write_config
 from speculators.models.eagle3.checkpoint import Eagle3Contract, Eagle3Format
 from speculators.models.peagle.config import PEagleSpeculatorConfig
 
@@ -58,7 +58,7 @@ class PEagleContract(Eagle3Contract):
         return super().shared_tensors(config) - {"embed_tokens.weight"}
 
     def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
-        found = [*super().findings(values, config), *null_mask_token(values)]
+        found = [*super().findings(values, config), *mask_token_findings(values, config.target_vocab_size)]
         nested = config.transformer_layer_config
         if config.fc_norm and not getattr(nested, "fc_norm", False):
             found.append(
@@ -68,6 +68,17 @@ class PEagleContract(Eagle3Contract):
                     "true at the top level only",
                     "vLLM does not pass it on for this type",
                     "write fc_norm inside transformer_layer_config too",
+                )
+            )
+        told, trained = drafts_per_round(config), config.training_value("num_depths")
+        if told is not None and told > trained:
+            found.append(
+                warning(
+                    "drafts-untrained",
+                    "speculators_config.proposal_methods[0].speculative_tokens",
+                    str(told),
+                    f"{trained} depths were trained; deeper drafts are guesses",
+                    f"write at most {trained}",
                 )
             )
         return found

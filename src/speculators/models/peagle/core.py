@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from speculators.interfaces import LossOutput, PackedBatch, TreeDrafter
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
+from speculators.models.draft_model import mask_token_of
 from speculators.models.eagle3.core import Eagle3DraftModel
 from speculators.models.peagle.checkpoint import PEagleContract, write_fc_norm
 from speculators.models.peagle.config import TRAINING_DEFAULTS, PEagleSpeculatorConfig, PEagleTrainingArgs
@@ -56,9 +57,7 @@ class PEagleDraftModel(Eagle3DraftModel):
 
     @property
     def mask_token_id(self) -> int:
-        if self.config.mask_token_id is None:
-            raise ValueError("mask_token_id is not set, so masked slots have no token; set it in config.json")
-        return self.config.mask_token_id
+        return mask_token_of(self.config)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
