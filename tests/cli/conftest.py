@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
+import struct
+import sys
+import termios
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from speculators.cli.app import main
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -77,3 +86,44 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+class Terminal:
+    """A terminal of 80 columns and 24 rows in the place of stdout and stderr, while a command runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def run(self, *args: str) -> tuple[int, str]:
+        """Returns the exit code and all that was shown, without colours and movements of the cursor."""
+        code, shown = self.run_raw(*args)
+        return code, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown)
+
+    def run_raw(self, *args: str) -> tuple[int, str]:
+        pieces: list[bytes] = []
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        reader = threading.Thread(target=self.read, args=(master, pieces))
+        reader.start()
+        with self.monkeypatch.context() as patch, os.fdopen(slave, "w", buffering=1, encoding="utf-8") as stream:
+            for name, value in {"COLUMNS": "80", "LINES": "24", "TERM": "xterm-256color"}.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "stdout", stream)
+            patch.setattr(sys, "stderr", stream)
+            code = main(list(args))
+        reader.join()
+        os.close(master)
+        return code, b"".join(pieces).decode()
+
+    @staticmethod
+    def read(master: int, pieces: list[bytes]) -> None:
+        while True:
+            try:
+                pieces.append(os.read(master, 65536))
+            except OSError:  # the other end was closed
+                return
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    return Terminal(monkeypatch)

@@ -11,7 +11,8 @@ import pytest
 
 from speculators.assets import tiny_verifier_path
 from speculators.cli import app, data
-from speculators.cli.shared import out, print_facts, say, say_error
+from speculators.cli.shared import Result, say, say_error, show
+from speculators.utils.report import facts_table
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], *([verb, "--help"] for verb in app.VERBS)])
@@ -108,7 +109,7 @@ def raise_it(error: BaseException):
 def test_an_error_is_one_message_and_an_exit_code(
     error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(app, "run", raise_it(error))
+    monkeypatch.setattr(app, "perform", raise_it(error))
     assert app.main(["train"]) == code
     printed = capsys.readouterr().err
     assert message in printed
@@ -138,13 +139,13 @@ def test_a_refused_setting_is_named_without_the_machinery_behind_it(capsys: pyte
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(app, "run", raise_it(ValueError("bad")))
+    monkeypatch.setattr(app, "perform", raise_it(ValueError("bad")))
     assert app.main(["train", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_the_last_line_is_the_result_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(app, "run", lambda args: {"verb": "train", "num_steps": 3})
+    monkeypatch.setattr(app, "perform", lambda args: Result({"verb": "train", "num_steps": 3}))
     assert app.main(["train"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == '{"verb": "train", "num_steps": 3}'
 
@@ -156,10 +157,9 @@ SHOWN = "[/b] [red]x[/] :smile: \\x1b[2J\\x07\\x9b \\u202egnp"
 def test_foreign_text_is_text_on_the_terminal(capsys: pytest.CaptureFixture[str]):
     say(FOREIGN, "yellow")
     say_error(FOREIGN, FOREIGN)
-    print_facts("facts", {"path": FOREIGN})
-    out().print(FOREIGN, markup=False)
+    show(Result({}, [facts_table("facts", {"path": FOREIGN}), FOREIGN], FOREIGN))
     printed = capsys.readouterr()
-    assert printed.err.count(SHOWN) == 3 and printed.out.count(SHOWN) == 2
+    assert printed.err.count(SHOWN) == 3 and printed.out.count(SHOWN) == 3
 
 
 def test_a_path_in_brackets_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

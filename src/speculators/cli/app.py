@@ -8,21 +8,22 @@ from __future__ import annotations
 import errno
 import functools
 import importlib
-import json
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import typer
 from typer.main import get_command
 
 from speculators.cli.flags import HELP_FLAGS, OLD_NAMES, accept_old_names, shown_command
-from speculators.cli.shared import escape_warnings, say_error, say_warning
+from speculators.cli.shared import ONLY_JSON, Result, escape_warnings, say_error, say_warning, show
 from speculators.train.events import ConfigError
 from speculators.utils.names import did_you_mean
+from speculators.utils.report import ReaderGoneError, discard
 
 VERBS: dict[str, str] = {
     "quickstart": "Train a drafter for the embedded verifier, decode with it and measure it: the whole path.",
@@ -54,7 +55,7 @@ FLAGS_READ_ELSEWHERE = {"allow_extra_args": True, "ignore_unknown_options": True
 file of such a verb has a function `help_parser` too, an argparse parser of what its help shows."""
 COMPLETION_VARIABLE = "_SPECULATORS_COMPLETE"
 """Set by the shell functions that `--install-completion` writes."""
-EPILOG = "--debug shows the traceback of an error."
+EPILOG = "On every command: --json prints the result as JSON and nothing else; --debug shows an error's traceback."
 
 # Every parsing error of typer derives from this one; typer does not export it under its own name.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -64,17 +65,52 @@ class Interrupted(Exception):
     """Ctrl-C in a verb, with the verb's message: typer would swallow a KeyboardInterrupt and its message."""
 
 
+@dataclass(frozen=True)
+class CommonFlags:
+    """Flags of every verb, wherever they stand before `--`."""
+
+    debug: bool = False
+    only_json: bool = False
+
+
+def split_common(args: Sequence[str]) -> tuple[list[str], CommonFlags]:
+    """The arguments without the flags of every verb, and those."""
+    end = args.index("--") if "--" in args else len(args)
+    ours, passed_on = list(args[:end]), list(args[end:])
+    flags = CommonFlags(debug="--debug" in ours, only_json="--json" in ours)
+    return [arg for arg in ours if arg not in ("--debug", "--json")] + passed_on, flags
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line. Returns the exit code; the last line of stdout is the result as one JSON object."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
+    """Run one command line and print its result. Returns the exit code."""
+    args, flags = split_common(sys.argv[1:] if argv is None else argv)
     quieten_libraries()
     escape_warnings()
+    only_json = ONLY_JSON.set(flags.only_json)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say_warning
-            result = run(args)
+            code = run_to_the_end(args, flags.debug)
+        sys.stdout.flush()
+    except (ReaderGoneError, BrokenPipeError):  # what is left in the buffer would fail again at the end
+        discard(sys.stdout)
+        return 1
+    finally:
+        ONLY_JSON.reset(only_json)
+    return code
+
+
+def run_to_the_end(args: Sequence[str], debug: bool) -> int:
+    """Runs a verb, prints its result or its error, and returns the exit code."""
+    try:
+        result = perform(args)
+        if not isinstance(result, Result):
+            return result or 0  # --help and --version end with typer's own exit code
+        show(result)
+        if result.error is not None:
+            raise result.error
+    except ReaderGoneError:
+        raise
     except SystemExit as end:  # argparse's --help, --dump-config
         return int(end.code or 0)
     except (KeyboardInterrupt, typer.Abort, Interrupted) as stop:
@@ -86,22 +122,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             say_error(message_of(error), hint=hint_of(error))
         return exit_code_of(error)
-    if isinstance(result, dict):
-        return print_result(result)
-    return result or 0  # --help and --version end with typer's own exit code
+    return result.exit_code
 
 
-def print_result(result: Mapping[str, Any]) -> int:
-    try:
-        print(json.dumps(result, default=str), flush=True)
-    except BrokenPipeError:  # `| head` has read enough; what is left in the buffer would fail again at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1  # as for the tables before it
-    return 0
+def run(args: Sequence[str]) -> dict[str, Any]:
+    """Run one verb in this process, print its tables and return its record. Errors travel to the caller."""
+    result = perform(args)
+    show(result, is_last=False)
+    if result.error is not None:
+        raise result.error
+    return dict(result.record)
 
 
-def run(args: Sequence[str]) -> Any:
-    """Run one verb in this process and return what it returns. Errors travel to the caller."""
+def perform(args: Sequence[str]) -> Any:
+    """Does the work of one verb and returns its `Result`; of `--help` and `--version` the exit code."""
     if COMPLETION_VARIABLE in os.environ:
         return complete()
     if args and args[0] in VERBS:
@@ -173,7 +207,7 @@ def listing() -> Any:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": list(HELP_FLAGS)},
         help="Train, decode and serve speculative-decoding drafters: what you train is what you serve.",
-        epilog="`speculators COMMAND --help` lists a command's options. --debug shows the traceback of an error.",
+        epilog=f"`speculators COMMAND --help` lists a command's options. {EPILOG}",
     )
     for verb, line in VERBS.items():
         app.command(verb, help=line)(lambda: None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,14 +13,15 @@ from speculators.cli.shared import (
     Dtype,
     NumSpeculativeTokens,
     Python,
+    Result,
     TrustRemoteCode,
     Verifier,
-    out,
+    error_of,
     parse_json_object,
-    print_facts,
     say,
 )
 from speculators.evaluation.config import ParityConfig
+from speculators.utils.report import facts_table
 
 
 def check(
@@ -35,16 +35,14 @@ def check(
     deep: Annotated[
         bool, typer.Option("--deep", help="Load verifier and drafter too: every weight and score must be a number.")
     ] = False,
-    only_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON alone.")] = False,
-) -> Any:
+) -> Result:
     """Check a checkpoint before serving it: config, tensors, vocabulary, verifier, and the record of its training."""
     from speculators.deploy.check import check_checkpoint
 
     report = check_checkpoint(checkpoint, verifier=verifier, algorithm=algorithm, deep=deep)
-    if not only_json:
-        out().print(report)
-    print(json.dumps({"verb": "check", **report.as_dict()}, default=str), flush=True)
-    return 0 if report.ok else 1
+    serving = ["speculators", "serve", checkpoint] if report.serving is not None and report.ok else ()
+    record = {"verb": "check", **report.as_dict()}
+    return Result(record, [report], report.verdict, serving, exit_code=0 if report.ok else 1)
 
 
 def export(
@@ -61,16 +59,15 @@ def export(
         Path | None, typer.Option(help="Evaluation to quote in the card. Default: report.json beside the run.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
-) -> dict[str, Any]:
+) -> Result:
     """Write what an engine needs from the same checkpoint, with a card that says how to serve it."""
     from speculators.deploy.export import export_checkpoint
 
     exported = export_checkpoint(
         checkpoint, output, profile=profile, verifier=verifier, dtype=dtype, overwrite=overwrite, report=report
     )
-    out().print(exported)
     serving = exported.serving
-    return {
+    record = {
         "verb": "export",
         "path": str(exported.path),
         "speculators_model_type": exported.speculators_model_type,
@@ -78,6 +75,8 @@ def export(
         "model": serving.model if serving is not None else None,
         "speculative_config": serving.speculative_config if serving is not None else None,
     }
+    next_command = ["speculators", "serve", str(exported.path)] if serving is not None else ()
+    return Result(record, [exported], f"written to {exported.path}", next_command)
 
 
 def convert(
@@ -92,20 +91,22 @@ def convert(
     ] = None,
     validate_device: Annotated[str | None, typer.Option(help="Load the result once on this device.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
-) -> dict[str, Any]:
+) -> Result:
     """Convert a checkpoint of another project (EAGLE, EAGLE-3, Medusa, MTP, DFlash, DSpark) to a speculator."""
     from speculators.convert import convert_model
 
     options = parse_json_object("--algorithm-kwargs", algorithm_kwargs) or {}
     written = convert_model(model, verifier, algorithm, output, validate_device, overwrite=overwrite, **options)
-    out().print(written)
-    return {
+    record = {
         "verb": "convert",
         "path": str(written.path),
         "source_format": written.source_format,
         "speculators_model_type": written.speculators_model_type,
         "notes": list(written.notes),
     }
+    dashes = ["--"] if str(written.path).startswith("-") else []
+    next_command = ["speculators", "check", *dashes, str(written.path)]
+    return Result(record, [written], f"converted: {written.path} is a speculator", next_command)
 
 
 def stitch_mtp(
@@ -114,20 +115,21 @@ def stitch_mtp(
     output: Annotated[
         Path | None, typer.Option(help="New directory to write. Default: ./<verifier's name>-stitched.")
     ] = None,
-) -> dict[str, Any]:
+) -> Result:
     """Write a trained MTP layer into a copy of its verifier; nothing else of the copy differs."""
     from speculators.model import SpeculatorModel
 
     speculator: Any = SpeculatorModel.get_class("mtp")
     stitched = speculator.stitch(finetuned, verifier, output)
     facts = {"written to": stitched.path, "tensors replaced": len(stitched.keys), "in files": ", ".join(stitched.files)}
-    print_facts("stitched", facts)
-    return {
+    record = {
         "verb": "stitch-mtp",
         "path": str(stitched.path),
         "tensors": list(stitched.keys),
         "files": list(stitched.files),
     }
+    next_command = ["speculators", "serve", str(stitched.path), "--method", "mtp"]
+    return Result(record, [facts_table("stitched", facts)], f"written to {stitched.path}", next_command)
 
 
 def verify(
@@ -145,7 +147,7 @@ def verify(
     with_vllm: Annotated[bool, typer.Option("--vllm/--no-vllm", help="Replay in vLLM too, where it is found.")] = True,
     output: Annotated[Path | None, typer.Option(help="Write the report to this JSON file.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-) -> dict[str, Any]:
+) -> Result:
     """Check that training, the engine and vLLM draft the same tokens, and that the text is the verifier's. Exit code 1
     when they do not; the first round that differs is named."""
     from speculators import api
@@ -163,8 +165,12 @@ def verify(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    out().print(report)
     if output is not None:
         say(f"report: {report.save(output)}")
-    report.raise_for_errors()
-    return {"verb": "verify", **report.to_dict()}
+    return Result(
+        {"verb": "verify", **report.to_dict()},
+        [report],
+        report.sentence(),
+        ["speculators", "serve", checkpoint] if report.passed else (),
+        error_of(report.raise_for_errors),
+    )

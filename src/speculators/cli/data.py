@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
+from rich.rule import Rule
 from rich.text import Text
 
-from speculators.cli.shared import TrustRemoteCode, out, parse_json_object, say
+from speculators.cli.shared import Result, TrustRemoteCode, parse_json_object, say
 from speculators.data_generation.configs import (
     DEFAULT_OUTPUT,
     DEFAULT_SEED,
@@ -44,7 +46,7 @@ def prepare_data(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace rows prepared differently.")] = False,
     allow_empty_output: Annotated[bool, typer.Option("--allow-empty-output", help="No row is not an error.")] = False,
     trust_remote_code: TrustRemoteCode = False,
-) -> dict[str, Any]:
+) -> Result:
     """Turn conversations into tokenised training rows with loss masks, token frequencies and a manifest."""
     from speculators import data_generation
 
@@ -65,7 +67,6 @@ def prepare_data(
         chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
         progress=True,
     )
-    out().print(prepared)
     record: dict[str, Any] = {"verb": "prepare-data", "path": str(prepared.path), "reused": prepared.reused}
     manifest = prepared.manifest
     if manifest is not None:
@@ -77,7 +78,8 @@ def prepare_data(
             "units": manifest.units,
             "num_without_reasoning": manifest.num_without_reasoning,
         }
-    return record
+    training = ["speculators", "train", "--verifier", verifier, "--data", str(prepared.path)]
+    return Result(record, [prepared], prepared.sentence(), training)
 
 
 def inspect_mask(
@@ -88,7 +90,7 @@ def inspect_mask(
     seq_length: Annotated[int, typer.Option(min=2, help="For raw conversations: longest row.")] = DEFAULT_SEQ_LENGTH,
     chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-) -> dict[str, Any]:
+) -> Result:
     """Show rows with the tokens that are trained on in green and the context dimmed."""
     from speculators import data_generation
 
@@ -101,15 +103,14 @@ def inspect_mask(
         trust_remote_code=trust_remote_code,
         chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
     )
+    shown: list[RenderableType] = []
     for row in rows:
-        out().rule(f"row {row.index}: {row.num_supervised} of {row.num_tokens} tokens trained on")
-        out().print(coloured(row))
-    return {
-        "verb": "inspect-mask",
-        "rows": [
-            {"index": row.index, "num_tokens": row.num_tokens, "num_supervised": row.num_supervised} for row in rows
-        ],
-    }
+        title = f"row {row.index}: {row.num_supervised} of {row.num_tokens} tokens trained on"
+        shown += [Rule(title), coloured(row)]
+    counts = [{"index": row.index, "num_tokens": row.num_tokens, "num_supervised": row.num_supervised} for row in rows]
+    num_tokens, num_supervised = sum(row.num_tokens for row in rows), sum(row.num_supervised for row in rows)
+    sentence = f"{num_supervised:,} of {num_tokens:,} tokens in {len(rows)} rows are trained on"
+    return Result({"verb": "inspect-mask", "rows": counts}, shown, sentence)
 
 
 def coloured(row: InspectedRow) -> Text:
@@ -151,7 +152,7 @@ def generate_offline_data(
     ] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Machines that share the rows.")] = OfflineConfig.world_size,
     rank: Annotated[int, typer.Option(min=0, help="Number of this machine among them.")] = OfflineConfig.rank,
-) -> dict[str, Any]:
+) -> Result:
     """Write what is missing; the same command continues a run that ended early."""
     from speculators import data_generation
 
@@ -173,10 +174,9 @@ def generate_offline_data(
         rank=rank,
     )
     report = data_generation.generate_offline_data(config, progress=True)
-    out().print(report)
     for row, reason in list(report.failed.items())[:NUM_SHOWN]:
         say(f"row {row}: {reason}", "yellow")
-    return {
+    record = {
         "verb": "generate-offline-data",
         "directory": str(report.directory),
         "num_written": report.num_written,
@@ -185,6 +185,7 @@ def generate_offline_data(
         "num_kept": report.num_kept,
         "failed": {str(row): reason for row, reason in report.failed.items()},
     }
+    return Result(record, [report], report.sentence())
 
 
 def parse_layer_ids(text: str | None) -> tuple[int, ...] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,13 +18,14 @@ from speculators.cli.shared import (
     NumSpeculativeTokens,
     PresencePenalty,
     RepetitionPenalty,
+    Result,
     Stop,
     Temperature,
     TokenTree,
     TopK,
     TopP,
     TrustRemoteCode,
-    out,
+    error_of,
     parse_json_object,
     say,
 )
@@ -33,6 +33,7 @@ from speculators.decoding.settings import DEFAULT_DTYPE
 from speculators.evaluation.config import EvaluateConfig, ServerConfig
 
 if TYPE_CHECKING:
+    from speculators.evaluation.report import EvaluationReport
     from speculators.evaluation.server import ServerReport
 
 OptionalVerifier = Annotated[str | None, typer.Option(help="Verifier: hub id or directory. Default: the server's.")]
@@ -95,7 +96,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the whole report to this JSON file.")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Fail unless the output is plain decoding's.")] = False,
     trust_remote_code: TrustRemoteCode = False,
-) -> dict[str, Any]:
+) -> Result:
     """Measure drafting methods against plain decoding on held-out prompts: paired, interleaved, in one process."""
     asked: dict[str, Any] = {
         "data": data,
@@ -146,19 +147,28 @@ def evaluate(
     )
 
 
-def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) -> dict[str, Any]:
+def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) -> Result:
     """`settings`: what `api.evaluate` takes."""
     from speculators import api
 
     report = api.evaluate(**settings, check_sampling=lossless, progress=True)
-    out().print(report)
-    for warning in report.warnings():
-        say(warning, "yellow")
     if output is not None:
         say(f"report: {report.save(output)}")
-    if lossless:
-        report.raise_for_errors()
-    return {"verb": "evaluate", **report.to_dict()}
+    for warning in report.warnings():
+        say(warning, "yellow")
+    error = error_of(report.raise_for_errors) if lossless else None
+    return Result({"verb": "evaluate", **report.to_dict()}, [report], report.sentence(), next_after(report), error)
+
+
+def next_after(report: EvaluationReport) -> list[str]:
+    """Serve what pays; where nothing does, try what needs no training."""
+    best = report.best
+    if best is None or best.speedup.high < 1:
+        measured = {row.method for row in report.rows}
+        again = ["speculators", "evaluate", "--verifier", report.verifier, "--data", report.dataset]
+        return [] if "ngram" in measured else [*again, "--method", "ngram"]
+    drafter = (report.settings["speculative_configs"][best.method] or {}).get("model")
+    return ["speculators", "serve", *([drafter] if drafter else [report.verifier, "--method", best.method])]
 
 
 def refuse_flags(context: typer.Context, names: tuple[str, ...], reason: str) -> None:
@@ -184,7 +194,7 @@ def label_of(methods: Sequence[str] | None) -> dict[str, str]:
     return {"label": methods[0]} if methods else {}
 
 
-def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: Any) -> dict[str, Any]:
+def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: Any) -> Result:
     """`settings`: the fields of `ServerConfig`."""
     from speculators.evaluation.server import NO_BASELINE, evaluate_server
 
@@ -192,24 +202,23 @@ def evaluate_running_server(*, output: Path | None, lossless: bool, **settings: 
     if lossless and (config.baseline is None or config.temperature > 0):
         raise typer.BadParameter("--lossless of a server needs --baseline-server and greedy answers")
     report = evaluate_server(config, progress=True)
-    if report.rows:
-        out().print(report)
     if config.baseline is None:
         say(NO_BASELINE)
     for warning in report.warnings():
         say(warning, "yellow")
     if output is not None:
         say(f"report: {report.save(output)}")
-    result = {"verb": "evaluate", **report.to_dict()}
-    raise_if_interrupted(report, result)
+    error = error_of_server(report, lossless)
+    return Result(
+        {"verb": "evaluate", **report.to_dict()}, [report] if report.rows else [], report.sentence(), error=error
+    )
+
+
+def error_of_server(report: ServerReport, lossless: bool) -> Exception | None:
+    """Why the rows are not all, or not of the verifier's text: the exit code says so."""
+    if report.interrupted is not None:
+        return ConnectionError(f"the measurement ended early: {report.interrupted}")
     if lossless and any(row.num_identical != row.num_prompts for row in report.rows):
         found = "; ".join(f"{row.num_clients} clients: {row.num_identical}/{row.num_prompts}" for row in report.rows)
-        raise ValueError(f"not lossless: identical greedy answers {found} (bfloat16 has ties that rounding decides)")
-    return result
-
-
-def raise_if_interrupted(report: ServerReport, result: dict[str, Any]) -> None:
-    """Prints the JSON of what was measured before it raises: the exit code says that the rest is missing."""
-    if report.interrupted is not None:
-        print(json.dumps(result, default=str), flush=True)
-        raise ConnectionError(f"the measurement ended early: {report.interrupted}")
+        return ValueError(f"not lossless: identical greedy answers {found} (bfloat16 has ties that rounding decides)")
+    return None

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
+from rich.text import Text
 
 from speculators.cli.shared import (
     Device,
@@ -18,6 +20,7 @@ from speculators.cli.shared import (
     NumSpeculativeTokens,
     PresencePenalty,
     RepetitionPenalty,
+    Result,
     Stop,
     Temperature,
     TokenTree,
@@ -25,13 +28,12 @@ from speculators.cli.shared import (
     TopP,
     TrustRemoteCode,
     Verifier,
-    out,
+    error_of,
     parse_json_object,
-    print_facts,
-    raise_after_printing,
 )
 from speculators.decoding.method import PLAIN
 from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams
+from speculators.utils.report import facts_table, visible
 
 if TYPE_CHECKING:
     from speculators.decoding.request import RequestOutput
@@ -61,7 +63,7 @@ def generate(
     device: Device = DEFAULT_DEVICE,
     raw: Annotated[bool, typer.Option("--raw", help="Take prompts as they are: no chat template.")] = False,
     trust_remote_code: TrustRemoteCode = False,
-) -> dict[str, Any]:
+) -> Result:
     """Decode prompts with draft-and-verify; greedy output is the verifier's own, token for token."""
     from speculators.decoding import Engine, open_target, parse_methods
     from speculators.decoding.request import raise_for_failed
@@ -92,13 +94,11 @@ def generate(
     )
     engine = Engine(target.model, chosen.speculative_config, tokenizer=tokenizer, max_batch_size=len(prompts))
     outputs = engine.generate(prompts, sampling)
+    shown: list[RenderableType] = []
     for text, output in zip(texts, outputs, strict=True):
-        out().print(text, style="bold", markup=False)
-        out().print(output.text, markup=False)
-        print_facts("", facts_of(output))
-    result = {"verb": "generate", "method": chosen.name, "outputs": [record_of(output) for output in outputs]}
-    raise_after_printing(lambda: raise_for_failed(outputs), result)
-    return result
+        shown += [Text(visible(text), "bold"), Text(visible(output.text)), facts_table("", facts_of(output))]
+    record = {"verb": "generate", "method": chosen.name, "outputs": [record_of(output) for output in outputs]}
+    return Result(record, shown, error=error_of(lambda: raise_for_failed(outputs)))
 
 
 def facts_of(output: RequestOutput) -> dict[str, Any]:

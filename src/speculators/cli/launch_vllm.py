@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from speculators.cli.shared import err, out, say
+from speculators.cli.shared import Result, err, say
 from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def help_parser(argv: Sequence[str]) -> Parser:
     return parser()
 
 
-def launch_vllm(context: typer.Context) -> dict[str, Any]:
+def launch_vllm(context: typer.Context) -> Result:
     ours, vllm_args = split(context.args)
     args = parser().parse_args(ours)
     if (args.model is None) is (args.verifier is None):
@@ -155,7 +155,7 @@ def vllm_environment(python: str | None, dry_run: bool) -> VllmEnvironment | Non
 
 def start(
     launch: Launch, result: dict[str, Any], found: VllmEnvironment | None, dry_run: bool, ready_timeout_s: float
-) -> dict[str, Any]:
+) -> Result:
     """Print the command, or run it until Ctrl-C or SIGTERM."""
     result |= {
         "command": list(launch.command),
@@ -164,8 +164,7 @@ def start(
         "dry_run": dry_run,
     }
     if dry_run:
-        out().print(shlex.join(launch.command), soft_wrap=True, markup=False)
-        return result
+        return Result(result, [shlex.join(launch.command)])
     from speculators.deploy.serve import run_server
 
     say(shlex.join(launch.command), "dim")
@@ -178,7 +177,7 @@ def start(
             on_ready=lambda seconds: line.ready(seconds, launch.endpoint),
         )
     say(f"{signal_name}: the server and its workers have ended")
-    return {**result, "stopped_by": signal_name}
+    return Result({**result, "stopped_by": signal_name})
 
 
 class WaitLine:

@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.app import run
-from speculators.cli.shared import out, print_facts
+from speculators.cli.app import perform
+from speculators.cli.shared import Result, out, show
+from speculators.utils.report import facts_table
 
 NUM_SPECULATIVE_TOKENS = 4
 MARKER = "made-by-quickstart"
@@ -34,23 +35,29 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="Where everything is written; replaced when it exists.")] = Path(
         "quickstart-output"
     ),
-) -> dict[str, Any]:
+) -> Result:
     """Regenerate, prepare, train EAGLE-3, generate, evaluate: on a small verifier that comes with the package."""
     start_output(output)
     begun_s = time.perf_counter()
     results: dict[str, dict[str, Any]] = {}
+    sentence = ""
     for title, command in steps(output, results):
         out().rule(f"[bold]{len(results) + 1} {title}", align="left")
         out().print(f"$ speculators {shlex.join(command)}", style="cyan", markup=False)
         step_begun_s = time.perf_counter()
-        results[command[0]] = run(command) | {"time_s": time.perf_counter() - step_begun_s}
+        result = perform(command)
+        show(result, is_last=False)
+        if result.error is not None:
+            raise result.error
+        results[command[0]] = result.record | {"time_s": time.perf_counter() - step_begun_s}
+        sentence = result.sentence
     checkpoint = results["train"]["checkpoint"]
     serve = shlex.join(["vllm", "serve", checkpoint])
     times = ", ".join(f"{verb} {result['time_s']:.0f} s" for verb, result in results.items())
     parity = results["train"]["parity"]
-    gate = "\n".join(f"{name}: {verdict}" for name, verdict in parity["checks"].items())
-    print_facts("Done", {"speculator": checkpoint, "parity gate": gate, "serve it": serve, "time": times})
-    return {
+    gate = "passed" if parity["passed"] else "FAILED"
+    done = facts_table("Done", {"speculator": checkpoint, "parity gate": gate, "serve it": serve, "time": times})
+    record = {
         "verb": "quickstart",
         "checkpoint": checkpoint,
         "serve": serve,
@@ -59,6 +66,7 @@ def quickstart(
         "parity": parity,
         "evaluation": results["evaluate"],
     }
+    return Result(record, [done], sentence, ["speculators", "serve", checkpoint])
 
 
 def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:

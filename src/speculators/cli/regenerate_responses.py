@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,14 +16,14 @@ from speculators.cli.shared import (
     NumSpeculativeTokens,
     PresencePenalty,
     RepetitionPenalty,
+    Result,
     Temperature,
     TopK,
     TopP,
     TrustRemoteCode,
     Verifier,
-    out,
+    error_of,
     parse_json_object,
-    raise_after_printing,
 )
 from speculators.data_generation.configs import (
     DEFAULT_ANSWER_RETRIES,
@@ -92,7 +92,7 @@ def regenerate_responses(
     dtype: Dtype = DEFAULT_DTYPE,
     device: Device = DEFAULT_DEVICE,
     trust_remote_code: TrustRemoteCode = False,
-) -> dict[str, Any]:
+) -> Result:
     """Replace the answers of a data set by the verifier's own: the text that a drafter will see when it serves."""
     from speculators import api
     from speculators.data_generation.answering import read_system_prompts
@@ -130,8 +130,7 @@ def regenerate_responses(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
-    out().print(report)
-    result = {
+    record = {
         "verb": "regenerate-responses",
         "path": str(report.path),
         "num_conversations": report.num_conversations,
@@ -147,8 +146,8 @@ def regenerate_responses(
         "num_filtered": report.num_filtered,
         "prompts": report.prompts,
     }
-    raise_after_printing(report.raise_for_errors, result)
-    return result
+    next_command = ["speculators", "prepare-data", "--verifier", verifier, "--data", str(report.path)]
+    return Result(record, [report], report.sentence(), next_command, error_of(report.raise_for_errors))
 
 
 def parse_temperatures(mix: str | None) -> list[float]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from speculators.cli.launch_vllm import READY_TIMEOUT_S, DryRun, ReadyTimeout, start, vllm_environment
-from speculators.cli.shared import NumSpeculativeTokens, Python, parse_json_object, say
+from speculators.cli.shared import NumSpeculativeTokens, Python, Result, parse_json_object, say
 
 if TYPE_CHECKING:
     from speculators.checkpoint.io import SpeculatorFacts
@@ -46,7 +46,7 @@ def serve(
     python: Python = None,
     dry_run: DryRun = False,
     ready_timeout: ReadyTimeout = READY_TIMEOUT_S,
-) -> dict[str, Any]:
+) -> Result:
     """Serve a speculator by vLLM: verifier, method and number of draft tokens come from the checkpoint."""
     from speculators.cli.serve_settings import in_vllms_words, refuse_unknown_method
     from speculators.deploy.serve import command_to_serve

@@ -1,23 +1,83 @@
-"""Shared by the commands: where they write (tables and the JSON line on stdout, progress and errors on stderr), and
-flags that several of them have.
+"""Shared by the commands: how they end (`Result`), where they write (the result on stdout, progress and errors on
+stderr), and flags that several of them have.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Annotated, Any, TextIO
 
 import typer
+from rich.console import RenderableType
 
-from speculators.utils.report import WIDTH, ReportConsole, facts_table, visible
+from speculators.utils.report import WIDTH, ReaderGoneError, ReportConsole, visible
+
+ONLY_JSON: ContextVar[bool] = ContextVar("ONLY_JSON", default=False)
+"""Whether `--json` was given: then stdout holds the result as JSON and nothing else."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of a verb, after all of its work: what it found, for programs and for people."""
+
+    record: dict[str, Any]
+    """One JSON object: printed where stdout is no terminal, or with `--json`."""
+    tables: Sequence[RenderableType] = ()
+    """Tables and texts from top to bottom; one that is a `str` is printed as it is, never wrapped."""
+    sentence: str = ""
+    """What came out, in one sentence."""
+    next_command: Sequence[str] = ()
+    """The arguments of the command that a user would run next."""
+    error: BaseException | None = None
+    """Why not all is good; raised after the rest was printed."""
+    exit_code: int = 0
+
+
+def show(result: Result, *, is_last: bool = True) -> None:
+    """Prints a result. `is_last=False`: only its tables, for a step of another verb.
+
+    Raises `ReaderGoneError` when nobody reads stdout any more."""
+    console = out()
+    for item in result.tables:
+        is_text = isinstance(item, str)
+        console.print(item, markup=not is_text, soft_wrap=is_text)
+    if not is_last:
+        return
+    if result.sentence:
+        console.print(result.sentence, style="bold", markup=False)
+    if result.next_command:
+        command = shlex.join(map(str, result.next_command))
+        console.print(f"next: {command}", style="cyan", markup=False, soft_wrap=True)
+    if not is_for_people():
+        try:
+            print(json.dumps(result.record, default=str), flush=True)
+        except BrokenPipeError as error:
+            raise ReaderGoneError from error
+
+
+def is_for_people() -> bool:
+    """Whether the result is shown to a person: stdout is a terminal, and `--json` was not given."""
+    return sys.stdout.isatty() and not ONLY_JSON.get()
+
+
+def error_of(raise_for_errors: Callable[[], None]) -> Exception | None:
+    """The error that a report raises, to be told after what was done."""
+    try:
+        raise_for_errors()
+    except (ValueError, RuntimeError) as error:
+        return error
+    return None
 
 
 def out() -> ReportConsole:
     """For people: tables and text. Made on each call, so that a redirected stdout is honoured."""
-    return ReportConsole(width=None if sys.stdout.isatty() else WIDTH)
+    return ReportConsole(width=None if sys.stdout.isatty() else WIDTH, quiet=ONLY_JSON.get())
 
 
 def err() -> ReportConsole:
@@ -60,10 +120,6 @@ def escape_warnings() -> None:
     """Escapes what Python prints of warnings that nobody else handles."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(WarningFormatter())
-
-
-def print_facts(title: str, facts: Mapping[str, object]) -> None:
-    out().print(facts_table(title, facts))
 
 
 Verifier = Annotated[str, typer.Option(help="Verifier: hub id or directory.")]
@@ -111,15 +167,6 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the verifier.")]
-
-
-def raise_after_printing(raise_for_errors: Callable[[], None], result: Mapping[str, Any]) -> None:
-    """Lets an error of the result travel, after the JSON of what was done: the exit code says that not all is good."""
-    try:
-        raise_for_errors()
-    except ValueError:
-        print(json.dumps(result, default=str), flush=True)
-        raise
 
 
 def parse_json_object(flag: str, text: str | None) -> dict[str, Any] | None:

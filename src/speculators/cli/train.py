@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 import typer
 
-from speculators.cli.shared import out, say
+from speculators.cli.shared import Result, error_of, say
 from speculators.train.config import TrainConfig
 
 
@@ -16,7 +15,7 @@ def help_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return TrainConfig.help_parser(argv)
 
 
-def train(context: typer.Context) -> dict[str, Any]:
+def train(context: typer.Context) -> Result:
     config = TrainConfig.resolve(context.args)
     say(f"training {config.speculator_type} for {config.verifier.verifier_name_or_path}")
 
@@ -25,10 +24,8 @@ def train(context: typer.Context) -> dict[str, Any]:
 
     with TrainingProgress() as progress:
         result = run_training(config, on_event=progress)
-    out().print(result)
-    result.raise_for_errors()
     check, parity = result.check, result.parity
-    return {
+    record = {
         "verb": "train",
         "speculator_type": config.speculator_type,
         "checkpoint": str(result.checkpoint),
@@ -38,3 +35,6 @@ def train(context: typer.Context) -> dict[str, Any]:
         "check": None if check is None else check.as_dict(),
         "parity": None if parity is None else {"passed": parity.passed, "checks": parity.facts()},
     }
+    verifier, checkpoint = config.verifier.verifier_name_or_path, str(result.checkpoint)
+    evaluation = ["speculators", "evaluate", "--verifier", verifier, "--method", checkpoint, "--data", "HELD_OUT.jsonl"]
+    return Result(record, [result], result.sentence(), evaluation, error_of(result.raise_for_errors))

@@ -60,6 +60,10 @@ class OfflineReport(TableReport):
         }
         return [facts_table("Hidden states", facts)]
 
+    def sentence(self) -> str:
+        failed = f", {len(self.failed):,} failed" if self.failed else ""
+        return f"{self.num_written:,} rows written, {self.num_kept:,} were there{failed}"
+
 
 def generate_offline_data(config: OfflineConfig, progress: bool | Progress | None = None) -> OfflineReport:
     """Writes the missing files.

@@ -144,6 +144,12 @@ class PreparedData(PathReport):
             facts |= self.manifest.facts()
         return [facts_table("Prepared", facts)]
 
+    def sentence(self) -> str:
+        if self.manifest is None:
+            return f"{self.path} was there already"
+        rows, tokens = f"{self.manifest.num_rows:,} rows", f"{self.manifest.num_tokens:,} tokens"
+        return f"{rows} of {tokens}, {self.manifest.supervised_share:.0%} trained on" + self.reused * ": reused"
+
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> PreparedData:
         """Opens a directory that `prepare_data` wrote. Raises `ValueError` when it is not one."""

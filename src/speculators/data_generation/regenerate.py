@@ -90,6 +90,9 @@ class RegenerationReport(PathReport):
         }
         return [facts_table("Regenerated", facts)]
 
+    def sentence(self) -> str:
+        return f"{self.num_conversations:,} conversations answered, {self.num_failed:,} failed"
+
     def raise_for_errors(self) -> None:
         """Raises `ValueError` when the verifier is damaged: the rows that it did answer are doubtful."""
         if self.num_non_finite:

@@ -85,6 +85,11 @@ class ParityReport(SavedReport):
         title = f"Parity of {self.num_prompts} prompts x {self.num_tokens} tokens, K = {self.num_speculative_tokens}"
         return [facts_table(title + length, self.facts())]
 
+    def sentence(self) -> str:
+        verdicts = [check.passed for check in self.checks]
+        left = f", {verdicts.count(None)} could not be made" if None in verdicts else ""
+        return f"{verdicts.count(True)} of {len(verdicts)} checks passed" + left
+
     def raise_for_errors(self) -> None:
         """Raises `ParityError`, with every failed check, unless the gate is passed."""
         if not self.passed:

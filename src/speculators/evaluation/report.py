@@ -130,8 +130,38 @@ class EvaluationReport(SavedReport):
             table.add_row(*map(escape, cells(row)))
         return [table]
 
+    @property
+    def best(self) -> MethodRow | None:
+        """The fastest method that drafts; None when nothing but plain decoding was measured."""
+        drafting = [row for row in self.rows if row.method != PLAIN]
+        return max(drafting, key=lambda row: row.speedup.value, default=None)
+
+    def sentence(self) -> str:
+        best = self.best
+        if best is None:
+            return f"plain decoding makes {self.rows[0].tokens_per_s:.1f} tokens per second"
+        parts = [gain(best.speedup), "" if best.lossless is None else sameness(best)]
+        parts += [f"{row.method} is not lossless" for row in self.rows if row is not best and row.lossless is False]
+        name = f"{best.method}: " if len(self.rows) > 2 else ""
+        return name + ", ".join(part for part in parts if part)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"lossless": self.lossless}
+
+
+def gain(speedup: Estimate) -> str:
+    """Says whether drafting pays: only an interval on one side of 1 is evidence."""
+    if speedup.low > 1:
+        return f"{speedup.value:.2f}x faster"
+    if speedup.high < 1:
+        return f"{speedup.value:.2f}x, slower than plain decoding: better without this drafter"
+    return f"{speedup.value:.2f}x, no evidence of a difference from plain decoding"
+
+
+def sameness(row: MethodRow) -> str:
+    if row.num_identical is None:
+        return "same law of sampled text" if row.lossless else "ANOTHER law of sampled text"
+    return f"{'same text' if row.lossless else 'ANOTHER text'}, {row.num_identical} of {row.num_prompts}"
 
 
 class NotLosslessError(RuntimeError):

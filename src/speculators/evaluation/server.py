@@ -28,7 +28,7 @@ from speculators.evaluation.measurement import (
     rotated,
     speedup_warnings,
 )
-from speculators.evaluation.report import ResultRow, SavedReport, environment, results_table, with_interval
+from speculators.evaluation.report import ResultRow, SavedReport, environment, gain, results_table, with_interval
 from speculators.evaluation.server_client import AnswerSettings, MeasuredServer, ServerCounters, ServerRestartedError
 from speculators.evaluation.statistics import Estimate, count_identical
 from speculators.utils.progress import Progress, reporting
@@ -89,8 +89,20 @@ class ServerReport(SavedReport):
             table.add_row(*map(escape, cells(row)))
         return [table]
 
+    def sentence(self) -> str:
+        return "; ".join(
+            f"{row.num_clients} clients: " + ", ".join([f"τ {row.acceptance_length.value:.2f}", *compared(row)])
+            for row in self.rows
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def compared(row: ServerRow) -> list[str]:
+    """What a plain server adds to a row's sentence."""
+    same = [] if row.num_identical is None else [f"same text, {row.num_identical} of {row.num_prompts}"]
+    return ([] if row.speedup is None else [gain(row.speedup)]) + same
 
 
 def cells(row: ServerRow) -> list[str]:

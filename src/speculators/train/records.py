@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from speculators.evaluation.parity import ParityReport
 
 BYTES_FP32, BYTES_BF16 = 4, 2
+FIRST_ACCURACY = "full_acc_0"
+OVERFITTED = 0.25
+"""Accuracy of the first draft in training beyond that in validation, which says that the data were learnt by heart."""
+WEAK = 1.3
+"""Expected tokens per round below which drafting rarely pays its own cost."""
 FINISHED = "finished ({} of {} steps); nothing to do"
 
 
@@ -75,6 +80,8 @@ class TrainResult(TableReport, os.PathLike[str]):
     """Of the gate at the end of a run; None when it was not made."""
     check: CheckReport | None = None
     """Of the contract check at the end of a run; None when it was not made."""
+    train_metrics: dict[str, float] = field(default_factory=dict, compare=False)
+    """Of the last training steps of this process."""
     finished_before: bool = field(default=False, compare=False)
     """The run was over already: nothing was trained."""
 
@@ -90,6 +97,18 @@ class TrainResult(TableReport, os.PathLike[str]):
         title = FINISHED.format(self.num_steps, self.num_steps) if self.finished_before else "Trained"
         findings = [] if self.check is None else self.check.findings_tables()
         return [*findings, facts_table(title, facts), *([] if self.parity is None else self.parity.tables())]
+
+    def sentence(self) -> str:
+        """With what speaks against the drafter: an accuracy that validation does not confirm, a short acceptance."""
+        if self.acceptance_length is None:
+            return f"trained for {self.num_steps} steps"
+        told = f"expected acceptance length {self.acceptance_length:.2f}"
+        seen, held_out = (metrics.get(FIRST_ACCURACY) for metrics in (self.train_metrics, self.metrics))
+        if seen is not None and held_out is not None and seen - held_out > OVERFITTED:
+            told += f"; overfitted: accuracy {seen:.2f} in training, {held_out:.2f} in validation: too few data"
+        elif self.acceptance_length < WEAK:
+            told += "; a weak drafter, which may well be slower than plain decoding: train on more data"
+        return told
 
     def raise_for_errors(self) -> None:
         """Raises `ParityError` or `CheckError` when the gate or the check at the end of the run failed."""

@@ -81,7 +81,7 @@ class Trainer:
         self.position = Position()
         self.num_documents, self.num_tokens, self.decoder = num_documents, num_tokens, decoder
         self.recent = RecentSteps()
-        self.last_metrics: dict[str, float] = {}
+        self.last_metrics = self.train_metrics = dict[str, float]()
         self.last_saved: tuple[Path, int] | None = None
         self.ranks.main_first(self.open_run_directory)
         if config.resume_from_checkpoint:
@@ -214,7 +214,7 @@ class Trainer:
             return
         metrics = self.recent.sums.values(self.ranks.add_up)
         refuse_lost(metrics, step, self.config.lr)
-        self.last_metrics = metrics
+        self.last_metrics = self.train_metrics = metrics
         self.on_event(
             StepDone(
                 step=step,
@@ -295,5 +295,6 @@ class Trainer:
         best = self.checkpointer.best
         path = best if best.exists() else (self.last_saved or (self.checkpointer.root, 0))[0]
         metrics = self.checkpointer.val_metrics(path) or self.last_metrics
+        told: dict[str, Any] = {"train_metrics": self.train_metrics, "finished_before": finished_before}
         length = expected_acceptance_length(metrics)
-        return TrainResult(path.resolve(), metrics, length, self.position.global_step, finished_before=finished_before)
+        return TrainResult(path.resolve(), metrics, length, self.position.global_step, **told)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 import os
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -43,6 +44,25 @@ class ReportConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
 
+    def on_broken_pipe(self) -> None:
+        """Goes on without a word when nobody reads stderr: progress is no reason to lose work. Raises for stdout."""
+        self.quiet = True
+        if self.stderr:
+            discard(sys.stderr)
+            return
+        raise ReaderGoneError
+
+
+class ReaderGoneError(Exception):
+    """Nobody reads stdout any more: `| head` has read enough."""
+
+
+def discard(stream: TextIO) -> None:
+    """Lets everything that is still written to a standard stream vanish, what is in its buffer included."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
 
 class TableReport(ABC):
     """Base of every report. `str()` gives its tables as text, notebooks show them in colour, rich prints them."""
@@ -50,6 +70,10 @@ class TableReport(ABC):
     @abstractmethod
     def tables(self) -> Sequence[Table]:
         """Returns the tables from top to bottom."""
+
+    def sentence(self) -> str:
+        """Says in one sentence what came out; empty where the tables say it all."""
+        return ""
 
     def __rich__(self) -> Group:
         return Group(*self.tables())

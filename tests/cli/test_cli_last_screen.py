@@ -1,0 +1,128 @@
+"""The last screen is the result: a table, a sentence and the next command on a terminal, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from speculators.cli import app
+from speculators.cli.app import main
+from speculators.decoding.stats import DecodeStats
+from speculators.evaluation.measurement import Measurement, summarise
+from speculators.evaluation.report import EvaluationReport
+from speculators.train.records import TrainResult
+
+
+def test_on_a_terminal_the_result_is_a_table_a_sentence_and_the_next_command(verifier, chats, tmp_path, terminal):
+    output = tmp_path / "data"
+    code, shown = terminal.run("prepare-data", "--model", verifier, "--data", chats, "--output", str(output))
+    assert code == 0
+    assert "Prepared" in shown and "row length" in shown
+    sentence, following = "12 rows of 400 tokens, 24% trained on", "next: speculators train --verifier"
+    assert sentence in shown and following in shown and shown.index(sentence) < shown.index(following)
+    assert '"verb"' not in shown
+
+
+def test_an_evaluation_ends_with_one_sentence_within_80_columns(verifier, chats, terminal):
+    args = ["evaluate", "--verifier", verifier, "--data", chats, "--method", "ngram", "--num-prompts", "3"]
+    code, shown = terminal.run(*args, "--max-tokens", "12")
+    assert code == 0
+    row = next(line.rstrip() for line in shown.splitlines() if line.startswith(" ngram"))
+    assert row.endswith("3/3") and len(row) <= 80
+    assert "same text, 3 of 3" in " ".join(shown.split()[-20:])
+    assert '"verb"' not in shown
+
+
+def measured(*times_s: float, token: int = 5) -> list[Measurement]:
+    return [Measurement(((token, 6),), time_s, DecodeStats()) for time_s in times_s]
+
+
+@pytest.mark.parametrize(
+    ("times_s", "token", "sentence"),
+    [
+        ((0.5, 0.5, 0.5), 5, "2.00x faster, same text, 3 of 3"),
+        ((2.0, 2.0, 2.0), 5, "0.50x, slower than plain decoding: better without this drafter, same text, 3 of 3"),
+        ((0.5, 1.0, 1.9), 5, "0.88x, no evidence of a difference from plain decoding, same text, 3 of 3"),
+        ((0.5, 0.5, 0.5), 7, "2.00x faster, ANOTHER text, 0 of 3"),
+    ],
+)
+def test_the_sentence_of_an_evaluation_says_whether_drafting_pays(times_s, token, sentence):
+    plain = measured(1.0, 1.0, 1.0)
+    rows = [
+        summarise(name, plain, timed, num_speculative_tokens=4, temperature=0.0)
+        for name, timed in (("none", plain), ("eagle3", measured(*times_s, token=token)))
+    ]
+    assert EvaluationReport("verifier", "data", tuple(rows)).sentence() == sentence
+
+
+@pytest.mark.parametrize(
+    ("trained", "validated", "length", "told"),
+    [
+        (0.87, 0.27, 1.4, "1.40; overfitted: accuracy 0.87 in training, 0.27 in validation: too few data"),
+        (0.30, 0.27, 1.2, "1.20; a weak drafter, which may well be slower than plain decoding: train on more data"),
+        (0.70, 0.66, 2.4, "2.40"),
+    ],
+)
+def test_the_sentence_of_a_training_calls_a_weak_drafter_weak(trained, validated, length, told, tmp_path):
+    result = TrainResult(tmp_path, {"full_acc_0": validated}, length, 5, train_metrics={"full_acc_0": trained})
+    assert result.sentence() == f"expected acceptance length {told}"
+
+
+def test_without_a_terminal_tables_come_first_and_json_last(verifier, chats, capsys):
+    assert main(["inspect-mask", chats, "--model", verifier, "--num-rows", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "tokens trained on" in lines[0]
+    assert json.loads(lines[-1])["verb"] == "inspect-mask"
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_json_prints_the_result_and_nothing_else(place, verifier, chats, terminal):
+    command = ["inspect-mask", chats, "--model", verifier, "--num-rows", "1"]
+    code, shown = terminal.run(*(["--json", *command] if place == "before" else [*command, "--json"]))
+    record = json.loads(shown)
+    assert code == 0 and record["verb"] == "inspect-mask" and len(record["rows"]) == 1
+
+
+def test_the_words_of_another_program_are_not_ours():
+    args, flags = app.split_common(["serve", "M", "--json", "--", "--debug", "--json"])
+    assert args == ["serve", "M", "--", "--debug", "--json"]
+    assert flags == app.CommonFlags(debug=False, only_json=True)
+
+
+CLOSED = """
+import os, sys
+from speculators.cli import app
+from speculators.cli.shared import Result
+closed = os.dup(1)
+def work(args):
+    return Result({"verb": "x"}, ["a table"] * 3, "a sentence") if args == ["work"] else perform(args)
+perform, app.perform = app.perform, work
+commands = [["--help"], ["work"], ["work", "--json"], *([verb, "--help"] for verb in app.VERBS)]
+codes = set()
+for command in commands:
+    os.dup2(closed, 1)
+    codes.add(app.main(command))
+os.dup2(closed, 1)
+sys.exit(7 if codes <= {0, 1} else f"{codes}")  # argparse, of `launch-vllm`, ends with 0
+"""
+
+
+def test_a_reader_that_has_read_enough_ends_every_verb_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", CLOSED], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_progress_that_nobody_reads_does_not_end_the_work():
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "from speculators.cli.shared import say; say('one'); say('two'); print('done')"
+    done = subprocess.run([sys.executable, "-c", code], stderr=writer, stdout=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (0, "done\n")
