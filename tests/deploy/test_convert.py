@@ -115,9 +115,15 @@ def test_what_the_source_does_not_say_can_be_said(eagle3_head, tmp_path):
 
 
 def test_missing_and_unknown_tensors_of_a_head(eagle3_head, tmp_path):
-    edit_tensors(eagle3_head, lambda tensors: tensors.update(rotary=torch.ones(1)))
+    inv_freq = 5e5 ** -(torch.arange(0, WIDTH, 2) / WIDTH)  # as old releases of transformers saved it
+    edit_tensors(eagle3_head, lambda tensors: tensors.update({"midlayer.self_attn.rotary_emb.inv_freq": inv_freq}))
     notes = convert_checkpoint(eagle3_head, tmp_path / "out", verifier=VERIFIER).notes
-    assert any("rotary" in note for note in notes)
+    assert any("inv_freq" in note for note in notes)
+    for name in ("midlayer.self_attn.gate.weight", "layers.1.mlp.up_proj.weight", "verifier_norm.weight"):
+        edit_tensors(eagle3_head, lambda tensors, name=name: tensors.update({name: torch.ones(HIDDEN)}))
+        with pytest.raises(ValueError, match=r"has no place for.*would draft something else"):
+            convert_checkpoint(eagle3_head, tmp_path / "two", verifier=VERIFIER)
+        edit_tensors(eagle3_head, lambda tensors, name=name: tensors.pop(name))
     edit_tensors(eagle3_head, lambda tensors: tensors.pop("norm.weight"))
     with pytest.raises(ValueError, match=r"lacks \['norm.weight'\]"):
         convert_checkpoint(eagle3_head, tmp_path / "two", verifier=VERIFIER)

@@ -42,8 +42,11 @@ class NaiveEagle3:
 
     def mlp(self, layer, x):
         prefix = f"layers.{layer}.mlp."
-        gate, up = self.w[prefix + "gate_proj.weight"] @ x, self.w[prefix + "up_proj.weight"] @ x
-        return self.w[prefix + "down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+        gate, up = self.linear(prefix + "gate_proj", x), self.linear(prefix + "up_proj", x)
+        return self.linear(prefix + "down_proj", gate * torch.sigmoid(gate) * up)
+
+    def linear(self, name, x):
+        return self.w[f"{name}.weight"] @ x + self.w.get(f"{name}.bias", 0)
 
     def unroll(self, batch, num_steps):
         """normed[s][i]: what the head reads at step s of column i."""

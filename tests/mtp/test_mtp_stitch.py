@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from speculators.cli import app
+from speculators.convert import convert_checkpoint
 from speculators.models.mtp.checkpoint import stitch
 from speculators.models.mtp.families import FAMILIES, export_native, family_of, import_native
 
@@ -221,3 +222,16 @@ def test_what_cannot_be_stitched_is_refused_and_leaves_nothing(mimo, tmp_path, v
     out.mkdir()
     with pytest.raises(ValueError, match="exists already"):
         stitch(trained, path, out)
+
+
+def test_a_verifier_that_calls_itself_mimo_converts_as_published(tmp_path):
+    """transformers has no `mimo`: its layers are Qwen2's."""
+    path = save_verifier("qwen2", tmp_path / "mimo")
+    values = json.loads((path / "config.json").read_text())
+    values |= {"model_type": "mimo", "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}}
+    (path / "config.json").write_text(json.dumps(values))
+    native = load_file(path / "model.safetensors")
+    ours = load_file(convert_checkpoint(path, tmp_path / "out", verifier=str(path)).path / "model.safetensors")
+    assert torch.equal(ours["mtp_layers.0.token_layernorm.weight"], native[MIMO_LAYER + "token_layernorm.weight"])
+    swapped = native[MIMO_LAYER + "input_proj.weight"].chunk(2, dim=1)
+    assert torch.equal(ours["mtp_layers.0.input_proj.weight"], torch.cat(swapped[::-1], dim=1))

@@ -95,6 +95,8 @@ class Converted:
     tensors: dict[str, Tensor]
     notes: Sequence[str] = field(default=())
     """What a reader of the result should know."""
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that the drafter takes from the verifier instead, by their names there: conversion proves them equal."""
 
 
 class CheckpointFormat:
@@ -105,6 +107,8 @@ class CheckpointFormat:
     """vLLM's name for such a drafter, where it serves the directory beside the verifier's."""
     needs_verifier: ClassVar[bool] = False
     """Whether writing copies the verifier's own files (so that it must be on this machine)."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """What `read` can be told that a directory may leave out."""
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         """Says whether the directory is in this format, by config.json and the names of its tensors."""
@@ -115,7 +119,7 @@ class CheckpointFormat:
         return []
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
-        """Reads the directory for `verifier`; `options` are the format's own."""
+        """Reads the directory for `verifier`; `options` are those of `CheckpointFormat.options`."""
         raise ValueError(f"format '{self.name}' is only written, not read")
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
@@ -190,6 +194,16 @@ class CheckpointContract:
     def completed(self, config: SpeculatorModelConfig) -> SpeculatorModelConfig:
         """Returns a copy of the config with every key that engines read."""
         return copy.deepcopy(config)
+
+    upgrade_options: ClassVar[tuple[str, ...]] = ()
+    """Keys of config.json that `upgraded` can be told when an older release left them out."""
+
+    def upgraded(self, config: SpeculatorModelConfig, verifier: str, **options: Any) -> SpeculatorModelConfig:
+        """Completes the config of an older release of ours; `options` are those of `upgrade_options`."""
+        config = copy.deepcopy(config)
+        for key, value in options.items():
+            setattr(config, key, value)
+        return self.completed(config)
 
     def format_named(self, name: str) -> CheckpointFormat:
         """Returns the format of that name. Raises `ValueError` when the algorithm has no such format."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ from speculators.checkpoint.record import RECORD_FILE, read_training_record
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 from speculators.utils.files import absolute_if_directory, read_json_object
-from speculators.utils.names import looks_like_a_path
+from speculators.utils.names import did_you_mean, looks_like_a_path
 from speculators.utils.progress import no_progress_bars
 
-WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json")
+WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json", "medusa_lm_head.pt")
 BEST = "checkpoint_best"
 """In the directory of a training run: the link to its best checkpoint."""
 
@@ -50,6 +51,8 @@ class OpenedCheckpoint:
     tensors: dict[str, Tensor]
     """Under our names."""
     notes: tuple[str, ...] = ()
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+    """`Converted.copies`."""
 
     @property
     def source(self) -> ForeignCheckpoint:
@@ -74,19 +77,36 @@ def open_checkpoint(
     model_class, known = recognise(source, algorithm)
     converted = read_foreign(source, known, verifier, **options)
     return OpenedCheckpoint(
-        path, known.name, source.values, model_class, converted.config, converted.tensors, tuple(converted.notes)
+        path,
+        known.name,
+        source.values,
+        model_class,
+        converted.config,
+        converted.tensors,
+        tuple(converted.notes),
+        converted.copies,
     )
 
 
 def read_foreign(source: ForeignCheckpoint, known: CheckpointFormat, verifier: str | None, **options: Any) -> Converted:
     """Reads another project's format, which names neither the verifier nor the number of draft tokens; takes both from
-    the record of a directory that was trained or converted here."""
+    the record of a directory that was trained or converted here. Raises `ValueError` for an option that the format
+    does not take."""
+    refuse_unknown_options(options, known.options, f"the format {known.name!r}")
     record = read_training_record(source.path) or {}
     converted = known.read(source, verifier or (record.get("verifier") or {}).get("name_or_path"), **options)
     settings, num_tokens = converted.config.speculators_config, record.get("num_speculative_tokens")
     if settings is not None and num_tokens is not None:
         settings.proposal_methods[0].speculative_tokens = num_tokens  # type: ignore[attr-defined]
     return converted
+
+
+def refuse_unknown_options(options: Collection[str], known: Collection[str], whose: str) -> None:
+    """Raises `ValueError` for a misspelt option, and names the nearest."""
+    for option in options:
+        if option not in known:
+            takes = f"it takes {sorted(known)}" if known else "it takes none"
+            raise ValueError(f"{whose} has no option {option!r}; {takes}.{did_you_mean(option, known)}")
 
 
 @no_progress_bars()

@@ -83,8 +83,10 @@ def convert(
     model: Annotated[str, typer.Argument(help="The checkpoint: directory or hub id.")],
     verifier: Verifier,
     output: Annotated[Path, typer.Option(help="New directory to write.")] = Path(CONVERTED),
-    algorithm: Annotated[
-        str | None, typer.Option(help="Speculator type. Default: recognised by config and tensors.")
+    algorithm: Annotated[str, typer.Option(help="Speculator type; auto: recognised by config and tensors.")] = "auto",
+    layer_ids_are: Annotated[
+        str | None,
+        typer.Option(help="What the ids of an EAGLE-3 config count: entering (vLLM) or outputs (SpecForge, SGLang)."),
     ] = None,
     algorithm_kwargs: Annotated[
         str | None, typer.Option(help='What the source does not say, as JSON: {"norm_before_residual": true}.')
@@ -92,10 +94,12 @@ def convert(
     validate_device: Annotated[str | None, typer.Option(help="Load the result once on this device.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
 ) -> Result:
-    """Convert a checkpoint of another project (EAGLE, EAGLE-3, Medusa, MTP, DFlash, DSpark) to a speculator."""
+    """Convert a checkpoint of another project (EAGLE, EAGLE-3, Medusa, MTP, DFlash, DSpark), or of an older release."""
     from speculators.convert import convert_model
 
-    options = parse_json_object("--algorithm-kwargs", algorithm_kwargs) or {}
+    options = {**(parse_json_object("--algorithm-kwargs", algorithm_kwargs) or {})}
+    if layer_ids_are is not None:
+        options["layer_ids_are"] = layer_ids_are
     written = convert_model(model, verifier, algorithm, output, validate_device, overwrite=overwrite, **options)
     record = {
         "verb": "convert",

@@ -8,22 +8,34 @@ Converter                            base of the converter classes of earlier re
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import tempfile
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from speculators.checkpoint.findings import CONVERTED
 from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint, OurCheckpoint
-from speculators.checkpoint.io import local_directory, open_checkpoint, recognise, write_ours
-from speculators.checkpoint.record import write_training_record
+from speculators.checkpoint.io import (
+    OpenedCheckpoint,
+    local_directory,
+    open_checkpoint,
+    recognise,
+    refuse_unknown_options,
+    write_ours,
+)
+from speculators.checkpoint.record import computed_config, write_training_record
+from speculators.config import SpeculatorModelConfig, VerifierConfig, installed_version
 from speculators.model import SpeculatorModel
+from speculators.nn.rope import head_dim, rope_parameters
 from speculators.utils.files import (
     absolute_if_directory,
     atomic_directory,
@@ -33,7 +45,11 @@ from speculators.utils.files import (
 )
 from speculators.utils.names import NamedModel, model_name
 from speculators.utils.report import PathReport, facts_table
+from speculators.verifier.loading import EMBEDDING, HEAD, NORM, is_copy
 
+AUTO = "auto"
+VERIFIERS_OWN = {EMBEDDING: EMBEDDING, HEAD: HEAD, "verifier_lm_head.weight": HEAD, "verifier_norm.weight": NORM}
+"""Tensors that some projects (and older releases of ours) store beside the drafter's, and their names there."""
 OLDER_OPTIONS = ("validate", "trust_remote_code")
 """Arguments of earlier releases without effect: the result is always checked, and remote code is never run."""
 
@@ -69,34 +85,87 @@ def convert_checkpoint(
     cache_dir: str | Path | None = None,
     **options: Any,
 ) -> ConvertedCheckpoint:
-    """Reads `source` (a directory or hub id in another project's format) and writes it to `output` in ours.
+    """Reads `source` (a directory or hub id in another project's format, or of an older release of ours) and writes it
+    to `output` in ours.
 
-    `algorithm` is needed only where several recognise the source. `options` give what the source does not say, such as
-    the verifier layers that an EAGLE-3 head reads; each format takes its own. Raises `ValueError` for a source that
-    cannot be converted, `FileNotFoundError` for one that does not exist, `RuntimeError` for an unreadable verifier.
+    `algorithm` is needed only where several recognise the source ("auto": None). `options` give what the source does
+    not say, such as the verifier layers that an EAGLE-3 head reads; each format takes its own. Every tensor of the
+    source is used, or proven to be the verifier's own. Raises `ValueError` for a source that cannot be converted,
+    `FileNotFoundError` for one that does not exist, `RuntimeError` for an unreadable verifier.
     """
     output = Path(output)
     refuse_to_replace(output, source, overwrite=overwrite)
     require_verifier(verifier)
     verifier = absolute_if_directory(verifier)
+    options = {key: value for key, value in options.items() if value is not None}
     opened = open_checkpoint(
         local_directory(source, cache_dir),
         verifier=verifier,
-        algorithm=algorithm,
-        **{key: value for key, value in options.items() if value is not None},
+        algorithm=None if algorithm == AUTO else algorithm,
+        **options,
     )
     if opened.format == SPECULATORS:
-        raise ValueError(f"{source} is a speculator already; `speculators export` writes it for an engine")
-    config = opened.model_class.contract.completed(opened.config)
+        config, notes = upgraded(opened, verifier, options)
+    else:
+        config, notes = opened.model_class.contract.completed(opened.config), opened.notes
+    expected = opened.model_class.contract.expected_tensors(opened.model_class, config)
+    notes = (*notes, *proven_copies(opened, expected.keys(), verifier))
     ours = OurCheckpoint(config, opened.tensors, opened.path)
     with atomic_directory(output) as folder:
         write_ours(ours, opened.model_class, folder)
         write_training_record(folder, opened.model_class.contract.training_keys, origin="conversion")
         record_files(folder)
-    expected = opened.model_class.contract.expected_tensors(opened.model_class, config)
-    unused = sorted(opened.tensors.keys() - expected.keys())
-    left_out = (f"tensors that such a drafter does not have were left out: {unused}",) if unused else ()
-    return ConvertedCheckpoint(output, config.speculators_model_type, opened.format, (*opened.notes, *left_out))
+    return ConvertedCheckpoint(output, config.speculators_model_type, opened.format, notes)
+
+
+def upgraded(
+    opened: OpenedCheckpoint, verifier: str, options: Mapping[str, Any]
+) -> tuple[SpeculatorModelConfig, tuple[str, ...]]:
+    """Completes the config of an older release of ours, and says what it wrote.
+
+    Raises `ValueError` when nothing is missing: then `export` does what is left to do."""
+    contract = opened.model_class.contract
+    refuse_unknown_options(options, contract.upgrade_options, "an older speculator")
+    config = contract.upgraded(opened.config, verifier, **options)
+    new, old = computed_config(json.loads(config.to_json_string())), computed_config(opened.values)
+    written = {key: value for key, value in new.items() if value is not None and old.get(key) != value}
+    if not written:
+        raise ValueError(f"{opened.path} is a speculator already; `speculators export` writes it for an engine")
+    config.speculators_version = installed_version()
+    if config.speculators_config is not None:
+        config.speculators_config.verifier = VerifierConfig.from_pretrained(verifier)
+    said = ", ".join(f"{key}: {value}" for key, value in written.items())
+    return config, (f"a speculator of release {opened.values.get('speculators_version', 'unknown')}; written: {said}",)
+
+
+def proven_copies(opened: OpenedCheckpoint, expected: Collection[str], verifier: str) -> tuple[str, ...]:
+    """Notes the tensors that are left out because they are the verifier's own. Raises `ValueError` for others that the
+    drafter has no place for: without them it would draft something else."""
+    unused = {**{name: tensor for name, tensor in opened.tensors.items() if name not in expected}, **opened.copies}
+    kept_V = opened.tensors.get("t2d")
+    proven, other = list[str](), list[str]()
+    for name, tensor in sorted(unused.items()):
+        theirs = VERIFIERS_OWN.get(name)
+        is_own = theirs is not None and is_copy(tensor, theirs, verifier, kept_V)
+        (proven if is_own or is_rope_table(name, tensor, opened.config) else other).append(name)
+    if other:
+        raise ValueError(
+            f"{opened.path} has {other}, which a drafter of type {opened.config.speculators_model_type!r} by its "
+            "config.json has no place for, and which are no copies of the verifier's: left out, it would draft "
+            "something else. Correct config.json if it counts them wrongly; else nothing here computes such a drafter"
+        )
+    return (f"left out, because they are the verifier's own or follow from config.json: {proven}",) if proven else ()
+
+
+def is_rope_table(name: str, tensor: Tensor, config: SpeculatorModelConfig) -> bool:
+    """Says whether the tensor is what old releases of transformers saved of a rotary embedding without scaling."""
+    nested = getattr(config, "transformer_layer_config", None)
+    if nested is None or not name.endswith("rotary_emb.inv_freq") or rope_parameters(nested)["rope_type"] != "default":
+        return False
+    size = head_dim(nested)
+    steps = torch.arange(0, size, 2, dtype=torch.float32) / size
+    table = rope_parameters(nested)["rope_theta"] ** -steps
+    return tensor.shape == table.shape and torch.allclose(tensor.float(), table, rtol=1e-2)
 
 
 def require_verifier(verifier: str) -> None:
@@ -125,7 +194,7 @@ def convert_model(
     other projects.
     """
     readers = [name for name in SpeculatorModel.available_names() if SpeculatorModel.get_class(name).contract.formats]
-    if algorithm is not None and algorithm not in readers:
+    if algorithm not in (None, AUTO, *readers):
         raise ValueError(f"Unsupported algorithm: {algorithm!r}; formats of other projects are known of {readers}")
     options = {key: value for key, value in kwargs.items() if key not in OLDER_OPTIONS}
     written = convert_checkpoint(

@@ -10,13 +10,13 @@ import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 from typing_extensions import Self
 
 from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
 from speculators.model import SpeculatorModel
-from speculators.nn.attention import attention_shape
+from speculators.nn.attention import FAMILIES, attention_shape
 from speculators.nn.draft_tokens import select_rows
 from speculators.nn.rope import head_dim, rope_parameters
 from speculators.verifier.capture import fitting_embedding
@@ -31,10 +31,78 @@ COMPLETED = {
 }
 
 
+LLAMA_LAYERS = ("mistral", "mixtral", "phi3", "qwen2")
+"""Families of verifiers whose published EAGLE heads are llama layers under the verifier's own config."""
+NEUTRAL = {
+    "attn_logit_softcapping": None,
+    "clip_qkv": None,
+    "embedding_multiplier": 1,
+    "final_logit_softcapping": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "qk_layernorm": False,
+    "residual_multiplier": 1,
+    "rope_interleave": False,
+    "use_parallel_residual": False,
+    "use_qk_norm": False,
+}
+"""Keys of config.json by which other layers compute something else, and the value with which they compute as ours."""
+BIASED = {"attention_bias": "self_attn.{}_proj", "mlp_bias": "mlp.{}_proj"}
+
+
 def layer_config_of(values: Mapping[str, Any], left_out: Collection[str], **assumed: Any) -> Any:
     """Reads the decoder config from a foreign config.json that mixes it with the drafter's keys (`left_out`).
-    `assumed`: values for absent keys."""
-    return AutoConfig.for_model(**{**assumed, **{key: value for key, value in values.items() if key not in left_out}})
+
+    `assumed`: values for absent keys. Raises `ValueError` for an option that draft layers here do not compute with.
+    """
+    kept = {**assumed, **{key: value for key, value in values.items() if key not in left_out}}
+    odd = {key: kept[key] for key, neutral in NEUTRAL.items() if kept.get(key) not in (None, neutral)}
+    if odd:
+        raise ValueError(
+            f"config.json says {odd}, which draft layers here do not compute with: another function would be served; "
+            "decode it with the project that it comes from"
+        )
+    if kept["model_type"] not in LLAMA_LAYERS:
+        return AutoConfig.for_model(**kept)
+    own = AutoConfig.for_model(**kept).to_dict()
+    part = (own.get("rope_parameters") or {}).get("partial_rotary_factor") or 1
+    if part != 1:
+        raise ValueError(
+            f"config.json says model_type={kept['model_type']!r} with partial_rotary_factor={part}, and llama layers, "
+            "as published heads for it have, rotate all of a head: write 1 if the head was trained so"
+        )
+    known = {key: own[key] for key in LlamaConfig().to_dict() if own.get(key) is not None and key != "model_type"}
+    return LlamaConfig(**known)
+
+
+def with_biases(nested: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tells `nested` of biases that config.json does not mention, and adds zeros for those of their group that the file
+    lacks: llama layers have all biases of a group or none, others (`qkv_bias`) only some."""
+    completed = dict(tensors)
+    for key, module in BIASED.items():
+        own = {"attention_bias": "qkvo" if FAMILIES[nested.model_type].output_bias else "qkv"}
+        parts = own.get(key, ("gate", "up", "down") if nested.model_type == "llama" else ())
+        names = [module.format(part) for part in parts]
+        if getattr(nested, key, False) or not any(name.endswith(f"{part}.bias") for name in tensors for part in names):
+            continue
+        setattr(nested, key, True)
+        for name, weight in tensors.items():
+            if name.endswith(tuple(f"{part}.weight" for part in names)):
+                completed.setdefault(f"{name.removesuffix('weight')}bias", weight.new_zeros(len(weight)))
+    return completed
+
+
+def read_window(nested: Any, own: Mapping[str, Any]) -> None:
+    """Reads the window as `dflash_config` of SpecForge says it: `use_swa`, `swa_window_size`. It holds for the layers
+    that `layer_types` calls sliding, for all without the list (SGLang's and TensorRT-LLM's reading)."""
+    if not own.get("use_swa"):
+        return
+    size = own.get("swa_window_size")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"dflash_config.use_swa is true, with swa_window_size={size!r}: it must be at least 1")
+    if getattr(nested, "layer_types", None) is None or "sliding_attention" not in nested.layer_types:
+        nested.layer_types = ["sliding_attention"] * nested.num_hidden_layers
+    nested.sliding_window, nested.use_sliding_window = size, True
 
 
 def layer_values(config: Any) -> dict[str, Any]:

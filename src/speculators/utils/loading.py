@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+HEADS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+"""Files of drafters that are published as heads alone."""
 
 # The same weight under the names other families give it.
 ALIASES = {
@@ -155,8 +157,9 @@ def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
 
 def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Path]:
     """Returns tensor name -> its file, for the first kind of weights that the checkpoint has."""
-    for index_name, single_name in ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN)):
-        index = _fetch(path, index_name, **hub_kwargs)
+    kinds = ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN), *((None, name) for name in HEADS))
+    for index_name, single_name in kinds:
+        index = None if index_name is None else _fetch(path, index_name, **hub_kwargs)
         if index is not None:
             weight_map = read_index(index)
             shards = {shard: _fetch(path, shard, **hub_kwargs) for shard in set(weight_map.values())}
@@ -168,7 +171,7 @@ def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Pat
         if single is not None:
             return dict.fromkeys(_keys_of(single), single)
     raise FileNotFoundError(
-        f"'{path}' has no weights: neither {SAFETENSORS}, {BIN} nor an index of them is a file of it"
+        f"'{path}' has no weights: neither {SAFETENSORS}, {BIN}, an index of them nor one of {HEADS} is a file of it"
     )
 
 

@@ -73,6 +73,10 @@ def text_config(config: Any) -> Any:
     return config if text is None else text
 
 
+SAME_LAYERS = {"mimo": "qwen2"}
+"""Families that transformers does not know -> those with the same layers (MiMo's MTP layers stand beside them)."""
+
+
 def open_config(
     name: str, *, revision: str | None = None, code_revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
@@ -103,6 +107,8 @@ def open_verifier_config(name: str, trust_remote_code: bool = False, revision: s
     """The whole config of a verifier, all parts of it. ValueError where none of a known model type can be read."""
     try:
         with reading("its config.json"):
+            if not trust_remote_code and (known := known_under_another_name(name, revision)) is not None:
+                return known
             return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
@@ -114,6 +120,17 @@ def open_verifier_config(name: str, trust_remote_code: bool = False, revision: s
             f"{name}: no model config can be read there ({first_line(error)}); give the directory of a saved causal "
             "LM, or a model id of the Hugging Face hub"
         ) from error
+
+
+def known_under_another_name(name: str, revision: str | None) -> PretrainedConfig | None:
+    """Reads the config of a family that transformers has under another name; None for the rest."""
+    values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    family = SAME_LAYERS.get(values.get("model_type", ""))
+    if family is None or values["model_type"] in CONFIG_MAPPING:
+        return None
+    return CONFIG_MAPPING[family](
+        **{key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
+    )
 
 
 def get_verifier_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -174,6 +174,29 @@ def verifier_rows(tensor: str, verifier: str, rows: Sequence[int] | None = None)
         return None
 
 
+def is_copy(tensor: Tensor, name: str, verifier: str, rows_V: Tensor | None = None) -> bool:
+    """Says whether every value is the verifier's (of the rows that the bool mask `rows_V` keeps), up to rounding to the
+    narrower type; a tied head is its embedding.
+
+    Raises `ValueError` when the verifier's weights cannot be read: nothing would be proven."""
+    try:
+        keys = list_checkpoint_keys(verifier)
+        stored = EMBEDDING if name == HEAD and find_key(HEAD, keys) is None else name
+        theirs = load_model_layers([stored], verifier)[stored]
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"whether {name} is the verifier's own cannot be told: the weights of {verifier!r} cannot be read "
+            f"({first_line(error)}); name a verifier whose weights are there"
+        ) from error
+    if rows_V is not None and len(rows_V) == len(theirs) != len(tensor):
+        theirs = theirs[rows_V]
+    if theirs.shape != tensor.shape:
+        return False
+    narrow = min(tensor.dtype, theirs.dtype, key=lambda dtype: (dtype.itemsize, torch.finfo(dtype).bits))
+    limit = 2 * torch.finfo(narrow).eps
+    return torch.allclose(tensor.float(), theirs.float(), rtol=limit, atol=torch.finfo(torch.float16).tiny)
+
+
 def resolve_verifier_norm_class(verifier: str) -> type[RMSNorm]:
     """The norm that computes what the verifier's norms compute with the weights it stores."""
     kind = norm_kind(open_config(verifier))

@@ -33,7 +33,7 @@ from speculators.checkpoint.formats import (
 )
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
-from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values
+from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values, read_window
 from speculators.nn.rope import head_dim, rope_parameters
 from speculators.verifier.config import get_verifier_config, make_speculators_config
 
@@ -104,6 +104,7 @@ def warn_if_served_differently(config: DFlashSpeculatorConfig) -> None:
 class ZLabFormat(CheckpointFormat):
     name = ZLAB
     method = "dflash"
+    options = ("aux_hidden_state_layer_ids", "mask_token_id")
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         return ARCHITECTURE in (source.values.get("architectures") or []) and "dflash_config" in source.values
@@ -128,6 +129,7 @@ class ZLabFormat(CheckpointFormat):
         nested = layer_config_of(values, NOT_LAYER_KEYS, model_type="qwen3")
         if "causal" in own and getattr(nested, "is_causal", None) is None:
             nested.is_causal = bool(own["causal"])
+        read_window(nested, own)
         nested = with_verifier_positions(complete_block_config(nested), verifier)
         # vLLM would serve full layers causal if our config did not say otherwise
         slides = any(is_sliding(nested, i) for i in range(nested.num_hidden_layers))
@@ -139,7 +141,7 @@ class ZLabFormat(CheckpointFormat):
             block_size=block_size,
             target_hidden_size=values.get("target_hidden_size"),
             aux_hidden_state_layer_ids=ids,
-            mask_token_id=own.get("mask_token_id"),
+            mask_token_id=options.get("mask_token_id", own.get("mask_token_id")),
             sliding_window_non_causal=sees_all,
             speculators_config=make_speculators_config("dflash", block_size - 1, verifier),
         )
@@ -160,6 +162,7 @@ class DFlashContract(CheckpointContract):
     served_format = SPECULATORS
     borrows_from_verifier = True
     training_keys = frozenset({"max_anchors"})
+    upgrade_options = ("aux_hidden_state_layer_ids", "mask_token_id")
     absent_means: ClassVar[Mapping[str, str]] = {
         "aux_hidden_state_layer_ids": "does not load the checkpoint",
         "mask_token_id": "does not load the checkpoint",

@@ -32,7 +32,7 @@ from speculators.models.dflash.checkpoint import (
     with_verifier_positions,
 )
 from speculators.models.dflash.config import is_sliding
-from speculators.models.draft_model import layer_config_of, layer_values
+from speculators.models.draft_model import layer_config_of, layer_values, read_window
 from speculators.models.dspark.config import DSparkSpeculatorConfig
 from speculators.verifier.config import make_speculators_config
 
@@ -76,18 +76,22 @@ def warn_if_not_served(config: DSparkSpeculatorConfig) -> None:
 class DenseFormat(CheckpointFormat):
     name = DENSE
     method = "dspark"
+    options = ("aux_hidden_state_layer_ids", "mask_token_id")
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         return bool({SERVED_CLASS, OTHER_CLASS} & set(source.values.get("architectures") or []))
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         values = {**source.values, **(source.values.get("dflash_config") or {})}
+        values |= {key: value for key, value in options.items() if value is not None}
         own = {key: values[key] for key in OWN_KEYS if values.get(key) is not None}
         ids = options.get("aux_hidden_state_layer_ids") or [layer + 1 for layer in values.get("target_layer_ids") or []]
         if not ids or "block_size" not in own:
             raise ValueError(f"{source.path / 'config.json'} must say target_layer_ids and block_size")
         left_out = {*NOT_LAYER_KEYS, *OWN_KEYS, "target_layer_ids", "dspark_bonus_anchor"}
-        nested = complete_block_config(layer_config_of(source.values, left_out, model_type="qwen3"))
+        nested = layer_config_of(source.values, left_out, model_type="qwen3")
+        read_window(nested, source.values.get("dflash_config") or {})
+        nested = complete_block_config(nested)
         nested = with_verifier_positions(nested, verifier)
         drafts_at_anchor = own.setdefault("sample_from_anchor", not source.values.get("dspark_bonus_anchor", False))
         tensors = {name.replace(OLD_PREFIX, PREFIX): tensor for name, tensor in source.tensors().items()}
@@ -101,10 +105,11 @@ class DenseFormat(CheckpointFormat):
             **own,
         )
         is_whole = config.draft_vocab_size == nested.vocab_size
-        copies = {"embed_tokens.weight", "lm_head.weight"} if is_whole else {"embed_tokens.weight"}
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
+        named = {"embed_tokens.weight", "lm_head.weight"} if is_whole else {"embed_tokens.weight"}
+        copies = {name: tensor for name, tensor in tensors.items() if name in named}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in named}
         check_names(set(tensors), set(SpeculatorModel.expected_tensors(config)), source.path)
-        return Converted(config, tensors)
+        return Converted(config, tensors, copies=copies)
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         config: Any = checkpoint.config

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from speculators.checkpoint.findings import Finding, error, warning
 from speculators.checkpoint.formats import (
@@ -32,7 +31,7 @@ from speculators.checkpoint.formats import (
     write_tensors,
 )
 from speculators.model import SpeculatorModel
-from speculators.models.draft_model import complete_layer_config
+from speculators.models.draft_model import complete_layer_config, layer_config_of, with_biases
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
 from speculators.nn.attention import layer_window
 from speculators.utils.files import read_json_object
@@ -49,6 +48,7 @@ EXTRA_NORMS = {
     "hidden_layernorm.weight": "transformer.input_layernorm.weight",
 }
 VERIFIERS_OWN = ("embed_tokens.weight", "lm_head.weight")
+NOT_LAYER_KEYS = ("architectures", "auto_map", "bias", "qkv_bias", "dtype", "torch_dtype", "transformers_version")
 NATIVE_LAYER, OUR_LAYER = "layers.0.", "transformer."
 
 
@@ -69,8 +69,6 @@ def native_to_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames native tensors to ours. Raises `ValueError` on names that no EAGLE drafter of one layer has."""
     ours = {}
     for name, tensor in tensors.items():
-        if name in VERIFIERS_OWN:
-            continue
         if name in EXTRA_NORMS:
             ours[EXTRA_NORMS[name]] = tensor
         elif name.startswith("fc."):
@@ -141,13 +139,15 @@ def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path:
 
 
 def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns config fields and tensors of a native directory."""
+    """Returns config fields and tensors of a native directory, without those that are the verifier's."""
     path = Path(path)
     values = read_json_object(path / "config.json")
-    ours = native_to_ours(load_checkpoint(path))
+    tensors = load_checkpoint(path)
+    ours = native_to_ours({name: tensor for name, tensor in tensors.items() if name not in VERIFIERS_OWN})
     if values.get("num_hidden_layers", 1) != 1:
         raise ValueError(f"{path} has num_hidden_layers={values['num_hidden_layers']}: an EAGLE drafter is one layer")
-    nested = AutoConfig.for_model(**{"model_type": "llama", **values, "num_hidden_layers": 1})
+    nested = layer_config_of({**values, "num_hidden_layers": 1}, NOT_LAYER_KEYS, model_type="llama")
+    ours = with_biases(nested, ours)
     fields = {
         "transformer_layer_config": complete_layer_config(nested),
         "layernorms": bool(ours.keys() & set(EXTRA_NORMS.values())),
@@ -205,7 +205,8 @@ class EagleFormat(CheckpointFormat):
         recorded = make_speculators_config("eagle", NUM_TOKENS, verifier)
         config = EagleSpeculatorConfig(**fields, speculators_config=recorded)
         config.transformer_layer_architecture = layer_architecture(config)
-        return Converted(config, tensors)
+        copies = {name: tensor for name, tensor in source.tensors().items() if name in VERIFIERS_OWN}
+        return Converted(config, tensors, copies=copies)
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         save_native(checkpoint.config, dict(checkpoint.tensors), directory)  # type: ignore[arg-type]

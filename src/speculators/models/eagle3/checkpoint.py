@@ -30,13 +30,17 @@ from speculators.checkpoint.formats import (
     write_config,
     write_tensors,
 )
-from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values
+from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values, with_biases
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
 from speculators.utils.loading import load_model_layers
+from speculators.utils.names import did_you_mean
 from speculators.verifier.config import get_verifier_config, make_speculators_config, resolve_target_layer_ids
+from speculators.verifier.loading import EMBEDDING, is_copy
 
 NATIVE = "eagle3"
 IDS = "eagle_aux_hidden_state_layer_ids"
+LAYER_IDS_ARE, CONVENTIONS = "layer_ids_are", ("entering", "outputs")
+"""Whether id i of another project means the state that enters layer i (as ours) or its output (ours i + 1)."""
 THEIR_LAYER, OUR_LAYER = "midlayer.", "layers.0."
 SERVED_FAMILIES = ("llama", "qwen3")
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -78,6 +82,7 @@ class Eagle3Format(CheckpointFormat):
     name = NATIVE
     method = "eagle3"
     has_mask_hidden: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = (*FLAGS, IDS, LAYER_IDS_ARE)
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         names = source.tensor_names
@@ -95,24 +100,31 @@ class Eagle3Format(CheckpointFormat):
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         tensors = {name.replace(THEIR_LAYER, OUR_LAYER): tensor for name, tensor in source.tensors().items()}
-        values, own = source.values, source.values.get("eagle_config") or {}
+        values = source.values
         nested = nested_config(values, tensors, verifier)
+        tensors = with_biases(nested, tensors)
         flags: dict[str, Any] = {
             flag: options[flag] if options.get(flag) is not None else values.get(flag) for flag in FLAGS
         }
         flags["norm_before_fc"] = flags["norm_before_fc"] or "input_norm.weight" in tensors
         flags["fc_norm"] = flags["fc_norm"] or "fc_norm.0.weight" in tensors
         num_aux = tensors["fc.weight"].shape[1] // (values.get("target_hidden_size") or nested.hidden_size)
-        ids = options.get(IDS) or values.get(IDS) or own.get(IDS)
-        notes = []
+        ids, notes = options.get(IDS), list[str]()
+        if ids is None:
+            ids, notes = layer_ids_of(source, verifier, options.get(LAYER_IDS_ARE))
         if ids is None and verifier is not None and num_aux == DEFAULT_NUM_AUX:
             ids = resolve_target_layer_ids(None, verifier)
             notes.append(f"the checkpoint names no layers to read: {ids}, the default of engines, was written down")
         nested = complete_transformer_layer_config(nested, num_aux)
-        if "embed_tokens.weight" not in tensors and verifier is not None:
-            tensors |= load_model_layers(["embed_tokens.weight"], verifier)
+        is_trained = False
+        if EMBEDDING not in tensors and verifier is not None:
+            tensors |= load_model_layers([EMBEDDING], verifier)
+        elif verifier is not None:
+            is_trained = not is_copy(tensors[EMBEDDING], EMBEDDING, verifier)
+            notes.append(f"its own embedding {'differs from' if is_trained else 'is a copy of'} the verifier's; kept")
         config = self.config_of(
-            values,
+            values | {key: value for key, value in options.items() if value is not None},
+            embed_requires_grad=is_trained or self.has_mask_hidden,
             transformer_layer_config=nested,
             draft_vocab_size=values.get("draft_vocab_size") or tensors["lm_head.weight"].shape[0],
             target_hidden_size=values.get("target_hidden_size"),
@@ -162,6 +174,15 @@ class Eagle3Contract(CheckpointContract):
             *layer_findings(values, config.transformer_layer_config, config.num_aux),
         ]
 
+    upgrade_options = (IDS,)
+
+    def upgraded(self, config: Any, verifier: str, **options: Any) -> Any:
+        """Releases 0.1 and 0.2 wrote no layers to read and took the default."""
+        config = super().upgraded(config, verifier, **options)
+        if config.eagle_aux_hidden_state_layer_ids is None and config.num_aux == DEFAULT_NUM_AUX:
+            config.eagle_aux_hidden_state_layer_ids = resolve_target_layer_ids(None, verifier)
+        return config
+
     def completed(self, config: Any) -> Any:
         config = copy.deepcopy(config)
         nested = config.transformer_layer_config
@@ -205,6 +226,36 @@ def layer_findings(values: Mapping[str, Any], nested: Any, num_aux: int) -> Iter
         )
 
 
+def layer_ids_of(
+    source: ForeignCheckpoint, verifier: str | None, are: str | None
+) -> tuple[list[int] | None, list[str]]:
+    """Returns the ids of config.json as we count them, None when it has none, and a note on how they were read.
+
+    vLLM reads those at the top level as ours. Those in `eagle_config` are written for SGLang by some (outputs), for
+    vLLM by others: known where they are an engine's default. Raises `ValueError` where that is not known.
+    """
+    if are is not None and are not in CONVENTIONS:
+        raise ValueError(f"{LAYER_IDS_ARE}={are!r}: it is one of {CONVENTIONS}.{did_you_mean(are, CONVENTIONS)}")
+    top, inside = source.values.get(IDS), (source.values.get("eagle_config") or {}).get(IDS)
+    ids = list(top or inside or [])
+    if not ids:
+        return None, []
+    shifted = [layer + 1 for layer in ids]
+    if are is not None:
+        return (shifted if are == "outputs" else ids), []
+    if top:
+        return ids, []
+    default = None if verifier is None else resolve_target_layer_ids(None, verifier)
+    if ids == default:
+        return ids, []
+    if shifted == default:
+        return shifted, [f"eagle_config names outputs of layers, {ids}, the default of SpecForge: written as {shifted}"]
+    raise ValueError(
+        f"eagle_config.{IDS}={ids} counts either the states that enter layers, as vLLM reads it, or their outputs, as "
+        f"SpecForge and SGLang do, which are {shifted} here; its writer knows: say --layer-ids-are entering or outputs"
+    )
+
+
 def ids_nested(where: str, ids: Any) -> Finding:
     return error(
         "aux-ids-nested",
@@ -233,6 +284,6 @@ def without_identity_map(tensors: dict[str, Tensor], config: Eagle3SpeculatorCon
     """Drops a map of the whole vocabulary onto itself: neither we nor vLLM store one."""
     if config.draft_vocab_size != config.target_vocab_size:
         return tensors
-    if "d2t" in tensors and tensors["d2t"].any():
-        raise ValueError("d2t moves tokens although the draft vocabulary is the verifier's: one of them is wrong")
+    if ("d2t" in tensors and tensors["d2t"].any()) or ("t2d" in tensors and not tensors["t2d"].all()):
+        raise ValueError("d2t or t2d moves tokens, though the draft vocabulary is the verifier's: one of them is wrong")
     return {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}

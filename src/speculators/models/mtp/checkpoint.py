@@ -61,6 +61,7 @@ def verifier_layer_config(verifier_config: Any) -> Any:
 class StitchedFormat(CheckpointFormat):
     name = STITCHED
     needs_verifier = True
+    options = ("num_speculative_steps",)
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         """A whole verifier that ships an MTP layer, or the layer's tensors with the verifier's config."""

@@ -27,11 +27,15 @@ class PEagleFormat(Eagle3Format):
 
     name = "peagle"
     has_mask_hidden = True
+    options = (*Eagle3Format.options, "mask_token_id")
 
     def config_of(self, values: Mapping[str, Any], **fields: Any) -> PEagleSpeculatorConfig:
         token = next((values[key] for key in MASK_TOKENS if values.get(key) is not None), None)
         if token is None:
-            raise ValueError(f"config.json names no mask token under any of {MASK_TOKENS}: add mask_token_id")
+            raise ValueError(
+                f"config.json names no mask token under any of {MASK_TOKENS}: say it with --algorithm-kwargs "
+                """'{"mask_token_id": N}'"""
+            )
         write_fc_norm(fields["transformer_layer_config"], fields["fc_norm"])
         return PEagleSpeculatorConfig(mask_token_id=token, **fields)
 
