@@ -291,7 +291,7 @@ def test_defaults_of_training():
 
 def test_mask_token_is_resolved_from_the_verifier(tmp_path, caplog):
     """Without a tokenizer and a given id: a special token of the verifier's config, with a warning, or an error."""
-    from speculators.verifier.config import resolve_mask_token_id
+    from speculators.models.draft_model import resolve_mask_token_id
 
     path = save_verifier(tmp_path)
     assert resolve_mask_token_id(7, path, VOCAB) == 7

@@ -7,6 +7,7 @@ Shapes: V verifier vocabulary, H hidden size.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ from speculators.nn.attention import FAMILIES, attention_shape
 from speculators.nn.draft_tokens import select_rows
 from speculators.nn.rope import head_dim, rope_parameters
 from speculators.verifier.capture import fitting_embedding
+from speculators.verifier.config import get_verifier_config
+
+logger = logging.getLogger(__name__)
 
 # vLLM builds a generic config from the dict: no class defaults stand behind a missing key.
 COMPLETED = {
@@ -151,6 +155,43 @@ class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         if was_never_loaded(model.lm_head.weight):
             model.lm_head.weight.data.copy_(select_rows(verifier_model.get_output_embeddings().weight, model.t2d))
         return model
+
+
+def resolve_mask_token_id(
+    mask_token_id: int | None, verifier: str, vocab_size: int, trust_remote_code: bool = False
+) -> int:
+    """The token of masked slots: the given one, the tokenizer's mask token, the first row of the embedding that no
+    token uses, or (with a warning) a special token of the verifier."""
+    from transformers import AutoTokenizer  # imports modelling code, which a config's reader need not wait for
+
+    if mask_token_id is not None:
+        if not 0 <= mask_token_id < vocab_size:
+            raise ValueError(
+                f"mask_token_id={mask_token_id} is no row of the verifier's embedding; give one in 0..{vocab_size - 1}"
+            )
+        return mask_token_id
+    special: list[int | None] = []
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(verifier, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        config = get_verifier_config(verifier, trust_remote_code)
+        eos: int | list[int] | None = getattr(config, "eos_token_id", None)
+        special = [getattr(config, "pad_token_id", None), eos[0] if isinstance(eos, list) else eos]
+    else:
+        if tokenizer.mask_token_id is not None:
+            return int(tokenizer.mask_token_id)
+        first_unused = max(tokenizer.get_vocab().values(), default=-1) + 1
+        if first_unused < vocab_size:
+            return first_unused
+        special = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    found = next((token for token in special if token is not None), None)
+    if found is None:
+        raise ValueError(
+            f"verifier '{verifier}' has no mask token, no spare embedding row and no pad, eos or unk token; "
+            "choose a token that does not occur in text with --mask-token-id"
+        )
+    logger.warning("masked slots are marked with token %d, which also has another meaning; see --mask-token-id", found)
+    return int(found)
 
 
 def mask_token_of(config: Any) -> int:

@@ -261,43 +261,6 @@ def flatten_rope_parameters(rope_parameters: dict[str, Any] | None) -> dict[str,
     return rope_parameters.get("sliding_attention") or next(iter(rope_parameters.values()))
 
 
-def resolve_mask_token_id(
-    mask_token_id: int | None, verifier: str, vocab_size: int, trust_remote_code: bool = False
-) -> int:
-    """The token of masked slots: the given one, the tokenizer's mask token, the first row of the embedding that no
-    token uses, or (with a warning) a special token of the verifier."""
-    from transformers import AutoTokenizer  # imports modelling code, which a config's reader need not wait for
-
-    if mask_token_id is not None:
-        if not 0 <= mask_token_id < vocab_size:
-            raise ValueError(
-                f"mask_token_id={mask_token_id} is no row of the verifier's embedding; give one in 0..{vocab_size - 1}"
-            )
-        return mask_token_id
-    special: list[int | None] = []
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(verifier, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        config = get_verifier_config(verifier, trust_remote_code)
-        eos: int | list[int] | None = getattr(config, "eos_token_id", None)
-        special = [getattr(config, "pad_token_id", None), eos[0] if isinstance(eos, list) else eos]
-    else:
-        if tokenizer.mask_token_id is not None:
-            return int(tokenizer.mask_token_id)
-        first_unused = max(tokenizer.get_vocab().values(), default=-1) + 1
-        if first_unused < vocab_size:
-            return first_unused
-        special = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
-    found = next((token for token in special if token is not None), None)
-    if found is None:
-        raise ValueError(
-            f"verifier '{verifier}' has no mask token, no spare embedding row and no pad, eos or unk token; "
-            "choose a token that does not occur in text with --mask-token-id"
-        )
-    logger.warning("masked slots are marked with token %d, which also has another meaning; see --mask-token-id", found)
-    return int(found)
-
-
 def make_speculators_config(
     algorithm: str, num_tokens: int, verifier: str | None, trust_remote_code: bool = False
 ) -> SpeculatorsConfig | None:

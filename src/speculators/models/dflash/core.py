@@ -37,7 +37,7 @@ from speculators.models.dflash.training import (
     last_block,
     train_blocks,
 )
-from speculators.models.draft_model import DraftModel, mask_token_of
+from speculators.models.draft_model import DraftModel, mask_token_of, resolve_mask_token_id
 from speculators.models.supervision import VerifierHead
 from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.nn.decoder import DecoderLayer
@@ -45,7 +45,7 @@ from speculators.nn.draft_tokens import logits_over_verifier
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
 from speculators.training_keys import AnchorKeys, default_of
-from speculators.verifier.config import resolve_mask_token_id, resolve_target_layer_ids
+from speculators.verifier.config import resolve_target_layer_ids
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from speculators.interfaces import LossOutput, PackedBatch, TreeDrafter
 from speculators.model import SpeculatorModel
 from speculators.model_training import DrafterArgs, LossArgs
-from speculators.models.draft_model import mask_token_of
+from speculators.models.draft_model import mask_token_of, resolve_mask_token_id
 from speculators.models.eagle3.core import Eagle3DraftModel
 from speculators.models.peagle.checkpoint import PEagleContract, write_fc_norm
 from speculators.models.peagle.config import TRAINING_DEFAULTS, PEagleSpeculatorConfig, PEagleTrainingArgs
@@ -25,7 +25,6 @@ from speculators.models.peagle.training import drafts_read, train_slots
 from speculators.models.tree_drafting import SlotTreeDrafter
 from speculators.nn.routes import Route
 from speculators.training_keys import AnchorKeys
-from speculators.verifier.config import resolve_mask_token_id
 
 
 @SpeculatorModel.register("peagle")
