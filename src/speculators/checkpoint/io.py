@@ -33,7 +33,7 @@ from speculators.utils.files import absolute_if_directory, read_json_object
 from speculators.utils.names import did_you_mean, looks_like_a_path
 from speculators.utils.progress import no_progress_bars
 
-WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json", "medusa_lm_head.pt")
+WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json", "*_lm_head.pt")
 BEST = "checkpoint_best"
 """In the directory of a training run: the link to its best checkpoint."""
 

@@ -83,7 +83,9 @@ def convert(
     model: Annotated[str, typer.Argument(help="The checkpoint: directory or hub id.")],
     verifier: Verifier,
     output: Annotated[Path, typer.Option(help="New directory to write.")] = Path(CONVERTED),
-    algorithm: Annotated[str, typer.Option(help="Speculator type; auto: recognised by config and tensors.")] = "auto",
+    algorithm: Annotated[
+        str | None, typer.Option(help="Speculator type. Default, and auto: recognised by config and tensors.")
+    ] = None,
     layer_ids_are: Annotated[
         str | None,
         typer.Option(help="What the ids of an EAGLE-3 config count: entering (vLLM) or outputs (SpecForge, SGLang)."),

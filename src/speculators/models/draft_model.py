@@ -103,7 +103,7 @@ def read_window(nested: Any, own: Mapping[str, Any]) -> None:
         return
     size = own.get("swa_window_size")
     if not isinstance(size, int) or size < 1:
-        raise ValueError(f"dflash_config.use_swa is true, with swa_window_size={size!r}: it must be at least 1")
+        raise ValueError(f"use_swa is true, with swa_window_size={size!r}: it must be at least 1")
     if getattr(nested, "layer_types", None) is None or "sliding_attention" not in nested.layer_types:
         nested.layer_types = ["sliding_attention"] * nested.num_hidden_layers
     nested.sliding_window, nested.use_sliding_window = size, True

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-HEADS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+HEADS = ("*_lm_head.safetensors", "*_lm_head.pt")
 """Files of drafters that are published as heads alone."""
 
 # The same weight under the names other families give it.
@@ -157,9 +157,8 @@ def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
 
 def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Path]:
     """Returns tensor name -> its file, for the first kind of weights that the checkpoint has."""
-    kinds = ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN), *((None, name) for name in HEADS))
-    for index_name, single_name in kinds:
-        index = None if index_name is None else _fetch(path, index_name, **hub_kwargs)
+    for index_name, single_name in ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN)):
+        index = _fetch(path, index_name, **hub_kwargs)
         if index is not None:
             weight_map = read_index(index)
             shards = {shard: _fetch(path, shard, **hub_kwargs) for shard in set(weight_map.values())}
@@ -169,6 +168,9 @@ def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Pat
             return {key: file for key, shard in weight_map.items() if (file := shards[shard]) is not None}
         single = _fetch(path, single_name, **hub_kwargs)
         if single is not None:
+            return dict.fromkeys(_keys_of(single), single)
+    for pattern in HEADS if Path(path).is_dir() else ():
+        for single in sorted(Path(path).glob(pattern)):
             return dict.fromkeys(_keys_of(single), single)
     raise FileNotFoundError(
         f"'{path}' has no weights: neither {SAFETENSORS}, {BIN}, an index of them nor one of {HEADS} is a file of it"
