@@ -39,7 +39,9 @@ class DraftKeys(Keys):
     draft_arch: str = Field("qwen3", description="Decoder architecture of the drafter's layers, e.g. llama, qwen3.")
     draft_hidden_act: str = Field("silu", description="Activation of the drafter's MLP.")
     target_layer_ids: list[int] | None = Field(
-        None, description="Verifier layers the drafter reads; i = after i layers. None: 2, n//2, n-3 of n layers."
+        None,
+        description="Verifier layers the drafter reads; i = after i layers. "
+        "None: 2, n//2, n-3 of n layers; of fewer than 7, three that differ.",
     )
     draft_vocab_size: int | None = Field(
         None, ge=1, description="Keep the most frequent tokens of the data only. None: the verifier's vocabulary."

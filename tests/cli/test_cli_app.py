@@ -94,14 +94,14 @@ def raise_it(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (ValueError("hidden sizes differ: 64 and 128"), 1, "error: hidden sizes differ: 64 and 128"),
+        (ValueError("hidden sizes differ: 64 and 128"), 2, "error: hidden sizes differ: 64 and 128"),
         (
             OSError(28, "No space left on device", "/data/hs_3.safetensors"),
             1,
             "the disk is full (/data/hs_3.safetensors)",
         ),
         (OSError(28, "No space left on device"), 1, "error: the disk is full: free some space"),
-        (OSError(13, "Permission denied", "/data"), 1, "Permission denied: /data"),
+        (OSError(13, "Permission denied", "/data"), 2, "Permission denied: /data"),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -140,7 +140,7 @@ def test_a_refused_setting_is_named_without_the_machinery_behind_it(capsys: pyte
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(app, "perform", raise_it(ValueError("bad")))
-    assert app.main(["train", "--debug"]) == 1
+    assert app.main(["train", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -38,7 +38,7 @@ def test_inspect_mask_marks_the_answer(verifier, chats, tmp_path, capsys):
 
 
 def test_a_first_row_past_the_end_says_how_many_there_are(verifier, chats, capsys):
-    assert main(["inspect-mask", chats, "--model", verifier, "--first-row", "12"]) == 1
+    assert main(["inspect-mask", chats, "--model", verifier, "--first-row", "12"]) == 2
     assert "first_row=12 is past the end" in capsys.readouterr().err
 
 
@@ -53,7 +53,7 @@ def test_a_first_row_past_the_end_says_how_many_there_are(verifier, chats, capsy
 )
 def test_unusable_data_is_one_clear_message_and_nothing_is_written(rows, message, verifier, tmp_path, capsys):
     data, output = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "data"
-    assert main(["prepare-data", "--model", verifier, "--data", data, "--output", str(output)]) == 1
+    assert main(["prepare-data", "--model", verifier, "--data", data, "--output", str(output)]) == 2
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
@@ -62,13 +62,13 @@ def test_unusable_data_is_one_clear_message_and_nothing_is_written(rows, message
 
 
 def test_a_missing_verifier_is_named(chats, tmp_path, capsys):
-    assert main(["prepare-data", "--model", str(tmp_path / "nowhere"), "--data", chats]) == 1
+    assert main(["prepare-data", "--model", str(tmp_path / "nowhere"), "--data", chats]) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_a_chat_template_is_named(base_verifier, chats, tmp_path, capsys):
     output = tmp_path / "data"
-    assert main(["prepare-data", "--model", base_verifier, "--data", chats, "--output", str(output)]) == 1
+    assert main(["prepare-data", "--model", base_verifier, "--data", chats, "--output", str(output)]) == 2
     assert "chat template" in capsys.readouterr().err
     assert not output.exists()
 

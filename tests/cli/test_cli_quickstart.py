@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from speculators import assets
+from speculators.assets import tiny_verifier_path
 from speculators.cli import quickstart
 from speculators.cli.app import main
+from speculators.cli.quickstart import DEMO_PROMPT
+from speculators.decoding import Engine
 
 
 @pytest.fixture
@@ -39,11 +42,18 @@ def test_quickstart_ends_with_a_measured_lossless_drafter(toy_assets, tmp_path, 
 
 def test_quickstart_replaces_nothing_of_others(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert main(["quickstart", "--output", str(tmp_path)]) == 1
+    assert main(["quickstart", "--output", str(tmp_path)]) == 2
     assert "--output" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     for written in ("made-by-quickstart", "report.json"):
         (tmp_path / written).touch()
-    assert main(["quickstart", "--output", str(tmp_path)]) == 1
+    assert main(["quickstart", "--output", str(tmp_path)]) == 2
     assert "thesis.tex" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_the_answer_that_is_shown_ends():
+    engine = Engine.from_pretrained(str(tiny_verifier_path()), drafter="none")
+    reply = engine.chat(DEMO_PROMPT, max_tokens=64)
+    assert reply.finish_reason == "stop"
+    assert reply.text.endswith("Return the path of the path.")

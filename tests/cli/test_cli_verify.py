@@ -57,12 +57,12 @@ def test_a_checkpoint_is_verified_and_the_report_written(checkpoint, chats, tmp_
 
 @pytest.mark.parametrize("verb", ["verify", "check", "serve"])
 def test_a_run_is_not_taken_for_a_checkpoint(verb, checkpoint, capsys):
-    assert main([verb, str(Path(checkpoint).parent)]) == 1
+    assert main([verb, str(Path(checkpoint).parent)]) == 2
     assert re.search("is a training run, not a checkpoint; .*/checkpoint_best", capsys.readouterr().err)
 
 
 def test_a_model_that_is_no_speculator_is_refused_without_blaming_the_program(verifier, capsys):
-    assert main(["verify", verifier, "--no-vllm"]) == 1
+    assert main(["verify", verifier, "--no-vllm"]) == 2
     said = capsys.readouterr().err
     assert "has no 'speculators_model_type'" in said and "defect" not in said
 
@@ -93,7 +93,7 @@ def refuse(python):
 
 
 def test_a_python_that_has_no_vllm_is_refused(checkpoint, chats, capsys):
-    assert main(command(checkpoint, chats, "--vllm-python", "/bin/false")) == 1
+    assert main(command(checkpoint, chats, "--vllm-python", "/bin/false")) == 2
     assert "has no vllm" in capsys.readouterr().err
 
 

@@ -159,7 +159,8 @@ def test_the_card_says_how_to_serve_and_what_was_measured(trained, tmp_path):
     exported = export_checkpoint(trained("eagle"), tmp_path / "out", report=report)
     card = (exported.path / "README.md").read_text()
     assert exported.serving.speculative_config["method"] == "eagle"
-    assert exported.serving.command in card and f"vllm serve {VERIFIER}" in card
+    shown = exported.serving.command.replace(str(exported.path), "./out").replace(VERIFIER, Path(VERIFIER).name)
+    assert shown in card and f"vllm serve {Path(VERIFIER).name} --spec" in card
     assert "| 4 | 3.05 | 3.05 | 20 |" in card
     assert "Not measured" in (export_checkpoint(trained("eagle"), tmp_path / "two").path / "README.md").read_text()
     with pytest.raises(ValueError, match=r"measured \['eagle'\], neither .* nor another 'medusa'"):

@@ -178,7 +178,7 @@ def test_the_command_line_stitches(mimo, tmp_path, capsys):
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["verb"] == "stitch-mtp" and record["path"] == str(tmp_path / "out")
     assert len(record["tensors"]) == 16 and record["files"] == ["model.safetensors"]
-    assert app.main(["stitch-mtp", str(trained), str(path), "--output-path", str(tmp_path / "out")]) == 1
+    assert app.main(["stitch-mtp", str(trained), str(path), "--output-path", str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
 
 

@@ -247,7 +247,7 @@ def test_a_recorded_name_becomes_no_option_of_a_command(speculator, name, capsys
     values = json.loads(config.read_text())
     values["speculators_config"]["verifier"]["name_or_path"] = name
     config.write_text(json.dumps(values))
-    assert main(["serve", speculator, "--dry-run"]) == 1
+    assert main(["serve", speculator, "--dry-run"]) == 2
     printed = capsys.readouterr()
     assert "is not passed to a command" in " ".join(printed.err.split())
     assert "vllm serve" not in printed.out and "\x1b" not in printed.out + printed.err

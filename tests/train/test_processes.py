@@ -56,8 +56,8 @@ def test_the_script_of_the_guide_trains_and_prints_the_checkpoint(tmp_path, veri
 def test_wrong_flags_and_wrong_input_end_with_one_line_and_a_code(capsys):
     assert main(["--verifier-name-or-path", "m", "--epoch", "3"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown flag --epoch. Did you mean '--epochs'?")
-    assert main(["--verifier-name-or-path", "/no/such/model"]) == 1
-    assert capsys.readouterr().err.startswith("error: --verifier /no/such/model: no model config")
+    assert main(["--verifier-name-or-path", "/no/such/model"]) == 2
+    assert capsys.readouterr().err.startswith("error: no verifier at '/no/such/model': it does not exist")
 
 
 def test_two_ranks_see_different_rows_and_end_with_the_same_weights(tmp_path, verifier_path, data_path):

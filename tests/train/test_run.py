@@ -145,7 +145,7 @@ def supervised_late():
     ("changes", "message"),
     [
         ({"verifier_name_or_path": "/no/such/model"}, "--verifier /no/such/model"),
-        ({"data_path": "/no/such/data"}, "not a prepared dataset"),
+        ({"data_path": "/no/such/data"}, "the prepared dataset '/no/such/data' does not exist"),
         ({"data_path": rows([9] * 5, mask=0)}, "every loss_mask is 0"),
         ({"data_path": supervised_late(), "total_seq_len": 32}, "within total_seq_len=32"),
         ({"data_path": rows([9] * 5, token=99)}, r"token 99 but the verifier knows 0\.\.63"),

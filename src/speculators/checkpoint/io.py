@@ -30,7 +30,14 @@ from speculators.checkpoint.record import RECORD_FILE, read_training_record
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 from speculators.utils.files import absolute_if_directory, read_json_object
-from speculators.utils.names import did_you_mean, looks_like_a_path
+from speculators.utils.names import (
+    did_you_mean,
+    did_you_mean_path,
+    is_in_hub_cache,
+    looks_like_a_path,
+    refuse_missing_checkpoint,
+    why_hub_is_unreachable,
+)
 from speculators.utils.progress import no_progress_bars
 
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json", "*_lm_head.pt")
@@ -116,6 +123,13 @@ def local_directory(checkpoint: str | os.PathLike[str], cache_dir: str | Path | 
     if Path(checkpoint).is_dir():
         refuse_run(Path(checkpoint))
         return Path(checkpoint).resolve()
+    refuse_missing_checkpoint(checkpoint)
+    reason = None if is_in_hub_cache(checkpoint) else why_hub_is_unreachable()
+    if reason is not None:  # each download would be tried for half a minute
+        raise FileNotFoundError(
+            f"Checkpoint not found: '{checkpoint}' is not a directory here, nor in the hub's cache, and the hub cannot "
+            f"be reached from here ({reason}); name a directory with config.json and the weights"
+        )
     try:
         return Path(snapshot_download(checkpoint, allow_patterns=list(WEIGHTS_AND_CONFIG), cache_dir=cache_dir))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as problem:
@@ -222,6 +236,8 @@ def is_export(model: str) -> bool:
 
 @lru_cache  # without a network, each time costs half a minute of tries
 def hub_config(name: str) -> dict[str, Any] | None:
+    if not is_in_hub_cache(name) and why_hub_is_unreachable() is not None:
+        return None
     try:
         path = hf_hub_download(name, CONFIG_FILE)
     except LocalEntryNotFoundError:  # not in the cache either
@@ -240,8 +256,8 @@ def hub_config(name: str) -> dict[str, Any] | None:
 def local_config(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_dir():
-        found = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"{name} {found}; give the directory of a checkpoint or model, or a model's hub id")
+        found = "is a file;" if path.exists() else f"does not exist.{did_you_mean_path(name)}".removesuffix(".") + ";"
+        raise ValueError(f"{name} {found} give the directory of a checkpoint or model, or a model's hub id")
     if not (path / CONFIG_FILE).is_file():
         refuse_run(path)
         raise ValueError(f"{name} has no {CONFIG_FILE}: it is neither a speculator nor a model")

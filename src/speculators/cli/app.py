@@ -1,6 +1,7 @@
 """The `speculators` command: finds the verb, imports that verb's file only, turns errors into a message and a code.
 
-Exit codes: 0 done, 1 the work failed, 2 the command or the configuration is wrong, 130 interrupted.
+Exit codes: 0 done; 1 the work was begun and failed, or its result is a failure; 2 the command line, or what it names,
+was wrong before work began; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from speculators.cli.flags import HELP_FLAGS, OLD_NAMES, accept_old_names, shown_command
+from speculators.cli.flags import HELP_FLAGS, OLD_NAMES, accept_old_names, check_paths, shown_command
 from speculators.cli.shared import ONLY_JSON, Result, escape_warnings, say_error, say_warning, show
-from speculators.train.events import ConfigError
 from speculators.utils.names import did_you_mean
-from speculators.utils.report import ReaderGoneError, discard
+from speculators.utils.report import WRONG_INPUT, ReaderGoneError, discard, exit_code_of, work
 
 VERBS: dict[str, str] = {
     "quickstart": "Train a drafter for the embedded verifier, decode with it and measure it: the whole path.",
@@ -108,7 +108,8 @@ def run_to_the_end(args: Sequence[str], debug: bool) -> int:
             return result or 0  # --help and --version end with typer's own exit code
         show(result)
         if result.error is not None:
-            raise result.error
+            with work():  # its result is a failure, whatever the error's type
+                raise result.error
     except ReaderGoneError:
         raise
     except SystemExit as end:  # argparse's --help, --dump-config
@@ -121,7 +122,7 @@ def run_to_the_end(args: Sequence[str], debug: bool) -> int:
             traceback.print_exc()
         else:
             say_error(message_of(error), hint=hint_of(error))
-        return exit_code_of(error)
+        return WRONG_INPUT if isinstance(error, UsageError) else exit_code_of(error)
     return result.exit_code
 
 
@@ -168,7 +169,7 @@ def command_of(verb: str) -> Any:
     function: Callable[..., Any] = getattr(importlib.import_module(f"speculators.cli.{FILES.get(verb, name)}"), name)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     settings = FLAGS_READ_ELSEWHERE if verb in VERBS_READING_THEIR_FLAGS else {"help_option_names": list(HELP_FLAGS)}
-    app.command(verb, epilog=EPILOG, context_settings=settings)(raising_interrupted(function))
+    app.command(verb, epilog=EPILOG, context_settings=settings)(raising_interrupted(verb, function))
     command = get_command(app)
     accept_old_names(command, OLD_NAMES.get(verb, {}))
     return command
@@ -189,15 +190,18 @@ def asks_for_help(args: Sequence[str]) -> bool:
     return any(flag in ours for flag in HELP_FLAGS)
 
 
-def raising_interrupted(function: Callable[..., Any]) -> Callable[..., Any]:
+def raising_interrupted(verb: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a verb, called with paths that exist."""
+
     @functools.wraps(function)
-    def verb(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: Any, **kwargs: Any) -> Any:
         try:
+            check_paths(verb, kwargs)
             return function(*args, **kwargs)
         except KeyboardInterrupt as stop:
             raise Interrupted(str(stop)) from stop
 
-    return verb
+    return checked
 
 
 def listing() -> Any:
@@ -229,14 +233,6 @@ def complete() -> Any:
     if len(words) > 1 and words[1] in VERBS:  # its flags are wanted
         group.commands[words[1]] = shown_command_of(words[1], words[2:], all_names=True)
     return group.main([], prog_name="speculators", complete_var=COMPLETION_VARIABLE, standalone_mode=False)
-
-
-def exit_code_of(error: BaseException) -> int:
-    from pydantic import ValidationError
-
-    if isinstance(error, UsageError | ValidationError | ConfigError):
-        return 2
-    return 1
 
 
 def message_of(error: BaseException) -> str:

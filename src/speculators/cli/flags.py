@@ -6,10 +6,21 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
+
+from speculators.data_generation.configs import refuse_missing_source, refuse_unprepared
+from speculators.decoding.method import parse_method
+from speculators.deploy.process import interpreter_of
+from speculators.utils.names import (
+    refuse_missing_checkpoint,
+    refuse_missing_path,
+    refuse_missing_verifier,
+    refuse_path_without_model,
+)
 
 OLD_NAMES: dict[str, dict[str, str]] = {
     "prepare-data": {"--verifier": "--model"},
@@ -28,6 +39,43 @@ OLD_NAMES: dict[str, dict[str, str]] = {
 """Verb -> flag -> its name in earlier releases: accepted, not shown. Those of `train` are in `train/flags.py`."""
 
 HELP_FLAGS = ("-h", "--help")
+
+
+def refuse_missing_drafter(drafter: str) -> None:
+    parse_method(drafter)
+
+
+def refuse_missing_report(file: str) -> None:
+    refuse_missing_path(file, "the report", "name what `evaluate --output` wrote by --report")
+
+
+def refuse_verifier_without_model(verifier: str) -> None:
+    refuse_path_without_model(verifier, "verifier", "a saved causal LM")
+
+
+CHECKS: dict[str, Callable[[str], Any]] = {
+    "verifier": refuse_missing_verifier,
+    **dict.fromkeys(("checkpoint", "finetuned", "model", "draft"), refuse_missing_checkpoint),
+    "data": refuse_missing_source,
+    "method": refuse_missing_drafter,
+    "report": refuse_missing_report,
+    "python": interpreter_of,
+}
+"""Argument of a verb -> what raises `ValueError` for a path that does not exist, without importing what is slow."""
+OTHER_CHECKS: dict[str, dict[str, Callable[[str], Any]]] = {
+    "generate-offline-data": {"data": lambda data: refuse_unprepared(Path(data))},
+    "check": {"verifier": refuse_missing_checkpoint},
+    "serve": {"verifier": refuse_verifier_without_model, "method": lambda method: None},  # the server may reach the hub
+}
+
+
+def check_paths(verb: str, values: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for the first argument of a verb that names what does not exist."""
+    checks = {**CHECKS, **OTHER_CHECKS.get(verb, {})}
+    for name in checks:
+        given = values.get(name) or []
+        for value in [given] if isinstance(given, str | Path) else given:
+            checks[name](str(value))
 
 
 def accept_old_names(command: Any, old_names: Mapping[str, str]) -> None:

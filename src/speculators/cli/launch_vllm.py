@@ -17,6 +17,8 @@ from rich.markup import escape
 
 from speculators.cli.shared import Result, err, say
 from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
+from speculators.deploy.process import interpreter_of
+from speculators.utils.names import refuse_missing_verifier
 
 if TYPE_CHECKING:
     from speculators.deploy.process import VllmEnvironment
@@ -61,7 +63,7 @@ def parser() -> Parser:
         type=int,
         nargs="+",
         metavar="N",
-        help="Layers to extract; i = after i layers. Default: 2, n//2, n-3 of n layers.",
+        help="Layers to extract; i = after i layers. Default: 2, n//2, n-3 of n layers, as in train.",
     )
     parser.add_argument(
         "--include-last-layer",
@@ -91,6 +93,9 @@ def launch_vllm(context: typer.Context) -> Result:
     if (args.model is None) is (args.verifier is None):
         raise typer.BadParameter("name the verifier, once: speculators launch-vllm VERIFIER [options] -- VLLM_ARGS")
     args.model = args.verifier if args.model is None else args.model
+    refuse_missing_verifier(args.model)
+    if args.python is not None:
+        interpreter_of(args.python)
     from speculators.deploy.serve import command_to_extract
 
     note = what_to_extract(args)
@@ -122,11 +127,9 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def what_to_extract(args: argparse.Namespace) -> ExtractionNote:
     """The layers, ascending: engines hand them over in the order of the network."""
     from speculators.utils.files import absolute_if_directory
-    from speculators.utils.names import refuse_missing_verifier
     from speculators.verifier.capture import ExtractionNote
     from speculators.verifier.config import get_verifier_config, resolve_target_layer_ids
 
-    refuse_missing_verifier(args.model)
     config = get_verifier_config(args.model, args.trust_remote_code)
     layer_ids = resolve_target_layer_ids(args.target_layer_ids, config)
     if args.include_last_layer:
@@ -174,7 +177,7 @@ def start(
             ready_timeout_s=ready_timeout_s,
             on_line=line.forward,
             on_wait=line.wait,
-            on_ready=lambda seconds: line.ready(seconds, launch.endpoint),
+            on_ready=lambda seconds: line.ready(seconds, launch),
         )
     say(f"{signal_name}: the server and its workers have ended")
     return Result({**result, "stopped_by": signal_name})
@@ -206,6 +209,10 @@ class WaitLine:
             self.next_note_s += WAIT_NOTE_S
             self.console.print(f"waiting for vLLM: {seconds:.0f} s")
 
-    def ready(self, seconds: float, endpoint: str | None) -> None:
+    def ready(self, seconds: float, launch: Launch) -> None:
         self.status.stop()
-        self.console.print(f"[bold]ready[/] after {seconds:.0f} s: {escape(str(endpoint))}")
+        self.console.print(
+            f"[bold]ready[/] after {seconds:.0f} s: {escape(str(launch.endpoint))} serves the model "
+            f"{escape(launch.served_model)}"
+        )
+        self.console.print(f"try it: {launch.first_request}", markup=False)

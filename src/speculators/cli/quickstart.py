@@ -20,6 +20,8 @@ from speculators.cli.shared import Result, out, show
 from speculators.utils.report import facts_table
 
 NUM_SPECULATIVE_TOKENS = 4
+DEMO_PROMPT = "Describe `os.path.join(path, *paths)`."
+"""The embedded verifier's answer to it ends; to many others it goes round in circles."""
 MARKER = "made-by-quickstart"
 WRITTEN = re.compile(rf"{MARKER}|responses\.[a-z.]+|data|run|report\.json")
 """Only a directory with the marker, and with nothing but these in it, is ever replaced."""
@@ -99,7 +101,7 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
     drafter = ["--method", results["train"]["checkpoint"], "--num-speculative-tokens", str(NUM_SPECULATIVE_TOKENS)]
     yield (
         "Decode one prompt with draft-and-verify",
-        ["generate", "--verifier", verifier, "--prompt", "What does os.path.join do?", *drafter],
+        ["generate", "--verifier", verifier, "--prompt", DEMO_PROMPT, *drafter],
     )
     yield (
         "Compare with plain decoding on held-out prompts",

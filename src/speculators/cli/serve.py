@@ -99,10 +99,10 @@ def with_drafter(drafter: str, values: dict[str, Any] | None, verifier: str | No
     from speculators.checkpoint.io import is_export, speculator_facts
     from speculators.cli.serve_settings import refuse_method_without_model
     from speculators.utils.files import absolute_if_directory
-    from speculators.utils.names import refuse_missing_verifier
+    from speculators.utils.names import refuse_path_without_model
 
     if verifier is not None:
-        refuse_missing_verifier(verifier)
+        refuse_path_without_model(verifier, "verifier", "a saved causal LM")  # the server may reach the hub
         verifier = absolute_if_directory(verifier)
     facts = speculator_facts(drafter, values)
     if facts is not None:

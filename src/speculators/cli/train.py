@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from speculators.cli.shared import Result, error_of, say
-from speculators.train.config import TrainConfig
+from speculators.train.config import TrainConfig, refuse_missing_paths
 
 
 def help_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -16,6 +16,7 @@ def help_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def train(context: typer.Context) -> Result:
+    refuse_missing_paths(context.args)
     config = TrainConfig.resolve(context.args)
     say(f"training {config.speculator_type} for {config.verifier.verifier_name_or_path}")
 

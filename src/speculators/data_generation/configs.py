@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.data_generation.vllm_client import DEFAULT_ENDPOINT, DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S
+from speculators.utils.names import did_you_mean, did_you_mean_path, refuse_missing_path
 
 Row = dict[str, Any]
 DEFAULT_OUTPUT = "./output"
@@ -105,6 +106,30 @@ DATASET_CONFIGS: dict[str, DatasetConfig] = {
         ),
     )
 }
+
+
+FORMS = (
+    "a .json, .jsonl or .parquet file, a directory of them or of a saved dataset, hf:<id>[:<subset>][:<split>], "
+    f"hf://datasets/<org>/<repo>/<file>, or a preset ({', '.join(DATASET_CONFIGS)})"
+)
+
+
+def refuse_missing_source(source: str) -> None:
+    """Raises `ValueError` for conversations that are neither here, nor a preset, nor said to be on the hub."""
+    if not source.startswith("hf:") and source not in DATASET_CONFIGS and not Path(source).expanduser().exists():
+        hint = did_you_mean(source, DATASET_CONFIGS) or did_you_mean_path(source)
+        raise ValueError(f"data {source!r} does not exist and is no preset.{hint} Please give {FORMS}")
+
+
+def is_prepared(path: Path) -> bool:
+    return (path / "state.json").is_file()
+
+
+def refuse_unprepared(path: Path) -> None:
+    """Raises `ValueError` for what is not a directory that `prepare_data` wrote."""
+    refuse_missing_path(path, "the prepared dataset", "make it with prepare-data, or name another by --data")
+    if not is_prepared(path):
+        raise ValueError(f"{str(path)!r} is not a prepared dataset (no state.json); make one with prepare-data")
 
 
 @dataclass(frozen=True)

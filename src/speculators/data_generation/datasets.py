@@ -17,16 +17,12 @@ from typing import Any, TypeAlias
 
 import datasets
 
-from speculators.data_generation.configs import DATASET_CONFIGS, DatasetConfig
+from speculators.data_generation.configs import DATASET_CONFIGS, FORMS, DatasetConfig, refuse_missing_source
 from speculators.data_generation.conversations import BrokenLine
 
 Rows: TypeAlias = "Sequence[Any] | datasets.Dataset"
 Place: TypeAlias = dict[str, "str | int"]
 FILE_KINDS = (".json", ".jsonl", ".parquet")
-FORMS = (
-    "a .json, .jsonl or .parquet file, a directory of them or of a saved dataset, hf:<id>[:<subset>][:<split>], "
-    f"hf://datasets/<org>/<repo>/<file>, or a preset ({', '.join(DATASET_CONFIGS)})"
-)
 
 
 class JsonLines(Sequence[Any]):
@@ -144,7 +140,8 @@ def load_raw_dataset(source: str | os.PathLike[str] | Sequence[Mapping[str, Any]
         return RawRows(text, load_file(path))
     if text in DATASET_CONFIGS:
         return RawRows(text, load_hub_dataset(DATASET_CONFIGS[text]), DATASET_CONFIGS[text])
-    raise ValueError(f"data {text!r} is not an existing file or directory, nor a preset; give {FORMS}")
+    refuse_missing_source(text)
+    raise ValueError(f"data {text!r} is neither a file nor a directory; give {FORMS}")
 
 
 def load_file(path: Path) -> Rows:

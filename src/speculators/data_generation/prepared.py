@@ -20,7 +20,7 @@ import datasets
 import torch
 from rich.table import Table
 
-from speculators.data_generation.configs import DEFAULT_SEQ_LENGTH, DEFAULT_SHOWN_ROWS
+from speculators.data_generation.configs import DEFAULT_SEQ_LENGTH, DEFAULT_SHOWN_ROWS, is_prepared, refuse_unprepared
 from speculators.data_generation.conversations import TokenRow
 from speculators.data_generation.datasets import load_raw_dataset
 from speculators.data_generation.masks import MaskSpan, mask_spans
@@ -154,8 +154,7 @@ class PreparedData(PathReport):
     def open(cls, path: str | os.PathLike[str]) -> PreparedData:
         """Opens a directory that `prepare_data` wrote. Raises `ValueError` when it is not one."""
         path = Path(path)
-        if not is_prepared(path):
-            raise ValueError(f"{str(path)!r} is not a prepared dataset (no state.json); make one with prepare-data")
+        refuse_unprepared(path)
         manifest_path = path / MANIFEST_NAME
         manifest = Manifest.from_json(manifest_path.read_text(), manifest_path) if manifest_path.is_file() else None
         return cls(path, manifest)
@@ -170,10 +169,6 @@ class PreparedData(PathReport):
         if not path.is_file():
             raise ValueError(f"{str(path)!r} does not exist: the data was prepared by another tool; prepare it again")
         return dict(torch.load(path, weights_only=True))
-
-
-def is_prepared(path: Path) -> bool:
-    return (path / "state.json").is_file()
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from speculators.data_generation.rollout import Generate, Provenance, Rollout, m
 from speculators.utils.chat_template import ChatRenderer
 from speculators.utils.files import absolute_if_directory, atomic_write
 from speculators.utils.progress import Progress, reporting
-from speculators.utils.report import PathReport, facts_table
+from speculators.utils.report import PathReport, WorkFailedError, facts_table
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +94,9 @@ class RegenerationReport(PathReport):
         return f"{self.num_conversations:,} conversations answered, {self.num_failed:,} failed"
 
     def raise_for_errors(self) -> None:
-        """Raises `ValueError` when the verifier is damaged: the rows that it did answer are doubtful."""
+        """Raises `WorkFailedError` when the verifier is damaged: the rows that it did answer are doubtful."""
         if self.num_non_finite:
-            raise ValueError(
+            raise WorkFailedError(
                 f"the verifier's scores were not finite in {self.num_non_finite} answers: see {self.errors_path}"
             )
 
@@ -211,7 +211,7 @@ def regenerate_responses(
     report.check()
     warn_about(report)
     if report.num_rows == 0 and report.num_already_done == 0:
-        raise ValueError(f"nothing was answered: {num_rows} rows in {rows.name}, {report.reasons()}")
+        raise WorkFailedError(f"nothing was answered: {num_rows} rows in {rows.name}, {report.reasons()}")
     return report
 
 

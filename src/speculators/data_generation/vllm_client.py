@@ -25,15 +25,15 @@ from typing import Any
 
 import httpx
 
+from speculators.utils.report import WorkFailedError
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_ENDPOINT = "http://localhost:8000/v1"
 DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_MAX_RETRIES = 3
-BACKOFF_S = 1.0
-"""Wait before the first retry; each further wait is twice as long."""
-MOST_DOUBLINGS = 6
-"""Waits grow to about a minute."""
+BACKOFF_S, MOST_DOUBLINGS = 1.0, 6
+"""Wait before the first retry; each further wait is twice as long, up to about a minute."""
 MOST_RETRY_AFTER_S = 600.0
 """A server that asks for more patience (`Retry-After`) is asked again after this."""
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.safetensors", re.ASCII)
@@ -44,7 +44,7 @@ TRANSIENT_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP codes of a server that may answer soon."""
 
 
-class InvalidResponseError(ValueError):
+class InvalidResponseError(WorkFailedError):
     """The server answered wrongly. Another request would not help."""
 
 

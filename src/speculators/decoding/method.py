@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.utils.files import read_json_object
-from speculators.utils.names import looks_like_a_path
+from speculators.utils.names import did_you_mean_path, is_in_hub_cache, is_misspelt_path, looks_like_a_path
 
 PLAIN = "none"
 PATH_KEYS = ("speculators_model_type", "model_type")
@@ -86,11 +86,13 @@ def config_of(text: str, tree: Mapping[str, Any], *, is_path: bool) -> dict[str,
             return dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(f"method {text} looks like JSON but is not: {error}") from error
-    if Path(text).is_dir() or ("/" in text and not looks_like_a_path(text)):
+    is_hub_id = "/" in text and not looks_like_a_path(text) and (is_in_hub_cache(text) or not is_misspelt_path(text))
+    if Path(text).is_dir() or is_hub_id:
         return {"model": text, **tree}
     if "/" in text or is_path:
         raise ValueError(
-            f"method {text}: no such directory; give a speculator's directory or model id, a method's name or JSON"
+            f"method {text}: no such directory.{did_you_mean_path(text)} Give a speculator's directory or model id, "
+            "a method's name or JSON"
         )
     return {"method": text}
 

@@ -15,6 +15,7 @@ from speculators.decoding.settings import SamplingParams
 from speculators.decoding.stats import DecodeStats
 from speculators.decoding.text import IncrementalText
 from speculators.interfaces import Verifier
+from speculators.utils.report import WorkFailedError
 from speculators.verifier.config import text_config
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -68,7 +69,7 @@ class RequestOutput:
     """Why it ended with the reason "error"."""
 
 
-class NonFiniteScoresError(ValueError):
+class NonFiniteScoresError(WorkFailedError):
     """The verifier's scores were NaN or infinite: it has no text to give, and nothing can be measured with it."""
 
 

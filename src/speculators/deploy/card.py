@@ -27,38 +27,102 @@ def model_card(
     verifier: str | None,
     report: Mapping[str, Any] | None,
 ) -> str:
-    """Returns the card as Markdown, headed by the metadata that the hub reads.
+    """Returns the card as Markdown, headed by the metadata that the hub reads. It names no path of this machine.
 
     `serving=None`: vLLM does not serve the format. `report=None`: the card says that nothing was measured.
     """
     versions = ", ".join(f"{package} {version}" for package, version in package_versions().items() if version)
-    how = f"    {serving.command}\n" if serving is not None else "vLLM does not serve this kind of drafter.\n"
+    named = shown_name(verifier) if verifier is not None else "VERIFIER"
+    serve = without_paths(serving.command, serving, name) if serving is not None else None
+    how = f"    {serve}\n" if serve is not None else "vLLM does not serve this kind of drafter.\n"
     return f"""---
 library_name: speculators
 tags: [speculative-decoding, {config.speculators_model_type}]
-{base_model_line(verifier)}---
+base_model: {named}{"" if is_hub_id(named) else "  # a directory here: write the hub id of the verifier"}
+{licence_lines(verifier, named)}---
 
 # {name}
 
-A drafter of type `{config.speculators_model_type}` for `{verifier or "an unnamed verifier"}`, in the format \
-`{format_name}`. It makes the verifier answer faster and never changes what it answers.
+A drafter of type `{config.speculators_model_type}` for `{named}`, in the format \
+`{format_name}`. {speed_sentence(report)} \
+It never changes what the verifier answers.
 
 ## Serve
 
 Written for {VLLM_PROFILE.replace("-", " ")}:
 
 {how}
+## Use
+
+    pip install speculators
+    speculators generate --verifier {named} --method ./{name} --prompt "..."
+
+or in Python:
+
+    from speculators import Engine
+    print(Engine.from_pretrained("{named}", "./{name}").chat("...").text)
+
 {acceptance_section(report)}
+## Licence
+
+It holds weights of its verifier, `{named}`, or was trained on its answers: the verifier's licence holds for it too.
+
 ## Made with
 
 {versions}
 """
 
 
-def base_model_line(verifier: str | None) -> str:
-    """Names a verifier of the hub; leaves out a local path, which would mean nothing there."""
-    is_hub_id = verifier is not None and HUB_ID.fullmatch(verifier)
-    return f"base_model: {verifier}\n" if is_hub_id else ""
+SNAPSHOT = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/", re.ASCII)
+"""The directory of a model in the hub's cache."""
+
+
+def is_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None
+
+
+def shown_name(model: str) -> str:
+    """Returns a model's hub id, also one of a directory in the hub's cache; of another directory its name alone."""
+    cached = SNAPSHOT.search(model)
+    if cached is not None:
+        return f"{cached['org']}/{cached['name']}"
+    is_path = Path(model).is_absolute() or not is_hub_id(model)
+    return Path(model).name if is_path else model
+
+
+def without_paths(command: str, serving: Serving, name: str) -> str:
+    """The command that serves, for whoever has downloaded the directory `name`."""
+    verifier = serving.model if serving.speculative_config is not None else None
+    shown = command
+    if verifier is not None:
+        shown = shown.replace(verifier, shown_name(verifier))
+    directory = (serving.speculative_config or {}).get("model") or serving.model
+    return shown.replace(str(directory), f"./{name}")
+
+
+def licence_lines(verifier: str | None, named: str) -> str:
+    """Takes the licence from the verifier's own card where it is here; else points at the verifier."""
+    card = Path(verifier or "") / CARD_FILE
+    head = card.read_text(encoding="utf-8", errors="replace").split("---")[1:2] if card.is_file() else []
+    found = re.search(r"^license:\s*([\w.-]+)\s*$", "".join(head), re.MULTILINE)
+    if found is not None:
+        return f"license: {found[1]}\n"
+    return f"license: other\nlicense_name: that-of-the-base-model\nlicense_link: https://huggingface.co/{named}\n"
+
+
+def speed_sentence(report: Mapping[str, Any] | None) -> str:
+    """Says "faster" of a speedup whose whole interval is above 1, and of nothing else."""
+    if report is None:
+        return "Its speed was not measured."
+    speedups = [row["speedup"] for row in report["rows"]]
+    best = max(speedups, key=lambda speedup: speedup["value"])
+    value, low = best["value"], best.get("low", best["value"])
+    measured = f"{value:.2f}x the speed of plain decoding"
+    if low > 1:
+        return f"Measured below, the verifier answers faster: {measured}."
+    if value > 1:
+        return f"Measured below: {measured}, which its interval does not tell from no gain (from {low:.2f}x)."
+    return f"Measured below, it does not pay: {measured}."
 
 
 def acceptance_section(report: Mapping[str, Any] | None) -> str:
@@ -75,7 +139,8 @@ def acceptance_section(report: Mapping[str, Any] | None) -> str:
     ]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in cells]
     table = ["| K | acceptance length | speedup | prompts |", "|---|---|---|---|", *lines]
-    where = f"Local engine, verifier `{report['verifier']}`, prompts of `{report['dataset']}`."
+    verifier, prompts = (shown_name(str(report[key])) for key in ("verifier", "dataset"))
+    where = f"Local engine, verifier `{verifier}`, prompts of `{prompts}`."
     return "\n".join(["## Acceptance", "", *table, "", where, ""])
 
 

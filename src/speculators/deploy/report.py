@@ -13,13 +13,13 @@ from rich.table import Table
 
 from speculators.checkpoint.findings import VLLM_PROFILE, Finding
 from speculators.checkpoint.formats import Serving
-from speculators.utils.report import TableReport, facts_table
+from speculators.utils.report import TableReport, WorkFailedError, facts_table
 
 RECORD = "as it was trained"
 """The step that compares with the record of training."""
 
 
-class CheckError(ValueError):
+class CheckError(WorkFailedError):
     """The checkpoint would fail in vLLM, or draft there otherwise than it was trained to."""
 
     def __init__(self, report: CheckReport, hint: str = "") -> None:

@@ -8,6 +8,7 @@ run_server              starts the server, waits for its health, forwards the lo
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import socket
 import threading
@@ -37,6 +38,22 @@ class Launch:
     command: tuple[str, ...]
     base_url: str | None
     """None: the command starts no front end (a further node of several)."""
+
+    @property
+    def served_model(self) -> str:
+        """The name that a request gives as `model`."""
+        words = self.command[self.command.index("serve") + 1 :]
+        return value_of(words, "--served-model-name") or words[0]
+
+    @property
+    def first_request(self) -> str | None:
+        """A command that asks the server something."""
+        if self.base_url is None:
+            return None
+        body = {"model": self.served_model, "prompt": "Hello", "max_tokens": 16}
+        key = ("-H", "Authorization: Bearer API_KEY") if value_of(self.command, "--api-key") else ()
+        words = ["curl", f"{self.endpoint}/completions", "-H", "Content-Type: application/json", *key, "-d"]
+        return shlex.join([*words, json.dumps(body)])
 
     @property
     def endpoint(self) -> str | None:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from speculators.train.config import ConfigError, TrainConfig
+from speculators.train.config import TrainConfig, refuse_missing_paths
+from speculators.utils.report import exit_code_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        config = TrainConfig.resolve(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        refuse_missing_paths(words)
+        config = TrainConfig.resolve(words)
         # here, not at the top: --help must not wait for torch
         from speculators.train.events import print_event
         from speculators.train.run import train
 
         result = train(config, on_event=print_event)
-    except ConfigError as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return ConfigError.exit_code
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_code_of(error)
     except KeyboardInterrupt as error:
         print(error or "interrupted", file=sys.stderr)
         return 130

@@ -28,11 +28,20 @@ ALGORITHMS = tuple(sorted(module.name for module in pkgutil.iter_modules([str(FO
 """Built-in ones, one folder each."""
 
 
+def name_in(given: Mapping[str, Any]) -> str:
+    return str(given.get("speculator_type", RunKeys.model_fields["speculator_type"].default))
+
+
+def is_light(given: Mapping[str, Any]) -> bool:
+    """Says whether the algorithm that `given` names says its keys without loading torch."""
+    name = name_in(given)
+    return name in ALGORITHMS and (FOLDER / name / "keys.py").is_file()
+
+
 def declared_keys(given: Mapping[str, Any]) -> tuple[str, type[BaseModel], Mapping[str, Any]]:
-    """Returns the name, own keys and other defaults of the algorithm that `given` names. One with a file `keys.py` says
-    them without loading torch."""
-    name = str(given.get("speculator_type", RunKeys.model_fields["speculator_type"].default))
-    if name in ALGORITHMS and (FOLDER / name / "keys.py").is_file():
+    """Returns the name, own keys and other defaults of the algorithm that `given` names."""
+    name = name_in(given)
+    if is_light(given):
         declared = importlib.import_module(f"speculators.models.{name}.keys")
         return name, declared.TRAINING_ARGS, declared.TRAINING_DEFAULTS
     algorithm = Algorithm.find(given)

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, Field, PrivateAttr
 
-from speculators.train.algorithm import ALGORITHMS, Algorithm, declared_keys, validate
+from speculators.data_generation.configs import refuse_unprepared
+from speculators.train.algorithm import ALGORITHMS, Algorithm, declared_keys, is_light, validate
 from speculators.train.events import ConfigError
 from speculators.train.flags import FLAG_NAMES, Parser, build_parser, flag_of
 from speculators.train.keys import (
@@ -33,6 +34,7 @@ from speculators.train.keys import (
     group_of,
 )
 from speculators.utils.files import atomic_write
+from speculators.utils.names import refuse_missing_checkpoint, refuse_missing_path, refuse_missing_verifier
 
 __all__ = ["ConfigError", "TrainConfig"]
 
@@ -171,6 +173,21 @@ class TrainConfig(RunKeys):
     def save(self, path: str | Path) -> None:
         with atomic_write(path, "w") as file:
             file.write(self.dump_yaml())
+
+
+def refuse_missing_paths(argv: Sequence[str]) -> None:
+    """Raises `ValueError` for a verifier, data or file of a command line that does not exist. Imports no torch."""
+    given = TrainConfig.first_look(argv)
+    _, unknown = TrainConfig.help_parser(argv).parse_known_args(list(argv)) if is_light(given) else ([], [])
+    if unknown or given.get("dump_config") or not isinstance(given.get("verifier_name_or_path"), str):
+        return  # nothing is read, or flags are wrong
+    refuse_missing_verifier(given["verifier_name_or_path"])
+    refuse_unprepared(Path(given.get("data_path", DataKeys.model_fields["data_path"].default)))
+    if given.get("from_pretrained"):
+        refuse_missing_checkpoint(given["from_pretrained"])
+    for key in ("draft_config", "token_freq_path", "d2t_path", "t2d_path"):
+        if given.get(key):
+            refuse_missing_path(given[key], flag_of(key), "name a file that is there")
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], list[str]]:

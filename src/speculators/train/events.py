@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from speculators.utils.report import WRONG_INPUT
+
 
 class ConfigError(ValueError):
     """A flag, a YAML key or a combination of them is wrong. The command line exits with `exit_code`."""
 
-    exit_code = 2
+    exit_code = WRONG_INPUT
 
 
 @dataclass(frozen=True)

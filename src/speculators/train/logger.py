@@ -61,7 +61,7 @@ class TrainingProgress(Progress):
             case Validated():
                 self.decoded = decoded(event.metrics)
                 line = describe(event.metrics, event.acceptance_length)
-                self.console.print(f"epoch {event.epoch + 1}, step {event.step}, validation: {line}")
+                self.console.print(f"epoch {event.epoch}, step {event.step}, validation: {line}")
             case Saved():
                 self.console.print(f"saved {event.path}", style="dim", markup=False)
             case Stopped():

@@ -38,6 +38,7 @@ from speculators.train.validation import PromptDecoder, prompts_of
 from speculators.train.vocab_mapping import coverage, resolve_vocab_mapping
 from speculators.utils.files import absolute_if_directory
 from speculators.utils.progress import no_progress_bars
+from speculators.utils.report import work
 from speculators.verifier import check_reproduces_logits, load_verifier, text_config
 
 LOCK_FILE = ".run.lock"
@@ -69,7 +70,8 @@ def train(config: TrainConfig, *, verifier: PreTrainedModel | None = None, on_ev
             tell(Note(str(estimate)))
             trainer.save(name=DRY_RUN)
             return TrainResult(save_path / DRY_RUN, {}, None, 0)
-        result = trainer.run_training()
+        with work():
+            result = trainer.run_training()
         device, has_verifier = trainer.ranks.device, estimate.verifier_bytes > 0
     if not ranks.is_main:
         return result

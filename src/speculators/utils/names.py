@@ -1,4 +1,5 @@
-"""Finds the name nearest to an unknown one, for error messages; imports the names of a package on first use."""
+"""Finds the name or path nearest to an unknown one, for error messages; says at once which model or file does not
+exist; imports the names of a package on first use."""
 
 from __future__ import annotations
 
@@ -7,9 +8,15 @@ import difflib
 import importlib
 import os
 import pkgutil
+import re
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from huggingface_hub import constants, try_to_load_from_cache
 
 
 class NamedModel(Protocol):
@@ -100,18 +107,121 @@ def model_name(model: str | os.PathLike[str] | NamedModel) -> str:
     return model.name_or_path
 
 
+TYPO = 0.85
+"""Least likeness (difflib's ratio) of a name that has the form of a hub id and is taken for a misspelt path."""
+HUB_TIMEOUT_S = 3.0
+
+
+def nearest_path(name: str) -> str | None:
+    """Returns the existing path most like one that does not exist: where the first part that is missing is misspelt."""
+    path = missing = Path(name).expanduser()
+    while not missing.parent.exists():
+        missing = missing.parent
+    guess = nearest(missing.name, names_in(missing.parent))
+    if guess is None:
+        return None
+    found = missing.parent / guess
+    whole = found / path.relative_to(missing)
+    return str(whole if whole.exists() else found)
+
+
+def names_in(directory: Path) -> list[str]:
+    try:
+        return [entry for entry in os.listdir(directory) if not entry.startswith(".")]
+    except OSError:
+        return []
+
+
+def did_you_mean_path(name: str) -> str:
+    """Returns " Did you mean 'x'?" to append to a message; an empty string when no existing path is near."""
+    guess = nearest_path(name)
+    return f" Did you mean '{guess}'?" if guess else ""
+
+
+def refuse_missing_path(name: str | os.PathLike[str], what: str, fix: str) -> None:
+    """Raises `ValueError` for a path that does not exist. `fix` begins with a verb."""
+    if not Path(name).expanduser().exists():
+        raise ValueError(f"{what} {os.fspath(name)!r} does not exist.{did_you_mean_path(os.fspath(name))} Please {fix}")
+
+
 def looks_like_a_path(name: str) -> bool:
     """Says whether a model's name means a directory. `org/name` is a hub id unless such a directory exists."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def refuse_missing_model(name: str, what: str, kind: str) -> None:
-    """Raises `ValueError` for a path without a model, before the hub is asked for a model of that name."""
-    if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
+def refuse_path_without_model(name: str, what: str, kind: str) -> None:
+    """Raises `ValueError` for a path without a model, also one that a hub id could be but for a letter."""
+    if looks_like_a_path(name):
+        if not (Path(name) / "config.json").is_file():
+            ways_out = f"give the directory of {kind}, or a model id of the Hugging Face hub"
+            raise ValueError(f"no {what} at {name!r}: {why_no_model(Path(name))}; {ways_out}")
+    elif is_misspelt_path(name) and not is_in_hub_cache(name):
         raise ValueError(
-            f"no {what} at {name!r}: it is not a directory with a config.json; give the directory of {kind}, or a "
-            "model id of the Hugging Face hub"
+            f"no {what} at {name!r}: it does not exist.{did_you_mean_path(name)} If it is a model of the Hugging Face "
+            f"hub, fetch it first: hf download {name}"
         )
+
+
+def refuse_missing_model(name: str, what: str, kind: str) -> None:
+    """Raises `ValueError` at once for a path without a model, and for a hub id that nothing here can resolve.
+
+    transformers would ask the hub six times over half a minute."""
+    refuse_path_without_model(name, what, kind)
+    if looks_like_a_path(name) or is_in_hub_cache(name):
+        return
+    reason = why_hub_is_unreachable()
+    if reason is not None:
+        raise ValueError(
+            f"no {what} {name!r}: there is no such directory, the hub's cache has no such model, and the hub cannot be "
+            f"reached from here ({reason}).{did_you_mean_path(name)} Please give the directory of {kind}, or a model "
+            "id of the Hugging Face hub"
+        )
+
+
+def refuse_missing_checkpoint(name: str) -> None:
+    """Raises `ValueError` for a path that does not exist, also one that a hub id could be but for a letter."""
+    if looks_like_a_path(name) or (is_misspelt_path(name) and not is_in_hub_cache(name)):
+        refuse_missing_path(name, "the checkpoint", "give its directory, or a model id of the Hugging Face hub")
+
+
+def why_no_model(path: Path) -> str:
+    if not path.exists():
+        return f"it does not exist.{did_you_mean_path(str(path))}".removesuffix(".")
+    return "it has no config.json" if path.is_dir() else "it is a file"
+
+
+def is_in_hub_cache(name: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no name that the hub could have
+        return False
+
+
+def is_misspelt_path(name: str) -> bool:
+    """Says whether a name of the form of a hub id is almost an existing path.
+
+    Other digits are another model, not a typo: beside `org/model-8b`, `org/model-4b` is asked for at the hub."""
+    guess = nearest_path(name)
+    if guess is None or Path(guess).parent != Path(name).parent:
+        return False
+    mine, other = Path(name).name.lower(), Path(guess).name.lower()
+    is_other_size = "/" in name and re.sub(r"\d", "", mine) == re.sub(r"\d", "", other)
+    return not is_other_size and difflib.SequenceMatcher(None, mine, other).ratio() >= TYPO
+
+
+def why_hub_is_unreachable() -> str | None:
+    """Returns why no connection to the hub can be opened; None when one can, or when a proxy would open it."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    where = urlsplit(constants.ENDPOINT)
+    if where.scheme in getproxies() or "all" in getproxies():
+        return None
+    try:
+        port = where.port or (443 if where.scheme == "https" else 80)
+        socket.create_connection((where.hostname or "", port), timeout=HUB_TIMEOUT_S).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def refuse_missing_verifier(name: str) -> None:

@@ -1,4 +1,5 @@
-"""Renders reports as tables, the same ones for a command, `print(report)` and a notebook, and foreign text as text.
+"""Renders reports as tables, the same ones for a command, `print(report)` and a notebook, and foreign text as text;
+says which errors are reports of work that failed, and which of a command that asked for something wrong.
 
 A path, a config value, a row of data or a model's answer may hold control characters, which move the cursor or rewrite
 what was printed, and words in brackets, which rich takes for styles. `visible` shows the first escaped, and a
@@ -12,7 +13,8 @@ import os
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -107,3 +109,35 @@ def facts_table(title: str, facts: Mapping[str, object]) -> Table:
     for name, value in facts.items():
         table.add_row(escape(visible(name)), escape(visible(str(value))))
     return table
+
+
+# -- what an error means for the exit code
+
+WRONG_INPUT, FAILED_WORK = 2, 1
+WRONG_INPUT_ERRORS = (
+    *(ValueError, NotImplementedError),
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError),
+)
+"""Before any work: what was asked for, or a path that was named, is wrong."""
+
+
+class WorkFailedError(ValueError):
+    """The work was done, or begun, and its result is a failure."""
+
+    work_had_begun = True
+
+
+@contextmanager
+def work() -> Iterator[None]:
+    """Marks errors that leave the block as failures of work that had begun, whatever their type."""
+    try:
+        yield
+    except Exception as error:
+        error.work_had_begun = True  # type: ignore[attr-defined]
+        raise
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Returns 2 when the command line or what it names was wrong before work began, and 1 when the work failed."""
+    begun = getattr(error, "work_had_begun", False)
+    return WRONG_INPUT if isinstance(error, WRONG_INPUT_ERRORS) and not begun else FAILED_WORK

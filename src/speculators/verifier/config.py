@@ -166,7 +166,7 @@ def is_head_tied(config: PretrainedConfig) -> bool | None:
 def resolve_target_layer_ids(
     target_layer_ids: Sequence[int] | None, verifier: str | PretrainedConfig, trust_remote_code: bool = False
 ) -> list[int]:
-    """The checked aux layer ids, or the default `[2, n // 2, n - 3]` of an n-layer verifier.
+    """The checked aux layer ids, or the default of an n-layer verifier.
 
     Id i is the residual stream after i layers: 0 the embeddings, n the last layer before the final norm.
     ValueError for ids that are empty, repeated or outside 0..n."""
@@ -176,11 +176,7 @@ def resolve_target_layer_ids(
     num_layers: int = text_config(config).num_hidden_layers
     rule = f"ids count finished layers, so distinct ones in 0..{num_layers} are valid"
     if target_layer_ids is None:
-        ids = [2, num_layers // 2, num_layers - 3]
-        if ids != sorted(set(ids)) or ids[-1] < 0:
-            raise ValueError(
-                f"the default target_layer_ids of a {num_layers}-layer verifier would be {ids}; give ids: {rule}"
-            )
+        ids = default_target_layer_ids(num_layers)
         logger.warning("target_layer_ids not given: using %s for a verifier of %d layers", ids, num_layers)
         return ids
     ids = [int(layer) for layer in target_layer_ids]
@@ -188,6 +184,13 @@ def resolve_target_layer_ids(
         raise ValueError(f"target_layer_ids={ids} but the verifier has {num_layers} layers; {rule}")
     # serving engines sort the ids, and the columns of `fc` follow them (vLLM, aux_hidden_state_layers)
     return sorted(ids)
+
+
+def default_target_layer_ids(num_layers: int) -> list[int]:
+    """`[2, n // 2, n - 3]`; of fewer than seven layers, where those meet, three that differ."""
+    low, high = (2, num_layers - 3) if num_layers >= 7 else (1, num_layers - 1)
+    ids = [low, num_layers // 2, high]
+    return ids if num_layers > 3 else list(range(num_layers + 1))[:3]
 
 
 # -- final norm and logits ---------------------------------------------------------------------------------------------

@@ -4,9 +4,12 @@ vLLM 0.32 takes of a SpeculativeConfig (`vllm_settings`)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator
 
 from speculators.decoding.trees.token_tree import TokenTree
+from speculators.utils.names import did_you_mean, did_you_mean_path
 
 if TYPE_CHECKING:
     from speculators.decoding.config.speculative import SpeculativeConfig
@@ -41,7 +44,19 @@ MtpTypeName = Literal[
 ]
 """Accepted as `method` for old files (deprecated: say `mtp`); as a draft's `model_type` they mean MTP."""
 
-Method = Literal[
+
+def refuse_unknown_method(value: Any) -> Any:
+    """Raises `ValueError`, with the nearest names, for a text that is no method."""
+    if isinstance(value, str) and value not in METHODS and value not in MTP_TYPE_NAMES:
+        hint = did_you_mean(value, ["none", *METHODS]) or did_you_mean_path(value)
+        raise ValueError(
+            f"{value!r} is no method, and no such directory exists.{hint} There are: none, {', '.join(METHODS)}, "
+            "or a speculator's directory"
+        )
+    return value
+
+
+MethodName = Literal[
     "ngram",
     "ngram_gpu",
     "suffix",
@@ -58,6 +73,7 @@ Method = Literal[
     "mtp",
     MtpTypeName,
 ]
+Method = Annotated[MethodName, BeforeValidator(refuse_unknown_method)]
 
 MTP_TYPE_NAMES = frozenset(get_args(MtpTypeName))
 
