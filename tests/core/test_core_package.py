@@ -160,8 +160,8 @@ def test_components_can_be_replaced_by_name():
 def test_default_layer_ids_are_early_middle_and_late(caplog):
     assert resolve_target_layer_ids(None, decoder_config(num_hidden_layers=12)) == [2, 6, 9]
     assert "[2, 6, 9]" in caplog.text
-    with pytest.raises(ValueError, match=r"4-layer verifier would be \[2, 2, 1\]; give ids"):
-        resolve_target_layer_ids(None, decoder_config(num_hidden_layers=4))
+    assert resolve_target_layer_ids(None, decoder_config(num_hidden_layers=6)) == [1, 3, 5]
+    assert "using [1, 3, 5] for a verifier of 6 layers" in caplog.text
 
 
 def test_given_layer_ids_are_checked_and_sorted():
