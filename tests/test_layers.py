@@ -83,6 +83,8 @@ def may_import(here: str, there: str, algorithm: str | None = None, other: str |
         return False  # always the registry
     if here == "train":
         return ROW_OF[there] < STAGES_ROW or there in ("data_generation", "deploy", "evaluation")
+    if here == "convert":
+        return ROW_OF[there] < STAGES_ROW or there == "deploy"  # what it writes is checked before it is written
     if here == "evaluation":
         return ROW_OF[there] < STAGES_ROW or there in ("decoding", "data_generation")
     if ROW_OF[here] == ROW_OF[there]:

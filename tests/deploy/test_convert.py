@@ -262,6 +262,124 @@ def test_tied_weights_that_a_file_repeats_are_taken_once_and_must_be_equal(tmp_p
         convert_checkpoint(path, tmp_path / "other", verifier=VERIFIER)
 
 
+# -- a source of another verifier, or with values that no drafter has
+
+
+def sized(tmp_path, **changes):
+    """A verifier of other sizes, by its config alone."""
+    path = tmp_path / "sized"
+    path.mkdir()
+    values = json.loads((Path(VERIFIER) / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**values, **changes}))
+    return str(path)
+
+
+def first_weight(change):
+    def spoil(tensors):
+        name = next(name for name in sorted(tensors) if tensors[name].is_floating_point() and tensors[name].ndim == 2)
+        change(tensors[name])
+
+    return lambda path: edit_tensors(path, spoil)
+
+
+def native(trained, tmp_path, case):
+    path = export_checkpoint(trained(case), tmp_path / "native", profile="native", verifier=VERIFIER).path
+    (path / "training_record.json").unlink()
+    return path
+
+
+NATIVE = ("eagle3", "peagle", "dflash", "dspark", "eagle", "medusa", "mlp")
+
+
+@pytest.mark.parametrize("case", NATIVE)
+def test_a_source_is_converted_as_it_came_but_not_with_weights_that_are_no_numbers(case, trained, tmp_path):
+    path = native(trained, tmp_path, case)
+    convert_checkpoint(path, tmp_path / "right", verifier=VERIFIER)
+    first_weight(lambda weight: weight.view(-1)[:3].fill_(float("nan")))(path)
+    with pytest.raises(ValueError, match=r"NaN or infinite.*(?s:.)*|3 values") as refused:
+        convert_checkpoint(path, tmp_path / "out", verifier=VERIFIER)
+    assert "nothing was written" in str(refused.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", NATIVE)
+@pytest.mark.parametrize(
+    "sizes", [{"vocab_size": 5000}, {"hidden_size": 128}], ids=["another vocabulary", "another width"]
+)
+def test_a_source_for_a_verifier_of_other_sizes_is_refused(case, sizes, trained, tmp_path):
+    path = native(trained, tmp_path, case)
+    if case in ("eagle", "dflash", "dspark") and "vocab_size" in sizes:
+        pytest.skip("the source has no table of the vocabulary, and its config names one that is compared elsewhere")
+    with pytest.raises(ValueError):
+        convert_checkpoint(path, tmp_path / "out", verifier=sized(tmp_path, **sizes))
+    assert not (tmp_path / "out").exists()
+
+
+def absolute_ids(tensors):
+    tensors["d2t"] = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+
+
+REFUSED = {
+    "layers beyond its depth, eagle3": (
+        "eagle3",
+        lambda path: edit_config(path, lambda v: v.update(eagle_aux_hidden_state_layer_ids=[2, 6, 40])),
+        r"the verifier has 12 layers",
+    ),
+    "layers beyond its depth, z-lab": (
+        "dflash",
+        lambda path: edit_config(path, lambda v: v["dflash_config"].update(target_layer_ids=[1, 5, 40])),
+        r"the verifier has 12 layers",
+    ),
+    "layers beyond its depth, dense": (
+        "dspark",
+        lambda path: edit_config(path, lambda v: v.update(target_layer_ids=[1, 5, 40])),
+        r"the verifier has 12 layers",
+    ),
+    "d2t of absolute ids": ("eagle3", lambda path: edit_tensors(path, absolute_ids), "d2t"),
+    "t2d against d2t": (
+        "eagle3",
+        lambda path: edit_tensors(path, lambda tensors: tensors.update(t2d=tensors["t2d"].roll(1))),
+        "they disagree on",
+    ),
+    "mask token outside, z-lab": (
+        "dflash",
+        lambda path: edit_config(path, lambda v: v["dflash_config"].update(mask_token_id=99999)),
+        "mask_token_id: 99999",
+    ),
+    "mask token outside, dense": (
+        "dspark",
+        lambda path: edit_config(path, lambda v: v.update(mask_token_id=99999)),
+        "mask_token_id: 99999",
+    ),
+    "mask token outside, SpecForge": (
+        "peagle",
+        lambda path: edit_config(path, lambda v: v.update(mask_token_id=99999)),
+        "mask_token_id: 99999",
+    ),
+    "the head's rows one token further": (
+        "eagle3",
+        lambda path: edit_tensors(path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].roll(1, 0)})),
+        "from theirs",
+    ),
+    "rope said twice": ("eagle3", lambda path: edit_config(path, lambda v: v.update(rope_theta=5e5)), "said twice"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_is_wrong_in_a_source_is_refused_and_leaves_nothing(fault, trained, tmp_path):
+    case, spoil, message = REFUSED[fault]
+    path = native(trained, tmp_path, case)
+    spoil(path)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(path, tmp_path / "out", verifier=VERIFIER)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_does_not_load_on_a_device_leaves_nothing(eagle3_head, tmp_path):
+    with pytest.raises(ValueError, match="torch sees"):
+        convert_model(str(eagle3_head), VERIFIER, None, tmp_path / "out", validate_device="cuda:99")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_contracts_entry_points(eagle3_head, trained, tmp_path):
     with pytest.raises(ValueError, match="Unsupported algorithm: 'mamba'"):
         convert_model(str(eagle3_head), VERIFIER, "mamba", tmp_path / "out")

@@ -13,7 +13,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +34,9 @@ from speculators.checkpoint.io import (
 )
 from speculators.checkpoint.record import computed_config, write_training_record
 from speculators.config import SpeculatorModelConfig, VerifierConfig, installed_version
+from speculators.deploy.check import check_checkpoint
+from speculators.deploy.config_check import rope_findings
+from speculators.deploy.report import CheckError, CheckReport
 from speculators.model import SpeculatorModel
 from speculators.nn.rope import head_dim, rope_parameters
 from speculators.utils.files import (
@@ -45,13 +48,16 @@ from speculators.utils.files import (
 )
 from speculators.utils.names import NamedModel, model_name
 from speculators.utils.report import PathReport, facts_table
-from speculators.verifier.loading import EMBEDDING, HEAD, NORM, is_copy
+from speculators.verifier.loading import EMBEDDING, HEAD, NORM, is_copy, refuse_missing_device
 
 AUTO = "auto"
 VERIFIERS_OWN = {EMBEDDING: EMBEDDING, HEAD: HEAD, "verifier_lm_head.weight": HEAD, "verifier_norm.weight": NORM}
 """Tensors that some projects (and older releases of ours) store beside the drafter's, and their names there."""
 OLDER_OPTIONS = ("validate", "trust_remote_code")
 """Arguments of earlier releases without effect: the result is always checked, and remote code is never run."""
+
+NOT_SERVABLE = "not-servable"
+"""The code of what is right, and no engine serves: such drafters are decoded here."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +89,17 @@ def convert_checkpoint(
     algorithm: str | None = None,
     overwrite: bool = False,
     cache_dir: str | Path | None = None,
+    validate_device: str | None = None,
     **options: Any,
 ) -> ConvertedCheckpoint:
-    """Reads `source` (a directory or hub id in another project's format, or of an older release of ours) and writes it
-    to `output` in ours.
+    """Reads `source` (a directory or hub id in another project's format, or of an older release of ours), checks it as
+    `speculators check` does, loads it on `validate_device` where that is given, and writes it to `output` in ours.
 
     `algorithm` is needed only where several recognise the source ("auto": None). `options` give what the source does
     not say, such as the verifier layers that an EAGLE-3 head reads; each format takes its own. Every tensor of the
-    source is used, or proven to be the verifier's own. Raises `ValueError` for a source that cannot be converted,
-    `FileNotFoundError` for one that does not exist, `RuntimeError` for an unreadable verifier.
+    source is used, or proven to be the verifier's own. Raises `ValueError` for a source that cannot be converted or has
+    errors, as one of another verifier has (nothing is written then), `FileNotFoundError` for one that does not exist,
+    `RuntimeError` for an unreadable verifier.
     """
     output = Path(output)
     refuse_to_replace(output, source, overwrite=overwrite)
@@ -114,8 +122,20 @@ def convert_checkpoint(
     with atomic_directory(output) as folder:
         write_ours(ours, opened.model_class, folder)
         write_training_record(folder, opened.model_class.contract.training_keys, origin="conversion")
+        notes = (*notes, *refuse_wrong(check_checkpoint(folder, verifier=verifier), opened))
+        if validate_device is not None:
+            load_once(folder, validate_device)
         record_files(folder)
     return ConvertedCheckpoint(output, config.speculators_model_type, opened.format, notes)
+
+
+def refuse_wrong(report: CheckReport, opened: OpenedCheckpoint) -> list[str]:
+    """Raises `CheckError` for a checkpoint with errors; returns what is right and no engine serves, as notes."""
+    found = [*report.findings, *rope_findings(opened.values, "")]  # of the source: what is written says rope once
+    wrong = [finding for finding in found if finding.code != NOT_SERVABLE]
+    if any(finding.severity == "error" for finding in wrong):
+        raise CheckError(replace(report, path=opened.path, findings=wrong), "; nothing was written")
+    return [f"{finding.where}: {finding.found}; {finding.rule}" for finding in found if finding.code == NOT_SERVABLE]
 
 
 def upgraded(
@@ -187,7 +207,7 @@ def convert_model(
     validate_device: str | None = None,
     **kwargs: Any,
 ) -> ConvertedCheckpoint:
-    """Converts the checkpoint `model` for `verifier`; with `validate_device`, loads the result there once.
+    """Converts the checkpoint `model` for `verifier`; with `validate_device`, loads it there first.
 
     `algorithm`: None: recognised by what is there. `kwargs`: `overwrite`, `cache_dir`, and what the source leaves out,
     as its format takes it. Raises as `convert_checkpoint` does, and `ValueError` for an algorithm without formats of
@@ -197,16 +217,15 @@ def convert_model(
     if algorithm not in (None, AUTO, *readers):
         raise ValueError(f"Unsupported algorithm: {algorithm!r}; formats of other projects are known of {readers}")
     options = {key: value for key, value in kwargs.items() if key not in OLDER_OPTIONS}
-    written = convert_checkpoint(
+    options["validate_device"] = validate_device
+    return convert_checkpoint(
         os.fspath(model), Path(output_path), verifier=model_name(verifier), algorithm=algorithm, **options
     )
-    if validate_device is not None:
-        load_once(written.path, validate_device)
-    return written
 
 
 def load_once(path: Path, device: str) -> None:
     """Raises `ValueError` unless the drafter of a directory loads without missing or unexpected tensors."""
+    refuse_missing_device(device)
     _, info = SpeculatorModel.from_pretrained(
         str(path), device_map=device, dtype=torch.float32, output_loading_info=True
     )

@@ -62,7 +62,8 @@ def fit_findings(
     text = text_config(verifier)
     layers = getattr(config, "transformer_layer_config", config)
     fix = "use the verifier the drafter was trained for"
-    for what, ours in (("hidden_size", getattr(layers, "hidden_size", None)), ("vocab_size", vocab_size_of(config))):
+    width = getattr(config, "target_hidden_size", None) or getattr(layers, "hidden_size", None)
+    for what, ours in (("hidden_size", width), ("vocab_size", vocab_size_of(config))):
         theirs = getattr(text, what, None)
         if None not in (theirs, ours) and theirs != ours:
             code, rule = f"verifier-{what.replace('_', '-')}", f"the verifier's is {theirs}"
