@@ -147,7 +147,7 @@ def test_an_unknown_key_names_the_nearest(verifier, tmp_path, capsys):
 def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     code = main(list(args))
     captured = capsys.readouterr()
-    assert code == 1
+    assert code == 2
     assert "Traceback" not in captured.err
     assert captured.out == ""
     return captured.err

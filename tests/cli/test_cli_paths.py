@@ -14,7 +14,10 @@ from huggingface_hub import constants
 
 from speculators.assets import tiny_verifier_path
 from speculators.cli import app
+from speculators.cli.launch_vllm import WaitLine
 from speculators.deploy.serve import Launch
+from speculators.train.events import Validated
+from speculators.train.logger import TrainingProgress
 from speculators.utils.names import is_misspelt_path, nearest_path, refuse_missing_model
 from speculators.utils.report import WorkFailedError, exit_code_of, work
 from speculators.verifier.config import default_target_layer_ids
@@ -174,3 +177,16 @@ def test_a_ready_server_says_its_model_and_a_first_request(more, name, key):
     assert request.startswith("curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' " + key)
     body = json.loads(request.split("-d ")[1].strip("'"))
     assert body == {"model": name, "prompt": "Hello", "max_tokens": 16}
+
+
+def test_the_screen_counts_epochs_as_the_directories_do(capsys):
+    progress = TrainingProgress()
+    progress(Validated(step=4, epoch=0, metrics={"loss": 1.0}, acceptance_length=None))
+    assert "epoch 0, step 4, validation: loss 1.000" in capsys.readouterr().err
+
+
+def test_ready_is_said_with_the_served_name_and_a_request(capsys):
+    launch = Launch(("vllm", "serve", "org/model"), "http://127.0.0.1:8000")
+    WaitLine().ready(12.0, launch)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("ready after 12 s: http://127.0.0.1:8000/v1 serves the model org/model try it: curl http://")

@@ -256,8 +256,8 @@ def hub_config(name: str) -> dict[str, Any] | None:
 def local_config(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_dir():
-        found = "is a file;" if path.exists() else f"does not exist.{did_you_mean_path(name)}".removesuffix(".") + ";"
-        raise ValueError(f"{name} {found} give the directory of a checkpoint or model, or a model's hub id")
+        found = "is a file." if path.exists() else f"does not exist.{did_you_mean_path(name)}"
+        raise ValueError(f"{name} {found} Give the directory of a checkpoint or model, or a model's hub id")
     if not (path / CONFIG_FILE).is_file():
         refuse_run(path)
         raise ValueError(f"{name} has no {CONFIG_FILE}: it is neither a speculator nor a model")

@@ -182,7 +182,8 @@ def refuse_missing_paths(argv: Sequence[str]) -> None:
     if unknown or given.get("dump_config") or not isinstance(given.get("verifier_name_or_path"), str):
         return  # nothing is read, or flags are wrong
     refuse_missing_verifier(given["verifier_name_or_path"])
-    refuse_unprepared(Path(given.get("data_path", DataKeys.model_fields["data_path"].default)))
+    if given.get("data_path"):
+        refuse_unprepared(Path(given["data_path"]))
     if given.get("from_pretrained"):
         refuse_missing_checkpoint(given["from_pretrained"])
     for key in ("draft_config", "token_freq_path", "d2t_path", "t2d_path"):

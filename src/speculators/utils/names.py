@@ -153,8 +153,8 @@ def refuse_path_without_model(name: str, what: str, kind: str) -> None:
     """Raises `ValueError` for a path without a model, also one that a hub id could be but for a letter."""
     if looks_like_a_path(name):
         if not (Path(name) / "config.json").is_file():
-            ways_out = f"give the directory of {kind}, or a model id of the Hugging Face hub"
-            raise ValueError(f"no {what} at {name!r}: {why_no_model(Path(name))}; {ways_out}")
+            ways_out = f"Give the directory of {kind}, or a model id of the Hugging Face hub"
+            raise ValueError(f"no {what} at {name!r}: {why_no_model(Path(name))} {ways_out}")
     elif is_misspelt_path(name) and not is_in_hub_cache(name):
         raise ValueError(
             f"no {what} at {name!r}: it does not exist.{did_you_mean_path(name)} If it is a model of the Hugging Face "
@@ -186,8 +186,8 @@ def refuse_missing_checkpoint(name: str) -> None:
 
 def why_no_model(path: Path) -> str:
     if not path.exists():
-        return f"it does not exist.{did_you_mean_path(str(path))}".removesuffix(".")
-    return "it has no config.json" if path.is_dir() else "it is a file"
+        return f"it does not exist.{did_you_mean_path(str(path))}"
+    return "it has no config.json." if path.is_dir() else "it is a file."
 
 
 def is_in_hub_cache(name: str) -> bool:
