@@ -251,3 +251,16 @@ def test_a_recorded_name_becomes_no_option_of_a_command(speculator, name, capsys
     printed = capsys.readouterr()
     assert "is not passed to a command" in " ".join(printed.err.split())
     assert "vllm serve" not in printed.out and "\x1b" not in printed.out + printed.err
+
+
+def test_a_whole_language_model_is_no_head_and_a_guess_by_its_name_is_the_reason(verifier, tmp_path):
+    plain = shutil.copytree(verifier, tmp_path / "my-eagle3-notes")
+    flags = ["-k", "2", "--dry-run"]
+    with pytest.raises(ValueError, match=r"--method eagle: .* whole language model .*--method draft_model"):
+        run(["serve", verifier, "--draft", str(plain), "--method", "eagle", *flags])
+    with pytest.raises(
+        ValueError, match=r"--method eagle3 \(guessed from 'eagle3' in its name\): .*my-eagle3-notes is"
+    ):
+        run(["serve", verifier, "--draft", str(plain), *flags])
+    right = run(["serve", verifier, "--draft", str(plain), "--method", "draft_model", *flags])
+    assert speculative_config(right)["method"] == "draft_model"

@@ -59,6 +59,8 @@ def serve(
     speculation = in_vllms_words(served.settings, served.verifier) if served.settings else None
     if served.checkpoint is not None and check and not dry_run:
         refuse_errors(served.checkpoint, served.verifier)
+    elif served.checkpoint is None and speculation is not None and check:
+        refuse_wrong_draft(speculation, served, dry_run)
     found = vllm_environment(python, dry_run)
     launch = command_to_serve(found.command if found else ["vllm"], served.verifier, speculation, vllm_args or [])
     if speculation is None:
@@ -149,6 +151,40 @@ def refuse_errors(checkpoint: str, verifier: str) -> None:
             say(str(found), "yellow")
     report.raise_for_errors("; --no-check serves it all the same")
     say(f"contract check: {report.verdict}", "dim")
+
+
+def refuse_wrong_draft(speculation: dict[str, Any], served: Served, dry_run: bool) -> None:
+    """Of directories of other projects: a whole language model is no head, and a head with errors is not served.
+    What no format here recognises is left to vLLM, which knows more."""
+    from pathlib import Path
+
+    from speculators.checkpoint.formats import ForeignCheckpoint
+    from speculators.checkpoint.io import recognise
+    from speculators.cli.serve_settings import facts_of, words_in_name
+
+    method, name = str(speculation.get("method")), str(speculation.get("model"))
+    source = ForeignCheckpoint(Path(name))
+    if not facts_of(method).reads_states or not (source.path / "config.json").is_file():
+        return
+    try:
+        names = source.tensor_names
+    except FileNotFoundError:  # a config alone
+        return
+    is_whole = "fc.weight" not in names and any(key.startswith("model.layers.0.") for key in names)
+    if is_whole and not facts_of(method).model_defaults_to_target:  # those lie inside a whole model
+        kinds = ", ".join(map(str, source.values.get("architectures") or ["of no named class"]))
+        word = None if "method" in served.settings else words_in_name(method, name)
+        reason = f" (guessed from {word!r} in its name)" if word else ""
+        raise ValueError(
+            f"--method {method}{reason}: {name} is a whole language model ({kinds}), not a head that drafts from the "
+            "verifier's states; say --method draft_model to draft with it, or name a drafter with --draft"
+        )
+    try:
+        recognise(source)
+    except ValueError:
+        return
+    if not dry_run:
+        refuse_errors(name, served.verifier)
 
 
 def refuse_other_method(model: str, own: Any, asked: str | None) -> None:

@@ -47,6 +47,11 @@ def facts_of(method: str) -> MethodFacts:
     return METHODS["mtp" if method in MTP_TYPE_NAMES else method]
 
 
+def words_in_name(method: str, model: str) -> str | None:
+    """The part of a model's name by which its method was guessed; None: by something else."""
+    return next((word for word in facts_of(method).detect_by_name if word in model.lower()), None)
+
+
 def drafts_with_a_model(settings: dict[str, Any]) -> bool:
     """Whether `model` of the settings is a directory or a hub id; else it is a class, or a method's name."""
     method, model = settings.get("method"), settings["model"]
