@@ -83,6 +83,10 @@ class TrainingDoors:
     has_chosen_layers: ClassVar[bool] = True
     """Whether it is made of decoder layers that the draft keys shape (how many, which architecture, what window):
     `from_training_args` is then given their config, else the verifier's own."""
+    unread_keys: ClassVar[tuple[str, ...]] = ()
+    """Generic training keys that mean nothing here: giving one on the command line is an error."""
+    recorded_keys: ClassVar[Mapping[str, str]] = {}
+    """Training key -> the field of the config that records it, where that has another name."""
     columns_on_host: ClassVar[tuple[str, ...]] = ()
     """Tensors of a batch that the trainer leaves in the host's memory: choosing from them then waits for no device."""
     takes_routes: ClassVar[bool] = False
@@ -120,7 +124,7 @@ class TrainingDoors:
     @classmethod
     def trainer_keywords(cls, own: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
         """Keywords of `forward` beside the loss. `keys`: all training keys."""
-        return {keyword: getattr(own, name) for name, keyword in cls._forward_keys().items()}
+        return {keyword: getattr(own, name) for name, keyword in cls.keys_of_forward().items()}
 
     @classmethod
     def check_loss(cls, own: Any, loss_config: LossConfig) -> None:
@@ -148,7 +152,7 @@ class TrainingDoors:
 
     def loss_args(self, keywords: Mapping[str, Any]) -> LossArgs[Any]:
         """Reads the keywords of `forward`, the rest by default."""
-        own = self.read_own({key: keywords[word] for key, word in self._forward_keys().items() if word in keywords})
+        own = self.read_own({key: keywords[word] for key, word in self.keys_of_forward().items() if word in keywords})
         default = self.generic_key({}, LossKeys, "loss_fn")
         loss_config = choose_loss_config(keywords.get("loss_config"), keywords.get("loss_fn"), default)
         self.check_loss(own, loss_config)
@@ -256,7 +260,8 @@ class TrainingDoors:
         return {**cls.training_defaults, **cls.called_by_hand}.get(name, default_of(keys, name))
 
     @classmethod
-    def _forward_keys(cls) -> Mapping[str, str]:
+    def keys_of_forward(cls) -> Mapping[str, str]:
+        """Its own training keys that forwards read -> the keyword of `forward`."""
         if cls.forward_keys is not None:
             return cls.forward_keys
         return {name: name for name in cls.training_args.model_fields}

@@ -72,6 +72,9 @@ class LossKeys(Keys):
 # -- keys of an algorithm ----------------------------------------------------------------------------------------------
 
 _SHAPES = ("draft_arch", "draft_hidden_act", "sliding_window", "full_attention_indices", "draft_config")
+NO_VOCABULARY_OF_ITS_OWN = ("token_freq_path", "d2t_path", "t2d_path")
+NO_BLOCKS = ("block_size", "mask_token_id", "max_anchors")
+"""Generic keys, for the `unread_keys` of a drafter."""
 NOT_APPLICABLE = Field(None, description="Not for this drafter: it has no decoder layers of its own to shape.")
 
 

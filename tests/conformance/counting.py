@@ -18,7 +18,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import speculators.models
 from speculators.train.config import TrainConfig
-from speculators.train.run import build_model
+from speculators.train.draft_shape import build_model
 
 VOCAB, HIDDEN, NUM_LAYERS = 32, 32, 8
 MASK_TOKEN = 31

@@ -14,6 +14,7 @@ import torch
 from chats import chat, family_tokenizer, write_jsonl
 
 from speculators.data_generation import PreparedData, inspect_mask, load_raw_dataset, prepare_data
+from speculators.data_generation.conversations import RENDERED_TEXT
 from speculators.data_generation.preprocessing import build_speculator_training_dataset, load_and_preprocess_dataset
 
 CHATS = [chat("hi", "hello"), chat("a", "b", "c", "d"), chat("one", "two")]
@@ -124,7 +125,7 @@ def test_read_is_written_plus_quarantined_plus_filtered_by_unit(model_dir, tmp_p
             (5, "nullcontent", "a turn has no content"),
             (6, "image", "a turn has parts that are not text (only text is supported)"),
             (8, "numcontent", "a turn's content is not text"),
-            (9, "nothing", "no 'conversations' (or input_ids + loss_mask)"),
+            (9, "nothing", f"no 'conversations' (or input_ids + loss_mask): {RENDERED_TEXT}"),
             (11, "pretok_zero", "no supervised token"),
         )
     ]

@@ -12,7 +12,7 @@ from speculators.models.mtp import MTPDraftModel
 from speculators.models.mtp.decoder_modules import GroupRouter
 from speculators.models.mtp.families import LAYER
 from speculators.train.config import TrainConfig
-from speculators.train.run import build_model
+from speculators.train.draft_shape import build_model
 
 COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 

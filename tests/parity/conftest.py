@@ -7,8 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from speculators.train.config import TrainConfig
-from speculators.train.draft_shape import load_verifier_config
-from speculators.train.run import build_model
+from speculators.train.draft_shape import build_model, load_verifier_config
 
 VOCAB, DRAFT_VOCAB = 64, 40
 

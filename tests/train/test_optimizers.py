@@ -95,3 +95,9 @@ def test_steps_win_over_the_ratio_and_a_ratio_is_a_share():
         assert make_schedule("linear", 100, warmup_steps=3, warmup_ratio=0.5).num_warmup_steps == 3
     with pytest.raises(ValueError, match=r"scheduler_warmup_ratio=1\.5 .* within 0\.\.1"):
         make_schedule("linear", 100, warmup_ratio=1.5)
+
+
+def test_what_was_allowed_to_change_is_used_when_a_run_continues(make_model):
+    before, now = (make_optimizers(make_model(), trainer_config(weight_decay=decay)) for decay in (0.01, 0.5))
+    now.load_state_dict(before.state_dict())
+    assert [group["weight_decay"] for part in now.optimizers for group in part.param_groups] == [0.5]

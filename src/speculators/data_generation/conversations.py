@@ -34,6 +34,11 @@ ROLES = {
     "observation": "tool",
 }
 KEPT_KEYS = ("tool_call_id", *REASONING_KEYS, "name", "prefix", "weight")
+RENDERED_TEXT = (
+    "rendered text does not say where the verifier's answer begins. Tokenise it and give input_ids with a loss_mask (0 "
+    "over the prompt; over the first token alone to train on the whole text), or take it as a prompt: "
+    "regenerate-responses --prompt-field text"
+)
 IMAGE_COLUMNS = ("image", "images")
 
 
@@ -74,6 +79,13 @@ class TokenRow:
     loss_mask: list[int]
     num_turns: int = 1
     """Answers that are supervised in it."""
+    num_cut: int = 0
+    """Supervised tokens that were cut off its end."""
+
+    def clipped(self, max_length: int) -> TokenRow:
+        """The first `max_length` tokens."""
+        ids, mask = self.input_ids[:max_length], self.loss_mask[:max_length]
+        return TokenRow(ids, mask, self.num_turns, self.num_cut + sum(self.loss_mask[max_length:]))
 
 
 def parse_row(row: Mapping[str, Any], unknown_roles: Counter[str]) -> Conversation | TokenRow:
@@ -105,7 +117,10 @@ def parse_conversation(row: Mapping[str, Any], unknown_roles: Counter[str]) -> C
         raise UnusableRow("row has images (only text is supported)")
     turns = next((row[column] for column in CONVERSATION_COLUMNS if row.get(column) is not None), None)
     if turns is None:
-        raise UnusableRow(f"no {CONVERSATION_COLUMNS[0]!r} (or input_ids + loss_mask)")
+        is_text = isinstance(row.get("text"), str)
+        raise UnusableRow(
+            f"no {CONVERSATION_COLUMNS[0]!r} (or input_ids + loss_mask)", RENDERED_TEXT if is_text else ""
+        )
     messages = [parse_turn(turn, unknown_roles) for turn in as_turns(turns)]
     if not messages:
         raise UnusableRow("empty conversation")

@@ -74,8 +74,7 @@ def turn_rows(conversation: Conversation, renderer: ChatRenderer, max_length: in
             continue
         turn.refuse_lost_tools()
         found.num_without_reasoning += turn.loses_reasoning
-        row = turn.row()
-        found.rows.append(TokenRow(row.input_ids[:max_length], row.loss_mask[:max_length]))
+        found.rows.append(turn.row().clipped(max_length))
     return found
 
 
@@ -214,7 +213,9 @@ def merge_prefix_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
         previous = merged[-1] if merged else None
         if previous is not None and row.input_ids[: len(previous.input_ids)] == previous.input_ids:
             mask = previous.loss_mask + row.loss_mask[len(previous.loss_mask) :]
-            merged[-1] = TokenRow(row.input_ids, mask, previous.num_turns + row.num_turns)
+            merged[-1] = TokenRow(
+                row.input_ids, mask, previous.num_turns + row.num_turns, previous.num_cut + row.num_cut
+            )
         else:
             merged.append(row)
     return merged

@@ -164,6 +164,8 @@ def write_prepared(path: Path, chunks: Iterable[Tokenized], recipe: Recipe, allo
             unknown_roles=dict(done.unknown_roles),
             units={unit: asdict(counts) for unit, counts in done.units.items()},
             num_without_reasoning=done.num_without_reasoning,
+            num_cut_rows=done.num_cut_rows,
+            num_cut_tokens=done.num_cut_tokens,
         )
         save_token_freq(token_freq, directory / TOKEN_FREQ_NAME)
         (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")

@@ -78,6 +78,9 @@ class Manifest:
     """conversations, turns and (raw) rows -> read, and of these written, quarantined and filtered."""
     num_without_reasoning: int = 0
     """Training rows whose answer had reasoning that the template does not render."""
+    num_cut_rows: int = 0
+    num_cut_tokens: int = 0
+    """Supervised tokens that those rows lost to `seq_length`."""
 
     @property
     def supervised_share(self) -> float:
@@ -95,6 +98,11 @@ class Manifest:
             },
             "tokens": f"{self.num_tokens:,}, {self.supervised_share:.0%} trained on",
             "row length": f"{self.shortest_row} to {self.longest_row}",
+            **(
+                {"cut (--seq-length)": f"{self.num_cut_tokens:,} trained tokens of {self.num_cut_rows:,} rows"}
+                if self.num_cut_tokens
+                else {}
+            ),
             "left out": "; ".join(f"{count} x {reason}" for reason, count in self.dropped.items()) or "nothing",
         }
 

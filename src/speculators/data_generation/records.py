@@ -228,6 +228,10 @@ class Tokenized:
     unknown_roles: Counter[str] = field(default_factory=Counter)
     num_without_reasoning: int = 0
     """Rows whose answer had reasoning that the template does not render."""
+    num_cut_rows: int = 0
+    """Training rows that lost supervised tokens to `seq_length`."""
+    num_cut_tokens: int = 0
+    """Supervised tokens that they lost."""
     num_cross_checked: int = 0
     """Rows whose boundary could be compared with the template's own {% generation %} blocks."""
     num_disagreeing: int = 0
@@ -255,6 +259,8 @@ class Tokenized:
         self.filtered += other.filtered
         self.unknown_roles += other.unknown_roles
         self.num_without_reasoning += other.num_without_reasoning
+        self.num_cut_rows += other.num_cut_rows
+        self.num_cut_tokens += other.num_cut_tokens
         self.num_cross_checked += other.num_cross_checked
         self.num_disagreeing += other.num_disagreeing
 
@@ -271,6 +277,8 @@ class Tokenized:
 
     def count(self, outcome: Outcome) -> None:
         self.rows += outcome.rows
+        self.num_cut_rows += sum(row.num_cut > 0 for row in outcome.rows)
+        self.num_cut_tokens += sum(row.num_cut for row in outcome.rows)
         self.filtered += outcome.filtered
         self.units["rows"].add(outcome.fate)
         turns = self.units["turns"]

@@ -244,7 +244,7 @@ def rollouts(
             continue
         if not report.prompts:
             report.prompts = first.example()
-            logger.info("%s: %s", rows.name, report.prompts)
+            logger.warning("%s: %s", rows.name, report.prompts)
         report.num_read += num_samples
         own_id = row.get("id") if isinstance(row, Mapping) else None
         primary_id = first.content_sha256[:16] if own_id is None else str(own_id)

@@ -92,6 +92,7 @@ class RowTokenizer:
         if self.renderer is None:
             self.renderer = ChatRenderer(self.tokenizer, self.template_kwargs)
         found = turn_rows(parsed, self.renderer, self.options.seq_length)
+        self.refuse_without_embedding(found.rows)
         outcome.filtered += found.filtered
         outcome.num_without_reasoning = found.num_without_reasoning
         if self.renderer.marks_generations and found.rows and not found.filtered:
@@ -108,7 +109,17 @@ class RowTokenizer:
                 f"{min(row.input_ids)}..{max(row.input_ids)} but the vocabulary is 0..{vocab_size - 1}; was the row "
                 "tokenised for another model?",
             )
-        return TokenRow(row.input_ids[: self.options.seq_length], row.loss_mask[: self.options.seq_length])
+        return row.clipped(self.options.seq_length)
+
+    def refuse_without_embedding(self, rows: Sequence[TokenRow]) -> None:
+        """Raises `ValueError` for a token of the tokenizer that the verifier has no embedding for."""
+        largest, vocab_size = max((max(row.input_ids) for row in rows), default=-1), self.options.vocab_size
+        if vocab_size is not None and largest >= vocab_size:
+            raise ValueError(
+                f"the tokenizer writes token {largest} ({self.tokenizer.decode([largest])!r}) and has "
+                f"{len(self.tokenizer)} tokens, but the verifier's embedding has {vocab_size} rows: use the tokenizer "
+                "that belongs to this verifier, or give the verifier rows for it (resize_token_embeddings, then save)"
+            )
 
     def is_useful(self, row: TokenRow, filtered: Counter[str]) -> bool:
         num_supervised = sum(row.loss_mask)
@@ -195,6 +206,12 @@ def warn_about(done: Tokenized) -> None:
         logger.warning("role %r is unknown; its %d turns were treated as the assistant's", role, count)
     for reason, count in done.dropped.most_common():
         logger.warning("left out %d: %s", count, reason)
+    if done.num_cut_tokens:
+        logger.warning(
+            "%d rows are cut to the longest row (seq_length) and lose %d trained tokens",
+            done.num_cut_rows,
+            done.num_cut_tokens,
+        )
     if done.num_without_reasoning:
         logger.warning("reasoning dropped by the template: %d rows", done.num_without_reasoning)
     if done.num_disagreeing:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 import speculators
 from speculators.train.events import ConfigError
 from speculators.train.flags import FLAG_NAMES, build_parser, flag_of, parse
-from speculators.train.keys import GROUPS, RETIRED_KEYS, RunKeys, group_of
+from speculators.train.keys import EQUAL, GROUPS, IDLE, REFUSED, RETIRED_KEYS, USED, RunKeys, group_of, reading_of
 from speculators.utils.names import did_you_mean
 
 FOLDER = Path(speculators.__file__).parent / "models"
@@ -56,6 +56,7 @@ class Algorithm:
         self.name = name
         self.keys: type[BaseModel] = cls.training_args
         self.defaults: dict[str, Any] = dict(cls.training_defaults)
+        self.model = cls
         self.broken: dict[str, Exception] = {}
         """Algorithms whose keys are not known because importing them failed."""
 
@@ -107,6 +108,32 @@ class Algorithm:
         """The end of a sentence about keys, when some could not be read."""
         reasons = [f"'{name}' ({type(error).__name__}: {error})" for name, error in self.broken.items()]
         return f" but those of {', '.join(reasons)} are unknown: it cannot be imported" if reasons else ""
+
+    # -- what becomes of a key ---------------------------------------------------------------------------------------
+
+    def reading(self, key: str, values: Mapping[str, Any]) -> tuple[str, str]:
+        """Returns what becomes of a key (`keys.USED`, ...), and why. `values`: all keys, resolved."""
+        if key in self.model.unread_keys:
+            return REFUSED, f"'{self.name}' has no use for it"
+        if key in self.keys.model_fields and key not in group_of():
+            is_recorded = self.model.recorded_keys.get(key, key) in self.model.config_class.model_fields
+            is_shape = is_recorded and key not in self.model.keys_of_forward()
+            return (EQUAL, "--from-pretrained keeps its own") if values["from_pretrained"] and is_shape else (USED, "")
+        return reading_of(key, values)
+
+    def check_read(self, given: Collection[str], values: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the given keys that have no effect, and why. Raises `ConfigError` for those that would be dropped."""
+        idle: dict[str, str] = {}
+        refused: dict[str, list[str]] = {}
+        for key in given:
+            outcome, because = self.reading(key, values)
+            if outcome == IDLE:
+                idle[key] = because
+            elif outcome == REFUSED:
+                refused.setdefault(because, []).append(flag_of(key))
+        if refused:
+            raise ConfigError("; ".join(f"{why}: leave out {', '.join(flags)}" for why, flags in refused.items()))
+        return idle
 
     # -- reading what was given --------------------------------------------------------------------------------------
 

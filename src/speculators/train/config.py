@@ -19,8 +19,10 @@ from speculators.train.algorithm import ALGORITHMS, Algorithm, declared_keys, is
 from speculators.train.events import ConfigError
 from speculators.train.flags import FLAG_NAMES, Parser, build_parser, flag_of
 from speculators.train.keys import (
+    EQUAL,
     GROUPS,
-    SHAPING_KEYS,
+    REFUSED,
+    USED,
     DataKeys,
     DraftKeys,
     LoggingKeys,
@@ -63,11 +65,23 @@ class TrainConfig(RunKeys):
     _provenance: dict[str, str] = PrivateAttr(default_factory=dict)
     _argv: list[str] = PrivateAttr(default_factory=list)
     _unset: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _idle: dict[str, str] = PrivateAttr(default_factory=dict)
+    _equal: list[str] = PrivateAttr(default_factory=list)
 
     @property
     def provenance(self) -> dict[str, str]:
         """Key -> where its value comes from: flag, yaml, algorithm or default."""
         return self._provenance
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Given key that has no effect in this run -> why."""
+        return self._idle
+
+    @property
+    def equal(self) -> list[str]:
+        """Given keys that must say what the checkpoint of `from_pretrained` records."""
+        return self._equal
 
     @property
     def argv(self) -> list[str]:
@@ -121,7 +135,6 @@ class TrainConfig(RunKeys):
         algorithm = Algorithm.find(given)
         algorithm.check_keys(given)
         algorithm.check_headings(headings)
-        check_conflicts(given)
 
         generic = group_of()
         values = {**algorithm.defaults, **given}
@@ -132,7 +145,11 @@ class TrainConfig(RunKeys):
             if key in values and key not in own:
                 (grouped[group] if group else grouped)[key] = values[key]
         config = validate(cls, {**grouped, "algorithm": own, "foreign": foreign})
-        problem = check_together(config.flatten())
+        flat = config.flatten()
+        said = [key for key, value in given.items() if value not in (None, "")]
+        config._idle.update(algorithm.check_read(said, flat))
+        config._equal.extend(key for key in said if algorithm.reading(key, flat)[0] == EQUAL)
+        problem = check_together(flat)
         if problem:
             raise ConfigError(problem)
         sources = {
@@ -147,10 +164,25 @@ class TrainConfig(RunKeys):
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """From `key -> value`, as `flatten` gives them. None stands for "not given"."""
-        has_shape = values.get("from_pretrained") or values.get("draft_config")
-        left_out = SHAPING_KEYS if has_shape else ()
-        return cls.from_sources(cli={k: v for k, v in values.items() if v is not None and k not in left_out})
+        """From `key -> value`, as `flatten` gives them. None stands for "not given"; keys that the run does not read
+        are in `idle`, not refused: programs keep one dict for all algorithms."""
+        given = {key: value for key, value in values.items() if value is not None}
+        algorithm, defaults = cls.with_defaults(given)
+        unread = {}
+        for key, value in given.items():
+            outcome, because = algorithm.reading(key, {**defaults, **given})
+            if outcome == REFUSED or (outcome != USED and value == defaults.get(key)):
+                unread[key] = because
+        config = cls.from_sources(cli={key: value for key, value in given.items() if key not in unread})
+        config._idle.update({key: why for key, why in unread.items() if given[key] != defaults.get(key)})
+        return config
+
+    @classmethod
+    def with_defaults(cls, values: Mapping[str, Any]) -> tuple[Algorithm, dict[str, Any]]:
+        """Returns the algorithm that these values name, and every key as it is by default."""
+        named = ("speculator_type", "plugins", "verifier_name_or_path")
+        flat = cls.from_sources(cli={key: values[key] for key in named if key in values}).flatten()
+        return Algorithm.find(flat), flat
 
     def flatten(self) -> dict[str, Any]:
         """Every key and its value: what `from_training_args` and `get_trainer_kwargs` receive as keywords."""
@@ -162,8 +194,9 @@ class TrainConfig(RunKeys):
     def dump_yaml(self) -> str:
         """YAML that resolves to this very configuration."""
         flat = {key: value for key, value in self.flatten().items() if value is not None and key not in self._unset}
-        if self.draft.from_pretrained or self.draft.draft_config:
-            flat = {key: value for key, value in flat.items() if key not in SHAPING_KEYS}
+        algorithm, defaults = self.with_defaults(flat)
+        read = {key for key in flat if algorithm.reading(key, {**defaults, **flat})[0] == USED}
+        flat = {key: value for key, value in flat.items() if key in read or value != defaults.get(key)}
         tree: dict[str, Any] = {}
         for key, group in {**dict.fromkeys(flat, self.speculator_type), **group_of()}.items():
             if key in flat:
@@ -216,18 +249,3 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
                 raise ConfigError(f"--config {path} gives {name} twice")
             flat[name] = item
     return flat, headings
-
-
-def check_conflicts(given: Mapping[str, Any]) -> None:
-    """A shaping key counts as soon as it is given, at its default value too, by flag or by YAML."""
-    for source in ("from_pretrained", "draft_config"):
-        if given.get(source):
-            others = [
-                key for key in ("draft_config", *SHAPING_KEYS) if key != source and given.get(key) not in (None, "")
-            ]
-            if others:
-                raise ConfigError(
-                    f"{flag_of(source)} already fixes the drafter's shape: leave out "
-                    f"{', '.join(map(flag_of, others))}, or {flag_of(source)}"
-                )
-            return

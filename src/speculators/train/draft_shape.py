@@ -1,4 +1,5 @@
-"""The shape of the drafter: a decoder config synthesised from the verifier's, or read from a file.
+"""Builds the drafter, new or from a checkpoint, and its shape: a decoder config synthesised from the verifier's, or
+read from a file.
 
 Everything the drafter must share with its verifier (vocabulary, hidden size) is taken from it; everything else can be
 chosen. Head counts, rope and norms follow the verifier because they suit its states.
@@ -12,9 +13,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from speculators.config import SpeculatorModelConfig
+from speculators.model import SpeculatorModel
+from speculators.model_loading import load_tensors
+from speculators.provenance import changed_settings, refuse_changes
+from speculators.train.config import TrainConfig
+from speculators.train.flags import flag_of
 from speculators.train.keys import DraftKeys
+from speculators.train.vocab_mapping import load_vocab_mapping, resolve_vocab_mapping
+from speculators.utils.files import absolute_if_directory
 from speculators.verifier.config import (
     flatten_rope_parameters,
     open_verifier_config,
@@ -45,6 +55,64 @@ def load_verifier_config(name: str, trust_remote_code: bool = False) -> Pretrain
         return open_verifier_config(name, trust_remote_code)
     except ValueError as error:
         raise ValueError(f"--verifier {error}") from error
+
+
+def check_heads(config: TrainConfig, verifier_config: PretrainedConfig) -> None:
+    """Raises `ValueError` where a new drafter's layers would follow the attention of a verifier that has none."""
+    cls, source, keys = SpeculatorModel.get_class(config.speculator_type), text_config(verifier_config), config.draft
+    if keys.from_pretrained or keys.draft_config or not cls.has_chosen_layers:
+        return
+    if not getattr(source, "num_attention_heads", None):
+        raise ValueError(
+            f"--verifier {config.verifier.verifier_name_or_path} is a {source.model_type} and has no attention heads, "
+            f"which the drafter's layers would follow: give their shape with --draft-config, the config.json of a "
+            f"llama or qwen3 decoder with hidden_size {source.hidden_size}"
+        )
+
+
+def build_model(config: TrainConfig, verifier_config: PretrainedConfig) -> SpeculatorModel:
+    """A drafter with fp32 weights: new, or the one named by --from-pretrained."""
+    verifier = absolute_if_directory(config.verifier.verifier_name_or_path)
+    keys, cls = config.draft, SpeculatorModel.get_class(config.speculator_type)
+    if keys.from_pretrained:
+        return pretrained_model(config, cls, verifier).float()
+    mapping = resolve_vocab_mapping(
+        target_vocab_size=text_config(verifier_config).vocab_size,
+        draft_vocab_size=keys.draft_vocab_size,
+        data_path=config.data.data_path,
+        token_freq_path=keys.token_freq_path,
+        d2t_path=keys.d2t_path,
+        t2d_path=keys.t2d_path,
+    )
+    d2t, t2d = (None, None) if mapping is None else mapping
+    size = None if d2t is None else len(d2t)
+    shape = draft_config(verifier_config, keys) if cls.has_chosen_layers else text_config(verifier_config)
+    given = {"t2d": t2d, "d2t": d2t, "draft_vocab_size": size, "verifier_name_or_path": verifier}
+    return cls.from_training_args(shape, **{**config.flatten(), **given}).float()
+
+
+def pretrained_model(config: TrainConfig, cls: type[SpeculatorModel], verifier: str) -> SpeculatorModel:
+    """Raises `ValueError` when a given key says otherwise than the checkpoint."""
+    keys, flat = config.draft, config.flatten()
+    recorded = SpeculatorModelConfig.from_pretrained(keys.from_pretrained)
+    fields = {key: cls.recorded_keys.get(key, key) for key in config.equal if key not in ("d2t_path", "t2d_path")}
+    before = {flag_of(key): getattr(recorded, field, None) for key, field in fields.items()}
+    now = {flag_of(key): flat[key] for key in fields}
+    ways_out = "its weights and shape are kept: leave these out, or train a new drafter without --from-pretrained"
+    refuse_changes(changed_settings(before, now), f"--from-pretrained {keys.from_pretrained}", ways_out)
+    d2t, t2d = None, None
+    if keys.d2t_path is not None and keys.t2d_path is not None:
+        d2t, t2d = load_vocab_mapping(keys.d2t_path, keys.t2d_path)
+        own = load_tensors(keys.from_pretrained, {}).get("t2d")
+        if own is not None and not torch.equal(own.bool(), t2d):
+            raise ValueError(
+                f"--d2t-path and --t2d-path are another draft vocabulary than that of {keys.from_pretrained}, and the "
+                f"rows of its head belong to its own: leave them out, or train a new drafter without --from-pretrained"
+            )
+    options = {"attn_implementation": keys.draft_attn_impl} if config.provenance["draft_attn_impl"] != "default" else {}
+    return cls.from_pretrained(
+        keys.from_pretrained, verifier=verifier, dtype=torch.float32, t2d=t2d, d2t=d2t, **options
+    )
 
 
 def draft_config(verifier: PretrainedConfig, keys: DraftKeys) -> PretrainedConfig:

@@ -8,6 +8,8 @@ heading) and the keyword an algorithm's `from_training_args` receives. What one 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
@@ -141,6 +143,98 @@ RETIRED_KEYS = {
     "draft_mrope_full_head_hack": "the drafter's rope is computed as configured: leave it out",
 }
 """Keys of earlier releases -> what is done now, and what to use instead."""
+
+
+# -- which keys a run reads --------------------------------------------------------------------------------------------
+
+USED, EQUAL, IDLE, REFUSED = "used", "equal", "idle", "refused"
+"""What becomes of a key that is given. equal: accepted where it says what is so anyway; idle: of pace alone, accepted
+with a line that it has no effect."""
+MUON_KEYS = tuple(name for name in OptimizerKeys.model_fields if name.startswith("muon_"))
+SERVER_KEYS = ("server_states_path", "request_timeout", "max_retries", "generation_validation_retries")
+RECORDED_KEYS = ("target_layer_ids", "draft_vocab_size", "d2t_path", "t2d_path", "mask_token_id", "block_size")
+"""A checkpoint records them, beside the keys of its algorithm."""
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Says when keys are not read."""
+
+    keys: tuple[str, ...]
+    applies: Callable[[Values], bool]
+    because: str
+    outcome: str = REFUSED
+
+
+def reads_states_alone(values: Values) -> bool:
+    """Every state is read from a file; none is computed, here or by a server."""
+    return values["on_missing"] != "generate" and not values["cache_hidden_states"]
+
+
+def computes_in_process(values: Values) -> bool:
+    return not values["vllm_endpoint"] and not reads_states_alone(values)
+
+
+RULES = (
+    Rule(
+        ("draft_config", *SHAPING_KEYS),
+        lambda values: bool(values["from_pretrained"]),
+        "--from-pretrained already fixes the drafter's shape",
+    ),
+    Rule(
+        ("token_freq_path",), lambda values: bool(values["from_pretrained"]), "--from-pretrained keeps its vocabulary"
+    ),
+    Rule(RECORDED_KEYS, lambda values: bool(values["from_pretrained"]), "--from-pretrained keeps its own", EQUAL),
+    Rule(SHAPING_KEYS, lambda values: bool(values["draft_config"]), "--draft-config already fixes the drafter's shape"),
+    Rule(
+        ("sliding_window",),
+        lambda values: set(range(values["num_layers"] or 0)) <= set(values["full_attention_indices"] or ()),
+        "every layer has full attention",
+    ),
+    Rule(("token_freq_path",), lambda values: bool(values["d2t_path"]), "--d2t-path is the vocabulary already"),
+    Rule(
+        ("token_freq_path",), lambda values: not values["draft_vocab_size"], "without --draft-vocab-size none are read"
+    ),
+    Rule(MUON_KEYS, lambda values: values["optimizer"] != "muon", "the optimizer is adamw"),
+    Rule(
+        ("scheduler_num_cosine_cycles",),
+        lambda values: values["scheduler_type"] != "cosine",
+        "--scheduler-type is not cosine",
+    ),
+    Rule(
+        ("scheduler_warmup_ratio",),
+        lambda values: values["scheduler_warmup_steps"] is not None,
+        "--scheduler-warmup-steps says it already",
+    ),
+    Rule(
+        ("vllm_endpoint",),
+        reads_states_alone,
+        "with --on-missing skip, warn or raise all states are read from files and none are asked of a server",
+    ),
+    Rule(
+        ("on_missing",), lambda values: values["cache_hidden_states"], "--cache-hidden-states computes what is missing"
+    ),
+    Rule(SERVER_KEYS, lambda values: not values["vllm_endpoint"], "no server is asked without --vllm-endpoint", IDLE),
+    Rule(("num_workers", "prefetch_factor"), computes_in_process, "states are computed in process", IDLE),
+    Rule(
+        ("hidden_states_memory_gb",),
+        lambda values: values["cache_hidden_states"] or reads_states_alone(values),
+        "states are kept in files",
+        IDLE,
+    ),
+    Rule(("log_dir", "run_name"), lambda values: not values["logger"], "there is no --logger", IDLE),
+)
+"""The first rule that applies counts; without one a key is used."""
+
+
+def reading_of(key: str, values: Values) -> tuple[str, str]:
+    """Returns what becomes of a generic key, and why. `values`: all keys, resolved."""
+    for rule in RULES:
+        if key in rule.keys and rule.applies(values):
+            return rule.outcome, rule.because
+    return USED, ""
 
 
 def group_of() -> dict[str, str]:

@@ -50,7 +50,10 @@ class Optimizers:
                 "continue with the same --optimizer, or start anew with --no-resume-from-checkpoint"
             )
         for name, optimizer in zip(names, self.optimizers, strict=True):
+            own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(state[name])
+            for group, settings in zip(optimizer.param_groups, own, strict=True):
+                group.update(settings)  # torch takes over the checkpoint's, whatever this run was told
 
 
 def make_optimizers(model: nn.Module, config: TrainerConfig) -> Optimizers:

@@ -27,15 +27,16 @@ from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset, CollateFn, PackedLoader, check_supervised, check_token_ids
 from speculators.train.distributed import Ranks, ranks_from_environment
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
-from speculators.train.draft_shape import draft_config, load_verifier_config
+from speculators.train.draft_shape import build_model, check_heads, load_verifier_config
 from speculators.train.events import Event, Listener, Note, ignore
+from speculators.train.flags import flag_of
 from speculators.train.logger import make_trackers
 from speculators.train.recipe import check_recipe, command, recipe_of, write_provenance
 from speculators.train.records import MemoryEstimate, TrainerConfig, TrainResult, check_disk_space, estimate_memory
 from speculators.train.sources import ask_server, leave_out_untrained, make_source, open_store, rows_to_use
 from speculators.train.trainer import Trainer
 from speculators.train.validation import PromptDecoder, prompts_of
-from speculators.train.vocab_mapping import coverage, resolve_vocab_mapping
+from speculators.train.vocab_mapping import coverage
 from speculators.utils.files import absolute_if_directory
 from speculators.utils.progress import no_progress_bars
 from speculators.utils.report import work
@@ -100,11 +101,14 @@ def build(
         on_event(Note(text))
 
     verifier_config = load_verifier_config(name, config.verifier.trust_remote_code)
+    check_heads(config, verifier_config)
     train_set, val_set = open_splits(config, dtype, text_config(verifier_config).vocab_size)
     for dataset in (train_set, val_set):
         said = None if dataset is None else leave_out_untrained(dataset)
         if said is not None:
             note(said)
+    for key, because in config.idle.items():
+        note(f"{flag_of(key)} has no effect: {because}")
     model = build_model(config, verifier_config)
     t2d = getattr(model, "t2d", None)
     if t2d is not None:
@@ -177,37 +181,6 @@ def open_splits(config: TrainConfig, dtype: torch.dtype, vocab_size: int) -> tup
     if val_set is not None:
         check_supervised(val_set, keys.data_path)
     return train_set, val_set
-
-
-def build_model(config: TrainConfig, verifier_config: Any) -> SpeculatorModel:
-    """A drafter with fp32 weights: new, or the one named by --from-pretrained."""
-    keys, flat, name = config.draft, config.flatten(), verifier_name(config)
-    cls = SpeculatorModel.get_class(config.speculator_type)
-    mapping = resolve_vocab_mapping(
-        target_vocab_size=text_config(verifier_config).vocab_size,
-        draft_vocab_size=keys.draft_vocab_size,
-        data_path=config.data.data_path,
-        token_freq_path=keys.token_freq_path,
-        d2t_path=keys.d2t_path,
-        t2d_path=keys.t2d_path,
-    )
-    d2t, t2d = (None, None) if mapping is None else mapping
-    if keys.from_pretrained:
-        is_explicit = keys.d2t_path is not None
-        model = cls.from_pretrained(
-            keys.from_pretrained,
-            verifier=name,
-            dtype=torch.float32,
-            t2d=t2d if is_explicit else None,
-            d2t=d2t if is_explicit else None,
-        )
-    else:
-        size = None if d2t is None else len(d2t)
-        shape = draft_config(verifier_config, keys) if cls.has_chosen_layers else text_config(verifier_config)
-        model = cls.from_training_args(
-            shape, **{**flat, "t2d": t2d, "d2t": d2t, "draft_vocab_size": size, "verifier_name_or_path": name}
-        )
-    return model.float()
 
 
 def checked_verifier(

@@ -40,6 +40,11 @@ def open_store(keys: DataKeys, capture: CaptureSpec, verifier: str) -> HiddenSta
     """Opens the files beside the prepared data; None when no files exist and the run is not to write them."""
     directory = directory_of(keys)
     if not keys.cache_hidden_states and not directory.is_dir():
+        if keys.hidden_states_path is not None:
+            raise ValueError(
+                f"--hidden-states-path {directory} does not exist: correct it, leave it out to compute the states "
+                "anew, or add --cache-hidden-states to write them there"
+            )
         return None
     rows = PreparedData.open(keys.data_path).dataset()["input_ids"]
     clipped = (ids[: keys.total_seq_len] for ids in rows)

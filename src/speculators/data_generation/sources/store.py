@@ -164,7 +164,7 @@ class HiddenStateStore:
         assert source is not None
         if not self.space_was_checked:
             width = source.shape[-1] // (1 if states.last_hidden_TH is not None else len(self.capture.aux_layer_ids))
-            logger.info("hidden states in %s: %s", self.directory, self.check_space(width, source.dtype))
+            logger.warning("hidden states in %s: %s", self.directory, self.check_space(width, source.dtype))
         tensors = to_tensors(states, self.capture, self.dtype)
         path = hidden_state_path(self.directory, row)
         with atomic_write(path, "wb") as file:

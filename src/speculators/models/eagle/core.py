@@ -38,6 +38,7 @@ from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.nn.attention import layer_window
 from speculators.nn.norms import RMSNorm
 from speculators.nn.rope import Rope
+from speculators.training_keys import NO_BLOCKS, NO_VOCABULARY_OF_ITS_OWN
 from speculators.verifier.capture import fitting_embedding, verifier_parts
 
 
@@ -50,6 +51,7 @@ class EagleSpeculator(Generating, SpeculatorModel):
     takes_routes = True
     columns_on_host = ("document_ids", "loss_mask")
     training_defaults = TRAINING_DEFAULTS
+    unread_keys = ("target_layer_ids", *NO_VOCABULARY_OF_ITS_OWN, *NO_BLOCKS)
     forward_keys: ClassVar[Mapping[str, str]] = {
         name: name
         for name in EagleTrainingArgs.model_fields

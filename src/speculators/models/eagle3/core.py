@@ -31,6 +31,7 @@ from speculators.nn.norms import RMSNorm
 from speculators.nn.packed_row import padded_row
 from speculators.nn.rope import Rope
 from speculators.nn.routes import Route
+from speculators.training_keys import NO_BLOCKS
 from speculators.verifier.config import resolve_target_layer_ids
 
 
@@ -42,6 +43,8 @@ class Eagle3DraftModel(DraftModel):
     contract = Eagle3Contract()
     training_args: ClassVar[type[BaseModel]] = Eagle3TrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    unread_keys: ClassVar[tuple[str, ...]] = NO_BLOCKS
+    recorded_keys: ClassVar[Mapping[str, str]] = {"target_layer_ids": "eagle_aux_hidden_state_layer_ids"}
     forward_keys: ClassVar[Mapping[str, str]] = {"ttt_steps": "ttt_steps", "ttt_step_loss_decay": "ttt_step_loss_decay"}
     first_position = 1
     align = staticmethod(shift_batch)

@@ -26,6 +26,7 @@ from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.medusa.checkpoint import MedusaContract, save_native
 from speculators.models.medusa.config import TRAINING_DEFAULTS, MedusaSpeculatorConfig, MedusaTrainingArgs
 from speculators.models.tree_drafting import SlotTreeDrafter
+from speculators.training_keys import NO_BLOCKS, NO_VOCABULARY_OF_ITS_OWN
 from speculators.verifier.capture import fitting_embedding, verifier_parts
 from speculators.verifier.config import get_verifier_config, norm_kind
 
@@ -65,6 +66,7 @@ class MedusaDraftModel(LastStateModel):
     config: MedusaSpeculatorConfig
     training_args = MedusaTrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    unread_keys = ("target_layer_ids", "draft_attn_impl", *NO_VOCABULARY_OF_ITS_OWN, *NO_BLOCKS)
     contract = MedusaContract()
 
     def __init__(self, config: MedusaSpeculatorConfig, **kwargs: Any):

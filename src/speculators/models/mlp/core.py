@@ -9,7 +9,8 @@ alignment of training in `models.last_state_model`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +23,7 @@ from speculators.models.mlp.checkpoint import MLPContract
 from speculators.models.mlp.config import TRAINING_DEFAULTS, MLPSpeculatorConfig, MLPTrainingArgs
 from speculators.models.mlp.network import BiasedRMSNorm, MLPNetwork
 from speculators.models.tree_drafting import CarriedTreeDrafter
+from speculators.training_keys import NO_BLOCKS, NO_VOCABULARY_OF_ITS_OWN
 from speculators.verifier.capture import fitting_embedding, verifier_parts
 from speculators.verifier.config import get_verifier_config, norm_kind
 
@@ -33,6 +35,8 @@ class MLPSpeculator(LastStateModel):
     contract = MLPContract()
     training_args = MLPTrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    unread_keys = ("target_layer_ids", "draft_attn_impl", *NO_VOCABULARY_OF_ITS_OWN, *NO_BLOCKS)
+    recorded_keys: ClassVar[Mapping[str, str]] = {"n_predict": "num_layers", "inner_dim": "intermediate_size"}
 
     def __init__(self, config: MLPSpeculatorConfig, **kwargs: Any):
         super().__init__(config, **kwargs)

@@ -40,6 +40,7 @@ from speculators.models.tree_drafting import FeedbackTreeDrafter
 from speculators.nn.norms import RMSNorm
 from speculators.nn.packed_row import join_rows
 from speculators.nn.rope import Rope
+from speculators.training_keys import NO_BLOCKS, NO_VOCABULARY_OF_ITS_OWN
 from speculators.verifier.capture import fitting_embedding, verifier_parts
 from speculators.verifier.config import text_config
 
@@ -55,6 +56,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     config_class = MTPSpeculatorConfig  # type: ignore[assignment]
     training_args = MTPTrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    unread_keys = ("target_layer_ids", *NO_VOCABULARY_OF_ITS_OWN, *NO_BLOCKS)
     has_chosen_layers = False
     takes_routes = True
     forward_keys: ClassVar[Mapping[str, str]] = {}

@@ -35,6 +35,7 @@ class PEagleDraftModel(Eagle3DraftModel):
     contract = PEagleContract()
     training_args = PEagleTrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    unread_keys = ("block_size",)
     # by hand without max_anchors: every supervised column is a seed (the contract's `max_anchors=None`)
     called_by_hand: ClassVar[Mapping[str, Any]] = {"max_anchors": None}
     forward_keys: ClassVar[Mapping[str, str]] = {name: name for name in PEagleSpeculatorConfig.training_fields}
