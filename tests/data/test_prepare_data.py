@@ -439,7 +439,7 @@ def test_raw_rows_are_the_same_from_every_kind_of_source(tmp_path, kind):
 
 @pytest.mark.parametrize("source", ["no/such/file.jsonl", "utlrachat", "hf:", "hf:a:b:c:d", "hf://datasets/a/b/c.txt"])
 def test_a_source_that_is_none_is_named(source):
-    with pytest.raises(ValueError, match=r"(is not|must name)"):
+    with pytest.raises(ValueError, match=r"(is not|must name|does not exist and is no preset)"):
         load_raw_dataset(source)
 
 
