@@ -18,6 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from speculators import assets
+from speculators.cli import quickstart
 from speculators.cli.app import main
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -127,3 +129,12 @@ class Terminal:
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return Terminal(monkeypatch)
+
+
+@pytest.fixture
+def toy_assets(verifier, chats, monkeypatch):
+    monkeypatch.setattr(assets, "tiny_verifier_path", lambda: Path(verifier))
+    monkeypatch.setattr(assets, "prompts_path", lambda split: Path(chats))
+    monkeypatch.setattr(quickstart, "REGENERATION", ("--limit", "10", "--max-tokens", "12"))
+    monkeypatch.setattr(quickstart, "RECIPE", ("--epochs", "1", "--target-layer-ids", "1", "3", "5"))
+    monkeypatch.setattr(quickstart, "EVALUATION", ("--num-prompts", "3", "--max-tokens", "12"))

@@ -5,23 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
-from speculators import assets
 from speculators.assets import tiny_verifier_path
-from speculators.cli import quickstart
 from speculators.cli.app import main
 from speculators.cli.quickstart import DEMO_PROMPT
 from speculators.decoding import Engine
-
-
-@pytest.fixture
-def toy_assets(verifier, chats, monkeypatch):
-    monkeypatch.setattr(assets, "tiny_verifier_path", lambda: Path(verifier))
-    monkeypatch.setattr(assets, "prompts_path", lambda split: Path(chats))
-    monkeypatch.setattr(quickstart, "REGENERATION", ("--limit", "10", "--max-tokens", "12"))
-    monkeypatch.setattr(quickstart, "RECIPE", ("--epochs", "1", "--target-layer-ids", "1", "3", "5"))
-    monkeypatch.setattr(quickstart, "EVALUATION", ("--num-prompts", "3", "--max-tokens", "12"))
 
 
 def test_quickstart_ends_with_a_measured_lossless_drafter(toy_assets, tmp_path, capsys):

@@ -150,13 +150,19 @@ def evaluate(
 def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) -> Result:
     """`settings`: what `api.evaluate` takes."""
     from speculators import api
+    from speculators.evaluation.report import EvaluationStoppedError
 
-    report = api.evaluate(**settings, check_sampling=lossless, progress=True)
+    error: BaseException | None = None
+    try:
+        report = api.evaluate(**settings, check_sampling=lossless, progress=True)
+    except EvaluationStoppedError as stop:
+        report, error = stop.report, stop
     if output is not None:
         say(f"report: {report.save(output)}")
     for warning in report.warnings():
         say(warning, "yellow")
-    error = error_of(report.raise_for_errors) if lossless else None
+    if error is None and lossless:
+        error = error_of(report.raise_for_errors)
     return Result({"verb": "evaluate", **report.to_dict()}, [report], report.sentence(), next_after(report), error)
 
 

@@ -15,14 +15,16 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.app import perform
-from speculators.cli.shared import Result, out, show
+from speculators.cli.app import Interrupted, perform
+from speculators.cli.shared import Result, out, say, show
 from speculators.utils.report import facts_table
 
 NUM_SPECULATIVE_TOKENS = 4
 DEMO_PROMPT = "Describe `os.path.join(path, *paths)`."
 """The embedded verifier's answer to it ends; to many others it goes round in circles."""
 MARKER = "made-by-quickstart"
+UNFINISHED = "unfinished"
+"""What the marker says until the last step is done."""
 WRITTEN = re.compile(rf"{MARKER}|responses\.[a-z.]+|data|run|report\.json")
 """Only a directory with the marker, and with nothing but these in it, is ever replaced."""
 
@@ -39,7 +41,8 @@ def quickstart(
     ),
 ) -> Result:
     """Regenerate, prepare, train EAGLE-3, generate, evaluate: on a small verifier that comes with the package."""
-    start_output(output)
+    if start_output(output):
+        say(f"going on with the unfinished quickstart in {output}; delete that directory to begin anew")
     begun_s = time.perf_counter()
     results: dict[str, dict[str, Any]] = {}
     sentence = ""
@@ -47,12 +50,19 @@ def quickstart(
         out().rule(f"[bold]{len(results) + 1} {title}", align="left")
         out().print(f"$ speculators {shlex.join(command)}", style="cyan", markup=False)
         step_begun_s = time.perf_counter()
-        result = perform(command)
+        try:
+            result = perform(command)
+        except (KeyboardInterrupt, Interrupted) as stop:
+            kept = f"stopped in step {len(results) + 1} of 5: what was done is kept in {output}"
+            raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from stop
         show(result, is_last=False)
+        if isinstance(result.error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"{result.error}, and goes on from step {len(results) + 1}") from result.error
         if result.error is not None:
             raise result.error
         results[command[0]] = result.record | {"time_s": time.perf_counter() - step_begun_s}
         sentence = result.sentence
+    (output / MARKER).write_text("")
     checkpoint = results["train"]["checkpoint"]
     serve = shlex.join(["vllm", "serve", checkpoint])
     times = ", ".join(f"{verb} {result['time_s']:.0f} s" for verb, result in results.items())
@@ -88,6 +98,7 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
             "--output",
             str(responses),
             *REGENERATION,
+            *(["--resume"] if responses.exists() else []),
         ],
     )
     yield (
@@ -121,8 +132,9 @@ def steps(output: Path, results: dict[str, dict[str, Any]]) -> Iterator[tuple[st
     )
 
 
-def start_output(output: Path) -> None:
-    """An empty directory; an earlier quickstart's is removed, anyone else's is left alone."""
+def start_output(output: Path) -> bool:
+    """Makes an empty directory. A finished quickstart's is replaced, an unfinished one's is continued (returns True),
+    anyone else's is left alone."""
     if output.exists():
         others = sorted(path.name for path in output.iterdir() if not WRITTEN.fullmatch(path.name))
         if not (output / MARKER).is_file() or others:
@@ -130,6 +142,9 @@ def start_output(output: Path) -> None:
             raise ValueError(
                 f"{output} {found} and is not an earlier quickstart's; name another directory with --output"
             )
+        if (output / MARKER).read_text() == UNFINISHED:
+            return True
         shutil.rmtree(output)
     output.mkdir(parents=True)
-    (output / MARKER).touch()
+    (output / MARKER).write_text(UNFINISHED)
+    return False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +36,9 @@ from speculators.data_generation.configs import (
 )
 from speculators.decoding.method import PLAIN
 from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams
+
+if TYPE_CHECKING:
+    from speculators.data_generation.regenerate import RegenerationReport
 
 
 def regenerate_responses(
@@ -97,10 +101,11 @@ def regenerate_responses(
     from speculators import api
     from speculators.data_generation.answering import read_system_prompts
 
-    report = api.regenerate(
+    report = keeping_answers(
+        output,
+        api.regenerate,
         verifier,
         data,
-        output=output,
         drafter=method,
         num_speculative_tokens=num_speculative_tokens,
         limit=limit,
@@ -148,6 +153,19 @@ def regenerate_responses(
     }
     next_command = ["speculators", "prepare-data", "--verifier", verifier, "--data", str(report.path)]
     return Result(record, [report], report.sentence(), next_command, error_of(report.raise_for_errors))
+
+
+def keeping_answers(output: Path, regenerate: Callable[..., RegenerationReport], *args: Any, **settings: Any) -> Any:
+    """Says on Ctrl-C what is kept, and how to go on."""
+    try:
+        return regenerate(*args, output=output, **settings)
+    except KeyboardInterrupt as stop:
+        from speculators.data_generation.records import finished_conversations
+
+        num_kept = len(finished_conversations(output))
+        kept = f"{num_kept} answered conversations are kept in {output}" if num_kept else "nothing was answered yet"
+        resume = "the same command with --resume" if num_kept else "the same command"
+        raise KeyboardInterrupt(f"stopped: {kept}; {resume} goes on") from stop
 
 
 def parse_temperatures(mix: str | None) -> list[float]:

@@ -26,6 +26,14 @@ Generate = Callable[[Sequence[Sequence[int]]], Sequence[RequestOutput]]
 """Decodes a group of prompts (token ids) to the end."""
 
 
+class MeasuringStoppedError(KeyboardInterrupt):
+    """Ctrl-C after some groups of prompts: their measurements are kept."""
+
+    def __init__(self, measurements: dict[str, list[Measurement]]) -> None:
+        super().__init__("stopped")
+        self.measurements = measurements
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One method on one group of prompts (a single prompt unless batches are asked for)."""
@@ -76,6 +84,7 @@ def measure_interleaved(
 
     num_warmup: groups decoded by every method before the clock counts. num_repeats: each group is timed so many times
     and its fastest time is kept, because noise only ever adds. on_group: called with the number of prompts done.
+    Raises `MeasuringStoppedError` on Ctrl-C after the first group.
     """
     groups = [list(prompts[i : i + group_size]) for i in range(0, len(prompts), group_size)]
     if not groups:
@@ -85,17 +94,34 @@ def measure_interleaved(
             generate(group)
     measurements: dict[str, list[Measurement]] = {name: [] for name in methods}
     for index, group in enumerate(groups):
-        fastest: dict[str, Measurement] = {}
-        for repeat in range(num_repeats):
-            for name in rotated(list(methods), index + repeat):
-                timed = measure(methods[name], group, clock)
-                if name not in fastest or timed.time_s < fastest[name].time_s:
-                    fastest[name] = timed
+        try:
+            fastest = measure_group(methods, group, index, num_repeats, clock)
+        except KeyboardInterrupt:
+            if index == 0:
+                raise
+            raise MeasuringStoppedError(measurements) from None
         for name, measurement in fastest.items():
             measurements[name].append(measurement)
         if on_group is not None:
             on_group(len(group))
     return measurements
+
+
+def measure_group(
+    methods: Mapping[str, Generate],
+    group: Sequence[Sequence[int]],
+    index: int,
+    num_repeats: int,
+    clock: Callable[[], float],
+) -> dict[str, Measurement]:
+    """The fastest of `num_repeats` measurements of each method."""
+    fastest: dict[str, Measurement] = {}
+    for repeat in range(num_repeats):
+        for name in rotated(list(methods), index + repeat):
+            timed = measure(methods[name], group, clock)
+            if name not in fastest or timed.time_s < fastest[name].time_s:
+                fastest[name] = timed
+    return fastest
 
 
 def measure(generate: Generate, group: Sequence[Sequence[int]], clock: Callable[[], float]) -> Measurement:

@@ -99,6 +99,8 @@ class EvaluationReport(SavedReport):
     rows: tuple[MethodRow, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    interrupted: str | None = None
+    """After how many prompts Ctrl-C ended the measurement; None when it did not."""
 
     def row(self, method: str) -> MethodRow:
         for row in self.rows:
@@ -162,6 +164,14 @@ def sameness(row: MethodRow) -> str:
     if row.num_identical is None:
         return "same law of sampled text" if row.lossless else "ANOTHER law of sampled text"
     return f"{'same text' if row.lossless else 'ANOTHER text'}, {row.num_identical} of {row.num_prompts}"
+
+
+class EvaluationStoppedError(KeyboardInterrupt):
+    """Ctrl-C during an evaluation; `report` is of the prompts that were measured until then."""
+
+    def __init__(self, report: EvaluationReport) -> None:
+        super().__init__(f"{report.interrupted}: the table is of these; the same command measures all")
+        self.report = report
 
 
 class NotLosslessError(RuntimeError):

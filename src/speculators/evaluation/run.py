@@ -17,8 +17,8 @@ from speculators.decoding.method import PLAIN, Method, parse_methods
 from speculators.decoding.request import raise_for_failed
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.evaluation.config import EvaluateConfig
-from speculators.evaluation.measurement import Generate, measure_interleaved, summarise
-from speculators.evaluation.report import EvaluationReport, environment
+from speculators.evaluation.measurement import Generate, MeasuringStoppedError, measure_interleaved, summarise
+from speculators.evaluation.report import EvaluationReport, EvaluationStoppedError, environment
 from speculators.evaluation.statistics import two_sample_p_value
 from speculators.utils.progress import Progress, reporting
 
@@ -34,7 +34,8 @@ def measure_methods(
     """Measure every method on the same prompts; `progress` counts them.
 
     `verifier`, `data`: what `config` names, or the loaded model and the rows that it names. Raises `ValueError` for a
-    verifier, drafter or data set that cannot be read, and for a verifier whose scores are not finite.
+    verifier, drafter or data set that cannot be read, and for a verifier whose scores are not finite;
+    `EvaluationStoppedError` on Ctrl-C, with the report of the prompts that were measured.
     """
     trees = {"speculative_token_tree": config.speculative_token_tree, "dynamic_tree": config.dynamic_tree}
     trees = {name: tree for name, tree in trees.items() if tree is not None}
@@ -68,16 +69,21 @@ def measure_methods(
         done += num_prompts
         show("decode", done, total)
 
+    stopped: MeasuringStoppedError | None = None
     with reporting(progress) as show:
-        measurements = measure_interleaved(
-            {name: decoder(name, engine, sampling) for name, engine in engines.items()},
-            prompts,
-            group_size=config.batch_size,
-            num_warmup=config.num_warmup,
-            num_repeats=config.num_repeats,
-            on_group=add,
-        )
-    p_values = sampling_p_values(engines, prompts, config) if config.check_sampling and config.temperature > 0 else {}
+        try:
+            measurements = measure_interleaved(
+                {name: decoder(name, engine, sampling) for name, engine in engines.items()},
+                prompts,
+                group_size=config.batch_size,
+                num_warmup=config.num_warmup,
+                num_repeats=config.num_repeats,
+                on_group=add,
+            )
+        except MeasuringStoppedError as stop:
+            stopped, measurements = stop, stop.measurements
+    draws = config.check_sampling and config.temperature > 0 and stopped is None
+    p_values = sampling_p_values(engines, prompts, config) if draws else {}
     rows = tuple(
         summarise(
             method.name,
@@ -89,13 +95,17 @@ def measure_methods(
         )
         for method in methods
     )
-    return EvaluationReport(
+    report = EvaluationReport(
         verifier=config.verifier,
         dataset=config.data,
         rows=rows,
         settings=asdict(config) | found | {"speculative_configs": {m.name: m.speculative_config for m in methods}},
         environment=environment(),
+        interrupted=None if stopped is None else f"stopped after {done} of {total} prompts",
     )
+    if stopped is not None:
+        raise EvaluationStoppedError(report) from stopped
+    return report
 
 
 def sampling_of(config: EvaluateConfig) -> SamplingParams:

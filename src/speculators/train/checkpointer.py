@@ -59,7 +59,8 @@ __all__ = [
 
 INTERRUPTED = "interrupted"
 DRY_RUN = "dry_run"
-RUN_FILES = ("run.yaml", "recipe.json", "train_command.txt", "speculators.patch", "finished.json")
+CURVE_FILE = "metrics.jsonl"
+RUN_FILES = ("run.yaml", "recipe.json", "train_command.txt", "speculators.patch", "finished.json", CURVE_FILE)
 FINISHED_FILE = "finished.json"
 """Written when the last steps of a run made no better checkpoint, so that no directory shows that it is over."""
 LINK = re.compile(rf"epoch\d+_\w+|{BEST}")

@@ -1,16 +1,20 @@
-"""Listeners of a training run: the progress bar, drawn from its events, and experiment trackers, `--logger
-wandb,tensorboard`. Imports only the trackers that are named.
+"""Listeners of a training run: the progress bar, drawn from its events, the loss curve in the run directory, and
+experiment trackers, `--logger wandb,tensorboard`. Imports only the trackers that are named.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from speculators.train.checkpointer import CURVE_FILE
+from speculators.train.config import TrainConfig
 from speculators.train.events import (
     ConfigError,
     Event,
@@ -24,6 +28,7 @@ from speculators.train.events import (
     decoded,
     describe,
 )
+from speculators.utils.files import atomic_write
 from speculators.utils.names import did_you_mean
 from speculators.utils.report import ReportConsole
 
@@ -70,6 +75,44 @@ class TrainingProgress(Progress):
                 )
 
 
+class CurveFile:
+    """Writes the loss curve to `metrics.jsonl`: one line per report of training steps and per validation.
+
+    A continued run drops the lines past the checkpoint that it continues from, so each step stands there once.
+    """
+
+    def __init__(self, run_directory: str | Path):
+        self.path = Path(run_directory) / CURVE_FILE
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.keep_until(event.first_step)
+            case StepDone():
+                self.append(event, "train", lr=event.lr, tokens_per_s=event.tokens_per_s)
+            case Validated():
+                self.append(event, "val")
+
+    def keep_until(self, step: int) -> None:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        with atomic_write(self.path, "w") as file:
+            file.writelines(f"{line}\n" for line in lines if 0 < step_of(line) <= step)
+
+    def append(self, event: StepDone | Validated, split: str, **more: float) -> None:
+        values = {**event.metrics, "acceptance_length": event.acceptance_length, **more}
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": event.step, "epoch": event.epoch, "split": split, **finite}) + "\n")
+
+
+def step_of(line: str) -> int:
+    """The step of a line of the curve; 0 for one that a dead process left half written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -107,6 +150,13 @@ TRACKERS: dict[str, tuple[str, Callable[..., Log]]] = {
     "tensorboard": ("torch.utils.tensorboard", tensorboard_log),
     "mlflow": ("mlflow", mlflow_log),
 }
+
+
+def own_listeners(config: TrainConfig) -> list[Listener]:
+    """The loss curve, and the trackers that a config names."""
+    keys = config.logging
+    trackers = make_trackers(keys.logger, keys.log_dir, keys.run_name, config.flatten())
+    return [CurveFile(config.trainer.save_path), *trackers]
 
 
 def make_trackers(names: str, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> list[Listener]:

@@ -30,7 +30,7 @@ from speculators.train.distributed_batch_sampler import MultipackDistributedBatc
 from speculators.train.draft_shape import build_model, check_heads, load_verifier_config
 from speculators.train.events import Event, Listener, Note, ignore
 from speculators.train.flags import flag_of
-from speculators.train.logger import make_trackers
+from speculators.train.logger import own_listeners
 from speculators.train.recipe import check_recipe, command, recipe_of, write_provenance
 from speculators.train.records import MemoryEstimate, TrainerConfig, TrainResult, check_disk_space, estimate_memory
 from speculators.train.sources import ask_server, leave_out_untrained, make_source, open_store, rows_to_use
@@ -57,13 +57,10 @@ def train(config: TrainConfig, *, verifier: PreTrainedModel | None = None, on_ev
     with ranks_from_environment(config.trainer.rank_timeout) as ranks, ExitStack() as stack:
         lock = output_lock(save_path / LOCK_FILE, f"run directory {save_path}", lambda text: on_event(Note(text)))
         ranks.main_first(lambda: stack.enter_context(lock))
-        trackers = []
-        if ranks.is_main:
-            keys = config.logging
-            trackers = make_trackers(keys.logger, keys.log_dir, keys.run_name, config.flatten())
+        listeners = [on_event, *(own_listeners(config) if ranks.is_main else [])]
 
         def tell(event: Event) -> None:
-            for listener in (on_event, *trackers):
+            for listener in listeners:
                 listener(event)
 
         trainer, estimate = build(config, ranks, tell if ranks.is_main else ignore, verifier)
