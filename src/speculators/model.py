@@ -24,6 +24,7 @@ from speculators.model_training import NoTrainingArgs, TrainingDoors
 from speculators.utils.names import did_you_mean
 from speculators.utils.registry import ClassRegistryMixin
 from speculators.utils.util import bounded_build, reading
+from speculators.verifier.config import first_line
 
 if TYPE_CHECKING:
     from speculators.interfaces import Proposer, TreeDrafter
@@ -249,7 +250,13 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
         nn.Module.to(model, options.device)
         model.eval()
         model.load_vocab_mappings(t2d, d2t)
-        model.load_verifier_weights()
+        try:
+            model.load_verifier_weights()
+        except OSError as error:
+            raise ValueError(
+                f"the verifier {config.recorded_verifier!r} that the checkpoint names cannot be read "
+                f"({first_line(error)}); name its directory or hub id with verifier=..."
+            ) from error
         loaded = cast("Self", model)
         return (loaded, loading_info) if options.output_loading_info else loaded
 

@@ -50,6 +50,12 @@ class ForeignCheckpoint:
         file = self.path / CONFIG_FILE
         return read_json_object(file) if file.is_file() else {}
 
+    @property
+    def architectures(self) -> list[str]:
+        """Names of classes in config.json; empty when the key holds anything else."""
+        names = self.values.get("architectures")
+        return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
     @cached_property
     def tensor_names(self) -> frozenset[str]:
         return frozenset(list_checkpoint_keys(self.path))

@@ -124,7 +124,8 @@ def read_training_record(directory: str | Path) -> dict[str, Any] | None:
 
 def is_record(values: Mapping[str, Any]) -> bool:
     """Says whether every part that is read later has the type in which it was written."""
-    verifier, num_tokens = values.get("verifier") or {}, values.get("num_speculative_tokens")
+    verifier, num_tokens = values.get("verifier"), values.get("num_speculative_tokens")
+    verifier = {} if verifier is None else verifier
     if not isinstance(values.get("config"), dict) or not isinstance(values.get("tensors"), dict):
         return False
     if not isinstance(verifier, dict) or not (num_tokens is None or (type(num_tokens) is int and num_tokens > 0)):
@@ -149,8 +150,9 @@ def is_fingerprint(values: Any) -> bool:
     if not isinstance(values, dict) or not {"shape", "dtype", "sha256"} <= values.keys():
         return False
     chunks, rounded, norm = values.get("chunks") or [], values.get("rounded") or {}, values.get("norm")
-    is_typed = isinstance(values["dtype"], str) and isinstance(rounded, dict) and (norm is None or is_number(norm))
-    if not is_typed:
+    is_named = isinstance(values["dtype"], str) and isinstance(values["sha256"], str)
+    is_typed = is_named and isinstance(values["shape"], list) and isinstance(rounded, dict)
+    if not is_typed or not (norm is None or is_number(norm)):
         return False
     sketches = [*(chunks if isinstance(chunks, list) else [None]), *([values["sketch"]] if "sketch" in values else [])]
     return all(isinstance(s, list) and len(s) == NUM_SKETCHES and all(map(is_number, s)) for s in sketches)

@@ -276,7 +276,7 @@ def text_of(content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content):
-        if any(part.get("text") is None for part in content):
+        if not all(isinstance(part.get("text"), str) for part in content):
             raise UnusableRow("a turn has parts that are not text (only text is supported)")
         return "".join(part["text"] for part in content)
     raise UnusableRow("a turn's content is not text")

@@ -23,6 +23,8 @@ from speculators.utils.util import WRONG_VALUE, load_transformer_config
 
 DEFAULT_ROPE_THETA = 10_000.0
 MIN_TABLE_POSITIONS = 256
+MOST_HEAD_DIM = 65_536
+"""A damaged config must not fill memory."""
 DEPEND_ON_LENGTH = ("dynamic", "longrope")
 """Types that turn otherwise past the longest text."""
 
@@ -73,6 +75,8 @@ def inverse_frequencies(config: Any) -> tuple[Tensor, float]:
     """(w [r/2] in fp32, factor on cos and sin) of a decoder config."""
     parameters = rope_parameters(config)
     rope_type = parameters["rope_type"]
+    if head_dim(config) > MOST_HEAD_DIM:
+        raise ValueError(f"head_dim={head_dim(config)} is no size of a head; at most {MOST_HEAD_DIM} is read")
     if rope_type in ("default", "mrope"):  # mrope equals plain rope on text
         factor = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
         rotary_dim = int(head_dim(config) * factor)

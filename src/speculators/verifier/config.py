@@ -84,7 +84,7 @@ def open_config(
     file's keys. Raises OSError where there is no config.json."""
     values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     refuse_huge(values, name)
-    if values.get("model_type") in CONFIG_MAPPING or (trust_remote_code and values.get("auto_map")):
+    if model_type_of(values) in CONFIG_MAPPING or (trust_remote_code and values.get("auto_map")):
         with reading(f"the config of {name}"):
             return AutoConfig.from_pretrained(
                 name, revision=revision, code_revision=code_revision, trust_remote_code=trust_remote_code
@@ -93,10 +93,16 @@ def open_config(
         return plain_config(values)
 
 
+def model_type_of(values: Mapping[str, Any]) -> str:
+    """Empty where the key is missing or holds no name."""
+    name = values.get("model_type")
+    return name if isinstance(name, str) else ""
+
+
 def plain_config(values: Mapping[str, Any]) -> PretrainedConfig:
     """A record of the keys of a config.json."""
     config: Any = PretrainedConfig.from_dict(dict(values))
-    config.model_type = values.get("model_type", "")  # the class has one of its own
+    config.model_type = model_type_of(values)  # the class has one of its own
     text = text_config(values)
     if text is not values and isinstance(text, Mapping):
         config.text_config = plain_config(text)
@@ -125,8 +131,8 @@ def open_verifier_config(name: str, trust_remote_code: bool = False, revision: s
 def known_under_another_name(name: str, revision: str | None) -> PretrainedConfig | None:
     """Reads the config of a family that transformers has under another name; None for the rest."""
     values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
-    family = SAME_LAYERS.get(values.get("model_type", ""))
-    if family is None or values["model_type"] in CONFIG_MAPPING:
+    family = SAME_LAYERS.get(model_type_of(values))
+    if family is None or model_type_of(values) in CONFIG_MAPPING:
         return None
     return CONFIG_MAPPING[family](
         **{key: value for key, value in values.items() if key not in ("model_type", "auto_map")}

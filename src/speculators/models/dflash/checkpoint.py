@@ -107,7 +107,7 @@ class ZLabFormat(CheckpointFormat):
     options = ("aux_hidden_state_layer_ids", "mask_token_id")
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
-        return ARCHITECTURE in (source.values.get("architectures") or []) and "dflash_config" in source.values
+        return ARCHITECTURE in source.architectures and "dflash_config" in source.values
 
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         values = source.values.get("dflash_config") or {}

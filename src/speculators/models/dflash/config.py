@@ -47,7 +47,7 @@ class DFlashSpeculatorConfig(SpeculatorModelConfig):
         default_factory=Qwen3Config,
         description="Decoder config of the draft layers; num_hidden_layers counts them, vocab_size is the verifier's",
     )
-    draft_vocab_size: int = Field(default=32000, description="Rows of the draft head")
+    draft_vocab_size: int = Field(default=32000, ge=1, description="Rows of the draft head")
     block_size: int = Field(
         default=default_of(DraftKeys, "block_size"), ge=1, description="Slots of a block, the anchor's included"
     )

@@ -79,7 +79,7 @@ class DenseFormat(CheckpointFormat):
     options = ("aux_hidden_state_layer_ids", "mask_token_id")
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
-        return bool({SERVED_CLASS, OTHER_CLASS} & set(source.values.get("architectures") or []))
+        return bool({SERVED_CLASS, OTHER_CLASS} & set(source.architectures))
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         values = {**source.values, **(source.values.get("dflash_config") or {})}

@@ -23,7 +23,7 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
         default_factory=Qwen3Config,
         description="Decoder config of the draft layers; num_hidden_layers counts them, vocab_size is the verifier's",
     )
-    draft_vocab_size: int = Field(default=32000, description="Rows of the draft head")
+    draft_vocab_size: int = Field(default=32000, ge=1, description="Rows of the draft head")
     norm_before_residual: bool = Field(default=False, description="First layer's residual starts after hidden_norm")
     target_hidden_size: int | None = Field(default=None, description="Verifier's hidden size when it differs")
     eagle_aux_hidden_state_layer_ids: list[int] | None = Field(
