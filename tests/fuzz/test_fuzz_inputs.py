@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections import Counter
 from dataclasses import asdict, fields
 
 import httpx
 import pytest
+import torch
 from fuzz_toys import ODD_VALUES, mutated, watched
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speculators import SpeculatorModel
 from speculators.data_generation import vllm_client
 from speculators.data_generation.conversations import parse_row
+from speculators.data_generation.offline import header_problem, hidden_state_path, to_bytes, to_tensors
 from speculators.data_generation.prepared import Manifest, Recipe
 from speculators.data_generation.rollout import make_rollout
+from speculators.data_generation.sources.store import load_file
 from speculators.decoding.config import SpeculativeConfig
-from speculators.train.checkpoint_files import STATE_FILE, Position, read_position
+from speculators.interfaces import CaptureSpec, VerifierStates
+from speculators.train.checkpoint_files import OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, Position, read_position
+from speculators.train.checkpointer import Checkpointer
+from speculators.train.optimizers import make_optimizers
+from speculators.train.records import TrainerConfig
 
 CONFIGS = [
     {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
@@ -104,3 +113,56 @@ def test_answers_of_a_server(tmp_path_factory, answer, models, code):
         with watched(vllm_client.InvalidResponseError):
             handle, _ = vllm_client.generate_hidden_states(client, "m", {"input_ids": [1, 2]}, max_retries=0)
             vllm_client.name_of_served_file(handle, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def saved_run(checkpoints, tmp_path_factory):
+    """A drafter, its optimizers after a step, and the checkpoint that holds both."""
+    model = SpeculatorModel.from_pretrained(checkpoints["eagle3"])
+    optimizers = make_optimizers(model, TrainerConfig(lr=1e-3, num_epochs=1, save_path=".", optimizer="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizers.step(1.0)
+    root = tmp_path_factory.mktemp("run")
+    Checkpointer(root).save(root / "0", model, optimizers, Position())
+    return model, optimizers, root / "0"
+
+
+@pytest.mark.parametrize("name", [OPTIMIZER_FILE, SCHEDULER_FILE])
+def test_damaged_states_of_a_run(saved_run, name):
+    model, optimizers, path = saved_run
+    whole = (path / name).read_bytes()
+    content = torch.load(path / name, weights_only=True)
+
+    @given(mutated(content), st.none() | st.integers(0, len(whole)))
+    def run(changed, cut):
+        if cut is None:
+            torch.save(changed, path / name)
+        else:
+            (path / name).write_bytes(whole[:cut])
+        with watched(ValueError):
+            Checkpointer(path.parent).load(path, model, optimizers)
+
+    run()
+    (path / name).write_bytes(whole)
+
+
+def test_headers_of_stored_states(tmp_path):
+    """As a damaged file, or another tool, leaves them: named before training, never a traceback."""
+    capture = CaptureSpec((1, 3), last_hidden=True)
+    states = VerifierStates(torch.arange(6), torch.randn(6, 8), torch.randn(6, 4))
+    content = to_bytes(to_tensors(states, capture, torch.bfloat16), capture, torch.float32, "verifier")
+    file = hidden_state_path(tmp_path, 0)
+    size = struct.unpack("<Q", content[:8])[0]
+
+    @given(mutated(json.loads(content[8 : 8 + size])), st.none() | st.integers(0, len(content)))
+    def run(changed, cut):
+        text = json.dumps(changed).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :][:cut])
+        with watched():
+            problem = header_problem(file)
+            assert problem is None or isinstance(problem, str)
+        with watched(ValueError):
+            load_file(file)
+
+    run()

@@ -45,6 +45,7 @@ from speculators.train.checkpoint_files import (
 from speculators.train.distributed import RandomState, Ranks
 from speculators.train.optimizers import Optimizers
 from speculators.utils.files import atomic_directory, atomic_write, finish_dead_writes, remove_directory
+from speculators.utils.util import WRONG_VALUE
 
 __all__ = [
     "INTERRUPTED",
@@ -233,13 +234,10 @@ class Checkpointer:
             weights = load_file(path / MASTERS_FILE)
             state = torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
             random = torch.load(path / SCHEDULER_FILE, weights_only=True, map_location="cpu")
-            states = random.get("random_states") or [random["random_state"]]
+            states = list(random.get("random_states") or [random["random_state"]])
             position = read_position(path)
-        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, KeyError, EOFError) as error:
-            raise DamagedCheckpointError(
-                f"checkpoint {path} cannot be read ({first_sentence(error)}): delete that directory to "
-                "continue from an older one, or start anew with --no-resume-from-checkpoint"
-            ) from error
+        except UNREADABLE as error:
+            raise damaged(path, error) from error
         if len(states) != ranks.world_size and (position.local_step or not allow_changes):
             raise ValueError(
                 f"checkpoint {path} is of a run on {len(states)} ranks, this one has {ranks.world_size}: start as many "
@@ -251,10 +249,23 @@ class Checkpointer:
                 f"this run packs {num_rows}: use the same data, lengths and seed, or name another --output"
             )
         restore_weights(model, weights, path)
-        optimizers.load_state_dict(state)
-        if ranks.rank < len(states):
-            ranks.set_random_state(states[ranks.rank])
+        try:
+            optimizers.load_state_dict(state)
+            if ranks.rank < len(states):
+                ranks.set_random_state(states[ranks.rank])
+        except WRONG_VALUE as error:
+            raise damaged(path, error) from error
         return position
+
+
+UNREADABLE = (OSError, SafetensorError, pickle.UnpicklingError, EOFError, *WRONG_VALUE)
+
+
+def damaged(path: Path, error: Exception) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"checkpoint {path} cannot be read ({first_sentence(error)}): delete that directory to continue from an older "
+        "one, or start anew with --no-resume-from-checkpoint"
+    )
 
 
 def mid_epoch_saves(checkpoint_freq: float, num_steps: int) -> set[int]:

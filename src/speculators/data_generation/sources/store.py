@@ -36,6 +36,7 @@ from speculators.data_generation.offline import (
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.utils.files import atomic_write, human_bytes, is_same_model
+from speculators.utils.util import WRONG_VALUE
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ def load_file(path: Path) -> tuple[FileHeader, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             header = parse_header(file.metadata())
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, *WRONG_VALUE) as error:
         raise CorruptHiddenStatesError(f"{path} cannot be read: {error}; delete it") from error
     try:
         check_hidden_states(tensors, None)
