@@ -125,9 +125,9 @@ def read_training_record(directory: str | Path) -> dict[str, Any] | None:
 def is_record(values: Mapping[str, Any]) -> bool:
     """Says whether every part that is read later has the type in which it was written."""
     verifier, num_tokens = values.get("verifier"), values.get("num_speculative_tokens")
-    verifier = {} if verifier is None else verifier
     if not isinstance(values.get("config"), dict) or not isinstance(values.get("tensors"), dict):
         return False
+    verifier = {} if verifier is None else verifier
     if not isinstance(verifier, dict) or not (num_tokens is None or (type(num_tokens) is int and num_tokens > 0)):
         return False
     rows, tokenizer = verifier.get("tensors") or {}, verifier.get("tokenizer")
@@ -135,8 +135,7 @@ def is_record(values: Mapping[str, Any]) -> bool:
     is_tokenizer = not tokenizer or (isinstance(tokenizer, dict) and {"sha256", "num_tokens"} <= tokenizer.keys())
     if not (is_named and is_tokenizer and isinstance(rows, dict)):
         return False
-    rope = values.get("rope")
-    if not (rope is None or (isinstance(rope, list) and all(map(is_number, rope)))):
+    if not (isinstance(rope := values.get("rope") or [], list) and all(map(is_number, rope))):
         return False
     fingerprints = [*values["tensors"].values(), *(found for found in rows.values() if found is not None)]
     return all(map(is_fingerprint, fingerprints))
@@ -150,9 +149,8 @@ def is_fingerprint(values: Any) -> bool:
     if not isinstance(values, dict) or not {"shape", "dtype", "sha256"} <= values.keys():
         return False
     chunks, rounded, norm = values.get("chunks") or [], values.get("rounded") or {}, values.get("norm")
-    is_named = isinstance(values["dtype"], str) and isinstance(values["sha256"], str)
-    is_typed = is_named and isinstance(values["shape"], list) and isinstance(rounded, dict)
-    if not is_typed or not (norm is None or is_number(norm)):
+    is_typed = all(isinstance(values[key], kind) for key, kind in (("dtype", str), ("sha256", str), ("shape", list)))
+    if not is_typed or not isinstance(rounded, dict) or not (norm is None or is_number(norm)):
         return False
     sketches = [*(chunks if isinstance(chunks, list) else [None]), *([values["sketch"]] if "sketch" in values else [])]
     return all(isinstance(s, list) and len(s) == NUM_SKETCHES and all(map(is_number, s)) for s in sketches)
