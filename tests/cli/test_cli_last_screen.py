@@ -31,6 +31,8 @@ def test_an_evaluation_ends_with_one_sentence_within_80_columns(verifier, chats,
     args = ["evaluate", "--verifier", verifier, "--data", chats, "--method", "ngram", "--num-prompts", "3"]
     code, shown = terminal.run(*args, "--max-tokens", "12")
     assert code == 0
+    bar = shown[: shown.index("prompts of")]
+    assert "/s 0:00:" in bar and max(map(len, bar.splitlines()[-1].split("decode "))) <= 80
     row = next(line.rstrip() for line in shown.splitlines() if line.startswith(" ngram"))
     assert row.endswith("3/3") and len(row) <= 80
     assert "same text, 3 of 3" in " ".join(shown.split()[-20:])

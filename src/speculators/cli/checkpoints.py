@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,7 +164,7 @@ def verify(
         verifier=verifier,
         data=data,
         vllm=(python or True) if with_vllm else False,
-        progress=lambda what, done, total: say(what),
+        progress=True if sys.stderr.isatty() else lambda what, done, total: say(what),
         num_prompts=num_prompts,
         max_tokens=max_tokens,
         num_speculative_tokens=num_speculative_tokens,

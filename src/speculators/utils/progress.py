@@ -6,8 +6,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
+from rich.text import Text
 from transformers.utils import logging
 
 from speculators.utils.report import ReportConsole
@@ -16,15 +26,25 @@ Progress = Callable[[str, int, "int | None"], None]
 """Called with (name of the step, amount done, total amount or None)."""
 
 
+class RateColumn(ProgressColumn):
+    """How much was done per second, since the bar began."""
+
+    def render(self, task: Task) -> Text:
+        rate = task.completed / task.elapsed if task.completed and task.elapsed else 0.0
+        return Text(f"{rate:.1f}/s" if rate else "")
+
+
 class WorkProgress:
     """One bar on stderr per kind of work. Itself a `Progress`."""
 
     def __init__(self) -> None:
         self.bars = Bars(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
+            RateColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=ReportConsole(stderr=True, soft_wrap=True),
         )
         self.bar_of: dict[str, TaskID] = {}
