@@ -242,6 +242,8 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, UsageError):
         return str(error.format_message())  # type: ignore[attr-defined]
     if isinstance(error, ValidationError):
+        from speculators.utils.util import validation_line
+
         return "\n".join(validation_line(detail) for detail in error.errors(include_url=False))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" ({error.filename})" if error.filename is not None else ""
@@ -251,14 +253,6 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError | NotImplementedError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"
-
-
-def validation_line(detail: Any) -> str:
-    """`key: rule (got value)`; rules of our own say their value themselves."""
-    where = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "value_error":
-        return (f"{where}: " if where else "") + detail["msg"].removeprefix("Value error, ")
-    return f"{where}: {detail['msg']}, got {detail['input']!r}"
 
 
 def hint_of(error: BaseException) -> str | None:

@@ -15,7 +15,7 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from speculators.decoding.config import mtp_families
 from speculators.decoding.config.checks import BatchSizeRange, check, scheduled_num_tokens
@@ -26,12 +26,12 @@ from speculators.decoding.trees.dynamic_tree import DynamicTreeShape
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule
-from speculators.utils.util import reading
+from speculators.utils.util import ReadableModel, reading
 
 RejectionSampleMethod = Literal["strict", "probabilistic", "standard", "block", "synthetic"]
 
 
-class SpeculativeConfig(BaseModel):
+class SpeculativeConfig(ReadableModel):
     """Configures drafting. See the module's docstring for what happens when."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
