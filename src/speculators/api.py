@@ -38,7 +38,8 @@ from speculators.data_generation.rollout import Answer, Question
 from speculators.decoding.chat import sampling_params
 from speculators.decoding.engine import Engine
 from speculators.decoding.method import PLAIN, Drafter
-from speculators.decoding.request import NonFiniteScoresError, end_of_sequence_ids
+from speculators.decoding.request import NonFiniteScoresError
+from speculators.decoding.request_builder import end_of_sequence_ids
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.deploy.export import export_checkpoint

@@ -33,9 +33,10 @@ ORACLE_DRAFTS = 4
 """Deeper drafts are learnt too, but not in so few steps."""
 
 
-def generate(verifier, drafting, max_tokens=32, prompts=PROMPTS, **options):
+def generate(verifier, drafting, max_tokens=32, prompts=PROMPTS, sampling=None, **options):
     engine = Engine(verifier, drafting, max_batch_size=2, **options)
-    outputs = engine.generate([list(prompt) for prompt in prompts], SamplingParams(max_tokens=max_tokens))
+    sampling = SamplingParams(max_tokens=max_tokens, **(sampling or {}))
+    outputs = engine.generate([list(prompt) for prompt in prompts], sampling)
     return [output.token_ids for output in outputs], engine.stats
 
 
@@ -218,6 +219,10 @@ def test_greedy_text_is_the_verifiers_whatever_is_drafted(name, wandering, wande
     drafted, stats = generate(wandering, {"model": str(tmp_path / "drafter")})
     assert drafted == plain
     assert stats.num_drafted > 0 and stats.acceptance_rate < 0.9
+    adjusted = {"min_tokens": 9, "stop_token_ids": [plain[0][5]], "logit_bias": {plain[1][2]: -50.0, plain[2][3]: 0.5}}
+    expected, _ = generate(wandering, None, sampling=adjusted)
+    assert expected[0] != plain[0] and len(expected[0]) > 9
+    assert generate(wandering, {"model": str(tmp_path / "drafter")}, sampling=adjusted)[0] == expected
 
 
 def test_a_drafter_that_learnt_the_verifier_is_an_oracle(name, trained, counting):

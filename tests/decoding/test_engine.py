@@ -7,7 +7,7 @@ import torch
 import toys
 
 from speculators.decoding import DecodeStats, Engine, HFVerifier, SamplingParams
-from speculators.decoding.request import end_of_sequence_ids
+from speculators.decoding.request_builder import end_of_sequence_ids
 from speculators.interfaces import CaptureSpec
 
 V = toys.VOCAB
@@ -56,8 +56,10 @@ TEXT = "".join(letter(i) for i in ABC)
     ("params", "tokens", "text", "reason"),
     [
         ({"max_tokens": 7}, [51, 52, 53, 54, 55, 50, 51], TEXT[1:] + TEXT[:2], "length"),
-        ({"stop_token_ids": [53]}, [51, 52, 53], TEXT[1:4], "stop"),
+        ({"stop_token_ids": [53]}, [51, 52, 53], TEXT[1:3], "stop"),  # as in vLLM: its text is left out
+        ({"stop_token_ids": [53], "include_stop_str_in_output": True}, [51, 52, 53], TEXT[1:4], "stop"),
         ({"stop": TEXT[3:5]}, [51, 52, 53, 54], TEXT[1:3], "stop"),
+        ({"stop": TEXT[3:5], "include_stop_str_in_output": True}, [51, 52, 53, 54], TEXT[1:5], "stop"),
         ({"stop": ["zz", TEXT[4]]}, [51, 52, 53, 54], TEXT[1:4], "stop"),
         # the stop string begins inside one run and may end in the next
         ({"stop": TEXT[2:] + TEXT[:3]}, [51, 52, 53, 54, 55, 50, 51, 52], TEXT[1:2], "stop"),

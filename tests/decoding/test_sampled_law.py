@@ -26,10 +26,32 @@ def table(seed: int) -> torch.Tensor:
     return probs_VV / probs_VV.sum(-1, keepdim=True)
 
 
+def letter(token: int) -> str:
+    return "abcd"[token]
+
+
+class Letters:
+    """Tokens 0 .. 3 are a .. d."""
+
+    eos_token_id = None
+
+    def encode(self, text, add_special_tokens=True):
+        return ["abcd".index(letter) for letter in text.strip()]
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        return "".join(map(letter, token_ids))
+
+
 def naive_law(row: list[float], text: list[int], params: SamplingParams) -> list[float]:
     """One step's law from the definitions of the parameters, in plain Python."""
     output = text[len(PROMPT) :]
-    logits = [math.log(p) for p in row]
+    logits = [math.log(p) + (params.logit_bias or {}).get(token, 0.0) for token, p in enumerate(row)]
+    for word in params.bad_words:
+        if "".join(map(letter, output)).endswith(word[:-1]):
+            logits["abcd".index(word[-1])] = -math.inf
+    if len(output) < params.min_tokens:
+        for token in params.stop_token_ids:
+            logits[token] = -math.inf
     for token in range(V):
         if token in text and params.repetition_penalty != 1:
             factor = params.repetition_penalty
@@ -57,8 +79,11 @@ def joint_law(verifier_VV: torch.Tensor, params: SamplingParams) -> dict[tuple[i
         for token in tokens:
             probability *= naive_law(verifier_VV[text[-1]].tolist(), text, params)[token]
             text.append(token)
+            if token in params.stop_token_ids:
+                break
+        ended = tuple(text[len(PROMPT) :])
         if probability > 0:
-            law[tokens] = probability
+            law[ended] = probability
     return law
 
 
@@ -100,15 +125,29 @@ PARAMS = {
     "top-p": {"temperature": 0.8, "top_p": 0.75},
     "top-k and min-p": {"temperature": 1.3, "top_k": 3, "min_p": 0.15},
     "penalties": {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.5},
+    "adjustments": {
+        "temperature": 1.2,
+        "logit_bias": {0: 1.0, 2: -0.5},
+        "bad_words": ("ab", "aa", "cdc", "cd"),
+        "min_tokens": 2,
+        "stop_token_ids": (3,),
+        "presence_penalty": 0.3,
+        "top_k": 3,
+    },
 }
 CASES = [
-    *(("none", rule, params) for rule, params in [("strict", "top-p"), ("strict", "penalties")]),
+    *(("none", "strict", params) for params in ("top-p", "penalties", "adjustments")),
     *(("point mass, ragged", "standard", params) for params in PARAMS),
-    *(("drawn, ragged", rule, params) for rule in ("standard", "block") for params in ("top-p", "penalties")),
+    *(
+        ("drawn, ragged", rule, params)
+        for rule in ("standard", "block")
+        for params in ("top-p", "penalties", "adjustments")
+    ),
     ("drawn from the verifier's own table", "standard", "temperature"),
     ("drawn, ragged", "strict", "temperature"),
     ("tree", "standard", "penalties"),
     ("tree", "standard", "top-p"),
+    ("tree", "standard", "adjustments"),
 ]
 
 
@@ -119,6 +158,7 @@ def sampled_counts(drafter: str, rule, params: SamplingParams, batch: int) -> di
         proposer,
         num_speculative_tokens=2 if proposer else None,
         rule=resolve_rule(rule) if isinstance(rule, str) else rule,
+        tokenizer=Letters(),
         max_batch_size=batch,
     )
     counts: dict[tuple[int, ...], int] = {}
@@ -159,17 +199,18 @@ def test_a_rule_that_accepts_a_little_too_much_is_caught():
 
 def test_rows_of_one_batch_keep_their_own_parameters():
     names = list(PARAMS)
-    params = [SamplingParams(max_tokens=NUM_TOKENS, **PARAMS[names[i % 4]]) for i in range(2 * NUM_REQUESTS)]
+    params = [SamplingParams(max_tokens=NUM_TOKENS, **PARAMS[names[i % 5]]) for i in range(5 * NUM_REQUESTS // 2)]
     engine = Engine(
         toys.MarkovVerifier(table(0)),
         toys.MarkovDrafter(table(5), ragged=True),
         num_speculative_tokens=2,
+        tokenizer=Letters(),
         max_batch_size=120,
     )
     outputs = engine.generate([PROMPT] * len(params), params)
     for i, name in enumerate(names):
         counts: dict[tuple[int, ...], int] = {}
-        for output in outputs[i::4]:
+        for output in outputs[i::5]:
             counts[tuple(output.token_ids)] = counts.get(tuple(output.token_ids), 0) + 1
         law = joint_law(table(0), SamplingParams(**PARAMS[name]))
         assert p_value(counts, law) > FALSE_ALARM

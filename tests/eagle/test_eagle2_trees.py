@@ -65,7 +65,8 @@ def test_the_depth_is_bounded_by_the_tokens_asked(make_drafter, verifier):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_greedy_text_is_the_verifiers(make_drafter, verifier, batch_size):
-    params = SamplingParams(max_tokens=14, ignore_eos=True)
+    biases = dict.fromkeys(range(0, 24, 3), -1.0)
+    params = SamplingParams(max_tokens=14, ignore_eos=True, logit_bias=biases, min_tokens=9, stop_token_ids=[4, 5, 7])
     drafter = make_drafter().make_tree_drafter(verifier, max_batch_size=batch_size, max_length=128)
     proposer = DynamicTreeProposer(drafter, DynamicTreeShape(total_token=12, depth=2, top_k=4))
     plain = Engine(verifier, max_batch_size=batch_size).generate(PROMPTS, params)

@@ -121,6 +121,8 @@ class ChatEngine(ABC):
             raise ValueError("a chat is text but the engine has no tokenizer; pass Engine(..., tokenizer=...)")
         prompt = chat_prompt(self.tokenizer, question, tools=tools, template_kwargs=chat_template_kwargs)
         params = sampling_params(**sampling)
+        if stream and params.n > 1:
+            raise ValueError(f"n={params.n}: the pieces of several samples would mix; use engine.stream, or n=1")
         if stream:
             return pieces(self.stream([prompt], params))
         return self.generate([prompt], params)[0]

@@ -20,17 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from speculators.decoding.chat import ChatEngine, refuse_name
 from speculators.decoding.config import SpeculativeConfig
 from speculators.decoding.drafting import Drafting, ReadyModels, build_drafting
-from speculators.decoding.request import (
-    ActiveRequest,
-    Prompts,
-    RequestBuilder,
-    RequestOutput,
-    Samplings,
-    StreamEvent,
-    end_of_sequence_ids,
-    refuse_below_one,
-    usable_length,
-)
+from speculators.decoding.request import ActiveRequest, Prompts, RequestOutput, Samplings, StreamEvent
+from speculators.decoding.request_builder import RequestBuilder, end_of_sequence_ids, refuse_below_one, usable_length
 from speculators.decoding.round import (
     Accepted,
     RoundTimes,
@@ -68,7 +59,7 @@ PLAIN_RULE = resolve_rule("strict")
 """Draws the next token where nothing was drafted."""
 
 OnToken = Callable[[StreamEvent], bool | None]
-"""Sees every event; returning False cancels the request."""
+"""Sees every event; returning False cancels the sample."""
 
 
 class Engine(ChatEngine):
@@ -116,7 +107,7 @@ class Engine(ChatEngine):
         self._builder = RequestBuilder(tokenizer, eos_ids, vocab_size, self.max_length, seed, greedy_only=greedy_only)
         self._models = ReadyModels(self.verifier, self.drafting.proposer if self.drafting is not None else None)
         self._generator = torch.Generator(device="cpu")
-        self._cancelled: set[int] = set()
+        self._cancelled: set[tuple[int, int | None]] = set()
         self._is_running = False
 
     # -- what callers use
@@ -129,9 +120,9 @@ class Engine(ChatEngine):
         on_token: OnToken | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> list[RequestOutput]:
-        """Decode all prompts (texts or token ids) and return their outputs in order.
+        """Decode all prompts (texts or token ids) and return their outputs in order; `outputs` of one are its samples.
 
-        `on_token` sees every event and cancels its request by returning False; `progress(done, total)` counts requests.
+        `on_token` sees every event and cancels its sample by returning False; `progress(done, total)` counts samples.
         Raises ValueError for a prompt or parameters that the verifier cannot decode.
         """
         requests = self._builder.requests(prompts, sampling)
@@ -139,20 +130,20 @@ class Engine(ChatEngine):
         with self._models:
             for event in self._run(requests):
                 if on_token is not None and on_token(event) is False:
-                    self.cancel(event.request_index)
+                    self.cancel(event.request_index, event.sample_index)
                 if event.finish_reason is not None:
                     num_done += 1
                     if progress is not None:
                         progress(num_done, len(requests))
-        return [request.output for request in requests]
+        return [request.output for request in requests if request.sample_index == 0]
 
     def stream(self, prompts: Prompts, sampling: Samplings = None) -> Iterator[StreamEvent]:
         """Yield the tokens and text each request gains, round by round. Closing the iterator cancels all requests."""
         return self._run(self._builder.requests(prompts, sampling))
 
-    def cancel(self, request_index: int) -> None:
-        """End a request before the next round; its output so far is kept."""
-        self._cancelled.add(request_index)
+    def cancel(self, request_index: int, sample_index: int | None = None) -> None:
+        """End a prompt's samples, or one, before the next round; the output so far is kept."""
+        self._cancelled.add((request_index, sample_index))
 
     def forget_requests(self) -> None:
         """Make the proposer forget the text of earlier requests, so that the same prompts can be compared again."""
@@ -239,7 +230,10 @@ class Engine(ChatEngine):
             request = batch.rows[row]
             assert request is not None
             columns = accepted.columns_by_row[row]
-            logprobs = logprobs_of(request.params, logits_BTV[row - first_row], columns, token_ids)
+            num_top = request.params.logprobs
+            logprobs = (
+                logprobs_of(num_top, logits_BTV[row - first_row, columns], token_ids) if num_top is not None else None
+            )
             error = None
             if row in accepted.failed_column_by_row:
                 logits_V = logits_BTV[row - first_row, accepted.failed_column_by_row[row]]
@@ -283,11 +277,11 @@ class Engine(ChatEngine):
     def _cancel(self, batch: Batch) -> Iterator[StreamEvent]:
         if not self._cancelled:
             return
-        for request in [q for q in batch.waiting if q.index in self._cancelled]:
+        for request in [q for q in batch.waiting if q.is_one_of(self._cancelled)]:
             batch.waiting.remove(request)
             yield request.cancel()
         for row, occupant in enumerate(batch.rows):
-            if occupant is not None and occupant.index in self._cancelled:
+            if occupant is not None and occupant.is_one_of(self._cancelled):
                 self._release(batch, row)
                 yield occupant.cancel()
         self._cancelled.clear()

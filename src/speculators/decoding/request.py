@@ -1,22 +1,20 @@
-"""Requests: what callers give, the checks it must pass, the state of a running request, and what comes out of it."""
+"""Requests: what callers give, the state of a running request, and what comes out of it. The checks that a request must
+pass are in `request_builder`."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from speculators.decoding.adjustments import Adjustment
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.stats import DecodeStats
 from speculators.decoding.text import IncrementalText
-from speculators.interfaces import Verifier
 from speculators.utils.report import WorkFailedError
-from speculators.verifier.config import text_config
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """error: the verifier's scores were not finite; `error` says where. Whatever came before is the verifier's own text."""
@@ -24,18 +22,20 @@ Prompts = Sequence[str | Sequence[int]]
 """Texts or token ids."""
 Samplings = SamplingParams | Sequence[SamplingParams] | None
 """For all prompts, or one per prompt; None: `SamplingParams()`."""
-DEFAULT_MAX_LENGTH = 4096
-"""Prompt plus output of one request when neither the caller nor the model says less; memory grows only when used."""
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one emitted position, before temperature and penalties."""
+    """Log-probabilities at one position, of the verifier's raw scores: before biases, penalties and temperature."""
 
     logprob: float
-    """Of the emitted token."""
+    """Of the token that stands there."""
     top: dict[int, float]
     """Of the most likely tokens, as many as were asked for."""
+
+
+PromptLogprobs = list[TokenLogprobs | None] | None
+"""One entry per token of the prompt; the first is None: nothing precedes it. None: not asked for."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,34 @@ class StreamEvent:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    sample_index: int = 0
+    """Which of the prompt's `n` samples."""
+    prompt_logprobs: PromptLogprobs = None
+    """Of the first event of a prompt, where they were asked for."""
 
 
 @dataclass
 class RequestOutput:
-    """A finished request."""
+    """A finished request: the first sample of a prompt, and those beside it."""
 
     prompt_token_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
     """Generated tokens, the end-of-sequence token included."""
     text: str = ""
-    """Without special tokens, cut before a stop string."""
+    """Cut before a stop string, without special tokens and stop tokens (unless the request asks for them)."""
     finish_reason: FinishReason | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
     logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
     """Why it ended with the reason "error"."""
+    prompt_logprobs: PromptLogprobs = None
+    other_samples: list[RequestOutput] = field(default_factory=list)
+    """With `n` above 1: samples 1 .. n - 1 of the same prompt."""
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """All samples of the prompt, this one first."""
+        return [self, *self.other_samples]
 
 
 class NonFiniteScoresError(WorkFailedError):
@@ -75,10 +87,11 @@ class NonFiniteScoresError(WorkFailedError):
 
 def raise_for_failed(outputs: Sequence[RequestOutput], what: str = "prompt") -> None:
     """Raises `NonFiniteScoresError` with the first error, and how many requests ended so."""
-    failed = [number for number, output in enumerate(outputs) if output.error is not None]
+    samples = [(number, sample) for number, output in enumerate(outputs) for sample in output.outputs]
+    failed = [(number, sample.error) for number, sample in samples if sample.error is not None]
     if failed:
-        more = f" ({len(failed)} of {len(outputs)} requests ended so)" if len(failed) > 1 else ""
-        raise NonFiniteScoresError(f"{what} {failed[0]}: {outputs[failed[0]].error}{more}")
+        more = f" ({len(failed)} of {len(samples)} requests ended so)" if len(failed) > 1 else ""
+        raise NonFiniteScoresError(f"{what} {failed[0][0]}: {failed[0][1]}{more}")
 
 
 @dataclass
@@ -96,6 +109,9 @@ class ActiveRequest:
     num_prefilled: int = 0
     prompt_states: list[Tensor] = field(default_factory=list)
     """Captured states of the prefilled part of the prompt, [T, D] each; empty when no proposer reads states."""
+    sample_index: int = 0
+    adjustments: tuple[Adjustment, ...] = ()
+    """What it adds to scores."""
 
     @property
     def prompt(self) -> list[int]:
@@ -118,6 +134,12 @@ class ActiveRequest:
         states_TD = torch.cat(self.prompt_states)
         self.prompt_states = [states_TD]  # kept until the row is free: other prompts may begin alike
         return torch.cat([torch.zeros_like(states_TD[:1]), states_TD])
+
+    def add_prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> None:
+        """Of the tokens after those prefilled so far; called chunk by chunk."""
+        if self.output.prompt_logprobs is None:
+            self.output.prompt_logprobs = [None]
+        self.output.prompt_logprobs += logprobs
 
     def copy_prefix(self, donor: ActiveRequest, num_tokens: int) -> None:
         """The first tokens of the prompt are the donor's: so are their states, where a proposer reads them."""
@@ -146,14 +168,25 @@ class ActiveRequest:
         if finish_reason is not None:
             self.finish(finish_reason)
         text = self.text.take(is_final=finish_reason is not None) if self.text is not None else ""
-        kept_logprobs = logprobs[:num_appended] if logprobs is not None else None
-        return StreamEvent(self.index, token_ids[:num_appended], text, finish_reason, kept_logprobs, self.output.error)
+        return StreamEvent(
+            self.index,
+            token_ids[:num_appended],
+            text,
+            finish_reason,
+            logprobs[:num_appended] if logprobs is not None else None,
+            self.output.error,
+            self.sample_index,
+            self.output.prompt_logprobs if len(self.output.token_ids) == num_appended else None,
+        )
 
     def _ends_with(self, token_id: int) -> FinishReason | None:
+        is_end = token_id in self.end_ids and len(self.output.token_ids) > self.params.min_tokens
+        if is_end and not self.params.include_stop_str_in_output:
+            return "stop"  # without its text
         # the string first: a token may complete it and be the last one allowed
         if self.text is not None and self.text.add(token_id):
             return "stop"
-        if token_id in self.end_ids:
+        if is_end:
             return "stop"
         if len(self.output.token_ids) >= self.params.max_tokens or self.length >= self.max_length:
             return "length"
@@ -168,110 +201,9 @@ class ActiveRequest:
     def cancel(self) -> StreamEvent:
         """End the request here, with the text that was held back as a possible stop string."""
         self.finish("cancelled")
-        return StreamEvent(self.index, [], self.text.take(is_final=True) if self.text is not None else "", "cancelled")
+        text = self.text.take(is_final=True) if self.text is not None else ""
+        return StreamEvent(self.index, [], text, "cancelled", sample_index=self.sample_index)
 
-
-class RequestBuilder:
-    """Checks prompts and sampling parameters against the verifier and makes requests of them."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase | None,
-        eos_ids: frozenset[int],
-        vocab_size: int,
-        max_length: int,
-        seed: int,
-        *,
-        greedy_only: bool = False,
-    ):
-        self.tokenizer = tokenizer
-        self.greedy_only = greedy_only
-        self.eos_ids = eos_ids
-        self.vocab_size = vocab_size
-        self.max_length = max_length
-        self._random = random.Random(seed)  # seeds of requests that bring none
-
-    def requests(self, prompts: Prompts, sampling: Samplings) -> list[ActiveRequest]:
-        if isinstance(prompts, str):
-            raise ValueError("prompts is one string; give a list of prompts")
-        if any(is_chat(prompt) for prompt in prompts):
-            raise ValueError("a prompt is a chat message; engine.chat(messages) applies the chat template to messages")
-        if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or SamplingParams()] * len(prompts)
-        if len(sampling) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts but {len(sampling)} sampling parameters; give one for all, or one per prompt"
-            )
-        return [self.request(i, p, params) for i, (p, params) in enumerate(zip(prompts, sampling, strict=True))]
-
-    def request(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> ActiveRequest:
-        token_ids = self._token_ids(index, prompt, params)
-        if self.greedy_only and params.temperature > 0:
-            raise ValueError(
-                f"temperature={params.temperature} but the acceptance rule decodes greedily, whatever the temperature; "
-                "use temperature=0, or leave out verifier_accept_k and accept_tolerance (or the rule)"
-            )
-        if (params.logprobs or 0) > self.vocab_size:
-            raise ValueError(f"logprobs={params.logprobs} exceeds the verifier's vocabulary of {self.vocab_size}")
-        end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
-        seed = params.seed if params.seed is not None else self._random.getrandbits(62)
-        output = RequestOutput(token_ids, logprobs=[] if params.logprobs is not None else None)
-        text = IncrementalText(self.tokenizer, params.stop) if self.tokenizer is not None else None
-        return ActiveRequest(index, params, seed, end_ids, self.max_length, output, text)
-
-    def _token_ids(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
-        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
-            given = "a prompt is text" if isinstance(prompt, str) else "stop strings were given"
-            raise ValueError(f"{given} but the engine has no tokenizer; pass Engine(..., tokenizer=...)")
-        if isinstance(prompt, str):
-            assert self.tokenizer is not None
-            token_ids: list[int] = self.tokenizer(prompt).input_ids
-        else:
-            token_ids = [int(i) for i in prompt]
-        if not 1 <= len(token_ids) < self.max_length:
-            raise ValueError(
-                f"prompt {index} has {len(token_ids)} tokens; between 1 and max_length - 1 = {self.max_length - 1} fit "
-                "(max_length is set on the engine, up to the verifier's max_position_embeddings)"
-            )
-        outside = next((i for i in token_ids if not 0 <= i < self.vocab_size), None)
-        if outside is not None:
-            raise ValueError(
-                f"prompt {index} has token id {outside}, outside the verifier's vocabulary of {self.vocab_size}; is it "
-                "another model's tokenizer?"
-            )
-        return token_ids
-
-
-def is_chat(prompt: object) -> bool:
-    """A message, or a list of messages."""
-    return isinstance(prompt, Mapping) or (isinstance(prompt, list) and any(isinstance(m, Mapping) for m in prompt))
-
-
-def end_of_sequence_ids(
-    verifier: PreTrainedModel | Verifier, tokenizer: PreTrainedTokenizerBase | None
-) -> frozenset[int]:
-    """Ids of the generation config (or else of the config), and the tokenizer's own."""
-    found: list[Any] = [getattr(tokenizer, "eos_token_id", None)]
-    for config in (getattr(verifier, "generation_config", None), getattr(verifier, "config", None)):
-        found.append(getattr(config, "eos_token_id", None))
-        if found[-1] is not None:
-            break
-    flat = [i for entry in found for i in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    return frozenset(i for i in flat if i is not None)
-
-
-def refuse_below_one(**sizes: int) -> None:
-    """Raise ValueError for a size below 1: a batch without rows or a chunk without tokens would never end."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")
-
-
-def usable_length(verifier: PreTrainedModel | Verifier, max_length: int | None) -> int:
-    """The longest prompt plus output in tokens: what the caller wants, within the model's positions."""
-    wanted = max_length if max_length is not None else DEFAULT_MAX_LENGTH
-    if not isinstance(verifier, torch.nn.Module):
-        return wanted
-    config: Any = verifier.config
-    most = getattr(text_config(config), "max_position_embeddings", None)
-    return min(wanted, most) if most is not None else wanted
+    def is_one_of(self, cancelled: Collection[tuple[int, int | None]]) -> bool:
+        """Whether it is among (prompt, sample) pairs; no sample: all of the prompt's."""
+        return (self.index, None) in cancelled or (self.index, self.sample_index) in cancelled

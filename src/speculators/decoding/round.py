@@ -115,11 +115,14 @@ def greedily(proposal: Proposal, logits_BTV: Tensor) -> Verified:
 
 
 def verify(rule: AcceptanceRule, batch: Batch, proposal: Proposal, logits_BTV: Tensor, first_row: int = 0) -> Verified:
-    """Apply a rule to the law each row is really sampled from: penalties, temperature, filters, and its own seed."""
+    """Apply a rule to the law each row is really sampled from (adjustments, penalties, temperature, filters), with the
+    row's own seed."""
     last_row = first_row + len(logits_BTV)
     sampling = batch.sampling(first_row, last_row)
     if sampling.is_argmax and rule.lossless:
         return greedily(proposal, logits_BTV)
+    if sampling.adjustments is not None:
+        logits_BTV = sampling.adjustments.added(logits_BTV, batch.outputs(first_row, last_row), proposal)
     if sampling.has_penalties:
         assert batch.seen is not None
         seen = batch.seen.rows(first_row, last_row)
@@ -281,7 +284,8 @@ def failure(logits_V: Tensor, after: str) -> str:
     elif bool((logits_V == -torch.inf).all()):
         kind = f"all {len(logits_V)} are -inf"
     else:
-        return f"{after} the request's penalties and temperature make the verifier's scores infinite; use milder ones"
+        settings = "biases, bad words, min_tokens, penalties and temperature"
+        return f"{after} the request's {settings} leave no token with a finite score; use milder ones"
     return (
         f"{after} the verifier's scores are not finite ({kind}): its weights are damaged, or its dtype is too narrow "
         "for its activations (try bfloat16 or float32)"

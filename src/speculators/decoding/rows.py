@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from speculators.decoding.request import ActiveRequest
-from speculators.decoding.sampling import BatchSampling, SeenTokens
+from speculators.decoding.sampling import BatchSampling, SeenTokens, logprobs_of
 from speculators.decoding.settings import SamplingParams
 from speculators.interfaces import Committed, Proposal, Verifier, VerifierOutput
 
@@ -80,8 +80,13 @@ class Batch:
                 [row.params if row is not None else SamplingParams() for row in rows],
                 [row.seed if row is not None else 0 for row in rows],
                 self.device,
+                [row.adjustments if row is not None else () for row in rows],
             )
         return self._sampling[first, last]
+
+    def outputs(self, first: int, last: int) -> list[list[int]]:
+        """What rows first .. last - 1 have generated."""
+        return [row.output.token_ids if row is not None else [] for row in self.rows[first:last]]
 
     def lengths(self, first: int, last: int) -> Tensor:
         """int64 committed lengths of rows first .. last - 1 (0 = free)."""
@@ -177,20 +182,37 @@ def proposal_of(drafts: list[list[int]], device: torch.device) -> Proposal:
 
 
 def score_chunk(verifier: Verifier, requests: dict[int, ActiveRequest], num_tokens: int) -> VerifierOutput:
-    """Score the next `num_tokens` of each prompt in one forward over neighbouring rows, with one row of logits each.
+    """Score the next `num_tokens` of each prompt in one forward over neighbouring rows, with one row of logits each;
+    those of all tokens are computed where a request reports them.
 
     Padding repeats a row's own token: another's could have a NaN embedding, and its slots may be read with weight 0."""
     chunks = [q.prompt[q.num_prefilled : q.num_prefilled + num_tokens] for q in requests.values()]
     num_valid_B = torch.tensor([len(chunk) for chunk in chunks])
     T = max(len(chunk) for chunk in chunks)
     token_ids_BT = torch.tensor([chunk + chunk[-1:] * (T - len(chunk)) for chunk in chunks], device=verifier.device)
-    output = verifier.score(token_ids_BT, num_valid_B, first_row=next(iter(requests)), last_only=True)
+    reports = any(request.params.prompt_logprobs is not None for request in requests.values())
+    output = verifier.score(token_ids_BT, num_valid_B, first_row=next(iter(requests)), last_only=not reports)
     verifier.keep(torch.arange(T).expand(len(chunks), T), num_valid_B)
+    if reports:
+        report_prompt(requests, output.logits_BTV)
+        row_B = torch.arange(len(chunks), device=verifier.device)
+        last_B = (num_valid_B - 1).to(verifier.device)
+        output = replace(output, logits_BTV=output.logits_BTV[row_B, last_B][:, None])
     for i, request in enumerate(requests.values()):
         request.num_prefilled += len(chunks[i])
         if output.states_BTD is not None:
             request.prompt_states.append(output.states_BTD[i, : len(chunks[i])])
     return output
+
+
+def report_prompt(requests: dict[int, ActiveRequest], logits_BTV: Tensor) -> None:
+    """Add the log-probabilities of the prompts' next tokens: column j scores the token after the j-th of the chunk."""
+    for request, logits_TV in zip(requests.values(), logits_BTV, strict=True):
+        if request.params.prompt_logprobs is not None:
+            start = request.num_prefilled + 1
+            token_ids = request.prompt[start : start + len(logits_TV)]
+            scores_TV = logits_TV[: len(token_ids)]
+            request.add_prompt_logprobs(logprobs_of(request.params.prompt_logprobs, scores_TV, token_ids))
 
 
 @dataclass(frozen=True)
@@ -220,6 +242,8 @@ def shared_prefix(row: int, rows: list[ActiveRequest | None]) -> SharedPrefix | 
     """The longest start of a new row's prompt that another row has, or (a row before it) is about to have."""
     request = rows[row]
     assert request is not None
+    if request.params.prompt_logprobs is not None:
+        return None  # its scores are to be seen
     best: SharedPrefix | None = None
     for other_row, other in enumerate(rows):
         if other is None or other_row == row or (other.num_prefilled == 0 and other_row > row):

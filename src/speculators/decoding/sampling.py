@@ -1,17 +1,20 @@
-"""The distribution that each scored position is sampled from: penalties, temperature, filters.
+"""The distribution that each scored position is sampled from: adjustments, penalties, temperature, filters.
 
 Shapes: B rows, T scored columns (0 follows the last committed token, j + 1 follows draft j), V vocabulary.
-The order is vLLM's: penalties, temperature, min-p, top-k, top-p. Verification tests drafts against this distribution.
+The order is vLLM's: adjustments (bad words, min_tokens, biases), penalties, temperature, min-p, top-k, top-p.
+Verification tests drafts against this distribution.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from speculators.decoding.adjustments import Adjustment, BatchAdjustments
 from speculators.decoding.request import TokenLogprobs
 from speculators.decoding.settings import SamplingParams
 
@@ -19,12 +22,19 @@ from speculators.decoding.settings import SamplingParams
 class BatchSampling:
     """The sampling parameters of the rows of a batch, as tensors. Rebuilt when a request takes a row."""
 
-    def __init__(self, params: list[SamplingParams], seeds: list[int], device: torch.device):
+    def __init__(
+        self,
+        params: list[SamplingParams],
+        seeds: list[int],
+        device: torch.device,
+        adjustments_by_row: Sequence[Sequence[Adjustment]] = (),
+    ):
         self.params = params
         self.device = device
         self.all_greedy = all(p.is_greedy for p in params)
         self.has_penalties = any(p.has_penalties for p in params)
-        self.is_argmax = self.all_greedy and not self.has_penalties
+        self.adjustments = BatchAdjustments(adjustments_by_row, device) if any(adjustments_by_row) else None
+        self.is_argmax = self.all_greedy and not self.has_penalties and self.adjustments is None
         """The argmax of the raw logits decides every row."""
         temperatures = [0.0 if p.is_greedy else p.temperature for p in params]
         self.temperature_B = torch.tensor(temperatures, dtype=torch.float32, device=device)
@@ -151,17 +161,14 @@ class DraftedTokens:
         return counts_BTV
 
 
-def logprobs_of(
-    params: SamplingParams, logits_TV: Tensor, columns: list[int], token_ids: list[int]
-) -> list[TokenLogprobs] | None:
-    if params.logprobs is None:
-        return None
-    logprobs_TV = logits_TV[columns].float().log_softmax(-1)
-    top = logprobs_TV.topk(params.logprobs) if params.logprobs else None
+def logprobs_of(num_top: int, logits_TV: Tensor, token_ids: Sequence[int]) -> list[TokenLogprobs]:
+    """Of the given tokens, and of the `num_top` likeliest (-1: all) of each of the T positions."""
+    logprobs_TV = logits_TV.float().log_softmax(-1)
+    top = logprobs_TV.topk(logits_TV.shape[-1] if num_top < 0 else num_top)
+    own = logprobs_TV.gather(-1, torch.tensor(token_ids, dtype=torch.int64, device=logprobs_TV.device)[:, None])[
+        :, 0
+    ].tolist()
     return [
-        TokenLogprobs(
-            logprob=logprobs_TV[i, token_id].item(),
-            top=dict(zip(top.indices[i].tolist(), top.values[i].tolist(), strict=True)) if top is not None else {},
-        )
-        for i, token_id in enumerate(token_ids)
+        TokenLogprobs(logprob, dict(zip(ids, values, strict=True)))
+        for logprob, ids, values in zip(own, top.indices.tolist(), top.values.tolist(), strict=True)
     ]

@@ -5,8 +5,10 @@ Imports nothing heavy: the help of the commands reads it.
 
 from __future__ import annotations
 
+import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,9 +24,12 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Says how one request is sampled and when it ends."""
+    """Says how one request is sampled and when it ends. Names and meanings are vLLM's."""
 
     max_tokens: int = 128
+    min_tokens: int = 0
+    """Tokens before the end of sequence, a stop token or a stop string may end the request; end-of-sequence tokens
+    cannot be drawn before, `ignore_eos` or not."""
     temperature: float = 0.0
     """0 = greedy, and so is whatever is below 1e-5 (as in vLLM)."""
     top_k: int = 0
@@ -37,21 +42,42 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     """Subtracted from the logits of tokens in the output: presence once, frequency once per occurrence."""
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    """Token id -> what is added to its logit, before penalties."""
+    bad_words: tuple[str, ...] = ()
+    """Words that are not generated: the last token of a word is not drawn where the output ends with those before it.
+    A word is tokenised as it is, and after a space where that gives as many tokens."""
     seed: int | None = None
     """Same seed, same output, whatever else is in the batch (with drafts drawn at random: for the same batch)."""
+    n: int = 1
+    """Samples of the prompt, each from a seed of its own: sample i has seed + i."""
     stop: tuple[str, ...] = ()
-    """Strings that end the request; not part of the text."""
+    """Strings that end the request; not part of the text unless `include_stop_str_in_output`."""
     stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the request; part of `token_ids`, and of the text as stop strings are."""
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    """The text keeps the stop string, or the text of the token, that ended it."""
+    skip_special_tokens: bool = True
+    """Special tokens have no text. False: stop strings may be found in them."""
     logprobs: int | None = None
-    """How many of the most likely tokens to report at each position; None = no log-probabilities."""
+    """How many of the most likely tokens to report at each position, -1 = all; None = no log-probabilities."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
 
     def __post_init__(self) -> None:
-        for name, one in (("stop", str), ("stop_token_ids", int)):  # a single one may be given without a list
+        for name, one in (
+            ("stop", str),
+            ("bad_words", str),
+            ("stop_token_ids", int),
+        ):  # one may be given without a list
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, one) else tuple(value or ()))
+        object.__setattr__(self, "logit_bias", biases_of(self.logit_bias))
         for name, is_valid, rule in (
+            ("n", is_count(self.n, 1), "an integer, at least 1"),
             ("max_tokens", is_count(self.max_tokens, 1), "an integer, at least 1"),
+            ("min_tokens", is_count(self.min_tokens, 0), "an integer, 0 or more"),
             ("temperature", is_in(self.temperature, 0, sys.float_info.max), "0 (greedy) or more"),
             ("top_k", is_count(self.top_k, -1), "a positive number, or 0 for all tokens"),
             ("top_p", is_in(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
@@ -63,13 +89,23 @@ class SamplingParams:
             ),
             ("presence_penalty", is_in(self.presence_penalty, -2, 2), "in [-2, 2]"),
             ("frequency_penalty", is_in(self.frequency_penalty, -2, 2), "in [-2, 2]"),
-            ("logprobs", self.logprobs is None or is_count(self.logprobs, 0), "an integer, 0 or more, or None"),
+            ("logprobs", *_rule_of_logprobs(self.logprobs)),
+            ("prompt_logprobs", *_rule_of_logprobs(self.prompt_logprobs)),
             ("seed", self.seed is None or is_int64(self.seed), "an integer of 64 bits, or None"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "made of non-empty strings"),
+            ("bad_words", all(isinstance(s, str) and s.strip() for s in self.bad_words), "made of words"),
             ("stop_token_ids", all(is_count(i, 0) for i in self.stop_token_ids), "made of token ids"),
         ):
             if not is_valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(
+                f"n={self.n} at temperature {self.temperature:g} gives equal samples; set a temperature, or n=1"
+            )
+        if self.seed is not None and not is_int64(self.seed + self.n - 1):
+            raise ValueError(f"seed={self.seed} with n={self.n}: sample i has seed + i, an integer of 64 bits")
 
     @property
     def is_greedy(self) -> bool:
@@ -78,6 +114,26 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def biases_of(given: object) -> dict[int, float] | None:
+    """The logit biases with integer ids: JSON has strings for keys. Raises ValueError for what is no bias."""
+    if given is None:
+        return None
+    rule = f"logit_bias={given!r} must map token ids to numbers"
+    if not isinstance(given, Mapping):
+        raise ValueError(rule)
+    try:
+        biases = {int(token_id): float(bias) for token_id, bias in given.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(rule) from error
+    if not all(token_id >= 0 and math.isfinite(bias) for token_id, bias in biases.items()):
+        raise ValueError(f"{rule} that are finite (-100 bans a token in practice); ids are 0 or more")
+    return biases
+
+
+def _rule_of_logprobs(value: object) -> tuple[bool, str]:
+    return value is None or is_count(value, -1), "an integer, 0 or more, -1 for all tokens, or None"
 
 
 def is_count(value: object, least: int) -> bool:

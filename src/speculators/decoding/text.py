@@ -6,15 +6,22 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from speculators.decoding.settings import SamplingParams
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class IncrementalText:
-    """The text of a growing token list. Each token is decoded with the few before it, never the whole list again."""
+    """The text of a growing token list. Each token is decoded with the few before it, never the whole list again.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()):
+    `params` has the settings; a stop string counts where it ends after the first `min_tokens` tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams):
         self.tokenizer = tokenizer
-        self.stop = stop
+        self.stop = params.stop
+        self.min_tokens = params.min_tokens
+        self.includes_stop = params.include_stop_str_in_output
+        self.skips_special_tokens = params.skip_special_tokens
         self.text = ""
         self._token_ids: list[int] = []
         self._num_returned = 0  # characters
@@ -22,7 +29,7 @@ class IncrementalText:
         self._num_read = 0
 
     def add(self, token_id: int) -> bool:
-        """Append a token; True when a stop string became complete (the text is then cut before it)."""
+        """Append a token; True when a stop string became complete (the text is then cut before or after it)."""
         self._token_ids.append(token_id)
         known = self._decode(self._token_ids[self._context_start : self._num_read])
         window = self._decode(self._token_ids[self._context_start :])
@@ -43,7 +50,9 @@ class IncrementalText:
         return self.text[start:end]
 
     def _num_undecided(self) -> int:
-        """Counts the last characters that may be the start of a stop string."""
+        """Counts the last characters that may be the start of a stop string, where it is to be left out."""
+        if self.includes_stop:
+            return 0
         longest = max((len(s) for s in self.stop), default=1) - 1
         for length in range(min(longest, len(self.text)), 0, -1):
             if any(len(s) > length and s.startswith(self.text[-length:]) for s in self.stop):
@@ -51,13 +60,19 @@ class IncrementalText:
         return 0
 
     def _append(self, piece: str) -> bool:
-        searched_from = max(0, len(self.text) - max((len(s) for s in self.stop), default=0))
+        num_before = len(self.text)
         self.text += piece
         self._context_start, self._num_read = self._num_read, len(self._token_ids)
-        found = [at for at in (self.text.find(s, searched_from) for s in self.stop) if at >= 0]
+        if len(self._token_ids) <= self.min_tokens:
+            return False
+        starts = [(self.text.find(s, max(0, num_before - len(s) + 1)), s) for s in self.stop]
+        found = [(start + len(s), start) for start, s in starts if start >= 0]
         if found:
-            self.text = self.text[: min(found)]
+            end, start = min(found)  # what ends first; of those that end together, the longest
+            self.text = self.text[: end if self.includes_stop else start]
         return bool(found)
 
     def _decode(self, token_ids: list[int]) -> str:
-        return cast(str, self.tokenizer.decode(token_ids, skip_special_tokens=True)) if token_ids else ""
+        if not token_ids:
+            return ""
+        return cast(str, self.tokenizer.decode(token_ids, skip_special_tokens=self.skips_special_tokens))
