@@ -38,7 +38,7 @@ from speculators.data_generation.rollout import Answer, Question
 from speculators.decoding.chat import sampling_params
 from speculators.decoding.engine import Engine
 from speculators.decoding.method import PLAIN, Drafter
-from speculators.decoding.request import NonFiniteScoresError
+from speculators.decoding.request import NonFiniteScoresError, RequestOutput
 from speculators.decoding.request_builder import end_of_sequence_ids
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.target import VerifierSource, open_target
@@ -106,6 +106,8 @@ def regenerate(
     was made by another recipe. A verifier whose scores are not finite loses the conversations concerned:
     `report.raise_for_errors()`.
     """
+    if sampling.get("n", 1) != 1:
+        raise ValueError(f"n={sampling['n']}: say num_samples={sampling['n']}, which gives as many answers per prompt")
     params = sampling_params(**{"max_tokens": DEFAULT_ANSWER_TOKENS, "seed": DEFAULT_SEED, **sampling})
     settings: dict[str, Any] = {
         "output": output,
@@ -160,8 +162,7 @@ def regenerate(
 
     def answer(questions: Sequence[Question]) -> list[Answer | Exception]:
         requests = [replace(params, seed=question.seed, temperature=question.temperature) for question in questions]
-        outputs = engine.generate([question.prompt for question in questions], requests)
-        return [Answer(o.token_ids) if o.error is None else NonFiniteScoresError(o.error) for o in outputs]
+        return list(map(answer_of, engine.generate([question.prompt for question in questions], requests)))
 
     report = regenerate_responses(
         data,
@@ -172,6 +173,12 @@ def regenerate(
         **settings,
     )
     return replace(report, num_non_finite=engine.stats.num_non_finite)
+
+
+def answer_of(output: RequestOutput) -> Answer | Exception:
+    stop = output.stop_reason if isinstance(output.stop_reason, str) else ""
+    answer = Answer(output.token_ids, finish_reason=output.finish_reason, stop=stop)
+    return answer if output.error is None else NonFiniteScoresError(output.error)
 
 
 @no_progress_bars()

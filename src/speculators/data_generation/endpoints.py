@@ -41,9 +41,16 @@ from speculators.data_generation.vllm_client import (
 logger = logging.getLogger(__name__)
 
 JITTER = 0.5
-STANDARD = ("top_p", "presence_penalty", "frequency_penalty", "stop")
+STANDARD = ("top_p", "presence_penalty", "frequency_penalty", "logit_bias", "stop")
 """Sampling settings of OpenAI's interface, besides max_tokens, temperature and seed."""
-EXTENSIONS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": False}
+EXTENSIONS = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "bad_words": (),
+    "min_tokens": 0,
+    "ignore_eos": False,
+}
 """Sampling settings that vLLM and SGLang add, with their values for "off". Sent even then: a server may have other
 defaults from the model's generation config. One that refuses unknown keys gets those that are on."""
 MOST_SEED = 2**31
@@ -235,7 +242,10 @@ class AnswerServers:
             raise TransientError(f"{endpoint.url} ended an answer by {reason!r}")
         refuse_other_prompt(choice, question.prompt)
         token_ids = generated_token_ids(choice)
-        return Answer(self.tokenised(choice) if token_ids is None else token_ids, is_from_text=token_ids is None)
+        if token_ids is None:
+            return Answer(self.tokenised(choice), is_from_text=True, finish_reason=reason)
+        stop = choice.get("stop_reason")
+        return Answer(token_ids, finish_reason=reason, stop=stop if isinstance(stop, str) else "")
 
     def request(self, served: ServedModel, question: Question) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the keys of OpenAI's interface and those that vLLM adds to it."""

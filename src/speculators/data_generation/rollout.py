@@ -51,6 +51,10 @@ class Answer:
     token_ids: list[int]
     is_from_text: bool = False
     """The server gave text, which was tokenised here: the verifier may have written other tokens of the same text."""
+    finish_reason: str | None = None
+    """None: "stop" if the last one is a stop token, else "length"."""
+    stop: str = ""
+    """The stop string that ended them: part of the tokens, not of the conversation."""
 
 
 Generate = Callable[[Sequence[Question]], Sequence[Answer | Exception]]
@@ -193,7 +197,7 @@ class Rollout:
         if not ids:
             raise ValueError("the verifier's answer has no token")
         text = str(tokenizer.decode(ids, skip_special_tokens=False))
-        message = {} if renderer is None else renderer.answer_message(ids)
+        message = {} if renderer is None else renderer.answer_message(ids, answer.stop)
         self.messages.append(message)
         num_context = len(prompt)
         if provenance.drop_reasoning and renderer is not None and message.get("reasoning_content"):
@@ -211,7 +215,8 @@ class Rollout:
                     "sample": self.sample,
                     "turn": len(self.answers),
                     "is_last_turn": False,
-                    "finish_reason": "stop" if ids[-1] in provenance.stop_token_ids else "length",
+                    "finish_reason": answer.finish_reason
+                    or ("stop" if ids[-1] in provenance.stop_token_ids else "length"),
                     "is_tool_call": "tool_calls" in message or TOOL_CALL.search(text) is not None,
                     "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids)},
                     "endpoint": provenance.endpoint,

@@ -67,6 +67,8 @@ class RequestOutput:
     text: str = ""
     """Cut before a stop string, without special tokens and stop tokens (unless the request asks for them)."""
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token or stop string that ended it; None: the end of sequence, or no stop."""
     stats: DecodeStats = field(default_factory=DecodeStats)
     logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
@@ -181,12 +183,13 @@ class ActiveRequest:
 
     def _ends_with(self, token_id: int) -> FinishReason | None:
         is_end = token_id in self.end_ids and len(self.output.token_ids) > self.params.min_tokens
-        if is_end and not self.params.include_stop_str_in_output:
-            return "stop"  # without its text
+        has_text = not is_end or self.params.include_stop_str_in_output
         # the string first: a token may complete it and be the last one allowed
-        if self.text is not None and self.text.add(token_id):
+        if self.text is not None and has_text and self.text.add(token_id):
+            self.output.stop_reason = self.text.found_stop
             return "stop"
         if is_end:
+            self.output.stop_reason = token_id if token_id in self.params.stop_token_ids else None
             return "stop"
         if len(self.output.token_ids) >= self.params.max_tokens or self.length >= self.max_length:
             return "length"

@@ -23,6 +23,7 @@ class IncrementalText:
         self.includes_stop = params.include_stop_str_in_output
         self.skips_special_tokens = params.skip_special_tokens
         self.text = ""
+        self.found_stop: str | None = None
         self._token_ids: list[int] = []
         self._num_returned = 0  # characters
         self._context_start = 0  # tokens from here on are decoded together: spaces depend on the token before
@@ -66,9 +67,9 @@ class IncrementalText:
         if len(self._token_ids) <= self.min_tokens:
             return False
         starts = [(self.text.find(s, max(0, num_before - len(s) + 1)), s) for s in self.stop]
-        found = [(start + len(s), start) for start, s in starts if start >= 0]
+        found = [(start + len(s), start, s) for start, s in starts if start >= 0]
         if found:
-            end, start = min(found)  # what ends first; of those that end together, the longest
+            end, start, self.found_stop = min(found)  # what ends first; of those that end together, the longest
             self.text = self.text[: end if self.includes_stop else start]
         return bool(found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from speculators.data_generation.vllm_client import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S
@@ -11,6 +11,10 @@ from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, Samplin
 
 SERVED = "served"
 """Default name of a server's row: a server does not say what drafts in it."""
+
+
+SERVED_BIAS = 100
+"""vLLM's server, as OpenAI's, takes no stronger ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +28,27 @@ class Workload:
     temperature: float = SamplingParams.temperature
     top_k: int = SamplingParams.top_k
     top_p: float = SamplingParams.top_p
+    min_p: float = SamplingParams.min_p
+    repetition_penalty: float = SamplingParams.repetition_penalty
+    presence_penalty: float = SamplingParams.presence_penalty
+    frequency_penalty: float = SamplingParams.frequency_penalty
+    logit_bias: dict[int, float] | None = None
+    bad_words: tuple[str, ...] = SamplingParams.bad_words
+    stop: tuple[str, ...] = SamplingParams.stop
+    stop_token_ids: tuple[int, ...] = SamplingParams.stop_token_ids
+    min_tokens: int = SamplingParams.min_tokens
+    ignore_eos: bool = SamplingParams.ignore_eos
+    skip_special_tokens: bool = SamplingParams.skip_special_tokens
     seed: int = 0
     num_warmup: int = 2
     """Groups of prompts answered before the clock counts."""
     trust_remote_code: bool = False
+
+    def sampling(self) -> SamplingParams:
+        """How every prompt is answered. The seed is the workload's where something is drawn. Raises `ValueError` for
+        settings that are none."""
+        settings = {f.name: getattr(self, f.name) for f in fields(SamplingParams) if f.name in vars(self)}
+        return SamplingParams(**settings | {"seed": self.seed if self.temperature > 0 else None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +63,6 @@ class EvaluateConfig(Workload):
     speculative_token_tree: str | None = None
     dynamic_tree: dict[str, Any] | None = None
     """What speculators' directories draft in place of a chain: one of the two."""
-    min_p: float = SamplingParams.min_p
-    repetition_penalty: float = SamplingParams.repetition_penalty
-    presence_penalty: float = SamplingParams.presence_penalty
-    frequency_penalty: float = SamplingParams.frequency_penalty
-    stop: tuple[str, ...] = SamplingParams.stop
     batch_size: int = 1
     num_repeats: int = 1
     """Timings of each group, of which the fastest counts."""
@@ -72,6 +88,13 @@ class ServerConfig(Workload):
     num_clients: tuple[int, ...] = (1,)
     timeout_s: float = DEFAULT_TIMEOUT_S
     max_retries: int = DEFAULT_MAX_RETRIES
+
+    def sampling(self) -> SamplingParams:
+        sampling = super().sampling()
+        outside = {i: bias for i, bias in (sampling.logit_bias or {}).items() if abs(bias) > SERVED_BIAS}
+        if outside:
+            raise ValueError(f"logit_bias={outside}: a server moves biases into [-{SERVED_BIAS}, {SERVED_BIAS}]")
+        return sampling
 
 
 @dataclass(frozen=True)

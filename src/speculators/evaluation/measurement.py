@@ -7,8 +7,9 @@ methods run one after another, in an order that rotates from group to group. Onl
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
@@ -16,7 +17,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from speculators.decoding import Engine, SamplingParams
-from speculators.decoding.request import RequestOutput, usable_length
+from speculators.decoding.request import RequestOutput
+from speculators.decoding.request_builder import usable_length
 from speculators.decoding.stats import DecodeStats
 from speculators.evaluation.report import MethodRow
 from speculators.evaluation.statistics import Estimate, bootstrap, count_identical
@@ -132,6 +134,13 @@ def measure(generate: Generate, group: Sequence[Sequence[int]], clock: Callable[
     for output in outputs[1:]:
         stats = stats + output.stats
     return Measurement(tuple(tuple(output.token_ids) for output in outputs), time_s, stats)
+
+
+def seeded_by_prompt(sampling: SamplingParams, prompt: Sequence[int]) -> SamplingParams:
+    """Prompts of one seed would draw alike, and the bootstrap takes them for independent."""
+    if sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=sampling.seed + zlib.crc32(" ".join(map(str, prompt)).encode()))
 
 
 def rotated(names: list[str], steps: int) -> list[str]:

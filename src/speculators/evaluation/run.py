@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import count
@@ -17,7 +16,13 @@ from speculators.decoding.method import PLAIN, Method, parse_methods
 from speculators.decoding.request import raise_for_failed
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.evaluation.config import EvaluateConfig
-from speculators.evaluation.measurement import Generate, MeasuringStoppedError, measure_interleaved, summarise
+from speculators.evaluation.measurement import (
+    Generate,
+    MeasuringStoppedError,
+    measure_interleaved,
+    seeded_by_prompt,
+    summarise,
+)
 from speculators.evaluation.report import EvaluationReport, EvaluationStoppedError, environment
 from speculators.evaluation.statistics import two_sample_p_value
 from speculators.utils.progress import Progress, reporting
@@ -61,7 +66,7 @@ def measure_methods(
         )
         for method in methods
     }
-    sampling = sampling_of(config)
+    sampling = config.sampling()
     done, total = 0, len(prompts)
 
     def add(num_prompts: int) -> None:
@@ -108,27 +113,13 @@ def measure_methods(
     return report
 
 
-def sampling_of(config: EvaluateConfig) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-        presence_penalty=config.presence_penalty,
-        frequency_penalty=config.frequency_penalty,
-        stop=config.stop,
-        seed=config.seed if config.temperature > 0 else None,
-    )
-
-
 def sampling_p_values(
     engines: Mapping[str, Engine], prompts: Sequence[Sequence[int]], config: EvaluateConfig
 ) -> dict[str, float]:
     """Two-sample test of each method against plain decoding. No two answers share a seed: they must be independent."""
     seeds = count(config.seed + 1)
-    base = replace(sampling_of(config), max_tokens=min(config.max_tokens, config.num_sampled_tokens))
+    num_tokens = min(config.max_tokens, config.num_sampled_tokens)
+    base = replace(config.sampling(), max_tokens=num_tokens, min_tokens=min(config.min_tokens, num_tokens))
 
     def draw(engine: Engine) -> list[list[list[int]]]:
         sampled = []
@@ -152,10 +143,3 @@ def decoder(name: str, engine: Engine, sampling: SamplingParams) -> Generate:
         return outputs
 
     return generate
-
-
-def seeded_by_prompt(sampling: SamplingParams, prompt: Sequence[int]) -> SamplingParams:
-    """Prompts of one seed would draw alike, and the bootstrap takes them for independent."""
-    if sampling.seed is None:
-        return sampling
-    return replace(sampling, seed=sampling.seed + zlib.crc32(" ".join(map(str, prompt)).encode()))

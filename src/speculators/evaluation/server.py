@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from speculators.data_generation.rollout import load_prompts
 from speculators.data_generation.vllm_client import ServerUnavailableError
 from speculators.decoding.method import PLAIN
+from speculators.decoding.settings import SamplingParams
 from speculators.evaluation.config import SERVED, ServerConfig
 from speculators.evaluation.measurement import (
     Measurement,
@@ -29,7 +30,7 @@ from speculators.evaluation.measurement import (
     speedup_warnings,
 )
 from speculators.evaluation.report import ResultRow, SavedReport, environment, gain, results_table, with_interval
-from speculators.evaluation.server_client import AnswerSettings, MeasuredServer, ServerCounters, ServerRestartedError
+from speculators.evaluation.server_client import MeasuredServer, ServerCounters, ServerRestartedError
 from speculators.evaluation.statistics import Estimate, count_identical
 from speculators.utils.progress import Progress, reporting
 
@@ -135,6 +136,7 @@ def evaluate_server(config: ServerConfig, *, progress: bool | Progress | None = 
     """Measures a running server. When it goes away for good, the report holds the rows measured until then."""
     if not config.num_clients or min(config.num_clients) < 1:
         raise ValueError(f"concurrency {list(config.num_clients)}: at least one client is needed")
+    config.sampling()  # refuses what no server would take before one is asked
     with ExitStack() as connections:
         servers = {SERVED: connections.enter_context(closing(connect(config, config.server)))}
         if config.baseline is not None:
@@ -194,15 +196,15 @@ def measure_level(
     show: Progress,
 ) -> None:
     """Fills `level` group by group; a group counts only when every server answered all of it."""
-    settings = AnswerSettings(config.max_tokens, config.temperature, config.top_k, config.top_p, config.seed)
+    sampling = config.sampling()
     groups = [prompts[i : i + level.num_clients] for i in range(0, len(prompts), level.num_clients)]
     for group in groups[: config.num_warmup]:
         for server in servers.values():
-            server.measure(group, settings)
+            server.measure(group, sampling)
     num_done = 0
     for index, group in enumerate(groups):
         measured = {
-            name: measured_again(level, servers[name], group, settings) for name in rotated(list(servers), index)
+            name: measured_again(level, servers[name], group, sampling) for name in rotated(list(servers), index)
         }
         level.served.append(measured[SERVED][0])
         level.counted.append(measured[SERVED][1])
@@ -213,14 +215,14 @@ def measure_level(
 
 
 def measured_again(
-    level: Level, server: MeasuredServer, group: Sequence[Sequence[int]], settings: AnswerSettings
+    level: Level, server: MeasuredServer, group: Sequence[Sequence[int]], sampling: SamplingParams
 ) -> tuple[Measurement, ServerCounters]:
     """Measures a group again, once, when the server was restarted under it (its counters began anew)."""
     try:
-        return server.measure(group, settings)
+        return server.measure(group, sampling)
     except ServerRestartedError:
         level.num_restarts += 1
-        return server.measure(group, settings)
+        return server.measure(group, sampling)
 
 
 def row_of(level: Level, config: ServerConfig) -> ServerRow:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 import time
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,38 +31,39 @@ from speculators.data_generation.vllm_client import (
     served_model,
     with_retries,
 )
+from speculators.decoding.settings import SamplingParams
 from speculators.decoding.stats import DecodeStats
-from speculators.evaluation.measurement import Measurement
+from speculators.evaluation.measurement import Measurement, seeded_by_prompt
 
 SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)(?:\s+\d+)?$")
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 PREFIX = "vllm:spec_decode_num_"
 
 
-@dataclass(frozen=True)
-class AnswerSettings:
-    """Sampling settings of every request."""
+ALWAYS_SENT = ("max_tokens", "temperature", "top_p", "min_p", "repetition_penalty")
+"""Left out, vLLM takes some of them from the verifier's generation_config.json."""
+SENT_IF_SET = (
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "bad_words",
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "ignore_eos",
+    "skip_special_tokens",
+)
 
-    max_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
 
-    def request(self, model: str, prompt: Sequence[int]) -> dict[str, object]:
-        request: dict[str, object] = {
-            "model": model,
-            "prompt": list(prompt),
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "return_token_ids": True,
-        }
-        if self.temperature > 0:
-            # prompts of one seed would draw alike, and the bootstrap takes them for independent
-            request["seed"] = self.seed + zlib.crc32(" ".join(map(str, prompt)).encode())
-            request["top_p"] = self.top_p
-            request["top_k"] = self.top_k or -1  # vLLM writes "all" as -1
-        return request
+def completion_request(model: str, prompt: Sequence[int], sampling: SamplingParams) -> dict[str, object]:
+    """The request in vLLM's form, where the settings have the same names."""
+    sampling = seeded_by_prompt(sampling, prompt)
+    changed = [name for name in SENT_IF_SET if getattr(sampling, name) != getattr(SamplingParams, name)]
+    request = {name: getattr(sampling, name) for name in (*ALWAYS_SENT, *changed)}
+    if sampling.seed is not None:
+        request["seed"] = sampling.seed
+    top_k = sampling.top_k or -1  # vLLM writes "all" as -1
+    return {"model": model, "prompt": list(prompt), "return_token_ids": True, "top_k": top_k, **request}
 
 
 class ServerRestartedError(RuntimeError):
@@ -92,11 +92,11 @@ class MeasuredServer:
     def counters(self) -> ServerCounters:
         return parse_metrics(get_text(self.client, f"{self.base_url}/metrics", max_retries=self.max_retries))
 
-    def measure(self, prompts: Sequence[Sequence[int]], settings: AnswerSettings) -> tuple[Measurement, ServerCounters]:
+    def measure(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> tuple[Measurement, ServerCounters]:
         """All prompts at once, a client each; the clock stops with the last answer."""
         before = self.counters()
         start_s = time.perf_counter()
-        futures = [self.pool.submit(self.answer, settings, prompt) for prompt in prompts]
+        futures = [self.pool.submit(self.answer, sampling, prompt) for prompt in prompts]
         try:
             token_ids = tuple(tuple(future.result()) for future in futures)
         finally:
@@ -118,8 +118,9 @@ class MeasuredServer:
                 return now
             time.sleep(0.02)
 
-    def answer(self, settings: AnswerSettings, prompt: Sequence[int]) -> list[int]:
-        body = complete(self.client, settings.request(self.served.name, prompt), max_retries=self.max_retries)
+    def answer(self, sampling: SamplingParams, prompt: Sequence[int]) -> list[int]:
+        request = completion_request(self.served.name, prompt, sampling)
+        body = complete(self.client, request, max_retries=self.max_retries)
         token_ids = generated_token_ids(first_choice(body))
         if token_ids is None:
             raise InvalidResponseError(f"{self.base_url} returns no token_ids; vLLM does from 0.10 on")

@@ -76,12 +76,14 @@ class ChatRenderer:
                 return [token for token, (begin, _) in zip(encoded["input_ids"], spans, strict=True) if begin >= start]
         return self.encode(text[start:])
 
-    def answer_message(self, token_ids: Sequence[int]) -> dict[str, Any]:
-        """Returns the message that a server would put back into the conversation for these generated tokens."""
+    def answer_message(self, token_ids: Sequence[int], stop: str = "") -> dict[str, Any]:
+        """Returns the message that a server would put back into the conversation for these generated tokens, which end
+        with the stop string `stop`, if it is given."""
         num_text = len(token_ids)
         while num_text and token_ids[num_text - 1] in self.end_token_ids:
             num_text -= 1
-        message = parse_answer(self.decode(token_ids[:num_text]), self.template)
+        text = self.decode(token_ids[:num_text])
+        message = parse_answer(text[: text.rfind(stop)] if stop and stop in text else text, self.template)
         return {**message, "content": self.without_special_tokens(message["content"])}
 
     def without_special_tokens(self, text: str) -> str:
