@@ -16,7 +16,7 @@ PACKAGE = "speculators"
 
 # A module imports only from rows above its own; inside rows 0 to 3, also from its own row.
 ROWS: tuple[set[str], ...] = (
-    {"utils"},
+    {"utils", "compat"},
     {"proposals", "config", "interfaces", "provenance", "training_keys"},
     {"nn", "losses", "verifier"},
     {"model", "model_loading", "model_training", "draft_vocab", "checkpoint"},

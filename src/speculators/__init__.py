@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from speculators import compat as compat  # serves the module paths of earlier releases
+
 if TYPE_CHECKING:
     from speculators.api import evaluate, regenerate, train_drafter, verify
     from speculators.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig, reload_schemas

@@ -8,6 +8,8 @@ import pytest
 
 from speculators.cli.app import main, run
 from speculators.decoding import Engine, SamplingParams
+from speculators.evaluation.config import ServerConfig
+from speculators.evaluation.server_client import completion_request
 from speculators.utils.chat_template import chat_prompt
 
 FLAGS = {
@@ -59,9 +61,29 @@ def test_evaluate_measures_the_settings_that_it_names(verifier, chats):
     assert report["settings"]["presence_penalty"] == 1.5 and list(report["settings"]["stop"]) == ["zz"]
 
 
-def test_a_server_is_not_measured_with_settings_that_it_would_not_get(chats, capsys):
-    assert main(["evaluate", "--server", "http://localhost:1", "--data", chats, "--min-p", "0.1"]) == 2
-    assert "--min-p does not go with --server" in capsys.readouterr().err
+def test_a_server_is_sent_the_settings_that_are_asked_for():
+    sampling = ServerConfig(
+        server="x", data="y", temperature=0.7, top_k=5, min_p=0.1, presence_penalty=1.5, stop=("zz",), seed=3
+    ).sampling()
+    request = completion_request("m", [1, 2], sampling)
+    sent = {name: request[name] for name in ("temperature", "top_k", "min_p", "presence_penalty", "stop")}
+    assert sent == {"temperature": 0.7, "top_k": 5, "min_p": 0.1, "presence_penalty": 1.5, "stop": ("zz",)}
+    assert request["repetition_penalty"] == 1.0 and "logit_bias" not in request  # else the server's default holds
+    plain = completion_request("m", [1, 2], ServerConfig(server="x", data="y").sampling())
+    assert "seed" not in plain and plain["top_k"] == -1
+    with pytest.raises(ValueError, match=r"logit_bias=\{3: 150.0\}: a server moves biases"):
+        ServerConfig(server="x", data="y", logit_bias={3: 150.0}).sampling()
+
+
+def test_a_regenerated_answer_that_a_stop_string_ended_says_so(verifier, chats, tmp_path):
+    words = ["regenerate-responses", "--verifier", verifier, "--data", chats, "--limit", "1", "--max-tokens", "24"]
+    run([*words, "--output", str(tmp_path / "whole.jsonl")])
+    whole = json.loads((tmp_path / "whole.jsonl").read_text().splitlines()[0])
+    stop = whole["text"][3:5]
+    report = run([*words, "--output", str(tmp_path / "stopped.jsonl"), "--stop", stop])
+    row = json.loads((tmp_path / "stopped.jsonl").read_text().splitlines()[0])
+    assert (row["metadata"]["finish_reason"], report["num_cut"]) == ("stop", 0)
+    assert stop in row["text"] and len(row["text"]) < len(whole["text"])
 
 
 def test_regenerated_answers_follow_the_penalties_and_record_them(verifier, chats, tmp_path):

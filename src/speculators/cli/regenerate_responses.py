@@ -18,6 +18,7 @@ from speculators.cli.shared import (
     PresencePenalty,
     RepetitionPenalty,
     Result,
+    Stop,
     Temperature,
     TopK,
     TopP,
@@ -90,6 +91,7 @@ def regenerate_responses(
     repetition_penalty: RepetitionPenalty = SamplingParams.repetition_penalty,
     presence_penalty: PresencePenalty = SamplingParams.presence_penalty,
     frequency_penalty: FrequencyPenalty = SamplingParams.frequency_penalty,
+    stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = DEFAULT_SEED,
     resume: Annotated[bool, typer.Option("--resume", help="Complete a file that exists.")] = False,
     chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
@@ -133,6 +135,7 @@ def regenerate_responses(
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
+        stop=tuple(stop or ()),
         seed=seed,
     )
     record = {

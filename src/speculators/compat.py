@@ -1,0 +1,59 @@
+"""Serves module paths of earlier releases whose functions stand elsewhere now: `speculators.models.utils`, say.
+
+A path of the table that has no file is made when it is imported, and each of its names is imported when it is first
+used. Importing this file installs that, once; it imports nothing else of the library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "speculators"
+VERIFIER_CONFIG = "verifier.config"
+NAMES_OF: dict[str, dict[str, str]] = {
+    "models.base_components": dict.fromkeys(
+        ("ModelComponents", "model_classes", "override_components"), "models.attention"
+    ),
+    "models.utils": {
+        "conditional_torch_compile": "models.attention",
+        "flatten_rope_parameters": VERIFIER_CONFIG,
+        "get_verifier_config": VERIFIER_CONFIG,
+        "resolve_draft_intermediate_size": VERIFIER_CONFIG,
+        "resolve_target_layer_ids": VERIFIER_CONFIG,
+        "resolve_verifier_norm_class": "verifier.loading",
+    },
+}
+"""Path of an earlier release -> its public names -> the module that defines each, all below the package."""
+
+
+class EarlierPaths(MetaPathFinder, Loader):
+    """Makes the modules of `NAMES_OF`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        is_known = fullname.removeprefix(f"{PACKAGE}.") in NAMES_OF and fullname.startswith(f"{PACKAGE}.")
+        return spec_from_loader(fullname, self) if is_known else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        path = module.__name__.removeprefix(f"{PACKAGE}.")
+        home_of = NAMES_OF[path]
+
+        def get(name: str) -> Any:
+            if name not in home_of:
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            return getattr(importlib.import_module(f"{PACKAGE}.{home_of[name]}"), name)
+
+        module.__doc__ = f"Names of earlier releases; they are defined in {', '.join(sorted(set(home_of.values())))}."
+        vars(module).update(__all__=sorted(home_of), __getattr__=get, __dir__=lambda: sorted(home_of))
+
+
+if not any(type(finder).__name__ == EarlierPaths.__name__ for finder in sys.meta_path):
+    sys.meta_path.append(EarlierPaths())
