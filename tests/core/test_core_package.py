@@ -7,12 +7,6 @@ import sys
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
-from toyalgo import decoder_config
-
-import speculators
-from speculators import models, provenance
-from speculators.models.attention import ALL_ATTENTION_FUNCTIONS, block_mask_to_dense_attention_mask, create_float_mask
 from speculators.models.base_components import ModelComponents, model_classes, override_components
 from speculators.models.utils import (
     conditional_torch_compile,
@@ -22,6 +16,12 @@ from speculators.models.utils import (
     resolve_target_layer_ids,
     resolve_verifier_norm_class,
 )
+from torch.nn.attention.flex_attention import create_block_mask
+from toyalgo import decoder_config
+
+import speculators
+from speculators import models, provenance
+from speculators.models.attention import ALL_ATTENTION_FUNCTIONS, block_mask_to_dense_attention_mask, create_float_mask
 from speculators.nn.norms import RMSNorm, RMSNormPlusOne
 from speculators.utils import util
 
