@@ -21,7 +21,7 @@ VLLM_TRITON ?= .venv-vllm-triton
 VLLM_PYTEST := OMP_NUM_THREADS=1 SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest
 VLLM_TESTS ?= tests/integration tests/mtp tests/serving
 
-.PHONY: help quickstart results test fuzz test-newest test-vllm test-vllm-smallest test-vllm-v2 soak check lint types install install-dev clean
+.PHONY: help quickstart results test fuzz test-newest test-vllm test-vllm-smallest test-vllm-v2 soak kills check lint types install install-dev clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,7 +35,7 @@ results: install  ## train every drafter for the embedded verifier, measure them
 test: install-dev  ## install with the development tools, then run the tests
 	$(PYTEST)
 
-fuzz: install-dev  ## 20,000 damaged configs, files, rows and answers, drawn anew (some minutes)
+fuzz: install-dev  ## 20,000 damaged configs, files, rows and answers, and 5,000 rows through prepare-data (some minutes)
 	OMP_NUM_THREADS=1 SPECULATORS_FUZZ_CASES=1000 $(BIN)/python -m pytest -n 2 tests/fuzz
 
 # Other packages keep their versions of constraints.txt.
@@ -59,6 +59,9 @@ test-vllm-v2: install-dev $(VLLM_VENV)/.installed $(VLLM_TRITON)/.installed  ## 
 
 soak: install-dev  ## 2,000 random requests per drafting method through one engine (ten minutes)
 	SPECULATORS_SOAK_REQUESTS=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/decoding/test_soak.py
+
+kills: install-dev  ## kill regeneration 20 times, in process and from a server, and resume it (a minute)
+	SPECULATORS_NUM_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "killed_runs" tests/data/test_regenerate_responses.py tests/serving/test_regenerate_server.py
 
 check: lint types test  ## everything that must pass before a change is finished
 

@@ -462,8 +462,8 @@ def test_the_contracts_in_memory_functions_give_the_same_rows(model_dir, tokeniz
     assert torch.load(tmp_path / "freq.pt", weights_only=True) == prepared.token_freq()
     built = build_speculator_training_dataset(datasets.Dataset.from_list(CHATS), tokenizer, max_length=100)
     assert len(built) == 4
-    with pytest.raises(ValueError, match="render_endpoint"):
-        build_speculator_training_dataset(CHATS, tokenizer, render_endpoint="http://localhost:8000")
+    with pytest.raises(ValueError, match="begins with http://"):
+        build_speculator_training_dataset(CHATS, tokenizer, render_endpoint="localhost:8000")
 
 
 def test_a_manifest_without_the_keys_of_later_versions_is_read(model_dir, data, tmp_path):

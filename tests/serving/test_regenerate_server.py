@@ -168,7 +168,7 @@ def test_killed_runs_end_in_what_an_uninterrupted_one_writes(start_server, answe
     server = start_server("--delay", "0.01")
     answered(server, name="whole")
     whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl"
-    rng = random.Random(0)
+    rng, num_done = random.Random(0), []
     for _ in range(NUM_KILLS):
         out.unlink(missing_ok=True)
         child = os.fork()
@@ -177,10 +177,13 @@ def test_killed_runs_end_in_what_an_uninterrupted_one_writes(start_server, answe
                 answered(server)
             finally:
                 os._exit(0)
-        time.sleep(rng.uniform(0.02, 0.3))
+        num_bytes = rng.randint(0, len(whole) * 3 // 4)
+        while not (out.exists() and out.stat().st_size >= num_bytes):
+            time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        if out.exists():
-            os.truncate(out, rng.randint(0, out.stat().st_size))
-        answered(server, resume=True)
+        os.truncate(out, rng.randint(0, out.stat().st_size))
+        report, _ = answered(server, resume=True)
+        num_done.append(report.num_already_done)
         assert out.read_bytes() == whole
+    assert all(number < len(ROWS) for number in num_done) and any(num_done), num_done

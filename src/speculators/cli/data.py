@@ -43,6 +43,10 @@ def prepare_data(
     drop_reasoning: Annotated[
         bool, typer.Option("--drop-reasoning", help="Train on answers whose reasoning the template leaves out.")
     ] = False,
+    render_endpoint: Annotated[
+        str | None,
+        typer.Option(help="vLLM server, http://host:8000, started with --enable-scale-out: its rendering is compared."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace rows prepared differently.")] = False,
     allow_empty_output: Annotated[bool, typer.Option("--allow-empty-output", help="No row is not an error.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -61,6 +65,7 @@ def prepare_data(
         minimum_valid_tokens=minimum_valid_tokens,
         token_freq_path=token_freq_path,
         drop_reasoning=drop_reasoning,
+        render_endpoint=render_endpoint,
         overwrite=overwrite,
         allow_empty_output=allow_empty_output,
         trust_remote_code=trust_remote_code,
@@ -77,6 +82,7 @@ def prepare_data(
             "dropped": manifest.dropped,
             "units": manifest.units,
             "num_without_reasoning": manifest.num_without_reasoning,
+            "num_rendered_elsewhere": manifest.num_rendered_elsewhere,
         }
     training = ["speculators", "train", "--verifier", verifier, "--data", str(prepared.path)]
     return Result(record, [prepared], prepared.sentence(), training)

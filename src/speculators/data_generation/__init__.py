@@ -36,6 +36,8 @@ EXPORTS = {
     "InvalidResponseError": "vllm_client",
     "ServerUnavailableError": "vllm_client",
     "generate_hidden_states": "vllm_client",
+    "render_conversation": "tokenizing",
+    "RenderError": "tokenizing",
     "estimate_bytes": "sources",
     "OfflineConfig": "configs",
     "OfflineReport": "offline_generation",

@@ -55,6 +55,25 @@ class DatasetConfig:
     """Column that holds the bare prompt, for regeneration; None: the first user turn is the prompt."""
 
 
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """Settings that decide how a raw row becomes training rows."""
+
+    seq_length: int
+    minimum_valid_tokens: int = 1
+    """Rows with fewer supervised tokens in the window are dropped."""
+    vocab_size: int | None = None
+    """Pre-tokenised ids must be below it; None = not known."""
+    merge_turns: bool = False
+    """One row for several turns of a conversation where the earlier row is a prefix of the later one."""
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 2:
+            raise ValueError(f"seq_length={self.seq_length}; a row needs a context token and a supervised one: >= 2")
+        if self.minimum_valid_tokens < 0:
+            raise ValueError(f"minimum_valid_tokens={self.minimum_valid_tokens} is negative; 1 or more is useful")
+
+
 def question_and_answer(row: Row) -> Row:
     return {"conversations": [turn("user", row["question"]), turn("assistant", row["answer"])]}
 

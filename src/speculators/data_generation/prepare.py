@@ -16,7 +16,7 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from speculators.data_generation.configs import DEFAULT_OUTPUT, DEFAULT_SEED, DEFAULT_SEQ_LENGTH
+from speculators.data_generation.configs import DEFAULT_OUTPUT, DEFAULT_SEED, DEFAULT_SEQ_LENGTH, TokenizeOptions
 from speculators.data_generation.datasets import quiet_datasets
 from speculators.data_generation.prepared import (
     HIDDEN_STATES_NAME,
@@ -34,6 +34,7 @@ from speculators.data_generation.preprocessing import (
     count_supervised,
     explain_no_rows,
     load_tokenizer,
+    refuse_other_rendering,
     save_token_freq,
     tokenize_sources,
     vocabulary_size,
@@ -48,7 +49,7 @@ from speculators.data_generation.records import (
     template_sha256,
     tokenizer_sha256,
 )
-from speculators.data_generation.tokenizing import RowTokenizer, TokenizeOptions, warn_about
+from speculators.data_generation.tokenizing import RowTokenizer, warn_about
 from speculators.utils.files import absolute_if_directory, atomic_directory
 from speculators.utils.names import model_name
 from speculators.utils.progress import Progress, no_progress_bars, reporting
@@ -87,6 +88,7 @@ def prepare_data(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     merge_turns: bool = False,
     drop_reasoning: bool = False,
+    render_endpoint: str | None = None,
     progress: bool | Progress | None = None,
 ) -> PreparedData:
     """Tokenises `data` (files, directories, hub names or presets) for the verifier `model` into the directory `output`.
@@ -95,7 +97,8 @@ def prepare_data(
     the same recipe. `seq_length`: longest row, in tokens. `max_samples`: most rows. `num_workers=None` chooses by the
     number of rows. `chat_template_kwargs` go to the template (`enable_thinking`, ...).
     `drop_reasoning`: rows whose reasoning the template leaves out are no error. `progress`: True draws a bar, a
-    function is called with it. Bad rows are listed in the output's quarantine.jsonl.
+    function is called with it. `render_endpoint`: vLLM server (without /v1, started with --enable-scale-out) that
+    renders each conversation too, as a cross-check. Bad rows are listed in the output's quarantine.jsonl.
 
     Raises `ValueError` for a source that cannot be read, data without a training row (unless
     `allow_empty_output`), and an `output` that was made from another recipe
@@ -124,7 +127,7 @@ def prepare_data(
     with reporting(progress) as report:
         chunks = tokenize_sources(
             sources,
-            RowTokenizer(tokenizer, options, chat_template_kwargs),
+            RowTokenizer(tokenizer, options, chat_template_kwargs, render_endpoint),
             seed=seed,
             max_samples=max_samples,
             num_workers=num_workers,
@@ -148,6 +151,7 @@ def write_prepared(path: Path, chunks: Iterable[Tokenized], recipe: Recipe, allo
                 "without the thought that the verifier writes first; use a template that renders it, or pass "
                 "drop_reasoning (--drop-reasoning) to train on them as they are"
             )
+        refuse_other_rendering(done)
         for unit, counts in done.units.items():
             counts.check(unit)
         write_quarantine(done.quarantine, directory / QUARANTINE_NAME)
@@ -166,6 +170,7 @@ def write_prepared(path: Path, chunks: Iterable[Tokenized], recipe: Recipe, allo
             num_without_reasoning=done.num_without_reasoning,
             num_cut_rows=done.num_cut_rows,
             num_cut_tokens=done.num_cut_tokens,
+            num_rendered_elsewhere=done.num_rendered_elsewhere,
         )
         save_token_freq(token_freq, directory / TOKEN_FREQ_NAME)
         (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")

@@ -20,13 +20,19 @@ import datasets
 import torch
 from rich.table import Table
 
-from speculators.data_generation.configs import DEFAULT_SEQ_LENGTH, DEFAULT_SHOWN_ROWS, is_prepared, refuse_unprepared
+from speculators.data_generation.configs import (
+    DEFAULT_SEQ_LENGTH,
+    DEFAULT_SHOWN_ROWS,
+    TokenizeOptions,
+    is_prepared,
+    refuse_unprepared,
+)
 from speculators.data_generation.conversations import TokenRow
 from speculators.data_generation.datasets import load_raw_dataset
 from speculators.data_generation.masks import MaskSpan, mask_spans
 from speculators.data_generation.preprocessing import explain_no_rows, load_tokenizer
 from speculators.data_generation.records import Tokenized
-from speculators.data_generation.tokenizing import RowTokenizer, TokenizeOptions, tokenize_chunks
+from speculators.data_generation.tokenizing import RowTokenizer, tokenize_chunks
 from speculators.utils.report import PathReport, facts_table
 
 MANIFEST_NAME = "manifest.json"
@@ -81,6 +87,8 @@ class Manifest:
     num_cut_rows: int = 0
     num_cut_tokens: int = 0
     """Supervised tokens that those rows lost to `seq_length`."""
+    num_rendered_elsewhere: int = 0
+    """Conversations that a server (`render_endpoint`) rendered as they are here."""
 
     @property
     def supervised_share(self) -> float:

@@ -17,17 +17,11 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from speculators.data_generation.configs import DEFAULT_SEED
+from speculators.data_generation.configs import DEFAULT_SEED, TokenizeOptions
 from speculators.data_generation.conversations import BrokenTokenRow, TokenRow
 from speculators.data_generation.datasets import Chain, RawRows, load_raw_dataset
 from speculators.data_generation.records import Tokenized
-from speculators.data_generation.tokenizing import (
-    RowTokenizer,
-    TokenizeOptions,
-    default_num_workers,
-    tokenize_chunks,
-    warn_about,
-)
+from speculators.data_generation.tokenizing import RowTokenizer, default_num_workers, tokenize_chunks, warn_about
 from speculators.utils.files import atomic_write
 from speculators.utils.progress import Progress
 from speculators.verifier.config import get_verifier_config
@@ -150,15 +144,17 @@ def build_speculator_training_dataset(
     """Turns rows (a `Dataset` or any sequence) into a torch-formatted `Dataset` of `input_ids`, `loss_mask`, `seq_len`.
 
     `processor` is the verifier's tokenizer; its chat template renders the conversations. `max_length` in tokens. Raises
-    `ValueError` for a tokenizer without a chat template and for a `render_endpoint`, which is not supported.
+    `ValueError` for a tokenizer without a chat template and for a `render_endpoint` (a vLLM server, without /v1) that
+    renders conversations otherwise.
     """
-    refuse_render_endpoint(render_endpoint)
     options = TokenizeOptions(max_length, 1 if minimum_valid_tokens is None else minimum_valid_tokens)
     num_workers = min(num_proc, default_num_workers(len(dataset)))
+    row_tokenizer = RowTokenizer(processor, options, render_endpoint=render_endpoint)
     done, rows = Tokenized(), [[index] for index in range(len(dataset))]
-    for chunk in tokenize_chunks(dataset, rows, RowTokenizer(processor, options), num_workers):
+    for chunk in tokenize_chunks(dataset, rows, row_tokenizer, num_workers):
         done.add(chunk)
     refuse_broken_token_rows(done)
+    refuse_other_rendering(done)
     warn_about(done)
     return to_dataset(done.rows)
 
@@ -182,7 +178,6 @@ def load_and_preprocess_dataset(
 
     Writes only the token frequencies, unless `skip_token_freq`. Raises as `prepare_data` does.
     """
-    refuse_render_endpoint(render_endpoint)
     tokenizer = load_tokenizer(target_model_path, trust_remote_code=trust_remote_code)
     options = TokenizeOptions(
         seq_length,
@@ -192,13 +187,14 @@ def load_and_preprocess_dataset(
     done = Tokenized()
     for chunk in tokenize_sources(
         train_data_paths,
-        RowTokenizer(tokenizer, options),
+        RowTokenizer(tokenizer, options, render_endpoint=render_endpoint),
         seed=seed,
         max_samples=max_samples,
         num_workers=1 if build_dataset_num_proc <= 1 else None,
     ):
         done.add(chunk)
     refuse_broken_token_rows(done)
+    refuse_other_rendering(done)
     warn_about(done)
     if not done.rows and not allow_empty_output:
         raise ValueError(explain_no_rows(done, train_data_paths))
@@ -219,9 +215,11 @@ def save_token_freq(token_freq: Counter[int], path: Path) -> None:
         torch.save(dict(sorted(token_freq.items())), file)
 
 
-def refuse_render_endpoint(render_endpoint: str | None) -> None:
-    if render_endpoint is not None:
+def refuse_other_rendering(done: Tokenized) -> None:
+    """Raises `ValueError` when the server that would serve the verifier renders conversations otherwise."""
+    if done.rendered_otherwise:
         raise ValueError(
-            f"render_endpoint={render_endpoint!r} is not supported: conversations are rendered here, with the "
-            "tokenizer's own chat template; leave render_endpoint out"
+            f"the render_endpoint renders {len(done.rendered_otherwise)} of {done.num_rendered_elsewhere} conversations"
+            f" otherwise than the rows; the first: {done.rendered_otherwise[0]}. Give both the same tokenizer, template"
+            " and --chat-template-kwargs (or leave render_endpoint out)"
         )

@@ -235,6 +235,10 @@ class Tokenized:
     num_cross_checked: int = 0
     """Rows whose boundary could be compared with the template's own {% generation %} blocks."""
     num_disagreeing: int = 0
+    num_rendered_elsewhere: int = 0
+    """Conversations whose last row was compared with what a server renders."""
+    rendered_otherwise: list[str] = field(default_factory=list)
+    """Where it differed."""
 
     @property
     def num_read(self) -> int:
@@ -263,6 +267,12 @@ class Tokenized:
         self.num_cut_tokens += other.num_cut_tokens
         self.num_cross_checked += other.num_cross_checked
         self.num_disagreeing += other.num_disagreeing
+        self.num_rendered_elsewhere += other.num_rendered_elsewhere
+        self.rendered_otherwise += other.rendered_otherwise
+
+    def add_rendering(self, problem: str | None) -> None:
+        self.num_rendered_elsewhere += 1
+        self.rendered_otherwise += [] if problem is None else [problem]
 
     def settle(self, max_rows: int | None = None) -> None:
         """Counts the outcomes and keeps the first `max_rows` training rows of them."""

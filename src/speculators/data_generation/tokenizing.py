@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
+import httpx
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from speculators.data_generation.configs import TokenizeOptions
 from speculators.data_generation.conversations import BrokenTokenRow, FilteredRow, TokenRow, UnusableRow, parse_row
-from speculators.data_generation.masks import agrees_with_template, last_assistant, merge_prefix_rows, turn_rows
+from speculators.data_generation.masks import (
+    agrees_with_template,
+    generation_start,
+    last_assistant,
+    merge_prefix_rows,
+    turn_rows,
+)
 from speculators.data_generation.records import Outcome, Tokenized
-from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
+from speculators.data_generation.vllm_client import (
+    InvalidResponseError,
+    TransientError,
+    checked_json,
+    describe,
+    make_client,
+    with_retries,
+)
+from speculators.utils.chat_template import TEMPLATE_DATE, ChatRenderer, ChatTemplateError, rename_reasoning
 
 logger = logging.getLogger(__name__)
 
@@ -25,25 +42,6 @@ CHUNK_ROWS = 64
 """Raw rows per unit of work: small enough for a lively progress bar, large enough to hide the cost of passing them."""
 ROWS_WORTH_A_WORKER = 2000
 """Below this many raw rows another process costs more than it saves."""
-
-
-@dataclass(frozen=True)
-class TokenizeOptions:
-    """Settings that decide how a raw row becomes training rows."""
-
-    seq_length: int
-    minimum_valid_tokens: int = 1
-    """Rows with fewer supervised tokens in the window are dropped."""
-    vocab_size: int | None = None
-    """Pre-tokenised ids must be below it; None = not known."""
-    merge_turns: bool = False
-    """One row for several turns of a conversation where the earlier row is a prefix of the later one."""
-
-    def __post_init__(self) -> None:
-        if self.seq_length < 2:
-            raise ValueError(f"seq_length={self.seq_length}; a row needs a context token and a supervised one: >= 2")
-        if self.minimum_valid_tokens < 0:
-            raise ValueError(f"minimum_valid_tokens={self.minimum_valid_tokens} is negative; 1 or more is useful")
 
 
 class RowTokenizer:
@@ -54,17 +52,22 @@ class RowTokenizer:
         tokenizer: PreTrainedTokenizerBase,
         options: TokenizeOptions,
         template_kwargs: Mapping[str, Any] | None = None,
+        render_endpoint: str | None = None,
     ) -> None:
+        """`render_endpoint`: vLLM server whose rendering of each conversation is compared with ours."""
         self.tokenizer = tokenizer
         self.options = options
         self.template_kwargs = template_kwargs
+        self.render_endpoint = render_endpoint
+        self.server: httpx.Client | None = None
         self.renderer: ChatRenderer | None = None
 
     def chunk(self, conversations: Iterable[Sequence[tuple[int, Any]]]) -> Tokenized:
         """Tokenises conversations, each a sequence of raw rows with their indices."""
         done = Tokenized()
-        for rows in conversations:
-            done.outcomes.append([self.outcome(index, raw_row, done) for index, raw_row in rows])
+        with nullcontext() if self.render_endpoint is None else make_render_client(self.render_endpoint) as self.server:
+            for rows in conversations:
+                done.outcomes.append([self.outcome(index, raw_row, done) for index, raw_row in rows])
         return done
 
     def outcome(self, index: int, raw_row: Any, done: Tokenized) -> Outcome:
@@ -99,7 +102,41 @@ class RowTokenizer:
             done.num_cross_checked += 1
             mask = self.renderer.generation_mask(parsed.messages[: last_assistant(parsed.messages) + 1], parsed.tools)
             done.num_disagreeing += not agrees_with_template(found.rows[-1], mask)
+        if self.server is not None and found.rows and not found.filtered:
+            messages = parsed.messages[: last_assistant(parsed.messages) + 1]
+            problem = self.compare_with_server(messages, parsed.tools, found.rows[-1])
+            done.add_rendering(None if problem is None else f"row {outcome.index} (id {outcome.row_id}): {problem}")
         return merge_prefix_rows(found.rows) if self.options.merge_turns else found.rows
+
+    def compare_with_server(self, messages: list[Any], tools: list[Any] | None, row: TokenRow) -> str | None:
+        """Says where the row of the last answer differs from what the server renders; None: it does not."""
+        assert self.renderer is not None
+        template = self.renderer.template
+        kwargs = {key: value for key, value in (self.template_kwargs or {}).items() if key != TEMPLATE_DATE}
+
+        def rendered(num_messages: int, add_generation_prompt: bool) -> list[int]:
+            sent = [as_openai(rename_reasoning(message, template)) for message in messages[:num_messages]]
+            token_ids: list[int] = with_retries(render_conversation)(
+                self.server, sent, add_generation_prompt=add_generation_prompt, tools=tools, chat_template_kwargs=kwargs
+            )
+            return token_ids
+
+        num_earlier, start = len(messages) - 1, row.loss_mask.index(1)
+        try:
+            prompt, whole = rendered(num_earlier, True), rendered(len(messages), False)
+            expected_start = generation_start(prompt, whole, lambda: rendered(num_earlier, False))
+        except InvalidResponseError as refusal:
+            return str(refusal)
+        except UnusableRow:  # earlier turns are rendered differently once the answer follows: the prompt alone compares
+            whole, expected_start = [*prompt, *row.input_ids[start:]], len(prompt)
+        num_compared = min(len(whole), len(row.input_ids))  # cut at seq_length; with the token that ends a turn in GLM
+        differing = next((i for i in range(num_compared) if row.input_ids[i] != whole[i]), None)
+        if differing is not None:
+            ours, theirs = (self.renderer.decode(ids[differing : differing + 12]) for ids in (row.input_ids, whole))
+            return f"token {differing} begins {ours!r} here, {theirs!r} there"
+        if start != expected_start:
+            return f"the answer begins at token {start} here, at {expected_start} there"
+        return None
 
     def cut(self, row: TokenRow) -> TokenRow:
         vocab_size = self.options.vocab_size
@@ -128,6 +165,59 @@ class RowTokenizer:
         elif num_supervised < self.options.minimum_valid_tokens:
             filtered["fewer supervised tokens than minimum_valid_tokens"] += row.num_turns
         return num_supervised >= max(1, self.options.minimum_valid_tokens)
+
+
+class RenderError(TransientError):
+    """The server did not render; another attempt may find it in a better state."""
+
+
+def make_render_client(endpoint: str) -> httpx.Client:
+    return make_client(f"{endpoint.rstrip('/').removesuffix('/v1')}/v1")
+
+
+def as_openai(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a message as OpenAI's interface has it: arguments of calls as JSON text, no marks of the training data."""
+    sent = {key: value for key, value in message.items() if key not in ("weight", "prefix", "tool_calls")}
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**sent, "tool_calls": calls} if calls else sent
+
+
+def render_conversation(
+    endpoint: str | httpx.Client,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    truncate_prompt_tokens: int | None = None,
+    truncation_side: str | None = None,
+    timeout: float = 30.0,
+) -> list[int]:
+    """Asks a vLLM server (base URL without /v1, started with --enable-scale-out) for the tokens of a conversation.
+
+    `timeout` in seconds. Raises `InvalidResponseError` for what it refuses, `RenderError` when it fails.
+    """
+    optional = {
+        "tools": list(tools) if tools else None,
+        "chat_template_kwargs": dict(chat_template_kwargs) if chat_template_kwargs else None,
+        "truncate_prompt_tokens": truncate_prompt_tokens,
+        "truncation_side": truncation_side,
+    }
+    request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+    request |= {key: value for key, value in optional.items() if value is not None}
+    with make_render_client(endpoint) if isinstance(endpoint, str) else nullcontext(endpoint) as client:
+        try:
+            response = client.post("chat/completions/render", json=request, timeout=timeout)
+            body = checked_json(response)
+        except (httpx.TransportError, TransientError) as error:
+            raise RenderError(describe(error), getattr(error, "retry_after_s", 0.0)) from error
+    token_ids = body.get("token_ids")
+    if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
+        raise RenderError(f"{response.url} answered without token_ids: {str(body)[:200]}")
+    return token_ids
 
 
 def default_num_workers(num_rows: int) -> int:
