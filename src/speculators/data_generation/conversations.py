@@ -288,4 +288,6 @@ def parse_tools(tools: Any) -> list[Any] | None:
         return None
     if not isinstance(tools, Sequence):
         raise UnusableRow("tools is not a list")
+    if wrong := [tool for tool in tools if not isinstance(tool, Mapping)]:
+        raise UnusableRow("tools holds what is no object", f"{wrong[0]!r:.60}")
     return list(tools)
