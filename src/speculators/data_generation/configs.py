@@ -6,6 +6,8 @@ No preset is on-policy for your verifier: regenerate the responses (`regenerate_
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from speculators.data_generation.vllm_client import DEFAULT_ENDPOINT, DEFAULT_MA
 from speculators.utils.names import did_you_mean, did_you_mean_path, refuse_missing_path
 
 Row = dict[str, Any]
+ROWS_WORTH_A_WORKER = 2000
+"""Below this many raw rows another process costs more than it saves."""
 DEFAULT_OUTPUT = "./output"
 DEFAULT_SEQ_LENGTH = 8192
 """Tokens of the longest row."""
@@ -177,3 +181,8 @@ class OfflineConfig:
     world_size: int = 1
     rank: int = 0
     """Several machines share the rows: this one is number `rank` of `world_size`."""
+
+
+def default_num_workers(num_rows: int) -> int:
+    auto = max(1, min(128, math.floor(0.75 * (os.cpu_count() or 1)) // 4))
+    return max(1, min(auto, num_rows // ROWS_WORTH_A_WORKER))

@@ -9,6 +9,7 @@ busy rests while the others are asked. With all of them resting, a request waits
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -175,12 +176,8 @@ class AnswerServers:
         """Warns when the servers' model does not look like the one whose tokenizer makes the prompts."""
         names = [name.rstrip("/").rpartition("/")[2] for name in (verifier, self.served.root, self.served.name)]
         if names[0] not in names[1:]:
-            logger.warning(
-                "the server serves %r (as %r); prompts are made by the tokenizer of %r: see that it is the same model",
-                self.served.root,
-                self.served.name,
-                verifier,
-            )
+            served = f"{self.served.root!r} (as {self.served.name!r})"
+            logger.warning("prompts are made for %r, but the server serves %s: is it the same model?", verifier, served)
 
     @property
     def max_model_len(self) -> int | None:
@@ -286,3 +283,17 @@ def generated_token_ids(choice: Mapping[str, Any]) -> list[int] | None:
     if token_ids is None or (isinstance(token_ids, list) and all(type(token) is int for token in token_ids)):
         return token_ids
     raise wrong_kind("token_ids", token_ids, "a list of token ids")
+
+
+def make_render_client(endpoint: str) -> httpx.Client:
+    return make_client(f"{endpoint.rstrip('/').removesuffix('/v1')}/v1")
+
+
+def as_openai(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a message as OpenAI's interface has it: arguments of calls as JSON text, no marks of the training data."""
+    sent = {key: value for key, value in message.items() if key not in ("weight", "prefix", "tool_calls")}
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**sent, "tool_calls": calls} if calls else sent

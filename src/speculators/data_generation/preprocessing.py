@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from speculators.data_generation.configs import DEFAULT_SEED, TokenizeOptions
+from speculators.data_generation.configs import DEFAULT_SEED, TokenizeOptions, default_num_workers
 from speculators.data_generation.conversations import BrokenTokenRow, TokenRow
 from speculators.data_generation.datasets import Chain, RawRows, load_raw_dataset
 from speculators.data_generation.records import Tokenized
-from speculators.data_generation.tokenizing import RowTokenizer, default_num_workers, tokenize_chunks, warn_about
+from speculators.data_generation.tokenizing import RowTokenizer, tokenize_chunks, warn_about
 from speculators.utils.files import atomic_write
 from speculators.utils.progress import Progress
 from speculators.verifier.config import get_verifier_config

@@ -270,10 +270,6 @@ class Tokenized:
         self.num_rendered_elsewhere += other.num_rendered_elsewhere
         self.rendered_otherwise += other.rendered_otherwise
 
-    def add_rendering(self, problem: str | None) -> None:
-        self.num_rendered_elsewhere += 1
-        self.rendered_otherwise += [] if problem is None else [problem]
-
     def settle(self, max_rows: int | None = None) -> None:
         """Counts the outcomes and keeps the first `max_rows` training rows of them."""
         for conversation in self.outcomes:

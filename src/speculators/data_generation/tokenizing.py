@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import multiprocessing
 import os
 from collections import Counter
@@ -16,8 +14,9 @@ import httpx
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from speculators.data_generation.configs import TokenizeOptions
+from speculators.data_generation.configs import TokenizeOptions, default_num_workers
 from speculators.data_generation.conversations import BrokenTokenRow, FilteredRow, TokenRow, UnusableRow, parse_row
+from speculators.data_generation.endpoints import as_openai, make_render_client
 from speculators.data_generation.masks import (
     agrees_with_template,
     generation_start,
@@ -31,7 +30,6 @@ from speculators.data_generation.vllm_client import (
     TransientError,
     checked_json,
     describe,
-    make_client,
     with_retries,
 )
 from speculators.utils.chat_template import TEMPLATE_DATE, ChatRenderer, ChatTemplateError, rename_reasoning
@@ -40,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 64
 """Raw rows per unit of work: small enough for a lively progress bar, large enough to hide the cost of passing them."""
-ROWS_WORTH_A_WORKER = 2000
-"""Below this many raw rows another process costs more than it saves."""
 
 
 class RowTokenizer:
@@ -105,7 +101,8 @@ class RowTokenizer:
         if self.server is not None and found.rows and not found.filtered:
             messages = parsed.messages[: last_assistant(parsed.messages) + 1]
             problem = self.compare_with_server(messages, parsed.tools, found.rows[-1])
-            done.add_rendering(None if problem is None else f"row {outcome.index} (id {outcome.row_id}): {problem}")
+            done.num_rendered_elsewhere += 1
+            done.rendered_otherwise += [f"row {outcome.index} (id {outcome.row_id}): {problem}"] if problem else []
         return merge_prefix_rows(found.rows) if self.options.merge_turns else found.rows
 
     def compare_with_server(self, messages: list[Any], tools: list[Any] | None, row: TokenRow) -> str | None:
@@ -171,20 +168,6 @@ class RenderError(TransientError):
     """The server did not render; another attempt may find it in a better state."""
 
 
-def make_render_client(endpoint: str) -> httpx.Client:
-    return make_client(f"{endpoint.rstrip('/').removesuffix('/v1')}/v1")
-
-
-def as_openai(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a message as OpenAI's interface has it: arguments of calls as JSON text, no marks of the training data."""
-    sent = {key: value for key, value in message.items() if key not in ("weight", "prefix", "tool_calls")}
-    calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-        for call in message.get("tool_calls", ())
-    ]
-    return {**sent, "tool_calls": calls} if calls else sent
-
-
 def render_conversation(
     endpoint: str | httpx.Client,
     messages: Sequence[Mapping[str, Any]],
@@ -218,11 +201,6 @@ def render_conversation(
     if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
         raise RenderError(f"{response.url} answered without token_ids: {str(body)[:200]}")
     return token_ids
-
-
-def default_num_workers(num_rows: int) -> int:
-    auto = max(1, min(128, math.floor(0.75 * (os.cpu_count() or 1)) // 4))
-    return max(1, min(auto, num_rows // ROWS_WORTH_A_WORKER))
 
 
 def tokenize_chunks(
