@@ -294,13 +294,13 @@ def test_mask_token_is_resolved_from_the_verifier(tmp_path, caplog):
     from speculators.models.draft_model import resolve_mask_token_id
 
     path = save_verifier(tmp_path)
-    assert resolve_mask_token_id(7, path, VOCAB) == 7
+    assert resolve_mask_token_id(7, path, VOCAB, False) == 7
     with pytest.raises(ValueError, match=r"mask_token_id=40 .* 0..39"):
-        resolve_mask_token_id(VOCAB, path, VOCAB)
+        resolve_mask_token_id(VOCAB, path, VOCAB, False)
     with pytest.raises(ValueError, match="--mask-token-id"):
-        resolve_mask_token_id(None, path, VOCAB)
+        resolve_mask_token_id(None, path, VOCAB, False)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 3]}))
     with caplog.at_level(logging.WARNING):
-        assert resolve_mask_token_id(None, path, VOCAB) == 2
+        assert resolve_mask_token_id(None, path, VOCAB, False) == 2
     assert "also has another meaning" in caplog.text

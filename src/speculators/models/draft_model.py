@@ -157,9 +157,7 @@ class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
         return model
 
 
-def resolve_mask_token_id(
-    mask_token_id: int | None, verifier: str, vocab_size: int, trust_remote_code: bool = False
-) -> int:
+def resolve_mask_token_id(mask_token_id: int | None, verifier: str, vocab_size: int, trust_remote_code: bool) -> int:
     """The token of masked slots: the given one, the tokenizer's mask token, the first row of the embedding that no
     token uses, or (with a warning) a special token of the verifier."""
     from transformers import AutoTokenizer  # imports modelling code, which a config's reader need not wait for
