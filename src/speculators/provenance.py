@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,10 @@ def output_lock(path: Path, what: str, note: Callable[[str], None]) -> Iterator[
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(
+            OSError
+        ):  # read-only by now; the kernel frees the lock, and the error of the block is the one to see
+            path.unlink(missing_ok=True)
         os.close(handle)
         for parent in made:  # nothing was written there
             if any(parent.iterdir()):

@@ -84,3 +84,63 @@ def test_a_run_on_stored_states_needs_no_verifier_and_makes_no_gate(settings, tm
     stored = run(settings, events.append, save_path=str(tmp_path / "b"), on_missing="raise")
     assert stored.parity is None
     assert any("speculators verify" in event.text for event in events if isinstance(event, Note))
+
+
+# -- asked again -------------------------------------------------------------------------------------------------------
+
+
+def fail(*args, **kwargs):
+    raise AssertionError("a finished run loads no verifier and repeats no check")
+
+
+def test_a_finished_run_that_was_verified_says_so_without_loading_the_verifier(settings, monkeypatch, tmp_path):
+    first = run(settings)
+    assert json.loads((first.checkpoint / "check.json").read_text())["ok"] is True
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in ("load_verifier", "check_checkpoint", "check_parity"):
+        monkeypatch.setattr(f"speculators.train.run.{name}", fail)
+    events = []
+    again = run(settings, events.append)
+    assert again.finished_before and again.checkpoint == first.checkpoint and again.parity is again.check is None
+    assert "finished (2 of 2 steps); nothing to do" in [event.text for event in events if isinstance(event, Note)]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("lacking", ["check.json", "parity.json", "passed"])
+def test_a_run_that_ended_before_its_checks_makes_them_when_asked_again(settings, lacking):
+    """Killed after its last step; or the gate failed, and what made it fail may be mended."""
+    checkpoint = run(settings).checkpoint
+    if lacking == "passed":
+        (checkpoint / "parity.json").write_text('{"passed": false}')
+    else:
+        (checkpoint / lacking).unlink()
+    again = run(settings)
+    assert again.finished_before and again.check.ok and again.parity.passed
+    assert json.loads((checkpoint / "parity.json").read_text())["passed"] is True
+    assert json.loads((checkpoint / "check.json").read_text())["ok"] is True
+
+
+def test_of_a_finished_run_only_what_is_asked_for_is_made(settings):
+    run(settings, parity_gate=False)
+    again = run(settings, parity_gate=False)
+    assert again.finished_before and again.check is None
+    assert run(settings).parity.passed
+
+
+def test_files_that_a_killed_run_left_half_stored_are_removed_with_a_line(settings, tmp_path):
+    states = tmp_path / "data" / "hidden_states"
+    run(settings, cache_hidden_states=True, parity_gate=False)
+    whole = {path.name for path in states.iterdir()}
+    (states / ".hs_39.safetensors.partial").write_bytes(b"half")
+    (states / ".hs_7.safetensors.abcdefgh").write_bytes(b"half")
+    (states / ".notes.partial").write_bytes(b"of somebody else")
+    events = []
+    run(settings, events.append, save_path=str(tmp_path / "b"), parity_gate=False)  # reads only, and removes nothing
+    assert len(list(states.iterdir())) == len(whole) + 3 and "hs_39" not in str(events)
+    run(settings, events.append, save_path=str(tmp_path / "c"), cache_hidden_states=True, parity_gate=False)
+    assert {path.name for path in states.iterdir()} == whole | {".notes.partial"}
+    lines = [event.text for event in events if isinstance(event, Note) and event.text.startswith("removed")]
+    assert [re.sub(r"/\S*/", "", line) for line in lines] == [
+        "removed .hs_39.safetensors.partial: its process died while it wrote hs_39.safetensors",
+        "removed .hs_7.safetensors.abcdefgh: its process died while it wrote hs_7.safetensors",
+    ]

@@ -87,6 +87,8 @@ def generate_offline_data(config: OfflineConfig, progress: bool | Progress | Non
         rows = PreparedData.open(config.preprocessed_data).dataset()["input_ids"]
         directory = Path(config.output or Path(config.preprocessed_data) / HIDDEN_STATES_NAME)
         store = HiddenStateStore(directory, capture, rows, verifier=source.served.root)
+        for line in store.finish_dead_writes():
+            logger.info(line)
         report = OfflineReport(directory, capture)
         todo = rows_to_make(config, store, report)
         with reporting(progress) as show:

@@ -152,7 +152,8 @@ def ranks_from_environment(timeout_s: float = default_of(TrainerKeys, "rank_time
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    with hearing_others():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
         yield Ranks(dist.get_rank(), world_size, device)
     finally:

@@ -3,6 +3,7 @@ takes in no second recipe.
 
     recipe.json      compared when a run is continued
     run.yaml         the configuration, train_command.txt the command, speculators.patch changes that no commit holds
+    <checkpoint>/check.json, parity.json     what the contract check and the parity gate said of it when the run ended
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from datasets import Dataset
 
 from speculators.checkpoint.record import computed_config, verifier_facts
 from speculators.data_generation import PreparedData
+from speculators.evaluation.parity import REPORT_NAME
 from speculators.model import SpeculatorModel
 from speculators.provenance import (
     as_json,
@@ -37,9 +39,12 @@ from speculators.train.checkpointer import Checkpointer, DamagedCheckpointError,
 from speculators.train.config import TrainConfig
 from speculators.train.distributed import Ranks
 from speculators.train.events import Listener, Note
-from speculators.utils.files import absolute_if_directory, atomic_write
+from speculators.train.records import TrainResult
+from speculators.train.sources import computes_in_process
+from speculators.utils.files import absolute_if_directory, atomic_write, read_json_object
 
 RECIPE_FILE = "recipe.json"
+CHECK_NAME = "check.json"
 FREE_KEYS = frozenset(
     [
         "allow_changed_settings",
@@ -181,3 +186,22 @@ def write_provenance(config: TrainConfig, recipe: dict[str, Any]) -> None:
     if patch:
         with atomic_write(save_path / "speculators.patch") as file:
             file.write(patch)
+
+
+def loads_verifier(config: TrainConfig) -> bool:
+    """Says whether the run has the verifier: to compute states, or to decode `--eval-prompts`."""
+    return computes_in_process(config.data) or bool(config.trainer.eval_prompts)
+
+
+def is_closed(config: TrainConfig, result: TrainResult) -> bool:
+    """Says whether the checkpoint passed every check that the run ends with, by the reports beside its weights."""
+    keys, folder = config.trainer, result.checkpoint
+    asked = {
+        folder / CHECK_NAME: ("ok", keys.contract_check),
+        folder / REPORT_NAME: ("passed", keys.parity_gate and loads_verifier(config)),
+    }
+    return all(
+        file.is_file() and read_json_object(file, "delete it").get(verdict) is True
+        for file, (verdict, is_asked) in asked.items()
+        if is_asked
+    )

@@ -17,8 +17,7 @@ from speculators.model import SpeculatorModel
 from speculators.train.events import describe
 from speculators.train.keys import OptimizerKeys, SchedulerKeys, TrainerKeys
 from speculators.training_keys import default_of
-from speculators.utils.files import human_bytes
-from speculators.utils.report import TableReport, facts_table
+from speculators.utils.report import TableReport, facts_table, human_bytes
 
 if TYPE_CHECKING:
     from speculators.deploy.report import CheckReport

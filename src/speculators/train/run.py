@@ -21,7 +21,7 @@ from speculators.deploy.check import check_checkpoint
 from speculators.evaluation.config import ParityConfig
 from speculators.evaluation.parity import REPORT_NAME, ParityReport, check_parity
 from speculators.model import SpeculatorModel
-from speculators.provenance import output_lock
+from speculators.provenance import as_json, output_lock
 from speculators.train.checkpointer import DRY_RUN
 from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset, CollateFn, PackedLoader, check_supervised, check_token_ids
@@ -31,13 +31,28 @@ from speculators.train.draft_shape import build_model, check_heads, load_verifie
 from speculators.train.events import Event, Listener, Note, ignore
 from speculators.train.flags import flag_of
 from speculators.train.logger import own_listeners
-from speculators.train.recipe import check_recipe, command, recipe_of, write_provenance
+from speculators.train.recipe import (
+    CHECK_NAME,
+    check_recipe,
+    command,
+    is_closed,
+    loads_verifier,
+    recipe_of,
+    write_provenance,
+)
 from speculators.train.records import MemoryEstimate, TrainerConfig, TrainResult, check_disk_space, estimate_memory
-from speculators.train.sources import ask_server, leave_out_untrained, make_source, open_store, rows_to_use
+from speculators.train.sources import (
+    ask_server,
+    computes_in_process,
+    leave_out_untrained,
+    make_source,
+    open_store,
+    rows_to_use,
+)
 from speculators.train.trainer import Trainer
 from speculators.train.validation import PromptDecoder, prompts_of
 from speculators.train.vocab_mapping import coverage
-from speculators.utils.files import absolute_if_directory
+from speculators.utils.files import absolute_if_directory, atomic_write
 from speculators.utils.progress import no_progress_bars
 from speculators.utils.report import work
 from speculators.verifier import check_reproduces_logits, load_verifier, text_config
@@ -70,14 +85,17 @@ def train(config: TrainConfig, *, verifier: PreTrainedModel | None = None, on_ev
             return TrainResult(save_path / DRY_RUN, {}, None, 0)
         with work():
             result = trainer.run_training()
-        device, has_verifier = trainer.ranks.device, estimate.verifier_bytes > 0
-    if not ranks.is_main:
+        device = trainer.ranks.device
+    if not ranks.is_main or (result.finished_before and is_closed(config, result)):
         return result
     if config.trainer.contract_check:
-        result = replace(result, check=check_checkpoint(result.checkpoint))
+        check = check_checkpoint(result.checkpoint)
+        result = replace(result, check=check)
+        with atomic_write(result.checkpoint / CHECK_NAME) as file:
+            file.write(as_json(check.as_dict()) + "\n")
     if not config.trainer.parity_gate:
         return result
-    if not has_verifier:
+    if not loads_verifier(config):
         how = f"speculators verify {result.checkpoint}"
         on_event(Note(f"no parity gate: the verifier was not in this process; where it can be, run `{how}`"))
         return result
@@ -112,30 +130,15 @@ def build(
         note(coverage(train_set.trained_tokens(), t2d))
     model.attention_route(ranks.device.type)  # refuses what this device cannot
 
-    store = open_store(data, model.capture, name)
+    store = open_store(data, model.capture, name, note)
     usable = rows_to_use(data, store, note)
     hidden_size = text_config(verifier_config).hidden_size
-    verifier_model, computing = None, None
-    if usable is None and data.vllm_endpoint is not None:
-        computing = ask_server(data, model.capture, name, hidden_size, note)
-    elif usable is None:
-        verifier_model = checked_verifier(config, ranks, dtype, verifier)
-        computing = LocalSource(verifier_model, model.capture)
-    source = make_source(data, store, computing, hidden_size)
     loaders = []
     for dataset in (train_set, val_set):
         if dataset is not None:
-            dataset.source = source
             dataset.keep_rows(usable)
-            num_threads = data.num_workers if verifier_model is None else 0  # one verifier, one thread
+            num_threads = 0 if computes_in_process(data) else data.num_workers  # one verifier, one thread
             loaders.append(make_loader(config, dataset, model, hidden_size, ranks, num_threads))
-    decoder = None
-    if config.trainer.eval_prompts:
-        if verifier_model is None:
-            note("the verifier is loaded to decode --eval-prompts; its states come from elsewhere")
-            verifier_model = checked_verifier(config, ranks, dtype, verifier)
-        assert val_set is not None
-        decoder = PromptDecoder.of(model, verifier_model, val_set.rows, config.trainer.eval_prompts)
     recipe = recipe_of(config, ranks, model, usable)
     ranks.main_first(lambda: check_recipe(config, recipe, on_event))
     torch.manual_seed(config.seed + ranks.rank)
@@ -147,8 +150,27 @@ def build(
         on_event=on_event,
         num_documents=len(train_set),
         num_tokens=sum(train_set.lengths),
-        decoder=decoder,
     )
+    if trainer.is_finished() and not config.dry_run and is_closed(config, trainer.result()):
+        return trainer, estimate(config, model, None, hidden_size)
+    random_state = ranks.random_state()  # of the checkpoint: the verifier's proof draws numbers too
+    verifier_model, computing = None, None
+    if computes_in_process(data):
+        verifier_model = checked_verifier(config, ranks, dtype, verifier)
+        computing = LocalSource(verifier_model, model.capture)
+    elif usable is None:
+        computing = ask_server(data, model.capture, name, hidden_size, note)
+    if config.trainer.eval_prompts:
+        if verifier_model is None:
+            note("the verifier is loaded to decode --eval-prompts; its states come from elsewhere")
+            verifier_model = checked_verifier(config, ranks, dtype, verifier)
+        assert val_set is not None
+        trainer.decoder = PromptDecoder.of(model, verifier_model, val_set.rows, config.trainer.eval_prompts)
+    source = make_source(data, store, computing, hidden_size)
+    for dataset in (train_set, val_set):
+        if dataset is not None:
+            dataset.source = source
+    ranks.set_random_state(random_state)
     memory = estimate(config, model, verifier_model, hidden_size)
     check_disk_space(Path(config.trainer.save_path), memory.checkpoint_bytes)
     if ranks.is_main and not trainer.is_finished() and not config.dry_run:

@@ -36,8 +36,18 @@ def directory_of(keys: DataKeys) -> Path:
     return Path(keys.hidden_states_path or Path(keys.data_path) / HIDDEN_STATES_NAME)
 
 
-def open_store(keys: DataKeys, capture: CaptureSpec, verifier: str) -> HiddenStateStore | None:
-    """Opens the files beside the prepared data; None when no files exist and the run is not to write them."""
+def computes_in_process(keys: DataKeys) -> bool:
+    """Says whether the run computes states itself: no server computes states, and not every row has a file."""
+    return keys.vllm_endpoint is None and (keys.on_missing == "generate" or keys.cache_hidden_states)
+
+
+def open_store(
+    keys: DataKeys, capture: CaptureSpec, verifier: str, note: Callable[[str], None]
+) -> HiddenStateStore | None:
+    """Opens the files beside the prepared data; None when no files exist and the run is not to write them.
+
+    A run that writes files removes first what dead processes left half written there.
+    """
     directory = directory_of(keys)
     if not keys.cache_hidden_states and not directory.is_dir():
         if keys.hidden_states_path is not None:
@@ -48,7 +58,11 @@ def open_store(keys: DataKeys, capture: CaptureSpec, verifier: str) -> HiddenSta
         return None
     rows = PreparedData.open(keys.data_path).dataset()["input_ids"]
     clipped = (ids[: keys.total_seq_len] for ids in rows)
-    return HiddenStateStore(directory, capture, clipped, verifier=verifier)
+    store = HiddenStateStore(directory, capture, clipped, verifier=verifier)
+    if keys.cache_hidden_states:
+        for line in store.finish_dead_writes():
+            note(line)
+    return store
 
 
 def rows_to_use(keys: DataKeys, store: HiddenStateStore | None, note: Callable[[str], None]) -> set[int] | None:

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from speculators.utils.report import human_bytes
+
 
 def absolute_if_directory(name: str) -> str:
     """Returns the name under which a model is recorded: a hub id unchanged, a directory as an absolute path, because a
@@ -172,8 +174,7 @@ def _partial(path: Path, *, is_directory: bool) -> Iterator[tuple[Path, int]]:
 
 
 def _lock_partial(path: Path, is_directory: bool) -> int | None:
-    """Opens, locks and empties the file or directory, made if it is not there. None: another process writes it, or this
-    system or file system has no locks."""
+    """Opens, locks and empties it, made if it is not there. None: another process writes it, or there are no locks."""
     try:
         if is_directory:
             path.mkdir(exist_ok=True)
@@ -181,8 +182,7 @@ def _lock_partial(path: Path, is_directory: bool) -> int | None:
     except OSError:
         return None
     try:
-        # another inode: its writer finished and renamed it meanwhile
-        if not lock_if_free(handle) or os.fstat(handle).st_ino != os.stat(path).st_ino:
+        if not lock_path_if_free(handle, path):
             raise BlockingIOError
         if is_directory:
             for entry in path.iterdir():
@@ -234,35 +234,44 @@ def finish_dead_writes(directory: Path, is_ours: Callable[[str], bool]) -> list[
     lines = []
     for entry, match in sorted(found, key=lambda pair: pair[1]["state"] != WHOLE):
         name = match["name"]
-        if not is_ours(name) or entry.is_symlink() or not is_dead(entry):
+        if not is_ours(name) or entry.is_symlink():
             continue
-        if match["state"] == WHOLE and not (directory / name).exists():
-            os.rename(entry, directory / name)
-            flush(directory)
-            lines.append(f"{directory / name} was whole but not in place when its process died: completed")
-            continue
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        lines.append(f"removed {entry}: its process died while it wrote {name}")
+        with locked_if_dead(entry) as is_dead:
+            if is_dead and match["state"] == WHOLE and not (directory / name).exists():
+                os.rename(entry, directory / name)
+                flush(directory)
+                lines.append(f"{directory / name} was whole but not in place when its process died: completed")
+            elif is_dead:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                lines.append(f"removed {entry}: its process died while it wrote {name}")
     return lines
 
 
-def is_dead(path: Path) -> bool:
-    """Says whether no process holds the lock of a file or directory that is being written."""
+@contextmanager
+def locked_if_dead(path: Path) -> Iterator[bool]:
+    """Says whether no process writes a file or directory, and lets none begin to while the block runs."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:  # its writer has just finished
-        return False
+        yield False
+        return
     try:
-        return lock_if_free(handle)
+        yield lock_path_if_free(handle, path)
     finally:
         os.close(handle)
 
 
-def lock_if_free(handle: int) -> bool:
-    """Locks an open file or directory until it is closed or this process ends, however it ends.
+def lock_path_if_free(handle: int, path: Path) -> bool:
+    """Locks an open file or directory, unless `path` is no longer its name: its writer finished and renamed it."""
+    try:
+        return lock_if_free(handle) and os.fstat(handle).st_ino == os.stat(path).st_ino
+    except FileNotFoundError:
+        return False
 
-    False: another process holds it, or the file system knows no locks.
-    """
+
+def lock_if_free(handle: int) -> bool:
+    """Locks an open file or directory until it is closed or this process ends, however it ends. False: another process
+    holds it, or the file system knows no locks."""
     if os.name != "posix":
         return False
     import fcntl  # exists on POSIX only
@@ -289,12 +298,3 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def human_bytes(num_bytes: float) -> str:
-    """Returns a number of bytes for display: "1.5 GB" (powers of 1000)."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"

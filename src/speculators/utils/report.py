@@ -111,6 +111,15 @@ def facts_table(title: str, facts: Mapping[str, object]) -> Table:
     return table
 
 
+def human_bytes(num_bytes: float) -> str:
+    """Returns a number of bytes for display: "1.5 GB" (powers of 1000)."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
 # -- what an error means for the exit code
 
 WRONG_INPUT, FAILED_WORK = 2, 1

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speculators.data_generation.offline import (
+    FILE_NAME,
     CorruptHiddenStatesError,
     FileHeader,
     check_hidden_states,
@@ -35,7 +36,8 @@ from speculators.data_generation.offline import (
     to_tensors,
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.utils.files import atomic_write, human_bytes, is_same_model
+from speculators.utils.files import atomic_write, finish_dead_writes, is_same_model
+from speculators.utils.report import human_bytes
 from speculators.utils.util import WRONG_VALUE
 
 logger = logging.getLogger(__name__)
@@ -172,6 +174,12 @@ class HiddenStateStore:
             file.write(to_bytes(tensors, self.capture, source.dtype, self.verifier))
         self.present.add(row)
         return from_tensors(tensors, self.capture, source.dtype)
+
+    def finish_dead_writes(self) -> list[str]:
+        """Removes what processes that died while they wrote a row left; returns a line for each."""
+        if not self.directory.is_dir():
+            return []
+        return finish_dead_writes(self.directory, lambda name: FILE_NAME.fullmatch(name) is not None)
 
     def plan(self, hidden_size: int, source_dtype: torch.dtype) -> StoragePlan:
         """Measures what is still to be written and how much space is free."""
