@@ -40,7 +40,7 @@ class Whole:
     """A run that nobody disturbed: how to start it, and what it leaves."""
 
     run: Run
-    contents: dict[str, bytes | str]
+    contents: dict[str, Any]
     curve: dict[tuple[str, int], list[float]]
     places: list[list[str]]
     """By rank."""
@@ -101,16 +101,20 @@ def make_whole(serve, tmp_path_factory, verifier_path, data_path):
     return make
 
 
-def contents(root: Path) -> dict[str, bytes | str]:
-    """Everything in a directory: files by their bytes, links by their targets, directories."""
-    return {
-        str(entry.relative_to(root)): os.readlink(entry)
-        if entry.is_symlink()
-        else entry.read_bytes()
-        if entry.is_file()
-        else "directory"
-        for entry in root.rglob("*")
-    }
+def contents(root: Path) -> dict[str, Any]:
+    """Everything in a directory: files by bytes, links by targets, directories; the curve without its speeds."""
+    return {str(entry.relative_to(root)): content(entry) for entry in root.rglob("*")}
+
+
+def content(entry: Path) -> Any:
+    if entry.is_symlink():
+        return os.readlink(entry)
+    if entry.is_dir():
+        return "directory"
+    if entry.name == "metrics.jsonl":
+        lines = [json.loads(line) for line in entry.read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
+    return entry.read_bytes()
 
 
 def curve(run: Run) -> dict[tuple[str, int], list[float]]:
