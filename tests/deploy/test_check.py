@@ -410,7 +410,7 @@ def test_a_directory_of_no_format_is_a_finding_that_says_so(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     [found] = check_checkpoint(tmp_path).errors
     assert found.code == "format-unknown" and "has no weights" in found.found and found.fix
-    with pytest.raises(FileNotFoundError, match="not a directory here"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         check_checkpoint(tmp_path / "none")
 
 

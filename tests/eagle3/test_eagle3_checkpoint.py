@@ -14,7 +14,7 @@ from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.losses import ce_loss, kl_div_loss, tv_loss
 from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig, shift_batch
 from speculators.models.eagle3.checkpoint import complete_transformer_layer_config
-from speculators.models.eagle3.config import Eagle3TrainingArgs
+from speculators.models.eagle3.keys import Eagle3TrainingArgs
 
 ATTENTION = {f"layers.0.self_attn.{name}_proj.weight" for name in "qkvo"}
 MLP = {f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}

@@ -123,7 +123,10 @@ def local_directory(checkpoint: str | os.PathLike[str], cache_dir: str | Path | 
     if Path(checkpoint).is_dir():
         refuse_run(Path(checkpoint))
         return Path(checkpoint).resolve()
-    refuse_missing_checkpoint(checkpoint)
+    try:
+        refuse_missing_checkpoint(checkpoint)
+    except ValueError as problem:
+        raise FileNotFoundError(f"Checkpoint not found: {problem}") from problem
     reason = None if is_in_hub_cache(checkpoint) else why_hub_is_unreachable()
     if reason is not None:  # each download would be tried for half a minute
         raise FileNotFoundError(

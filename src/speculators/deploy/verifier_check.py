@@ -93,7 +93,7 @@ def fit_findings(
     if recorded and actual and recorded != actual:
         yield error("verifier-class", f"{WHERE}.architectures", str(recorded), f"the verifier is {actual}", fix)
     longest, drafted = getattr(text, "max_position_embeddings", None), getattr(layers, "max_position_embeddings", None)
-    if longest and drafted and drafted < longest:
+    if isinstance(longest, int) and isinstance(drafted, int) and 0 < drafted < longest:
         yield warning(
             "positions-short",
             "max_position_embeddings",

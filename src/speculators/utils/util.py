@@ -67,6 +67,8 @@ WRONG_VALUE = (
     StrictDataclassError,
 )
 """What transformers, torch and our constructors raise for a value that nobody expected there."""
+SIZES = ("hidden_size", "vocab_size", "num_attention_heads")
+"""No model has less than one of these; torch warns of tensors without elements."""
 MOST_MODULES = 20_000
 """Modules and parameters of one drafter: 256 experts in three layers have 3,000."""
 MOST_COUNT = 65_536
@@ -97,6 +99,8 @@ def refuse_huge(values: Mapping[str, Any], what: str) -> None:
             most = MOST_COUNT if str(key).startswith(COUNTS) or str(key).endswith("layers") else MOST_SIZE
             if abs(value) > most:
                 raise ValueError(f"{what}.{key}={value!r}; at most {most} makes sense there: correct it")
+            if key in SIZES and value < 1:
+                raise ValueError(f"{what}.{key}={value!r}; it must be at least 1: correct it")
 
 
 @contextmanager
