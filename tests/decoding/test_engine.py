@@ -429,3 +429,16 @@ def test_bad_sampling_parameters_are_named(name, value):
 def test_sampling_parameters_of_another_kind_are_refused(values, rule):
     with pytest.raises(ValueError, match=rule):
         SamplingParams(**values)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "rounds"),
+    [
+        (None, [([4], 0, 0), ([5], 0, 0), ([6], 0, 0)]),
+        (2, [([4], 0, 0), ([5, 6, 7], 2, 5), ([3, 4, 5], 2, 5)]),  # two of five are right: 7 and 5 are recovered
+        (5, [([4], 0, 0), ([5, 6, 7, 3, 4, 5], 5, 5), ([6, 7], 2, 5)]),  # 5 is the bonus; max_tokens cuts drafts
+    ],
+)
+def test_an_event_says_which_tokens_are_accepted_drafts(drafts, rounds):
+    events = engine_on([3, 4, 5, 6, 7], drafts).stream([[3]], SamplingParams(max_tokens=9))
+    assert [(event.token_ids, event.num_accepted, event.draft_depth) for event in events][:3] == rounds

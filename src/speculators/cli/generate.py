@@ -1,9 +1,16 @@
-"""`speculators generate`: decode prompts with draft-and-verify and show what was accepted."""
+"""`speculators generate`: decode prompts with draft-and-verify and show what was accepted.
+
+On a terminal the text appears as it is decoded. `--mark` tells who wrote each token: a draft, by its position in the
+round, or the verifier itself: after a rejected draft (recovered), after drafts that were all accepted (bonus), or where
+nothing was drafted.
+"""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,6 +36,8 @@ from speculators.cli.shared import (
     TrustRemoteCode,
     Verifier,
     error_of,
+    is_for_people,
+    out,
     parse_json_object,
 )
 from speculators.decoding.method import PLAIN
@@ -36,7 +45,15 @@ from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, Samplin
 from speculators.utils.report import facts_table, visible
 
 if TYPE_CHECKING:
-    from speculators.decoding.request import RequestOutput
+    from transformers import PreTrainedTokenizerBase
+
+    from speculators.decoding import Engine
+    from speculators.decoding.request import RequestOutput, StreamEvent
+
+RECOVERED, BONUS, UNDRAFTED = "recovered", "bonus", "verifier"
+DRAFT_STYLES = ("green", "cyan", "blue", "magenta")
+"""Of accepted drafts by position in their round; the last one is that of all deeper ones."""
+VERIFIER_STYLES = {RECOVERED: "bold yellow", BONUS: "bold", UNDRAFTED: ""}
 
 
 def generate(
@@ -62,6 +79,9 @@ def generate(
     dtype: Dtype = DEFAULT_DTYPE,
     device: Device = DEFAULT_DEVICE,
     raw: Annotated[bool, typer.Option("--raw", help="Take prompts as they are: no chat template.")] = False,
+    mark: Annotated[
+        bool, typer.Option("--mark", help="Show who wrote each token: a draft, by its position, or the verifier.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Decode prompts with draft-and-verify; greedy output is the verifier's own, token for token."""
@@ -93,12 +113,125 @@ def generate(
         logprobs=logprobs,
     )
     engine = Engine(target.model, chosen.speculative_config, tokenizer=tokenizer, max_batch_size=len(prompts))
-    outputs = engine.generate(prompts, sampling)
-    shown: list[RenderableType] = []
-    for text, output in zip(texts, outputs, strict=True):
-        shown += [Text(visible(text), "bold"), Text(visible(output.text)), facts_table("", facts_of(output))]
-    record = {"verb": "generate", "method": chosen.name, "outputs": [record_of(output) for output in outputs]}
+    answers = [LiveAnswer(text, mark, tokenizer, sampling) for text in texts]
+    outputs = decode(engine, prompts, sampling, answers)
+    shown: list[RenderableType] = [legend(answers)] if mark and is_for_people() else []
+    for number, (answer, output) in enumerate(zip(answers, outputs, strict=True), start=1):
+        if not is_for_people():
+            shown += [Text(visible(answer.prompt), "bold"), Text(visible(output.text))]
+        title = f"prompt {number}" if is_for_people() and len(answers) > 1 else ""
+        shown.append(facts_table(title, facts_of(output) | answer.facts()))
+    records = [record_of(output) | answer.record() for output, answer in zip(outputs, answers, strict=True)]
+    record = {"verb": "generate", "method": chosen.name, "outputs": records}
     return Result(record, shown, error=error_of(lambda: raise_for_failed(outputs)))
+
+
+def decode(
+    engine: Engine, prompts: list[list[int]], sampling: SamplingParams, answers: Sequence[LiveAnswer]
+) -> list[RequestOutput]:
+    """Decodes all prompts; on a terminal each answer is printed as it comes, after those before it are whole."""
+    shows, printed = is_for_people(), 0
+
+    def follow(event: StreamEvent) -> None:
+        nonlocal printed
+        answers[event.request_index].add(event)
+        while shows and printed < len(answers):
+            answers[printed].print_news()
+            if not answers[printed].is_whole:
+                break
+            printed += 1
+
+    try:
+        return engine.generate(prompts, sampling, on_token=follow)
+    except KeyboardInterrupt:
+        if shows:
+            out().print()
+        raise
+
+
+@dataclass
+class LiveAnswer:
+    """The answer to one prompt while it is decoded: its text in pieces, each with who wrote it."""
+
+    prompt: str
+    mark: bool
+    tokenizer: PreTrainedTokenizerBase
+    sampling: SamplingParams
+    authors: list[str] = field(default_factory=list)
+    """Of each token: `draft 1`, `draft 2`, ..., or what the verifier wrote it as."""
+    news: list[tuple[str, str]] = field(default_factory=list)
+    """Pieces of text that are not printed yet, with their styles."""
+    is_begun: bool = False
+    is_whole: bool = False
+
+    def __post_init__(self) -> None:
+        from speculators.decoding.text import IncrementalText
+
+        self.read = IncrementalText(self.tokenizer, self.sampling)
+        self.author_of_char: list[str] = []
+        """Who wrote each character that is not given out yet; one made of several tokens: who wrote the last."""
+
+    def add(self, event: StreamEvent) -> None:
+        self.is_whole = event.finish_reason is not None
+        if not self.mark:
+            self.news.append((event.text, ""))
+            return
+        for token_id, author in zip(event.token_ids, authors_of(event), strict=True):
+            num_before = len(self.read.text)
+            self.read.add(token_id)
+            self.author_of_char += [author] * (len(self.read.text) - num_before)
+            self.authors.append(author)
+        for index, character in enumerate(event.text):
+            last = self.authors[-1] if self.authors else UNDRAFTED
+            author = self.author_of_char[index] if index < len(self.author_of_char) else last
+            self.news.append((character, style_of(author)))
+        del self.author_of_char[: len(event.text)]
+
+    def print_news(self) -> None:
+        console = out()
+        if not self.is_begun:
+            console.out(self.prompt, style="bold", highlight=False)
+            self.is_begun = True
+        for text, style in self.news:
+            console.out(text, style=style or None, end="", highlight=False)
+        self.news.clear()
+        if self.is_whole:
+            console.print()
+
+    def facts(self) -> dict[str, Any]:
+        return {"written by": ", ".join(f"{who} {n}" for who, n in self.counts().items())} if self.mark else {}
+
+    def counts(self) -> dict[str, int]:
+        """Author -> tokens: drafts by position, then the verifier."""
+        counted = Counter(self.authors)
+        drafts = sorted((who for who in counted if who not in VERIFIER_STYLES), key=position_of)
+        return {who: counted[who] for who in [*drafts, *VERIFIER_STYLES] if counted[who]}
+
+    def record(self) -> dict[str, Any]:
+        return {"written_by": self.authors} if self.mark else {}
+
+
+def authors_of(event: StreamEvent) -> list[str]:
+    """Who wrote each token of an event."""
+    drafts = [f"draft {position}" for position in range(1, event.num_accepted + 1)]
+    own = RECOVERED if event.num_accepted < event.draft_depth else BONUS if event.draft_depth else UNDRAFTED
+    return drafts + [own] * (len(event.token_ids) - event.num_accepted)
+
+
+def position_of(author: str) -> int:
+    return int(author.removeprefix("draft "))
+
+
+def style_of(author: str) -> str:
+    if author in VERIFIER_STYLES:
+        return VERIFIER_STYLES[author]
+    return f"underline {DRAFT_STYLES[min(position_of(author), len(DRAFT_STYLES)) - 1]}"
+
+
+def legend(answers: Sequence[LiveAnswer]) -> Text:
+    """The styles of those who wrote something; "verifier" alone: nothing was drafted."""
+    authors = sum((Counter(answer.counts()) for answer in answers), Counter())
+    return Text("marks: ").append_text(Text(", ").join(Text(author, style_of(author)) for author in authors))
 
 
 def facts_of(output: RequestOutput) -> dict[str, Any]:

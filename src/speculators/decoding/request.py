@@ -55,6 +55,10 @@ class StreamEvent:
     """Which of the prompt's `n` samples."""
     prompt_logprobs: PromptLogprobs = None
     """Of the first event of a prompt, where they were asked for."""
+    num_accepted: int = 0
+    """How many of the tokens, from the first, are accepted drafts. The one after them is the verifier's own."""
+    draft_depth: int = 0
+    """Most drafts that the round could accept. All accepted: the verifier's token is a bonus; fewer: recovered."""
 
 
 @dataclass
@@ -150,9 +154,15 @@ class ActiveRequest:
             self.prompt_states = [torch.cat(donor.prompt_states)[:num_tokens]]
 
     def append(
-        self, token_ids: list[int], logprobs: list[TokenLogprobs] | None, error: str | None = None
+        self,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs] | None,
+        error: str | None = None,
+        num_accepted: int = 0,
+        draft_depth: int = 0,
     ) -> StreamEvent:
-        """Append an accepted run, cut after the first token that ends the request; an error ends it after the run."""
+        """Append an accepted run, cut after the first token that ends the request; an error ends it after the run.
+        Its first `num_accepted` tokens are drafts."""
         num_appended = 0
         finish_reason: FinishReason | None = None
         for token_id in token_ids:
@@ -179,6 +189,8 @@ class ActiveRequest:
             self.output.error,
             self.sample_index,
             self.output.prompt_logprobs if len(self.output.token_ids) == num_appended else None,
+            min(num_accepted, num_appended),
+            draft_depth,
         )
 
     def _ends_with(self, token_id: int) -> FinishReason | None:
