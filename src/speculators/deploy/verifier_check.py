@@ -41,7 +41,7 @@ def verifier_config(name: str) -> tuple[PretrainedConfig | None, list[Finding]]:
     """Reads the verifier's config; None, with a finding, when it cannot be read from here."""
     where = f"{WHERE}.name_or_path"
     fix = "write a hub id, or an absolute path that exists on the serving machine; or check with --verifier"
-    if looks_like_a_path(name) and not (Path(name) / "config.json").is_file():
+    if looks_like_a_path(name) and not os.path.isfile(os.path.join(name, "config.json")):
         rule = "vLLM serves this model; it is not a directory with a config.json here"
         return None, [error("verifier-unreachable", where, repr(name), rule, fix)]
     try:
@@ -49,7 +49,7 @@ def verifier_config(name: str) -> tuple[PretrainedConfig | None, list[Finding]]:
     except (OSError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0]
         return None, [error("verifier-unreachable", where, repr(name), reason, fix)]
-    if not Path(name).is_dir() or Path(name).is_absolute():
+    if not os.path.isdir(name) or Path(name).is_absolute():
         return config, []
     rule = "a relative path means another directory wherever the server is started"
     return config, [warning("verifier-relative", where, repr(name), rule, "write the absolute path")]

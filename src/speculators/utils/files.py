@@ -26,7 +26,7 @@ def absolute_if_directory(name: str) -> str:
     """Returns the name under which a model is recorded: a hub id unchanged, a directory as an absolute path, because a
     later reader has another working directory. Links are kept: they are the name that is meant to last
     (`models/current`, a mount), while their target may be a hash (the hub's cache) or missing on the next machine."""
-    return os.path.abspath(name) if Path(name).is_dir() else name
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 FILES_RECORD = ".speculators.json"
@@ -102,7 +102,7 @@ def read_json_object(file: Path, fix: str = "fetch it again, or correct it") -> 
 
 def is_same_model(name: str, other: str) -> bool:
     """Says whether two names mean the same model: equal names, or two paths of one directory."""
-    return name == other or (Path(name).is_dir() and Path(other).is_dir() and os.path.samefile(name, other))
+    return name == other or (os.path.isdir(name) and os.path.isdir(other) and os.path.samefile(name, other))
 
 
 UNFINISHED = re.compile(r"\.(?P<name>.+)\.(partial|[a-z0-9_]{8})(?P<state>\.new|\.old)?")

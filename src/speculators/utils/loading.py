@@ -169,7 +169,7 @@ def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Pat
         single = _fetch(path, single_name, **hub_kwargs)
         if single is not None:
             return dict.fromkeys(_keys_of(single), single)
-    for pattern in HEADS if Path(path).is_dir() else ():
+    for pattern in HEADS if os.path.isdir(path) else ():
         for single in sorted(Path(path).glob(pattern)):
             return dict.fromkeys(_keys_of(single), single)
     raise FileNotFoundError(
@@ -194,7 +194,7 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def _fetch(path: str | os.PathLike, name: str, **hub_kwargs: Any) -> Path | None:
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         folder = Path(path) / hub_kwargs.get("subfolder", "")
         return folder / name if (folder / name).is_file() else None
     found = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)

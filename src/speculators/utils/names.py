@@ -140,19 +140,19 @@ def did_you_mean_path(name: str) -> str:
 
 def refuse_missing_path(name: str | os.PathLike[str], what: str, fix: str) -> None:
     """Raises `ValueError` for a path that does not exist. `fix` begins with a verb."""
-    if not Path(name).expanduser().exists():
+    if not os.path.exists(os.path.expanduser(name)):
         raise ValueError(f"{what} {os.fspath(name)!r} does not exist.{did_you_mean_path(os.fspath(name))} Please {fix}")
 
 
 def looks_like_a_path(name: str) -> bool:
     """Says whether a model's name means a directory. `org/name` is a hub id unless such a directory exists."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def refuse_path_without_model(name: str, what: str, kind: str) -> None:
     """Raises `ValueError` for a path without a model, also one that a hub id could be but for a letter."""
     if looks_like_a_path(name):
-        if not (Path(name) / "config.json").is_file():
+        if not os.path.isfile(os.path.join(name, "config.json")):
             ways_out = f"Give the directory of {kind}, or a model id of the Hugging Face hub"
             raise ValueError(f"no {what} at {name!r}: {why_no_model(Path(name))} {ways_out}")
     elif is_misspelt_path(name) and not is_in_hub_cache(name):
