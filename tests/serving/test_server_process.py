@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -71,11 +72,13 @@ def test_a_server_that_fails_to_start_is_reported_with_its_last_lines(tmp_path):
 
 
 def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path):
+    is_started = threading.Event()  # on a busy machine Python alone takes longer than the limit
     with (
         pytest.raises(ServerFailedError, match=r"not healthy after 1 s(.|\n)*--ready-timeout(.|\n)*fake server"),
-        ServerProcess(command(tmp_path, "--never-healthy")) as server,
+        ServerProcess(command(tmp_path, "--never-healthy"), on_line=lambda line: is_started.set()) as server,
     ):
         waits = []
+        assert is_started.wait(60)
         server.wait_until_healthy("http://127.0.0.1:1/health", 1, lambda s, line: waits.append((s, line)))
     assert not is_alive(server.pid)
     assert waits and waits[-1][1].startswith("fake server starting")

@@ -14,13 +14,26 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import typer
 from typer.main import get_command
 
-from speculators.cli.flags import HELP_FLAGS, OLD_NAMES, accept_old_names, check_paths, shown_command
+from speculators.cli.flags import (
+    CHOOSING_THEMSELVES,
+    HELP_FLAGS,
+    OLD_NAMES,
+    THREADS,
+    VERBS_COMPUTING,
+    accept_old_names,
+    check_paths,
+    choosing_threads,
+    num_threads,
+    shown_command,
+    without_threads,
+)
 from speculators.cli.shared import ONLY_JSON, Result, escape_warnings, say_error, say_warning, show
 from speculators.utils.names import did_you_mean
 from speculators.utils.report import WRONG_INPUT, ReaderGoneError, discard, exit_code_of, work
@@ -71,13 +84,16 @@ class CommonFlags:
 
     debug: bool = False
     only_json: bool = False
+    threads: str | None = None
+    """As it was typed; empty without a number."""
 
 
 def split_common(args: Sequence[str]) -> tuple[list[str], CommonFlags]:
     """The arguments without the flags of every verb, and those."""
     end = args.index("--") if "--" in args else len(args)
     ours, passed_on = list(args[:end]), list(args[end:])
-    flags = CommonFlags(debug="--debug" in ours, only_json="--json" in ours)
+    ours, threads = without_threads(ours)
+    flags = CommonFlags(debug="--debug" in ours, only_json="--json" in ours, threads=threads)
     return [arg for arg in ours if arg not in ("--debug", "--json")] + passed_on, flags
 
 
@@ -86,23 +102,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = split_common(sys.argv[1:] if argv is None else argv)
     quieten_libraries()
     escape_warnings()
-    only_json = ONLY_JSON.set(flags.only_json)
+    only_json, threads = ONLY_JSON.set(flags.only_json), THREADS.set(None)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say_warning
-            code = run_to_the_end(args, flags.debug)
+            code = run_to_the_end(args, flags)
         sys.stdout.flush()
     except (ReaderGoneError, BrokenPipeError):  # what is left in the buffer would fail again at the end
         discard(sys.stdout)
         return 1
     finally:
         ONLY_JSON.reset(only_json)
+        THREADS.reset(threads)
     return code
 
 
-def run_to_the_end(args: Sequence[str], debug: bool) -> int:
+def run_to_the_end(args: Sequence[str], flags: CommonFlags) -> int:
     """Runs a verb, prints its result or its error, and returns the exit code."""
     try:
+        THREADS.set(num_threads(args[0] if args else "", flags.threads))
         result = perform(args)
         if not isinstance(result, Result):
             return result or 0  # --help and --version end with typer's own exit code
@@ -118,7 +136,7 @@ def run_to_the_end(args: Sequence[str], debug: bool) -> int:
         say_error(str(stop) or "interrupted")
         return 130
     except Exception as error:
-        if debug:
+        if flags.debug:
             traceback.print_exc()
         else:
             say_error(message_of(error), hint=hint_of(error))
@@ -197,7 +215,9 @@ def raising_interrupted(verb: str, function: Callable[..., Any]) -> Callable[...
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
             check_paths(verb, kwargs)
-            return function(*args, **kwargs)
+            chooses_here = verb in VERBS_COMPUTING and verb not in CHOOSING_THEMSELVES
+            with choosing_threads() if chooses_here else nullcontext():
+                return function(*args, **kwargs)
         except KeyboardInterrupt as stop:
             raise Interrupted(str(stop)) from stop
 

@@ -1,17 +1,22 @@
 """Flags of all verbs: their one name each, the old names that are still accepted, and help and completion of the verbs
-that read their flags by argparse, in the form of the others."""
+that read their flags by argparse, in the form of the others; `--threads`."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
+from speculators.cli.shared import say
 from speculators.data_generation.configs import refuse_missing_source, refuse_unprepared
 from speculators.decoding.method import parse_method
 from speculators.deploy.process import interpreter_of
@@ -143,3 +148,117 @@ def metavar_of(action: argparse.Action) -> str:
     """As narrow as the types of the other verbs."""
     metavar = str(action.metavar or getattr(action.type, "__name__", "str")).lower()
     return "<choice>" if "|" in metavar or action.choices else f"<{metavar}>"
+
+
+# -- threads: where other programs keep CPUs busy, threads wait for one another and are slower than a single one
+
+VERBS_COMPUTING = ("quickstart", "regenerate-responses", "train", "generate", "verify", "evaluate")
+"""Verbs that run a model in this process, with `--threads`."""
+CHOOSING_THEMSELVES = ("quickstart", "train")
+"""When they know more: each step of the one, and what run the other continues."""
+THREADS: ContextVar[int | None] = ContextVar("THREADS", default=None)
+"""What `--threads` says."""
+OMP_VARIABLE = "OMP_NUM_THREADS"
+CPU_TIMES, CGROUPS, OWN_CGROUPS = Path("/proc/stat"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+SAMPLE_S = 0.3
+"""How long CPUs are watched: 30 ticks of the kernel's clock."""
+
+
+def without_threads(args: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--threads N`, and the last N; None where it was not given."""
+    args, given = list(args), None
+    for place in reversed([place for place, arg in enumerate(args) if arg.partition("=")[0] == "--threads"]):
+        words = args[place : place + (1 if "=" in args[place] else 2)]
+        given = given or words[-1].removeprefix("--threads").removeprefix("=")
+        del args[place : place + len(words)]
+    return args, given
+
+
+def num_threads(verb: str, threads: str | None) -> int | None:
+    """The number of `--threads`. Raises `typer.BadParameter` for another word, and where no model would run with it."""
+    if threads is None:
+        return None
+    if not threads.isdecimal() or int(threads) < 1:
+        raise typer.BadParameter(f"--threads {threads}: a number of CPU threads, 1 or more")
+    if verb not in VERBS_COMPUTING:
+        raise typer.BadParameter(
+            f"--threads: `{verb}` runs no model in this process; {', '.join(VERBS_COMPUTING)} take it"
+        )
+    return int(threads)
+
+
+@contextmanager
+def choosing_threads(begun: int | None = None) -> Iterator[None]:
+    """Inside, torch computes with the threads of `--threads`, else of OMP_NUM_THREADS, else as many as the run to be
+    continued `begun` with, as sums depend on how they are split, else with no more than there are idle CPUs."""
+    import torch
+
+    before = torch.get_num_threads()
+    chosen = THREADS.get()
+    if chosen is None:
+        chosen = before if OMP_VARIABLE in os.environ else begun or idle_threads(before)
+    if begun is not None and chosen == begun != before:
+        say(f"CPU threads: {begun}, as when the run began, so that its result is the same bit for bit", "dim")
+    torch.set_num_threads(chosen)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def idle_threads(most: int) -> int:
+    """How many of `most` threads find a CPU; one at least."""
+    cpus, quota = usable_cpus(), cpu_quota(CGROUPS, OWN_CGROUPS)
+    idle = idle_cpus(cpus)
+    chosen = max(1, min(most, round(idle), most if quota is None else int(quota)))
+    if chosen < most:
+        found = f"{idle:.1f} of {len(cpus)} CPUs are idle"
+        limit = "" if quota is None else f", the container may use {quota:g}"
+        say(f"{found}{limit}: computing with {chosen} of {most} threads; --threads N or {OMP_VARIABLE} decides", "dim")
+    return chosen
+
+
+def usable_cpus() -> Collection[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def idle_cpus(cpus: Collection[int]) -> float:
+    """The idle time of these CPUs, in CPUs, during a moment; by the load average where the kernel does not count it."""
+    if CPU_TIMES.is_file():
+        before = CPU_TIMES.read_text()
+        time.sleep(SAMPLE_S)
+        idle = idle_between(before, CPU_TIMES.read_text(), cpus)
+        if idle is not None:
+            return idle
+    return len(cpus) - os.getloadavg()[0] if hasattr(os, "getloadavg") else float(len(cpus))
+
+
+def idle_between(before: str, after: str, cpus: Collection[int]) -> float | None:
+    """Idle CPUs between two readings of /proc/stat; None where its clocks stand still."""
+    then, now = ticks(before), ticks(after)
+    shares = []
+    for cpu in cpus:
+        total = sum(now.get(cpu, [])) - sum(then.get(cpu, []))
+        if total > 0:
+            shares.append((sum(now[cpu][3:5]) - sum(then[cpu][3:5])) / total)  # idle, and waiting for a disk
+    return sum(shares) if shares else None
+
+
+def ticks(stat: str) -> dict[int, list[float]]:
+    """CPU -> user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in user already."""
+    rows = [line.split() for line in stat.splitlines() if line.startswith("cpu") and not line.startswith("cpu ")]
+    return {int(row[0][3:]): list(map(float, row[1:9])) for row in rows}
+
+
+def cpu_quota(root: Path, groups: Path) -> float | None:
+    """CPUs that the cgroups of this process may use together (version 2: `cpu.max`, 1: `cpu.cfs_quota_us`)."""
+    limits = []
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    own = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), "")
+    for folder in [root / own, *(root / own).parents]:
+        if folder.is_relative_to(root) and (folder / "cpu.max").is_file():
+            limits.append((folder / "cpu.max").read_text().split())
+    old = root / "cpu"
+    if (old / "cpu.cfs_quota_us").is_file():
+        limits.append([(old / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")])
+    return min((int(quota) / int(period) for quota, period in limits if quota not in ("max", "-1")), default=None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
+from speculators.cli.flags import choosing_threads
 from speculators.cli.shared import Result, error_of, say
 from speculators.train.config import TrainConfig, refuse_missing_paths
 
@@ -21,9 +22,10 @@ def train(context: typer.Context) -> Result:
     say(f"training {config.speculator_type} for {config.verifier.verifier_name_or_path}")
 
     from speculators.train.logger import TrainingProgress
+    from speculators.train.recipe import begun_threads
     from speculators.train.run import train as run_training
 
-    with TrainingProgress() as progress:
+    with choosing_threads(begun_threads(config)), TrainingProgress() as progress:
         result = run_training(config, on_event=progress)
     check, parity = result.check, result.parity
     record = {

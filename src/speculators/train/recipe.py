@@ -86,6 +86,8 @@ LENGTH_KEYS = ("epochs", "max_steps")
 """They shape the learning rate unless the schedule has a length of its own."""
 ROW_KEYS = frozenset(["data", "num_ranks", "rows", "seed", "total_seq_len", "train_data_ratio"])
 """They decide which rows an epoch has and in which order, so inside an epoch nothing can allow their change."""
+THREADS_KEY = "num_threads"
+"""Of a run on a CPU: what its sums were split into. Another number is no other recipe, but changes the last bits."""
 BLOCK_ROWS = 1000
 
 
@@ -108,7 +110,16 @@ def recipe_of(
         **{f"drafter.{key}": value for key, value in drafter.items()},
         "aux_layer_ids": list(model.capture.aux_layer_ids),
         "num_ranks": ranks.world_size,
+        **({THREADS_KEY: torch.get_num_threads()} if ranks.device.type == "cpu" else {}),
     }
+
+
+def begun_threads(config: TrainConfig) -> int | None:
+    """Returns the number of CPU threads that the run to be continued was begun with; None for a new one."""
+    root = Path(config.trainer.save_path)
+    if not config.trainer.resume_from_checkpoint or Checkpointer(root).newest() is None:
+        return None
+    return (read_recipe(root / RECIPE_FILE) or {}).get(THREADS_KEY)
 
 
 def follows_length(flat: dict[str, Any]) -> bool:
@@ -150,6 +161,9 @@ def check_recipe(config: TrainConfig, recipe: dict[str, Any], on_event: Listener
         on_event(Note(f"{root} has no {RECIPE_FILE}: an earlier release began it, so its settings are not compared"))
         return
     changes = changed_settings(before, recipe)
+    threads = changes.pop(THREADS_KEY, None)
+    if threads is not None and before.get(THREADS_KEY) is not None:
+        on_event(Note(f"threads: {threads}; the result may differ in its last bits from that of one uninterrupted run"))
     ways_out = "continue with the settings before, or name another --output"
     if not config.trainer.allow_changed_settings:
         refuse_changes(changes, f"the run in {root}", f"{ways_out}; --allow-changed-settings mixes both in one result")
