@@ -56,7 +56,7 @@ from speculators.train.logger import TrainingProgress
 from speculators.train.records import TrainResult
 from speculators.train.run import train
 from speculators.utils.names import model_name, refuse_unknown
-from speculators.utils.progress import Progress, no_progress_bars
+from speculators.utils.progress import Progress, WorkProgress, no_progress_bars, token_counter
 from speculators.verifier.config import end_token_ids
 
 NOTED = ("max_tokens", "temperature", "top_k", "top_p", "seed")
@@ -100,14 +100,13 @@ def regenerate(
     conversations to answer. `num_samples`: answers per prompt. `prompt_field`: column of the prompts, where it is not
     recognised. `temperatures`, `system_prompts`: each conversation draws one. `drop_reasoning`: thoughts are not
     trained on. `endpoints`: servers with OpenAI's interface that answer in place of an engine here, `batch_size`
-    conversations at a time, with `api_key`; `max_retries`: waits while none of them answers. `sampling`: the fields of
-    `SamplingParams`; each answer has a seed of its own, made from `seed`, the conversation's id and the turn. Raises
-    `ValueError` for data without a prompt, for an `output` that exists unless `resume`, and for one to complete that
-    was made by another recipe. A verifier whose scores are not finite loses the conversations concerned:
-    `report.raise_for_errors()`.
+    conversations at a time, with `api_key`; `max_retries`: waits while none answers. `sampling`: the fields of
+    `SamplingParams`; each answer has its own seed, from `seed`, the conversation's id and the turn. Raises `ValueError`
+    for no prompt, and an `output` that exists (unless `resume`) or is another recipe's. See `report.raise_for_errors`.
     """
     if sampling.get("n", 1) != 1:
         raise ValueError(f"n={sampling['n']}: say num_samples={sampling['n']}, which gives as many answers per prompt")
+    progress = WorkProgress() if progress is True else progress
     params = sampling_params(**{"max_tokens": DEFAULT_ANSWER_TOKENS, "seed": DEFAULT_SEED, **sampling})
     settings: dict[str, Any] = {
         "output": output,
@@ -162,7 +161,8 @@ def regenerate(
 
     def answer(questions: Sequence[Question]) -> list[Answer | Exception]:
         requests = [replace(params, seed=question.seed, temperature=question.temperature) for question in questions]
-        return list(map(answer_of, engine.generate([question.prompt for question in questions], requests)))
+        prompts = [question.prompt for question in questions]
+        return list(map(answer_of, engine.generate(prompts, requests, on_token=token_counter(progress))))
 
     report = regenerate_responses(
         data,

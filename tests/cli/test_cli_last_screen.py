@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,10 +13,15 @@ import pytest
 
 from speculators.cli import app
 from speculators.cli.app import main
+from speculators.decoding.request import StreamEvent
 from speculators.decoding.stats import DecodeStats
 from speculators.evaluation.measurement import Measurement, summarise
 from speculators.evaluation.report import EvaluationReport
+from speculators.train.events import Started, StepDone
+from speculators.train.logger import TrainingProgress
 from speculators.train.records import TrainResult
+from speculators.utils.progress import WorkProgress, token_counter
+from speculators.utils.report import ReportConsole
 
 
 def test_on_a_terminal_the_result_is_a_table_a_sentence_and_the_next_command(verifier, chats, tmp_path, terminal):
@@ -32,7 +39,9 @@ def test_an_evaluation_ends_with_one_sentence_within_80_columns(verifier, chats,
     code, shown = terminal.run(*args, "--max-tokens", "12")
     assert code == 0
     bar = shown[: shown.index("prompts of")]
-    assert "/s 0:00:" in bar and max(map(len, bar.splitlines()[-1].split("decode "))) <= 80
+    assert (
+        re.search(r"3/3 \d+ tokens [\d,]+/s 0:00:", bar) and max(map(len, bar.splitlines()[-1].split("decode "))) <= 80
+    )
     row = next(line.rstrip() for line in shown.splitlines() if line.startswith(" ngram"))
     assert row.endswith("3/3") and len(row) <= 80
     assert "same text, 3 of 3" in " ".join(shown.split()[-20:])
@@ -128,3 +137,40 @@ def test_progress_that_nobody_reads_does_not_end_the_work():
     done = subprocess.run([sys.executable, "-c", code], stderr=writer, stdout=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_a_bar_moves_with_tokens_between_finished_answers():
+    progress, event = WorkProgress(), StreamEvent(0, [7] * 16, "")
+    progress("decode", 0, 4)
+    for _ in range(3):
+        progress.count_tokens(event)
+    (bar,) = progress.bars.tasks
+    assert bar.completed == 0  # nobody knows yet how long an answer is
+    progress("decode", 1, 4)  # 48 tokens each
+    progress.count_tokens(event)
+    assert bar.completed == pytest.approx(1 + 16 / 48)
+    progress("decode", 2, 4)
+    assert bar.completed == 2 and progress.num_tokens == 64
+    assert token_counter(lambda what, done, total: None) is None
+
+
+def test_the_bar_of_a_training_fits_80_columns_and_shows_its_speed():
+    progress = TrainingProgress()
+    console = ReportConsole(file=io.StringIO(), width=80)
+    progress(Started(num_steps=1200, first_step=0, num_trainable_params=1, num_documents=1, num_tokens=1))
+    metrics = {
+        "loss": 3.123,
+        "full_acc_0": 0.61,
+        "full_acc_1": 0.55,
+        "full_acc_2": 0.49,
+        "decoded_acceptance_length": 2.0,
+    }
+    progress(StepDone(400, 1200, 1, 1e-3, metrics, 2.12, 12345.6))
+    with console.capture() as shown:
+        for item in progress.get_renderables():
+            console.print(item)
+    first, second = shown.get().rstrip().splitlines()
+    assert "step 400/1200" in first and "12,346 tokens/s" in first and len(first) <= 80
+    assert (
+        second.startswith("loss 3.123, accuracy 0.61 0.55 0.49, expected acceptance length 2.12") and len(second) <= 80
+    )

@@ -138,10 +138,9 @@ def regenerate_responses(
     a conversation in each. `limit`: most conversations. `max_prompt_tokens`: conversations end before a longer prompt.
     `num_samples`: answers per prompt, each from a seed of its own. `temperatures`, `system_prompts`: each conversation
     (and sample) draws one; a system turn of its own stays. `drop_reasoning`: thoughts are context, not trained on.
-    `prompt_field`: column of the prompts, where it is not recognised. `resume` completes an existing `output` (a .jsonl
-    file). `verifier` (its name), `endpoint` and `sampling_params` are only recorded. Raises `ValueError` for a wrong or
-    existing `output`, one that was made by another recipe, and when nothing was answered; raises the error of
-    `generate` after `max_consecutive_errors` failures in sequence.
+    `prompt_field`: column of the prompts, where it is not recognised. `resume` completes an existing `output` (.jsonl).
+    `verifier` (its name), `endpoint` and `sampling_params` are only recorded. Raises `ValueError` for a wrong or used
+    `output`, one of another recipe, or no answer; the error of `generate` after `max_consecutive_errors` in sequence.
     """
     mix = Mix(tuple(temperatures), tuple(system_prompts), (sampling_params or {}).get("seed"))
     refuse_equal_samples(num_samples, mix, sampling_params or {})
@@ -188,6 +187,7 @@ def regenerate_responses(
             path.open("a", encoding="utf-8") as written,
             report.errors_path.open("w", encoding="utf-8") as errors,
         ):
+            show("regenerate", 0, num_rows)
             for rollout, error in answered(unanswered, batch_size):
                 if error is None:
                     written.write("".join(json_line(row) for row in rollout.answers))

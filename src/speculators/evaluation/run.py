@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import count
 from typing import Any
@@ -25,7 +25,7 @@ from speculators.evaluation.measurement import (
 )
 from speculators.evaluation.report import EvaluationReport, EvaluationStoppedError, environment
 from speculators.evaluation.statistics import two_sample_p_value
-from speculators.utils.progress import Progress, reporting
+from speculators.utils.progress import HasTokens, Progress, reporting, token_counter
 
 
 def measure_methods(
@@ -76,9 +76,10 @@ def measure_methods(
 
     stopped: MeasuringStoppedError | None = None
     with reporting(progress) as show:
+        show("decode", 0, total)
         try:
             measurements = measure_interleaved(
-                {name: decoder(name, engine, sampling) for name, engine in engines.items()},
+                {name: decoder(name, engine, sampling, token_counter(show)) for name, engine in engines.items()},
                 prompts,
                 group_size=config.batch_size,
                 num_warmup=config.num_warmup,
@@ -134,11 +135,13 @@ def sampling_p_values(
     return {name: two_sample_p_value(plain, draw(engine)) for name, engine in engines.items() if name != PLAIN}
 
 
-def decoder(name: str, engine: Engine, sampling: SamplingParams) -> Generate:
+def decoder(
+    name: str, engine: Engine, sampling: SamplingParams, on_token: Callable[[HasTokens], None] | None
+) -> Generate:
     def generate(prompts: Sequence[Sequence[int]]) -> list[RequestOutput]:
         engine.forget_requests()  # the answer to a prompt that was decoded before must not be a draft
         params = [seeded_by_prompt(sampling, prompt) for prompt in prompts]
-        outputs = engine.generate([list(prompt) for prompt in prompts], params)
+        outputs = engine.generate([list(prompt) for prompt in prompts], params, on_token=on_token)
         raise_for_failed(outputs, f"{name}: prompt")
         return outputs
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from speculators.train.checkpointer import CURVE_FILE
 from speculators.train.config import TrainConfig
@@ -40,7 +42,7 @@ class TrainingProgress(Progress):
         super().__init__(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=ReportConsole(stderr=True, soft_wrap=True),
@@ -49,12 +51,17 @@ class TrainingProgress(Progress):
         self.decoded = ""
         """Of the newest validation: shown on while training goes on."""
 
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Below the bar: what was learned, in a line of its own, as both together are wider than 80 columns."""
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.description) for task in self.tasks if task.description)
+
     def __call__(self, event: Event) -> None:
         match event:
             case Note():
                 self.console.print(event.text, style="dim", markup=False)
             case Started():
-                self.bar = self.add_task("starting", total=event.num_steps, completed=event.first_step)
+                self.bar = self.add_task("", total=event.num_steps, completed=event.first_step, speed="")
                 self.console.print(
                     f"{event.num_trainable_params:,} parameters, {event.num_documents:,} rows, "
                     f"{event.num_tokens:,} tokens per epoch, {event.num_steps} steps"
@@ -62,7 +69,8 @@ class TrainingProgress(Progress):
             case StepDone():
                 assert self.bar is not None
                 description = describe(event.metrics, event.acceptance_length) + self.decoded
-                self.update(self.bar, completed=event.step, description=description)
+                speed = f"{event.tokens_per_s:,.0f} tokens/s"
+                self.update(self.bar, completed=event.step, description=description, speed=speed)
             case Validated():
                 self.decoded = decoded(event.metrics)
                 line = describe(event.metrics, event.acceptance_length)
