@@ -38,7 +38,11 @@ def checkpoint(folder, **values) -> str:
         ({"num_speculative_tokens": 0}, "greater than 0"),
         ({"num_speculative_tokens": -2, "method": "ngram"}, "greater than 0"),
         ({"num_spec_tokens": 3}, "Extra inputs are not permitted"),
-        ({"method": "guess", "num_speculative_tokens": 3}, "Input should be 'ngram'"),
+        (
+            {"method": "guess", "num_speculative_tokens": 3},
+            "'guess' is no method, and no such directory exists. There are: none, ngram",
+        ),
+        ({"method": "egle3", "num_speculative_tokens": 3}, "Did you mean 'eagle3'?"),
         ({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 0}, "greater than or equal to 1"),
         (
             {"method": "ngram", "num_speculative_tokens": 3, "draft_tensor_parallel_size": 0},

@@ -48,7 +48,8 @@ MtpTypeName = Literal[
 def refuse_unknown_method(value: Any) -> Any:
     """Raises `ValueError`, with the nearest names, for a text that is no method."""
     if isinstance(value, str) and value not in METHODS and value not in MTP_TYPE_NAMES:
-        hint = did_you_mean(value, ["none", *METHODS]) or did_you_mean_path(value)
+        near_path = did_you_mean_path(value) if "/" in value else ""  # any folder here is near some short word
+        hint = did_you_mean(value, ["none", *METHODS]) or near_path
         raise ValueError(
             f"{value!r} is no method, and no such directory exists.{hint} There are: none, {', '.join(METHODS)}, "
             "or a speculator's directory"
