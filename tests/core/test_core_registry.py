@@ -43,7 +43,7 @@ def test_registration_refuses_what_is_no_name_no_class_or_taken():
 
     with pytest.raises(ValueError, match="name must be a string or None"):
         Base.register(3)
-    with pytest.raises(ValueError, match="name must be a string or None"):
+    with pytest.raises(ValueError, match="must be used as a class decorator"):
         Base.register_decorator(int, 3)
     with pytest.raises(TypeError, match="must be used as a class decorator"):
         Base.register_decorator("not a class")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2, pack
@@ -62,3 +63,14 @@ def test_long_documents_are_clipped_with_a_warning_or_refused():
 def test_a_rank_outside_the_group_is_refused():
     with pytest.raises(ValueError, match=r"rank=2 .* ranks are 0\.\.1"):
         MultipackDistributedBatchSamplerV2(5, [1], num_replicas=2, rank=2)
+
+
+def test_ranks_get_about_equally_many_documents_and_the_same_steps():
+    """Eight ranks, chat-like lengths. The contract's bar is 1.15; rows dealt in turn give 1.13 here."""
+    lengths = np.random.default_rng(0).lognormal(6.0, 0.9, 4000).astype(int).clip(16, 2048).tolist()
+    ranks = [MultipackDistributedBatchSamplerV2(2048, lengths, 8, rank, seed=1).rows() for rank in range(8)]
+    counts = [sum(map(len, rows)) for rows in ranks]
+    assert max(counts) / min(counts) < 1.02
+    alone = MultipackDistributedBatchSamplerV2(2048, lengths, 1, 0, seed=1).rows()
+    for step, of_ranks in enumerate(zip(*ranks, strict=True)):
+        assert sorted(of_ranks) == sorted(alone[8 * step : 8 * step + 8])

@@ -67,7 +67,7 @@ class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
             num_each = len(rows) // self.num_replicas
             if self.max_batches is not None:
                 num_each = min(num_each, self.max_batches)
-            self._rows = (self.epoch, rows[self.rank : num_each * self.num_replicas : self.num_replicas])
+            self._rows = (self.epoch, balanced(rows[: num_each * self.num_replicas], self.num_replicas)[self.rank])
         return self._rows[1]
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -75,6 +75,19 @@ class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return len(self.rows())
+
+
+def balanced(rows: Sequence[list[int]], num_ranks: int) -> list[list[list[int]]]:
+    """Gives each rank one row of every step, so that all ranks get about equally many documents: of a step's rows, the
+    one with the most goes to the rank that has the fewest so far."""
+    of_rank: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    num_documents = [0] * num_ranks
+    for first in range(0, len(rows), num_ranks):
+        fullest_first = sorted(rows[first : first + num_ranks], key=len, reverse=True)
+        for rank, row in zip(sorted(range(num_ranks), key=num_documents.__getitem__), fullest_first, strict=True):
+            of_rank[rank].append(row)
+            num_documents[rank] += len(row)
+    return of_rank
 
 
 def pack(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:

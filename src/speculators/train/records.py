@@ -61,6 +61,7 @@ class TrainerConfig:
     log_freq: int = default_of(TrainerKeys, "log_freq")
     gradient_checkpointing: bool = default_of(TrainerKeys, "gradient_checkpointing")
     max_steps: int | None = None
+    """Most optimizer steps, at least 1; None: as many as the epochs have."""
     train_command: str = ""
     """Written beside each checkpoint, for whoever finds it."""
 

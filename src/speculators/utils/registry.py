@@ -55,7 +55,10 @@ class ClassRegistryMixin:
         if not isinstance(clazz, type):
             raise TypeError(f"{cls.__name__}.register must be used as a class decorator, got {clazz!r}")
         if name is not None and not isinstance(name, str):
-            raise ValueError(f"{cls.__name__}.register: name must be a string or None, got {name!r}")
+            raise ValueError(
+                f"{cls.__name__}.register must be used as a class decorator with a name that is a string or None, got "
+                f"{name!r}"
+            )
         # A class owns its mapping: unrelated families, and sub-families that register, never share one.
         if cls.__dict__.get("registry") is None:
             cls.registry = {}
