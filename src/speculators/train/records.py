@@ -65,6 +65,10 @@ class TrainerConfig:
     train_command: str = ""
     """Written beside each checkpoint, for whoever finds it."""
 
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps} trains nothing; give at least 1, or None for whole epochs")
+
 
 @dataclass(frozen=True)
 class TrainResult(TableReport, os.PathLike[str]):

@@ -65,8 +65,6 @@ class Trainer:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.optimizers = make_optimizers(model, config)
-        if config.max_steps is not None and config.max_steps < 1:
-            raise ValueError(f"max_steps={config.max_steps} trains nothing; give at least 1, or None for whole epochs")
         num_run_steps = num_steps_of(self.train_loader, config.num_epochs)
         self.num_steps = min(num_run_steps, config.max_steps or num_run_steps)
         self.schedule = make_schedule(
