@@ -7,6 +7,7 @@ Shapes: V verifier vocabulary, D draft vocabulary, H hidden size. List the mixin
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from speculators.losses.chunks import OutsideHead
 from speculators.nn.draft_tokens import select_rows
 from speculators.verifier.config import LogitTransform
 from speculators.verifier.loading import read_verifier_weights
+
+logger = logging.getLogger(__name__)
 
 VERIFIER_ONLY_KEYS = ["verifier_lm_head.weight", "verifier_norm.weight", "verifier_norm.bias"]
 
@@ -56,6 +59,7 @@ class DraftVocabMixin(_Base):
                 f"({self.verifier_vocab_size}); give at most that many"
             )
         self._outside_head: OutsideHead | None = None
+        self._is_flattery_said = False
         self.register_buffer("t2d", self._buffer(self.verifier_vocab_size, torch.bool))
         self.register_buffer("d2t", self._buffer(self.draft_vocab_size, torch.long))
         padding_idx = getattr(nested, "pad_token_id", None)
@@ -121,7 +125,17 @@ class DraftVocabMixin(_Base):
         """The rows of the verifier's head outside the draft vocabulary: read when training asks, never saved. None for
         the whole vocabulary, and for a config that names no verifier."""
         path = self.config.recorded_verifier
-        if not self.use_draft_vocab or path is None:
+        if not self.use_draft_vocab:
+            return None
+        if path is None:
+            if not self._is_flattery_said:
+                logger.warning(
+                    "the config names no verifier, so tokens outside the draft vocabulary of %d are not known: "
+                    "accuracies and acceptance lengths count them as the best token inside, and are too high; set "
+                    "speculators_config.verifier.name_or_path",
+                    self.draft_vocab_size,
+                )
+                self._is_flattery_said = True
             return None
         device = self.verifier_lm_head.weight.device
         if self._outside_head is None or self._outside_head.weight_OH.device != device:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from drafter_toys import DRAFT_VOCAB, VOCAB
 from eagle3_toys import packed_batch
 from naive_eagle3 import NaiveEagle3
 from naive_layers import kl, mixed
@@ -193,3 +194,21 @@ def test_bf16_autocast_stays_close_to_fp32(make_drafter):
         rounded = model(**batch)[1]
     rounded.backward()
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("without_verifier", "draft_vocab_size", "num_said"),
+    [(True, DRAFT_VOCAB, 1), (True, VOCAB, 0), (False, DRAFT_VOCAB, 0)],
+)
+def test_figures_that_flatter_for_want_of_a_verifier_are_said_once(
+    make_drafter, caplog, without_verifier, draft_vocab_size, num_said
+):
+    model = make_drafter(draft_vocab_size=draft_vocab_size)
+    if without_verifier:
+        model.config.speculators_config.verifier.name_or_path = None
+    batch = packed_batch([5, 4], seed=1)
+    for _ in range(2):
+        model(**batch, ttt_steps=1, loss_fn="kl_div")
+    said = [record.getMessage() for record in caplog.records if "names no verifier" in record.getMessage()]
+    assert len(said) == num_said
+    assert all(f"outside the draft vocabulary of {DRAFT_VOCAB} " in line and "too high" in line for line in said)

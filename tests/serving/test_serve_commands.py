@@ -264,3 +264,26 @@ def test_a_whole_language_model_is_no_head_and_a_guess_by_its_name_is_the_reason
         run(["serve", verifier, "--draft", str(plain), *flags])
     right = run(["serve", verifier, "--draft", str(plain), "--method", "draft_model", *flags])
     assert speculative_config(right)["method"] == "draft_model"
+
+
+def test_serve_refuses_a_draft_model_of_another_vocabulary_and_knows_a_padded_table(verifier, tmp_path):
+    padded = shutil.copytree(verifier, tmp_path / "padded")
+    values = json.loads((padded / "config.json").read_text())
+    own_size = values["vocab_size"]
+    values["vocab_size"] += 64
+    (padded / "config.json").write_text(json.dumps(values))
+    command = ["serve", verifier, "--draft", str(padded), "--method", "draft_model", "-k", "2", "--dry-run"]
+    sizes = rf"Target model vocab_size={own_size}\. Draft model vocab_size={own_size + 64}"
+    with pytest.raises(ValueError, match=rf"{sizes}\. The tokenizer is the same, the tables are padded"):
+        run(command)
+    accepted = run([*command, "--speculative-config", '{"use_heterogeneous_vocab": true}'])
+    assert speculative_config(accepted)["use_heterogeneous_vocab"] is True
+    for path in padded.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=rf"{sizes}\. Using models with different tokenizers"):
+        run(command)
+
+
+def test_a_retired_setting_is_not_taken_for_a_missing_number_of_tokens(verifier):
+    with pytest.raises(ValueError, match="disable_by_batch_size is retired: num_speculative_tokens_per_batch_size="):
+        run(["serve", verifier, "--method", "ngram", "--speculative-config", '{"disable_by_batch_size": 8}'])

@@ -679,3 +679,27 @@ def test_errors_in_python_read_like_those_of_the_command_line():
     with pytest.raises(ValidationError) as caught:
         SpeculativeConfig(method="ngram", num_speculative_tokens=2, prompt_lookup_min=5, prompt_lookup_max=3)
     assert str(caught.value) == "prompt_lookup_min=5 must be <= prompt_lookup_max=3"
+
+
+@pytest.mark.parametrize(
+    ("retired", "instead"),
+    [
+        ({"disable_by_batch_size": 8}, "num_speculative_tokens_per_batch_size=[[1, 8, 3], [9, 4096, 0]]"),
+        ({"acceptance_method": "rejection_sampler"}, "say rejection_sample_method"),
+        ({"posterior_threshold": 0.09}, "leave it out"),
+        ({"posterior_alpha": 0.3}, "leave it out"),
+        ({"disable_mqa_scorer": True}, "leave it out"),
+        ({"disable_logprobs": True}, "leave it out"),
+    ],
+)
+def test_a_retired_key_says_what_replaces_it(retired, instead):
+    with pytest.raises(ValidationError) as caught:
+        SpeculativeConfig.from_vllm_json(json.dumps({"method": "ngram", "num_speculative_tokens": 3, **retired}))
+    assert str(caught.value).startswith(f"{next(iter(retired))} is retired: ")
+    assert instead in str(caught.value)
+
+
+def test_what_replaces_the_batch_size_that_ended_drafting_does_the_same():
+    ranges = [[1, 8, 3], [9, 4096, 0]]
+    config = SpeculativeConfig(method="ngram", num_speculative_tokens=3, num_speculative_tokens_per_batch_size=ranges)
+    assert [config.num_tokens_at(size) for size in (1, 8, 9, 64)] == [3, 3, 0, 0]

@@ -9,9 +9,16 @@ from pydantic import ValidationError
 
 from speculators.checkpoint.io import read_model_config
 from speculators.decoding.config import ModelInfo, SpeculativeConfig
+from speculators.decoding.config.checks import refuse_other_vocabulary
 from speculators.decoding.config.draft import is_readable_here, lookup, read_hf_config
 from speculators.decoding.config.infer import is_import_path
-from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, SPECULATORS_METHODS, MethodFacts
+from speculators.decoding.config.methods import (
+    METHODS,
+    MTP_TYPE_NAMES,
+    RETIRED_SETTINGS,
+    SPECULATORS_METHODS,
+    MethodFacts,
+)
 from speculators.utils.names import did_you_mean
 
 FIRST = ("method", "model", "num_speculative_tokens")
@@ -32,9 +39,14 @@ def in_vllms_words(settings: dict[str, Any], verifier: str) -> dict[str, Any]:
         holder = settings.get("model", verifier)
         raise ValueError(f"--method {method}: {holder} is no such drafter; name one with --draft ({error})") from error
     except ValidationError as error:
-        if "num_speculative_tokens" in settings or "num_speculative_tokens" not in str(error):
+        is_about_k = "num_speculative_tokens" in str(error) and not RETIRED_SETTINGS.keys() & settings.keys()
+        if "num_speculative_tokens" in settings or not is_about_k:
             raise
         raise ValueError("neither a flag nor the drafter says how many tokens to draft per round: give -k N") from error
+    if config.uses_draft_model() and not config.use_heterogeneous_vocab and is_readable_here(verifier):
+        draft = config.draft_model_config
+        if draft is not None:  # None: on the hub; the server reads it
+            refuse_other_vocabulary(ModelInfo(verifier, read_hf_config(verifier)), draft)
     unsupported = config.vllm_unsupported()
     if unsupported:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())

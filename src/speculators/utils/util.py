@@ -9,12 +9,12 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 from torch import nn
 from torch.nn.modules import module as module_hooks
 from transformers import PretrainedConfig
@@ -182,6 +182,18 @@ class ReadableError(ValidationError):
 
 class ReadableModel(BaseModel):
     """Base of configs whose errors people read."""
+
+    retired_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys of earlier releases -> what to use instead."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_retired_keys(cls, values: Any) -> Any:
+        given = values if isinstance(values, Mapping) else {}
+        found = [f"{key} is retired: {reason}" for key, reason in cls.retired_keys.items() if key in given]
+        if found:
+            raise ValueError("; ".join(found))
+        return values
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speculators.decoding.config.draft import architectures_of, lookup
 from speculators.decoding.config.methods import METHODS_THAT_NEED_AUX_STATES, TARGETS_WITH_AUX_STATES
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.verifier.config import text_config
+from speculators.verifier.loading import tokenizer_facts
 
 if TYPE_CHECKING:
     from speculators.decoding.config.speculative import SpeculativeConfig
@@ -89,13 +91,30 @@ def _check_vocabularies(config: SpeculativeConfig) -> None:
             )
         return
     if config.uses_draft_model() and config.target_model_config and config.draft_model_config:
-        ours, theirs = config.target_model_config.get_vocab_size(), config.draft_model_config.get_vocab_size()
-        if ours != theirs and None not in (ours, theirs):
-            raise ValueError(
-                f"Target and draft model should have the same vocabulary size. Target model vocab_size={ours}. Draft "
-                f"model vocab_size={theirs}. Using models with different tokenizers can cause out-of-bounds errors "
-                f"during speculative decoding. With another tokenizer set use_heterogeneous_vocab."
-            )
+        refuse_other_vocabulary(config.target_model_config, config.draft_model_config)
+
+
+def refuse_other_vocabulary(target: Any, draft: Any) -> None:
+    """Raises `ValueError` for tables of different sizes, and says whether the tokenizers differ too."""
+    ours, theirs = target.get_vocab_size(), draft.get_vocab_size()
+    if ours == theirs or None in (ours, theirs):
+        return
+    names = [lookup(model, "model", "") for model in (target, draft)]
+    tokenizers = [tokenizer_facts(name) if Path(name, "config.json").is_file() else None for name in names]
+    if None not in tokenizers and tokenizers[0] == tokenizers[1]:
+        reason = (
+            "The tokenizer is the same, the tables are padded to different numbers of rows: set "
+            "use_heterogeneous_vocab, which drafts the tokens that both have."
+        )
+    else:
+        reason = (
+            "Using models with different tokenizers can cause out-of-bounds errors during speculative decoding. With "
+            "another tokenizer set use_heterogeneous_vocab."
+        )
+    raise ValueError(
+        f"Target and draft model should have the same vocabulary size. Target model vocab_size={ours}. Draft model "
+        f"vocab_size={theirs}. {reason}"
+    )
 
 
 def _check_our_rules(config: SpeculativeConfig, num_tokens: int) -> None:

@@ -234,6 +234,16 @@ METHODS_THAT_NEED_AUX_STATES = ("eagle3", "extract_hidden_states", "dflash")
 
 # -- vLLM's settings
 
+RETIRED_SETTINGS = {
+    "disable_by_batch_size": "num_speculative_tokens_per_batch_size=[[1, 8, 3], [9, 4096, 0]] drafts 3 tokens for up "
+    "to 8 requests and none above",
+    "acceptance_method": "say rejection_sample_method ('standard'; typical acceptance changed the output)",
+    "posterior_threshold": "typical acceptance changed the output: leave it out",
+    "posterior_alpha": "typical acceptance changed the output: leave it out",
+    "disable_mqa_scorer": "drafts are always scored in one pass: leave it out",
+    "disable_logprobs": "a request's own logprobs say what is returned: leave it out",
+}
+"""Keys of earlier vLLM releases (0.9 and before) -> what to use instead."""
 OURS_ALONE = {
     "early_exit_layer": "early exit is a drafter of this library",
     "dynamic_tree": "vLLM 0.32 drafts chains only",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -21,7 +21,7 @@ from speculators.decoding.config import mtp_families
 from speculators.decoding.config.checks import BatchSizeRange, check, scheduled_num_tokens
 from speculators.decoding.config.draft import lookup
 from speculators.decoding.config.infer import infer
-from speculators.decoding.config.methods import ATTENTION_BACKENDS, METHODS, Method, vllm_settings
+from speculators.decoding.config.methods import ATTENTION_BACKENDS, METHODS, RETIRED_SETTINGS, Method, vllm_settings
 from speculators.decoding.trees.dynamic_tree import DynamicTreeShape
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.decoding.verification import resolve_rule
@@ -35,6 +35,7 @@ class SpeculativeConfig(ReadableModel):
     """Configures drafting. See the module's docstring for what happens when."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    retired_keys: ClassVar = RETIRED_SETTINGS
 
     # What to draft with
     num_speculative_tokens: int | None = Field(default=None, gt=0, le=65_536)
