@@ -109,7 +109,9 @@ def test_a_server_that_dies_gives_its_conversations_to_another(start_server, ans
     dying.inject("", "", "die")
     report, rows = answered(dying, other, name="failed_over")
     assert report.num_failed == 0 and content(rows) == content(expected)
-    assert dying.log == ["ok", "ok", "die"] and len(other.log) == 22
+    assert dying.log.count("die") == 1
+    # an answer that was under way when the server died is asked for again
+    assert 24 - dying.log.count("ok") <= len(other.log) <= 24
 
 
 def test_a_server_that_is_not_there_at_the_start_is_left_out(start_server, answered, caplog):
