@@ -49,7 +49,7 @@ def test_a_card_names_no_path_of_this_machine():
     assert "base_model: verifier  # a directory here: write the hub id of the verifier" in written
     assert """vllm serve verifier --speculative-config '{"method": "eagle", "model": "./drafter"}'""" in written
     assert "Local engine, verifier `verifier`, prompts of `heldout.jsonl`." in written
-    cached = "/root/.cache/huggingface/hub/models--org--big-7b/snapshots/0123abc"
+    cached = "/home/me/.cache/huggingface/hub/models--org--big-7b/snapshots/0123abc"
     assert shown_name(cached) == "org/big-7b"
     assert "base_model: org/big-7b\n" in card(cached)
 

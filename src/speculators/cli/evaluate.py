@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from speculators.cli.shared import (
+    BY_FLAGS,
     Device,
     Dtype,
     DynamicTree,
-    FrequencyPenalty,
     MaxTokens,
-    MinP,
     NumSpeculativeTokens,
-    PresencePenalty,
-    RepetitionPenalty,
     Result,
-    Stop,
-    Temperature,
     TokenTree,
-    TopK,
-    TopP,
     TrustRemoteCode,
     error_of,
     parse_json_object,
     say,
+    with_sampling_flags,
 )
 from speculators.decoding.settings import DEFAULT_DTYPE
 from speculators.evaluation.config import EvaluateConfig, ServerConfig
@@ -51,6 +45,7 @@ SERVER_FLAGS = ("baseline_server", "concurrency", "request_timeout", "max_retrie
 METHOD_HELP = 'none, ngram, a speculator\'s directory, or JSON such as {"method": "ngram"}. Repeatable.'
 
 
+@with_sampling_flags(EvaluateConfig)
 def evaluate(
     context: typer.Context,
     data: Annotated[str, typer.Option(help="Held-out conversations: file, directory, hf:<id> or preset.")],
@@ -72,14 +67,7 @@ def evaluate(
     dynamic_tree: DynamicTree = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to decode.")] = EvaluateConfig.num_prompts,
     max_tokens: MaxTokens = EvaluateConfig.max_tokens,
-    temperature: Temperature = EvaluateConfig.temperature,
-    top_k: TopK = EvaluateConfig.top_k,
-    top_p: TopP = EvaluateConfig.top_p,
-    min_p: MinP = EvaluateConfig.min_p,
-    repetition_penalty: RepetitionPenalty = EvaluateConfig.repetition_penalty,
-    presence_penalty: PresencePenalty = EvaluateConfig.presence_penalty,
-    frequency_penalty: FrequencyPenalty = EvaluateConfig.frequency_penalty,
-    stop: Stop = None,
+    sampling: Mapping[str, Any] = BY_FLAGS,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = EvaluateConfig.batch_size,
     num_warmup: Annotated[int, typer.Option(min=0, help="Batches decoded before timing.")] = EvaluateConfig.num_warmup,
     num_repeats: Annotated[
@@ -97,14 +85,7 @@ def evaluate(
         "data": data,
         "num_prompts": num_prompts,
         "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "stop": tuple(stop or ()),
+        **sampling,
         "num_warmup": num_warmup,
         "seed": seed,
         "trust_remote_code": trust_remote_code,

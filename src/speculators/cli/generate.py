@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,27 +18,21 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from speculators.cli.shared import (
+    BY_FLAGS,
     Device,
     Dtype,
     DynamicTree,
-    FrequencyPenalty,
     MaxTokens,
-    MinP,
     NumSpeculativeTokens,
-    PresencePenalty,
-    RepetitionPenalty,
     Result,
-    Stop,
-    Temperature,
     TokenTree,
-    TopK,
-    TopP,
     TrustRemoteCode,
     Verifier,
     error_of,
     is_for_people,
     out,
     parse_json_object,
+    with_sampling_flags,
 )
 from speculators.decoding.method import PLAIN
 from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams
@@ -56,6 +50,7 @@ DRAFT_STYLES = ("green", "cyan", "blue", "magenta")
 VERIFIER_STYLES = {RECOVERED: "bold yellow", BONUS: "bold", UNDRAFTED: ""}
 
 
+@with_sampling_flags(SamplingParams)
 def generate(
     verifier: Verifier,
     prompt: Annotated[list[str], typer.Option(help="What to ask; '-' reads stdin. Repeatable.")],
@@ -64,14 +59,7 @@ def generate(
     speculative_token_tree: TokenTree = None,
     dynamic_tree: DynamicTree = None,
     max_tokens: MaxTokens = SamplingParams.max_tokens,
-    temperature: Temperature = SamplingParams.temperature,
-    top_k: TopK = SamplingParams.top_k,
-    top_p: TopP = SamplingParams.top_p,
-    min_p: MinP = SamplingParams.min_p,
-    repetition_penalty: RepetitionPenalty = SamplingParams.repetition_penalty,
-    presence_penalty: PresencePenalty = SamplingParams.presence_penalty,
-    frequency_penalty: FrequencyPenalty = SamplingParams.frequency_penalty,
-    stop: Stop = None,
+    sampling: Mapping[str, Any] = BY_FLAGS,
     logprobs: Annotated[
         int | None, typer.Option(min=0, help="Log-probabilities in the JSON: of each token and of so many likeliest.")
     ] = SamplingParams.logprobs,
@@ -99,22 +87,10 @@ def generate(
     tokenizer = target.tokenizer
     texts = [sys.stdin.read() if text == "-" else text for text in prompt]
     prompts = [tokenizer(text).input_ids if raw else chat_prompt(tokenizer, text) for text in texts]
-    sampling = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-        logprobs=logprobs,
-    )
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, logprobs=logprobs, **sampling)
     engine = Engine(target.model, chosen.speculative_config, tokenizer=tokenizer, max_batch_size=len(prompts))
-    answers = [LiveAnswer(text, mark, tokenizer, sampling) for text in texts]
-    outputs = decode(engine, prompts, sampling, answers)
+    answers = [LiveAnswer(text, mark, tokenizer, params) for text in texts]
+    outputs = decode(engine, prompts, params, answers)
     shown: list[RenderableType] = [legend(answers)] if mark and is_for_people() else []
     for number, (answer, output) in enumerate(zip(answers, outputs, strict=True), start=1):
         if not is_for_people():

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from speculators.cli.shared import (
+    BY_FLAGS,
     Device,
     Dtype,
-    FrequencyPenalty,
-    MinP,
     NumSpeculativeTokens,
-    PresencePenalty,
-    RepetitionPenalty,
     Result,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
     TrustRemoteCode,
     Verifier,
     error_of,
     parse_json_object,
+    with_sampling_flags,
 )
 from speculators.data_generation.configs import (
     DEFAULT_ANSWER_RETRIES,
@@ -41,7 +35,21 @@ from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, Samplin
 if TYPE_CHECKING:
     from speculators.data_generation.regenerate import RegenerationReport
 
+COUNTED = (
+    "num_conversations",
+    "num_rows",
+    "num_tokens",
+    "num_cut",
+    "num_from_text",
+    "num_failed",
+    "num_non_finite",
+    "num_read",
+    "num_already_done",
+    "num_filtered",
+)
 
+
+@with_sampling_flags(SamplingParams)
 def regenerate_responses(
     verifier: Verifier,
     data: Annotated[str, typer.Option(help="File, directory, hf:<id> or preset.")],
@@ -72,7 +80,7 @@ def regenerate_responses(
         str, typer.Option(help="Draft with a speculator's directory or a method; none: plainly.")
     ] = PLAIN,
     num_speculative_tokens: NumSpeculativeTokens = None,
-    temperature: Temperature = SamplingParams.temperature,
+    sampling: Mapping[str, Any] = BY_FLAGS,
     temperature_mix: Annotated[
         str | None, typer.Option(help="Each conversation draws one: 0.3,0.7,1. Twice the same: twice as often.")
     ] = None,
@@ -85,13 +93,6 @@ def regenerate_responses(
     drop_reasoning: Annotated[
         bool, typer.Option("--drop-reasoning", help="Thoughts stay in the rows as context and are not trained on.")
     ] = False,
-    top_k: TopK = SamplingParams.top_k,
-    top_p: TopP = SamplingParams.top_p,
-    min_p: MinP = SamplingParams.min_p,
-    repetition_penalty: RepetitionPenalty = SamplingParams.repetition_penalty,
-    presence_penalty: PresencePenalty = SamplingParams.presence_penalty,
-    frequency_penalty: FrequencyPenalty = SamplingParams.frequency_penalty,
-    stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = DEFAULT_SEED,
     resume: Annotated[bool, typer.Option("--resume", help="Complete a file that exists.")] = False,
     chat_template_kwargs: Annotated[str | None, typer.Option(help="JSON object for the chat template.")] = None,
@@ -128,32 +129,11 @@ def regenerate_responses(
         trust_remote_code=trust_remote_code,
         progress=True,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        stop=tuple(stop or ()),
         seed=seed,
+        **sampling,
     )
-    record = {
-        "verb": "regenerate-responses",
-        "path": str(report.path),
-        "num_conversations": report.num_conversations,
-        "num_rows": report.num_rows,
-        "num_tokens": report.num_tokens,
-        "num_cut": report.num_cut,
-        "num_from_text": report.num_from_text,
-        "num_failed": report.num_failed,
-        "num_non_finite": report.num_non_finite,
-        "num_read": report.num_read,
-        "num_already_done": report.num_already_done,
-        "num_quarantined": len(report.quarantine),
-        "num_filtered": report.num_filtered,
-        "prompts": report.prompts,
-    }
+    counts = {name: getattr(report, name) for name in COUNTED} | {"num_quarantined": len(report.quarantine)}
+    record = {"verb": "regenerate-responses", "path": str(report.path), **counts, "prompts": report.prompts}
     next_command = ["speculators", "prepare-data", "--verifier", verifier, "--data", str(report.path)]
     return Result(record, [report], report.sentence(), next_command, error_of(report.raise_for_errors))
 

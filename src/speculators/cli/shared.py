@@ -4,13 +4,16 @@ stderr), and flags that several of them have.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -162,6 +165,51 @@ FrequencyPenalty = Annotated[
     float, typer.Option(min=-2.0, max=2.0, help="The same, once per occurrence in the output. 0: off.")
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer and is left out of it. Repeatable.")]
+SAMPLING_FLAGS = {
+    "temperature": Temperature,
+    "top_k": TopK,
+    "top_p": TopP,
+    "min_p": MinP,
+    "repetition_penalty": RepetitionPenalty,
+    "presence_penalty": PresencePenalty,
+    "frequency_penalty": FrequencyPenalty,
+    "stop": Stop,
+}
+"""Flags of every verb that decodes: fields of `SamplingParams`, and their types."""
+BY_FLAGS: Mapping[str, Any] = MappingProxyType({})
+"""Default of a verb's argument `sampling`, which its flags fill."""
+
+
+def with_sampling_flags(defaults: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Returns a decorator that gives a verb `SAMPLING_FLAGS` in place of its argument `sampling`, and hands it what
+    they say, by field, there. `defaults`: the config with the fields' defaults."""
+
+    def decorate(verb: Callable[..., Result]) -> Callable[..., Result]:
+        flags = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=None if name == "stop" else getattr(defaults, name),
+                annotation=annotation,
+            )
+            for name, annotation in SAMPLING_FLAGS.items()
+        ]
+
+        @functools.wraps(verb)
+        def with_flags(*args: Any, **flags_said: Any) -> Result:
+            sampling = {flag.name: flags_said.pop(flag.name, flag.default) for flag in flags}
+            return verb(*args, sampling={**sampling, "stop": tuple(sampling["stop"] or ())}, **flags_said)
+
+        own = inspect.signature(verb, eval_str=True)
+        place = list(own.parameters).index("sampling")
+        parameters = [*list(own.parameters.values())[:place], *flags, *list(own.parameters.values())[place + 1 :]]
+        with_flags.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        with_flags.__annotations__ = {flag.name: flag.annotation for flag in parameters}
+        return with_flags
+
+    return decorate
+
+
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16. Greedy answers are sure to be identical in float32 only.")
 ]

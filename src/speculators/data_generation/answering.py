@@ -10,12 +10,12 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -63,6 +63,15 @@ class Mix:
 
     def draw(self, what: str, primary_id: str, sample: int) -> int:
         return number_of([what, self.seed, primary_id, sample])
+
+
+def refuse_equal_samples(num_samples: int, mix: Mix, sampling_params: Mapping[str, Any]) -> None:
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}; each prompt needs an answer: 1 or more")
+    if num_samples > 1 and 0 in (mix.temperatures or (sampling_params.get("temperature"),)):
+        raise ValueError(
+            f"num_samples={num_samples} at temperature 0 gives equal answers; sample (temperature above 0), or take one"
+        )
 
 
 def read_system_prompts(path: Path) -> list[str]:

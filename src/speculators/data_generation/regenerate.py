@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from speculators.data_generation.answering import Mix, RolloutBatches
+from speculators.data_generation.answering import Ended, Mix, RolloutBatches, refuse_equal_samples
 from speculators.data_generation.configs import DEFAULT_ANSWERED_TOGETHER, DEFAULT_NUM_ANSWERS
 from speculators.data_generation.conversations import FilteredRow, UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
@@ -181,6 +181,22 @@ def regenerate_responses(
     num_rows = len(rows) if limit is None else min(limit, len(rows))
     unanswered = rollouts(rows, num_rows, num_samples, prompt_field, mix, finished, report)
     answered = answering.at_once if threaded else answering.in_batches
+    write_answers(report, answered(unanswered, batch_size), num_rows, progress)
+    if report.quarantine and path.exists():
+        with atomic_write(path.with_suffix(".quarantine.jsonl")) as quarantine:
+            quarantine.writelines(map(json_line, report.quarantine))
+    report.check()
+    warn_about(report)
+    if report.num_rows == 0 and report.num_already_done == 0:
+        raise WorkFailedError(f"nothing was answered: {num_rows} rows in {rows.name}, {report.reasons()}")
+    return report
+
+
+def write_answers(
+    report: RegenerationReport, ended: Iterable[Ended], num_rows: int, progress: bool | Progress | None
+) -> None:
+    """Appends the rows of each conversation as a whole, in order; the failed go into the file of errors."""
+    path = report.path
     try:
         with (
             reporting(progress) as show,
@@ -188,7 +204,7 @@ def regenerate_responses(
             report.errors_path.open("w", encoding="utf-8") as errors,
         ):
             show("regenerate", 0, num_rows)
-            for rollout, error in answered(unanswered, batch_size):
+            for rollout, error in ended:
                 if error is None:
                     written.write("".join(json_line(row) for row in rollout.answers))
                     written.flush()
@@ -205,14 +221,6 @@ def regenerate_responses(
                 file.unlink()
         if not path.exists():
             path.with_suffix(".recipe.json").unlink(missing_ok=True)
-    if report.quarantine and path.exists():
-        with atomic_write(path.with_suffix(".quarantine.jsonl")) as quarantine:
-            quarantine.writelines(map(json_line, report.quarantine))
-    report.check()
-    warn_about(report)
-    if report.num_rows == 0 and report.num_already_done == 0:
-        raise WorkFailedError(f"nothing was answered: {num_rows} rows in {rows.name}, {report.reasons()}")
-    return report
 
 
 def rollouts(
@@ -262,15 +270,6 @@ def rollouts(
                     f"row {index} of {rows.name} has the id {primary_id!r}, under which {report.path} holds the answer "
                     "to another prompt; give each prompt an id of its own, or choose another output"
                 )
-
-
-def refuse_equal_samples(num_samples: int, mix: Mix, sampling_params: Mapping[str, Any]) -> None:
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}; each prompt needs an answer: 1 or more")
-    if num_samples > 1 and 0 in (mix.temperatures or (sampling_params.get("temperature"),)):
-        raise ValueError(
-            f"num_samples={num_samples} at temperature 0 gives equal answers; sample (temperature above 0), or take one"
-        )
 
 
 def count(report: RegenerationReport, rollout: Rollout) -> None:
