@@ -100,3 +100,43 @@ def edit_tensors(path: Path, change) -> None:
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
+
+
+# -- directories as other projects write them
+
+HEADS, WIDTH, MLP = 8, 32, 64
+
+
+def save(path: Path, values: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(values))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+def layer(prefix: str, width: int) -> dict[str, torch.Tensor]:
+    shapes = {
+        "self_attn.q_proj": (HEADS * WIDTH, width),
+        "self_attn.k_proj": (2 * WIDTH, width),
+        "self_attn.v_proj": (2 * WIDTH, width),
+        "self_attn.o_proj": (HIDDEN, HEADS * WIDTH),
+        "mlp.gate_proj": (MLP, HIDDEN),
+        "mlp.up_proj": (MLP, HIDDEN),
+        "mlp.down_proj": (HIDDEN, MLP),
+        "input_layernorm": (HIDDEN,),
+        "post_attention_layernorm": (HIDDEN,),
+    }
+    return {f"{prefix}{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+
+
+LAYERS = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "head_dim": WIDTH,
+    "num_hidden_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+}

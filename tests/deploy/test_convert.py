@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from deploy_toys import DRAFT_VOCAB, HIDDEN, VERIFIER, VOCAB, draft_map, edit_config, edit_tensors
+from deploy_toys import DRAFT_VOCAB, HIDDEN, VERIFIER, VOCAB, WIDTH, edit_config, edit_tensors, save
 from safetensors.torch import load_file, save_file
 
 from speculators import SpeculatorModel, SpeculatorModelConfig
@@ -19,68 +19,6 @@ from speculators.convert.utils import ensure_checkpoint_is_local, load_checkpoin
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.export import export_checkpoint
 from speculators.utils.loading import load_model_layers
-
-HEADS, WIDTH, MLP = 8, 32, 64
-
-
-def save(path: Path, values: dict, tensors: dict[str, torch.Tensor]) -> Path:
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(values))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
-    return path
-
-
-def layer(prefix: str, width: int) -> dict[str, torch.Tensor]:
-    shapes = {
-        "self_attn.q_proj": (HEADS * WIDTH, width),
-        "self_attn.k_proj": (2 * WIDTH, width),
-        "self_attn.v_proj": (2 * WIDTH, width),
-        "self_attn.o_proj": (HIDDEN, HEADS * WIDTH),
-        "mlp.gate_proj": (MLP, HIDDEN),
-        "mlp.up_proj": (MLP, HIDDEN),
-        "mlp.down_proj": (HIDDEN, MLP),
-        "input_layernorm": (HIDDEN,),
-        "post_attention_layernorm": (HIDDEN,),
-    }
-    return {f"{prefix}{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
-
-
-LAYERS = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": MLP,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": 2,
-    "head_dim": WIDTH,
-    "num_hidden_layers": 1,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "max_position_embeddings": 512,
-}
-
-
-@pytest.fixture
-def eagle3_head(tmp_path):
-    """As the EAGLE repository writes it: no embedding, no word on the layers it reads."""
-    torch.manual_seed(0)
-    t2d, d2t = draft_map()
-    tensors = layer("midlayer.", 2 * HIDDEN) | {
-        "midlayer.hidden_norm.weight": torch.randn(HIDDEN),
-        "fc.weight": torch.randn(HIDDEN, 3 * HIDDEN),
-        "norm.weight": torch.randn(HIDDEN),
-        "lm_head.weight": torch.randn(DRAFT_VOCAB, HIDDEN),
-        "d2t": d2t,
-        "t2d": t2d,
-    }
-    values = {
-        **LAYERS,
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "vocab_size": 99,
-        "draft_vocab_size": DRAFT_VOCAB,
-        "rope_theta": 5e5,
-        "torch_dtype": "float16",
-    }
-    return save(tmp_path / "head", values, tensors)
 
 
 def test_an_eagle3_head_is_converted(eagle3_head, tmp_path):
@@ -128,32 +66,6 @@ def test_missing_and_unknown_tensors_of_a_head(eagle3_head, tmp_path):
     with pytest.raises(ValueError, match=r"lacks \['norm.weight'\]"):
         convert_checkpoint(eagle3_head, tmp_path / "two", verifier=VERIFIER)
     assert not (tmp_path / "two").exists()
-
-
-@pytest.fixture
-def zlab_drafter(tmp_path):
-    torch.manual_seed(0)
-    tensors = {name: tensor for i in range(2) for name, tensor in layer(f"layers.{i}.", HIDDEN).items()} | {
-        f"layers.{i}.self_attn.{kind}_norm.weight": torch.randn(WIDTH) for i in range(2) for kind in "qk"
-    }
-    tensors |= {
-        "fc.weight": torch.randn(HIDDEN, 2 * HIDDEN),
-        "hidden_norm.weight": torch.randn(HIDDEN),
-        "norm.weight": torch.randn(HIDDEN),
-    }
-    values = {
-        **LAYERS,
-        "num_hidden_layers": 2,
-        "model_type": "qwen3",
-        "architectures": ["DFlashDraftModel"],
-        "vocab_size": VOCAB,
-        "block_size": 6,
-        "num_target_layers": 12,
-        "rope_theta": 1e6,
-        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-        "dflash_config": {"target_layer_ids": [1, 8], "mask_token_id": 7},
-    }
-    return save(tmp_path / "zlab", values, tensors)
 
 
 def test_a_zlab_drafter_is_converted(zlab_drafter, tmp_path):

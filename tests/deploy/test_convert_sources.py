@@ -1,14 +1,26 @@
 """Sources as published: every tensor counts, ids are read as their writer counted them, older releases are upgraded."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from deploy_toys import DRAFT_VOCAB, HIDDEN, VERIFIER, VOCAB, edit_config, edit_tensors, make_checkpoint
+from deploy_toys import (
+    DRAFT_VOCAB,
+    HIDDEN,
+    LAYERS,
+    VERIFIER,
+    VOCAB,
+    WIDTH,
+    edit_config,
+    edit_tensors,
+    layer,
+    make_checkpoint,
+    save,
+)
+from naive_eagle1 import NaiveEagle
+from naive_eagle3 import NaiveEagle3
 from safetensors.torch import load_file, save_file
-from test_convert import LAYERS, MLP, WIDTH, eagle3_head, layer, save, zlab_drafter  # noqa: F401  fixtures
 from transformers import AutoConfig
 
 from speculators import SpeculatorModel, SpeculatorModelConfig
@@ -17,11 +29,6 @@ from speculators.deploy.check import check_checkpoint
 from speculators.deploy.export import export_checkpoint
 from speculators.interfaces import VerifierStates
 from speculators.utils.loading import load_model_layers
-
-for folder in ("eagle3", "eagle"):
-    sys.path.append(str(Path(__file__).parents[1] / folder))
-from naive_eagle1 import NaiveEagle  # noqa: E402
-from naive_eagle3 import NaiveEagle3  # noqa: E402
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 NUM_TOKENS = 6
@@ -56,7 +63,7 @@ def scaled(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("what", ["qkv", "qkv and mlp", "model_type mixtral"])
-def test_an_eagle3_head_drafts_as_its_own_formulas_say(what, eagle3_head, tmp_path):  # noqa: F811
+def test_an_eagle3_head_drafts_as_its_own_formulas_say(what, eagle3_head, tmp_path):
     edit_tensors(eagle3_head, scaled)
     extra = {} if "model_type" in what else biases("midlayer.")
     if "mlp" in what:
@@ -130,7 +137,7 @@ def test_an_eagle1_head_drafts_as_its_own_formulas_say(eagle1_head, tmp_path):
     torch.testing.assert_close(ours_V.double(), naive.logits(predicted).detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_embeddings_and_heads_of_the_source_are_copies_or_kept_or_refused(eagle1_head, eagle3_head, tmp_path):  # noqa: F811
+def test_embeddings_and_heads_of_the_source_are_copies_or_kept_or_refused(eagle1_head, eagle3_head, tmp_path):
     written = convert_checkpoint(eagle1_head, tmp_path / "one", verifier=VERIFIER)
     assert any("embed_tokens.weight" in note and "verifier's own" in note for note in written.notes)
     edit_tensors(eagle1_head, lambda tensors: tensors["embed_tokens.weight"][3].mul_(1.5))
@@ -159,7 +166,7 @@ def test_embeddings_and_heads_of_the_source_are_copies_or_kept_or_refused(eagle1
         ("top", [1, 5, 8], None, [1, 5, 8]),  # where vLLM reads them as ours
     ],
 )
-def test_layer_ids_are_read_as_their_writer_counted_them(where, ids, are, expected, eagle3_head, tmp_path):  # noqa: F811
+def test_layer_ids_are_read_as_their_writer_counted_them(where, ids, are, expected, eagle3_head, tmp_path):
     edit_config(
         eagle3_head, lambda values: values.update({IDS: ids} if where == "top" else {"eagle_config": {IDS: ids}})
     )
@@ -214,7 +221,7 @@ def test_a_directory_of_an_older_release_is_upgraded_and_exported(case, key, tmp
         convert_checkpoint(old, tmp_path / "again", verifier=VERIFIER, norm_before=True)
 
 
-def test_options_of_a_format_are_its_own(eagle3_head, tmp_path):  # noqa: F811
+def test_options_of_a_format_are_its_own(eagle3_head, tmp_path):
     with pytest.raises(ValueError, match=r"no option 'norm_befor_fc'.*Did you mean 'norm_before_fc'\?"):
         convert_model(str(eagle3_head), VERIFIER, "auto", tmp_path / "out", norm_befor_fc=True)
     edit_tensors(eagle3_head, lambda tensors: tensors.update(mask_hidden=torch.randn(1, 1, 3 * HIDDEN)))
@@ -232,14 +239,14 @@ def test_options_of_a_format_are_its_own(eagle3_head, tmp_path):  # noqa: F811
         ({"num_hidden_layers": 2}, "lacks"),
     ],
 )
-def test_options_that_change_the_function_are_refused(option, message, eagle3_head, tmp_path):  # noqa: F811
+def test_options_that_change_the_function_are_refused(option, message, eagle3_head, tmp_path):
     edit_config(eagle3_head, lambda values: values.update(option))
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(eagle3_head, tmp_path / "out", verifier=VERIFIER)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_window_of_specforges_block_drafters_is_kept(zlab_drafter, tmp_path):  # noqa: F811
+def test_the_window_of_specforges_block_drafters_is_kept(zlab_drafter, tmp_path):
     edit_config(zlab_drafter, lambda values: values["dflash_config"].update(use_swa=True, swa_window_size=48))
     path = convert_checkpoint(zlab_drafter, tmp_path / "out", verifier=VERIFIER).path
     nested = SpeculatorModelConfig.from_pretrained(path).transformer_layer_config
