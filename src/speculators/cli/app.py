@@ -40,6 +40,7 @@ from speculators.utils.report import WRONG_INPUT, ReaderGoneError, discard, exit
 
 VERBS: dict[str, str] = {
     "quickstart": "Train a drafter for the embedded verifier, decode with it and measure it: the whole path.",
+    "build": "Make a drafter for one's own model: answers, training, measurement, proof, report.",
     "prepare-data": "Turn conversations into tokenised training rows with loss masks.",
     "inspect-mask": "Show which tokens of prepared rows are trained on.",
     "regenerate-responses": "Replace the answers of a dataset by the verifier's own.",

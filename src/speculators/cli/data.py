@@ -78,6 +78,7 @@ def prepare_data(
         record |= {
             "num_rows": manifest.num_rows,
             "num_tokens": manifest.num_tokens,
+            "longest_row": manifest.longest_row,
             "supervised_share": manifest.supervised_share,
             "dropped": manifest.dropped,
             "units": manifest.units,
