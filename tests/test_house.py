@@ -32,6 +32,7 @@ FEED_FORWARD = "the feed-forward part of a decoder layer, as Hugging Face's modu
 ALLOWED: dict[str, tuple[str, str]] = {
     # file or folder -> (which names it may use, why)
     "cli/": ("stitch[_-]mtp|mtp|MTP_TYPE_NAMES|eagle|medusa", "the command `stitch-mtp`; in `serve`, methods of vLLM"),
+    "compat.py": ("models.*|dflash_loss_decay|shift_batch_mtp", CONTRACT),
     "convert/dflash.py": ("dflash|DFlashConverter", CONTRACT),
     "convert/eagle/": ("eagle3|Eagle3Converter|speculators.convert.eagle.*", CONTRACT),
     "convert/mtp.py": ("MTPConverter|MTP_EXACT_REMAP|MTP_PREFIX_REMAP|mtp|mtp(_layers)?[.].*", CONTRACT),
