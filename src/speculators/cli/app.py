@@ -44,7 +44,7 @@ VERBS: dict[str, str] = {
     "prepare-data": "Turn conversations into tokenised training rows with loss masks.",
     "inspect-mask": "Show which tokens of prepared rows are trained on.",
     "regenerate-responses": "Replace the answers of a dataset by the verifier's own.",
-    "generate-offline-data": "Write the verifier's hidden states of a prepared dataset, from an extraction server.",
+    "generate-offline-data": "Write the verifier's hidden states of a prepared dataset, in process or by a server.",
     "train": "Train a speculator for a verifier.",
     "generate": "Decode prompts with draft-and-verify and show what was accepted.",
     "serve": "Serve a speculator by vLLM, with its verifier, method and number of draft tokens.",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from speculators.data_generation.offline import CorruptHiddenStatesError
+from speculators.data_generation.sources.sharded import ShardedStore
 from speculators.data_generation.sources.store import HiddenStateStore
 from speculators.interfaces import HiddenStateSource, VerifierStates
 
@@ -30,7 +31,7 @@ class CachedSource:
     Always returns what the store holds (its dtype, on the CPU), the first time too.
     """
 
-    def __init__(self, inner: HiddenStateSource, store: HiddenStateStore) -> None:
+    def __init__(self, inner: HiddenStateSource, store: HiddenStateStore | ShardedStore) -> None:
         if inner.capture != store.capture:
             raise ValueError(f"the source captures {inner.capture}, the store {store.capture}; use one of the two")
         self.inner = inner
@@ -75,7 +76,7 @@ class CachedSource:
 class StoredOrComputedSource:
     """A `HiddenStateSource`: reads the rows that have a file, computes the others with `inner`, writes nothing."""
 
-    def __init__(self, store: HiddenStateStore, inner: HiddenStateSource):
+    def __init__(self, store: HiddenStateStore | ShardedStore, inner: HiddenStateSource):
         self.store, self.inner = store, inner
         self.capture = store.capture
 

@@ -8,7 +8,7 @@ Shapes: B sequences of a batch, T tokens, A aux layers, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,3 +83,29 @@ def refuse_non_finite(states: VerifierStates) -> None:
                 f"the verifier's {name} hidden states are NaN or infinite for a sequence of {len(values)} tokens "
                 f"(dtype {values.dtype}); load the verifier in bfloat16 or float32"
             )
+
+
+GPU_BATCH_TOKENS = 16384
+WINDOW_BATCHES = 8
+"""Batches whose rows are sorted by length together, so that little is padded."""
+
+
+def compute_in_order(
+    model: nn.Module, capture: CaptureSpec, rows: Sequence[Tensor], todo: Sequence[int], batch_tokens: int | None = None
+) -> Iterator[tuple[int, VerifierStates]]:
+    """Yields each row of `todo`, in order, with its states; `batch_tokens=None` chooses by device.
+
+    On a CPU a row at a time, which is faster there (nothing is padded, each matrix product fills the cores), and a
+    row's states then depend on nothing else; on a GPU batches of similar length.
+    """
+    if batch_tokens is None:
+        batch_tokens = 1 if next(model.parameters()).device.type == "cpu" else GPU_BATCH_TOKENS
+    source = LocalSource(model, capture, max_batch_tokens=batch_tokens)
+    window: list[int] = []
+    num_tokens = 0
+    for index, row in enumerate(todo, start=1):
+        window.append(row)
+        num_tokens += len(rows[row])
+        if batch_tokens == 1 or num_tokens >= batch_tokens * WINDOW_BATCHES or index == len(todo):
+            yield from zip(window, source.read([torch.as_tensor(rows[row]) for row in window]), strict=True)
+            window, num_tokens = [], 0
