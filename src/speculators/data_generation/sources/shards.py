@@ -152,7 +152,7 @@ def read_shard(path: Path) -> Shard:
     facts = read_facts(path)
     shard = Shard(path, facts, is_index_whole=is_whole)
     if facts is None:
-        shard.num_lost, shard.num_unfinished = len(listed), size
+        shard.num_lost, shard.num_unfinished, shard.is_index_whole = len(listed), size, False
         return shard
     start = shard.end
     for entry in sorted(listed, key=lambda entry: entry.offset):
