@@ -196,7 +196,7 @@ def test_a_damaged_head_and_a_stale_manifest_are_named(rows, tmp_path):
     manifest, shard = tmp_path / "store.json", tmp_path / "states-000-00000.shard"
     good = manifest.read_text()
     manifest.write_text(good.replace('"t1"', '"t2"'))
-    with pytest.raises(ValueError, match=r"store.json does not describe .*shard \(chat_template t2, not t1\): it is stale"):
+    with pytest.raises(ValueError, match=r"store.json does not describe .*\(chat_template t2, not t1\): it is stale"):
         ShardedStore(tmp_path, CAPTURE, rows)
     manifest.unlink()
     assert len(ShardedStore(tmp_path, CAPTURE, rows).present) == len(rows)
@@ -240,7 +240,7 @@ def test_the_oldest_shards_make_room_under_a_cap(rows, tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.glob("*.shard")) <= cap
     kept = sorted(store.present)
     assert kept == list(range(kept[0], 40))  # the newest
-    assert 0 < kept[0]
+    assert kept[0] > 0
     again = ShardedStore(tmp_path, CAPTURE, many)
     assert sorted(again.present) == kept
     assert all(again.was_reused(row) for row in range(kept[0]))  # a resumed run does not compute them again
