@@ -42,9 +42,7 @@ def computes_in_process(keys: DataKeys) -> bool:
     return keys.vllm_endpoint is None and (keys.on_missing == "generate" or keys.cache_hidden_states)
 
 
-def open_store(
-    keys: DataKeys, capture: CaptureSpec, verifier: str, note: Callable[[str], None]
-) -> ShardedStore | None:
+def open_store(keys: DataKeys, capture: CaptureSpec, verifier: str, note: Callable[[str], None]) -> ShardedStore | None:
     """Opens the states beside the prepared data; None when there are none and the run is not to write them.
 
     A run that writes states removes first what dead processes left half written there.

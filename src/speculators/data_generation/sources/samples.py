@@ -35,6 +35,7 @@ from speculators.data_generation.sources.shards import (
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.utils.files import is_same_model, read_json_object
+from speculators.verifier.loading import layer_matrices
 
 FORMAT = "speculators-store-1"
 MANIFEST = "store.json"
@@ -52,8 +53,9 @@ class Origin:
     """Fingerprint of the projection whose output is stored in place of the aux states."""
 
     def completed(self, known: Origin) -> Origin:
-        """Takes over what this one does not know, and the name of a verifier with the same fingerprint."""
-        mine = {name: value for name, value in vars(self).items() if value is not None}
+        """Takes over what this one does not know, what a store does not say, and the name of a verifier with the same
+        fingerprint."""
+        mine = {name: value for name, value in vars(self).items() if None not in (value, getattr(known, name))}
         if self.verifier_fingerprint is None or self.verifier_fingerprint == known.verifier_fingerprint:
             mine.pop("verifier", None)
         return Origin(**{**vars(known), **mine})
@@ -61,7 +63,8 @@ class Origin:
 
 def origin_of(verifier: str, prepared: PreparedData | None = None) -> Origin:
     """Describes the verifier, by its files alone, and the template of the rows, where those can be read."""
-    facts = verifier_facts(verifier)
+    is_here = bool(layer_matrices(verifier, 2))  # a server may serve what this machine does not have
+    facts = verifier_facts(verifier) if is_here else {}
     known = sorted((key, value) for key, value in facts.items() if key != "name_or_path")
     is_read = any(facts.get("tensors", {}).values())
     recipe = None if prepared is None or prepared.manifest is None else prepared.manifest.recipe
