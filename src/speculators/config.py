@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_valida
 from transformers import PretrainedConfig
 
 from speculators.proposals import TokenProposalConfig
+from speculators.utils.quantized import source
 from speculators.utils.registry import PydanticClassRegistryMixin, ReloadableBaseModel
 from speculators.utils.util import load_transformer_config, reading, refuse_huge
 
@@ -72,7 +73,7 @@ class VerifierConfig(BaseModel):
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> VerifierConfig:
         """From the verifier's published config.json; the given name is recorded as it is."""
-        values, _ = PretrainedConfig.get_config_dict(name_or_path, **kwargs)
+        values, _ = PretrainedConfig.get_config_dict(**source(name_or_path), **kwargs)
         return cls(name_or_path=str(name_or_path), architectures=values.get("architectures") or [])
 
 

@@ -4,7 +4,7 @@
     rope        the factor on cos and sin, and the frequencies, by transformers' reading of that config
     tensors     a fingerprint of each tensor on disk
     num_speculative_tokens      draft tokens per round
-    verifier    sizes, tokenizer and some rows of embedding, head and layers of the verifier it learned from
+    verifier    sizes, tokenizer, quantisation and some rows of embedding, head and layers of the one it learned from
 
 A fingerprint has hashes, of the tensor and of what rounding to each other type makes of it (exact), its norm |W|, and a
 sketch, which says how far two tensors are apart when neither hash fits: for fixed random signs s and t,
@@ -12,7 +12,7 @@ sketch, which says how far two tensors are apart when neither hash fits: for fix
     sketch = s' W t / |W|          about N(0, 1) for unrelated weights; rounding to bf16 moves it by some 0.002
 
 Matrices whose columns read several states of the verifier side by side also have a sketch for each of these chunks.
-Records of earlier releases have neither `rope` nor norms nor hashes of rounded tensors.
+Records of earlier releases have neither `rope` nor norms, hashes of rounded tensors or the quantisation.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from speculators.checkpoint.formats import dtype_name
-from speculators.checkpoint.tensors import VALUES_AT_ONCE, bytes_of, stored_tensors, values_of
 from speculators.config import SpeculatorModelConfig, installed_version
 from speculators.nn.rope import rope_numbers
 from speculators.utils.files import atomic_write, read_json_object
+from speculators.utils.loading import load_checkpoint
 from speculators.verifier.config import open_config, text_config
-from speculators.verifier.loading import layer_matrices, tokenizer_facts, verifier_rows
+from speculators.verifier.loading import layer_matrices, precision_of, tokenizer_facts, verifier_rows
 
 RECORD_FILE = "training_record.json"
 RECORD_VERSION = 1
@@ -44,6 +44,7 @@ NUM_SKETCHES = 4
 ROWS_AT_ONCE = 1024
 """Rows per block: a block of fp32 then stays in the processor's cache."""
 MAX_CHUNKS = 64
+VALUES_AT_ONCE = 1 << 22
 PLAIN_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types that weights are stored in."""
 
@@ -95,7 +96,7 @@ def write_training_record(
         "speculators_model_type": values.get("speculators_model_type"),
         "config": {key: value for key, value in computed_config(values).items() if key not in training_keys},
         "rope": recorded_rope(values),
-        "tensors": {name: fingerprint(t, hidden_size) for name, t in sorted(stored_tensors(directory).items())},
+        "tensors": {name: fingerprint(t, hidden_size) for name, t in sorted(load_checkpoint(directory).items())},
         "num_speculative_tokens": recorded_num_tokens(values),
         "verifier": recorded_verifier(values),
     }
@@ -130,7 +131,8 @@ def is_record(values: Mapping[str, Any]) -> bool:
     if not isinstance(verifier, dict) or not (num_tokens is None or (type(num_tokens) is int and num_tokens > 0)):
         return False
     rows, tokenizer = verifier.get("tensors") or {}, verifier.get("tokenizer")
-    is_named = not verifier or isinstance(verifier.get("name_or_path"), str)
+    names = (verifier.get("name_or_path"), verifier.get("quantization") or "")
+    is_named = not verifier or all(isinstance(name, str) for name in names)
     is_tokenizer = not tokenizer or (isinstance(tokenizer, dict) and {"sha256", "num_tokens"} <= tokenizer.keys())
     if not (is_named and is_tokenizer and isinstance(rows, dict)):
         return False
@@ -216,15 +218,14 @@ def recorded_num_tokens(values: Mapping[str, Any]) -> int | None:
 def fingerprint(tensor: Tensor, chunk_width: int | None = None) -> dict[str, Any]:
     """Describes a tensor by shape, type and hash; floats also by norm, sketch, the hashes of the tensor rounded to
     other types, and a sketch per `chunk_width` columns."""
-    tensor, own_type = values_of(tensor), dtype_name(tensor.dtype)
+    own_type = dtype_name(tensor.dtype)
     found: dict[str, Any] = {"shape": list(tensor.shape), "dtype": own_type, "sha256": sha256(tensor)}
     if tensor.is_floating_point() and tensor.numel():
         matrix = as_matrix(tensor)
         found["sketch"] = sketch(matrix)
-        norm = norm_of(tensor)
-        found["norm"] = norm if is_number(norm) else None
+        found["norm"] = norm if is_number(norm := norm_of(tensor)) else None
         shorter = [name for name in PLAIN_TYPES if name not in (own_type, "float32")]  # float32 changes neither of them
-        found["rounded"] = {name: sha256(tensor, PLAIN_TYPES[name]) for name in shorter}
+        found["rounded"] = {name: sha256(tensor.to(PLAIN_TYPES[name])) for name in shorter}
         if tensor.ndim == 2 and chunk_width and is_chunked(matrix.shape[1], chunk_width):
             found["chunks"] = [sketch(chunk) for chunk in matrix.split(chunk_width, dim=1)]
     return found
@@ -239,11 +240,10 @@ def is_chunked(width: int, chunk_width: int) -> bool:
     return width % chunk_width == 0 and 1 < width // chunk_width <= MAX_CHUNKS
 
 
-def sha256(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
-    """Hashes the stored bytes; `dtype`: those of the tensor rounded to it."""
+def sha256(tensor: Tensor) -> str:
     digest = hashlib.sha256()
-    for block in bytes_of(tensor, dtype):
-        digest.update(block)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 
 
@@ -260,8 +260,7 @@ def sketch(matrix_RC: Tensor) -> list[float]:
         block = matrix_RC[start : start + ROWS_AT_ONCE].float()
         total_K += ((block @ columns_CK) * rows_RK[start : start + ROWS_AT_ONCE]).sum(0).double()
         square += float(torch.dot(block.flatten(), block.flatten()))
-    norm = square**0.5
-    return [round(float(value) / norm, 6) if norm else 0.0 for value in total_K]
+    return [round(float(value) / square**0.5, 6) if square else 0.0 for value in total_K]
 
 
 @lru_cache(maxsize=32)
@@ -285,10 +284,11 @@ def verifier_facts(name: str) -> dict[str, Any]:
     """Describes a verifier without loading it: sizes, tokenizer, some rows. Facts that cannot be read here are null."""
     facts: dict[str, Any] = {"name_or_path": name, "tokenizer": tokenizer_facts(name)}
     try:
-        config = text_config(open_config(name))
+        config = open_config(name)
     except (OSError, ValueError):
         return facts
-    facts |= {key: getattr(config, key, None) for key in VERIFIER_SIZES}
+    facts |= {key: getattr(text_config(config), key, None) for key in VERIFIER_SIZES}
+    facts["quantization"] = precision_of(name, config)
     names = (*VERIFIER_TENSORS, *layer_matrices(name, NUM_LAYER_TENSORS))
     facts["tensors"] = {tensor: rows_fingerprint(tensor, name) for tensor in names}
     return facts

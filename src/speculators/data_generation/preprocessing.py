@@ -24,6 +24,7 @@ from speculators.data_generation.records import Tokenized
 from speculators.data_generation.tokenizing import RowTokenizer, tokenize_chunks, warn_about
 from speculators.utils.files import atomic_write
 from speculators.utils.progress import Progress
+from speculators.utils.quantized import tokenizer_source
 from speculators.verifier.config import get_verifier_config
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def shuffled(conversations: Sequence[Sequence[int]], seed: int) -> list[Sequence
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a directory or hub id. Raises `ValueError` when it cannot be loaded."""
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(**tokenizer_source(model), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer for model {model!r}: it is neither a local model directory nor available from the hub "

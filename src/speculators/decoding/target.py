@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, DTYPES
 from speculators.utils.progress import no_progress_bars
+from speculators.utils.quantized import tokenizer_source
 from speculators.verifier import load_verifier
 
 VerifierSource = str | os.PathLike[str] | PreTrainedModel
@@ -65,7 +66,7 @@ def open_target(
 def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     if not name:
         raise ValueError("the verifier was not loaded from a directory or hub id: give its tokenizer too (tokenizer=)")
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(**tokenizer_source(name), trust_remote_code=trust_remote_code)
 
 
 def default_device() -> str:

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from speculators.checkpoint.findings import Finding, error, warning
-from speculators.checkpoint.record import PLAIN_TYPES, RECORD_FILE, as_matrix, fingerprint, norm_of, sha256, sketch
-from speculators.checkpoint.tensors import VALUES_AT_ONCE, values_of
+from speculators.checkpoint.record import (
+    PLAIN_TYPES,
+    RECORD_FILE,
+    VALUES_AT_ONCE,
+    as_matrix,
+    fingerprint,
+    norm_of,
+    sha256,
+    sketch,
+)
 from speculators.nn.draft_tokens import verifier_ids
 from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX
 
@@ -23,6 +31,8 @@ ROUNDING = 0.05
 """Sketches nearer than this are of the same weights: rounding moves them by some 0.002, fp8 by 0.03."""
 NORM_ROUNDING = 0.01
 """Norms nearer than this share are of the same weights."""
+OTHER_PRECISION, OTHER_PRECISION_NORM = 1.0, 0.2
+"""The same for weights that were quantised: two bits move a sketch by some 0.3."""
 Likeness = Literal["same", "rounded", "near", "other"]
 """Of a tensor and a fingerprint. same: equal, or equal after one rounding. rounded: as near as rounding leaves it, and
 no hash tells more. near: as near, but edited. other: other values."""
@@ -107,7 +117,6 @@ def file_findings(path: Path) -> Iterator[Finding]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Says whether all values are finite; sums squares in blocks, many times faster than testing each value."""
-    tensor = values_of(tensor)
     blocks = (block.float() for block in tensor.reshape(-1).split(VALUES_AT_ONCE))
     return all(bool(torch.isfinite(torch.dot(block, block))) for block in blocks) or bool(torch.isfinite(tensor).all())
 
@@ -202,11 +211,10 @@ def changed_tensor(
 
 def likeness(trained: Mapping[str, Any], tensor: Tensor) -> Likeness:
     """Compares a tensor with the fingerprint of a trained one of its shape."""
-    tensor = values_of(tensor)
     known = {trained["dtype"]: trained["sha256"], **(trained.get("rounded") or {})}
     own = type_of(tensor)
     types = PLAIN_TYPES if own in PLAIN_TYPES else {own: tensor.dtype}
-    if any(name in known and holds(tensor, t) and sha256(tensor, t) == known[name] for name, t in types.items()):
+    if any(name in known and holds(tensor, t) and sha256(tensor.to(t)) == known[name] for name, t in types.items()):
         return "same"
     if "sketch" not in trained or not tensor.is_floating_point() or not tensor.numel():
         return "other"
@@ -220,10 +228,49 @@ def likeness(trained: Mapping[str, Any], tensor: Tensor) -> Likeness:
     return "rounded" if own != trained["dtype"] or any(holds(tensor, t) for t in shorter) else "near"
 
 
+def is_rerounded(trained: Mapping[str, Any], tensor: Tensor) -> bool:
+    """Says whether a tensor may be the trained one at another precision: as large, and in its direction."""
+    norm = trained.get("norm")
+    is_as_large = norm is None or abs(norm_of(tensor) - norm) <= OTHER_PRECISION_NORM * norm
+    pairs = zip(trained.get("sketch") or (), sketch(as_matrix(tensor)), strict=False)
+    return is_as_large and all(abs(x - y) < OTHER_PRECISION for x, y in pairs)
+
+
+def compared_rows(ours_RH: Tensor, theirs_RH: Tensor) -> tuple[Tensor, float]:
+    """Returns the cosine of each pair of rows (1 where both are zero), and how many times larger ours are."""
+    ours_RH, theirs_RH = ours_RH.float(), theirs_RH.float()
+    ours_R, theirs_R = ours_RH.norm(dim=1), theirs_RH.norm(dim=1)
+    cosine_R = torch.cosine_similarity(ours_RH, theirs_RH, dim=1).where((ours_R > 0) | (theirs_R > 0), 1.0)
+    return cosine_R, float((ours_R / theirs_R.clamp_min(1e-30)).median())
+
+
+def precision_finding(trained: Mapping[str, Any], now: Mapping[str, Any], verifier: str) -> Finding | None:
+    """Compares how the verifier's weights are quantised with how they were; None where that is the same or unknown."""
+    if "quantization" not in now:
+        return None
+    if "quantization" in trained:
+        old = trained["quantization"]
+    else:  # a record of an earlier release, which has the types of some matrices
+        layers = [found for name, found in (trained.get("tensors") or {}).items() if found and "layers." in name]
+        if not layers or any(found["dtype"] not in PLAIN_TYPES for found in layers):
+            return None
+        old = None
+    if old == now["quantization"]:
+        return None
+    old, new = (kind or "not quantised" for kind in (old, now["quantization"]))
+    return warning(
+        "verifier-precision",
+        verifier,
+        f"its weights are: {new}",
+        f"the drafter learned from states of the same model with weights: {old}. Text stays exact; fewer drafts may be "
+        "accepted",
+        "measure it with this verifier (speculators evaluate); train on states of this verifier where that is too few",
+    )
+
+
 def holds(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether each value of a tensor is one of that type."""
-    blocks = tensor.reshape(-1).split(VALUES_AT_ONCE)
-    return tensor.dtype == dtype or all(torch.equal(block.to(dtype).to(tensor.dtype), block) for block in blocks)
+    return tensor.dtype == dtype or torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
 def are_near(a: Sequence[float], b: Sequence[float]) -> bool:

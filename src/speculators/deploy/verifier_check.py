@@ -19,11 +19,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from speculators.checkpoint.findings import Finding, error, warning
 from speculators.checkpoint.record import VERIFIER_TENSORS, verifier_facts
 from speculators.config import SpeculatorModelConfig
-from speculators.deploy.tensor_check import MAP, likeness
+from speculators.deploy.tensor_check import MAP, compared_rows, is_rerounded, likeness, precision_finding
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.model import SpeculatorModel
 from speculators.utils.loading import Rows, spaced
-from speculators.utils.names import looks_like_a_path
+from speculators.utils.names import has_model, looks_like_a_path
 from speculators.verifier import capture_states, load_verifier, verifier_parts
 from speculators.verifier.config import open_config, text_config
 from speculators.verifier.loading import EMBEDDING, verifier_rows
@@ -41,15 +41,15 @@ def verifier_config(name: str) -> tuple[PretrainedConfig | None, list[Finding]]:
     """Reads the verifier's config; None, with a finding, when it cannot be read from here."""
     where = f"{WHERE}.name_or_path"
     fix = "write a hub id, or an absolute path that exists on the serving machine; or check with --verifier"
-    if looks_like_a_path(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        rule = "vLLM serves this model; it is not a directory with a config.json here"
+    if looks_like_a_path(name) and not has_model(name):
+        rule = "vLLM serves this model; it is not a directory with a config.json here, nor a GGUF file"
         return None, [error("verifier-unreachable", where, repr(name), rule, fix)]
     try:
         config = open_config(name)
     except (OSError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0]
         return None, [error("verifier-unreachable", where, repr(name), reason, fix)]
-    if not os.path.isdir(name) or Path(name).is_absolute():
+    if not os.path.exists(name) or Path(name).is_absolute():
         return config, []
     rule = "a relative path means another directory wherever the server is started"
     return config, [warning("verifier-relative", where, repr(name), rule, "write the absolute path")]
@@ -144,14 +144,6 @@ def copy_findings(
             yield warning(code, name, what, rule, "nothing, if the head was trained by itself")
 
 
-def compared_rows(ours_RH: Tensor, theirs_RH: Tensor) -> tuple[Tensor, float]:
-    """Returns the cosine of each pair of rows (1 where both are zero), and how many times larger ours are."""
-    ours_RH, theirs_RH = ours_RH.float(), theirs_RH.float()
-    ours_R, theirs_R = ours_RH.norm(dim=1), theirs_RH.norm(dim=1)
-    cosine_R = torch.cosine_similarity(ours_RH, theirs_RH, dim=1).where((ours_R > 0) | (theirs_R > 0), 1.0)
-    return cosine_R, float((ours_R / theirs_R.clamp_min(1e-30)).median())
-
-
 def shift_of(tensors: Mapping[str, Tensor], name: str, theirs: str, verifier: str) -> str | None:
     """Says which tokens a head's rows stand for, when they are the verifier's rows of tokens beside."""
     rows = spaced(len(tensors[name]))
@@ -227,16 +219,26 @@ def changed_verifier_findings(record: Mapping[str, Any], verifier: str) -> Itera
     for key in ("num_hidden_layers", "model_type"):
         if None not in (trained.get(key), now.get(key)) and trained[key] != now[key]:
             yield error("verifier-differs", f"{verifier}: {key}", repr(now[key]), f"it was {trained[key]!r}", fix)
+    other_precision, found_other = precision_finding(trained, now, verifier), False
     for name, old in (trained.get("tensors") or {}).items():
         found = verifier_rows(name, verifier) if old else None
-        if found is None or (list(found.shape) != old["shape"] and has_same_tokenizer(record, verifier)):
+        is_fitting = found is not None and list(found.shape) == old["shape"]
+        if found is None or (not is_fitting and has_same_tokenizer(record, verifier)):
             continue  # not here; or a table that is padded otherwise, which is said with the sizes
-        like = likeness(old, found.rows) if list(found.shape) == old["shape"] else "other"
+        if old["dtype"].startswith("float8"):
+            continue  # an earlier release recorded FP8 without its scales
+        if other_precision:
+            like = "same" if is_fitting and is_rerounded(old, found.rows) else "other"
+        else:
+            like = likeness(old, found.rows) if is_fitting else "other"
+        found_other = found_other or like == "other"
         rule = "the drafter learned from another verifier"
         if like == "other":
             yield error("verifier-differs", f"{verifier}: {name}", "not as in training", rule, fix)
         elif like == "near":
             yield warning("verifier-edited", f"{verifier}: {name}", "nearly, not exactly, as in training", rule, fix)
+    if other_precision and not found_other:
+        yield other_precision
 
 
 # -- the deep check: both models are loaded and run on a few tokens; every weight and score must be a number

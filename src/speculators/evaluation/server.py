@@ -33,6 +33,7 @@ from speculators.evaluation.report import ResultRow, SavedReport, environment, g
 from speculators.evaluation.server_client import MeasuredServer, ServerCounters, ServerRestartedError
 from speculators.evaluation.statistics import Estimate, count_identical
 from speculators.utils.progress import Progress, reporting
+from speculators.utils.quantized import tokenizer_source
 
 COLUMNS = (
     "clients",
@@ -183,7 +184,7 @@ def refuse_wrong_roles(servers: dict[str, MeasuredServer]) -> None:
 def tokenizer_of(config: ServerConfig, root: str) -> PreTrainedTokenizerBase:
     name = config.verifier or root
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        return AutoTokenizer.from_pretrained(**tokenizer_source(name), trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer can be read from {name!r}: name the verifier with --verifier") from error
 

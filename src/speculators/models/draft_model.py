@@ -20,6 +20,7 @@ from speculators.model import SpeculatorModel
 from speculators.nn.attention import FAMILIES, attention_shape
 from speculators.nn.draft_tokens import select_rows
 from speculators.nn.rope import head_dim, rope_parameters
+from speculators.utils.quantized import tokenizer_source
 from speculators.verifier.capture import fitting_embedding
 from speculators.verifier.config import get_verifier_config
 
@@ -170,7 +171,7 @@ def resolve_mask_token_id(mask_token_id: int | None, verifier: str, vocab_size: 
         return mask_token_id
     special: list[int | None] = []
     try:
-        tokenizer = AutoTokenizer.from_pretrained(verifier, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**tokenizer_source(verifier), trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         config = get_verifier_config(verifier, trust_remote_code)
         eos: int | list[int] | None = getattr(config, "eos_token_id", None)

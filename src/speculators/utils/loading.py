@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -16,6 +15,17 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from speculators.utils.files import read_json_object
+from speculators.utils.quantized import (
+    GGUF,
+    gguf_file_of,
+    gguf_keys,
+    gguf_shape,
+    is_scaled,
+    read_gguf,
+    read_gguf_rows,
+    rescaled,
+    scale_key_of,
+)
 from speculators.utils.util import WRONG_VALUE
 
 logger = logging.getLogger(__name__)
@@ -64,7 +74,7 @@ def is_config_only_dir(path: str | os.PathLike) -> bool:
 
 def list_checkpoint_keys(path: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
     """Lists the tensor names of a checkpoint directory or hub id. Raises `FileNotFoundError` when it has no weights."""
-    return list(locate_tensors(path, **hub_kwargs))
+    return list(_locate_tensors(path, **hub_kwargs))
 
 
 def load_model_layers(names: Iterable[str], model_path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Tensor]:
@@ -74,14 +84,18 @@ def load_model_layers(names: Iterable[str], model_path: str | os.PathLike, **hub
     under one of its aliases. Logs and leaves out names that match no key. Raises `ValueError` when no name does.
     """
     names = list(names)
-    files = locate_tensors(model_path, **hub_kwargs)
+    files = _locate_tensors(model_path, **hub_kwargs)
     keys = {name: key for name in names if (key := find_key(name, files)) is not None}
     if not keys:
         raise ValueError(f"'{model_path}' has none of the tensors {names}; its keys start like {sorted(files)[:5]}")
     for name in names:
         if name not in keys:
             logger.warning("'%s' has no tensor '%s'", model_path, name)
-    found = read_tensors({key: files[key] for key in keys.values()})
+    scales = {key: scale for key in keys.values() if (scale := scale_key_of(key, files)) is not None}
+    found = read_tensors({key: files[key] for key in (*keys.values(), *scales.values())})
+    found |= {
+        key: rescaled(w, found[scales[key]], w.shape) for key, w in found.items() if key in scales and is_scaled(w)
+    }
     return {name: found[key] for name, key in keys.items()}
 
 
@@ -90,10 +104,13 @@ def load_rows(name: str, model_path: str | os.PathLike, rows: Sequence[int] | No
 
     The name is found as in `load_model_layers`. Raises `KeyError` when the checkpoint has no such tensor.
     """
-    files = locate_tensors(model_path, **hub_kwargs)
+    files = _locate_tensors(model_path, **hub_kwargs)
     key = find_key(name, files)
     if key is None:
         raise KeyError(f"'{model_path}' has no tensor '{name}' under any name known here")
+    if files[key].suffix == GGUF:
+        shape = gguf_shape(files[key], key)
+        return Rows(shape, read_gguf_rows(files[key], key, _rows_of(shape[0], rows)))
     if files[key].suffix != ".safetensors":
         whole = read_tensors({key: files[key]})[key]
         return Rows(tuple(whole.shape), whole if whole.ndim == 1 else whole[_rows_of(whole.shape[0], rows)])
@@ -102,7 +119,12 @@ def load_rows(name: str, model_path: str | os.PathLike, rows: Sequence[int] | No
         shape = tuple(lazy.get_shape())
         if len(shape) == 1:
             return Rows(shape, lazy[:])
-        return Rows(shape, torch.cat([lazy[i : i + 1] for i in _rows_of(shape[0], rows)]))
+        wanted = _rows_of(shape[0], rows)
+        found = torch.cat([lazy[i : i + 1] for i in wanted])
+    scale = scale_key_of(key, files) if is_scaled(found) else None
+    if scale is not None:
+        found = rescaled(found, read_tensors({scale: files[scale]})[scale], shape, wanted)
+    return Rows(shape, found)
 
 
 def _rows_of(count: int, rows: Sequence[int] | None) -> list[int]:
@@ -136,7 +158,7 @@ def _is_inside_a_layer(key: str, wanted: str) -> bool:
 
 def load_checkpoint(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Tensor]:
     """Reads every tensor of a checkpoint directory or hub id. Raises `FileNotFoundError` when it has no weights."""
-    return read_tensors(locate_tensors(path, **hub_kwargs))
+    return read_tensors(_locate_tensors(path, **hub_kwargs))
 
 
 def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
@@ -144,6 +166,9 @@ def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(files.values()):
         keys = [key for key, where in files.items() if where == file]
+        if file.suffix == GGUF:
+            tensors |= read_gguf(file, keys)
+            continue
         if file.suffix != ".safetensors":
             content = _read_pickle(file, "cpu")
             tensors.update({key: content[key] for key in keys if key in content})
@@ -156,19 +181,10 @@ def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def like_stored(files: dict[str, Path]) -> dict[str, Tensor]:
-    """Returns tensors of the same shapes and types on the meta device, given the file of each key: no values are read.
-    Raises as `read_tensors` does."""
-    metas: dict[str, Tensor] = {}
-    for file in dict.fromkeys(files.values()):
-        keys = [key for key, where in files.items() if where == file]
-        found = _read_pickle(file, "meta") if file.suffix != ".safetensors" else read_tensors(dict.fromkeys(keys, file))
-        metas.update({key: torch.empty_like(found[key], device="meta") for key in keys if key in found})
-    return metas
-
-
-def locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Path]:
+def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Path]:
     """Returns tensor name -> its file, for the first kind of weights that the checkpoint has."""
+    if os.path.isfile(path) and (gguf := gguf_file_of(path)) is not None:
+        return dict.fromkeys(gguf_keys(gguf), gguf)
     for index_name, single_name in ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN)):
         index = _fetch(path, index_name, **hub_kwargs)
         if index is not None:
@@ -184,8 +200,11 @@ def locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Path
     for pattern in HEADS if os.path.isdir(path) else ():
         for single in sorted(Path(path).glob(pattern)):
             return dict.fromkeys(_keys_of(single), single)
+    if (gguf := gguf_file_of(path)) is not None:
+        return dict.fromkeys(gguf_keys(gguf), gguf)
     raise FileNotFoundError(
-        f"'{path}' has no weights: neither {SAFETENSORS}, {BIN}, an index of them nor one of {HEADS} is a file of it"
+        f"'{path}' has no weights: neither {SAFETENSORS}, {BIN}, an index of them, a GGUF file nor one of {HEADS} "
+        "is a file of it"
     )
 
 
@@ -226,8 +245,7 @@ def _keys_of(file: Path) -> list[str]:
 def _read_pickle(file: Path, device: str) -> dict[str, Tensor]:
     """Reads the tensors of a pickle. Raises `ValueError` for one that holds anything else: unpickling would run it."""
     try:
-        is_mappable = zipfile.is_zipfile(file)  # the format of torch 1.6 and later
-        content = torch.load(file, map_location=device, weights_only=True, mmap=is_mappable)
+        content = torch.load(file, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, EOFError, *WRONG_VALUE, ValueError) as error:
         raise ValueError(
             f"'{file}' is damaged, or a pickle of more than tensors, which is not read because it can run any code: "

@@ -18,6 +18,8 @@ from urllib.request import getproxies
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from speculators.utils.quantized import gguf_file_of
+
 
 class NamedModel(Protocol):
     """A model of transformers, as far as its name goes."""
@@ -152,7 +154,7 @@ def looks_like_a_path(name: str) -> bool:
 def refuse_path_without_model(name: str, what: str, kind: str) -> None:
     """Raises `ValueError` for a path without a model, also one that a hub id could be but for a letter."""
     if looks_like_a_path(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
+        if not has_model(name):
             ways_out = f"Give the directory of {kind}, or a model id of the Hugging Face hub"
             raise ValueError(f"no {what} at {name!r}: {why_no_model(Path(name))} {ways_out}")
     elif is_misspelt_path(name) and not is_in_hub_cache(name):
@@ -160,6 +162,12 @@ def refuse_path_without_model(name: str, what: str, kind: str) -> None:
             f"no {what} at {name!r}: it does not exist.{did_you_mean_path(name)} If it is a model of the Hugging Face "
             f"hub, fetch it first: hf download {name}"
         )
+
+
+def has_model(path: str) -> bool:
+    """Says whether a path is a directory with a config.json, or a GGUF file (which holds its own), or a directory of
+    one."""
+    return os.path.isfile(os.path.join(path, "config.json")) or gguf_file_of(path) is not None
 
 
 def refuse_missing_model(name: str, what: str, kind: str) -> None:

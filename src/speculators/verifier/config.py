@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.proposals import GreedyTokenProposalConfig
+from speculators.utils.quantized import source
 from speculators.utils.util import reading, refuse_huge
 
 if TYPE_CHECKING:
@@ -82,12 +83,12 @@ def open_config(
 ) -> PretrainedConfig:
     """A model's config with its class's defaults. Of a model type that transformers does not know: a record of the
     file's keys. Raises OSError where there is no config.json."""
-    values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    values, _ = PretrainedConfig.get_config_dict(**source(name), revision=revision)
     refuse_huge(values, name)
     if model_type_of(values) in CONFIG_MAPPING or (trust_remote_code and values.get("auto_map")):
         with reading(f"the config of {name}"):
             return AutoConfig.from_pretrained(
-                name, revision=revision, code_revision=code_revision, trust_remote_code=trust_remote_code
+                **source(name), revision=revision, code_revision=code_revision, trust_remote_code=trust_remote_code
             )
     with reading(f"the config of {name}"):
         return plain_config(values)
@@ -115,7 +116,7 @@ def open_verifier_config(name: str, trust_remote_code: bool = False, revision: s
         with reading("its config.json"):
             if not trust_remote_code and (known := known_under_another_name(name, revision)) is not None:
                 return known
-            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+            return AutoConfig.from_pretrained(**source(name), trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ValueError(
@@ -130,7 +131,7 @@ def open_verifier_config(name: str, trust_remote_code: bool = False, revision: s
 
 def known_under_another_name(name: str, revision: str | None) -> PretrainedConfig | None:
     """Reads the config of a family that transformers has under another name; None for the rest."""
-    values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    values, _ = PretrainedConfig.get_config_dict(**source(name), revision=revision)
     family = SAME_LAYERS.get(model_type_of(values))
     if family is None or model_type_of(values) in CONFIG_MAPPING:
         return None
@@ -147,7 +148,7 @@ def get_verifier_config(name_or_path: str, trust_remote_code: bool = False) -> P
 def end_token_ids(name_or_path: str, tokenizer: Any, trust_remote_code: bool = False) -> frozenset[int]:
     """Finds the tokens that end an answer: of the generation config or else of the config, and the tokenizer's own."""
     try:
-        found = GenerationConfig.from_pretrained(name_or_path).eos_token_id
+        found = GenerationConfig.from_pretrained(source(name_or_path)["pretrained_model_name_or_path"]).eos_token_id
     except OSError:  # a model without one
         found = None
     if found is None:

@@ -1,5 +1,5 @@
-"""Loads a verifier, any Hugging Face causal LM, from safetensors only: the whole model, or only its embedding, head and
-final norm, read from its files; and says what tells one verifier from another.
+"""Loads a verifier, any Hugging Face causal LM, from safetensors or GGUF: the whole model, or only its embedding, head
+and final norm, read from its files; and says what tells one verifier from another.
 
 Shapes: V vocabulary, H hidden size.
 """
@@ -7,6 +7,7 @@ Shapes: V vocabulary, H hidden size.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Sequence
@@ -22,6 +23,15 @@ from speculators.nn.norms import LayerNorm, RMSNorm, RMSNormPlusOne
 from speculators.utils.loading import Rows, find_key, list_checkpoint_keys, load_model_layers, load_rows, spaced
 from speculators.utils.names import refuse_missing_verifier
 from speculators.utils.progress import no_progress_bars
+from speculators.utils.quantized import (
+    EXTRA,
+    method_of,
+    quantization_of,
+    refuse_missing_packages,
+    settings_of,
+    source,
+    tokenizer_source,
+)
 from speculators.verifier.config import (
     LogitTransform,
     NormKind,
@@ -38,8 +48,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-ROWS_AT_ONCE = 1024
-"""Rows of two matrices that are compared at a time."""
+DEQUANTISED = ("compressed-tensors", "fp8", "mxfp8", "mxfp4")
+"""Methods of which transformers can dequantise the weights when it loads them."""
 NORM, NORM_BIAS = "model.norm.weight", "model.norm.bias"
 
 
@@ -54,8 +64,12 @@ def load_verifier(
 ) -> PreTrainedModel:
     """Loads a causal LM in eval mode, without gradients; `dtype=None` keeps the checkpoint's own dtype.
 
+    The weights of a quantised model are dequantised, once, to `dtype`; activations are not rounded, whatever its scheme
+    says: rounded ones have no equal texts with and without drafts.
+
     Raises ValueError, before any weight is read, for a path that is not there, a device that torch does not have, a
-    config that transformers cannot read and an encoder-decoder; after it, for weights that are not safetensors."""
+    config that transformers cannot read, an encoder-decoder and packages that a quantised model needs; after it, for
+    weights that are neither safetensors nor GGUF, and for formats that need another device."""
     from transformers import AutoModelForCausalLM  # imports modelling code: only who loads a model pays for it
 
     name = str(name_or_path)
@@ -64,23 +78,68 @@ def load_verifier(
     config = open_verifier_config(name, trust_remote_code, revision)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name!r} is an encoder-decoder ({config.model_type}); a verifier must be a causal LM")
+    where, settings = source(name), settings_of(config)
+    method = method_of(settings) if settings else ""
+    refuse_missing_packages(method, name)
     # sdpa has no soft cap and transformers drops it silently there: the eager path is the trained model
     is_capped = getattr(text_config(config), "attn_logit_softcapping", None)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name,
+            **where,
             config=config,
             dtype=dtype if dtype is not None else "auto",
             trust_remote_code=trust_remote_code,
             revision=revision,
             use_safetensors=True,
             **({"attn_implementation": "eager"} if is_capped else {}),
+            **dequantize_when_loading(config, is_gguf="gguf_file" in where),
         )
+    except (ImportError, RuntimeError) as error:
+        if not settings:
+            raise
+        raise ValueError(
+            f"cannot load {name!r}, which is quantised ({method}): {first_line(error)}. If this names a device or its "
+            f"kernels, the format runs there only; for packages, {EXTRA}"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot load {name!r} as a causal LM from safetensors: {first_line(error)}") from error
+        raise ValueError(
+            f"cannot load {name!r} as a causal LM from safetensors or GGUF: {first_line(error)}"
+        ) from error
+    if method == "compressed-tensors":
+        drop_rounding(model)
+    if "gguf_file" in where:
+        model.name_or_path = name  # transformers knows its directory
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)
+
+
+def dequantize_when_loading(config: Any, *, is_gguf: bool) -> dict[str, Any]:
+    """Asks transformers to dequantise weights when it loads them, not at each use: in `config`, where that is where it
+    looks, else by the arguments returned."""
+    import transformers
+
+    if is_gguf and hasattr(transformers, "GgufConfig"):  # older releases do nothing else
+        return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    settings = settings_of(config)
+    if method_of(settings) in DEQUANTISED:
+        rounds_cache = {"kv_cache_scheme": None} if "kv_cache_scheme" in settings else {}
+        config.quantization_config = {**settings, **rounds_cache, "dequantize": True}
+    return {}
+
+
+def drop_rounding(model: PreTrainedModel) -> None:
+    """Takes compressed-tensors' wrappers off dequantised layers: they would round the activations, where a last bit
+    decides between neighbours 6 % apart: drafts scored in one forward would give another text than plain decoding."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if forward is not None and inspect.unwrap(getattr(forward, "__func__", forward)) is type(module).forward:
+            del module.forward
+        if getattr(module, "quantization_scheme", None) is not None:
+            del module.quantization_scheme
+            module.weight.data = module.weight.data.to(model.dtype)  # NVFP4 gives bfloat16, whatever was asked for
+            for name in {*module._parameters, *module._buffers} - {"weight", "bias"}:
+                delattr(module, name)
 
 
 def refuse_missing_device(device: torch.device | str | None) -> None:
@@ -196,9 +255,7 @@ def is_copy(tensor: Tensor, name: str, verifier: str, rows_V: Tensor | None = No
         return False
     narrow = min(tensor.dtype, theirs.dtype, key=lambda dtype: (dtype.itemsize, torch.finfo(dtype).bits))
     limit = 2 * torch.finfo(narrow).eps
-    smallest = torch.finfo(torch.float16).tiny
-    blocks = zip(tensor.split(ROWS_AT_ONCE), theirs.split(ROWS_AT_ONCE), strict=True)
-    return all(torch.allclose(ours.float(), own.float(), rtol=limit, atol=smallest) for ours, own in blocks)
+    return torch.allclose(tensor.float(), theirs.float(), rtol=limit, atol=torch.finfo(torch.float16).tiny)
 
 
 def resolve_verifier_norm_class(verifier: str) -> type[RMSNorm]:
@@ -222,12 +279,17 @@ def layer_matrices(name: str, count: int) -> list[str]:
     return [sorted(inside)[i] for i in spaced(len(inside), count)]
 
 
+def precision_of(name: str, config: Any) -> str | None:
+    """Names how the weights of a verifier are quantised; None for plain floating point. `config`: its whole one."""
+    return quantization_of(name, config) or quantization_of(name, text_config(config))
+
+
 def tokenizer_facts(name: str) -> dict[str, Any] | None:
     """Hashes token -> id; None when no tokenizer can be read here."""
     from transformers import AutoTokenizer  # imports modelling code: only who reads a tokenizer pays for it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(**tokenizer_source(name))
     except (OSError, ValueError, KeyError, ImportError):
         return None
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))

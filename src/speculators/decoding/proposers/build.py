@@ -19,6 +19,7 @@ from speculators.decoding.trees.static_tree import StaticTreeProposer, TreeDraft
 from speculators.decoding.verifiers.recurrent_verifier import is_recurrent
 from speculators.interfaces import CaptureSpec, Proposer, Verifier
 from speculators.model import SpeculatorModel
+from speculators.utils.quantized import tokenizer_source
 from speculators.verifier import load_verifier, verifier_parts
 
 EARLY_EXIT_SHARE = 4
@@ -131,7 +132,7 @@ def build_draft_model(config: SpeculativeConfig, context: ProposerContext) -> Pr
             raise ValueError("use_heterogeneous_vocab needs the verifier's tokenizer; pass Engine(..., tokenizer=...)")
         intersection = TokenIntersection(
             context.tokenizer,
-            AutoTokenizer.from_pretrained(config.model, revision=config.revision),
+            AutoTokenizer.from_pretrained(**tokenizer_source(config.model), revision=config.revision),
             num_verifier=verifier_parts(verifier).config.vocab_size,
             num_draft=verifier_parts(model).config.vocab_size,
         )
