@@ -40,7 +40,7 @@ from speculators.decoding.engine import Engine
 from speculators.decoding.method import PLAIN, Drafter
 from speculators.decoding.request import NonFiniteScoresError, RequestOutput
 from speculators.decoding.request_builder import end_of_sequence_ids
-from speculators.decoding.settings import SamplingParams
+from speculators.decoding.settings import SamplingParams, refuse_biases_of_servers
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.deploy.export import export_checkpoint
 from speculators.deploy.process import find_vllm
@@ -97,12 +97,11 @@ def regenerate(
     """Replaces the answers of a data set by the verifier's own: the text that a drafter will see when it serves.
 
     `output`: .jsonl file to write, for `prepare_data`. `drafter`: see `Engine.from_pretrained`. `limit`:
-    conversations to answer. `num_samples`: answers per prompt. `prompt_field`: column of the prompts, where it is not
-    recognised. `temperatures`, `system_prompts`: each conversation draws one. `drop_reasoning`: thoughts are not
-    trained on. `endpoints`: servers with OpenAI's interface that answer in place of an engine here, `batch_size`
-    conversations at a time, with `api_key`; `max_retries`: waits while none answers. `sampling`: the fields of
-    `SamplingParams`; each answer has its own seed, from `seed`, the conversation's id and the turn. Raises `ValueError`
-    for no prompt, and an `output` that exists (unless `resume`) or is another recipe's. See `report.raise_for_errors`.
+    conversations to answer. `num_samples`: answers per prompt. `prompt_field`: column of the prompts, if not known.
+    `temperatures`, `system_prompts`: each conversation draws one. `drop_reasoning`: thoughts are not trained on.
+    `endpoints`: servers with OpenAI's interface that answer, `batch_size` conversations at a time; `max_retries`: waits
+    while none does. `sampling`: fields of `SamplingParams`; seeds of answers come from `seed`, conversation and turn.
+    Raises `ValueError` for no prompt, and an `output` that exists (unless `resume`) or is another recipe's.
     """
     if sampling.get("n", 1) != 1:
         raise ValueError(f"n={sampling['n']}: say num_samples={sampling['n']}, which gives as many answers per prompt")
@@ -130,6 +129,7 @@ def regenerate(
     if endpoints:
         if drafter not in (None, PLAIN):
             raise ValueError(f"drafter={drafter!r} with endpoints: a server drafts by itself; leave it out")
+        refuse_biases_of_servers(params)
         name = model_name(verifier)
         tokenizer = tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code)
         stop_token_ids = {*end_token_ids(name, tokenizer, trust_remote_code), *params.stop_token_ids}

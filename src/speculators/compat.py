@@ -17,10 +17,33 @@ from typing import Any
 
 PACKAGE = "speculators"
 VERIFIER_CONFIG = "verifier.config"
+ATTENTION = ("ALL_ATTENTION_FUNCTIONS", "block_mask_to_dense_attention_mask", "flex_attention_forward")
+LOSSES = ("ce_loss", "compound_loss", "dflash_loss_decay", "dpace_loss_decay", "exp_loss_decay", "kl_div_loss")
 NAMES_OF: dict[str, dict[str, str]] = {
     "models.base_components": dict.fromkeys(
         ("ModelComponents", "model_classes", "override_components"), "models.attention"
     ),
+    "models.dflash.attention": {"create_anchor_block_mask_mod": "models.dflash.block_attention"},
+    "models.dflash.utils": dict.fromkeys(
+        ("get_base_indices_for_anchored_blocks", "select_anchors"), "models.dflash.metrics"
+    ),
+    "models.dspark.metrics": {"compute_metrics": "models.dspark.training"},
+    "models.eagle3.attention": dict.fromkeys(
+        (*ATTENTION, "create_combined_mask_mod", "extend_mask_for_draft_tokens"), "models.attention"
+    ),
+    "models.eagle3.data": {"shift_batch": "models.eagle3.training"},
+    "models.metrics": {
+        **dict.fromkeys(
+            ("compute_accepted_length_counts", "compute_accuracy_multi_step", "compute_accuracy_single_step"),
+            "models.supervision",
+        ),
+        **dict.fromkeys((*LOSSES, "LossConfig", "loss_function", "resolve_loss_config", "tv_loss"), "losses.registry"),
+    },
+    "models.mtp.data": {"shift_batch_mtp": "models.mtp.training"},
+    "models.peagle.data": {
+        "generate_cod_sample_indices": "models.peagle.training",
+        "shift_batch": "models.eagle3.training",
+    },
     "models.utils": {
         "conditional_torch_compile": "models.attention",
         "flatten_rope_parameters": VERIFIER_CONFIG,

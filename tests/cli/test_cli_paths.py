@@ -40,6 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 WRONG = {
     # verb -> words with one thing that does not exist, and what is said of it
     "quickstart": (["--output", "run"], "run holds ['checkpoint_best'] and is not an earlier quickstart's"),
+    "build": (["--verifier", "verifier", "--data", "chat.jsonl", "--output", "x"], "Did you mean 'chats.jsonl'?"),
     "prepare-data": (
         ["--verifier", "verifer", "--data", "chats.jsonl"],
         "no verifier at 'verifer': it does not exist. Did you mean 'verifier'?",

@@ -209,6 +209,14 @@ def test_only_pydantic_models_can_be_members():
     with pytest.raises(TypeError, match="must be used as a class decorator"):
         Animal.register_decorator("text")
 
+    class Bee(BaseModel):
+        kind: str = "bee"
+
+    with pytest.raises(ValueError, match="must be used as a class decorator with a name"):
+        Animal.register_decorator(Bee, 3)
+    with pytest.raises(ValueError, match="name must be a string or None"):
+        Animal.register(3)
+
 
 def test_a_member_may_be_any_pydantic_model():
     Animal, _ = animals()

@@ -11,6 +11,8 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
+from speculators.data_generation import HiddenStateStore, ShardedStore
+from speculators.interfaces import CaptureSpec
 from speculators.model import SpeculatorModel
 from speculators.train.config import TrainConfig
 from speculators.train.events import Note, Saved, Started, StepDone, Validated
@@ -91,7 +93,11 @@ def test_cached_states_train_like_computed_ones(settings, tmp_path):
 
     computed = masters("computed")
     cached = masters("cached", cache_hidden_states=True)
-    assert len(list((tmp_path / "data" / "hidden_states").glob("hs_*.safetensors"))) == 40
+    assert {path.name for path in (tmp_path / "data" / "hidden_states").iterdir()} == {
+        "store.json",
+        "states-000-00000.shard",
+        "states-000-00000.index",
+    }
     read = masters("read", on_missing="raise", num_workers=2)  # no verifier in the process, files read by threads
     for key in computed:
         # the verifier's batches differ in their padding, so its states do in the last bits, and AdamW divides by them
@@ -99,11 +105,25 @@ def test_cached_states_train_like_computed_ones(settings, tmp_path):
         assert torch.equal(cached[key], read[key])
 
 
+def store_as_files(settings, tmp_path) -> None:
+    """Stores the states of all rows as earlier releases did: a file for each."""
+    run(settings, cache_hidden_states=True, epochs=1)
+    directory = tmp_path / "data" / "hidden_states"
+    facts = json.loads((directory / "store.json").read_text())
+    capture = CaptureSpec(tuple(facts["aux_layer_ids"]), facts["last_hidden"])
+    rows = list(Dataset.load_from_disk(str(tmp_path / "data")).with_format("torch")["input_ids"])
+    states = ShardedStore(directory, capture, rows).read(rows)
+    shutil.rmtree(directory)
+    files = HiddenStateStore(directory, capture, rows, verifier=facts["verifier"])
+    for row, of_row in enumerate(states):
+        files.write_row(row, of_row)
+
+
 def test_missing_states_are_left_out_counted_or_refused(settings, tmp_path):
-    run(settings, cache_hidden_states=True, dry_run=False, epochs=1)
+    store_as_files(settings, tmp_path)
     for row in range(5):
         (tmp_path / "data" / "hidden_states" / f"hs_{row}.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"5 of 40 rows have no file .* --on-missing generate"):
+    with pytest.raises(ValueError, match=r"5 of 40 rows have no stored states .* --on-missing generate"):
         run(settings, save_path=str(tmp_path / "b"), on_missing="raise")
     events = []
     run(settings, events.append, save_path=str(tmp_path / "c"), on_missing="warn", epochs=1)
@@ -112,7 +132,7 @@ def test_missing_states_are_left_out_counted_or_refused(settings, tmp_path):
 
 
 def test_stored_states_of_another_verifier_are_refused(settings, tmp_path):
-    run(settings, cache_hidden_states=True, epochs=1)
+    store_as_files(settings, tmp_path)
     path = tmp_path / "data" / "hidden_states" / "hs_0.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "hidden_states": tensors["hidden_states"].roll(1, 0)}, path)  # no header: of another tool

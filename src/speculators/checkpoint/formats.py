@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators.checkpoint.findings import Finding
+from speculators.checkpoint.tensors import stored_tensors
 from speculators.utils.files import atomic_write, read_json_object
-from speculators.utils.loading import SAFETENSORS, list_checkpoint_keys, load_checkpoint
+from speculators.utils.loading import list_checkpoint_keys
 from speculators.utils.names import refuse_option
 from speculators.utils.util import bounded_build, reading
 
@@ -61,7 +61,8 @@ class ForeignCheckpoint:
         return frozenset(list_checkpoint_keys(self.path))
 
     def tensors(self) -> dict[str, Tensor]:
-        return load_checkpoint(self.path)
+        """Returns them by name; the values are read from the file when they are needed (`checkpoint.tensors`)."""
+        return stored_tensors(self.path)
 
 
 @dataclass(frozen=True)
@@ -245,11 +246,6 @@ def refuse_missing(names: Collection[str]) -> None:
             f"the checkpoint would lack {sorted(names)}: engines would serve them from uninitialised memory; save the "
             "whole state dict"
         )
-
-
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    save_file(kept, directory / SAFETENSORS, metadata={"format": "pt"})
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -24,9 +24,9 @@ from speculators.checkpoint.formats import (
     OurCheckpoint,
     dtype_name,
     write_config,
-    write_tensors,
 )
 from speculators.checkpoint.record import RECORD_FILE, read_training_record
+from speculators.checkpoint.tensors import write_tensors
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 from speculators.utils.files import absolute_if_directory, read_json_object

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from speculators.checkpoint.formats import dtype_name
+from speculators.checkpoint.tensors import VALUES_AT_ONCE, bytes_of, stored_tensors, values_of
 from speculators.config import SpeculatorModelConfig, installed_version
 from speculators.nn.rope import rope_numbers
 from speculators.utils.files import atomic_write, read_json_object
-from speculators.utils.loading import load_checkpoint
 from speculators.verifier.config import open_config, text_config
 from speculators.verifier.loading import layer_matrices, precision_of, tokenizer_facts, verifier_rows
 
@@ -44,7 +44,6 @@ NUM_SKETCHES = 4
 ROWS_AT_ONCE = 1024
 """Rows per block: a block of fp32 then stays in the processor's cache."""
 MAX_CHUNKS = 64
-VALUES_AT_ONCE = 1 << 22
 PLAIN_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types that weights are stored in."""
 
@@ -96,7 +95,7 @@ def write_training_record(
         "speculators_model_type": values.get("speculators_model_type"),
         "config": {key: value for key, value in computed_config(values).items() if key not in training_keys},
         "rope": recorded_rope(values),
-        "tensors": {name: fingerprint(t, hidden_size) for name, t in sorted(load_checkpoint(directory).items())},
+        "tensors": {name: fingerprint(t, hidden_size) for name, t in sorted(stored_tensors(directory).items())},
         "num_speculative_tokens": recorded_num_tokens(values),
         "verifier": recorded_verifier(values),
     }
@@ -218,14 +217,14 @@ def recorded_num_tokens(values: Mapping[str, Any]) -> int | None:
 def fingerprint(tensor: Tensor, chunk_width: int | None = None) -> dict[str, Any]:
     """Describes a tensor by shape, type and hash; floats also by norm, sketch, the hashes of the tensor rounded to
     other types, and a sketch per `chunk_width` columns."""
-    own_type = dtype_name(tensor.dtype)
+    tensor, own_type = values_of(tensor), dtype_name(tensor.dtype)
     found: dict[str, Any] = {"shape": list(tensor.shape), "dtype": own_type, "sha256": sha256(tensor)}
     if tensor.is_floating_point() and tensor.numel():
         matrix = as_matrix(tensor)
         found["sketch"] = sketch(matrix)
         found["norm"] = norm if is_number(norm := norm_of(tensor)) else None
         shorter = [name for name in PLAIN_TYPES if name not in (own_type, "float32")]  # float32 changes neither of them
-        found["rounded"] = {name: sha256(tensor.to(PLAIN_TYPES[name])) for name in shorter}
+        found["rounded"] = {name: sha256(tensor, PLAIN_TYPES[name]) for name in shorter}
         if tensor.ndim == 2 and chunk_width and is_chunked(matrix.shape[1], chunk_width):
             found["chunks"] = [sketch(chunk) for chunk in matrix.split(chunk_width, dim=1)]
     return found
@@ -240,10 +239,11 @@ def is_chunked(width: int, chunk_width: int) -> bool:
     return width % chunk_width == 0 and 1 < width // chunk_width <= MAX_CHUNKS
 
 
-def sha256(tensor: Tensor) -> str:
+def sha256(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """Hashes the stored bytes; `dtype`: those of the tensor rounded to it."""
     digest = hashlib.sha256()
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    for block in bytes_of(tensor, dtype):
+        digest.update(block)
     return digest.hexdigest()
 
 

@@ -40,10 +40,11 @@ from speculators.utils.report import WRONG_INPUT, ReaderGoneError, discard, exit
 
 VERBS: dict[str, str] = {
     "quickstart": "Train a drafter for the embedded verifier, decode with it and measure it: the whole path.",
+    "build": "Make a drafter for one's own model: answers, training, measurement, proof, report.",
     "prepare-data": "Turn conversations into tokenised training rows with loss masks.",
     "inspect-mask": "Show which tokens of prepared rows are trained on.",
     "regenerate-responses": "Replace the answers of a dataset by the verifier's own.",
-    "generate-offline-data": "Write the verifier's hidden states of a prepared dataset, from an extraction server.",
+    "generate-offline-data": "Write the verifier's hidden states of a prepared dataset, in process or by a server.",
     "train": "Train a speculator for a verifier.",
     "generate": "Decode prompts with draft-and-verify and show what was accepted.",
     "serve": "Serve a speculator by vLLM, with its verifier, method and number of draft tokens.",

@@ -10,13 +10,15 @@ from rich.console import RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from speculators.cli.shared import Result, TrustRemoteCode, parse_json_object, say
+from speculators.cli.shared import Device, Result, TrustRemoteCode, parse_json_object, say
 from speculators.data_generation.configs import (
     DEFAULT_OUTPUT,
     DEFAULT_SEED,
     DEFAULT_SEQ_LENGTH,
+    DEFAULT_SHARD_SIZE,
     DEFAULT_SHOWN_ROWS,
     OfflineConfig,
+    parse_bytes,
 )
 from speculators.utils.report import visible
 
@@ -78,6 +80,7 @@ def prepare_data(
         record |= {
             "num_rows": manifest.num_rows,
             "num_tokens": manifest.num_tokens,
+            "longest_row": manifest.longest_row,
             "supervised_share": manifest.supervised_share,
             "dropped": manifest.dropped,
             "units": manifest.units,
@@ -132,19 +135,36 @@ def coloured(row: InspectedRow) -> Text:
 
 def generate_offline_data(
     data: Annotated[str, typer.Option(help="Prepared dataset (the output of prepare-data).")] = DEFAULT_OUTPUT,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Load the verifier here instead of asking a server.")
+    ] = False,
     endpoint: Annotated[str, typer.Option(help="Server started by launch-vllm.")] = OfflineConfig.endpoint,
     server_states_path: Annotated[
         str, typer.Option(help="Directory that this server writes to: its --hidden-states-path.")
     ] = OfflineConfig.server_states_path,
     output: Annotated[str | None, typer.Option(help="Default: hidden_states in the prepared dataset.")] = None,
-    verifier: Annotated[str | None, typer.Option(help="Only a check: what the server must serve.")] = None,
+    verifier: Annotated[
+        str | None,
+        typer.Option(help="Only a check: what the server must serve. In process: the verifier. Default: the data's."),
+    ] = None,
     target_layer_ids: Annotated[
-        str | None, typer.Option(help="For other servers: their layers, e.g. 2,6,9,12, the last layer at the end.")
+        str | None,
+        typer.Option(help="Layers, e.g. 2,6,9,12, the last layer at the end: of other servers, or in process."),
+    ] = None,
+    states_dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16, float32 or fp8 (a scale per token). Default: as they come.")
+    ] = None,
+    last_states: Annotated[
+        str, typer.Option(help="supervised: keep the last state only where a target is made of it. all: everywhere.")
+    ] = OfflineConfig.last_states,
+    shard_size: Annotated[str, typer.Option(help="Size of a file.")] = DEFAULT_SHARD_SIZE,
+    max_disk: Annotated[
+        str | None, typer.Option(help="Cap, e.g. 500GB: the oldest files make room for new ones. Default: none.")
     ] = None,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first rows. Default: all.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = OfflineConfig.concurrency,
     validate_outputs: Annotated[
-        bool, typer.Option("--validate-outputs", help="Read existing files in full; make damaged ones again.")
+        bool, typer.Option("--validate-outputs", help="Read existing states in full; make damaged ones again.")
     ] = False,
     request_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds the server may take for one row.")
@@ -158,17 +178,28 @@ def generate_offline_data(
     ] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Machines that share the rows.")] = OfflineConfig.world_size,
     rank: Annotated[int, typer.Option(min=0, help="Number of this machine among them.")] = OfflineConfig.rank,
+    dtype: Annotated[str, typer.Option(help="In process: precision of the verifier.")] = OfflineConfig.dtype,
+    device: Device = OfflineConfig.device,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="In process: tokens of a forward. Default: by device.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Write what is missing; the same command continues a run that ended early."""
     from speculators import data_generation
 
     config = OfflineConfig(
         preprocessed_data=data,
+        in_process=in_process,
         endpoint=endpoint,
         server_states_path=server_states_path,
         output=output,
         model=verifier,
         target_layer_ids=parse_layer_ids(target_layer_ids),
+        states_dtype=states_dtype,
+        last_states=last_states,
+        shard_bytes=parse_bytes(shard_size),
+        max_disk_bytes=None if max_disk is None else parse_bytes(max_disk),
         max_samples=max_samples,
         concurrency=concurrency,
         validate_outputs=validate_outputs,
@@ -178,8 +209,12 @@ def generate_offline_data(
         max_consecutive_errors=max_consecutive_errors,
         world_size=world_size,
         rank=rank,
+        dtype=dtype,
+        device=device,
+        batch_tokens=batch_tokens,
+        trust_remote_code=trust_remote_code,
     )
-    report = data_generation.generate_offline_data(config, progress=True)
+    report = data_generation.generate_offline_data(config, progress=True, note=say)
     for row, reason in list(report.failed.items())[:NUM_SHOWN]:
         say(f"row {row}: {reason}", "yellow")
     record = {
@@ -189,6 +224,8 @@ def generate_offline_data(
         "num_tokens": report.num_tokens,
         "num_repaired": report.num_repaired,
         "num_kept": report.num_kept,
+        "num_unfinished": report.num_unfinished,
+        "num_bytes": report.num_bytes,
         "failed": {str(row): reason for row, reason in report.failed.items()},
     }
     return Result(record, [report], report.sentence())

@@ -152,9 +152,9 @@ def metavar_of(action: argparse.Action) -> str:
 
 # -- threads: where other programs keep CPUs busy, threads wait for one another and are slower than a single one
 
-VERBS_COMPUTING = ("quickstart", "regenerate-responses", "train", "generate", "verify", "evaluate")
+VERBS_COMPUTING = ("quickstart", "build", "regenerate-responses", "train", "generate", "verify", "evaluate")
 """Verbs that run a model in this process, with `--threads`."""
-CHOOSING_THEMSELVES = ("quickstart", "train")
+CHOOSING_THEMSELVES = ("quickstart", "build", "train")
 """When they know more: each step of the one, and what run the other continues."""
 THREADS: ContextVar[int | None] = ContextVar("THREADS", default=None)
 """What `--threads` says."""

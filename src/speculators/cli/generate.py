@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from speculators.decoding import Engine
-    from speculators.decoding.request import RequestOutput, StreamEvent
+    from speculators.decoding.request import RequestOutput, StreamEvent, TokenLogprobs
 
 RECOVERED, BONUS, UNDRAFTED = "recovered", "bonus", "verifier"
 DRAFT_STYLES = ("green", "cyan", "blue", "magenta")
@@ -60,9 +60,6 @@ def generate(
     dynamic_tree: DynamicTree = None,
     max_tokens: MaxTokens = SamplingParams.max_tokens,
     sampling: Mapping[str, Any] = BY_FLAGS,
-    logprobs: Annotated[
-        int | None, typer.Option(min=0, help="Log-probabilities in the JSON: of each token and of so many likeliest.")
-    ] = SamplingParams.logprobs,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     dtype: Dtype = DEFAULT_DTYPE,
     device: Device = DEFAULT_DEVICE,
@@ -83,34 +80,43 @@ def generate(
     }
     trees = {name: tree for name, tree in trees.items() if tree is not None}
     chosen = parse_methods([method], num_speculative_tokens, trees)[0]
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, **sampling)
     target = open_target(verifier, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     tokenizer = target.tokenizer
     texts = [sys.stdin.read() if text == "-" else text for text in prompt]
     prompts = [tokenizer(text).input_ids if raw else chat_prompt(tokenizer, text) for text in texts]
-    params = SamplingParams(max_tokens=max_tokens, seed=seed, logprobs=logprobs, **sampling)
-    engine = Engine(target.model, chosen.speculative_config, tokenizer=tokenizer, max_batch_size=len(prompts))
-    answers = [LiveAnswer(text, mark, tokenizer, params) for text in texts]
+    num_answers = len(prompts) * params.n
+    engine = Engine(target.model, chosen.speculative_config, tokenizer=tokenizer, max_batch_size=num_answers)
+    answers = [LiveAnswer(text, mark, tokenizer, params) for text in texts for _ in range(params.n)]
     outputs = decode(engine, prompts, params, answers)
+    samples = [sample for output in outputs for sample in output.outputs]
     shown: list[RenderableType] = [legend(answers)] if mark and is_for_people() else []
-    for number, (answer, output) in enumerate(zip(answers, outputs, strict=True), start=1):
+    for index, (answer, sample) in enumerate(zip(answers, samples, strict=True)):
         if not is_for_people():
-            shown += [Text(visible(answer.prompt), "bold"), Text(visible(output.text))]
-        title = f"prompt {number}" if is_for_people() and len(answers) > 1 else ""
-        shown.append(facts_table(title, facts_of(output) | answer.facts()))
-    records = [record_of(output) | answer.record() for output, answer in zip(outputs, answers, strict=True)]
+            shown += [Text(visible(answer.prompt), "bold"), Text(visible(sample.text))]
+        title = title_of(index, params.n) if is_for_people() and len(answers) > 1 else ""
+        shown.append(facts_table(title, facts_of(sample) | answer.facts()))
+    records = [record_of(sample) | answer.record() for sample, answer in zip(samples, answers, strict=True)]
     record = {"verb": "generate", "method": chosen.name, "outputs": records}
     return Result(record, shown, error=error_of(lambda: raise_for_failed(outputs)))
+
+
+def title_of(index: int, num_samples: int) -> str:
+    """Of an answer on a terminal, where prompts have so many answers each."""
+    prompt, sample = divmod(index, num_samples)
+    return f"prompt {prompt + 1}" + (f", sample {sample + 1}" if num_samples > 1 else "")
 
 
 def decode(
     engine: Engine, prompts: list[list[int]], sampling: SamplingParams, answers: Sequence[LiveAnswer]
 ) -> list[RequestOutput]:
-    """Decodes all prompts; on a terminal each answer is printed as it comes, after those before it are whole."""
+    """Decodes all prompts; on a terminal each answer is printed as it comes, after those before it are whole.
+    `answers`: sample by sample of each prompt."""
     shows, printed = is_for_people(), 0
 
     def follow(event: StreamEvent) -> None:
         nonlocal printed
-        answers[event.request_index].add(event)
+        answers[event.request_index * sampling.n + event.sample_index].add(event)
         while shows and printed < len(answers):
             answers[printed].print_news()
             if not answers[printed].is_whole:
@@ -224,6 +230,10 @@ def facts_of(output: RequestOutput) -> dict[str, Any]:
     return facts
 
 
+def logprobs_of(position: TokenLogprobs | None) -> dict[str, Any] | None:
+    return None if position is None else asdict(position)
+
+
 def record_of(output: RequestOutput) -> dict[str, Any]:
     stats = output.stats
     return {
@@ -231,7 +241,12 @@ def record_of(output: RequestOutput) -> dict[str, Any]:
         "token_ids": list(output.token_ids),
         "finish_reason": output.finish_reason,
         "error": output.error,
-        **({} if output.logprobs is None else {"logprobs": [asdict(position) for position in output.logprobs]}),
+        **({} if output.logprobs is None else {"logprobs": list(map(logprobs_of, output.logprobs))}),
+        **(
+            {}
+            if output.prompt_logprobs is None
+            else {"prompt_logprobs": list(map(logprobs_of, output.prompt_logprobs))}
+        ),
         "num_rounds": stats.num_rounds,
         "num_drafted": stats.num_drafted,
         "num_accepted": stats.num_accepted,

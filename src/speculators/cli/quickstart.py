@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.app import Interrupted, perform
-from speculators.cli.shared import Result, out, say, show
+from speculators.cli.shared import Result, say
+from speculators.cli.steps import run_step
 from speculators.utils.report import facts_table
 
 NUM_SPECULATIVE_TOKENS = 4
@@ -47,21 +47,8 @@ def quickstart(
     results: dict[str, dict[str, Any]] = {}
     sentence = ""
     for title, command in steps(output, results):
-        out().rule(f"[bold]{len(results) + 1} {title}", align="left")
-        out().print(f"$ speculators {shlex.join(command)}", style="cyan", markup=False)
-        step_begun_s = time.perf_counter()
-        try:
-            result = perform(command)
-        except (KeyboardInterrupt, Interrupted) as stop:
-            kept = f"stopped in step {len(results) + 1} of 5: what was done is kept in {output}"
-            raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from stop
-        show(result, is_last=False)
-        if isinstance(result.error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"{result.error}, and goes on from step {len(results) + 1}") from result.error
-        if result.error is not None:
-            raise result.error
-        results[command[0]] = result.record | {"time_s": time.perf_counter() - step_begun_s}
-        sentence = result.sentence
+        record, sentence = run_step(len(results) + 1, title, command, str(output))
+        results[command[0]] = record
     (output / MARKER).write_text("")
     checkpoint = results["train"]["checkpoint"]
     serve = shlex.join(["vllm", "serve", checkpoint])

@@ -49,7 +49,11 @@ COUNTED = (
 )
 
 
-@with_sampling_flags(SamplingParams)
+NOT_IN_ROWS = ("n", "logprobs", "prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens")
+"""Of texts and figures that the rows do not have; `--num-samples` is theirs for `n`."""
+
+
+@with_sampling_flags(SamplingParams, leave_out=NOT_IN_ROWS)
 def regenerate_responses(
     verifier: Verifier,
     data: Annotated[str, typer.Option(help="File, directory, hf:<id> or preset.")],

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Annotated, Any, TextIO
 
@@ -165,6 +165,24 @@ FrequencyPenalty = Annotated[
     float, typer.Option(min=-2.0, max=2.0, help="The same, once per occurrence in the output. 0: off.")
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer and is left out of it. Repeatable.")]
+MinTokens = Annotated[int, typer.Option(min=0, help="Tokens before an end-of-sequence token or a stop ends an answer.")]
+LogitBias = Annotated[
+    str | None,
+    typer.Option(help='JSON object: token id -> what is added to its score, such as {"42": -100}.', metavar="<json>"),
+]
+BadWords = Annotated[list[str] | None, typer.Option(help="Word that an answer never has. Repeatable.")]
+SkipSpecialTokens = Annotated[
+    bool, typer.Option("--skip-special-tokens/--no-skip-special-tokens", help="Leave them out of the text.")
+]
+NumSamples = Annotated[int, typer.Option("--n", min=1, help="Answers per prompt; sample i has the seed `seed` + i.")]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(min=-1, help="Log-probabilities in the JSON: of each token and of so many likeliest. -1: of all."),
+]
+PromptLogprobs = Annotated[int | None, typer.Option(min=-1, help="The same of each token of the prompt.")]
+IncludeStop = Annotated[
+    bool, typer.Option("--include-stop-str-in-output", help="Leave the stop string or stop token in the text.")
+]
 SAMPLING_FLAGS = {
     "temperature": Temperature,
     "top_k": TopK,
@@ -173,32 +191,49 @@ SAMPLING_FLAGS = {
     "repetition_penalty": RepetitionPenalty,
     "presence_penalty": PresencePenalty,
     "frequency_penalty": FrequencyPenalty,
+    "logit_bias": LogitBias,
+    "bad_words": BadWords,
+    "min_tokens": MinTokens,
     "stop": Stop,
+    "include_stop_str_in_output": IncludeStop,
+    "skip_special_tokens": SkipSpecialTokens,
+    "n": NumSamples,
+    "logprobs": Logprobs,
+    "prompt_logprobs": PromptLogprobs,
 }
-"""Flags of every verb that decodes: fields of `SamplingParams`, and their types."""
+"""Flags of the verbs that decode: fields of `SamplingParams`, and their types."""
+TEXTS_OF_FLAGS = ("stop", "bad_words")
+"""Fields that are given text by text."""
 BY_FLAGS: Mapping[str, Any] = MappingProxyType({})
 """Default of a verb's argument `sampling`, which its flags fill."""
 
 
-def with_sampling_flags(defaults: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Returns a decorator that gives a verb `SAMPLING_FLAGS` in place of its argument `sampling`, and hands it what
-    they say, by field, there. `defaults`: the config with the fields' defaults."""
+def with_sampling_flags(
+    defaults: Any, leave_out: Sequence[str] = ()
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Returns a decorator that gives a verb, in place of its argument `sampling`, those of `SAMPLING_FLAGS` that are
+    fields of `defaults`, which holds their default values, and hands it what they say, by field, there. `leave_out`:
+    fields that would mean nothing to this verb."""
+    names = {field.name for field in fields(defaults)}.difference(leave_out)
 
     def decorate(verb: Callable[..., Result]) -> Callable[..., Result]:
         flags = [
             inspect.Parameter(
                 name,
                 inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=None if name == "stop" else getattr(defaults, name),
+                default=None if name in TEXTS_OF_FLAGS else getattr(defaults, name),
                 annotation=annotation,
             )
             for name, annotation in SAMPLING_FLAGS.items()
+            if name in names
         ]
 
         @functools.wraps(verb)
         def with_flags(*args: Any, **flags_said: Any) -> Result:
             sampling = {flag.name: flags_said.pop(flag.name, flag.default) for flag in flags}
-            return verb(*args, sampling={**sampling, "stop": tuple(sampling["stop"] or ())}, **flags_said)
+            texts = {name: tuple(sampling[name] or ()) for name in TEXTS_OF_FLAGS}
+            biases = parse_json_object("--logit-bias", sampling["logit_bias"], example='{"42": -100}')
+            return verb(*args, sampling={**sampling, **texts, "logit_bias": biases}, **flags_said)
 
         own = inspect.signature(verb, eval_str=True)
         place = list(own.parameters).index("sampling")
@@ -217,7 +252,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the verifier.")]
 
 
-def parse_json_object(flag: str, text: str | None) -> dict[str, Any] | None:
+def parse_json_object(
+    flag: str, text: str | None, example: str = '{"enable_thinking": false}'
+) -> dict[str, Any] | None:
     """The value of a flag that takes a JSON object."""
     if text is None:
         return None
@@ -226,5 +263,5 @@ def parse_json_object(flag: str, text: str | None) -> dict[str, Any] | None:
     except json.JSONDecodeError as error:
         raise typer.BadParameter(f"{flag} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise typer.BadParameter(f'{flag} must be a JSON object such as {{"enable_thinking": false}}')
+        raise typer.BadParameter(f"{flag} must be a JSON object such as {example}")
     return value

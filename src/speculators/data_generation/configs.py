@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,24 +156,49 @@ def refuse_unprepared(path: Path) -> None:
         raise ValueError(f"{str(path)!r} is not a prepared dataset (no state.json); make one with prepare-data")
 
 
+DEFAULT_SHARD_SIZE = "1GiB"
+STATES_DTYPES = ("bfloat16", "float16", "float32", "fp8")
+"""Types in which hidden states are stored; fp8 is float8_e4m3fn with one scale per token."""
+
+
+BYTES_OF_UNIT = {"": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate(("", "K", "M", "G", "T"))}}
+BYTES_OF_UNIT |= {f"{prefix}IB": 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), start=1)}
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a number of bytes: "500GB", "1.5 TB", "1GiB". Raises `ValueError` for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = None if found is None else BYTES_OF_UNIT.get(found[2].upper())
+    if found is None or unit is None:
+        raise ValueError(f"{text!r} is no number of bytes; write 500GB, 1.5TB or 1GiB")
+    return int(float(found[1]) * unit)
+
+
+DEFAULT_SHARD_BYTES = parse_bytes(DEFAULT_SHARD_SIZE)
+
+
 @dataclass(frozen=True)
 class OfflineConfig:
     """Settings of `generate_offline_data`: source, target, and what to do when a row fails."""
 
     preprocessed_data: str
+    in_process: bool = False
+    """Loads the verifier in this process; otherwise a server extracts."""
     endpoint: str = DEFAULT_ENDPOINT
     server_states_path: str = str(DEFAULT_STATES_DIRECTORY)
     """Directory that the server writes to; its files are read and deleted there and nowhere else."""
     output: str | None = None
     """None: beside the prepared data, where `train` looks."""
     model: str | None = None
-    """The model that the server must serve; only checked."""
+    """The model that the server must serve, which is only checked; in process, the one that is loaded (None: the one
+    that the data was prepared for)."""
     target_layer_ids: tuple[int, ...] | None = None
-    """Layers that the server extracts if `launch-vllm` did not start it, the last layer at the end."""
+    """Layers that the server extracts if `launch-vllm` did not start it, or in process those to extract (None: 2, n//2,
+    n-3 and the last of n layers); the last layer at the end."""
     max_samples: int | None = None
     concurrency: int = DEFAULT_CONCURRENCY
     validate_outputs: bool = False
-    """Reads existing files in full, and replaces damaged ones. Otherwise reads only their headers."""
+    """Reads existing states in full, and replaces damaged ones. Otherwise reads only the index."""
     request_timeout_s: float = DEFAULT_TIMEOUT_S
     max_retries: int = DEFAULT_MAX_RETRIES
     fail_on_error: bool = False
@@ -181,6 +207,19 @@ class OfflineConfig:
     world_size: int = 1
     rank: int = 0
     """Several machines share the rows: this one is number `rank` of `world_size`."""
+    states_dtype: str | None = None
+    """One of `STATES_DTYPES`; None: the type in which the states come."""
+    last_states: str = "all"
+    """"supervised": last states only where a target is made of them. Not for drafters that read them as input."""
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    max_disk_bytes: int | None = None
+    """Cap of the store: the oldest shards make room for new ones. None: as much as it takes."""
+    dtype: str = "bfloat16"
+    """In process: precision of the verifier, the default of training. float32 is faster on many CPUs."""
+    device: str = "auto"
+    batch_tokens: int | None = None
+    """In process: most tokens of a forward. None: by device; a CPU is fastest with a row at a time."""
+    trust_remote_code: bool = False
 
 
 def default_num_workers(num_rows: int) -> int:

@@ -20,6 +20,8 @@ DEFAULT_DEVICE = "auto"
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this decode greedily: scores divided by less would leave the range of floats."""
+SERVED_BIAS = 100
+"""vLLM's server, as OpenAI's, takes no stronger ones."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,13 @@ def biases_of(given: object) -> dict[int, float] | None:
     if not all(token_id >= 0 and math.isfinite(bias) for token_id, bias in biases.items()):
         raise ValueError(f"{rule} that are finite (-100 bans a token in practice); ids are 0 or more")
     return biases
+
+
+def refuse_biases_of_servers(params: SamplingParams) -> None:
+    """Raises ValueError for biases that a server would move into its range without a word."""
+    outside = {i: bias for i, bias in (params.logit_bias or {}).items() if abs(bias) > SERVED_BIAS}
+    if outside:
+        raise ValueError(f"logit_bias={outside}: a server moves biases into [-{SERVED_BIAS}, {SERVED_BIAS}]")
 
 
 def _rule_of_logprobs(value: object) -> tuple[bool, str]:

@@ -7,14 +7,10 @@ from typing import Any
 
 from speculators.data_generation.vllm_client import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S
 from speculators.decoding.method import Drafter
-from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams
+from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams, refuse_biases_of_servers
 
 SERVED = "served"
 """Default name of a server's row: a server does not say what drafts in it."""
-
-
-SERVED_BIAS = 100
-"""vLLM's server, as OpenAI's, takes no stronger ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +87,7 @@ class ServerConfig(Workload):
 
     def sampling(self) -> SamplingParams:
         sampling = super().sampling()
-        outside = {i: bias for i, bias in (sampling.logit_bias or {}).items() if abs(bias) > SERVED_BIAS}
-        if outside:
-            raise ValueError(f"logit_bias={outside}: a server moves biases into [-{SERVED_BIAS}, {SERVED_BIAS}]")
+        refuse_biases_of_servers(sampling)
         return sampling
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from speculators.nn.decoder import DecoderLayer
@@ -30,7 +30,9 @@ __all__ = [
     "ModelComponents",
     "block_mask_to_dense_attention_mask",
     "conditional_torch_compile",
+    "create_combined_mask_mod",
     "create_float_mask",
+    "extend_mask_for_draft_tokens",
     "flex_attention_forward",
     "model_classes",
     "override_components",
@@ -89,6 +91,32 @@ def block_mask_to_dense_attention_mask(
     grids = torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
     dense = block_mask.mask_mod(*grids).expand(sizes)
     return dense if dtype == torch.bool else create_float_mask(dense, dtype)
+
+
+def create_combined_mask_mod(document_ids: Tensor, total_seq_len: int) -> Callable[..., Tensor]:
+    """Returns the mask_mod of a drafter unrolled over its own output, the keys of all steps side by side: what
+    `nn.packed_row.unrolled_mask` writes out. `document_ids` [T]: document of each column, -1 = padding.
+
+    Raises `ValueError` when there are not `total_seq_len` of them.
+    """
+    documents_T = document_ids.flatten()
+    if len(documents_T) != total_seq_len:
+        raise ValueError(f"document_ids has {len(documents_T)} columns and total_seq_len={total_seq_len}: one for each")
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        column = key % total_seq_len
+        same_document = (documents_T[query] == documents_T[column]) & (documents_T[query] != -1)
+        return ((key <= query) & same_document) | (column == query)
+
+    return mask_mod
+
+
+def extend_mask_for_draft_tokens(block_mask: BlockMask) -> BlockMask:
+    """Returns the mask with the keys of one step more: as many as there are queries, by the same mask_mod."""
+    num_queries, num_keys = block_mask.seq_lengths
+    batch, heads = block_mask.kv_num_blocks.shape[:2]
+    device, size = block_mask.kv_num_blocks.device, block_mask.BLOCK_SIZE
+    return create_block_mask(block_mask.mask_mod, batch, heads, num_queries, num_keys + num_queries, device, size)
 
 
 ALL_ATTENTION_FUNCTIONS.register("simple_flex_attention", flex_attention_forward)

@@ -104,3 +104,44 @@ def step_means(values_N: Tensor, step_N: Tensor, supervised_SR: Tensor, epsilon:
     """[S]: mean over the supervised columns of each step, 0 where there are none."""
     counts_S = supervised_SR.sum(1)
     return values_N.new_zeros(len(supervised_SR)).index_add(0, step_N, values_N) / (counts_S + epsilon)
+
+
+# -- counts of right drafts, as the contract names them: functions of tokens and masks alone ---------------------------
+
+
+@torch.no_grad()
+def compute_accuracy_single_step(
+    pred_ids: Tensor, target_ids: Tensor, loss_mask: Tensor | None, prev_correct: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts one step: (right so far, supervised, right so far, supervised and right before), as `step_accuracy` does.
+
+    All [1, T] (any shape, the same). `prev_correct`, bool: where all steps before were right; updated in place. Only
+    supervised columns are counted: upstream's last count takes in those outside the mask as well.
+    """
+    supervised = torch.ones_like(pred_ids, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
+    before = torch.ones_like(supervised) if prev_correct is None else prev_correct.clone()
+    right = before & (pred_ids == target_ids)
+    if prev_correct is not None:
+        prev_correct.copy_(right)
+    num_right = (right & supervised).sum().float()
+    return num_right, supervised.sum().float(), num_right.clone(), (before & supervised).sum().float()
+
+
+@torch.no_grad()
+def compute_accuracy_multi_step(
+    pred_ids: Tensor, target_ids: Tensor, loss_mask: Tensor, pos_idx: Tensor, num_pos: int
+) -> tuple[Tensor, Tensor]:
+    """Counts by position, (right, supervised), float [num_pos] each. The others are [1, T] (any shape, the same)."""
+    supervised = loss_mask.bool()
+    place_N, right_N = pos_idx[supervised], (pred_ids == target_ids)[supervised].float()
+    zeros = torch.zeros(num_pos, device=pred_ids.device)
+    return zeros.index_add(0, place_N, right_N), zeros.index_add(0, place_N, torch.ones_like(right_N))
+
+
+@torch.no_grad()
+def compute_accepted_length_counts(correct: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """(summed lengths, number of blocks) over the blocks with a supervised slot. A block's length is 1, the bonus
+    token, + sum_k prod_{j <= k} correct_j. `correct`, chances or bool, and `valid`, bool: [P, slots that draft]."""
+    is_judged_P = valid.any(-1)
+    length_P = 1.0 + (correct * valid).cumprod(-1).sum(-1)
+    return (length_P * is_judged_P).sum(), is_judged_P.sum().float()

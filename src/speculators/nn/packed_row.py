@@ -105,6 +105,13 @@ def document_starts(document_ids_T: Tensor) -> Tensor:
     return index_T.where(is_first_T, 0).cummax(0).values
 
 
+def drawn(columns: Tensor, most: int | None, generator: torch.Generator | None = None) -> Tensor:
+    """Draws at most so many of the columns, ascending. On the host, so that every device trains on the same ones."""
+    if most is None or len(columns) <= most:
+        return columns
+    return columns[torch.randperm(len(columns), generator=generator)[:most].sort().values]
+
+
 def document_mask(document_ids_T: Tensor, window: int | None = None, shift: int = 0) -> Tensor:
     """[T, T]: causal within a document; `window` counts keys up to and including the query, which stands `shift`
     positions further right. Padding sees only itself, which keeps its softmax finite."""

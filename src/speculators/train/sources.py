@@ -13,12 +13,13 @@ from pathlib import Path
 
 from speculators.data_generation import (
     CachedSource,
-    HiddenStateStore,
     LocalSource,
     MemoryCachedSource,
     PreparedData,
+    ShardedStore,
     StoredOrComputedSource,
     VllmSource,
+    origin_of,
 )
 from speculators.interfaces import CaptureSpec, HiddenStateSource
 from speculators.train.data import ArrowDataset
@@ -37,16 +38,14 @@ def directory_of(keys: DataKeys) -> Path:
 
 
 def computes_in_process(keys: DataKeys) -> bool:
-    """Says whether the run computes states itself: no server computes states, and not every row has a file."""
+    """Says whether the run computes states itself: no server computes states, and not every row is stored."""
     return keys.vllm_endpoint is None and (keys.on_missing == "generate" or keys.cache_hidden_states)
 
 
-def open_store(
-    keys: DataKeys, capture: CaptureSpec, verifier: str, note: Callable[[str], None]
-) -> HiddenStateStore | None:
-    """Opens the files beside the prepared data; None when no files exist and the run is not to write them.
+def open_store(keys: DataKeys, capture: CaptureSpec, verifier: str, note: Callable[[str], None]) -> ShardedStore | None:
+    """Opens the states beside the prepared data; None when there are none and the run is not to write them.
 
-    A run that writes files removes first what dead processes left half written there.
+    A run that writes states removes first what dead processes left half written there.
     """
     directory = directory_of(keys)
     if not keys.cache_hidden_states and not directory.is_dir():
@@ -56,16 +55,23 @@ def open_store(
                 "anew, or add --cache-hidden-states to write them there"
             )
         return None
-    rows = PreparedData.open(keys.data_path).dataset()["input_ids"]
-    clipped = (ids[: keys.total_seq_len] for ids in rows)
-    store = HiddenStateStore(directory, capture, clipped, verifier=verifier)
+    prepared = PreparedData.open(keys.data_path)
+    rows = prepared.dataset()
+    store = ShardedStore(
+        directory,
+        capture,
+        rows["input_ids"],
+        masks=rows["loss_mask"],
+        max_length=keys.total_seq_len,
+        origin=origin_of(verifier, prepared),
+    )
     if keys.cache_hidden_states:
         for line in store.finish_dead_writes():
             note(line)
     return store
 
 
-def rows_to_use(keys: DataKeys, store: HiddenStateStore | None, note: Callable[[str], None]) -> set[int] | None:
+def rows_to_use(keys: DataKeys, store: ShardedStore | None, note: Callable[[str], None]) -> set[int] | None:
     """Applies `--on-missing` before training; returns the rows to train on, None for all.
 
     Raises `ValueError` when rows are missing and may be neither computed nor left out.
@@ -77,7 +83,7 @@ def rows_to_use(keys: DataKeys, store: HiddenStateStore | None, note: Callable[[
     num_missing = num_rows - len(present)
     if num_missing and (keys.on_missing == "raise" or not present):
         raise ValueError(
-            f"{num_missing} of {num_rows} rows have no file in {directory_of(keys)}: compute them during training "
+            f"{num_missing} of {num_rows} rows have no stored states in {directory_of(keys)}: compute them, "
             "with --on-missing generate, or leave them out with --on-missing warn"
         )
     if num_missing and keys.on_missing == "warn":
@@ -104,7 +110,7 @@ def leave_out_untrained(dataset: ArrowDataset) -> str | None:
 
 
 def make_source(
-    keys: DataKeys, store: HiddenStateStore | None, computing: LocalSource | VllmSource | None, hidden_size: int
+    keys: DataKeys, store: ShardedStore | None, computing: LocalSource | VllmSource | None, hidden_size: int
 ) -> HiddenStateSource:
     """Combines the store and the computing source; `computing=None`: every row that is used has a file."""
     if computing is None:
@@ -168,7 +174,7 @@ def kept_in_memory(keys: DataKeys, computing: LocalSource | VllmSource, hidden_s
     )
 
 
-def check_stored_states(store: HiddenStateStore, computing: HiddenStateSource, datapath: Path) -> None:
+def check_stored_states(store: ShardedStore, computing: HiddenStateSource, datapath: Path) -> None:
     """Compares the first stored row with the verifier's states: states of another model train a useless drafter.
 
     Raises `ValueError` when they differ by more than `MAX_STORED_DIFFERENCE`.
@@ -181,7 +187,9 @@ def check_stored_states(store: HiddenStateStore, computing: HiddenStateSource, d
     for ours, theirs in ((computed.aux_TD, stored.aux_TD), (computed.last_hidden_TH, stored.last_hidden_TH)):
         if ours is None or theirs is None:
             continue
-        difference = float((ours.float().cpu() - theirs.float()).norm() / ours.float().norm())
+        is_stored_T = theirs.any(-1)  # last states may be kept for supervised tokens only
+        ours, theirs = ours.float().cpu()[is_stored_T], theirs.float()[is_stored_T]
+        difference = float((ours - theirs).norm() / ours.norm())
         if not difference <= MAX_STORED_DIFFERENCE:
             raise ValueError(
                 f"the states stored for row {row} in {store.directory} differ from the verifier's by {difference:.0%}: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ def is_config_only_dir(path: str | os.PathLike) -> bool:
 
 def list_checkpoint_keys(path: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
     """Lists the tensor names of a checkpoint directory or hub id. Raises `FileNotFoundError` when it has no weights."""
-    return list(_locate_tensors(path, **hub_kwargs))
+    return list(locate_tensors(path, **hub_kwargs))
 
 
 def load_model_layers(names: Iterable[str], model_path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Tensor]:
@@ -84,7 +85,7 @@ def load_model_layers(names: Iterable[str], model_path: str | os.PathLike, **hub
     under one of its aliases. Logs and leaves out names that match no key. Raises `ValueError` when no name does.
     """
     names = list(names)
-    files = _locate_tensors(model_path, **hub_kwargs)
+    files = locate_tensors(model_path, **hub_kwargs)
     keys = {name: key for name in names if (key := find_key(name, files)) is not None}
     if not keys:
         raise ValueError(f"'{model_path}' has none of the tensors {names}; its keys start like {sorted(files)[:5]}")
@@ -104,7 +105,7 @@ def load_rows(name: str, model_path: str | os.PathLike, rows: Sequence[int] | No
 
     The name is found as in `load_model_layers`. Raises `KeyError` when the checkpoint has no such tensor.
     """
-    files = _locate_tensors(model_path, **hub_kwargs)
+    files = locate_tensors(model_path, **hub_kwargs)
     key = find_key(name, files)
     if key is None:
         raise KeyError(f"'{model_path}' has no tensor '{name}' under any name known here")
@@ -158,7 +159,7 @@ def _is_inside_a_layer(key: str, wanted: str) -> bool:
 
 def load_checkpoint(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Tensor]:
     """Reads every tensor of a checkpoint directory or hub id. Raises `FileNotFoundError` when it has no weights."""
-    return read_tensors(_locate_tensors(path, **hub_kwargs))
+    return read_tensors(locate_tensors(path, **hub_kwargs))
 
 
 def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
@@ -181,7 +182,18 @@ def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def _locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Path]:
+def like_stored(files: dict[str, Path]) -> dict[str, Tensor]:
+    """Returns tensors of the same shapes and types on the meta device, given the file of each key: no values are read.
+    Raises as `read_tensors` does."""
+    metas: dict[str, Tensor] = {}
+    for file in dict.fromkeys(files.values()):
+        keys = [key for key, where in files.items() if where == file]
+        found = _read_pickle(file, "meta") if file.suffix != ".safetensors" else read_tensors(dict.fromkeys(keys, file))
+        metas.update({key: torch.empty_like(found[key], device="meta") for key in keys if key in found})
+    return metas
+
+
+def locate_tensors(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Path]:
     """Returns tensor name -> its file, for the first kind of weights that the checkpoint has."""
     if os.path.isfile(path) and (gguf := gguf_file_of(path)) is not None:
         return dict.fromkeys(gguf_keys(gguf), gguf)
@@ -245,7 +257,8 @@ def _keys_of(file: Path) -> list[str]:
 def _read_pickle(file: Path, device: str) -> dict[str, Tensor]:
     """Reads the tensors of a pickle. Raises `ValueError` for one that holds anything else: unpickling would run it."""
     try:
-        content = torch.load(file, map_location=device, weights_only=True)
+        is_mappable = zipfile.is_zipfile(file)  # the format of torch 1.6 and later
+        content = torch.load(file, map_location=device, weights_only=True, mmap=is_mappable)
     except (pickle.UnpicklingError, EOFError, *WRONG_VALUE, ValueError) as error:
         raise ValueError(
             f"'{file}' is damaged, or a pickle of more than tensors, which is not read because it can run any code: "

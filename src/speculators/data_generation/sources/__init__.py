@@ -2,13 +2,21 @@
 
 LocalSource        runs the verifier in this process: no server, no disk
 VllmSource         asks a vLLM server that extracts them (`speculators launch-vllm`)
-HiddenStateStore   reads and writes files on disk, by row; a source by itself when every row has a file
-CachedSource, MemoryCachedSource, StoredOrComputedSource    keep what another source computes (see `cached.py`)
+ShardedStore       reads and writes large shards on disk; a source by itself when every row is stored
+HiddenStateStore   the same with a file per row, as earlier releases and other tools write them
+CachedSource, MemoryCachedSource, StoredOrComputedSource    keep what another source computes (see `local.py`)
 """
 
 from speculators.data_generation.offline import CorruptHiddenStatesError, estimate_bytes
-from speculators.data_generation.sources.cached import CachedSource, MemoryCachedSource, StoredOrComputedSource
-from speculators.data_generation.sources.local import LocalSource
+from speculators.data_generation.sources.local import (
+    CachedSource,
+    LocalSource,
+    MemoryCachedSource,
+    StoredOrComputedSource,
+)
+from speculators.data_generation.sources.samples import origin_of
+from speculators.data_generation.sources.shard_writer import WriteOptions
+from speculators.data_generation.sources.sharded import ShardedStore
 from speculators.data_generation.sources.store import HiddenStateStore, StoragePlan
 from speculators.data_generation.sources.vllm import VllmSource
 
@@ -18,8 +26,11 @@ __all__ = [
     "HiddenStateStore",
     "LocalSource",
     "MemoryCachedSource",
+    "ShardedStore",
     "StoragePlan",
     "StoredOrComputedSource",
     "VllmSource",
+    "WriteOptions",
     "estimate_bytes",
+    "origin_of",
 ]

@@ -56,12 +56,25 @@ class StoragePlan:
     """Bytes of the files still to be written."""
     present_bytes: int
     free_bytes: int
+    unit: str = "files"
 
     def __str__(self) -> str:
         return (
-            f"{self.num_files} files, {self.num_tokens} tokens, {human_bytes(self.num_bytes)} to write "
+            f"{self.num_files} {self.unit}, {self.num_tokens} tokens, {human_bytes(self.num_bytes)} to write "
             f"({human_bytes(self.present_bytes)} written already, {human_bytes(self.free_bytes)} free)"
         )
+
+    def refuse_too_large(self, directory: Path, max_bytes: int | None, *, is_ring: bool = False) -> None:
+        """Raises `ValueError` when it exceeds the cap or the disk; with `is_ring` the cap bounds what is on disk."""
+        ways_out = "store fp8, prepare fewer or shorter rows, or keep the states in memory (no cache)"
+        if max_bytes is not None and not is_ring and self.num_bytes + self.present_bytes > max_bytes:
+            raise ValueError(
+                f"hidden states in {str(directory)!r} would take {self}, more than the cap of "
+                f"{human_bytes(max_bytes)}; raise the cap, {ways_out}"
+            )
+        most = self.num_bytes if not is_ring or max_bytes is None else min(self.num_bytes, max_bytes)
+        if most > self.free_bytes:
+            raise ValueError(f"hidden states in {str(directory)!r} would not fit the disk: {self}; {ways_out}")
 
 
 class HiddenStateStore:
@@ -197,14 +210,7 @@ class HiddenStateStore:
     def check_space(self, hidden_size: int, source_dtype: torch.dtype) -> StoragePlan:
         """Raises `ValueError`, before the first byte is written, when the store would not fit."""
         plan = self.plan(hidden_size, source_dtype)
-        ways_out = "store fp8, prepare fewer or shorter rows, or keep the states in memory (no cache)"
-        if self.max_bytes is not None and plan.num_bytes + plan.present_bytes > self.max_bytes:
-            raise ValueError(
-                f"hidden states in {str(self.directory)!r} would take {plan}, more than the cap of "
-                f"{human_bytes(self.max_bytes)}; raise the cap, {ways_out}"
-            )
-        if plan.num_bytes > plan.free_bytes:
-            raise ValueError(f"hidden states in {str(self.directory)!r} would not fit the disk: {plan}; {ways_out}")
+        plan.refuse_too_large(self.directory, self.max_bytes)
         self.space_was_checked = True
         return plan
 

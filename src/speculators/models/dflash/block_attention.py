@@ -17,6 +17,7 @@ The window is counted from the slot itself, as serving engines count it. A block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from speculators.nn.attention import GROUP_ROWS, Group, GroupedAttention, dense_attention, sdpa_attention
+from speculators.nn.packed_row import document_starts
 from speculators.nn.routes import DENSE, SDPA, FlexMask, Kernel, KeyRanges, Route, flex
 
 
@@ -123,6 +125,40 @@ class BlockLayout:
         own_block = torch.eye(len(context), dtype=torch.bool, device=context.device)
         slots = torch.kron(own_block, self.sees_slots(layer_mask))
         return torch.cat((context.flatten(0, 1), slots), dim=1)
+
+
+def create_anchor_block_mask_mod(
+    document_ids: Tensor,
+    total_seq_len: int,
+    anchor_positions: Tensor,
+    block_size: int,
+    sliding_window: int | None = None,
+    sliding_window_non_causal: bool = False,
+) -> tuple[Callable[..., Tensor], int, int]:
+    """Returns (mask_mod, number of queries, number of keys) of blocks at `anchor_positions` [P] over [columns | slots].
+
+    `document_ids` [T]: document of each column, -1 = padding. The window is counted from the slot, as above: upstream
+    counts that of the context from the anchor, `sliding_window` columns for every slot. Raises `ValueError` for
+    anchors of another shape, or as many documents as there are no columns.
+    """
+    documents_T = document_ids.flatten()
+    if anchor_positions.ndim != 1 or len(documents_T) != total_seq_len:
+        raise ValueError(
+            f"anchor_positions {tuple(anchor_positions.shape)} must be [P], document_ids {tuple(document_ids.shape)} "
+            f"have total_seq_len={total_seq_len} columns"
+        )
+    anchors_P = anchor_positions.to(document_ids.device, torch.int64)
+    starts_P = document_starts(documents_T)[anchors_P].where(documents_T[anchors_P] != -1, anchors_P)
+    is_causal = sliding_window is not None and not sliding_window_non_causal
+    layout = BlockLayout(anchors_P, starts_P, block_size)
+    low_2R, high_2R = layout.ranges(LayerMask(sliding_window, is_causal), total_seq_len)
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_context = (key >= low_2R[0][query]) & (key < high_2R[0][query])
+        return in_context | ((key >= low_2R[1][query]) & (key < high_2R[1][query]))
+
+    num_slots = low_2R.shape[1]
+    return mask_mod, num_slots, total_seq_len + num_slots
 
 
 class DenseBlockAttention:

@@ -29,8 +29,8 @@ from speculators.checkpoint.formats import (
     OurCheckpoint,
     dtype_name,
     write_config,
-    write_tensors,
 )
+from speculators.checkpoint.tensors import write_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
 from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values, read_window

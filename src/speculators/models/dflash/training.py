@@ -28,8 +28,8 @@ from speculators.model_training import LossArgs
 from speculators.models.dflash.block_attention import BlockLayout, ContextKV, block_attention
 from speculators.models.dflash.config import DPACE, FIXED_DECAY, DFlashTrainingArgs
 from speculators.models.dflash.network import DFlashNetwork
-from speculators.models.supervision import VerifierHead
-from speculators.nn.packed_row import document_starts
+from speculators.models.supervision import VerifierHead, compute_accepted_length_counts
+from speculators.nn.packed_row import document_starts, drawn
 from speculators.nn.routes import Route
 
 Own = TypeVar("Own", bound=DFlashTrainingArgs)
@@ -158,9 +158,8 @@ def accuracy(losses: RowLosses, blocks: Blocks) -> dict[str, Ratio]:
 
 def mean_length(kept_PS: Tensor, blocks: Blocks) -> Ratio:
     """Mean over the blocks with a supervised slot of 1 + sum_k prod_{j <= k} kept_j; the bonus token is the 1."""
-    is_judged_P = blocks.supervised_PS.any(1)
-    run_P = 1.0 + kept_PS[:, blocks.first_slot :].cumprod(1).sum(1)
-    return ratio((run_P * is_judged_P).sum(), is_judged_P.sum())
+    drafts = slice(blocks.first_slot, None)
+    return ratio(*compute_accepted_length_counts(kept_PS[:, drafts], blocks.supervised_PS[:, drafts]))
 
 
 @dataclass(frozen=True)
@@ -227,9 +226,7 @@ def choose_blocks(
     may_anchor_T[max(0, batch.row_length - block_size) :] = False
     anchors_P = may_anchor_T.nonzero().squeeze(1)
     anchors_P = anchors_P[supervised_slots(batch, anchors_P, block_size, first_slot).any(1)]
-    if len(anchors_P) > max_anchors:  # drawn on the host, so that every device trains on the same anchors
-        drawn = torch.randperm(len(anchors_P), generator=generator)[:max_anchors].sort().values
-        anchors_P = anchors_P[drawn]
+    anchors_P = drawn(anchors_P, max_anchors, generator)
     if len(anchors_P) == 0:  # nothing is supervised: one block keeps the graph and gives loss 0
         anchors_P = anchors_P.new_zeros(1)
     supervised_PS = supervised_slots(batch, anchors_P, block_size, first_slot)

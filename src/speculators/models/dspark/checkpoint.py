@@ -21,8 +21,8 @@ from speculators.checkpoint.formats import (
     OurCheckpoint,
     dtype_name,
     write_config,
-    write_tensors,
 )
+from speculators.checkpoint.tensors import write_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.checkpoint import (
     NOT_LAYER_KEYS,

@@ -19,11 +19,13 @@ from torch import Tensor
 from speculators.interfaces import LossOutput, PackedBatch, Ratio
 from speculators.losses.chunked import RowLosses, SplitHead, row_losses, split_row_losses
 from speculators.losses.chunks import WholeVocabulary
-from speculators.losses.metrics import ratio
-from speculators.losses.registry import LossFunction, dflash_loss_decay
+from speculators.losses.metrics import as_pairs, ratio
+from speculators.losses.registry import LossConfig, LossFunction, dflash_loss_decay, tv_loss
+from speculators.models.dflash.metrics import args_of, blocks_of, losses_of
 from speculators.models.dflash.training import (
     BlockArgs,
     BlockOutput,
+    Blocks,
     fill_sampled_blocks,
     fixed_weights,
     mean_length,
@@ -33,6 +35,7 @@ from speculators.models.dflash.training import (
 from speculators.models.dspark.config import DSparkTrainingArgs
 from speculators.models.dspark.network import DSparkNetwork
 from speculators.models.supervision import VerifierHead
+from speculators.training_keys import default_of, read_keys
 
 COUNT_EPSILON = 1e-8
 """Added to the number of supervised slots in the confidence loss."""
@@ -53,13 +56,11 @@ def train_blocks_and_heads(
     embedded_PSR, features_PSR = markov_features(network, output)
     losses = slot_losses(network, output, features_PSR, verifier, args)
     loss, metrics = reduce(losses, output.blocks, args)
-    metrics |= acceptance_metrics(losses, output)
+    metrics |= acceptance_metrics(losses, output.blocks)
     if network.confidence_head is not None:
         kappa_PS = network.confidence_head(output.hidden_PSH, embedded_PSR)
-        confidence_loss = confidence_loss_of(kappa_PS, losses, output, args.own)
-        loss = loss + args.own.confidence_head_alpha * confidence_loss
-        metrics["confidence_loss"] = ratio(confidence_loss)
-        metrics |= confidence_metrics(kappa_PS, losses, output)
+        loss, confident = with_confidence(loss, kappa_PS, losses, output.blocks, args.own)
+        metrics |= confident
     return LossOutput(loss, metrics)
 
 
@@ -108,9 +109,17 @@ def slot_losses(
     )
 
 
-def confidence_loss_of(kappa_PS: Tensor, losses: RowLosses, output: BlockOutput, own: DSparkTrainingArgs) -> Tensor:
+def with_confidence(
+    loss: Tensor, kappa_PS: Tensor, losses: RowLosses, blocks: Blocks, own: DSparkTrainingArgs
+) -> tuple[Tensor, dict[str, Ratio]]:
+    """Returns the loss with the confidence head's added, and that head's metrics."""
+    confidence_loss = confidence_loss_of(kappa_PS, losses, blocks, own)
+    metrics = {"confidence_loss": ratio(confidence_loss), **confidence_metrics(kappa_PS, losses, blocks)}
+    return loss + own.confidence_head_alpha * confidence_loss, metrics
+
+
+def confidence_loss_of(kappa_PS: Tensor, losses: RowLosses, blocks: Blocks, own: DSparkTrainingArgs) -> Tensor:
     """Always with the fixed decay."""
-    blocks = output.blocks
     supervised_PS = blocks.supervised_PS
     target_N = losses.agrees_N.float() if own.confidence_target == "greedy" else 1.0 - losses.terms[TV]
     kappa_N = blocks.supervised(kappa_PS).float()
@@ -124,19 +133,18 @@ def accepted(losses: RowLosses) -> Tensor:
     return 1.0 - losses.terms.get(WHOLE_TV, losses.terms[TV])
 
 
-def acceptance_metrics(losses: RowLosses, output: BlockOutput) -> dict[str, Ratio]:
+def acceptance_metrics(losses: RowLosses, blocks: Blocks) -> dict[str, Ratio]:
     """Of drafts drawn from q: the chance to be accepted, and tokens per round."""
-    supervised_PS = output.blocks.supervised_PS
+    supervised_PS = blocks.supervised_PS
     accept_N = accepted(losses)
     return {
         "accept_rate": ratio(accept_N.sum(), supervised_PS.sum()),
-        "accept_len": mean_length(on_grid(accept_N, supervised_PS), output.blocks),
+        "accept_len": mean_length(on_grid(accept_N, supervised_PS), blocks),
     }
 
 
-def confidence_metrics(kappa_PS: Tensor, losses: RowLosses, output: BlockOutput) -> dict[str, Ratio]:
+def confidence_metrics(kappa_PS: Tensor, losses: RowLosses, blocks: Blocks) -> dict[str, Ratio]:
     """Measures how far the predicted chances, and the run lengths they promise, are from those of acceptance."""
-    blocks = output.blocks
     supervised_PS = blocks.supervised_PS
     accept_N = accepted(losses)
     predicted_N = blocks.supervised(kappa_PS.detach()).float().sigmoid()
@@ -149,3 +157,42 @@ def confidence_metrics(kappa_PS: Tensor, losses: RowLosses, output: BlockOutput)
         "confidence_pred_mean": ratio(predicted_N.sum(), num_slots),
         "confidence_cumprod_bias": bias,
     }
+
+
+def compute_metrics(
+    logits: Tensor,
+    targets: Tensor,
+    confidence_logits: Tensor | None,
+    loss_mask: Tensor,
+    block_size: int,
+    loss_config: LossConfig,
+    tv_loss_fn: LossFunction = tv_loss,
+    gamma: float = default_of(DSparkTrainingArgs, "dflash_decay_gamma"),
+    confidence_head_alpha: float = default_of(DSparkTrainingArgs, "confidence_head_alpha"),
+    per_position_loss_weight: str = default_of(DSparkTrainingArgs, "per_position_loss_weight"),
+    dpace_alpha: float = default_of(DSparkTrainingArgs, "dpace_alpha"),
+    sample_from_anchor: bool = default_of(DSparkTrainingArgs, "sample_from_anchor"),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns (loss, metrics as `X_sum` and `X_total`) of logits that have the Markov bias, as training computes them.
+
+    `logits`, `targets` [1, T, V]; `confidence_logits` (kappa) and `loss_mask` [1, T]. The confidence head is taught
+    acceptance, with the fixed decay. Raises `ValueError` when blocks do not divide T, and for settings outside their
+    ranges.
+    """
+    given = {
+        "dflash_decay_gamma": gamma,
+        "confidence_head_alpha": confidence_head_alpha,
+        "per_position_loss_weight": per_position_loss_weight,
+        "dpace_alpha": dpace_alpha,
+        "sample_from_anchor": sample_from_anchor,
+    }
+    own = read_keys(DSparkTrainingArgs, given)
+    blocks = blocks_of(loss_mask, block_size, 0 if sample_from_anchor else 1)
+    losses = losses_of(logits, targets, blocks, {TV: (tv_loss_fn, 0.0), **loss_config})
+    loss, metrics = reduce(losses, blocks, args_of(own, loss_config, blocks))
+    metrics |= acceptance_metrics(losses, blocks)
+    if confidence_logits is not None:
+        kappa_PS = confidence_logits.reshape(blocks.supervised_PS.shape)
+        loss, confident = with_confidence(loss, kappa_PS, losses, blocks, own)
+        metrics |= confident
+    return loss, as_pairs({"loss": ratio(loss), **metrics})

@@ -28,14 +28,13 @@ from speculators.checkpoint.formats import (
     dtype_name,
     refuse_missing,
     write_config,
-    write_tensors,
 )
+from speculators.checkpoint.tensors import stored_tensors, write_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.draft_model import complete_layer_config, layer_config_of, with_biases
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
 from speculators.nn.attention import layer_window
 from speculators.utils.files import read_json_object
-from speculators.utils.loading import load_checkpoint
 from speculators.verifier.config import make_speculators_config
 
 NATIVE = "eagle"
@@ -142,7 +141,7 @@ def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns config fields and tensors of a native directory, without those that are the verifier's."""
     path = Path(path)
     values = read_json_object(path / "config.json")
-    tensors = load_checkpoint(path)
+    tensors = stored_tensors(path)
     ours = native_to_ours({name: tensor for name, tensor in tensors.items() if name not in VERIFIERS_OWN})
     if values.get("num_hidden_layers", 1) != 1:
         raise ValueError(f"{path} has num_hidden_layers={values['num_hidden_layers']}: an EAGLE drafter is one layer")

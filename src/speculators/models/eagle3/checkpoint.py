@@ -28,11 +28,10 @@ from speculators.checkpoint.formats import (
     OurCheckpoint,
     dtype_name,
     write_config,
-    write_tensors,
 )
+from speculators.checkpoint.tensors import stored_tensors, write_tensors
 from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values, with_biases
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
-from speculators.utils.loading import load_model_layers
 from speculators.utils.names import did_you_mean
 from speculators.verifier.config import get_verifier_config, make_speculators_config, resolve_target_layer_ids
 from speculators.verifier.loading import EMBEDDING, is_copy
@@ -118,7 +117,7 @@ class Eagle3Format(CheckpointFormat):
         nested = complete_transformer_layer_config(nested, num_aux)
         is_trained = False
         if EMBEDDING not in tensors and verifier is not None:
-            tensors |= load_model_layers([EMBEDDING], verifier)
+            tensors |= stored_tensors(verifier, [EMBEDDING])
         elif verifier is not None:
             is_trained = not is_copy(tensors[EMBEDDING], EMBEDDING, verifier)
             notes.append(f"its own embedding {'differs from' if is_trained else 'is a copy of'} the verifier's; kept")

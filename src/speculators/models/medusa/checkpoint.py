@@ -25,11 +25,10 @@ from speculators.checkpoint.formats import (
     Serving,
     dtype_name,
     write_config,
-    write_tensors,
 )
+from speculators.checkpoint.tensors import stored_tensors, write_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.medusa.config import MedusaSpeculatorConfig
-from speculators.utils.loading import load_checkpoint
 from speculators.verifier.config import get_verifier_config, make_speculators_config, norm_kind
 
 NATIVE = "medusa"
@@ -72,7 +71,7 @@ def to_our_name(name: str) -> str:
 
 def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns config fields and tensors of a native directory; the sizes come from the tensors."""
-    tensors = {to_our_name(name): tensor for name, tensor in load_checkpoint(Path(path)).items()}
+    tensors = {to_our_name(name): tensor for name, tensor in stored_tensors(path).items()}
     num_heads = len([name for name in tensors if name.startswith("lm_heads.")])
     num_layers = len([name for name in tensors if name.startswith("blocks.0.") and name.endswith(".weight")])
     if num_heads == 0 or num_layers == 0:

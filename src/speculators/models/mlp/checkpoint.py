@@ -24,8 +24,8 @@ from speculators.checkpoint.formats import (
     OurCheckpoint,
     dtype_name,
     write_config,
-    write_tensors,
 )
+from speculators.checkpoint.tensors import write_tensors
 from speculators.models.mlp.config import OLD_NAMES, MLPSpeculatorConfig
 from speculators.verifier.config import get_verifier_config, make_speculators_config, norm_kind
 

@@ -30,13 +30,14 @@ from speculators.checkpoint.formats import (
     Serving,
     num_speculative_tokens,
 )
+from speculators.checkpoint.tensors import SIZE_BYTES, bytes_of, stored_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.mtp.config import MTPSpeculatorConfig, MTPTrainingArgs
 from speculators.models.mtp.families import GATE_UP, LAYER, export_native, family_of, native_keys, read_native
 from speculators.models.mtp.network import decoder_shape
 from speculators.training_keys import default_of
 from speculators.utils.files import atomic_directory
-from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX, load_checkpoint, read_index
+from speculators.utils.loading import SAFETENSORS, SAFETENSORS_INDEX, read_index
 from speculators.verifier.config import get_verifier_config, make_speculators_config, open_verifier_config, text_config
 
 STITCHED = "stitched"
@@ -44,8 +45,6 @@ CHECKPOINT_KEYS = ("quantization_config",)
 """Keys of a verifier's config that describe its checkpoint, not its layers."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of stored weights that can be written."""
-SIZE_BYTES = 8
-"""A safetensors file: this many bytes say how long the JSON header is; data follow it."""
 
 
 def verifier_layer_config(verifier_config: Any) -> Any:
@@ -130,7 +129,7 @@ def stitch(
     config = MTPSpeculatorConfig.from_pretrained(finetuned)
     if not isinstance(config, MTPSpeculatorConfig):
         raise ValueError(f"'{finetuned}' is a speculator of another kind; only an MTP layer is part of a verifier")
-    layer = {key: tensor for key, tensor in load_checkpoint(finetuned).items() if key.startswith(LAYER)}
+    layer = {key: tensor for key, tensor in stored_tensors(finetuned).items() if key.startswith(LAYER)}
     source = local_directory(verifier)
     output = Path(output_path) if output_path is not None else Path(f"{source.name}-stitched")
     if output.exists():
@@ -218,7 +217,6 @@ def overwrite(file: Path, tensors: Mapping[str, Tensor], header: dict[str, Any],
     with file.open("r+b") as writer:
         for key, tensor in tensors.items():
             begin, end = header[key]["data_offsets"]
-            content = tensor.to(DTYPES[header[key]["dtype"]]).contiguous().view(torch.uint8).numpy().tobytes()
-            assert len(content) == end - begin
             writer.seek(start + begin)
-            writer.write(content)
+            num_bytes = sum(writer.write(block) for block in bytes_of(tensor, DTYPES[header[key]["dtype"]]))
+            assert num_bytes == end - begin

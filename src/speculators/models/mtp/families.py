@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.utils.loading import list_checkpoint_keys, load_model_layers
+from speculators.checkpoint.tensors import stored_tensors
+from speculators.utils.loading import list_checkpoint_keys
 
 LAYER = "mtp_layers.0."
 """Prefix of our tensors. The layer's own modules and its decoder layer's stand side by side under it."""
@@ -142,7 +143,7 @@ def native_keys(keys: Iterable[str], family: MTPFamily, config: Any) -> list[str
 def read_native(verifier: str, family: MTPFamily, config: Any) -> dict[str, Tensor]:
     """Loads the MTP layer that ships with a verifier, under our names; empty when none does."""
     keys = native_keys(list_checkpoint_keys(verifier), family, config)
-    return import_native(load_model_layers(keys, verifier), family, config) if keys else {}
+    return import_native(stored_tensors(verifier, keys), family, config) if keys else {}
 
 
 def import_native(native: Mapping[str, Tensor], family: MTPFamily, config: Any) -> dict[str, Tensor]:
@@ -207,7 +208,7 @@ def split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {name: tensor for name, tensor in tensors.items() if name not in (GATE_UP, DOWN)}
     if GATE_UP not in tensors:
         return out
-    for e, (gate_up, down) in enumerate(zip(tensors[GATE_UP], tensors[DOWN], strict=True)):
+    for e, (gate_up, down) in enumerate(zip(tensors[GATE_UP].unbind(), tensors[DOWN].unbind(), strict=True)):
         gate, up = gate_up.chunk(2)
         for kind, tensor in (("gate", gate), ("up", up), ("down", down)):
             out[f"mlp.experts.{e}.{kind}_proj.weight"] = tensor.contiguous()

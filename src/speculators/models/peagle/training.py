@@ -38,7 +38,9 @@ from speculators.model_training import LossArgs
 from speculators.models.peagle.config import PEagleTrainingArgs
 from speculators.models.peagle.network import ChainLayout, PEagleNetwork, chain_attention
 from speculators.models.supervision import VerifierHead
+from speculators.nn.packed_row import drawn
 from speculators.nn.routes import Route
+from speculators.training_keys import default_of, read_keys
 
 
 def train_slots(
@@ -161,12 +163,20 @@ class Chains(NamedTuple):
 
 def sample_chains(batch: PackedBatch, args: LossArgs[PEagleTrainingArgs]) -> Chains:
     """Drawn on the host, so that every device trains on the same slots."""
-    own, generator = args.own, args.generator
-    documents_T, supervised_T = batch.host_document_ids_T, batch.host_supervised_T
+    return draw_chains(batch.host_supervised_T, batch.host_document_ids_T, args.own, args.max_anchors, args.generator)
+
+
+def draw_chains(
+    supervised_T: Tensor,
+    documents_T: Tensor,
+    own: PEagleTrainingArgs,
+    max_anchors: int | None,
+    generator: torch.Generator | None,
+) -> Chains:
     continues_T = supervised_T.clone()  # the column may follow the one before it in a chain
     continues_T[:1] = False
     continues_T[1:] &= documents_T[1:] == documents_T[:-1]
-    seeds_S = drawn(supervised_T.nonzero().squeeze(1), args.max_anchors, generator)
+    seeds_S = drawn(supervised_T.nonzero().squeeze(1), max_anchors, generator)
     anchors, depths = [seeds_S[:0]], [seeds_S[:0]]
     candidates = seeds_S[continues_T[seeds_S]]
     for depth in range(1, own.num_depths):
@@ -184,8 +194,34 @@ def sample_chains(batch: PackedBatch, args: LossArgs[PEagleTrainingArgs]) -> Cha
     return Chains(anchors_M[order_M], depths_M[order_M])
 
 
-def drawn(columns: Tensor, most: int | None, generator: torch.Generator | None) -> Tensor:
-    """At most so many of the columns, ascending."""
-    if most is None or len(columns) <= most:
-        return columns
-    return columns[torch.randperm(len(columns), generator=generator)[:most]].sort().values
+def generate_cod_sample_indices(
+    seq_length: int,
+    loss_mask: Tensor,
+    num_depths: int = default_of(PEagleTrainingArgs, "num_depths"),
+    down_sample_ratio: float = default_of(PEagleTrainingArgs, "down_sample_ratio"),
+    down_sample_ratio_min: float = default_of(PEagleTrainingArgs, "down_sample_ratio_min"),
+    filter_position_zero: bool = True,
+    max_anchors: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Samples the elements of one document, as above: (anchor, depth) of each, int64 [E]; depth 0 first, whole.
+
+    `loss_mask` [S] or [1, S]. Drawn by torch's global generator. No chain begins before the document, so column 0 is
+    never in one: upstream samples it at depth 1, with anchor -1. Raises `ValueError` for a mask of another length, for
+    settings outside their ranges and for `filter_position_zero=False`.
+    """
+    if not filter_position_zero:
+        raise ValueError(
+            "filter_position_zero=False: column 0 follows no column, so no chain can hold it; leave it out"
+        )
+    supervised_S = loss_mask.flatten() == 1
+    if len(supervised_S) != seq_length:
+        raise ValueError(f"loss_mask has {len(supervised_S)} columns and seq_length={seq_length}: one for each")
+    ratios = {"down_sample_ratio": down_sample_ratio, "down_sample_ratio_min": down_sample_ratio_min}
+    own = read_keys(PEagleTrainingArgs, {"num_depths": num_depths, **ratios})
+    host_S = supervised_S.cpu()
+    anchors_M, depths_M = draw_chains(host_S, torch.zeros_like(host_S, dtype=torch.int64), own, max_anchors, None)
+    order_M = depths_M.argsort(stable=True)
+    columns_S = torch.arange(seq_length)
+    anchors_E = torch.cat((columns_S, anchors_M[order_M]))
+    depths_E = torch.cat((torch.zeros_like(columns_S), depths_M[order_M]))
+    return anchors_E.to(loss_mask.device), depths_E.to(loss_mask.device)

@@ -1,0 +1,192 @@
+"""ShardWriter: appends samples to shards so that a process may die between any two bytes, and reuses the space of the
+oldest shards where the disk is capped.
+
+    1 record at the end of the shard        2 fsync of the shard, every 64 MiB        3 lines of the index, fsync
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from speculators.data_generation.configs import DEFAULT_SHARD_BYTES
+from speculators.data_generation.sources.shards import (
+    RECORD_MAGIC,
+    REUSED,
+    SHARD_MAGIC,
+    Entry,
+    as_json,
+    differences,
+    head_bytes,
+    index_line,
+    index_path,
+    padded,
+    read_shard,
+    shard_paths,
+)
+from speculators.utils.files import atomic_write, flush, lock_if_free
+from speculators.utils.report import human_bytes
+
+FLUSH_BYTES = 64 << 20
+"""Bytes appended between two waits for the disk; the index follows behind them."""
+RING_SHARDS = 8
+"""Least number of shards under a cap: reusing the space of one then costs an eighth of the samples."""
+LastRows = Literal["all", "supervised"]
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How states are stored. None: as the store does already, else as they come."""
+
+    dtype: torch.dtype | None = None
+    last_rows: LastRows | None = None
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    max_bytes: int | None = None
+    """Cap of the directory: the oldest shards make room for new ones."""
+    rank: int = 0
+
+
+class ShardWriter:
+    """Appends to the shards of one rank. Several writers, also of one rank, never share a file."""
+
+    def __init__(self, directory: Path, facts: dict[str, Any], options: WriteOptions) -> None:
+        self.directory, self.facts, self.rank = directory, facts, options.rank
+        self.shard_bytes, self.max_bytes = options.shard_bytes, options.max_bytes
+        if self.max_bytes is not None:
+            self.shard_bytes = min(self.shard_bytes, self.max_bytes // RING_SHARDS)
+        self.num_unfinished = 0
+        """Unfinished samples of a writer before that were cut off."""
+        self.reused: set[str] = set()
+        """Names of the shards whose space was reused."""
+        self.path = directory
+        self.number, self.handle = -1, -1
+        self.size = self.begin = self.flushed = 0
+        self.pending: list[Entry] = []
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def append(self, entry: Entry, contents: Sequence[bytes | memoryview]) -> Entry:
+        """Writes a sample whole and returns it with its place. Raises `OSError` when the disk is full; nothing stays
+        of the sample then."""
+        head = head_bytes(RECORD_MAGIC, entry.as_json())
+        num_bytes = len(head) + padded(entry.num_bytes)
+        while self.handle < 0 or (self.size > self.begin and self.size + num_bytes > self.shard_bytes):
+            self.open_next(num_bytes)
+        placed = replace(entry, shard=self.path.name, start=self.size, offset=self.size + len(head))
+        padding = bytes(padded(entry.num_bytes) - entry.num_bytes)
+        try:
+            write_all(self.handle, [head, *contents, padding], self.size)
+        except OSError:
+            os.ftruncate(self.handle, self.size)
+            raise
+        self.size += num_bytes
+        self.pending.append(placed)
+        if self.size - self.flushed > FLUSH_BYTES:
+            self.flush()
+        return placed
+
+    def flush(self) -> None:
+        """Waits until all samples are on disk, then adds them to the index."""
+        if not self.pending:
+            return
+        os.fsync(self.handle)
+        with index_path(self.path).open("ab") as file:
+            file.writelines(index_line(entry) for entry in self.pending)
+            file.flush()
+            os.fsync(file.fileno())
+        self.pending, self.flushed = [], self.size
+
+    def close(self) -> None:
+        if self.handle >= 0:
+            self.flush()
+            os.close(self.handle)
+            self.handle = -1
+
+    def open_next(self, num_bytes: int) -> None:
+        """Opens this rank's next shard that no other process writes to, made for so many bytes if it is not there."""
+        self.close()
+        while self.handle < 0:
+            self.number += 1
+            self.path = self.directory / f"states-{self.rank:03d}-{self.number:05d}.shard"
+            if index_path(self.path).with_suffix(REUSED).exists():
+                continue
+            self.handle = self.locked(self.path, max(num_bytes, self.shard_bytes))
+        self.continue_shard()
+
+    def locked(self, path: Path, num_bytes: int) -> int:
+        """Opens a shard for this process alone; -1 where another one writes to it."""
+        is_new = not path.exists()
+        if is_new:
+            self.make_room(num_bytes)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if is_new else 0), 0o666)
+        except FileExistsError:  # made by another process just now
+            return -1
+        if lock_if_free(handle) or is_new:
+            return handle
+        os.close(handle)
+        return -1
+
+    def continue_shard(self) -> None:
+        """Cuts off what is unfinished and brings the index up to date. Raises `ValueError` for other facts."""
+        shard = read_shard(self.path)
+        if shard.facts is None:
+            os.ftruncate(self.handle, 0)
+            write_all(self.handle, [head_bytes(SHARD_MAGIC, as_json(self.facts))], 0)
+            shard.facts = self.facts
+        elif shard.facts != self.facts:
+            raise ValueError(
+                f"{self.path} holds {differences(shard.facts, self.facts)}: give the settings it was made with, or "
+                "name another directory"
+            )
+        self.num_unfinished += shard.num_unfinished > 0
+        os.ftruncate(self.handle, shard.end)  # also pads the last record, whose padding was cut
+        self.begin = len(head_bytes(SHARD_MAGIC, as_json(self.facts)))
+        self.size = self.flushed = shard.end
+        if not shard.is_index_whole:
+            with atomic_write(index_path(self.path), "wb") as file:
+                file.writelines(index_line(entry) for entry in shard.entries)
+        flush(self.directory)
+
+    def make_room(self, num_bytes: int) -> None:
+        """Removes the oldest shards while so many bytes more would exceed the cap. Their indexes stay, under another
+        name: they say what was written already. Raises `ValueError` when the cap is too small for one sample."""
+        if self.max_bytes is not None and num_bytes > self.max_bytes:
+            raise ValueError(
+                f"--max-disk {human_bytes(self.max_bytes)} is less than one sample, {human_bytes(num_bytes)}; give more"
+            )
+        while self.max_bytes is not None:
+            shards = shard_paths(self.directory)
+            if sum(path.stat().st_size for path in shards) + num_bytes <= self.max_bytes:
+                return
+            oldest = next((path for path in sorted(shards, key=age) if self.is_idle(path)), None)
+            if oldest is None:  # other processes write to all of them
+                return
+            if index_path(oldest).exists():
+                os.replace(index_path(oldest), index_path(oldest).with_suffix(REUSED))
+            oldest.unlink()
+            self.reused.add(oldest.name)
+
+    def is_idle(self, path: Path) -> bool:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            return lock_if_free(handle)
+        finally:
+            os.close(handle)
+
+
+def age(path: Path) -> tuple[int, str]:
+    return path.stat().st_mtime_ns, path.name
+
+
+def write_all(handle: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
+    for part in parts:
+        rest = memoryview(part)
+        while len(rest):
+            num_written = os.pwrite(handle, rest, offset)
+            offset += num_written
+            rest = rest[num_written:]

@@ -1,0 +1,150 @@
+"""Tensors of checkpoints are read when they are needed: a large checkpoint is converted with little memory, and what is
+written is what safetensors writes."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deploy_toys import HIDDEN, LAYERS, VERIFIER, VOCAB, WIDTH, layer
+from safetensors.torch import load_file, save_file
+
+from speculators.checkpoint.tensors import StoredTensor, stored_tensors, values_of, write_tensors
+
+NUM_SHARDS, WIDE = 10, 3072
+PEAKS = """
+import sys
+from pathlib import Path
+from speculators.convert import convert_checkpoint
+from speculators.deploy.export import export_checkpoint
+
+def memory(what):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+
+*sources, out, verifier = sys.argv[1:]
+for source in sources:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before, name = memory("VmRSS"), Path(source).name
+    written = convert_checkpoint(source, f"{out}/{name}-ours", verifier=verifier)
+    export_checkpoint(written.path, f"{out}/{name}-native", profile="native", dtype="float32")
+    print(name, memory("VmHWM") - before)
+"""
+
+
+def block_drafter(path: Path, num_layers: int, kind: str) -> Path:
+    """A z-lab drafter with one layer per shard."""
+    path.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(WIDE * HIDDEN, generator=generator).bfloat16()
+    weight_map, suffix = {}, ".bin" if kind == "bin" else ".safetensors"
+    for i in range(num_layers):
+        tensors = {name: tensor.bfloat16() for name, tensor in layer(f"layers.{i}.", HIDDEN).items()}
+        tensors |= {f"layers.{i}.self_attn.{part}_norm.weight": torch.ones(WIDTH).bfloat16() for part in "qk"}
+        parts = [tensors.pop(f"layers.{i}.self_attn.{part}_proj.weight") for part in "qkv"]
+        tensors[f"layers.{i}.self_attn.qkv_proj.weight"] = torch.cat(parts)
+        for part in ("gate", "up"):
+            tensors[f"layers.{i}.mlp.{part}_proj.weight"] = wide.reshape(WIDE, HIDDEN).clone()
+        tensors[f"layers.{i}.mlp.down_proj.weight"] = wide.reshape(HIDDEN, WIDE).clone()
+        if i == 0:
+            tensors |= {"fc.weight": torch.randn(HIDDEN, 2 * HIDDEN).bfloat16()}
+            tensors |= {f"{name}.weight": torch.ones(HIDDEN).bfloat16() for name in ("hidden_norm", "norm")}
+        file = f"shard-{i}{suffix}"
+        (torch.save if kind == "bin" else save_file)(tensors, path / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    index = "pytorch_model.bin.index.json" if kind == "bin" else "model.safetensors.index.json"
+    (path / index).write_text(json.dumps({"weight_map": weight_map}))
+    values = {
+        **LAYERS,
+        "intermediate_size": WIDE,
+        "num_hidden_layers": num_layers,
+        "model_type": "qwen3",
+        "architectures": ["DFlashDraftModel"],
+        "vocab_size": VOCAB,
+        "block_size": 6,
+        "dflash_config": {"target_layer_ids": [1, 8], "mask_token_id": 7},
+    }
+    (path / "config.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_a_conversion_and_an_export_hold_less_than_two_shards(tmp_path):
+    sources = [block_drafter(tmp_path / name, 1, "bin") for name in ("imports", "base")]
+    sources += [block_drafter(tmp_path / kind, NUM_SHARDS, kind) for kind in ("safetensors", "bin")]
+    command = [sys.executable, "-c", PEAKS, *map(str, sources), str(tmp_path), VERIFIER]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    peaks = {name: int(peak) for name, peak in map(str.split, done.stdout.splitlines())}
+    shard = max(file.stat().st_size for file in sources[-1].glob("shard-*"))
+    assert max(peaks["safetensors"], peaks["bin"]) - peaks["base"] < 2 * shard, peaks
+
+
+EVERY_TYPE = {
+    "half": torch.arange(6).half().reshape(2, 3),
+    "brain": torch.randn(4, 2).bfloat16(),
+    "single": torch.randn(3, 2),
+    "double": torch.randn(1).double(),
+    "ids": torch.arange(5),
+    "kept": torch.tensor([True, False, True]),
+    "bytes": torch.arange(7, dtype=torch.uint8),
+    "short": torch.arange(3, dtype=torch.int16),
+    "int": torch.arange(3, dtype=torch.int32),
+    "narrow": torch.randn(3).to(torch.float8_e4m3fn),
+    "empty": torch.zeros(0, 4),
+    "a number": torch.tensor(2.5),
+    "ä": torch.ones(1),
+    "turned": torch.randn(3, 4).t(),
+}
+
+
+def test_a_file_is_byte_for_byte_what_safetensors_writes(tmp_path):
+    names = list(EVERY_TYPE)
+    random.Random(0).shuffle(names)
+    write_tensors(tmp_path, {name: EVERY_TYPE[name] for name in names})
+    whole = {name: tensor.contiguous() for name, tensor in EVERY_TYPE.items()}
+    save_file(whole, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"odd is torch\.complex128"):
+        write_tensors(tmp_path, {"odd": torch.ones(1, dtype=torch.complex128)})
+
+
+@pytest.mark.parametrize("is_zip", [True, False, None], ids=["bin", "bin of old releases", "safetensors"])
+def test_stored_tensors_compute_as_those_in_memory_and_know_where_they_come_from(is_zip, tmp_path):
+    torch.manual_seed(0)
+    whole = {"a": torch.randn(4, 6), "b": torch.randn(4, 6), "ids": torch.arange(3)}
+    if is_zip is None:
+        save_file(whole, tmp_path / "model.safetensors")
+    else:
+        torch.save(whole, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
+    found = stored_tensors(tmp_path)
+    assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
+        name: (t.shape, t.dtype) for name, t in whole.items()
+    }
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert found["ids"].any() and found["a"].device.type == "cpu"
+    a, b = found["a"], found["b"]
+    moves = {
+        ("split",): (a.split([1, 3])[1], whole["a"][1:]),
+        ("cast",): (a.to(torch.bfloat16), whole["a"].bfloat16()),
+        ("joined",): (torch.cat([a, b], dim=1), torch.cat([whole["a"], whole["b"]], dim=1)),
+        ("split", "cast", "joined"): (
+            torch.stack([a.chunk(2)[0].to(torch.float16), b.chunk(2)[1].to(torch.float16)]),
+            torch.stack([whole["a"][:2], whole["b"][2:]]).half(),
+        ),
+        (): (a.contiguous(), whole["a"]),
+    }
+    for steps, (moved, expected) in moves.items():
+        assert moved.shape == expected.shape and moved.dtype == expected.dtype
+        assert torch.equal(values_of(moved), expected)
+        if isinstance(moved, StoredTensor):
+            assert moved.origin.steps == steps
+    assert a.to(torch.float32) is a and isinstance(moves["joined",][0], StoredTensor)
+    assert moves["joined",][0].origin.names == ("a", "b")
+    (tmp_path / "out").mkdir()
+    write_tensors(tmp_path / "out", {"x": moves["joined",][0], "y": moves["cast",][0]})
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["x"], moves["joined",][1]) and torch.equal(written["y"], moves["cast",][1])
+    assert stored_tensors(tmp_path, ["b", "none"]).keys() == {"b"}
