@@ -7,7 +7,8 @@ What only the trainer reads is in `train.keys`. Imports nothing heavy, for `--he
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -69,6 +70,32 @@ class LossKeys(Keys):
     loss_implementation: Literal["fused", "eager"] = Field("fused", description="fused: never holds all logits.")
 
 
+# -- which keys a run reads --------------------------------------------------------------------------------------------
+
+USED, EQUAL, IDLE, REFUSED = "used", "equal", "idle", "refused"
+"""What becomes of a key that is given. equal: accepted where it says what is so anyway; idle: of pace alone, accepted
+with a line that it has no effect."""
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Says when keys are not read."""
+
+    keys: tuple[str, ...]
+    applies: Callable[[Values], bool]
+    because: str
+    outcome: str = REFUSED
+
+
+def reading_of(key: str, values: Values, rules: Iterable[Rule]) -> tuple[str, str]:
+    """Returns what becomes of a key, and why. `values`: all keys, resolved. Without a rule that applies it is used."""
+    for rule in rules:
+        if key in rule.keys and rule.applies(values):
+            return rule.outcome, rule.because
+    return USED, ""
+
+
 # -- keys of an algorithm ----------------------------------------------------------------------------------------------
 
 _SHAPES = ("draft_arch", "draft_hidden_act", "sliding_window", "full_attention_indices", "draft_config")
@@ -85,6 +112,8 @@ class TrainingArgs(BaseModel):
 
     command_line_only: ClassVar[Collection[str]] = ()
     """Keys that calls by hand may say as they like: nothing reads them."""
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    """Of keys that mean nothing without another: its own, or generic ones."""
 
 
 class FixedShapeArgs(TrainingArgs):
@@ -125,6 +154,11 @@ class HeadLossArgs(TrainingArgs):
     """What drafters with a head per draft add."""
 
     head_weight_decay: float
+
+    @staticmethod
+    def with_one(key: str, what: str) -> Rule:
+        """Weights of several are read where `key` counts more than one."""
+        return Rule(("head_weight_decay",), lambda values: values[key] == 1, f"there is one {what}")
 
 
 # -- reading them from the keywords of a call --------------------------------------------------------------------------

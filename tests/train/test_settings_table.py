@@ -10,12 +10,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from drafter_toys import decoder_config
 from transformers import MambaConfig
 
 from speculators.model import SpeculatorModel
 from speculators.train import run, sources
-from speculators.train.algorithm import Algorithm
+from speculators.train.algorithm import ALGORITHMS, Algorithm
 from speculators.train.config import ConfigError, TrainConfig
 from speculators.train.distributed import Ranks
 from speculators.train.events import Note
@@ -93,7 +94,7 @@ def place(tmp_path_factory, verifier_path, data_path):
     return SimpleNamespace(folder=folder, base=base, verifier=verifier, checkpoint=str(result.checkpoint), maps=maps)
 
 
-def example(key: str, place: SimpleNamespace) -> Any:
+def example(key: str, place: SimpleNamespace, algorithm: str = ALGORITHM, field: Any = None) -> Any:
     """A valid value that is not the default."""
     paths = {
         "from_pretrained": place.checkpoint,
@@ -105,8 +106,9 @@ def example(key: str, place: SimpleNamespace) -> Any:
     given = {**EXAMPLES, **paths}
     if key in given:
         return given[key]
-    field = next(keys[key] for keys in (OWN, *(g.model_fields for g in (RunKeys, *GROUPS.values()))) if key in keys)
-    default = Algorithm(ALGORITHM).defaults.get(key, field.default)
+    groups = (OWN, *(group.model_fields for group in (RunKeys, *GROUPS.values())))
+    field = field or next(keys[key] for keys in groups if key in keys)
+    default = Algorithm(algorithm).defaults.get(key, field.default)
     if is_kind(field.annotation, bool):
         return not default
     choices = [value for value in get_args(field.annotation) if isinstance(value, str) and value != default]
@@ -309,6 +311,99 @@ def test_keys_that_mean_nothing_to_an_algorithm_are_refused(algorithm):
             given |= {"d2t_path": "a", "t2d_path": "b", key: "c"}
         with pytest.raises(ConfigError, match=f"'{algorithm}' has no use for it: leave out .*{flag_of(key)}"):
             TrainConfig.from_sources(cli=given)
+
+
+# -- every drafter, as far as its configuration ------------------------------------------------------------------------
+
+NO_CONFIDENCE = {"enable_confidence_head": False}
+DEPENDENT = [  # drafter, what makes the key mean nothing, the key, why
+    ("eagle", {"top_k_weight": 0}, {"top_k": 5}, "--top-k-weight is 0"),
+    ("eagle", {"distillation_weight": 0}, {"loss_fn": "ce"}, "--distillation-weight is 0"),
+    ("eagle", {"ttt_steps": 1}, {"detach_steps": False}, "--ttt-steps is 1"),
+    ("eagle3", {"ttt_steps": 1}, {"ttt_step_loss_decay": 0.5}, "--ttt-steps is 1"),
+    ("medusa", {"num_heads": 1}, {"head_weight_decay": 0.5}, "there is one head"),
+    ("mlp", {"n_predict": 1}, {"head_weight_decay": 0.5}, "there is one step"),
+    ("mtp", {"num_speculative_steps": 1}, {"step_weight_beta": 0.5}, "there is one step"),
+    ("peagle", {"num_depths": 1}, {"down_sample_ratio": 0.5}, "--num-depths is 1"),
+    ("peagle", {"num_depths": 1}, {"down_sample_ratio_min": 0.5}, "--num-depths is 1"),
+    ("peagle", {"num_depths": 1}, {"max_anchors": 5}, "--num-depths is 1"),
+    ("dflash", {"per_position_loss_weight": "fixed-exp-decay"}, {"dpace_alpha": 0.3}, "loss-weight is not dpace"),
+    ("dflash", {"per_position_loss_weight": "dpace"}, {"dflash_decay_gamma": 3}, "loss-weight is dpace"),
+    (
+        *("dflash", {"num_layers": 2, "full_attention_indices": [0, 1]}),
+        *({"sliding_window_non_causal": True}, "every layer has full attention"),
+    ),
+    ("dspark", {}, {"dpace_alpha": 0.3}, "loss-weight is not dpace"),
+    ("dspark", {"per_position_loss_weight": "dpace", **NO_CONFIDENCE}, {"dflash_decay_gamma": 3}, "no confidence head"),
+    ("dspark", {"markov_rank": 0}, {"markov_head_type": "rnn"}, "leaves no Markov head"),
+    ("dspark", {"markov_rank": 0}, {"confidence_head_with_markov": False}, "leaves no Markov head"),
+    ("dspark", NO_CONFIDENCE, {"confidence_head_with_markov": False}, "leaves no confidence head"),
+    ("dspark", NO_CONFIDENCE, {"confidence_head_alpha": 0.5}, "leaves no confidence head"),
+    ("dspark", NO_CONFIDENCE, {"confidence_target": "greedy"}, "leaves no confidence head"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "without", "given", "because"), DEPENDENT)
+def test_a_key_that_means_nothing_without_another_is_refused(algorithm, without, given, because):
+    [(key, value)] = given.items()
+    base = {"speculator_type": algorithm, "verifier_name_or_path": "m"}
+    with pytest.raises(ConfigError, match=f"{because}.*: leave out {flag_of(key)}"):
+        TrainConfig.from_sources(cli={**base, **without, **given})
+    with_another = {"per_position_loss_weight": "dpace"} if key == "dpace_alpha" else {}
+    if key == "dflash_decay_gamma":
+        with_another = {"per_position_loss_weight": "fixed-exp-decay"}
+    assert TrainConfig.from_sources(cli={**base, **with_another, **given}).flatten()[key] == value
+    by_hand = TrainConfig.from_flat({**base, **without, **given})  # one dict for all drafters: said, not refused
+    assert because in by_hand.idle[key]
+    assert key not in yaml.safe_load(by_hand.dump_yaml()).get(algorithm, {})
+
+
+ALONE = {  # what a key needs to mean something
+    "dpace_alpha": {"per_position_loss_weight": "dpace"},
+    "dflash_decay_gamma": {"per_position_loss_weight": "fixed-exp-decay"},
+    "d2t_path": {"t2d_path": "t"},
+    "t2d_path": {"d2t_path": "d"},
+    "muon_momentum": {"optimizer": "muon"},
+    "scheduler_num_cosine_cycles": {"scheduler_type": "cosine"},
+    "token_freq_path": {"draft_vocab_size": 11},
+}
+
+
+def reading_alone(name: str, key: str, place: SimpleNamespace) -> str:
+    """Returns what the table says of a key given alone (with what it needs), and shows the configuration to do so."""
+    algorithm = Algorithm(name)
+    model = next(keys for keys in (algorithm.keys, RunKeys, *GROUPS.values()) if key in keys.model_fields)
+    value = example(key, place, name, model.model_fields[key])
+    needed = {"optimizer": "muon"} if key.startswith("muon_") else ALONE.get(key, {})
+    base = {"verifier_name_or_path": "m", "speculator_type": name}
+    given = {**base, **needed, key: value}
+    outcome, because = algorithm.reading(key, {**TrainConfig.from_sources(cli=base).flatten(), **given})
+    if key in getattr(algorithm.keys, "command_line_only", ()):
+        outcome, because = REFUSED, "leave this key out"
+    if outcome == REFUSED:
+        with pytest.raises(ConfigError, match=flag_of(key)) as raised:
+            TrainConfig.from_sources(cli=given)
+        assert because in str(raised.value)
+        return outcome
+    config = TrainConfig.from_sources(cli=given)
+    assert config.flatten()[key] == value, key
+    assert config.idle.get(key, "") == (because if outcome == IDLE else "")
+    return outcome
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_key_of_every_drafter_is_used_refused_or_said_to_be_idle(place, name):
+    algorithm = SpeculatorModel.get_class(name)
+    own, generic = set(algorithm.training_args.model_fields), set(group_of())
+    outside = {"speculator_type", "plugins", "verifier_name_or_path"}
+    outcomes = {key: reading_alone(name, key, place) for key in (own | generic) - outside}
+    refused = {key for key, outcome in outcomes.items() if outcome == REFUSED}
+    shapes = set(getattr(algorithm.training_args, "command_line_only", ()))
+    assert refused == (set(algorithm.unread_keys) | shapes) - outside
+    assert {key for key, outcome in outcomes.items() if outcome == IDLE} & own == (
+        {"norm_output"} if name == "peagle" else set()
+    )
+    assert EQUAL not in outcomes.values()
 
 
 def test_a_directory_of_states_that_is_not_there_is_not_passed_over(place):

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ValidationError
 import speculators
 from speculators.train.events import ConfigError
 from speculators.train.flags import FLAG_NAMES, build_parser, flag_of, parse
-from speculators.train.keys import EQUAL, GROUPS, IDLE, REFUSED, RETIRED_KEYS, USED, RunKeys, group_of, reading_of
+from speculators.train.keys import EQUAL, GROUPS, IDLE, REFUSED, RETIRED_KEYS, RULES, RunKeys, group_of
+from speculators.training_keys import reading_of
 from speculators.utils.names import did_you_mean
 
 FOLDER = Path(speculators.__file__).parent / "models"
@@ -115,11 +116,13 @@ class Algorithm:
         """Returns what becomes of a key (`keys.USED`, ...), and why. `values`: all keys, resolved."""
         if key in self.model.unread_keys:
             return REFUSED, f"'{self.name}' has no use for it"
-        if key in self.keys.model_fields and key not in group_of():
+        is_own = key in self.keys.model_fields and key not in group_of()
+        if is_own and values["from_pretrained"]:
             is_recorded = self.model.recorded_keys.get(key, key) in self.model.config_class.model_fields
-            is_shape = is_recorded and key not in self.model.keys_of_forward()
-            return (EQUAL, "--from-pretrained keeps its own") if values["from_pretrained"] and is_shape else (USED, "")
-        return reading_of(key, values)
+            if is_recorded and key not in self.model.keys_of_forward():
+                return EQUAL, "--from-pretrained keeps its own"
+        own_rules = getattr(self.keys, "rules", ())  # a class of others may declare its keys on a plain BaseModel
+        return reading_of(key, values, own_rules if is_own else (*own_rules, *RULES))
 
     def check_read(self, given: Collection[str], values: Mapping[str, Any]) -> dict[str, str]:
         """Returns the given keys that have no effect, and why. Raises `ConfigError` for those that would be dropped."""

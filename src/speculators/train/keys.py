@@ -8,14 +8,26 @@ heading) and the keyword an algorithm's `from_training_args` receives. What one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
 
 from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
-from speculators.training_keys import AnchorKeys, DraftKeys, Keys, LossKeys, VerifierKeys
+from speculators.training_keys import (
+    EQUAL,
+    IDLE,
+    REFUSED,
+    USED,
+    AnchorKeys,
+    DraftKeys,
+    Keys,
+    LossKeys,
+    Rule,
+    Values,
+    VerifierKeys,
+)
+
+__all__ = ["EQUAL", "GROUPS", "IDLE", "REFUSED", "RULES", "USED", "DataKeys", "DraftKeys", "LossKeys", "RunKeys"]
 
 
 class DataKeys(AnchorKeys):
@@ -147,25 +159,10 @@ RETIRED_KEYS = {
 
 # -- which keys a run reads --------------------------------------------------------------------------------------------
 
-USED, EQUAL, IDLE, REFUSED = "used", "equal", "idle", "refused"
-"""What becomes of a key that is given. equal: accepted where it says what is so anyway; idle: of pace alone, accepted
-with a line that it has no effect."""
 MUON_KEYS = tuple(name for name in OptimizerKeys.model_fields if name.startswith("muon_"))
 SERVER_KEYS = ("server_states_path", "request_timeout", "max_retries", "generation_validation_retries")
 RECORDED_KEYS = ("target_layer_ids", "draft_vocab_size", "d2t_path", "t2d_path", "mask_token_id", "block_size")
 """A checkpoint records them, beside the keys of its algorithm."""
-
-Values = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Says when keys are not read."""
-
-    keys: tuple[str, ...]
-    applies: Callable[[Values], bool]
-    because: str
-    outcome: str = REFUSED
 
 
 def reads_states_alone(values: Values) -> bool:
@@ -227,14 +224,6 @@ RULES = (
     Rule(("log_dir", "run_name"), lambda values: not values["logger"], "there is no --logger", IDLE),
 )
 """The first rule that applies counts; without one a key is used."""
-
-
-def reading_of(key: str, values: Values) -> tuple[str, str]:
-    """Returns what becomes of a generic key, and why. `values`: all keys, resolved."""
-    for rule in RULES:
-        if key in rule.keys and rule.applies(values):
-            return rule.outcome, rule.because
-    return USED, ""
 
 
 def group_of() -> dict[str, str]:

@@ -133,7 +133,7 @@ def create_anchor_block_mask_mod(
     anchor_positions: Tensor,
     block_size: int,
     sliding_window: int | None = None,
-    sliding_window_non_causal: bool = False,
+    sliding_window_non_causal: bool | None = None,
 ) -> tuple[Callable[..., Tensor], int, int]:
     """Returns (mask_mod, number of queries, number of keys) of blocks at `anchor_positions` [P] over [columns | slots].
 

@@ -6,7 +6,7 @@ The size of a block, the number of anchors and the mask token are generic keys (
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from transformers import PretrainedConfig, Qwen3Config
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, Qwen3Config
 from speculators.config import SpeculatorModelConfig
 from speculators.models.dflash.block_attention import LayerMask
 from speculators.nn.attention import layer_window
-from speculators.training_keys import DraftKeys, TrainingArgs, default_of
+from speculators.training_keys import DraftKeys, Rule, TrainingArgs, Values, default_of
 
 TRAINING_DEFAULTS = {"num_layers": 5, "loss_fn": "ce", "block_size": 16}
 """Generic keys with another default here."""
@@ -23,7 +23,27 @@ CALLED_BY_HAND = {"block_size": default_of(DraftKeys, "block_size"), "per_positi
 """The contract's defaults of calls in Python; the command line's are the better ones."""
 
 
+def is_dpace(values: Values) -> bool:
+    return values["per_position_loss_weight"] == DPACE
+
+
+def slides_nowhere(values: Values) -> bool:
+    """Says whether every layer has full attention, as far as the keys shape them."""
+    is_shaped = not values["draft_config"] and not values["from_pretrained"]
+    return is_shaped and set(range(values["num_layers"])) <= set(values["full_attention_indices"] or ())
+
+
+NO_DPACE = Rule(("dpace_alpha",), lambda values: not is_dpace(values), f"--per-position-loss-weight is not {DPACE}")
+ALL_FULL = Rule(("sliding_window_non_causal",), slides_nowhere, "every layer has full attention")
+
+
 class DFlashTrainingArgs(TrainingArgs):
+    rules: ClassVar[tuple[Rule, ...]] = (
+        NO_DPACE,
+        ALL_FULL,
+        Rule(("dflash_decay_gamma",), is_dpace, f"--per-position-loss-weight is {DPACE}"),
+    )
+
     sample_from_anchor: bool = Field(
         False, description="The anchor's own slot drafts too: block_size drafts per block."
     )

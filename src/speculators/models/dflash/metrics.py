@@ -24,27 +24,28 @@ def compute_metrics(
     logits: Tensor,
     targets: Tensor,
     loss_mask: Tensor,
-    block_size: int = 1,
+    block_size: int | None = None,
     gamma: float = default_of(DFlashTrainingArgs, "dflash_decay_gamma"),
     loss_config: LossConfig | None = None,
-    per_position_loss_weight: str = FIXED_DECAY,
+    per_position_loss_weight: str | None = None,
     dpace_alpha: float = default_of(DFlashTrainingArgs, "dpace_alpha"),
     sample_from_anchor: bool = default_of(DFlashTrainingArgs, "sample_from_anchor"),
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns (loss, metrics as `X_sum` and `X_total`) as training computes them. `loss_config=None`: `kl_div`.
+    """Returns (loss, metrics as `X_sum` and `X_total`) as training computes them. None is one slot a block,
+    the loss `kl_div` and the fixed decay.
 
     `logits`, `targets` [1, T, V]; `loss_mask` [1, T]. Slot 0 never counts unless `sample_from_anchor`. Raises
     `ValueError` when blocks do not divide T, and for settings outside their ranges.
     """
     given = {
         "dflash_decay_gamma": gamma,
-        "per_position_loss_weight": per_position_loss_weight,
+        "per_position_loss_weight": per_position_loss_weight or FIXED_DECAY,
         "dpace_alpha": dpace_alpha,
         "sample_from_anchor": sample_from_anchor,
     }
     own = read_keys(DFlashTrainingArgs, given)
     config = loss_config or resolve_loss_config(default_of(LossKeys, "loss_fn"))
-    blocks = blocks_of(loss_mask, block_size, 0 if sample_from_anchor else 1)
+    blocks = blocks_of(loss_mask, 1 if block_size is None else block_size, 0 if sample_from_anchor else 1)
     losses = losses_of(logits, targets, blocks, config)
     loss, metrics = reduce(losses, blocks, args_of(own, config, blocks))
     return loss, as_pairs({"loss": ratio(loss), **metrics})

@@ -7,9 +7,17 @@ from typing import Literal
 from pydantic import Field
 
 from speculators.config import SpeculatorModelConfig
+from speculators.models.dflash.config import (
+    ALL_FULL,
+    DPACE,
+    NO_DPACE,
+    DFlashSpeculatorConfig,
+    DFlashTrainingArgs,
+    is_dpace,
+    is_sliding,
+)
 from speculators.models.dflash.config import TRAINING_DEFAULTS as DFLASH_DEFAULTS
-from speculators.models.dflash.config import DFlashSpeculatorConfig, DFlashTrainingArgs, is_sliding
-from speculators.training_keys import default_of
+from speculators.training_keys import Rule, default_of
 
 TRAINING_DEFAULTS = {"num_layers": DFLASH_DEFAULTS["num_layers"]}
 """Generic keys with another default here."""
@@ -18,6 +26,26 @@ CALLED_BY_HAND = {"max_anchors": 3072}
 
 
 class DSparkTrainingArgs(DFlashTrainingArgs):
+    rules = (
+        NO_DPACE,
+        ALL_FULL,
+        Rule(
+            ("dflash_decay_gamma",),
+            lambda values: is_dpace(values) and not values["enable_confidence_head"],
+            f"--per-position-loss-weight is {DPACE}, and there is no confidence head",
+        ),
+        Rule(
+            ("markov_head_type", "confidence_head_with_markov"),
+            lambda values: not values["markov_rank"],
+            "--markov-rank 0 leaves no Markov head",
+        ),
+        Rule(
+            ("confidence_head_with_markov", "confidence_head_alpha", "confidence_target"),
+            lambda values: not values["enable_confidence_head"],
+            "--no-enable-confidence-head leaves no confidence head",
+        ),
+    )
+
     sample_from_anchor: bool = Field(True, description="The anchor's own slot drafts too: block_size drafts per block.")
     per_position_loss_weight: Literal["fixed-exp-decay", "dpace"] = Field(
         "fixed-exp-decay", description="How much a slot's loss counts. dpace: by what its success is worth now (ce)."

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from speculators.config import SpeculatorModelConfig
 from speculators.nn.attention import FAMILIES
 from speculators.proposals import GreedyTokenProposalConfig
-from speculators.training_keys import TrainingArgs, default_of
+from speculators.training_keys import Rule, TrainingArgs, default_of
 
 TRAINING_DEFAULTS = {"draft_arch": "llama"}
 """Generic keys with another default here."""
@@ -25,6 +25,12 @@ NUM_TOKENS = GreedyTokenProposalConfig.model_fields["speculative_tokens"].defaul
 
 
 class EagleTrainingArgs(TrainingArgs):
+    rules = (
+        Rule(("top_k",), lambda values: not values["top_k_weight"], "--top-k-weight is 0"),
+        Rule(("loss_fn",), lambda values: not values["distillation_weight"], "--distillation-weight is 0"),
+        Rule(("detach_steps",), lambda values: values["ttt_steps"] == 1, "--ttt-steps is 1"),
+    )
+
     layernorms: bool = Field(False, description="Norms on the embedding, before the layer and before the head.")
     fusion_bias: bool = Field(False, description="Bias of the linear that joins token and feature. vLLM has none.")
     transformer_layer_architecture: str = Field(AUTO, description="Decoder layer class; auto: by --draft-arch.")

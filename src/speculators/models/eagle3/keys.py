@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from speculators.training_keys import TrainingArgs
+from speculators.training_keys import Rule, TrainingArgs
 
 TRAINING_DEFAULTS = {"draft_arch": "llama"}
 """Generic keys with another default here."""
@@ -31,6 +31,8 @@ class FusionArgs(TrainingArgs):
 
 
 class Eagle3TrainingArgs(FusionArgs):
+    rules = (Rule(("ttt_step_loss_decay",), lambda values: values["ttt_steps"] == 1, "--ttt-steps is 1"),)
+
     ttt_steps: int = Field(3, ge=1, description="How often the drafter is fed its own output (test-time training).")
     ttt_step_loss_decay: float = Field(1.0, gt=0.0, description="Step s counts decay ** s; losses of steps are added.")
 

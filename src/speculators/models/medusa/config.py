@@ -18,6 +18,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {}
 
 class MedusaTrainingArgs(HeadLossArgs, FixedShapeArgs):
     why = "Medusa has heads and no decoder layers"
+    rules = (HeadLossArgs.with_one("num_heads", "head"),)
 
     num_heads: int = Field(4, ge=1, description="Heads: tokens drafted per round.")
     head_weight_decay: float = Field(0.8, gt=0.0, description="Head k weighs decay ** k; losses of heads are added.")

@@ -17,6 +17,7 @@ OLD_NAMES = {"emb_dim": "hidden_size", "inner_dim": "intermediate_size", "n_pred
 
 class MLPTrainingArgs(HeadLossArgs, NoLayersArgs):
     why = "an MLP speculator has no decoder layers (its width is inner_dim)"
+    rules = (HeadLossArgs.with_one("n_predict", "step"),)
 
     n_predict: int = Field(3, ge=1, description="Tokens drafted per round.")
     inner_dim: int = Field(0, ge=0, description="Width of the state. 0: the verifier's hidden size.")

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from transformers import PretrainedConfig, Qwen2Config
 
 from speculators.config import SpeculatorModelConfig
-from speculators.training_keys import NoLayersArgs
+from speculators.training_keys import NoLayersArgs, Rule
 
 TRAINING_DEFAULTS = {"loss_fn": "ce"}
 """Generic keys with another default here. `ce` teaches the tokens of the data, as MTP layers are trained; every other
@@ -17,6 +17,7 @@ loss teaches the verifier's distributions."""
 
 class MTPTrainingArgs(NoLayersArgs):
     why = "an MTP layer has the verifier's own shape"
+    rules = (Rule(("step_weight_beta",), lambda values: values["num_speculative_steps"] == 1, "there is one step"),)
 
     num_speculative_steps: int = Field(3, ge=1, description="Tokens drafted per round: how often the layer is run.")
     step_weight_beta: float = Field(0.6, gt=0.0, description="Step k weighs beta ** k, weights adding up to 1.")

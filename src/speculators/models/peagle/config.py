@@ -12,13 +12,22 @@ from pydantic import Field
 from speculators.config import SpeculatorModelConfig
 from speculators.models.eagle3.config import Eagle3SpeculatorConfig
 from speculators.models.eagle3.keys import FusionArgs
-from speculators.training_keys import default_of
+from speculators.training_keys import IDLE, Rule, default_of
 
 TRAINING_DEFAULTS: dict[str, Any] = {}
 """Generic keys with another default here."""
 
 
 class PEagleTrainingArgs(FusionArgs):
+    rules = (
+        Rule(
+            ("down_sample_ratio", "down_sample_ratio_min", "max_anchors"),
+            lambda values: values["num_depths"] == 1,
+            "--num-depths is 1: there is no depth to sample",
+        ),
+        Rule(("norm_output",), lambda values: True, "no state is fed back", IDLE),
+    )
+
     num_depths: int = Field(8, ge=1, le=16, description="Tokens drafted in one forward.")
     down_sample_ratio: float = Field(
         0.7, ge=0.0, le=1.0, description="Depth d is trained at this share, to the power d, of the supervised tokens."
