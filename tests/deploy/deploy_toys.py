@@ -102,6 +102,32 @@ def edit_tensors(path: Path, change) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
 
 
+def as_older_release(case: str, path: Path) -> Path:
+    """A directory as releases 0.1 to 0.5 wrote it: rope in two keys, none of the later options, no record."""
+    make_checkpoint(case, path)
+
+    def change(values):
+        later = (
+            "eagle_aux_hidden_state_layer_ids",
+            "norm_output",
+            "fc_norm",
+            "embed_requires_grad",
+            "sliding_window_non_causal",
+            "sample_from_anchor",
+        )
+        for key in (*later, "dtype", "tie_word_embeddings"):
+            values.pop(key, None)
+        nested = values["transformer_layer_config"]
+        nested |= {"rope_theta": nested.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+        for key in ("layer_types", "sliding_window", "use_sliding_window", "is_causal"):
+            nested.pop(key, None)
+        values |= {"speculators_version": "0.2.0", "torch_dtype": "bfloat16"}
+
+    edit_config(path, change)
+    (path / "training_record.json").unlink()
+    return path
+
+
 # -- directories as other projects write them
 
 HEADS, WIDTH, MLP = 8, 32, 64

@@ -12,10 +12,10 @@ from deploy_toys import (
     VERIFIER,
     VOCAB,
     WIDTH,
+    as_older_release,
     edit_config,
     edit_tensors,
     layer,
-    make_checkpoint,
     save,
 )
 from naive_eagle1 import NaiveEagle
@@ -176,32 +176,6 @@ def test_layer_ids_are_read_as_their_writer_counted_them(where, ids, are, expect
         return
     path = convert_checkpoint(eagle3_head, tmp_path / "out", verifier=VERIFIER, layer_ids_are=are).path
     assert SpeculatorModelConfig.from_pretrained(path).eagle_aux_hidden_state_layer_ids == expected
-
-
-def as_older_release(case: str, path: Path) -> Path:
-    """A directory as releases 0.1 to 0.5 wrote it: rope in two keys, none of the later options, no record."""
-    make_checkpoint(case, path)
-
-    def change(values):
-        later = (
-            IDS,
-            "norm_output",
-            "fc_norm",
-            "embed_requires_grad",
-            "sliding_window_non_causal",
-            "sample_from_anchor",
-        )
-        for key in (*later, "dtype", "tie_word_embeddings"):
-            values.pop(key, None)
-        nested = values["transformer_layer_config"]
-        nested |= {"rope_theta": nested.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
-        for key in ("layer_types", "sliding_window", "use_sliding_window", "is_causal"):
-            nested.pop(key, None)
-        values |= {"speculators_version": "0.2.0", "torch_dtype": "bfloat16"}
-
-    edit_config(path, change)
-    (path / "training_record.json").unlink()
-    return path
 
 
 @pytest.mark.parametrize(("case", "key"), [("eagle3", IDS), ("dflash", "sliding_window_non_causal")])

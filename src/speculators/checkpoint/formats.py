@@ -65,6 +65,22 @@ class ForeignCheckpoint:
         return stored_tensors(self.path)
 
 
+def count_in(values: Mapping[str, Any], key: str, least: int = 1) -> int:
+    """Reads a whole number of a foreign config.json. Raises `ValueError`, naming the key, for anything else."""
+    count = values.get(key)
+    if type(count) is not int or count < least:
+        raise ValueError(f"config.json says {key}={count!r}: it must be a whole number of at least {least}; correct it")
+    return count
+
+
+def ids_in(values: Mapping[str, Any], key: str) -> list[int] | None:
+    """Reads a list of layer ids of a foreign config.json, None without one. Raises `ValueError` for anything else."""
+    ids = values.get(key)
+    if ids is None or (isinstance(ids, list) and all(type(layer) is int for layer in ids)):
+        return ids or None
+    raise ValueError(f"config.json says {key}={ids!r}: it must be a list of layer numbers; correct it")
+
+
 @dataclass(frozen=True)
 class OurCheckpoint:
     """A speculator under our names, and the directory it comes from."""

@@ -39,6 +39,7 @@ from speculators.utils.names import (
     why_hub_is_unreachable,
 )
 from speculators.utils.progress import no_progress_bars
+from speculators.utils.util import reading
 
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors", "*.bin", "*.index.json", "*_lm_head.pt")
 BEST = "checkpoint_best"
@@ -101,7 +102,8 @@ def read_foreign(source: ForeignCheckpoint, known: CheckpointFormat, verifier: s
     does not take."""
     refuse_unknown_options(options, known.options, f"the format {known.name!r}")
     record = read_training_record(source.path) or {}
-    converted = known.read(source, verifier or (record.get("verifier") or {}).get("name_or_path"), **options)
+    with reading(f"{source.path / CONFIG_FILE} or the tensors"):
+        converted = known.read(source, verifier or (record.get("verifier") or {}).get("name_or_path"), **options)
     settings, num_tokens = converted.config.speculators_config, record.get("num_speculative_tokens")
     if settings is not None and num_tokens is not None:
         settings.proposal_methods[0].speculative_tokens = num_tokens  # type: ignore[attr-defined]

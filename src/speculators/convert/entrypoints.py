@@ -47,7 +47,7 @@ from speculators.utils.files import (
     refuse_to_replace,
 )
 from speculators.utils.names import NamedModel, model_name
-from speculators.utils.report import PathReport, facts_table
+from speculators.utils.report import PathReport, facts_table, work
 from speculators.verifier.loading import EMBEDDING, HEAD, NORM, is_copy, refuse_missing_device
 
 AUTO = "auto"
@@ -106,12 +106,15 @@ def convert_checkpoint(
     require_verifier(verifier)
     verifier = absolute_if_directory(verifier)
     options = {key: value for key, value in options.items() if value is not None}
-    opened = open_checkpoint(
-        local_directory(source, cache_dir),
-        verifier=verifier,
-        algorithm=None if algorithm == AUTO else algorithm,
-        **options,
-    )
+    path = local_directory(source, cache_dir)
+    with work():  # what is wrong from here on is in the source, or known by what it is
+        opened = open_checkpoint(path, verifier=verifier, algorithm=None if algorithm == AUTO else algorithm, **options)
+        return write_converted(opened, output, verifier, options, validate_device)
+
+
+def write_converted(
+    opened: OpenedCheckpoint, output: Path, verifier: str, options: Mapping[str, Any], validate_device: str | None
+) -> ConvertedCheckpoint:
     if opened.format == SPECULATORS:
         config, notes = upgraded(opened, verifier, options)
     else:

@@ -27,7 +27,9 @@ from speculators.checkpoint.formats import (
     Converted,
     ForeignCheckpoint,
     OurCheckpoint,
+    count_in,
     dtype_name,
+    ids_in,
     write_config,
 )
 from speculators.checkpoint.tensors import write_tensors
@@ -120,11 +122,7 @@ class ZLabFormat(CheckpointFormat):
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         values = source.values
         own = values.get("dflash_config") or {}
-        block_size = values.get("block_size") or own.get("block_size")
-        if block_size is None:
-            raise ValueError(
-                f"{source.path} says no block_size, neither at the top of config.json nor in dflash_config"
-            )
+        block_size = count_in(own | values if "block_size" in values else own, "block_size", least=2)
         tensors = split_fused(source.tensors(), values)
         nested = layer_config_of(values, NOT_LAYER_KEYS, model_type="qwen3")
         if "causal" in own and getattr(nested, "is_causal", None) is None:
@@ -244,7 +242,7 @@ def with_verifier_positions(nested: Any, verifier: str | None) -> Any:
 def layer_ids(own: Mapping[str, Any], num_draft: int, values: Mapping[str, Any], verifier: str | None) -> list[int]:
     """Returns layer ids as we count them; without a list, the format's default: evenly from layer 1 to three before the
     last."""
-    found: Sequence[int] | None = own.get("target_layer_ids")
+    found: Sequence[int] | None = ids_in(own, "target_layer_ids")
     if found is None:
         num_layers = values.get("num_target_layers")
         if num_layers is None and verifier is not None:

@@ -19,7 +19,9 @@ from speculators.checkpoint.formats import (
     Converted,
     ForeignCheckpoint,
     OurCheckpoint,
+    count_in,
     dtype_name,
+    ids_in,
     write_config,
 )
 from speculators.checkpoint.tensors import write_tensors
@@ -85,7 +87,9 @@ class DenseFormat(CheckpointFormat):
         values = {**source.values, **(source.values.get("dflash_config") or {})}
         values |= {key: value for key, value in options.items() if value is not None}
         own = {key: values[key] for key in OWN_KEYS if values.get(key) is not None}
-        ids = options.get("aux_hidden_state_layer_ids") or [layer + 1 for layer in values.get("target_layer_ids") or []]
+        ids = options.get("aux_hidden_state_layer_ids") or [
+            layer + 1 for layer in ids_in(values, "target_layer_ids") or ()
+        ]
         if not ids or "block_size" not in own:
             raise ValueError(f"{source.path / 'config.json'} must say target_layer_ids and block_size")
         left_out = {*NOT_LAYER_KEYS, *OWN_KEYS, "target_layer_ids", "dspark_bonus_anchor"}
@@ -96,7 +100,7 @@ class DenseFormat(CheckpointFormat):
         drafts_at_anchor = own.setdefault("sample_from_anchor", not source.values.get("dspark_bonus_anchor", False))
         tensors = {name.replace(OLD_PREFIX, PREFIX): tensor for name, tensor in source.tensors().items()}
         own.setdefault("enable_confidence_head", "confidence_head.proj.weight" in tensors)
-        num_tokens = own["block_size"] - (not drafts_at_anchor)
+        num_tokens = count_in(own, "block_size", least=1 + (not drafts_at_anchor)) - (not drafts_at_anchor)
         config = DSparkSpeculatorConfig(
             transformer_layer_config=nested,
             draft_vocab_size=values.get("draft_vocab_size") or nested.vocab_size,

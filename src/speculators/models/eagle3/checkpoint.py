@@ -27,6 +27,7 @@ from speculators.checkpoint.formats import (
     ForeignCheckpoint,
     OurCheckpoint,
     dtype_name,
+    ids_in,
     write_config,
 )
 from speculators.checkpoint.tensors import stored_tensors, write_tensors
@@ -235,7 +236,7 @@ def layer_ids_of(
     """
     if are is not None and are not in CONVENTIONS:
         raise ValueError(f"{LAYER_IDS_ARE}={are!r}: it is one of {CONVENTIONS}.{did_you_mean(are, CONVENTIONS)}")
-    top, inside = source.values.get(IDS), (source.values.get("eagle_config") or {}).get(IDS)
+    top, inside = ids_in(source.values, IDS), ids_in(source.values.get("eagle_config") or {}, IDS)
     ids = list(top or inside or [])
     if not ids:
         return None, []

@@ -83,11 +83,10 @@ def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "hidden_size": hidden_size,
         "vocab_size": vocab_size,
     }
-    for i in range(num_heads):
-        for j in range(num_layers):  # absent biases are zero
-            weight = tensors[f"blocks.{i}.layers.{j}.weight"]
-            tensors.setdefault(f"blocks.{i}.layers.{j}.bias", weight.new_zeros(hidden_size))
-    odd = tensors.keys() ^ SpeculatorModel.expected_tensors(MedusaSpeculatorConfig(**fields)).keys()
+    expected = SpeculatorModel.expected_tensors(MedusaSpeculatorConfig(**fields)).keys()
+    for bias in (name for name in expected - tensors.keys() if name.endswith(".bias")):  # absent biases are zero
+        tensors[bias] = tensors["lm_heads.0.weight"].new_zeros(hidden_size)
+    odd = tensors.keys() ^ expected
     if odd:
         raise ValueError(f"{path} is not a Medusa with whole-vocabulary heads: {sorted(odd)} do not belong or lack")
     return fields, tensors

@@ -22,6 +22,7 @@ from speculators.checkpoint.formats import (
     Converted,
     ForeignCheckpoint,
     OurCheckpoint,
+    count_in,
     dtype_name,
     write_config,
 )
@@ -44,9 +45,10 @@ class FmsFormat(CheckpointFormat):
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         values: Mapping[str, Any] = {**THEIR_DEFAULTS, **source.values}
+        num_tokens = count_in(values, "n_predict")
         fields = {key: values[key] for key in FIELDS if key in values}
         if verifier is not None:
-            fields["speculators_config"] = make_speculators_config("mlp", values["n_predict"], verifier)
+            fields["speculators_config"] = make_speculators_config("mlp", num_tokens, verifier)
             fields["rms_norm_eps"] = norm_kind(get_verifier_config(verifier)).eps
         config = MLPSpeculatorConfig(**fields)
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in source.tensors().items()}

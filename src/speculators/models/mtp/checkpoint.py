@@ -43,6 +43,8 @@ from speculators.verifier.config import get_verifier_config, make_speculators_co
 STITCHED = "stitched"
 CHECKPOINT_KEYS = ("quantization_config",)
 """Keys of a verifier's config that describe its checkpoint, not its layers."""
+SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+"""What a verifier has in common with the model that an MTP layer was made for."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of stored weights that can be written."""
 
@@ -74,6 +76,7 @@ class StitchedFormat(CheckpointFormat):
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         nested = verifier_layer_config(get_verifier_config(verifier or str(source.path)))
+        refuse_other_sizes(get_verifier_config(str(source.path)), nested, verifier)
         family = family_of(nested)
         tensors = read_native(str(source.path), family, nested)
         if not tensors:
@@ -103,6 +106,17 @@ class StitchedFormat(CheckpointFormat):
 
     def serving(self, config: Any, directory: str, verifier: str) -> Serving:
         return Serving(directory, {"method": "mtp", "num_speculative_tokens": num_speculative_tokens(config)})
+
+
+def refuse_other_sizes(own: Any, nested: Any, verifier: str | None) -> None:
+    """Raises `ValueError` when the verifier is not of the kind that the layer is a part of."""
+    for key in SIZES:
+        here, there = getattr(own, key, None), getattr(nested, key, None)
+        if here != there:
+            raise ValueError(
+                f"{key} of the checkpoint is {here!r}, and {there!r} of the verifier {verifier!r}: its MTP layer is of "
+                "another model; name the verifier that it was made for"
+            )
 
 
 class MTPContract(CheckpointContract):
