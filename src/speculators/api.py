@@ -20,9 +20,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speculators import assets
-from speculators.checkpoint.formats import SPECULATORS
+from speculators.checkpoint.engine_profile import VLLM, profile_of_version
 from speculators.checkpoint.io import local_directory
-from speculators.config import SpeculatorModelConfig
 from speculators.data_generation.configs import (
     DEFAULT_ANSWER_RETRIES,
     DEFAULT_ANSWER_TIMEOUT_S,
@@ -42,13 +41,12 @@ from speculators.decoding.request import NonFiniteScoresError, RequestOutput
 from speculators.decoding.request_builder import end_of_sequence_ids
 from speculators.decoding.settings import SamplingParams, refuse_biases_of_servers
 from speculators.decoding.target import VerifierSource, open_target
-from speculators.deploy.export import export_checkpoint
+from speculators.deploy.export import serving_of_checkpoint
 from speculators.deploy.process import find_vllm
 from speculators.evaluation.config import EvaluateConfig, ParityConfig, VllmTarget
 from speculators.evaluation.parity import ParityReport, check_parity
 from speculators.evaluation.report import EvaluationReport
 from speculators.evaluation.run import measure_methods
-from speculators.model import SpeculatorModel
 from speculators.train.config import TrainConfig
 from speculators.train.events import Event, Listener
 from speculators.train.flags import as_flags
@@ -285,15 +283,11 @@ def vllm_target(checkpoint: str, verifier: str | None, python: str | None, folde
         if python is not None:
             raise
         return str(error)
-    config = SpeculatorModelConfig.from_pretrained(checkpoint)
-    contract = SpeculatorModel.registered_model_class_from_config(config).contract
-    if contract.served_format is None:
-        return f"vLLM has no class for '{config.speculators_model_type}'"
-    if contract.served_format == SPECULATORS and verifier is None:  # the directory says everything itself
-        return VllmTarget(str(environment.python), checkpoint)
-    serving = export_checkpoint(checkpoint, folder / "served", verifier=verifier).serving
-    assert serving is not None
-    return VllmTarget(str(environment.python), serving.model, dict(serving.speculative_config or {}))
+    profile = profile_of_version(VLLM, environment.version)
+    serving = serving_of_checkpoint(checkpoint, verifier, profile, folder / "served")
+    if serving is None:
+        return f"{profile.title} serves no drafter of this type"
+    return VllmTarget(str(environment.python), serving.model, dict(serving.speculative_config))
 
 
 def names_of(config: type, *without: str) -> list[str]:

@@ -23,7 +23,7 @@ def test_quickstart_ends_with_a_measured_lossless_drafter(toy_assets, tmp_path, 
         assert Path(result["checkpoint"], "model.safetensors").is_file()
         assert result["parity"]["passed"] is True
         assert result["parity"]["checks"]["drafts: training = engine"].startswith("pass: ")
-        assert result["serve"] == f"vllm serve {result['checkpoint']}"
+        assert result["serve"].startswith("vllm serve ") and result["checkpoint"] in result["serve"]
         assert printed.count("$ speculators ") == 5
 
 

@@ -97,11 +97,13 @@ def test_a_python_that_has_no_vllm_is_refused(checkpoint, chats, capsys):
     assert "has no vllm" in capsys.readouterr().err
 
 
-def test_our_own_directory_is_what_vllm_gets_where_it_reads_it(checkpoint, tmp_path, monkeypatch):
+def test_our_own_directory_is_what_vllm_gets_where_it_reads_it(checkpoint, verifier, tmp_path, monkeypatch):
     class Here:
         python = "/env/bin/python"
+        version = "0.33.0"
 
     monkeypatch.setattr("speculators.api.find_vllm", lambda python: Here)
     target = vllm_target(checkpoint, None, None, tmp_path)
-    assert (target.python, target.model, target.speculative_config) == ("/env/bin/python", checkpoint, {})
+    assert (target.python, target.model) == ("/env/bin/python", verifier)
+    assert target.speculative_config == {"method": "eagle3", "model": checkpoint, "num_speculative_tokens": 3}
     assert list(tmp_path.iterdir()) == []

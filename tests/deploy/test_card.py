@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from speculators.checkpoint.formats import Serving
+from speculators.checkpoint.engine_profile import Serving, profile_named
 from speculators.deploy.card import model_card, shown_name, speed_sentence
 
 
@@ -18,9 +18,17 @@ def report(value: float, low: float) -> dict[str, Any]:
 
 
 def card(verifier: str, measured: dict[str, Any] | None = None) -> str:
-    serving = Serving(verifier, {"method": "eagle", "model": "/home/me/out/drafter"})
+    serving = Serving(verifier, {"method": "eagle", "model": "/home/me/out/drafter", "num_speculative_tokens": 4})
     config: Any = SimpleNamespace(speculators_model_type="eagle")
-    return model_card(config, name="drafter", format_name="eagle", serving=serving, verifier=verifier, report=measured)
+    return model_card(
+        config,
+        name="drafter",
+        format_name="eagle",
+        profile=profile_named("vllm-0.33"),
+        serving=serving,
+        verifier=verifier,
+        report=measured,
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +55,8 @@ def test_a_card_names_no_path_of_this_machine():
     written = card("/home/me/verifier", report(1.45, 1.30))
     assert "/home" not in written
     assert "base_model: verifier  # a directory here: write the hub id of the verifier" in written
-    assert """vllm serve verifier --speculative-config '{"method": "eagle", "model": "./drafter"}'""" in written
+    said = '{"method": "eagle", "model": "./drafter", "num_speculative_tokens": 4}'
+    assert f"vllm serve verifier --speculative-config '{said}'" in written
     assert "Local engine, verifier `verifier`, prompts of `heldout.jsonl`." in written
     cached = "/home/me/.cache/huggingface/hub/models--org--big-7b/snapshots/0123abc"
     assert shown_name(cached) == "org/big-7b"

@@ -369,7 +369,7 @@ def test_a_foreign_directory_without_a_verifier_is_checked_as_far_as_it_goes(tra
 
 
 def test_biases_that_vllm_would_drop_are_named(trained, tmp_path):
-    native = export_checkpoint(trained("medusa"), tmp_path / "medusa-native").path
+    native = export_checkpoint(trained("medusa"), tmp_path / "medusa-native", engine="vllm-0.32").path
     edit_config(native, lambda values: values.pop("medusa_fc_bias"))
     report = check_checkpoint(native)
     assert [(found.code, found.where) for found in report.findings] == [("option-dropped", "medusa_fc_bias")]
@@ -395,13 +395,13 @@ def test_an_algorithm_of_others_is_checked_as_far_as_it_says(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("case", "verdict", "served"),
     [
-        ("eagle3", "ready to serve", "vllm serve "),
+        ("eagle3", "ready to serve", f"vllm serve {VERIFIER} --speculative-config "),
         ("eagle", "no errors; vllm-0.32 serves what `speculators export` makes of it", "speculators export "),
         ("mlp", "no errors; vllm-0.32 serves no drafter of this type", "nothing: decode here"),
     ],
 )
 def test_only_what_vllm_serves_as_it_is_is_called_ready_to_serve(case, verdict, served, trained):
-    report = check_checkpoint(trained(case))
+    report = check_checkpoint(trained(case), engine="vllm-0.32")
     assert report.ok and report.verdict == verdict
     assert served in report.served_by
 

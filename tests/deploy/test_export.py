@@ -89,8 +89,10 @@ def test_an_mlp_speculator_has_the_names_of_its_authors(trained, tmp_path):
 
 
 def test_drafters_without_an_engine_or_another_format_are_refused(trained, tmp_path):
-    with pytest.raises(ValueError, match=r"vllm-0\.32 serves no 'mlp' drafter"):
-        export_checkpoint(trained("mlp"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"vllm-0\.33 serves no 'mlp' drafter; --engine speculators writes"):
+        export_checkpoint(trained("mlp"), tmp_path / "out", engine="vllm-0.33")
+    with pytest.raises(ValueError, match=r"vllm-0\.33 serves no 'medusa' drafter.* vllm-0\.32 serves"):
+        export_checkpoint(trained("medusa"), tmp_path / "out", engine="vllm-0.33")
     with pytest.raises(ValueError, match=r"'eagle3' can be written as .*speculators"):
         export_checkpoint(trained("eagle3"), tmp_path / "out", profile="medusa")
     assert list(tmp_path.iterdir()) == []
@@ -160,12 +162,12 @@ def test_the_card_says_how_to_serve_and_what_was_measured(trained, tmp_path):
     exported = export_checkpoint(trained("eagle"), tmp_path / "out", report=report)
     card = (exported.path / "README.md").read_text()
     assert exported.serving.speculative_config["method"] == "eagle"
-    shown = exported.serving.command.replace(str(exported.path), "./out").replace(VERIFIER, Path(VERIFIER).name)
+    shown = exported.command.replace(str(exported.path), "./out").replace(VERIFIER, Path(VERIFIER).name)
     assert shown in card and f"vllm serve {Path(VERIFIER).name} --spec" in card
     assert "| 4 | 3.05 | 3.05 | 20 |" in card
     assert "Not measured" in (export_checkpoint(trained("eagle"), tmp_path / "two").path / "README.md").read_text()
     with pytest.raises(ValueError, match=r"measured \['eagle'\], neither .* nor another 'medusa'"):
-        export_checkpoint(trained("medusa"), tmp_path / "three", report=report)
+        export_checkpoint(trained("medusa"), tmp_path / "three", engine="vllm-0.32", report=report)
 
 
 def test_a_report_that_lies_near_is_quoted_for_the_checkpoint_it_measured_alone(copy_of, tmp_path):
@@ -204,7 +206,9 @@ def test_verifier_and_type_can_be_chosen(trained, tmp_path):
             VERIFIER,
         ]
     )
-    assert result["format"] == "speculators" and result["speculative_config"] is None
+    assert result["format"] == "speculators" and result["model"] == VERIFIER
+    said = {"method": "eagle3", "model": str(tmp_path / "out"), "num_speculative_tokens": 3}
+    assert result["speculative_config"] == said
     assert values_of(tmp_path / "out")["dtype"] == "float32"
     assert load_file(tmp_path / "out" / "model.safetensors")["fc.weight"].dtype == torch.float32
     with pytest.raises(ValueError, match="dtype='int64' is not a floating type"):
@@ -318,5 +322,5 @@ def test_a_relative_verifier_is_recorded_by_its_absolute_path(trained, tmp_path,
 
 @pytest.mark.parametrize("case", ["eagle", "medusa"])
 def test_an_export_in_another_layout_still_says_how_it_is_served(case, trained, tmp_path):
-    exported = export_checkpoint(trained(case), tmp_path / "out")
-    assert serving_of_export(exported.path) == exported.serving
+    exported = export_checkpoint(trained(case), tmp_path / "out", engine="vllm-0.32")
+    assert serving_of_export(exported.path, None, exported.engine.profile) == exported.serving

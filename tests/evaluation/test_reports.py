@@ -13,6 +13,7 @@ from speculators.checkpoint.findings import error
 from speculators.convert import ConvertedCheckpoint
 from speculators.data_generation.prepared import PreparedData
 from speculators.data_generation.regenerate import RegenerationReport
+from speculators.deploy.engine import choose_engine
 from speculators.deploy.export import Exported
 from speculators.deploy.report import CheckError, CheckReport
 from speculators.evaluation.parity import ParityError, ParityReport
@@ -24,7 +25,9 @@ from speculators.train.records import TrainResult
 WRONG = error(
     "key-missing", "block_size", "not in config.json", "without it vLLM guesses", "write [8] into config.json"
 )
-CHECKED = CheckReport(Path("run"), "speculators", "dflash", "org/verifier", [WRONG], ["config.json"])
+CHECKED = CheckReport(
+    Path("run"), choose_engine("vllm-0.33"), "speculators", "dflash", "org/verifier", [WRONG], ["config.json"]
+)
 PARITY = ParityReport("run", "org/verifier", 2, 16, 4, 1.5, (Check("drafts", False, "3 of 9 drafts differ"),), 0.1)
 ROW = MethodRow(
     method="eagle3",
@@ -58,8 +61,8 @@ REPORTS = {
     "parity": (PARITY, ["Parity of 2 prompts x 16 tokens, K = 4,", "FAIL: 3 of 9 drafts"]),
     "checked": (CHECKED, ["block_size", "write [8] into config.json", "1 error: do not serve it", "org/verifier"]),
     "exported": (
-        Exported(Path("out"), "dflash", "speculators", None, ("a note",)),
-        ["exported", "not by vLLM", "a note"],
+        Exported(Path("out"), "dflash", "speculators", choose_engine("vllm-0.33"), None, ("a note",)),
+        ["exported", "not by vllm-0.33", "a note"],
     ),
     "converted": (ConvertedCheckpoint(Path("out"), "eagle3", "eagle3-vllm"), ["converted", "speculators check out"]),
 }

@@ -119,8 +119,9 @@ def read_by_vllm(data, stitched, tmp_path_factory) -> dict:
     for case, (flags, _) in TRAINED.items():
         checkpoint = untrained(case, flags, data, folder)
         if case in EXPORTED:
-            checkpoint = run(["export", checkpoint, "--output", str(folder / f"{case}-native")])["path"]
-        results[case] = run(["serve", checkpoint, "-k", "4", "--dry-run", *ENGINE])
+            native = str(folder / f"{case}-native")
+            checkpoint = run(["export", checkpoint, "--output", native, "--engine", "vllm-0.32"])["path"]
+        results[case] = run(["serve", checkpoint, "-k", "4", "--engine", "vllm-0.32", "--dry-run", *ENGINE])
     commands, answers = folder / "commands.json", folder / "answers.json"
     commands.write_text(json.dumps({name: result["command"] for name, result in results.items()}))
     job = [VLLM_PYTHON, str(Path(__file__).with_name("vllm_parse_job.py")), str(commands), str(answers)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fakes import speculative_config
 
-from speculators.checkpoint.formats import Serving
+from speculators.checkpoint.engine_profile import Serving, newest_profile
 from speculators.cli.app import main, run
 from speculators.cli.launch_vllm import split
 from speculators.deploy.process import ServerFailedError, find_vllm, version_in
@@ -239,7 +239,7 @@ def test_a_recorded_name_becomes_no_option_of_a_command(speculator, name, capsys
     for make in (
         lambda: command_to_serve(["vllm"], name, None),
         lambda: command_to_extract(["vllm"], note, Path("/x")),
-        lambda: Serving(name).command,
+        lambda: newest_profile().command(Serving(name, {"method": "eagle", "num_speculative_tokens": 1})),
     ):
         with pytest.raises(ValueError, match="is not passed to a command"):
             make()

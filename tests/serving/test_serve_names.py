@@ -127,7 +127,7 @@ def test_a_draft_on_the_hub_says_what_it_is_and_one_out_of_reach_is_not_guessed(
         "get_config_dict",
         classmethod(lambda cls, name, **more: (dict(medusa), {}) if name == "org/heads" else read(name, **more)),
     )
-    result = run(["serve", verifier, "--draft", "org/heads", "-k", "3", "--dry-run"])
+    result = run(["serve", verifier, "--draft", "org/heads", "-k", "3", "--dry-run", "--engine", "vllm-0.32"])
     assert speculative_config(result) == {"method": "medusa", "num_speculative_tokens": 3, "model": "org/heads"}
     hub["org/far"] = LocalEntryNotFoundError("no network")
     with pytest.raises(ValueError, match=r"of org/far cannot be read here, and what kind .* say it with --method"):

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-VLLM_PROFILE = "vllm-0.32"
-"""The engine version whose reading of a checkpoint the rules describe."""
 CONVERTED = "converted"
 """Directory that a conversion writes unless told another."""
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,18 +21,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from speculators.checkpoint.engine_profile import OUR_FORMAT, Serving
 from speculators.checkpoint.findings import Finding
 from speculators.checkpoint.tensors import stored_tensors
 from speculators.utils.files import atomic_write, read_json_object
 from speculators.utils.loading import list_checkpoint_keys
-from speculators.utils.names import refuse_option
 from speculators.utils.util import bounded_build, reading
 
 if TYPE_CHECKING:
     from speculators.config import SpeculatorModelConfig
     from speculators.model import SpeculatorModel
 
-SPECULATORS = "speculators"
+SPECULATORS = OUR_FORMAT
 """The name of our own format."""
 CONFIG_FILE = "config.json"
 
@@ -96,21 +95,6 @@ class OurCheckpoint:
 
 
 @dataclass(frozen=True)
-class Serving:
-    """The model and the speculative config to give vLLM."""
-
-    model: str
-    speculative_config: Mapping[str, Any] | None = None
-    """None: the directory's config.json says everything."""
-
-    @property
-    def command(self) -> str:
-        options = [] if self.speculative_config is None else [json.dumps(dict(self.speculative_config))]
-        flags = ["--speculative-config", *options] if options else []
-        return shlex.join(["vllm", "serve", refuse_option(self.model), *flags])
-
-
-@dataclass(frozen=True)
 class Converted:
     """A checkpoint of another project under our names."""
 
@@ -165,7 +149,8 @@ class CheckpointContract:
     formats: ClassVar[tuple[CheckpointFormat, ...]] = ()
     """Formats of other projects."""
     served_format: ClassVar[str | None] = None
-    """The format of the directory that vLLM serves (`findings.VLLM_PROFILE`); None: it does not serve the type."""
+    """The format of the directory that vLLM serves, in the releases that serve the type; None: no release does. The
+    releases are described in `engine_profiles/`."""
 
     training_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of config.json that only training reads."""
@@ -238,9 +223,12 @@ class CheckpointContract:
         )
 
     def serving(self, config: SpeculatorModelConfig, format_name: str, directory: str, verifier: str) -> Serving | None:
-        """Says how vLLM serves a directory of that format; None: it does not."""
+        """Says what an engine is told of a directory of that format; None: none serves it. The method of ours is
+        added by the engine's profile (`EngineProfile.serving`)."""
         if format_name == SPECULATORS:
-            return Serving(directory) if self.served_format == SPECULATORS else None
+            tokens = drafts_per_round(config)
+            said = {"model": directory, "num_speculative_tokens": tokens}
+            return None if self.served_format != SPECULATORS or tokens is None else Serving(verifier, said)
         return self.format_named(format_name).serving(config, directory, verifier)
 
 

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from speculators.checkpoint.findings import CONVERTED, VLLM_PROFILE
+from speculators.checkpoint.findings import CONVERTED
 from speculators.cli.shared import (
     Device,
     Dtype,
+    EngineName,
     NumSpeculativeTokens,
     Python,
     Result,
@@ -36,11 +37,15 @@ def check(
     deep: Annotated[
         bool, typer.Option("--deep", help="Load verifier and drafter too: every weight and score must be a number.")
     ] = False,
+    engine: EngineName = None,
+    python: Python = None,
 ) -> Result:
     """Check a checkpoint before serving it: config, tensors, vocabulary, verifier, and the record of its training."""
     from speculators.deploy.check import check_checkpoint
 
-    report = check_checkpoint(checkpoint, verifier=verifier, algorithm=algorithm, deep=deep)
+    report = check_checkpoint(
+        checkpoint, verifier=verifier, algorithm=algorithm, deep=deep, engine=engine, python=python
+    )
     serving = ["speculators", "serve", checkpoint] if report.serving is not None and report.ok else ()
     record = {"verb": "check", **report.as_dict()}
     return Result(record, [report], report.verdict, serving, exit_code=0 if report.ok else 1)
@@ -49,9 +54,13 @@ def check(
 def export(
     checkpoint: Annotated[str, typer.Argument(help="The speculator: directory or hub id.")],
     output: Annotated[Path, typer.Option(help="New directory to write.")],
-    profile: Annotated[
-        str, typer.Option(help="vllm-0.32, native, speculators, or another format of the drafter.")
-    ] = VLLM_PROFILE,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="vllm-0.33, ..., native, speculators, or a format. Default: the engine found, or the newest."
+        ),
+    ] = None,
+    profile: Annotated[str | None, typer.Option(hidden=True, help="The same, in earlier releases.")] = None,
     verifier: Annotated[
         str | None, typer.Option(help="Verifier to record: hub id or directory. Default: as recorded.")
     ] = None,
@@ -60,12 +69,21 @@ def export(
         Path | None, typer.Option(help="Evaluation to quote in the card. Default: report.json beside the run.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
+    python: Python = None,
 ) -> Result:
     """Write what an engine needs from the same checkpoint, with a card that says how to serve it."""
     from speculators.deploy.export import export_checkpoint
 
     exported = export_checkpoint(
-        checkpoint, output, profile=profile, verifier=verifier, dtype=dtype, overwrite=overwrite, report=report
+        checkpoint,
+        output,
+        engine=engine,
+        python=python,
+        profile=profile,
+        verifier=verifier,
+        dtype=dtype,
+        overwrite=overwrite,
+        report=report,
     )
     serving = exported.serving
     record = {
@@ -73,6 +91,7 @@ def export(
         "path": str(exported.path),
         "speculators_model_type": exported.speculators_model_type,
         "format": exported.format,
+        "engine": exported.engine.profile.name,
         "model": serving.model if serving is not None else None,
         "speculative_config": serving.speculative_config if serving is not None else None,
     }

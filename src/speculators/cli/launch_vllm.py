@@ -142,7 +142,8 @@ def what_to_extract(args: argparse.Namespace) -> ExtractionNote:
 
 def vllm_environment(python: str | None, dry_run: bool) -> VllmEnvironment | None:
     """None only in a dry run without vLLM: the command is then for another machine."""
-    from speculators.deploy.process import TESTED_VERSION, find_vllm
+    from speculators.checkpoint.engine_profile import VLLM, releases
+    from speculators.deploy.process import find_vllm
 
     try:
         found = find_vllm(python)
@@ -152,7 +153,8 @@ def vllm_environment(python: str | None, dry_run: bool) -> VllmEnvironment | Non
         say(str(error), "dim")
         return None
     if not found.is_tested_version:
-        say(f"vLLM {found.version} in {found.python}; checkpoints were tested with {TESTED_VERSION}", "yellow")
+        tested = ", ".join(profile.version for profile in releases(VLLM) if profile.held_against == "process")
+        say(f"vLLM {found.version} in {found.python}; checkpoints were tested with {tested}", "yellow")
     return found
 
 

@@ -6,7 +6,6 @@ Each step is a command line of this program, shown and then run in this process.
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -51,7 +50,9 @@ def quickstart(
         results[command[0]] = record
     (output / MARKER).write_text("")
     checkpoint = results["train"]["checkpoint"]
-    serve = shlex.join(["vllm", "serve", checkpoint])
+    from speculators.deploy.check import check_checkpoint  # loads torch: only the verb itself
+
+    serve = check_checkpoint(checkpoint).served_by
     times = ", ".join(f"{verb} {result['time_s']:.0f} s" for verb, result in results.items())
     parity = results["train"]["parity"]
     gate = "passed" if parity is None or parity["passed"] else "FAILED"  # None: a finished run, whose gate had passed

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from speculators.cli.launch_vllm import READY_TIMEOUT_S, DryRun, ReadyTimeout, start, vllm_environment
-from speculators.cli.shared import NumSpeculativeTokens, Python, Result, parse_json_object, say
+from speculators.cli.shared import EngineName, NumSpeculativeTokens, Python, Result, parse_json_object, say
 
 if TYPE_CHECKING:
+    from speculators.checkpoint.engine_profile import EngineProfile
     from speculators.checkpoint.io import SpeculatorFacts
 
 
@@ -46,6 +47,7 @@ def serve(
     python: Python = None,
     dry_run: DryRun = False,
     ready_timeout: ReadyTimeout = READY_TIMEOUT_S,
+    engine: EngineName = None,
 ) -> Result:
     """Serve a speculator by vLLM: verifier, method and number of draft tokens come from the checkpoint."""
     from speculators.cli.serve_settings import in_vllms_words, refuse_unknown_method
@@ -55,12 +57,13 @@ def serve(
     given = {"method": method, "model": draft, "num_speculative_tokens": num_speculative_tokens}
     settings |= {name: value for name, value in given.items() if value is not None}
     refuse_unknown_method(settings.get("method"))
-    served = what_to_serve(model, verifier, settings)
-    speculation = in_vllms_words(served.settings, served.verifier) if served.settings else None
+    profile = release_to_start(engine, python)
+    served = what_to_serve(model, verifier, settings, profile)
+    speculation = in_vllms_words(served.settings, served.verifier, profile) if served.settings else None
     if served.checkpoint is not None and check and not dry_run:
-        refuse_errors(served.checkpoint, served.verifier)
+        refuse_errors(served.checkpoint, served.verifier, profile)
     elif served.checkpoint is None and speculation is not None and check:
-        refuse_wrong_draft(speculation, served, dry_run)
+        refuse_wrong_draft(speculation, served, profile, dry_run)
     found = vllm_environment(python, dry_run)
     launch = command_to_serve(found.command if found else ["vllm"], served.verifier, speculation, vllm_args or [])
     if speculation is None:
@@ -68,7 +71,21 @@ def serve(
     return start(launch, {"verb": "serve", "verifier": served.verifier}, found, dry_run, ready_timeout)
 
 
-def what_to_serve(model: str, verifier: str | None, settings: dict[str, Any]) -> Served:
+def release_to_start(engine: str | None, python: str | None) -> EngineProfile:
+    """The release that the command is for. Another engine has other flags than this command writes."""
+    from speculators.checkpoint.engine_profile import VLLM
+    from speculators.deploy.engine import choose_engine
+
+    profile = choose_engine(engine, python).profile
+    if profile.engine != VLLM:
+        raise ValueError(
+            f"{profile.name}: `serve` starts vLLM; `speculators export CHECKPOINT --engine {profile.name} --output "
+            "DIRECTORY` writes the directory and says the command that serves it"
+        )
+    return profile
+
+
+def what_to_serve(model: str, verifier: str | None, settings: dict[str, Any], profile: EngineProfile) -> Served:
     """By the table above. `settings`: of speculation, as the user gave them."""
     from speculators.checkpoint.io import is_export, speculator_facts
     from speculators.cli.serve_settings import drafts_with_a_model
@@ -79,10 +96,10 @@ def what_to_serve(model: str, verifier: str | None, settings: dict[str, Any]) ->
     if verifier is not None or is_export(model) or speculator_facts(model, values) is not None:
         if draft is not None:
             raise ValueError(f"--draft {draft}: {model} is the drafter already")
-        return with_drafter(model, values, verifier, settings)
+        return with_drafter(model, values, verifier, settings, profile)
     if draft is not None and drafts_with_a_model(settings):
         rest = {name: value for name, value in settings.items() if name != "model"}
-        return with_drafter(draft, look_up(draft, "a drafter"), model, rest)
+        return with_drafter(draft, look_up(draft, "a drafter"), model, rest, profile)
     return Served(absolute_if_directory(model), settings)
 
 
@@ -96,7 +113,9 @@ def look_up(name: str, taken_for: str) -> dict[str, Any] | None:
     return values
 
 
-def with_drafter(drafter: str, values: dict[str, Any] | None, verifier: str | None, settings: dict[str, Any]) -> Served:
+def with_drafter(
+    drafter: str, values: dict[str, Any] | None, verifier: str | None, settings: dict[str, Any], profile: EngineProfile
+) -> Served:
     """`values`: config.json of the drafter. `verifier`: the one the user named."""
     from speculators.checkpoint.io import is_export, speculator_facts
     from speculators.cli.serve_settings import refuse_method_without_model
@@ -108,44 +127,44 @@ def with_drafter(drafter: str, values: dict[str, Any] | None, verifier: str | No
         verifier = absolute_if_directory(verifier)
     facts = speculator_facts(drafter, values)
     if facts is not None:
-        return by_speculator(facts, verifier, settings)
+        return by_speculator(facts, verifier, settings, profile)
     if is_export(drafter):
-        return by_export(drafter, verifier, settings)
+        return by_export(drafter, verifier, settings, profile)
     assert verifier is not None, "a directory of another project is a drafter only where a verifier was named beside it"
     refuse_method_without_model(settings.get("method"), drafter, verifier)
     return Served(verifier, {**settings, "model": absolute_if_directory(drafter)})
 
 
-def by_speculator(facts: SpeculatorFacts, verifier: str | None, settings: dict[str, Any]) -> Served:
+def by_speculator(
+    facts: SpeculatorFacts, verifier: str | None, settings: dict[str, Any], profile: EngineProfile
+) -> Served:
     """Method and K of a checkpoint, for one on the hub too, which the settings' own inference does not fetch."""
-    from speculators.decoding.config.methods import SPECULATORS_METHODS
-
-    refuse_unservable(facts.speculators_model_type, facts.path)
+    refuse_unservable(facts.speculators_model_type, facts.path, profile)
     verifier = verifier or facts.verifier
     if verifier is None:
         raise ValueError(f"{facts.path} names no verifier; give it with --verifier")
-    said = dict(SPECULATORS_METHODS.get(facts.speculators_model_type, {}))
+    said = dict(profile.drafters[facts.speculators_model_type].settings)
     refuse_other_method(facts.path, said.get("method"), settings.get("method"))
     if facts.num_speculative_tokens is not None:
         said["num_speculative_tokens"] = facts.num_speculative_tokens
     return Served(verifier, {**said, **settings, "model": facts.path}, facts.path)
 
 
-def by_export(directory: str, verifier: str | None, settings: dict[str, Any]) -> Served:
+def by_export(directory: str, verifier: str | None, settings: dict[str, Any], profile: EngineProfile) -> Served:
     """A layout of its own says neither method nor K; the record beside it does."""
     from speculators.deploy.export import serving_of_export
 
-    serving = serving_of_export(directory, verifier)
-    said = dict(serving.speculative_config or {})
+    serving = serving_of_export(directory, verifier, profile)
+    said = dict(serving.speculative_config)
     refuse_other_method(directory, said["method"], settings.get("method"))
     return Served(serving.model, {**said, **settings}, directory)
 
 
-def refuse_errors(checkpoint: str, verifier: str) -> None:
+def refuse_errors(checkpoint: str, verifier: str, profile: EngineProfile) -> None:
     """vLLM would serve a wrong checkpoint without a word."""
     from speculators.deploy.check import check_checkpoint
 
-    report = check_checkpoint(checkpoint, verifier=verifier)
+    report = check_checkpoint(checkpoint, verifier=verifier, engine=profile.name)
     for found in report.findings:
         if found.severity == "warning":
             say(str(found), "yellow")
@@ -153,7 +172,7 @@ def refuse_errors(checkpoint: str, verifier: str) -> None:
     say(f"contract check: {report.verdict}", "dim")
 
 
-def refuse_wrong_draft(speculation: dict[str, Any], served: Served, dry_run: bool) -> None:
+def refuse_wrong_draft(speculation: dict[str, Any], served: Served, profile: EngineProfile, dry_run: bool) -> None:
     """Of directories of other projects: a whole language model is no head, and a head with errors is not served.
     What no format here recognises is left to vLLM, which knows more."""
     from pathlib import Path
@@ -184,7 +203,7 @@ def refuse_wrong_draft(speculation: dict[str, Any], served: Served, dry_run: boo
     except ValueError:
         return
     if not dry_run:
-        refuse_errors(name, served.verifier)
+        refuse_errors(name, served.verifier, profile)
 
 
 def refuse_other_method(model: str, own: Any, asked: str | None) -> None:
@@ -195,15 +214,19 @@ def refuse_other_method(model: str, own: Any, asked: str | None) -> None:
         )
 
 
-def refuse_unservable(speculators_type: str, model: str) -> None:
+def refuse_unservable(speculators_type: str, model: str, profile: EngineProfile) -> None:
     """vLLM reads the checkpoints of some algorithms as they are, others need a directory in its own layout."""
     from speculators.checkpoint.formats import SPECULATORS
+    from speculators.deploy.export import way_out
     from speculators.model import SpeculatorModel
 
-    contract = SpeculatorModel.get_class(speculators_type).contract
-    if contract.served_format is None:
-        raise ValueError(f"{model}: vLLM 0.32 has no drafter of type {speculators_type!r}; `generate` decodes with it")
-    if contract.served_format != SPECULATORS:
+    served_format = profile.format_of(speculators_type, SpeculatorModel.get_class(speculators_type).contract)
+    if served_format is None:
+        raise ValueError(
+            f"{model}: {profile.title} has no drafter of type {speculators_type!r}; `generate` decodes with it"
+            f"{way_out(speculators_type)}"
+        )
+    if served_format != SPECULATORS:
         raise ValueError(
             f"{model}: vLLM serves a drafter of type {speculators_type!r} from a directory in its own layout; "
             f"write one with `speculators export {model} --output DIRECTORY`, which says how to serve it"

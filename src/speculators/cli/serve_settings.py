@@ -7,18 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from speculators.checkpoint.engine_profile import EngineProfile, newest_profile
 from speculators.checkpoint.io import read_model_config
 from speculators.decoding.config import ModelInfo, SpeculativeConfig
 from speculators.decoding.config.checks import refuse_other_vocabulary
 from speculators.decoding.config.draft import is_readable_here, lookup, read_hf_config
+from speculators.decoding.config.engine_settings import RETIRED_SETTINGS
 from speculators.decoding.config.infer import is_import_path
-from speculators.decoding.config.methods import (
-    METHODS,
-    MTP_TYPE_NAMES,
-    RETIRED_SETTINGS,
-    SPECULATORS_METHODS,
-    MethodFacts,
-)
+from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, SPECULATORS_METHODS, MethodFacts
 from speculators.utils.names import did_you_mean
 
 FIRST = ("method", "model", "num_speculative_tokens")
@@ -28,7 +24,7 @@ NAME_THEM = (
 )
 
 
-def in_vllms_words(settings: dict[str, Any], verifier: str) -> dict[str, Any]:
+def in_vllms_words(settings: dict[str, Any], verifier: str, profile: EngineProfile) -> dict[str, Any]:
     """The settings completed and checked as vLLM will."""
     method = settings.get("method")
     refuse_no_drafter(settings)
@@ -47,11 +43,13 @@ def in_vllms_words(settings: dict[str, Any], verifier: str) -> dict[str, Any]:
         draft = config.draft_model_config
         if draft is not None:  # None: on the hub; the server reads it
             refuse_other_vocabulary(ModelInfo(verifier, read_hf_config(verifier)), draft)
-    unsupported = config.vllm_unsupported()
+    unsupported = config.vllm_unsupported(profile.version)
     if unsupported:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())
-        raise ValueError(f"vLLM would not accept {reasons}. Leave it out, or decode here with `speculators generate`")
-    said = dict(sorted(json.loads(config.to_vllm_json()).items()))
+        raise ValueError(
+            f"{profile.title} would not accept {reasons}. Leave it out, or decode here with `speculators generate`"
+        )
+    said = dict(sorted(json.loads(config.to_vllm_json(profile.version)).items()))
     return {name: said[name] for name in FIRST if name in said} | said  # the same command each time
 
 
@@ -120,11 +118,11 @@ def refuse_method_without_model(method: str | None, drafter: str, verifier: str)
 
 def refuse_unknown_method(method: Any) -> None:
     if method is None or method in METHODS or method in MTP_TYPE_NAMES:
-        return
+        return  # which release has it is a later question
     if method in SPECULATORS_METHODS:
         raise ValueError(
             f"--method {method} is a type of speculator, not a method of vLLM; its checkpoint itself records how it is "
             "drafted with: speculators serve CHECKPOINT"
         )
-    known = [name for name, facts in METHODS.items() if facts.in_vllm]
+    known = list(newest_profile().methods)
     raise ValueError(f"--method {method} is unknown; vLLM has {', '.join(known)}.{did_you_mean(str(method), known)}")

@@ -132,6 +132,13 @@ Python = Annotated[
         help="Python with vLLM, or its environment's directory. Default: $SPECULATORS_VLLM_PYTHON, else here."
     ),
 ]
+EngineName = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="Release that serves it: vllm-0.33, vllm-0.32, sglang-0.5. Default: the one found, or the newest.",
+    ),
+]
 NumSpeculativeTokens = Annotated[
     int | None,
     typer.Option(

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint.findings import VLLM_PROFILE
-from speculators.checkpoint.formats import Serving
+from speculators.checkpoint.engine_profile import EngineProfile, Serving
 from speculators.config import SpeculatorModelConfig
 from speculators.provenance import package_versions
 from speculators.utils.files import is_same_model, read_json_object
@@ -23,18 +22,19 @@ def model_card(
     *,
     name: str,
     format_name: str,
+    profile: EngineProfile,
     serving: Serving | None,
     verifier: str | None,
     report: Mapping[str, Any] | None,
 ) -> str:
     """Returns the card as Markdown, headed by the metadata that the hub reads. It names no path of this machine.
 
-    `serving=None`: vLLM does not serve the format. `report=None`: the card says that nothing was measured.
+    `serving=None`: the engine does not serve the format. `report=None`: the card says that nothing was measured.
     """
     versions = ", ".join(f"{package} {version}" for package, version in package_versions().items() if version)
     named = shown_name(verifier) if verifier is not None else "VERIFIER"
-    serve = without_paths(serving.command, serving, name) if serving is not None else None
-    how = f"    {serve}\n" if serve is not None else "vLLM does not serve this kind of drafter.\n"
+    serve = without_paths(profile.command(serving), serving, name) if serving is not None else None
+    how = f"    {serve}\n" if serve is not None else f"{profile.title} does not serve this directory.\n"
     return f"""---
 library_name: speculators
 tags: [speculative-decoding, {config.speculators_model_type}]
@@ -49,7 +49,7 @@ It never changes what the verifier answers.
 
 ## Serve
 
-Written for {VLLM_PROFILE.replace("-", " ")}:
+Written for {profile.title}:
 
 {how}
 ## Use
@@ -92,12 +92,11 @@ def shown_name(model: str) -> str:
 
 def without_paths(command: str, serving: Serving, name: str) -> str:
     """The command that serves, for whoever has downloaded the directory `name`."""
-    verifier = serving.model if serving.speculative_config is not None else None
-    shown = command
-    if verifier is not None:
-        shown = shown.replace(verifier, shown_name(verifier))
-    directory = (serving.speculative_config or {}).get("model") or serving.model
-    return shown.replace(str(directory), f"./{name}")
+    directory = str(serving.speculative_config.get("model") or serving.model)
+    shown = {serving.model: shown_name(serving.model), directory: f"./{name}"}
+    for path in sorted(shown, key=len, reverse=True):  # one may lie inside the other
+        command = command.replace(path, shown[path])
+    return command
 
 
 def licence_lines(verifier: str | None, named: str) -> str:

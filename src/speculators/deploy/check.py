@@ -23,8 +23,10 @@ from speculators.checkpoint.io import OpenedCheckpoint, local_directory, read_fo
 from speculators.checkpoint.record import LAYERS, RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
 from speculators.config import SpeculatorModelConfig
 from speculators.deploy import config_check, tensor_check, verifier_check
+from speculators.deploy.engine import choose_engine, drafter_findings, notes_on_serving, position_findings
 from speculators.deploy.report import RECORD, CheckReport
 from speculators.model import SpeculatorModel
+from speculators.utils.loading import list_checkpoint_keys
 from speculators.utils.names import NamedModel, model_name, refuse_option
 from speculators.utils.util import reading
 
@@ -41,17 +43,21 @@ def check_checkpoint(
     verifier: str | os.PathLike[str] | NamedModel | None = None,
     algorithm: str | None = None,
     deep: bool = False,
+    engine: str | None = None,
+    python: str | None = None,
 ) -> CheckReport:
     """Checks everything that can be wrong with a checkpoint; `report.raise_for_errors()` raises what it found.
 
     `checkpoint`: directory, hub id, or the result of training, export or conversion. `verifier`: the one to check
     against in place of the recorded one. `algorithm`: needed only for a directory of another project that several
-    algorithms recognise. `deep`: load both models and run them on a few tokens too. Raises `FileNotFoundError` when
-    there is no such checkpoint, and `ValueError` when no algorithm, or more than one, recognises it; errors inside it
-    are findings of the report.
+    algorithms recognise. `deep`: load both models and run them on a few tokens too. `engine`: the release that is to
+    serve it ("vllm-0.33"); None: the one that the Python `python` has, by `choose_engine`. Raises `FileNotFoundError`
+    when there is no such checkpoint, and `ValueError` when no algorithm, or more than one, recognises it; errors inside
+    it are findings of the report.
     """
     path = local_directory(checkpoint)
-    report = check_directory(path, None if verifier is None else model_name(verifier), algorithm)
+    report = CheckReport(path, choose_engine(engine, python))
+    check_directory(report, None if verifier is None else model_name(verifier), algorithm)
     if deep:
         check_deeply(report)
     return report
@@ -69,16 +75,14 @@ def check_deeply(report: CheckReport) -> None:
         report.add(FORWARDS, [error("cannot-run", str(report.path), str(problem), rule, fix)])
 
 
-def check_directory(path: Path, verifier: str | None, algorithm: str | None) -> CheckReport:
-    report = CheckReport(path)
+def check_directory(report: CheckReport, verifier: str | None, algorithm: str | None) -> None:
     try:
         with reading("the checkpoint"):
             check_contents(report, verifier, algorithm)
     except (OSError, ValueError) as problem:
         fix = "correct the value, or fetch the checkpoint again; if it is right, please report this"
         rule = "every part of a checkpoint must be readable"
-        report.findings.append(error("not-checked", str(path), str(problem), rule, fix))
-    return report
+        report.findings.append(error("not-checked", str(report.path), str(problem), rule, fix))
 
 
 def check_contents(report: CheckReport, verifier: str | None, algorithm: str | None) -> None:
@@ -110,7 +114,7 @@ def open_ours(values: dict[str, Any], report: CheckReport) -> OpenedCheckpoint |
     if config is None:
         return None
     model_class = SpeculatorModel.registered_model_class_from_config(config)
-    if model_class.contract.served_format == SPECULATORS:
+    if report.profile.format_of(config.speculators_model_type, model_class.contract) == SPECULATORS:
         report.add("draft layers", config_check.layer_findings(values))
     if isinstance(values.get(LAYERS), Mapping):
         report.findings += config_check.rope_findings(values[LAYERS], LAYERS + ".")
@@ -170,8 +174,8 @@ def read_weights(report: CheckReport) -> dict[str, Tensor] | None:
 def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | None) -> None:
     """Checks everything that needs the config and the tensors."""
     contract, config, tensors = opened.model_class.contract, opened.config, opened.tensors
-    report.served_format = contract.served_format
-    is_served = contract.served_format == opened.format
+    report.served_format = report.profile.format_of(config.speculators_model_type, contract)
+    is_served = report.served_format == opened.format
     try:
         with reading("config.json"):
             report.add("what vLLM makes of the options", contract.findings(opened.values, config))
@@ -186,6 +190,7 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
     shared = contract.shared_tensors(config)
     report.add("tensors", tensor_check.tensor_findings(tensors, expected, shared, is_served=is_served))
     report.findings += tensor_check.file_findings(report.path)
+    report.findings += drafter_findings(report.profile, config, opened.format, list_checkpoint_keys(report.path))
     if {tensor_check.MAP, tensor_check.KEPT} <= tensors.keys() & expected.keys():
         report.add(MAP, tensor_check.map_findings(tensors, config.target_vocab_size))
     record = record_of(report)
@@ -252,7 +257,8 @@ def check_verifier(
         report.findings.append(error("verifier-name", verifier_check.WHERE, repr(name), str(problem), fix))
         report.skip(FIT, "the verifier has no usable name")
         return
-    report.serving = contract.serving(opened.config, opened.format, str(report.path), name)
+    report.serving = report.profile.serving(contract, opened.config, opened.format, str(report.path), name)
+    report.notes = (*report.notes, *notes_on_serving(report.profile, report.serving, report.path))
     verifier_config, found = verifier_check.verifier_config(name)
     report.add("verifier is there", found)
     if verifier_config is None:
@@ -262,6 +268,7 @@ def check_verifier(
     report.add(
         FIT, verifier_check.fit_findings(verifier_config, opened.config, layer_ids, same_tokenizer=same_tokenizer)
     )
+    report.findings += position_findings(report.profile, opened.config, report.serving, verifier_config)
     if not verifier_check.weights_are_here(name):
         why = "they are not on this machine; download them into the cache, or name a directory with --verifier"
         report.skip("the verifier's weights", why)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -27,11 +28,12 @@ from types import TracebackType
 
 import httpx
 
+from speculators.checkpoint.engine_profile import VLLM, profile_of_version
+
 PYTHON_VARIABLE = "SPECULATORS_VLLM_PYTHON"
-TESTED_VERSION = "0.32"
 QUERY_TIMEOUT_S = 60.0
 """A cold Python on a network disk is slow; more than this is a hang."""
-QUERY = "import importlib.metadata as m; print(m.version('vllm'))"
+QUERY = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
 
 POLL_S = 0.5
 GRACE_S = 20.0
@@ -57,7 +59,9 @@ class VllmEnvironment:
 
     @property
     def is_tested_version(self) -> bool:
-        return self.version.startswith((f"{TESTED_VERSION}.", f"{TESTED_VERSION}+")) or self.version == TESTED_VERSION
+        """Whether our tests run this release, patches aside."""
+        profile = profile_of_version(VLLM, self.version)
+        return profile.held_against == "process" and profile.describes(self.version)
 
 
 def find_vllm(python: str | None = None) -> VllmEnvironment:
@@ -97,10 +101,16 @@ def interpreter_of(named: str) -> Path:
     return path
 
 
-def version_in(python: Path) -> str | None:
-    """Returns the version of vllm that this Python would run; None when it has no vllm or does not start."""
+def version_in(python: Path, package: str = VLLM) -> str | None:
+    """Returns the version of the package that this Python would run; None when it lacks it or does not start."""
+    if python == Path(sys.executable):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    query = [str(python), "-c", QUERY, package]
     try:
-        answer = subprocess.run([python, "-c", QUERY], capture_output=True, text=True, timeout=QUERY_TIMEOUT_S)
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None if answer.returncode == 0 else None

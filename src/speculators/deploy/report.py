@@ -11,8 +11,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from speculators.checkpoint.findings import VLLM_PROFILE, Finding
-from speculators.checkpoint.formats import Serving
+from speculators.checkpoint.engine_profile import EngineProfile, Serving, profiles
+from speculators.checkpoint.findings import Finding
+from speculators.deploy.engine import Engine
 from speculators.utils.report import TableReport, WorkFailedError, facts_table
 
 RECORD = "as it was trained"
@@ -32,6 +33,8 @@ class CheckReport(TableReport):
     """The result of a check; `add` and `skip` fill it while the check runs."""
 
     path: Path
+    engine: Engine
+    """Whose reading of the checkpoint the rules describe."""
     format: str = "unknown"
     speculators_model_type: str | None = None
     verifier: str | None = None
@@ -41,7 +44,7 @@ class CheckReport(TableReport):
     """What could not be checked -> why."""
     serving: Serving | None = None
     served_format: str | None = None
-    """The format in which `export` writes such a drafter for vLLM; None: vLLM does not serve the type."""
+    """The format in which `export` writes such a drafter for the engine; None: it does not serve the type."""
     notes: tuple[str, ...] = ()
 
     def add(self, what: str, found: Iterable[Finding]) -> None:
@@ -52,6 +55,10 @@ class CheckReport(TableReport):
     def skip(self, what: str, why: str) -> None:
         """Records that `what` could not be checked."""
         self.not_done[what] = why
+
+    @property
+    def profile(self) -> EngineProfile:
+        return self.engine.profile
 
     @property
     def errors(self) -> list[Finding]:
@@ -74,13 +81,13 @@ class CheckReport(TableReport):
         if self.serving is not None or self.served_format == self.format:
             return "ready to serve" + (", as far as can be told without its record" if RECORD in self.not_done else "")
         if self.served_format is None:
-            return f"no errors; {VLLM_PROFILE} serves no drafter of this type"
-        return f"no errors; {VLLM_PROFILE} serves what `speculators export` makes of it"
+            return f"no errors; {self.profile.name} serves no drafter of this type"
+        return f"no errors; {self.profile.name} serves what `speculators export` makes of it"
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "path": str(self.path),
-            "profile": VLLM_PROFILE,
+            "profile": self.profile.name,
             "ok": self.ok,
             "format": self.format,
             "speculators_model_type": self.speculators_model_type,
@@ -88,7 +95,7 @@ class CheckReport(TableReport):
             "findings": [found.as_dict() for found in self.findings],
             "checked": self.done,
             "not_checked": self.not_done,
-            "serve_with": self.serving.command if self.serving is not None else None,
+            "serve_with": self.command,
         }
 
     def findings_tables(self) -> list[Table]:
@@ -109,6 +116,7 @@ class CheckReport(TableReport):
             "checkpoint": self.path,
             "format": f"{self.format} ({self.speculators_model_type})",
             "verifier": self.verifier,
+            "engine": self.engine,
             "checked": ", ".join(self.done),
         }
         for what, why in self.not_done.items():
@@ -118,12 +126,20 @@ class CheckReport(TableReport):
         return [*self.findings_tables(), facts_table(self.verdict, {**facts, "serve with": self.served_by})]
 
     @property
+    def command(self) -> str | None:
+        """The command that serves the checkpoint; None: see `served_by`."""
+        return None if self.serving is None else self.profile.command(self.serving)
+
+    @property
     def served_by(self) -> str:
         """The command that serves the checkpoint, or what is missing."""
-        if self.serving is not None:
-            return self.serving.command
+        if self.command is not None:
+            return self.command
         if self.served_format == self.format:
-            return "a verifier that is named: --verifier"
+            return "a verifier that is named, --verifier, and a number of draft tokens in config.json"
         if self.served_format is None:
-            return "nothing: decode here with `speculators generate`"
-        return f"what this writes: speculators export {shlex.quote(str(self.path))} --output DIRECTORY"
+            others = [other.name for other in profiles() if self.speculators_model_type in other.drafters]
+            elsewhere = f", or serve it by {' or '.join(others)}" if others else ""
+            return f"nothing: decode here with `speculators generate`{elsewhere}"
+        words = ["speculators", "export", str(self.path), "--engine", self.profile.name, "--output", "DIRECTORY"]
+        return f"what this writes: {shlex.join(words)}"

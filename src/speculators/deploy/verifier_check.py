@@ -92,15 +92,6 @@ def fit_findings(
     actual = verifier.architectures or []
     if recorded and actual and recorded != actual:
         yield error("verifier-class", f"{WHERE}.architectures", str(recorded), f"the verifier is {actual}", fix)
-    longest, drafted = getattr(text, "max_position_embeddings", None), getattr(layers, "max_position_embeddings", None)
-    if isinstance(longest, int) and isinstance(drafted, int) and 0 < drafted < longest:
-        yield warning(
-            "positions-short",
-            "max_position_embeddings",
-            str(drafted),
-            f"the verifier's is {longest}; vLLM raises it for EAGLE's methods only",
-            "write the verifier's",
-        )
 
 
 def vocab_size_of(config: SpeculatorModelConfig) -> int | None:

@@ -1,18 +1,14 @@
-"""The drafting methods and the facts of each, which the rest of the config reads instead of naming methods; and what
-vLLM 0.32 takes of a SpeculativeConfig (`vllm_settings`)."""
+"""The drafting methods, ours and those of every described release of vLLM, and the facts of each, which the rest of the
+config reads instead of naming methods. What one release takes is in `checkpoint/engine_profiles/`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 
-from speculators.decoding.trees.token_tree import TokenTree
 from speculators.utils.names import did_you_mean, did_you_mean_path
-
-if TYPE_CHECKING:
-    from speculators.decoding.config.speculative import SpeculativeConfig
 
 MtpTypeName = Literal[
     "deepseek_mtp",
@@ -36,6 +32,7 @@ MtpTypeName = Literal[
     "kimi_k3_mtp",
     "pangu_ultra_moe_mtp",
     "step3p5_mtp",
+    "step5_mtp",
     "hy_v3_mtp",
     "hy_v4_mtp",
     "gemma4_mtp",
@@ -103,7 +100,6 @@ class MethodFacts:
     detect_by_architecture: frozenset[str] = frozenset()
     draft_prefix: str = ""
     """A foreign draft is served under its architecture's name behind this, as an EAGLE config."""
-    in_vllm: bool = True
 
 
 METHODS: dict[str, MethodFacts] = {
@@ -111,7 +107,7 @@ METHODS: dict[str, MethodFacts] = {
     "ngram_gpu": MethodFacts(has_network=False, model_defaults_to_method=True),
     "suffix": MethodFacts(has_network=False, model_defaults_to_method=True),
     "custom_class": MethodFacts(has_network=False),
-    "early_exit": MethodFacts(has_network=False, model_defaults_to_method=True, in_vllm=False),
+    "early_exit": MethodFacts(has_network=False, model_defaults_to_method=True),
     "extract_hidden_states": MethodFacts(has_network=False, model_defaults_to_method=True, reads_aux_states=True),
     # In the order in which a draft checkpoint is recognised.
     "eagle": MethodFacts(reads_states=True, detect_by_name=("eagle-",), draft_prefix="Eagle"),
@@ -230,62 +226,3 @@ TARGETS_WITH_AUX_STATES = (
 )
 """Target model types (parts of them) whose implementation in the serving engine returns intermediate states."""
 METHODS_THAT_NEED_AUX_STATES = ("eagle3", "extract_hidden_states", "dflash")
-
-
-# -- vLLM's settings
-
-RETIRED_SETTINGS = {
-    "disable_by_batch_size": "num_speculative_tokens_per_batch_size=[[1, 8, 3], [9, 4096, 0]] drafts 3 tokens for up "
-    "to 8 requests and none above",
-    "acceptance_method": "say rejection_sample_method ('standard'; typical acceptance changed the output)",
-    "posterior_threshold": "typical acceptance changed the output: leave it out",
-    "posterior_alpha": "typical acceptance changed the output: leave it out",
-    "disable_mqa_scorer": "drafts are always scored in one pass: leave it out",
-    "disable_logprobs": "a request's own logprobs say what is returned: leave it out",
-}
-"""Keys of earlier vLLM releases (0.9 and before) -> what to use instead."""
-OURS_ALONE = {
-    "early_exit_layer": "early exit is a drafter of this library",
-    "dynamic_tree": "vLLM 0.32 drafts chains only",
-    "verifier_accept_k": "vLLM has no lenient verification",
-    "accept_tolerance": "vLLM has no lenient verification",
-}
-RULES_IN_VLLM = {
-    # our name: vLLM's settings
-    "strict": {},
-    "standard": {"rejection_sample_method": "standard"},
-    "probabilistic": {"rejection_sample_method": "standard", "draft_sample_method": "probabilistic"},
-    "block": {"rejection_sample_method": "block"},
-    "synthetic": {"rejection_sample_method": "synthetic"},
-}
-ENGINE_FIELDS = ("target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config")
-
-
-def vllm_settings(config: SpeculativeConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """(settings for vLLM, settings it would not accept with the reason)."""
-    settings = {
-        name: value
-        for name, value in config.given.items()
-        if name not in ENGINE_FIELDS or isinstance(value, dict)  # overrides of the draft's config are a user's
-    }
-    unsupported = {name: reason for name, reason in OURS_ALONE.items() if settings.pop(name, None) is not None}
-    settings |= {"method": config.method, "num_speculative_tokens": config.num_speculative_tokens}
-    if config.model is not None and config.model != config.method:
-        settings["model"] = config.model
-    elif config.method is not None and not METHODS[config.method].has_network:
-        settings.pop("model", None)
-    if config.parallel_drafting and config.method is not None and not METHODS[config.method].is_parallel:
-        settings["parallel_drafting"] = True  # else the method implies it
-    if "rejection_sample_method" in settings or config.rejection_sample_method != "strict":
-        sampled_as = settings.pop("draft_sample_method", "greedy")
-        settings.pop("rejection_sample_method", None)
-        settings |= RULES_IN_VLLM[config.rejection_sample_method]
-        if config.rejection_sample_method not in ("strict", "probabilistic") and sampled_as != "greedy":
-            settings["draft_sample_method"] = sampled_as
-    if config.method is not None and not METHODS[config.method].in_vllm:
-        unsupported["method"] = f"{config.method!r} is a drafter of this library"
-        del settings["method"]
-    tree = settings.pop("speculative_token_tree", None)
-    if tree is not None and not TokenTree.parse(tree).is_chain:
-        unsupported["speculative_token_tree"] = "vLLM 0.32 drafts chains only"
-    return settings, unsupported

@@ -11,31 +11,30 @@ fields that only a server can honour are carried so that a JSON written for vLLM
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from speculators.decoding.config import mtp_families
+from speculators.decoding.config import engine_settings, mtp_families
 from speculators.decoding.config.checks import BatchSizeRange, check, scheduled_num_tokens
 from speculators.decoding.config.draft import lookup
 from speculators.decoding.config.infer import infer
-from speculators.decoding.config.methods import ATTENTION_BACKENDS, METHODS, RETIRED_SETTINGS, Method, vllm_settings
+from speculators.decoding.config.methods import METHODS, Method
 from speculators.decoding.trees.dynamic_tree import DynamicTreeShape
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule
 from speculators.utils.util import ReadableModel, reading
 
-RejectionSampleMethod = Literal["strict", "probabilistic", "standard", "block", "synthetic"]
+RejectionSampleMethod = Literal["strict", "probabilistic", "standard", "block", "synthetic", "fly"]
 
 
 class SpeculativeConfig(ReadableModel):
     """Configures drafting. See the module's docstring for what happens when."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-    retired_keys: ClassVar = RETIRED_SETTINGS
+    retired_keys: ClassVar = engine_settings.RETIRED_SETTINGS
 
     # What to draft with
     num_speculative_tokens: int | None = Field(default=None, gt=0, le=65_536)
@@ -63,7 +62,7 @@ class SpeculativeConfig(ReadableModel):
     # How to verify
     rejection_sample_method: RejectionSampleMethod = "strict"
     """strict: a draft must equal the verifier's own sample; probabilistic or standard: rejection sampling; block: block
-    verification; synthetic: prescribed acceptance (not lossless). `probabilistic` also draws the drafts."""
+    verification; synthetic: prescribed acceptance, fly: vLLM's (both lossy). `probabilistic` draws the drafts too."""
     draft_sample_method: Literal["greedy", "probabilistic"] = "greedy"
     """How drafts are chosen: the draft's argmax (a point mass), or drawn from its distribution."""
     synthetic_acceptance_rates: list[float] | None = None
@@ -105,6 +104,12 @@ class SpeculativeConfig(ReadableModel):
     use_local_argmax_reduction: bool = False
     index_share_for_mtp_iteration: bool | None = None
     dspark_draft_topk: int | None = Field(default=None, ge=1)
+    xpress_topc: int | None = Field(default=None, ge=0)
+    fly_window_size: int | None = Field(default=None, ge=1)
+    fly_entropy_threshold: float = Field(default=0.3, ge=0)
+    fly_entropy_top_k: int = Field(default=3, ge=1)
+    draft_lm_head_quantization: Literal["fp8", "nvfp4"] | None = None
+    disable_lookahead_block_hashes: bool = False
     draft_load_config: Any = None
 
     # Supplied by the engine, or derived
@@ -125,13 +130,7 @@ class SpeculativeConfig(ReadableModel):
     @field_validator("attention_backend", mode="before")
     @classmethod
     def _parse_attention_backend(cls, value: Any) -> Any:
-        if not isinstance(value, str) or value.lower() == "auto":
-            return value if not isinstance(value, str) else None
-        if value.upper() not in ATTENTION_BACKENDS:
-            raise ValueError(
-                f"attention_backend={value!r} is unknown; use auto or one of {', '.join(ATTENTION_BACKENDS)}"
-            )
-        return value.upper()
+        return engine_settings.attention_backend(value)
 
     def model_post_init(self, context: Any) -> None:
         given = {name: getattr(self, name) for name in self.model_fields_set}
@@ -140,7 +139,8 @@ class SpeculativeConfig(ReadableModel):
 
     @model_validator(mode="after")
     def _verify_args(self) -> SpeculativeConfig:
-        reading("the speculative config or its draft")(check)(self)
+        for rules in (check, engine_settings.check_engine_settings):
+            reading("the speculative config or its draft")(rules)(self)
         return self
 
     @property
@@ -151,13 +151,7 @@ class SpeculativeConfig(ReadableModel):
     @classmethod
     def from_vllm_json(cls, text: str, **engine: Any) -> SpeculativeConfig:
         """From the value of `--speculative-config`; `engine` may give target_model_config and the like."""
-        try:
-            settings = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the speculative config {text[:200]!r} is not JSON: {error}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f'the speculative config {text!r} must be a JSON object such as {{"method": "ngram"}}')
-        return cls(**settings, **engine)
+        return cls(**engine_settings.parse_settings(text), **engine)
 
     def with_target(self, target_model_config: Any, target_parallel_config: Any = None) -> SpeculativeConfig:
         """The same user input resolved against a verifier."""
@@ -166,20 +160,20 @@ class SpeculativeConfig(ReadableModel):
             **given, target_model_config=target_model_config, target_parallel_config=target_parallel_config
         )
 
-    def to_vllm_json(self, *, drop_unsupported: bool = False) -> str:
-        """The value for `vllm serve --speculative-config`.
+    def to_vllm_json(self, version: str | None = None, *, drop_unsupported: bool = False) -> str:
+        """The value for `vllm serve --speculative-config` of a release ("0.33"; None: the newest that our tests run).
 
-        What vLLM would not accept is an error that names each setting; with `drop_unsupported` it is left out.
+        What it would not accept is an error that names each setting; with `drop_unsupported` it is left out.
         """
-        settings, unsupported = vllm_settings(self)
+        settings, unsupported = engine_settings.vllm_settings(self, version)
         if unsupported and not drop_unsupported:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())
             raise ValueError(f"vLLM would not accept {reasons}. Pass drop_unsupported=True to leave these out")
         return json.dumps(settings)
 
-    def vllm_unsupported(self) -> dict[str, str]:
-        """Settings that vLLM would not accept, and why."""
-        return vllm_settings(self)[1]
+    def vllm_unsupported(self, version: str | None = None) -> dict[str, str]:
+        """Settings that a release of vLLM would not accept, and why."""
+        return engine_settings.vllm_settings(self, version)[1]
 
     def acceptance_rule(self) -> AcceptanceRule:
         """The rule that this config verifies with."""
@@ -188,6 +182,8 @@ class SpeculativeConfig(ReadableModel):
             return resolve_rule("tolerance", **leniency)
         if self.rejection_sample_method == "synthetic":
             return resolve_rule("synthetic", acceptance_rates=tuple(self.synthetic_acceptance_rates or ()))
+        if self.rejection_sample_method == "fly":
+            raise ValueError("rejection_sample_method='fly' is lossy, and vLLM's alone; decode here with 'standard'")
         return resolve_rule(self.rejection_sample_method)
 
     @property
@@ -242,6 +238,10 @@ class SpeculativeConfig(ReadableModel):
     def use_dflash(self) -> bool:
         return self.method == "dflash"
 
+    def is_xpress(self) -> bool:
+        names = self._draft_value("architectures") or []
+        return self.use_dflash() and not engine_settings.HAS_XPRESS.isdisjoint(names)
+
     def use_dspark(self) -> bool:
         return self.method == "dspark"
 
@@ -276,16 +276,7 @@ class SpeculativeConfig(ReadableModel):
 
     def compute_hash(self) -> str:
         """Changes when the verifier's computation graph does: with the hidden states it must return."""
-        reads_aux = self.method is not None and METHODS[self.method].reads_aux_states
-        factors: list[Any] = [reads_aux]
-        layer_ids = self._draft_value("eagle_aux_hidden_state_layer_ids")
-        if reads_aux and layer_ids is not None:
-            factors.append(tuple(layer_ids))
-        if self.use_dspark():
-            factors.append(self.enable_adaptive_verification)
-        if self.method == "mtp" and self.draft_model_config is not None:
-            factors.append(self._draft_value("index_share_for_mtp_iteration", False))
-        return hashlib.md5(str(factors).encode(), usedforsecurity=False).hexdigest()
+        return engine_settings.computation_hash(self)
 
     def _draft_value(self, name: str, default: Any = None) -> Any:
         return lookup(self.draft_model_config, f"hf_config.{name}", default)

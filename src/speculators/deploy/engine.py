@@ -1,0 +1,143 @@
+"""Chooses the engine release that a command speaks of, and checks a drafter against what its profile says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from speculators.checkpoint.engine_profile import (
+    VLLM,
+    EngineProfile,
+    Serving,
+    newest_profile,
+    profile_named,
+    profile_of_version,
+    profiles,
+)
+from speculators.checkpoint.findings import Finding, error, warning
+from speculators.config import SpeculatorModelConfig
+from speculators.deploy.process import PYTHON_VARIABLE, find_vllm, interpreter_of, version_in
+from speculators.utils.names import looks_like_a_path
+from speculators.verifier.config import text_config
+
+TENSORS = "tensors"
+POSITIONS = "max_position_embeddings"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The release that a command speaks of."""
+
+    profile: EngineProfile
+    because: str
+    """Where it was found; empty: it was named."""
+
+    def __str__(self) -> str:
+        return self.profile.name + (f" ({self.because})" if self.because else "")
+
+
+def choose_engine(name: str | None = None, python: str | None = None) -> Engine:
+    """Returns the named engine, else the one installed where vLLM is looked for (`find_vllm`), else vLLM's newest.
+
+    A release without a file is described by the newest file before it; `because` says so, and why nothing was found.
+    Raises `ValueError` for an unknown name, and when `python` has no engine.
+    """
+    if name is not None:
+        return Engine(profile_named(name), "")
+    try:
+        found = find_vllm(python)
+    except ValueError as problem:
+        named = python or os.environ.get(PYTHON_VARIABLE)
+        other = None if named is None else other_engine_in(named)
+        if other is not None:
+            return other
+        if python is not None:
+            raise
+        why = str(problem) if named else "no engine was found here"
+        return Engine(newest_profile(), f"the newest that is described: {why}")
+    return installed(VLLM, found.version, found.python)
+
+
+def other_engine_in(named: str) -> Engine | None:
+    """Returns the engine beside vLLM that a named Python has; None when it has none, or is no Python."""
+    try:
+        python = interpreter_of(named)
+    except ValueError:
+        return None
+    for engine in sorted({profile.engine for profile in profiles()} - {VLLM}):
+        version = version_in(python, engine)
+        if version is not None:
+            return installed(engine, version, python)
+    return None
+
+
+def installed(engine: str, version: str, python: Path) -> Engine:
+    profile = profile_of_version(engine, version)
+    where = f"{engine} {version} in {python}"
+    return Engine(profile, where if profile.describes(version) else f"the nearest that is described to {where}")
+
+
+def drafter_findings(
+    profile: EngineProfile, config: SpeculatorModelConfig, format_name: str, tensor_names: Collection[str]
+) -> Iterator[Finding]:
+    """Checks a directory that the engine serves as it is: tensors that its loader needs, values it computes with.
+    `tensor_names`: as they are on disk."""
+    known = profile.drafters.get(config.speculators_model_type)
+    if known is None or known.format != format_name:
+        return
+    for names in known.tensors:
+        if not set(names.split("|")) & set(tensor_names):
+            what = f"{profile.title} would draft from memory that nobody wrote"
+            yield error(
+                "tensor-missing", names, "not in the checkpoint", what, "take the weights from where it was made"
+            )
+    values = config.to_dict()
+    for key, allowed in known.config.items():
+        value = lookup(values, key)
+        if value not in allowed:
+            rule = f"{profile.title} computes as if it were {' or '.join(map(repr, allowed))}"
+            yield error("option-dropped", key, repr(value), rule, "serve it with another engine, or train without it")
+
+
+def lookup(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def position_findings(
+    profile: EngineProfile, config: SpeculatorModelConfig, serving: Serving | None, verifier: PretrainedConfig
+) -> Iterator[Finding]:
+    """Reports a drafter with fewer positions than its verifier, where the engine does not raise them by itself."""
+    layers = getattr(config, "transformer_layer_config", config)
+    longest, drafted = getattr(text_config(verifier), POSITIONS, None), getattr(layers, POSITIONS, None)
+    if not isinstance(longest, int) or not isinstance(drafted, int) or not 0 < drafted < longest:
+        return
+    method = None if serving is None else serving.speculative_config["method"]
+    rope_type = (getattr(layers, "rope_parameters", None) or {}).get("rope_type", "default")
+    rule = f"the verifier's is {longest}; {profile.title} "
+    if method not in profile.lengthens_drafts_of:
+        raised = " and ".join(profile.lengthens_drafts_of)
+        rule += f"raises it for {raised} only" if raised else "raises it for no method"
+    elif profile.lengthened_rope_types is not None and rope_type not in profile.lengthened_rope_types:
+        rule += f"does not raise it with rope type {rope_type!r}, and shortens the server's max_model_len to it"
+    else:
+        return
+    yield warning("positions-short", POSITIONS, str(drafted), rule, "write the verifier's")
+
+
+def notes_on_serving(profile: EngineProfile, serving: Serving | None, directory: Path) -> Iterator[str]:
+    """Says what a reader who serves the directory otherwise than by the printed command must know."""
+    local = serving is not None and looks_like_a_path(serving.model)
+    if serving is None or not local or profile.serves_local_verifiers_by_checkpoint or not profile.checkpoint_types:
+        return
+    if serving.speculative_config.get("model") == str(directory):
+        yield (
+            f"{profile.title} refuses `vllm serve {directory}` alone: its verifier {serving.model} is a directory. Use "
+            "the command above, or export with --verifier ORG/MODEL"
+        )
