@@ -60,8 +60,8 @@ test-vllm-v2: install-dev $(VLLM_VENV)/.installed $(VLLM_TRITON)/.installed  ## 
 soak: install-dev  ## 2,000 random requests per drafting method through one engine (ten minutes)
 	SPECULATORS_SOAK_REQUESTS=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/decoding/test_soak.py
 
-kills: install-dev  ## kill regeneration 20 times, training before every change that it makes and 20 times at random, and continue (half an hour)
-	SPECULATORS_NUM_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "killed_runs" tests/data/test_regenerate_responses.py tests/serving/test_regenerate_server.py
+kills: install-dev  ## kill regeneration and extraction 20 times, training before every change that it makes and 20 times at random, and continue (half an hour)
+	SPECULATORS_NUM_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "killed_runs" tests/data/test_regenerate_responses.py tests/serving/test_regenerate_server.py tests/train/test_stored_states.py
 	SPECULATORS_KILLS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rP tests/train/test_kills.py
 
 check: lint types test  ## everything that must pass before a change is finished

@@ -59,6 +59,10 @@ WRONG = {
         ["--verifier", "verifier", "--prompt", "x", "--method", "run/checkpoint_bset"],
         "method run/checkpoint_bset: no such directory. Did you mean 'run/checkpoint_best'?",
     ),
+    "store": (
+        ["info", "/no/such/data"],
+        "the directory of hidden states '/no/such/data' does not exist. Please write it with generate-offline-data",
+    ),
     "serve": (["./runn/checkpoint_best"], "does not exist. Did you mean 'run/checkpoint_best'?"),
     "launch-vllm": (["./verifierr"], "no verifier at './verifierr': it does not exist. Did you mean 'verifier'?"),
     "check": (

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import threading
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from speculators.data_generation import CorruptHiddenStatesError, ShardedStore, WriteOptions
 from speculators.data_generation.configs import parse_bytes
 from speculators.data_generation.sources.samples import Origin, mask_of, runs_of, target_rows
+from speculators.data_generation.sources.shards import RECORD_MAGIC, head_bytes
 from speculators.interfaces import CaptureSpec, VerifierStates
 
 CAPTURE = CaptureSpec((1, 3), last_hidden=True)
@@ -291,3 +294,98 @@ def test_sizes_of_people():
     assert [parse_bytes(text) for text in ("500GB", "1.5 TB", "1GiB", "7")] == [500 * 10**9, 15 * 10**11, 1 << 30, 7]
     with pytest.raises(ValueError, match="'5 elephants' is no number of bytes; write 500GB"):
         parse_bytes("5 elephants")
+
+
+def flip(path: Path, offset: int, mask: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= mask
+    path.write_bytes(content)
+
+
+def flip_a_bit(directory: Path, store: ShardedStore) -> None:
+    flip(directory / "states-000-00000.shard", store.entries[store.keys[2][0]].offset + 100)
+
+
+def cut_the_shard(directory: Path, store: ShardedStore) -> None:
+    os.truncate(directory / "states-000-00000.shard", store.entries[store.keys[3][0]].offset)
+
+
+def store_nan(directory: Path, store: ShardedStore) -> None:
+    """By a program that checks nothing: the checksum is right."""
+    path, entry = directory / "states-000-00000.shard", store.entries[store.keys[2][0]]
+    content = bytearray(path.read_bytes())
+    content[entry.offset + 48 : entry.offset + 52] = b"\xff\xff\xff\x7f"  # after the ids of its 12 tokens
+    entry = replace(entry, crc32=zlib.crc32(content[entry.offset : entry.offset + entry.num_bytes]))
+    content[entry.start : entry.offset] = head_bytes(RECORD_MAGIC, entry.as_json()).ljust(
+        entry.offset - entry.start, b"\0"
+    )
+    path.write_bytes(content)
+    path.with_suffix(".index").unlink()
+
+
+def change_the_manifest(directory: Path, store: ShardedStore) -> None:
+    manifest = directory / "store.json"
+    manifest.write_text(manifest.read_text().replace('"t1"', '"t2"'))
+
+
+def damage_the_head(directory: Path, store: ShardedStore) -> None:
+    flip(directory / "states-000-00000.shard", 20)
+
+
+def cut_the_manifest(directory: Path, store: ShardedStore) -> None:
+    os.truncate(directory / "store.json", 50)
+
+
+def damage_nothing(directory: Path, store: ShardedStore) -> None: ...
+
+
+MADE_BY = Origin("a", "1234", "tok", "t1")
+
+
+@pytest.mark.parametrize(
+    ("damage", "origin", "said"),
+    [
+        (flip_a_bit, MADE_BY, r"00.shard is damaged: the sample of row 2 .*write it again: generate-offline-data"),
+        (cut_the_shard, MADE_BY, r"00.shard was cut: 2 of its samples are lost; write it again: generate-offline-data"),
+        (store_nan, MADE_BY, r"00.shard: the states of row 2 are NaN or infinite; `speculators store compact` drops"),
+        (
+            change_the_manifest,
+            MADE_BY,
+            r"store.json does not describe .* it is stale, .*; delete the one that is wrong",
+        ),
+        (cut_the_manifest, MADE_BY, r"store.json .*delete it: it is written again from the shards"),
+        (damage_the_head, MADE_BY, r"the head of .*00.shard is damaged.* delete it and its index: generate-offline-d"),
+        (damage_nothing, Origin("b", "99"), r"store.json holds states of 'a' .* not of 'b' .*; name another directory"),
+        (damage_nothing, Origin("a", "1234", "tok", "t2"), r"store.json .*chat_template t1, not t2.* name another dir"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_file_and_the_way_out(rows, tmp_path, damage, origin, said):
+    store = write(tmp_path, rows, only=[0, 1, 2, 3, 4], origin=MADE_BY)
+    damage(tmp_path, store)
+    with pytest.raises(ValueError, match=said):
+        store = ShardedStore(tmp_path, CAPTURE, rows, origin=origin)
+        if store.problems:
+            raise ValueError(store.problems[0])
+        store.read([rows[row] for row in store.present])
+        store.write_row(5, states_of(rows)[5])
+
+
+def test_the_index_of_an_earlier_shard_of_the_same_name_is_not_believed(rows, tmp_path):
+    write(tmp_path / "earlier", [torch.cat((ids, ids)) for ids in rows])
+    write(tmp_path / "now", rows)
+    shutil.copy(tmp_path / "earlier" / "states-000-00000.index", tmp_path / "now")
+    store = ShardedStore(tmp_path / "now", CAPTURE, rows)
+    for read, exact in zip(store.read(rows), states_of(rows), strict=True):
+        assert_equal(read, exact)
+    [line] = store.finish_dead_writes()
+    assert line.startswith(f"completed {tmp_path / 'now' / 'states-000-00000.index'}")
+    write(tmp_path / "again", rows)
+    assert contents(tmp_path / "now") == contents(tmp_path / "again")
+
+
+def test_a_writer_goes_on_in_the_last_shard_so_that_the_order_stays(rows, tmp_path):
+    """A short row would fit in what is left of an earlier shard, where an uninterrupted run did not put it."""
+    write(tmp_path / "whole", rows, shard_bytes=6000)
+    write(tmp_path / "resumed", rows, shard_bytes=6000, only=[0, 1, 2, 3])
+    write(tmp_path / "resumed", rows, shard_bytes=6000)
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")

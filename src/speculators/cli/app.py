@@ -45,6 +45,7 @@ VERBS: dict[str, str] = {
     "inspect-mask": "Show which tokens of prepared rows are trained on.",
     "regenerate-responses": "Replace the answers of a dataset by the verifier's own.",
     "generate-offline-data": "Write the verifier's hidden states of a prepared dataset, in process or by a server.",
+    "store": "Look after stored hidden states: info, verify (against the verifier), compact.",
     "train": "Train a speculator for a verifier.",
     "generate": "Decode prompts with draft-and-verify and show what was accepted.",
     "serve": "Serve a speculator by vLLM, with its verifier, method and number of draft tokens.",
@@ -59,7 +60,7 @@ VERBS: dict[str, str] = {
 """Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`, or of the file below."""
 
 FILES = dict.fromkeys(("check", "export", "convert", "stitch-mtp", "verify"), "checkpoints") | dict.fromkeys(
-    ("prepare-data", "inspect-mask", "generate-offline-data"), "data"
+    ("prepare-data", "inspect-mask", "generate-offline-data", "store"), "data"
 )
 
 VERBS_READING_THEIR_FLAGS = ("train", "launch-vllm")

@@ -1,4 +1,4 @@
-"""The verbs of training data: `prepare-data`, `inspect-mask`, `generate-offline-data`."""
+"""The verbs of training data: `prepare-data`, `inspect-mask`, `generate-offline-data`, `store`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.text import Text
 from speculators.cli.shared import Device, Result, TrustRemoteCode, parse_json_object, say
 from speculators.data_generation.configs import (
     DEFAULT_OUTPUT,
+    DEFAULT_RECOMPUTED,
     DEFAULT_SEED,
     DEFAULT_SEQ_LENGTH,
     DEFAULT_SHARD_SIZE,
@@ -20,6 +21,7 @@ from speculators.data_generation.configs import (
     OfflineConfig,
     parse_bytes,
 )
+from speculators.utils.names import did_you_mean
 from speculators.utils.report import visible
 
 if TYPE_CHECKING:
@@ -238,3 +240,48 @@ def parse_layer_ids(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError as error:
         raise typer.BadParameter(f"--target-layer-ids {text}: numbers with commas, such as 2,6,9,12") from error
+
+
+STORE_ACTIONS = ("info", "verify", "compact")
+
+
+def store(
+    action: Annotated[str, typer.Argument(help="info, verify or compact.")],
+    states: Annotated[Path, typer.Argument(help="Prepared dataset, or its directory of hidden states.")],
+    verifier: Annotated[str | None, typer.Option(help="To compute with. Default: the one recorded.")] = None,
+    num_samples: Annotated[int, typer.Option(min=0, help="Samples computed anew by verify.")] = DEFAULT_RECOMPUTED,
+    seed: Annotated[int, typer.Option(help="Which samples verify draws.")] = DEFAULT_SEED,
+    device: Device = OfflineConfig.device,
+    trust_remote_code: TrustRemoteCode = False,
+) -> Result:
+    """Look after stored hidden states.
+
+    info says what is stored; verify reads all of it and computes random samples anew; compact drops damaged and
+    duplicate samples.
+    """
+    from speculators import data_generation
+
+    if action not in STORE_ACTIONS:
+        hint = did_you_mean(action, STORE_ACTIONS)
+        raise ValueError(f"store {action}: no such action.{hint} Please give one of {', '.join(STORE_ACTIONS)}")
+    if action == "info":
+        report = data_generation.inspect_store(states)
+        sentence = f"{report.num_samples + report.num_files:,} samples are stored"
+    elif action == "compact":
+        report = data_generation.compact_store(states, progress=True)
+        sentence = f"{report.num_dropped:,} samples dropped"
+    else:
+        report = data_generation.verify_store(
+            states,
+            verifier=verifier,
+            num_recomputed=num_samples,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=True,
+        )
+        sentence = f"{len(report.problems)} problems; {report.num_recomputed} samples computed anew"
+    for problem in report.problems[:NUM_SHOWN]:
+        say(problem, "yellow")
+    code = 1 if action == "verify" and report.problems else 0
+    return Result({"verb": "store", "action": action, **report.as_dict()}, [report], sentence, exit_code=code)

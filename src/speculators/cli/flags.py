@@ -17,7 +17,7 @@ import typer
 from typer.main import get_command
 
 from speculators.cli.shared import say
-from speculators.data_generation.configs import refuse_missing_source, refuse_unprepared
+from speculators.data_generation.configs import refuse_missing_source, refuse_missing_states, refuse_unprepared
 from speculators.decoding.method import parse_method
 from speculators.deploy.process import interpreter_of
 from speculators.utils.names import (
@@ -72,6 +72,7 @@ OTHER_CHECKS: dict[str, dict[str, Callable[[str], Any]]] = {
         "data": lambda data: refuse_unprepared(Path(data)),
         "verifier": lambda name: None,  # compared with what the server serves
     },
+    "store": {"states": lambda states: refuse_missing_states(Path(states))},
     "check": {"verifier": refuse_missing_checkpoint},
     "serve": {"verifier": refuse_verifier_without_model, "method": lambda method: None},  # the server may reach the hub
 }
@@ -152,7 +153,10 @@ def metavar_of(action: argparse.Action) -> str:
 
 # -- threads: where other programs keep CPUs busy, threads wait for one another and are slower than a single one
 
-VERBS_COMPUTING = ("quickstart", "build", "regenerate-responses", "train", "generate", "verify", "evaluate")
+VERBS_COMPUTING = (
+    *("quickstart", "build", "regenerate-responses", "generate-offline-data", "store"),
+    *("train", "generate", "verify", "evaluate"),
+)
 """Verbs that run a model in this process, with `--threads`."""
 CHOOSING_THEMSELVES = ("quickstart", "build", "train")
 """When they know more: each step of the one, and what run the other continues."""

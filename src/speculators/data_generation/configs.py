@@ -38,6 +38,8 @@ DEFAULT_STATES_DIRECTORY = Path(tempfile.gettempdir()) / "hidden_states"
 """Where `launch-vllm` has a server write its files unless told otherwise, and where they are looked for."""
 DEFAULT_CONCURRENCY = 32
 """Requests at a time to a server that extracts hidden states."""
+DEFAULT_RECOMPUTED = 8
+"""Stored samples that `store verify` computes anew."""
 DEFAULT_NUM_ANSWERS = 1
 """Regenerated answers per prompt."""
 DEFAULT_SEED = 0
@@ -154,6 +156,11 @@ def refuse_unprepared(path: Path) -> None:
     refuse_missing_path(path, "the prepared dataset", "make it with prepare-data, or name another by --data")
     if not is_prepared(path):
         raise ValueError(f"{str(path)!r} is not a prepared dataset (no state.json); make one with prepare-data")
+
+
+def refuse_missing_states(path: Path) -> None:
+    """Raises `ValueError` when there is no such directory of hidden states."""
+    refuse_missing_path(path, "the directory of hidden states", "write it with generate-offline-data")
 
 
 DEFAULT_SHARD_SIZE = "1GiB"

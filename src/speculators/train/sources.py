@@ -21,6 +21,7 @@ from speculators.data_generation import (
     VllmSource,
     origin_of,
 )
+from speculators.data_generation.upkeep import MAX_STORED_DIFFERENCE, difference_of
 from speculators.interfaces import CaptureSpec, HiddenStateSource
 from speculators.train.data import ArrowDataset
 from speculators.train.keys import DataKeys
@@ -29,8 +30,6 @@ from speculators.utils.files import is_same_model
 HIDDEN_STATES_NAME = "hidden_states"
 SERVER_ITEMSIZE = 4
 """Bytes per value of a server's states, assumed before the first one is seen: fp32 at most."""
-MAX_STORED_DIFFERENCE = 0.15
-"""Largest relative difference. fp8 storage of bf16 states differs by about 0.03, another layer or model by 1."""
 
 
 def directory_of(keys: DataKeys) -> Path:
@@ -84,11 +83,16 @@ def rows_to_use(keys: DataKeys, store: ShardedStore | None, note: Callable[[str]
     if num_missing and (keys.on_missing == "raise" or not present):
         raise ValueError(
             f"{num_missing} of {num_rows} rows have no stored states in {directory_of(keys)}: compute them, "
-            "with --on-missing generate, or leave them out with --on-missing warn"
+            f"with --on-missing generate, or leave them out with --on-missing warn{damage_of(store)}"
         )
     if num_missing and keys.on_missing == "warn":
-        note(f"{num_missing} of {num_rows} rows have no stored verifier states and are left out")
+        note(f"{num_missing} of {num_rows} rows have no stored verifier states and are left out{damage_of(store)}")
     return present
+
+
+def damage_of(store: ShardedStore | None) -> str:
+    """Says which files lost samples."""
+    return "".join(f". {problem}" for problem in (store.problems if store is not None else ()))
 
 
 def leave_out_untrained(dataset: ArrowDataset) -> str | None:
@@ -184,14 +188,9 @@ def check_stored_states(store: ShardedStore, computing: HiddenStateSource, datap
         return
     token_ids = PreparedData.open(datapath).dataset()[row]["input_ids"][: store.lengths[row]]
     [stored], [computed] = store.read([token_ids]), computing.read([token_ids])
-    for ours, theirs in ((computed.aux_TD, stored.aux_TD), (computed.last_hidden_TH, stored.last_hidden_TH)):
-        if ours is None or theirs is None:
-            continue
-        is_stored_T = theirs.any(-1)  # last states may be kept for supervised tokens only
-        ours, theirs = ours.float().cpu()[is_stored_T], theirs.float()[is_stored_T]
-        difference = float((ours - theirs).norm() / ours.norm())
-        if not difference <= MAX_STORED_DIFFERENCE:
-            raise ValueError(
-                f"the states stored for row {row} in {store.directory} differ from the verifier's by {difference:.0%}: "
-                "they come from another model or other layers; delete them, or use another --data"
-            )
+    difference = difference_of(stored, computed)
+    if not difference <= MAX_STORED_DIFFERENCE:
+        raise ValueError(
+            f"the states stored for row {row} in {store.directory} differ from the verifier's by {difference:.0%}: "
+            "they come from another model or other layers; delete them, or use another --data"
+        )

@@ -26,6 +26,7 @@ from speculators.data_generation.sources.shard_writer import LastRows
 from speculators.data_generation.sources.shards import (
     REUSED,
     Entry,
+    Mappings,
     Shard,
     as_json,
     differences,
@@ -195,6 +196,19 @@ def decode(content: Tensor, entry: Entry, facts: StoreFacts) -> VerifierStates:
     return VerifierStates(ids.view(torch.int32).to(torch.int64), aux_TD if facts.aux_width else None, last_TH)
 
 
+def read_sample(mappings: Mappings, entry: Entry, facts: StoreFacts, *, always_check: bool = False) -> VerifierStates:
+    """Reads a sample; checks bytes and values when it is first read. Raises `CorruptHiddenStatesError`."""
+    is_checked = mappings.is_checked(entry) and not always_check
+    states = decode(mappings.content(entry, always_check=always_check), entry, facts)
+    for values in (states.aux_TD, states.last_hidden_TH):
+        if not is_checked and values is not None and not torch.isfinite(values).all():
+            raise CorruptHiddenStatesError(
+                f"{mappings.directory / entry.shard}: the states of row {entry.row} are NaN or infinite; `speculators "
+                "store compact` drops them, then generate-offline-data writes them again"
+            )
+    return states
+
+
 def choose(states: VerifierStates, facts: StoreFacts, capture: CaptureSpec, num_tokens: int) -> VerifierStates:
     """Returns what `capture` asks for, of the first tokens: causal states of a clipped row are those of the whole."""
     aux_TD, last_TH = states.aux_TD, states.last_hidden_TH if capture.last_hidden else None
@@ -267,6 +281,10 @@ class Directory:
         gone = sorted(directory.glob(f"*{REUSED}"))
         reused = [entry for path in gone for entry in read_index(path, path.name)[0]]
         return cls(facts, shards, reused)
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem for shard in self.shards for problem in shard.problems]
 
     def entries(self) -> dict[str, Entry]:
         """Hash of the tokens -> the sample that counts."""

@@ -16,10 +16,13 @@ import torch
 
 from speculators.data_generation.configs import DEFAULT_SHARD_BYTES
 from speculators.data_generation.sources.shards import (
+    INDEX,
     RECORD_MAGIC,
     REUSED,
     SHARD_MAGIC,
+    SHARD_NAME,
     Entry,
+    Shard,
     as_json,
     differences,
     head_bytes,
@@ -29,7 +32,14 @@ from speculators.data_generation.sources.shards import (
     read_shard,
     shard_paths,
 )
-from speculators.utils.files import atomic_write, flush, lock_if_free
+from speculators.utils.files import (
+    atomic_write,
+    finish_dead_writes,
+    flush,
+    lock_if_free,
+    lock_path_if_free,
+    locked_if_dead,
+)
 from speculators.utils.report import human_bytes
 
 FLUSH_BYTES = 64 << 20
@@ -64,7 +74,12 @@ class ShardWriter:
         self.reused: set[str] = set()
         """Names of the shards whose space was reused."""
         self.path = directory
-        self.number, self.handle = -1, -1
+        numbers = [
+            int(match[2])
+            for path in shard_paths(directory)
+            if (match := SHARD_NAME.fullmatch(path.name)) and int(match[1]) == self.rank
+        ]
+        self.number, self.handle = max(numbers, default=0) - 1, -1  # goes on in the last shard: the order stays
         self.size = self.begin = self.flushed = 0
         self.pending: list[Entry] = []
         directory.mkdir(parents=True, exist_ok=True)
@@ -126,7 +141,7 @@ class ShardWriter:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if is_new else 0), 0o666)
         except FileExistsError:  # made by another process just now
             return -1
-        if lock_if_free(handle) or is_new:
+        if lock_path_if_free(handle, path) or is_new:
             return handle
         os.close(handle)
         return -1
@@ -148,8 +163,7 @@ class ShardWriter:
         self.begin = len(head_bytes(SHARD_MAGIC, as_json(self.facts)))
         self.size = self.flushed = shard.end
         if not shard.is_index_whole:
-            with atomic_write(index_path(self.path), "wb") as file:
-                file.writelines(index_line(entry) for entry in shard.entries)
+            write_index(shard)
         flush(self.directory)
 
     def make_room(self, num_bytes: int) -> None:
@@ -177,6 +191,28 @@ class ShardWriter:
             return lock_if_free(handle)
         finally:
             os.close(handle)
+
+
+def write_index(shard: Shard) -> None:
+    with atomic_write(index_path(shard.path), "wb") as file:
+        file.writelines(index_line(entry) for entry in shard.entries)
+
+
+def finish_dead_writers(directory: Path, manifest: str) -> list[str]:
+    """Removes what dead processes left half written beside the shards, and completes the indexes of their shards.
+    Returns a line for each."""
+    if not directory.is_dir():
+        return []
+    lines = finish_dead_writes(
+        directory, lambda name: name == manifest or name.endswith(INDEX) or SHARD_NAME.fullmatch(name) is not None
+    )
+    for path in shard_paths(directory):
+        with locked_if_dead(path) as is_dead:
+            shard = read_shard(path) if is_dead else None
+            if shard is not None and shard.entries and not shard.is_index_whole:
+                write_index(shard)
+                lines.append(f"completed {index_path(path)}: its process died before it listed all samples")
+    return lines
 
 
 def age(path: Path) -> tuple[int, str]:

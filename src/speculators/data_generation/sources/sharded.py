@@ -30,14 +30,15 @@ from speculators.data_generation.sources.samples import (
     decode,
     encode,
     mask_of,
+    read_sample,
     refuse_other_reader,
     runs_of,
 )
-from speculators.data_generation.sources.shard_writer import ShardWriter, WriteOptions
-from speculators.data_generation.sources.shards import INDEX, Entry, Mappings, differences
+from speculators.data_generation.sources.shard_writer import ShardWriter, WriteOptions, finish_dead_writers
+from speculators.data_generation.sources.shards import Entry, Mappings, differences
 from speculators.data_generation.sources.store import HiddenStateStore, StoragePlan, digest
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.utils.files import atomic_write, finish_dead_writes
+from speculators.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class ShardedStore:
         found = Directory.read(self.directory)
         self.facts = found.facts
         self.entries = found.entries()
+        self.problems = found.problems
+        """Files that lost samples, and what to do."""
         self.reused_keys = {entry.tokens for entry in found.reused}
         if self.facts is not None:
             refuse_other_reader(self.facts, capture, self.origin, self.directory / MANIFEST)
@@ -141,8 +144,7 @@ class ShardedStore:
             return self.files.read_row(row, token_ids)
         assert self.facts is not None
         self.refuse_other_mask(row, entry)
-        states = decode(self.mappings.content(entry), entry, self.facts)
-        states = choose(states, self.facts, self.capture, len(token_ids))
+        states = choose(read_sample(self.mappings, entry, self.facts), self.facts, self.capture, len(token_ids))
         if not torch.equal(states.token_ids_T, torch.as_tensor(token_ids).to("cpu", torch.int64)):
             raise CorruptHiddenStatesError(f"{self.directory / entry.shard} holds other tokens than row {row}'s")
         return states
@@ -166,8 +168,8 @@ class ShardedStore:
             for row in range(len(self.keys)):
                 entry = self.entry_of(row)
                 try:
-                    if entry is not None:
-                        self.mappings.content(entry, always_check=True)
+                    if entry is not None and self.facts is not None:
+                        read_sample(self.mappings, entry, self.facts, always_check=True)
                 except CorruptHiddenStatesError as error:
                     problems[row] = str(error)
         return {row: problem for row, problem in problems.items() if row < len(self.keys)}
@@ -287,11 +289,8 @@ class ShardedStore:
         return sum(path.stat().st_size for path in self.directory.glob("*") if path.is_file())
 
     def finish_dead_writes(self) -> list[str]:
-        """Removes what processes left that died while they replaced a file whole; returns a line for each."""
-        if not self.directory.is_dir():
-            return []
-        lines = finish_dead_writes(self.directory, lambda name: name == MANIFEST or name.endswith(INDEX))
-        return [*lines, *self.files.finish_dead_writes()]
+        """Removes or completes what processes that died left; returns a line for each."""
+        return [*finish_dead_writers(self.directory, MANIFEST), *self.files.finish_dead_writes()]
 
     def close(self) -> None:
         """Completes the index; later writes open the shards again."""

@@ -39,6 +39,7 @@ MOST_HEAD_BYTES = 4096
 """Of a shard. A shorter file without a whole head was cut or never begun: it holds nothing."""
 
 
+WRITE_AGAIN = "write it again: generate-offline-data"
 PLACE = ("shard", "start", "offset")
 
 
@@ -90,6 +91,16 @@ class Shard:
     num_damaged: int = 0
     """Stretches between good records that are none."""
     is_index_whole: bool = True
+
+    @property
+    def problems(self) -> list[str]:
+        """Says, naming the file, which samples are gone and what to do."""
+        found = []
+        if self.num_lost:
+            found.append(f"{self.path} was cut: {self.num_lost} of its samples are lost; {WRITE_AGAIN}")
+        if self.num_damaged:
+            found.append(f"{self.path} is damaged in {self.num_damaged} places between its samples; {WRITE_AGAIN}")
+        return found
 
     @property
     def end(self) -> int:
@@ -149,6 +160,9 @@ def read_shard(path: Path) -> Shard:
     """Finds the samples of a shard. Raises `CorruptHiddenStatesError` when its head is damaged."""
     size = path.stat().st_size
     listed, is_whole = read_index(index_path(path), path.name)
+    inside = [entry for entry in listed if entry.offset + entry.num_bytes <= size]
+    if inside and not all(is_in_place(path, entry) for entry in (inside[0], inside[-1])):
+        listed, is_whole = [], False  # of an earlier shard of this name: the records are looked for
     facts = read_facts(path)
     shard = Shard(path, facts, is_index_whole=is_whole)
     if facts is None:
@@ -166,6 +180,14 @@ def read_shard(path: Path) -> Shard:
     shard.num_unfinished = max(0, size - end)
     shard.is_index_whole &= len(listed) == len(shard.entries) and not shard.num_lost
     return shard
+
+
+def is_in_place(path: Path, entry: Entry) -> bool:
+    """Says whether the record that an index lists begins where it says."""
+    with path.open("rb") as file:
+        file.seek(entry.start)
+        found = parse_head(file.read(entry.offset - entry.start), RECORD_MAGIC)
+    return found is not None and entry_of(found[0], entry.shard) == entry
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:
@@ -243,6 +265,9 @@ class Mappings:
         self.checked: set[tuple[str, int]] = set()
         self.lock = threading.Lock()
 
+    def is_checked(self, entry: Entry) -> bool:
+        return (entry.shard, entry.offset) in self.checked
+
     def content(self, entry: Entry, *, always_check: bool = False) -> Tensor:
         """Returns the contents of a sample, uint8; compares their checksum when first read.
 
@@ -255,15 +280,16 @@ class Mappings:
             if shard is None or len(shard) < end:
                 size = path.stat().st_size if path.exists() else 0
                 if size < end:
-                    raise CorruptHiddenStatesError(f"{path} ends before the sample of row {entry.row}: it was cut")
+                    raise CorruptHiddenStatesError(
+                        f"{path} ends before the sample of row {entry.row}: it was cut; {WRITE_AGAIN}"
+                    )
                 shard = self.mapped[entry.shard] = torch.from_file(str(path), size=size, dtype=torch.uint8)
         content = shard[entry.offset : end]
-        place = (entry.shard, entry.offset)
-        if always_check or place not in self.checked:
+        if always_check or not self.is_checked(entry):
             if zlib.crc32(content.numpy().data) != entry.crc32:
                 raise CorruptHiddenStatesError(
                     f"{path} is damaged: the sample of row {entry.row} at byte {entry.offset} does not match its "
-                    "checksum; `generate-offline-data --validate-outputs` writes it again"
+                    f"checksum; {WRITE_AGAIN} --validate-outputs"
                 )
-            self.checked.add(place)
+            self.checked.add((entry.shard, entry.offset))
         return content
