@@ -24,7 +24,7 @@ from speculators.data_generation import (
     get_existing_hidden_state_indices,
     get_indices_to_process,
 )
-from speculators.data_generation.sources.local import batches_by_length
+from speculators.data_generation.sources.local import Batching, batches_by_length
 from speculators.interfaces import CaptureSpec, VerifierStates
 
 CAPTURE = CaptureSpec((1, 3), last_hidden=True)
@@ -87,10 +87,28 @@ def test_states_are_the_same_under_a_callers_autocast(verifier, rows):
 
 def test_a_batch_never_exceeds_its_tokens_and_no_sequence_is_lost():
     lengths = [5, 9, 2, 5, 30, 1]
-    batches = batches_by_length(lengths, 12)
+    batches = batches_by_length(lengths, Batching(max_tokens=12, max_padding=100))
     assert sorted(index for batch in batches for index in batch) == list(range(6))
     assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 12 for batch in batches)
     assert batches[0] == [4]
+
+
+def test_rows_share_a_forward_where_their_padding_costs_less_than_another_one():
+    lengths = [100, 98, 97, 60, 59, 10]
+    of_like_length = batches_by_length(lengths, Batching(max_tokens=1000, max_padding=5))
+    assert of_like_length == [[0, 1, 2], [3, 4], [5]]
+    assert batches_by_length(lengths, Batching(max_tokens=1000, max_padding=6)) == [[0, 1, 2], [3, 4], [5]]
+    assert batches_by_length(lengths, Batching(max_tokens=200, max_padding=6)) == [[0, 1], [2], [3, 4], [5]]
+
+
+def test_a_cpu_runs_rows_of_unlike_length_one_by_one_and_short_ones_together(verifier):
+    shapes = []
+    hook = verifier.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    LocalSource(verifier, CAPTURE).read([torch.arange(n) % 50 for n in (300, 82, 200, 190, 6, 5)])
+    hook.remove()
+    assert shapes == [(1, 300), (2, 200), (1, 82), (2, 6)]
 
 
 def test_broken_verifiers_and_empty_sequences_are_refused(rows):

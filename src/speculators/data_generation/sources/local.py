@@ -5,8 +5,9 @@ CachedSource              computes each row once, by any source, and reads it fr
 MemoryCachedSource        keeps rows in memory, so that later epochs of a small dataset cost no verifier forwards
 StoredOrComputedSource    reads the rows that are stored, computes the others, writes nothing
 
-Sequences of similar length share a right-padded batch. No attention mask is needed: attention is causal, so padding
-after a token cannot change its state, and kernels for plain causal attention are the fastest.
+Sequences of similar length share a right-padded batch where that pays, which the device decides. No attention mask is
+needed: attention is causal, so padding after a token cannot change its state, and kernels for plain causal attention
+are the fastest.
 
 Shapes: B sequences of a batch, T tokens, A aux layers, H hidden size.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,9 +36,10 @@ logger = logging.getLogger(__name__)
 class LocalSource:
     """A `HiddenStateSource` over a loaded verifier."""
 
-    def __init__(self, verifier_model: nn.Module, capture: CaptureSpec, *, max_batch_tokens: int = 8192) -> None:
-        """Runs at most `max_batch_tokens` positions (padding included) per forward; a longer sequence runs alone."""
-        if max_batch_tokens < 1:
+    def __init__(self, verifier_model: nn.Module, capture: CaptureSpec, *, max_batch_tokens: int | None = None) -> None:
+        """Runs at most `max_batch_tokens` positions (padding included) per forward; a longer sequence runs alone. None:
+        what is fastest on the verifier's device."""
+        if max_batch_tokens is not None and max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens={max_batch_tokens}; a forward needs at least 1 token")
         self.capture = capture
         self.model = verifier_model
@@ -50,7 +53,8 @@ class LocalSource:
         if any(len(ids) == 0 for ids in token_ids):
             raise ValueError("a sequence without tokens has no states; leave it out")
         found: list[VerifierStates | None] = [None] * len(token_ids)
-        for batch in batches_by_length([len(ids) for ids in token_ids], self.max_batch_tokens):
+        batching = batching_of(next(self.model.parameters()).device, self.max_batch_tokens)
+        for batch in batches_by_length([len(ids) for ids in token_ids], batching):
             for index, states in zip(batch, self.forward([token_ids[i] for i in batch]), strict=True):
                 found[index] = states
         return [states for states in found if states is not None]
@@ -77,14 +81,40 @@ class LocalSource:
         return states
 
 
-def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
-    """Groups indices, longest first, so that count x longest stays within the limit."""
+@dataclass(frozen=True)
+class Batching:
+    """What a device computes together. Unit: positions, padding included."""
+
+    max_tokens: int
+    """Most positions of a forward that has more than one row."""
+    max_padding: int
+    """Most positions that a forward wastes on padding: about what the next forward costs besides its own positions."""
+
+
+CPU_BATCHING = Batching(max_tokens=512, max_padding=32)
+"""A product of 128 rows fills the cores, one of 1,024 leaves their caches (measured by benchmarks/extract.py)."""
+GPU_BATCHING = Batching(max_tokens=8192, max_padding=512)
+"""Estimated, not measured: starting a forward of an 8B verifier takes as long as computing some 500 positions."""
+
+
+def batching_of(device: torch.device, max_tokens: int | None = None) -> Batching:
+    batching = CPU_BATCHING if device.type == "cpu" else GPU_BATCHING
+    return batching if max_tokens is None else replace(batching, max_tokens=max_tokens)
+
+
+def batches_by_length(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
+    """Groups indices, longest first, so that count x longest and the padding of each group stay within the limits."""
     batches: list[list[int]] = []
+    padding = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_batch_tokens:
+        longest = lengths[batches[-1][0]] if batches else 0
+        padding += longest - lengths[index]
+        fits = batches and longest * (len(batches[-1]) + 1) <= batching.max_tokens
+        if fits and padding <= batching.max_padding:
             batches[-1].append(index)
         else:
             batches.append([index])
+            padding = 0
     return batches
 
 
@@ -107,8 +137,8 @@ def compute_in_order(
 ) -> Iterator[tuple[int, VerifierStates]]:
     """Yields each row of `todo`, in order, with its states; `batch_tokens=None` chooses by device.
 
-    On a CPU a row at a time, which is faster there (nothing is padded, each matrix product fills the cores), and a
-    row's states then depend on nothing else; on a GPU batches of similar length.
+    On a CPU a row at a time, so that a row's states depend on nothing else: a hundred tokens fill the cores. On a GPU
+    batches of similar length.
     """
     if batch_tokens is None:
         batch_tokens = 1 if next(model.parameters()).device.type == "cpu" else GPU_BATCH_TOKENS
