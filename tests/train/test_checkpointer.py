@@ -32,6 +32,7 @@ def test_when_checkpoints_are_due():
     assert mid_epoch_saves(0.25, 8) == {2, 4, 6}
     assert mid_epoch_saves(0.5, 5) == {2}
     assert mid_epoch_saves(1.0, 8) == set()
+    assert mid_epoch_saves(0.25, 8, rows_a_step=3) == {3, 6}  # a step ends after its rows
     assert [epoch for epoch in range(7) if is_saved_epoch(3, epoch)] == [0, 3, 6]
     assert [epoch for epoch in range(3) if is_saved_epoch(0.5, epoch)] == [0, 1, 2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -15,7 +16,8 @@ from training_toys import FIXTURES
 from speculators.train.__main__ import main
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(FIXTURES), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SEARCHED = os.pathsep.join([str(FIXTURES), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": SEARCHED, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def flags(verifier_path, data_path, save_path, *more: str) -> list[str]:
@@ -60,11 +62,46 @@ def test_wrong_flags_and_wrong_input_end_with_one_line_and_a_code(capsys):
     assert capsys.readouterr().err.startswith("error: no verifier at '/no/such/model': it does not exist")
 
 
-def test_two_ranks_see_different_rows_and_end_with_the_same_weights(tmp_path, verifier_path, data_path):
+def curve(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+def test_two_ranks_learn_what_one_learns_from_two_rows_a_step(tmp_path, verifier_path, data_path):
+    """The rows of a step count by their supervised tokens, whoever computes them."""
+    code = (
+        "import sys, torch\n"
+        "from speculators.train.__main__ import main\n"
+        "torch.set_num_threads(1)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    common = ["--max-steps", "8", "--scheduler-type", "none", "--no-parity-gate", "--no-contract-check"]
+    common += ["--optimizer", "adamw", "--log-freq", "1", "--total-seq-len", "64", "--hidden-states-dtype", "float32"]
+    common += ["--verifier", str(verifier_path), "--data", str(data_path), "--epochs", "2", "--draft-arch", "llama"]
+
+    def start(name: str, *more: str, **environment: str) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-c", code, "--output", str(tmp_path / name), *common, *more]
+        return subprocess.Popen(argv, env={**ENVIRONMENT, **environment}, stdout=subprocess.DEVNULL)
+
+    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [start("two", **both, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    processes.append(start("one", "--gradient-accumulation-steps", "2"))
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    two, one = curve(tmp_path / "two"), curve(tmp_path / "one")
+    assert len(two) == len(one) == 8
+    assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 1e-5
+    weights = [load_file(tmp_path / name / "checkpoint_best" / "master_weights.fp32") for name in ("two", "one")]
+    assert all((weights[0][name] - tensor).abs().max() < 1e-5 for name, tensor in weights[1].items())
+
+
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    distributed = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return str(free.getsockname()[1])
+
+
+def test_two_ranks_see_different_rows_and_end_with_the_same_weights(tmp_path, verifier_path, data_path):
+    distributed = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     code = (
         "import sys, torch\n"
         "from speculators.train import run\n"

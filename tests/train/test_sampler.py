@@ -74,3 +74,19 @@ def test_ranks_get_about_equally_many_documents_and_the_same_steps():
     alone = MultipackDistributedBatchSamplerV2(2048, lengths, 1, 0, seed=1).rows()
     for step, of_ranks in enumerate(zip(*ranks, strict=True)):
         assert sorted(of_ranks) == sorted(alone[8 * step : 8 * step + 8])
+
+
+def test_every_validation_row_counts_once_on_any_number_of_ranks():
+    """A validation set of fewer rows than ranks used to measure nothing: its loss was NaN."""
+    lengths = [10] * 7
+    for num_ranks in (1, 2, 3, 5, 9):
+        seen = []
+        ranks = [
+            MultipackDistributedBatchSamplerV2(10, lengths, num_replicas=num_ranks, rank=rank, drop_last=False)
+            for rank in range(num_ranks)
+        ]
+        assert len({len(sampler) for sampler in ranks}) == 1
+        for sampler in ranks:
+            rows = sampler.rows()
+            seen += [index for row in rows[: len(rows) - sampler.num_repeated] for index in row]
+        assert sorted(seen) == list(range(7))

@@ -68,15 +68,17 @@ class MetricSums:
         self.sums: dict[str, Tensor] = {}
         self.num_forwards = 0
 
-    def add(self, metrics: Mapping[str, Any]) -> None:
-        self.num_forwards += 1
+    def add(self, metrics: Mapping[str, Any], *, counts: bool = True) -> None:
+        """`counts=False`: only their names are taken, for a rank whose row is another's too."""
+        self.num_forwards += counts
         for key, value in metrics.items():
             value = torch.as_tensor(value).detach().double()
+            value = value if counts else torch.zeros_like(value)
             self.sums[key] = self.sums[key] + value if key in self.sums else value
 
     def values(self, all_reduce: Any = None) -> dict[str, float]:
         """Means so far, over all ranks when `all_reduce` (in place, on a float64 tensor) is given."""
-        if not self.num_forwards:
+        if not self.sums:
             return {}
         keys = list(self.sums)
         packed = torch.stack(

@@ -268,12 +268,13 @@ def damaged(path: Path, error: Exception) -> DamagedCheckpointError:
     )
 
 
-def mid_epoch_saves(checkpoint_freq: float, num_steps: int) -> set[int]:
-    """Returns the steps inside an epoch after which to save, without its end: freq 0.25 of 8 steps -> {2, 4, 6}."""
+def mid_epoch_saves(checkpoint_freq: float, num_rows: int, rows_a_step: int = 1) -> set[int]:
+    """Returns the rows inside an epoch after which to save, without its end: freq 0.25 of 8 rows -> {2, 4, 6}."""
     if checkpoint_freq >= 1:
         return set()
     count = round(1 / checkpoint_freq)
-    return {num_steps * part // count for part in range(1, count)} - {0, num_steps}
+    wanted = (num_rows * part // count for part in range(1, count))
+    return {min(num_rows, -(-row // rows_a_step) * rows_a_step) for row in wanted} - {0, num_rows}
 
 
 def is_saved_epoch(checkpoint_freq: float, epoch: int) -> bool:

@@ -81,7 +81,6 @@ class CollateFn:
 
 
 __all__ = ["ArrowDataset", "Batch", "BatchLoader", "CollateFn", "ListLoader", "PackedLoader", "Sample", "as_loader"]
-__all__ += ["num_steps_of"]
 
 Batch = dict[str, Any]
 
@@ -209,6 +208,10 @@ def check_token_ids(dataset: ArrowDataset, datapath: str | Path, vocab_size: int
 class BatchLoader(Protocol):
     """The batches that a trainer reads."""
 
+    @property
+    def num_repeated(self) -> int:
+        """Batches at the end that are another rank's too."""
+
     def __len__(self) -> int:
         """Number of batches of the current epoch."""
         ...
@@ -239,6 +242,10 @@ class PackedLoader:
     def __len__(self) -> int:
         return len(self.sampler)
 
+    @property
+    def num_repeated(self) -> int:
+        return self.sampler.num_repeated
+
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
 
@@ -267,6 +274,8 @@ class PackedLoader:
 class ListLoader:
     """Serves a list of batches, the same every epoch."""
 
+    num_repeated = 0
+
     def __init__(self, ready: Sequence[Batch]):
         self.ready = ready
 
@@ -282,13 +291,3 @@ class ListLoader:
 
 def as_loader(loader: BatchLoader | Sequence[Batch]) -> BatchLoader:
     return ListLoader(loader) if isinstance(loader, Sequence) else loader
-
-
-def num_steps_of(loader: BatchLoader, num_epochs: int) -> int:
-    """Counts the steps of all epochs; rows are packed anew each epoch, so their number varies a little."""
-    total = 0
-    for epoch in range(num_epochs):
-        loader.set_epoch(epoch)
-        total += len(loader)
-    loader.set_epoch(0)
-    return total

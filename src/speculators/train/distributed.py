@@ -64,16 +64,17 @@ class Ranks:
             with hearing_others():
                 dist.all_reduce(values)
 
-    def average_gradients(self, params: Iterable[torch.nn.Parameter]) -> None:
-        """Averages the gradients over all ranks, in place, with one collective call."""
-        if self.world_size == 1:
-            return
+    def average_gradients(self, params: Iterable[torch.nn.Parameter], weight: float) -> None:
+        """Divides gradients by the weight of all ranks' rows, in place, with one collective call.
+
+        `weight`: of this rank's rows, whose gradients are summed with it: so several ranks, or several rows a step on
+        one, learn the same from the same rows.
+        """
         grads = [param.grad for param in params if param.grad is not None]
-        packed = torch.cat([grad.flatten() for grad in grads])
-        with hearing_others():
-            dist.all_reduce(packed)
-        packed /= self.world_size
-        for grad, mean in zip(grads, packed.split([grad.numel() for grad in grads]), strict=True):
+        packed = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor([weight])])
+        self.add_up(packed)
+        packed /= packed[-1].clamp(min=1.0)
+        for grad, mean in zip(grads, packed[:-1].split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
 
     def any(self, flag: bool) -> bool:

@@ -21,7 +21,8 @@ class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
     """Yields lists of dataset indices, one list per packed row.
 
     `batch_max_length`: longest row, in tokens. `lengths`: tokens of each document. `max_batches`: most rows per epoch
-    and rank. Raises `ValueError` for a wrong rank, and for documents that are too long unless they may be clipped.
+    and rank. `drop_last=False`: ranks that are left without a row at the end repeat the first one. Raises `ValueError`
+    for a wrong rank, and for documents that are too long unless they may be clipped.
     """
 
     def __init__(
@@ -33,13 +34,16 @@ class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
         truncate_long_samples: bool = True,
         seed: int = 0,
         max_batches: int | None = None,
+        drop_last: bool = True,
     ):
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank={rank} but there are {num_replicas} replicas; ranks are 0..{num_replicas - 1}")
         self.batch_max_length = batch_max_length
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.num_replicas, self.rank = num_replicas, rank
-        self.seed, self.max_batches = seed, max_batches
+        self.seed, self.max_batches, self.drop_last = seed, max_batches, drop_last
+        self.num_repeated = 0
+        """Rows of this rank, at the end of the epoch, that are another's too."""
         self.epoch = 0
         num_long = int((self.lengths > batch_max_length).sum())
         if num_long and truncate_long_samples:
@@ -64,10 +68,18 @@ class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
         if self._rows is None or self._rows[0] != self.epoch:
             order = np.random.default_rng(self.seed + self.epoch).permutation(len(self.lengths))
             rows = pack(order.tolist(), self.lengths.tolist(), self.batch_max_length)
+            num_missing = 0 if self.drop_last else -len(rows) % self.num_replicas
+            rows += rows[:1] * num_missing
             num_each = len(rows) // self.num_replicas
             if self.max_batches is not None:
                 num_each = min(num_each, self.max_batches)
-            self._rows = (self.epoch, balanced(rows[: num_each * self.num_replicas], self.num_replicas)[self.rank])
+            rows = rows[: num_each * self.num_replicas]
+            if self.drop_last:
+                mine = balanced(rows, self.num_replicas)[self.rank]
+            else:
+                mine = rows[self.rank :: self.num_replicas]
+                self.num_repeated = int(self.rank >= self.num_replicas - num_missing)
+            self._rows = (self.epoch, mine)
         return self._rows[1]
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -103,6 +103,7 @@ class TrainerKeys(Keys):
     )
     rank_timeout: float = Field(600.0, gt=0.0, description="Seconds without an answer of another rank that end a run.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Packed rows of each rank in an optimizer step.")
     log_freq: int = Field(1, ge=1, description="Steps between reports.")
     eval_prompts: int = Field(
         0, ge=0, description="Held-out prompts decoded in each validation: the acceptance length that serving has."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +17,11 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from speculators.train.data import BatchLoader
 from speculators.train.records import TrainerConfig
 
 NOT_FOR_MUON = ("embed_tokens", "lm_head", "codebook", "markov_w1", "markov_w2")
+MAX_GRAD_NORM = 1.0
 
 
 class Optimizers:
@@ -34,6 +36,12 @@ class Optimizers:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * lr_scale
             optimizer.step()
+
+    def clipped_step(self, params: Sequence[nn.Parameter], lr_scale: float) -> None:
+        """Steps with gradients whose norm is at most `MAX_GRAD_NORM`, and forgets them."""
+        nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+        self.step(lr_scale)
+        self.zero_grad()
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -134,3 +142,13 @@ def make_schedule(
     if warmup_steps is None:
         warmup_steps = int(num_steps * warmup_ratio) if warmup_ratio is not None else num_steps // 100
     return Schedule(kind, warmup_steps, num_steps, num_cosine_cycles)
+
+
+def num_steps_of(loader: BatchLoader, num_epochs: int, rows_a_step: int = 1) -> int:
+    """Counts the steps of all epochs; rows are packed anew each epoch, so their number varies a little."""
+    total = 0
+    for epoch in range(num_epochs):
+        loader.set_epoch(epoch)
+        total += -(-len(loader) // rows_a_step)
+    loader.set_epoch(0)
+    return total

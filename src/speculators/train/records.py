@@ -60,6 +60,8 @@ class TrainerConfig:
     allow_changed_settings: bool = default_of(TrainerKeys, "allow_changed_settings")
     log_freq: int = default_of(TrainerKeys, "log_freq")
     gradient_checkpointing: bool = default_of(TrainerKeys, "gradient_checkpointing")
+    gradient_accumulation_steps: int = default_of(TrainerKeys, "gradient_accumulation_steps")
+    """Packed rows of each rank in one optimizer step; each counts by its supervised tokens."""
     max_steps: int | None = None
     """Most optimizer steps, at least 1; None: as many as the epochs have."""
     train_command: str = ""

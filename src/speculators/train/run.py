@@ -223,7 +223,12 @@ def make_loader(
 ) -> PackedLoader:
     data, capture = config.data, model.capture
     sampler = MultipackDistributedBatchSamplerV2(
-        data.total_seq_len, dataset.lengths, num_replicas=ranks.world_size, rank=ranks.rank, seed=config.seed
+        data.total_seq_len,
+        dataset.lengths,
+        num_replicas=ranks.world_size,
+        rank=ranks.rank,
+        seed=config.seed,
+        drop_last=dataset.split == "train",  # every validation row counts, once
     )
     collate = CollateFn(data.total_seq_len, hidden_size, len(capture.aux_layer_ids), dataset.dtype, model.align)
     return PackedLoader(dataset.read, sampler, collate, num_threads=num_threads, num_ahead=data.prefetch_factor)

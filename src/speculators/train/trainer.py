@@ -16,26 +16,17 @@ import torch
 from speculators.data_generation import InvalidResponseError, ServerUnavailableError
 from speculators.losses.metrics import MetricSums, RecentSteps, expected_acceptance_length
 from speculators.model import SpeculatorModel
-from speculators.train.checkpointer import (
-    INTERRUPTED,
-    Checkpointer,
-    DamagedCheckpointError,
-    Position,
-    is_saved_epoch,
-    mid_epoch_saves,
-    read_position,
-)
-from speculators.train.data import Batch, BatchLoader, as_loader, num_steps_of
+from speculators.train.checkpoint_files import DamagedCheckpointError, Position, read_position
+from speculators.train.checkpointer import INTERRUPTED, Checkpointer, is_saved_epoch, mid_epoch_saves
+from speculators.train.data import Batch, BatchLoader, as_loader
 from speculators.train.distributed import Ranks, pick_device
 from speculators.train.events import Listener, Note, Saved, Started, StepDone, Stopped, Validated, ignore
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
-from speculators.train.optimizers import make_optimizers, make_schedule
+from speculators.train.optimizers import make_optimizers, make_schedule, num_steps_of
 from speculators.train.records import FINISHED, TrainerConfig, TrainResult, refuse_lost
 from speculators.train.validation import PromptDecoder
 
 __all__ = ["TrainResult", "Trainer", "TrainerConfig"]
-
-MAX_GRAD_NORM = 1.0
 
 
 class Trainer:
@@ -65,7 +56,7 @@ class Trainer:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.optimizers = make_optimizers(model, config)
-        num_run_steps = num_steps_of(self.train_loader, config.num_epochs)
+        num_run_steps = num_steps_of(self.train_loader, config.num_epochs, config.gradient_accumulation_steps)
         self.num_steps = min(num_run_steps, config.max_steps or num_run_steps)
         self.schedule = make_schedule(
             config.scheduler_type,
@@ -80,6 +71,8 @@ class Trainer:
         )
         self.position = Position()
         self.num_documents, self.num_tokens, self.decoder = num_documents, num_tokens, decoder
+        self.weighs_rows = self.ranks.world_size * config.gradient_accumulation_steps > 1
+        self.step_weight = 0.0
         self.recent = RecentSteps()
         self.last_metrics = self.train_metrics = dict[str, float]()
         self.last_saved: tuple[Path, int] | None = None
@@ -166,19 +159,23 @@ class Trainer:
         """The rest of the current epoch, or as much of it as `max_steps` leaves."""
         epoch, first = self.position.epoch, self.position.local_step
         self.train_loader.set_epoch(epoch)
-        save_steps = mid_epoch_saves(self.config.checkpoint_freq, len(self.train_loader))
+        num_rows, rows_a_step = len(self.train_loader), self.config.gradient_accumulation_steps
+        save_steps = mid_epoch_saves(self.config.checkpoint_freq, num_rows, rows_a_step)
         for local_step, batch in enumerate(self.train_loader.batches(first), start=first + 1):
-            lr = self.step(batch)
+            self.backward(batch)
+            if local_step % rows_a_step and local_step < num_rows:
+                continue
+            lr = self.step()
             self.position = Position(epoch, local_step, self.position.global_step + 1)
             self.report(lr)
             # At the end of an epoch its validation and checkpoint come first; the next step stops.
-            if self.ranks.any(shutdown.requested is not None) and local_step < len(self.train_loader):
+            if self.ranks.any(shutdown.requested is not None) and local_step < num_rows:
                 self.stop(shutdown.requested or "a signal on another rank")
             if self.is_finished():
                 break
             if local_step in save_steps:
                 self.validate_and_save()
-        ended = self.position.local_step >= len(self.train_loader)
+        ended = self.position.local_step >= num_rows
         if ended:
             self.position = Position(epoch, 0, self.position.global_step)
         is_last = self.is_finished() or epoch + 1 == self.config.num_epochs
@@ -187,17 +184,22 @@ class Trainer:
         if ended:
             self.position = Position(epoch + 1, 0, self.position.global_step)
 
-    def step(self, batch: Batch) -> float:
-        """One optimizer step; returns the scale of the learning rate it used."""
+    def backward(self, batch: Batch) -> None:
+        """Adds the gradients of one row, which counts by its supervised tokens where a step has several."""
         self.model.train()
         loss, metrics = self.forward(batch, self.config.train_call_kwargs)
-        loss.backward()
-        self.ranks.average_gradients(self.params)
-        torch.nn.utils.clip_grad_norm_(self.params, MAX_GRAD_NORM)
-        scale = self.schedule.scale(self.position.global_step)
-        self.optimizers.step(scale)
-        self.optimizers.zero_grad()
+        weight = float(batch["loss_mask"].sum()) if self.weighs_rows else 1.0
+        (loss * weight if self.weighs_rows else loss).backward()
+        self.step_weight += weight
         self.recent.add(metrics, num_tokens=int((batch["document_ids"] >= 0).sum()))
+
+    def step(self) -> float:
+        """One optimizer step; returns the scale of the learning rate it used."""
+        if self.weighs_rows:
+            self.ranks.average_gradients(self.params, self.step_weight)
+        self.step_weight = 0.0
+        scale = self.schedule.scale(self.position.global_step)
+        self.optimizers.clipped_step(self.params, scale)
         return scale
 
     def forward(self, batch: Batch, call_kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -233,9 +235,9 @@ class Trainer:
         if self.val_loader is None:
             return None
         self.model.eval()
-        sums = MetricSums()
-        for batch in self.val_loader.batches():
-            sums.add(self.forward(batch, self.config.val_call_kwargs)[1])
+        sums, num_counted = MetricSums(), len(self.val_loader) - self.val_loader.num_repeated
+        for number, batch in enumerate(self.val_loader.batches()):
+            sums.add(self.forward(batch, self.config.val_call_kwargs)[1], counts=number < num_counted)
         metrics, at = sums.values(self.ranks.add_up), self.position
         if self.decoder is not None:
             metrics |= self.decoder.measure(self.model, self.ranks)
@@ -259,14 +261,9 @@ class Trainer:
         path = self.checkpointer.root / (name or str(self.position.epoch))
         states = self.ranks.random_states()
         if self.ranks.is_main:
+            at, num_rows = self.position, len(self.train_loader)
             self.checkpointer.save(
-                path,
-                self.model,
-                self.optimizers,
-                self.position,
-                val_metrics,
-                random_states=states,
-                num_rows=len(self.train_loader),
+                path, self.model, self.optimizers, at, val_metrics, random_states=states, num_rows=num_rows
             )
             self.checkpointer.mark_best()
         self.last_saved = (path, self.position.global_step)
