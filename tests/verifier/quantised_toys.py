@@ -194,7 +194,28 @@ def fp4_directory() -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, compressed({**scheme, "dynamic": False}, "nvfp4-pack-quantized")
 
 
-WRITERS = {"FP8": fp8_directory, "INT4": int4_directory, "NVFP4": fp4_directory}
+def quantised_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 values and a scale per block of 128 by 128."""
+    rows, columns = (torch.arange(size) // 128 for size in weight.shape)
+    scale = torch.zeros(int(rows[-1]) + 1, int(columns[-1]) + 1)
+    for i in range(len(scale)):
+        for j in range(scale.shape[1]):
+            scale[i, j] = weight[rows == i][:, columns == j].abs().max() / torch.finfo(FP8).max
+    return (weight / scale[rows][:, columns]).to(FP8), scale
+
+
+def blocks_directory() -> tuple[dict[str, torch.Tensor], dict]:
+    """As DeepSeek publishes FP8, and transformers writes it."""
+    tensors = {}
+    for name, weight in plain_tensors().items():
+        tensors[name] = weight
+        if is_quantised(name):
+            tensors[name], tensors[name + "_scale_inv"] = quantised_blocks(weight)
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    return tensors, {"quantization_config": {**settings, "modules_to_not_convert": ["lm_head"]}}
+
+
+WRITERS = {"FP8 blocks": blocks_directory, "FP8": fp8_directory, "INT4": int4_directory, "NVFP4": fp4_directory}
 
 
 def dequantised(weight: torch.Tensor, kind: str) -> torch.Tensor:
@@ -202,6 +223,9 @@ def dequantised(weight: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "FP8":
         stored, scale = quantised_fp8(weight)
         return stored.float() * scale
+    if kind == "FP8 blocks":
+        stored, scale = quantised_blocks(weight)
+        return stored.float() * scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)
     if kind == "INT4":
         values, scale = quantised_int4(weight)
         return values * scale.repeat_interleave(GROUP, 1)

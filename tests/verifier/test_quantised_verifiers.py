@@ -37,7 +37,7 @@ def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def gguf_q8(tmp_path_factory):
     needs("gguf")
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf")
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf", tokenizer=False)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_states_of_a_gguf_verifier_are_the_plain_ones_within_quantisation_noise(
 
 @pytest.mark.parametrize("kind", list(WRITERS))
 def test_weights_of_a_compressed_verifier_are_those_of_its_formula(kind, tmp_path):
-    needs("compressed_tensors")
+    needs("accelerate" if kind == "FP8 blocks" else "compressed_tensors")
     tensors, values = WRITERS[kind]()
     model = load_verifier(write_directory(tmp_path / "quantised", tensors, **values), dtype=torch.float32)
     twin = load_verifier(write_dequantised(tmp_path / "plain", kind), dtype=torch.float32)
@@ -64,10 +64,14 @@ def test_weights_of_a_compressed_verifier_are_those_of_its_formula(kind, tmp_pat
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in twin.named_parameters()]
 
 
-def test_gguf_tokenizer_config_and_rows_are_the_verifiers(gguf_q8):
-    ours, plain = load_tokenizer(str(gguf_q8)), load_tokenizer(str(tiny_verifier_path()))
+def test_tokenizer_of_a_gguf_file_is_the_verifiers(tmp_path):
+    needs("gguf")
+    ours, plain = load_tokenizer(str(write_gguf(tmp_path / "tiny.gguf"))), load_tokenizer(str(tiny_verifier_path()))
     assert ours(PROMPTS)["input_ids"] == plain(PROMPTS)["input_ids"]
     assert ours.chat_template == plain.chat_template
+
+
+def test_weights_and_rows_of_a_gguf_file_are_those_of_the_loaded_model(gguf_q8):
     model, name = load_verifier(gguf_q8, dtype=torch.float32), "model.layers.3.mlp.down_proj.weight"
     found = load_model_layers(["embed_tokens.weight", name], gguf_q8)
     assert torch.equal(found["embed_tokens.weight"], model.get_input_embeddings().weight)
@@ -86,13 +90,10 @@ def test_norms_that_llama_cpp_stores_as_gains_are_read_as_transformers_stores_th
 
 
 @pytest.mark.parametrize("kind", ["gguf", "float8 weights, float8 activations"])
-def test_drafts_change_no_token_of_a_quantised_verifier(kind, tmp_path):
+def test_drafts_change_no_token_of_a_quantised_verifier(kind, request, tmp_path):
     needs("gguf" if kind == "gguf" else "compressed_tensors")
-    name = (
-        write_gguf(tmp_path / "t.gguf", tokenizer=False)
-        if kind == "gguf"
-        else write_fp8(tmp_path / "fp8", activations=True)
-    )
+    is_gguf = kind == "gguf"
+    name = request.getfixturevalue("gguf_q8") if is_gguf else write_fp8(tmp_path / "fp8", activations=True)
     model = load_verifier(name, dtype=torch.float32)
     greedy = SamplingParams(max_tokens=24)
     config = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
@@ -112,6 +113,13 @@ def test_fp8_heads_are_read_with_their_scale(tmp_path):
     expected = torch.tensor([[2.0, -4.0], [0.25, 2.0], [3.0, 1.0]])
     assert torch.equal(load_model_layers(["lm_head.weight"], folder)["lm_head.weight"], expected)
     assert torch.equal(load_rows("lm_head.weight", folder, [1]).rows, expected[1:2])
+
+
+def test_packed_heads_are_refused_with_the_way_out(tmp_path):
+    packed = {"lm_head.weight_packed": torch.zeros(4096, 32, dtype=torch.int32), **plain_tensors()}
+    folder = write_directory(tmp_path / "packed", packed, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"head of verifier .* is packed, .* `ignore`"):
+        read_verifier_weights(str(folder), vocab_size=4096, hidden_size=256)
 
 
 def test_scales_of_blocks_and_of_a_whole_tensor():

@@ -33,8 +33,8 @@ from speculators.checkpoint.tensors import VALUES_AT_ONCE, bytes_of, stored_tens
 from speculators.config import SpeculatorModelConfig, installed_version
 from speculators.nn.rope import rope_numbers
 from speculators.utils.files import atomic_write, read_json_object
-from speculators.verifier.config import open_config, text_config
-from speculators.verifier.loading import layer_matrices, precision_of, tokenizer_facts, verifier_rows
+from speculators.verifier.config import open_config, precision_of, text_config
+from speculators.verifier.loading import layer_matrices, tokenizer_facts, verifier_rows
 
 RECORD_FILE = "training_record.json"
 RECORD_VERSION = 1

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.proposals import GreedyTokenProposalConfig
-from speculators.utils.quantized import source
+from speculators.utils.quantized import quantization_of, source
 from speculators.utils.util import reading, refuse_huge
 
 if TYPE_CHECKING:
@@ -92,6 +92,11 @@ def open_config(
             )
     with reading(f"the config of {name}"):
         return plain_config(values)
+
+
+def precision_of(name: str, config: Any) -> str | None:
+    """Names how the weights of a verifier are quantised; None for plain floating point. `config`: its whole one."""
+    return quantization_of(name, config) or quantization_of(name, text_config(config))
 
 
 def model_type_of(values: Mapping[str, Any]) -> str:

@@ -23,15 +23,7 @@ from speculators.nn.norms import LayerNorm, RMSNorm, RMSNormPlusOne
 from speculators.utils.loading import Rows, find_key, list_checkpoint_keys, load_model_layers, load_rows, spaced
 from speculators.utils.names import refuse_missing_verifier
 from speculators.utils.progress import no_progress_bars
-from speculators.utils.quantized import (
-    EXTRA,
-    method_of,
-    quantization_of,
-    refuse_missing_packages,
-    settings_of,
-    source,
-    tokenizer_source,
-)
+from speculators.utils.quantized import EXTRA, method_of, refuse_missing_packages, settings_of, source, tokenizer_source
 from speculators.verifier.config import (
     LogitTransform,
     NormKind,
@@ -200,6 +192,8 @@ def read_verifier_weights(
     refuse_missing_verifier(name)
     config, keys = open_config(name), list_checkpoint_keys(name)
     is_stored = find_key(HEAD, keys) is not None
+    if any(key.endswith("lm_head.weight_packed") for key in keys):
+        raise ValueError(f"the head of verifier '{name}' is packed, not read here: quantise with lm_head in `ignore`")
     if not is_stored and is_head_tied(config) is False:
         raise ValueError(
             f"verifier '{name}' has no tensor {HEAD} under any name known here, and its config does not tie the head "
@@ -280,11 +274,6 @@ def layer_matrices(name: str, count: int) -> list[str]:
         return []
     inside = [key for key in keys if key.endswith("proj.weight") and any(part.isdigit() for part in key.split("."))]
     return [sorted(inside)[i] for i in spaced(len(inside), count)]
-
-
-def precision_of(name: str, config: Any) -> str | None:
-    """Names how the weights of a verifier are quantised; None for plain floating point. `config`: its whole one."""
-    return quantization_of(name, config) or quantization_of(name, text_config(config))
 
 
 def tokenizer_facts(name: str) -> dict[str, Any] | None:
