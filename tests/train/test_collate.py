@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
+import pytest
 import torch
 
-from speculators.train.data import CollateFn
+from speculators.data_generation import MissingStatesError, PreparedData, ShardedStore
+from speculators.interfaces import CaptureSpec, VerifierStates
+from speculators.train.data import ArrowDataset, CollateFn
 
 
 def sample(ids: list[int], mask: list[int], width: int = 2) -> dict[str, torch.Tensor]:
@@ -73,3 +78,35 @@ def test_missing_samples_are_counted_and_a_row_of_them_is_padding():
     empty = collate(4)([None])
     assert empty["document_ids"].tolist() == [[-1] * 4]
     assert empty["hidden_states"].shape == (1, 4, 4)
+
+
+@pytest.fixture
+def partly_stored(data_path, tmp_path):
+    """States of rows 0 and 2 of the prepared data."""
+    rows = [torch.as_tensor(ids) for ids in PreparedData.open(data_path).dataset()["input_ids"]]
+    store = ShardedStore(tmp_path, CaptureSpec((1,), last_hidden=True), rows)
+    for row in (0, 2):
+        states = torch.full((len(rows[row]), 4), float(row))
+        store.write_row(row, VerifierStates(rows[row], states, states))
+    yield store
+    store.close()
+
+
+def test_a_row_without_stored_states_is_skipped_said_refused_or_left_to_the_source(data_path, partly_stored, caplog):
+    def read(on_missing):
+        return ArrowDataset(64, data_path, partly_stored, on_missing=on_missing).read([0, 1, 2])
+
+    with caplog.at_level(logging.WARNING, logger="speculators.train.data"):
+        first, missing, third = read("skip")
+        assert missing is None and not caplog.text
+        assert float(first["hidden_states"].sum()) == 0 and float(third["hidden_states"][0, 0]) == 2
+        batch = CollateFn(64, hidden_size=4, num_target_layers=1)([first, missing, third])
+        assert int(batch["error_records"]) == 1 and batch["document_ids"].max() == 1
+        assert [sample is None for sample in read("warn")] == [False, True, False]
+        assert caplog.text.count("has no states of row 1") == 1
+    with pytest.raises(RuntimeError, match="has no states of row 1"):
+        read("raise")
+    with pytest.raises(MissingStatesError, match="let a CachedSource compute what is missing"):
+        read("generate")
+    with pytest.raises(ValueError, match="on_missing='never' is none of generate, skip, warn, raise"):
+        read("never")

@@ -31,6 +31,7 @@ EXPORTS = {
     "HiddenStateStore": "sources",
     "LocalSource": "sources",
     "MemoryCachedSource": "sources",
+    "MissingStatesError": "sources",
     "ShardedStore": "sources",
     "StoredOrComputedSource": "sources",
     "VllmSource": "sources",

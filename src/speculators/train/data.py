@@ -15,11 +15,12 @@ whose first axis is S.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +29,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from speculators.data_generation import PreparedData
+from speculators.data_generation import MissingStatesError, PreparedData
 from speculators.interfaces import HiddenStateSource, VerifierStates
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 
+logger = logging.getLogger(__name__)
 Sample = dict[str, Tensor]
+OnMissing = Literal["generate", "skip", "warn", "raise"]
 
 
 class CollateFn:
@@ -85,7 +88,7 @@ __all__ = ["ArrowDataset", "Batch", "BatchLoader", "CollateFn", "ListLoader", "P
 Batch = dict[str, Any]
 
 
-class ArrowDataset(Dataset[Sample]):
+class ArrowDataset(Dataset[Sample | None]):
     """The training or validation rows of a prepared directory."""
 
     def __init__(
@@ -97,15 +100,21 @@ class ArrowDataset(Dataset[Sample]):
         train_ratio: float = 1.0,
         split: Literal["train", "val"] = "train",
         hidden_states_dtype: torch.dtype = torch.bfloat16,
+        on_missing: OnMissing = "generate",
     ):
         """Clips rows to `max_len` tokens. Without a `source`, only tokens and lengths are available.
 
-        Raises `ValueError` for a ratio outside (0, 1] and for an empty split.
+        `on_missing` says what becomes of a row whose states the source does not have: "generate" leaves it to the
+        source, "raise" raises `RuntimeError`, and the others give None in its place, quietly or with a warning.
+
+        Raises `ValueError` for a ratio outside (0, 1], an empty split and another `on_missing`.
         """
         if not 0.0 < train_ratio <= 1.0:
             raise ValueError(f"train_ratio must be in (0.0, 1.0], not {train_ratio}")
         if split == "val" and train_ratio == 1.0:
             raise ValueError("train_ratio=1.0 leaves no validation split; use e.g. 0.9")
+        if on_missing not in get_args(OnMissing):
+            raise ValueError(f"on_missing={on_missing!r} is none of {', '.join(get_args(OnMissing))}")
         rows = PreparedData.open(datapath).dataset()
         cut = int(len(rows) * train_ratio)
         first, end = (0, cut) if split == "train" else (cut, len(rows))
@@ -116,7 +125,7 @@ class ArrowDataset(Dataset[Sample]):
         self.split = split
         self.numbers = list(range(first, end))  # of the rows in the prepared dataset
         self.rows = rows.select(range(first, end))
-        self.source = source
+        self.source, self.on_missing = source, on_missing
         self.max_len = max_len
         self.dtype = hidden_states_dtype
         self.lengths: list[int] = [min(int(length), max_len) for length in self.rows["seq_len"]]
@@ -124,19 +133,32 @@ class ArrowDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample | None:
         return self.read([index])[0]
 
-    def read(self, indices: Sequence[int]) -> list[Sample]:
+    def read(self, indices: Sequence[int]) -> list[Sample | None]:
         """Reads several rows, with one request to the source for all of them."""
-        assert self.source is not None
         rows = [self.rows[index] for index in indices]
         token_ids = [torch.as_tensor(row["input_ids"])[: self.max_len] for row in rows]
-        states = self.source.read(token_ids)
         return [
-            self.sample(torch.as_tensor(row["loss_mask"])[: self.max_len], of_row)
-            for row, of_row in zip(rows, states, strict=True)
+            None if of_row is None else self.sample(torch.as_tensor(row["loss_mask"])[: self.max_len], of_row)
+            for row, of_row in zip(rows, self.states_of(token_ids), strict=True)
         ]
+
+    def states_of(self, token_ids: list[Tensor]) -> Sequence[VerifierStates | None]:
+        assert self.source is not None
+        try:
+            return self.source.read(token_ids)
+        except MissingStatesError as error:
+            if self.on_missing == "generate":
+                raise
+            if self.on_missing == "raise":
+                raise RuntimeError(f"{error}, or skip such rows (on_missing)") from error
+            if len(token_ids) > 1:  # which of them?
+                return [self.states_of([ids])[0] for ids in token_ids]
+            if self.on_missing == "warn":
+                logger.warning("a row is left out: %s", error)
+            return [None]
 
     def sample(self, loss_mask_S: torch.Tensor, states: VerifierStates) -> Sample:
         num_tokens = len(states.token_ids_T)
@@ -183,26 +205,6 @@ class ArrowDataset(Dataset[Sample]):
     def column(self, name: str) -> pa.ChunkedArray:
         """Returns all values of a list column, concatenated, with rows clipped to `max_len`."""
         return pc.list_flatten(pc.list_slice(self.rows.with_format("arrow")[:][name], 0, self.max_len))
-
-
-def check_supervised(dataset: ArrowDataset, datapath: str | Path) -> None:
-    """Raises `ValueError` when no row has a supervised token."""
-    if not pc.sum(dataset.column("loss_mask")).as_py():
-        raise ValueError(
-            f"not one of the {len(dataset)} rows in {datapath} has a supervised token within total_seq_len="
-            f"{dataset.max_len}: every loss_mask is 0 there. Look at them with `speculators inspect-mask`; a chat "
-            "template that does not match the verifier, or prompts longer than total_seq_len, is the usual reason"
-        )
-
-
-def check_token_ids(dataset: ArrowDataset, datapath: str | Path, vocab_size: int) -> None:
-    """Raises `ValueError` when a token id is outside the verifier's vocabulary."""
-    largest = pc.max(dataset.column("input_ids")).as_py()
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{datapath} has token {largest} but the verifier knows 0..{vocab_size - 1}: it was prepared with another "
-            "tokenizer; prepare it again with this verifier"
-        )
 
 
 class BatchLoader(Protocol):

@@ -24,7 +24,7 @@ from speculators.model import SpeculatorModel
 from speculators.provenance import as_json, output_lock
 from speculators.train.checkpointer import DRY_RUN
 from speculators.train.config import TrainConfig
-from speculators.train.data import ArrowDataset, CollateFn, PackedLoader, check_supervised, check_token_ids
+from speculators.train.data import ArrowDataset, CollateFn, PackedLoader
 from speculators.train.distributed import Ranks, ranks_from_environment
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.draft_shape import build_model, check_heads, load_verifier_config
@@ -43,6 +43,8 @@ from speculators.train.recipe import (
 from speculators.train.records import MemoryEstimate, TrainerConfig, TrainResult, check_disk_space, estimate_memory
 from speculators.train.sources import (
     ask_server,
+    check_supervised,
+    check_token_ids,
     computes_in_process,
     leave_out_untrained,
     make_source,

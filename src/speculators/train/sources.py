@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from speculators.data_generation import (
     CachedSource,
     LocalSource,
@@ -93,6 +95,26 @@ def rows_to_use(keys: DataKeys, store: ShardedStore | None, note: Callable[[str]
 def damage_of(store: ShardedStore | None) -> str:
     """Says which files lost samples."""
     return "".join(f". {problem}" for problem in (store.problems if store is not None else ()))
+
+
+def check_supervised(dataset: ArrowDataset, datapath: str | Path) -> None:
+    """Raises `ValueError` when no row has a supervised token."""
+    if not pc.sum(dataset.column("loss_mask")).as_py():
+        raise ValueError(
+            f"not one of the {len(dataset)} rows in {datapath} has a supervised token within total_seq_len="
+            f"{dataset.max_len}: every loss_mask is 0 there. Look at them with `speculators inspect-mask`; a chat "
+            "template that does not match the verifier, or prompts longer than total_seq_len, is the usual reason"
+        )
+
+
+def check_token_ids(dataset: ArrowDataset, datapath: str | Path, vocab_size: int) -> None:
+    """Raises `ValueError` when a token id is outside the verifier's vocabulary."""
+    largest = pc.max(dataset.column("input_ids")).as_py()
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{datapath} has token {largest} but the verifier knows 0..{vocab_size - 1}: it was prepared with another "
+            "tokenizer; prepare it again with this verifier"
+        )
 
 
 def leave_out_untrained(dataset: ArrowDataset) -> str | None:

@@ -17,7 +17,7 @@ from speculators.data_generation.sources.local import (
 from speculators.data_generation.sources.samples import origin_of
 from speculators.data_generation.sources.shard_writer import WriteOptions
 from speculators.data_generation.sources.sharded import ShardedStore
-from speculators.data_generation.sources.store import HiddenStateStore, StoragePlan
+from speculators.data_generation.sources.store import HiddenStateStore, MissingStatesError, StoragePlan
 from speculators.data_generation.sources.vllm import VllmSource
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "HiddenStateStore",
     "LocalSource",
     "MemoryCachedSource",
+    "MissingStatesError",
     "ShardedStore",
     "StoragePlan",
     "StoredOrComputedSource",

@@ -36,7 +36,7 @@ from speculators.data_generation.sources.samples import (
 )
 from speculators.data_generation.sources.shard_writer import ShardWriter, WriteOptions, finish_dead_writers
 from speculators.data_generation.sources.shards import Entry, Mappings, differences
-from speculators.data_generation.sources.store import HiddenStateStore, StoragePlan, digest
+from speculators.data_generation.sources.store import HiddenStateStore, MissingStatesError, StoragePlan, digest
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.utils.files import atomic_write
 
@@ -127,7 +127,7 @@ class ShardedStore:
         if row is None:
             raise ValueError(f"no row of the dataset has these {len(token_ids)} tokens; the store is of other data")
         if not self.has(row):
-            raise ValueError(
+            raise MissingStatesError(
                 f"{self.directory} has no states of row {row} ({len(self.present)} of {len(self.rows_by_key)} rows are "
                 "stored); let a CachedSource compute what is missing"
             )

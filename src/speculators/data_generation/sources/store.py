@@ -46,6 +46,10 @@ WRITER_TIMEOUT_S = 10.0
 """Longest wait for a file that another process is still writing (it holds `<file>.lock`)."""
 
 
+class MissingStatesError(ValueError):
+    """A row of the dataset has no stored states."""
+
+
 @dataclass(frozen=True)
 class StoragePlan:
     """What it takes to fill the store."""
@@ -127,7 +131,7 @@ class HiddenStateStore:
         if row is None:
             raise ValueError(f"no row of the dataset has these {len(token_ids)} tokens; the store is of other data")
         if not self.has(row):
-            raise ValueError(
+            raise MissingStatesError(
                 f"{hidden_state_path(self.directory, row)} does not exist ({len(self.present)} of "
                 f"{len(self.row_by_digest)} rows are stored); let a CachedSource compute what is missing"
             )
