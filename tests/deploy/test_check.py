@@ -406,6 +406,17 @@ def test_only_what_vllm_serves_as_it_is_is_called_ready_to_serve(case, verdict, 
     assert served in report.served_by
 
 
+def test_each_release_is_said_what_it_makes_of_a_checkpoint(trained, capsys):
+    path = trained("eagle3")
+    for name in ("vllm-0.32", "vllm-0.33"):
+        assert main(["check", str(path), "--engine", name, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["profile"] == name and said["serve_with"].startswith(f"vllm serve {VERIFIER} --speculative-config ")
+    newer, older, other = (check_checkpoint(path, engine=name) for name in ("vllm-0.33", "vllm-0.32", "sglang-0.5"))
+    assert f"refuses `vllm serve {path}` alone" in "".join(newer.notes) and not older.notes
+    assert other.serving is None and other.verdict.startswith("no errors; sglang-0.5 serves")
+
+
 def test_a_directory_of_no_format_is_a_finding_that_says_so(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     [found] = check_checkpoint(tmp_path).errors

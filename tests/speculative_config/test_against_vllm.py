@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import json
 import re
+from typing import get_args
 
 import pytest
 from transformers import PretrainedConfig
 
+from speculators.checkpoint.engine_profile import profile_of_version
 from speculators.decoding.config import SpeculativeConfig, hf_config_override
 
 pytestmark = pytest.mark.vllm
@@ -65,6 +67,49 @@ def test_both_infer_the_same(theirs, settings):
 def test_vllm_accepts_what_we_write(theirs, settings):
     written = json.loads(SpeculativeConfig(**settings).to_vllm_json())
     theirs(**written)
+
+
+def test_the_profile_of_this_release_is_what_its_class_says(theirs):
+    """Methods, keys and words of the installed release; `import vllm` is that of the marked environment."""
+    vllm, source = pytest.importorskip("vllm"), pytest.importorskip("vllm.config.speculative")
+    profile = profile_of_version("vllm", vllm.__version__)
+    assert profile.describes(vllm.__version__), f"{vllm.__version__} has no profile: write one"
+    assert {*profile.methods, *profile.old_method_names} == set(get_args(source.SpeculativeMethod))
+    assert {*profile.old_method_names, "mtp"} == set(get_args(source.MTPModelTypes))
+    assert get_args(source.RejectionSampleMethod) == profile.choices["rejection_sample_method"]
+    assert get_args(source.DraftSampleMethod) == profile.choices["draft_sample_method"]
+    engines = {"target_model_config", "target_parallel_config", "draft_parallel_config"}
+    assert set(profile.settings) == set(theirs.__dataclass_fields__) - engines
+    kinds = pytest.importorskip("vllm.transformers_utils.configs.speculators.algos").SUPPORTED_SPECULATORS_TYPES
+    assert set(profile.checkpoint_types) == set(kinds)
+    registry = pytest.importorskip("vllm.model_executor.models.registry").ModelRegistry
+    classes = {"medusa": "MedusaModel", "mlp_speculator": "MLPSpeculatorPreTrainedModel"}
+    for method, name in classes.items():
+        assert profile.takes_method(method) is (name in registry.get_supported_archs())
+
+
+@pytest.mark.parametrize(("method", "rope_type"), [("eagle3", "default"), ("eagle3", "yarn")])
+def test_positions_are_raised_as_the_profile_says(theirs, method, rope_type):
+    profile = profile_of_version("vllm", pytest.importorskip("vllm").__version__)
+    draft = PretrainedConfig()
+    draft.max_position_embeddings, draft.rope_parameters = 64, {"rope_type": rope_type}
+    theirs._maybe_override_draft_max_position_embeddings(draft, 128)
+    kinds = profile.lengthened_rope_types
+    assert method in profile.lengthens_drafts_of
+    assert (draft.max_position_embeddings == 128) is (kinds is None or rope_type in kinds)
+
+
+@pytest.mark.parametrize("new", [{"rejection_sample_method": "fly"}, {"disable_lookahead_block_hashes": True}])
+def test_settings_of_a_later_release_are_refused_by_this_one(theirs, new):
+    version = pytest.importorskip("vllm").__version__
+    config = SpeculativeConfig(**NGRAM, **new)
+    profile = profile_of_version("vllm", version)
+    try:
+        theirs(**NGRAM, **new)
+    except ValueError:
+        assert config.vllm_unsupported(profile.version)
+    else:
+        assert not config.vllm_unsupported(profile.version)
 
 
 REFUSED = [

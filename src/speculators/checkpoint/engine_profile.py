@@ -133,6 +133,9 @@ class EngineProfile:
         said = contract.serving(config, format_name, directory, verifier)
         known = self.drafters.get(model_type)
         if known is not None and known.format == format_name:
+            tokens = drafts_per_round(config)
+            if said is None and tokens is not None:  # a layout of which the format itself knows no method
+                said = Serving(verifier, {"model": directory, "num_speculative_tokens": tokens})
             return None if said is None else said.told(known.settings)
         if said is None or format_name == OUR_FORMAT or self.engine != VLLM:
             return None
@@ -152,6 +155,12 @@ class EngineProfile:
             "{num_verified_tokens}": str(tokens + 1),
         }
         return shlex.join([words.get(word, word) for word in self.serve])
+
+
+def drafts_per_round(config: SpeculatorModelConfig) -> int | None:
+    """Returns the recorded draft tokens per round; None when config.json does not say."""
+    recorded = config.speculators_config
+    return getattr(recorded.proposal_methods[0], "speculative_tokens", None) if recorded is not None else None
 
 
 VLLM = "vllm"

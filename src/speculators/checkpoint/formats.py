@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from speculators.checkpoint.engine_profile import OUR_FORMAT, Serving
+from speculators.checkpoint.engine_profile import OUR_FORMAT, Serving, drafts_per_round
 from speculators.checkpoint.findings import Finding
 from speculators.checkpoint.tensors import stored_tensors
 from speculators.utils.files import atomic_write, read_json_object
@@ -223,12 +223,10 @@ class CheckpointContract:
         )
 
     def serving(self, config: SpeculatorModelConfig, format_name: str, directory: str, verifier: str) -> Serving | None:
-        """Says what an engine is told of a directory of that format; None: none serves it. The method of ours is
-        added by the engine's profile (`EngineProfile.serving`)."""
+        """Says what an engine is told of a directory of that format; None: what the engine's profile says of it
+        (`EngineProfile.serving`) is all there is, as of ours."""
         if format_name == SPECULATORS:
-            tokens = drafts_per_round(config)
-            said = {"model": directory, "num_speculative_tokens": tokens}
-            return None if self.served_format != SPECULATORS or tokens is None else Serving(verifier, said)
+            return None
         return self.format_named(format_name).serving(config, directory, verifier)
 
 
@@ -260,12 +258,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def write_config(directory: Path, values: Mapping[str, Any]) -> None:
     with atomic_write(directory / CONFIG_FILE) as file:
         file.write(json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
-
-
-def drafts_per_round(config: SpeculatorModelConfig) -> int | None:
-    """Returns the recorded draft tokens per round; None when config.json does not say."""
-    recorded = config.speculators_config
-    return getattr(recorded.proposal_methods[0], "speculative_tokens", None) if recorded is not None else None
 
 
 def num_speculative_tokens(config: SpeculatorModelConfig) -> int:

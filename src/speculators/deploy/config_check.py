@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from speculators.checkpoint.engine_profile import drafts_per_round
 from speculators.checkpoint.findings import Finding, error, warning
-from speculators.checkpoint.formats import drafts_per_round
 from speculators.checkpoint.record import LAYERS, ROPE_KEYS, computed_config, recorded_rope
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel

@@ -138,7 +138,8 @@ class CheckReport(TableReport):
         if self.served_format == self.format:
             return "a verifier that is named, --verifier, and a number of draft tokens in config.json"
         if self.served_format is None:
-            others = [other.name for other in profiles() if self.speculators_model_type in other.drafters]
+            serving = [other for other in profiles() if self.speculators_model_type in other.drafters]
+            others = [other.name for other in serving if self.profile not in serving]
             elsewhere = f", or serve it by {' or '.join(others)}" if others else ""
             return f"nothing: decode here with `speculators generate`{elsewhere}"
         words = ["speculators", "export", str(self.path), "--engine", self.profile.name, "--output", "DIRECTORY"]

@@ -131,13 +131,12 @@ def vllm_settings(config: SpeculativeConfig, version: str | None = None) -> tupl
 
 
 def why_not_served(method: str, profile: EngineProfile) -> str:
-    others = [other for other in releases(VLLM) if other.takes_method(method)]
+    described = releases(VLLM)
+    if not any(method in other.methods for other in described):
+        return f"{method!r} is a drafter of this library"
     why = profile.refused_methods.get(method)
-    if why is not None:
-        return f"{profile.title} does not serve {method!r}: {why}"
-    if others:
-        return f"{profile.title} does not serve {method!r}" + taken_by(others)
-    return f"{method!r} is a drafter of this library"
+    others = taken_by([other for other in described if other.takes_method(method)])
+    return f"{profile.title} does not serve {method!r}" + (f": {why}" if why else others)
 
 
 def taken_by(others: Sequence[EngineProfile]) -> str:

@@ -139,7 +139,7 @@ RENAMED_DRAFTS = {("qwen3", "DSparkDraftModel"): "Qwen3DSparkModel"}
 """(model_type, architecture) of drafts whose architecture has been renamed, with the new name."""
 TARGETS_WITHOUT_MTP = {"deepseek_v41": "dspark"}
 """Model types of targets that seem to ship MTP layers but do not, with the method that drafts with what they ship."""
-LAYER_FOR_EACH_TOKEN = frozenset({"step3p5_mtp", "inkling_mtp"})
+LAYER_FOR_EACH_TOKEN = frozenset({"step3p5_mtp", "step5_mtp", "inkling_mtp"})
 """MTP drafts that have a separate layer for each token."""
 
 METHODS_WITH_A_MODEL_TYPE = frozenset({"medusa", "mlp_speculator", "mtp"})

@@ -172,6 +172,14 @@ MTP_FAMILIES: tuple[MtpFamily, ...] = (
         n_predict_default=1,
         uses_text_config=True,
     ),
+    F(  # vLLM 0.33
+        "step5_mtp",
+        "Step5MTP",
+        ("step5", "step5_vl"),
+        architectures=("Step5ForCausalLM", "Step5ForConditionalGeneration"),
+        n_predict_default=1,
+        uses_text_config=True,
+    ),
     F("hy_v3_mtp", "HYV3MTPModel", ("hy_v3",)),
     F("hy_v4_mtp", "HYV4MTPModel", ("hy_v4",)),
     F(
