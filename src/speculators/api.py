@@ -223,7 +223,7 @@ def evaluate(
     verifier: VerifierSource,
     data: Source,
     *,
-    methods: Sequence[Drafter] = EvaluateConfig.methods,
+    methods: Drafter | Sequence[Drafter] = EvaluateConfig.methods,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool | Progress = False,
     **settings: Any,
@@ -235,11 +235,10 @@ def evaluate(
     Raises `ValueError` for a verifier, drafter or data set that cannot be read.
     """
     refuse_unknown("setting of evaluate", settings, names_of(EvaluateConfig, "verifier", "data", "methods"))
-    named = [method if isinstance(method, str | Mapping) else os.fspath(method) for method in methods]
     config = EvaluateConfig(
         verifier=verifier.name_or_path or "" if isinstance(verifier, PreTrainedModel) else os.fspath(verifier),
         data=os.fspath(data) if isinstance(data, str | os.PathLike) else f"{len(data)} given rows",
-        methods=tuple(named),
+        methods=methods,  # type: ignore[arg-type]
         **settings,
     )
     return measure_methods(config, verifier, data, tokenizer=tokenizer, progress=progress)

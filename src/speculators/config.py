@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+from pydantic import ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from transformers import PretrainedConfig
 
 from speculators.proposals import TokenProposalConfig
 from speculators.utils.quantized import source
+from speculators.utils.readable import ReadableModel
 from speculators.utils.registry import PydanticClassRegistryMixin, ReloadableBaseModel
 from speculators.utils.util import load_transformer_config, reading, refuse_huge
 
@@ -54,7 +55,7 @@ def installed_version() -> str:
         return "unknown"
 
 
-class VerifierConfig(BaseModel):
+class VerifierConfig(ReadableModel):
     """The verifier a speculator was made for."""
 
     name_or_path: str | None = Field(description="Hugging Face id or path; None when it is not recorded")

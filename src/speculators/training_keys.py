@@ -15,10 +15,12 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from typing_extensions import Self
 
+from speculators.utils.readable import ReadableModel, rule_of, shown
+
 Read = TypeVar("Read", bound=BaseModel)
 
 
-class Keys(BaseModel):
+class Keys(ReadableModel):
     """Base of a group of keys. Values may come as text (a command line), unknown keys never pass."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -105,7 +107,7 @@ NO_BLOCKS = ("block_size", "mask_token_id", "max_anchors")
 NOT_APPLICABLE = Field(None, description="Not for this drafter: it has no decoder layers of its own to shape.")
 
 
-class TrainingArgs(BaseModel):
+class TrainingArgs(ReadableModel):
     """Base of what an algorithm adds; its fields become flags and YAML keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -191,4 +193,4 @@ def _sentence(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{name} is required"
-    return f"{name}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{name}={shown(error['input'])}: {rule_of(error)}"

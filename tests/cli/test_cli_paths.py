@@ -100,6 +100,14 @@ def test_what_does_not_exist_is_named_with_the_nearest_and_ends_with_2(verb, her
     assert printed.out == "" and "defect" not in printed.err
 
 
+WITH_METHOD = (
+    ["generate", "--verifier", VERIFIER, "--prompt", "x"],
+    ["evaluate", "--verifier", VERIFIER, "--data", "chats.jsonl"],
+    ["regenerate-responses", "--verifier", VERIFIER, "--data", "chats.jsonl", "--output", "x.jsonl"],
+    ["serve", VERIFIER],
+)
+
+
 def test_it_is_said_before_torch_is_imported(here):
     program = (
         "import json, sys; from speculators.cli.app import main\n"
@@ -108,6 +116,7 @@ def test_it_is_said_before_torch_is_imported(here):
         "    assert 'torch' not in sys.modules, words\n"
     )
     commands = [[verb, *words] for verb, (words, _) in WRONG.items()]
+    commands += [[*verb, "--method", method] for verb in WITH_METHOD for method in ("ngrma", "eagl3")]
     begun_s = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(commands)],
@@ -142,7 +151,7 @@ def test_a_misspelt_path_is_told_from_another_size_of_a_model(here):
 def test_an_unknown_method_is_named_with_the_nearest(capsys):
     assert app.main(["generate", "--verifier", VERIFIER, "--prompt", "x", "--method", "ngrma"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "method: 'ngrma' is no method, and no such directory exists. Did you mean 'ngram'? There are: none, " in said
+    assert "error: 'ngrma' is no method, and no such directory exists. Did you mean 'ngram'? There are: none, " in said
 
 
 def test_one_rule_for_exit_codes():

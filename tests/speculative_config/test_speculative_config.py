@@ -675,7 +675,7 @@ def test_what_vllm_would_not_accept_is_named(fields, name):
 def test_errors_in_python_read_like_those_of_the_command_line():
     with pytest.raises(ValidationError) as caught:
         SpeculativeConfig(method="ngram", num_speculative_tokens=0)
-    assert str(caught.value) == "num_speculative_tokens: Input should be greater than 0, got 0"
+    assert str(caught.value) == "num_speculative_tokens: must be greater than 0, got 0"
     with pytest.raises(ValidationError) as caught:
         SpeculativeConfig(method="ngram", num_speculative_tokens=2, prompt_lookup_min=5, prompt_lookup_max=3)
     assert str(caught.value) == "prompt_lookup_min=5 must be <= prompt_lookup_max=3"

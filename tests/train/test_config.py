@@ -101,7 +101,7 @@ def test_keys_of_the_algorithm_are_flags_and_yaml_keys_too(tmp_path):
         (["--on-generate", "cache"], "--on-generate is no flag any more: .*--cache-hidden-states keeps them"),
         (["--max-consecutive-generation-failures=3"], "no flag any more: no row is skipped"),
         (["--no-draft-mrope-full-head-hack"], "no flag any more"),
-        (["--lr", "fast"], r"--lr: Input should be a valid number.*'fast'"),
+        (["--lr", "fast"], r"--lr: must be a valid number, not 'fast'"),
         (["--lr", "-1"], r"--lr: .*greater than 0"),
         (["--hidden-states-dtype", "float16"], r"--hidden-states-dtype: .*'bfloat16' or 'float32'"),
         (["--train-data-ratio", "1.5"], r"--train-data-ratio: .*less than or equal to 1"),

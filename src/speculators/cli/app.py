@@ -264,7 +264,7 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, UsageError):
         return str(error.format_message())  # type: ignore[attr-defined]
     if isinstance(error, ValidationError):
-        from speculators.utils.util import validation_line
+        from speculators.utils.readable import validation_line
 
         return "\n".join(validation_line(detail) for detail in error.errors(include_url=False))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -81,6 +81,8 @@ OTHER_CHECKS: dict[str, dict[str, Callable[[str], Any]]] = {
 def check_paths(verb: str, values: Mapping[str, Any]) -> None:
     """Raises `ValueError` for the first argument of a verb that names what does not exist."""
     checks = {**CHECKS, **OTHER_CHECKS.get(verb, {})}
+    if values.get("server"):  # then --method is any name of its row
+        del checks["method"]
     for name in checks:
         given = values.get(name) or []
         for value in [given] if isinstance(given, str | Path) else given:

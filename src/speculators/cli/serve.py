@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from speculators.cli.launch_vllm import READY_TIMEOUT_S, DryRun, ReadyTimeout, start, vllm_environment
+from speculators.checkpoint.engine_profile import newest_profile
 from speculators.cli.shared import EngineName, NumSpeculativeTokens, Python, Result, parse_json_object, say
+from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, SPECULATORS_METHODS, facts_of
+from speculators.utils.names import did_you_mean
 
 if TYPE_CHECKING:
     from speculators.checkpoint.engine_profile import EngineProfile
@@ -50,13 +53,14 @@ def serve(
     engine: EngineName = None,
 ) -> Result:
     """Serve a speculator by vLLM: verifier, method and number of draft tokens come from the checkpoint."""
-    from speculators.cli.serve_settings import in_vllms_words, refuse_unknown_method
-    from speculators.deploy.serve import command_to_serve
-
     settings = parse_json_object("--speculative-config", speculative_config) or {}
     given = {"method": method, "model": draft, "num_speculative_tokens": num_speculative_tokens}
     settings |= {name: value for name, value in given.items() if value is not None}
-    refuse_unknown_method(settings.get("method"))
+    refuse_method_unknown_to_vllm(settings.get("method"))  # before torch is imported, with what follows
+
+    from speculators.cli.serve_settings import in_vllms_words
+    from speculators.deploy.serve import command_to_serve
+
     profile = release_to_start(engine, python)
     served = what_to_serve(model, verifier, settings, profile)
     speculation = in_vllms_words(served.settings, served.verifier, profile) if served.settings else None
@@ -69,6 +73,18 @@ def serve(
     if speculation is None:
         say("no drafter was named: the verifier is served plainly")
     return start(launch, {"verb": "serve", "verifier": served.verifier}, found, dry_run, ready_timeout)
+
+
+def refuse_method_unknown_to_vllm(method: Any) -> None:
+    if method is None or method in METHODS or method in MTP_TYPE_NAMES:
+        return  # which release has it is a later question
+    if method in SPECULATORS_METHODS:
+        raise ValueError(
+            f"--method {method} is a type of speculator, not a method of vLLM; its checkpoint itself records how it is "
+            "drafted with: speculators serve CHECKPOINT"
+        )
+    known = list(newest_profile().methods)
+    raise ValueError(f"--method {method} is unknown; vLLM has {', '.join(known)}.{did_you_mean(str(method), known)}")
 
 
 def release_to_start(engine: str | None, python: str | None) -> EngineProfile:
@@ -179,7 +195,7 @@ def refuse_wrong_draft(speculation: dict[str, Any], served: Served, profile: Eng
 
     from speculators.checkpoint.formats import ForeignCheckpoint
     from speculators.checkpoint.io import recognise
-    from speculators.cli.serve_settings import facts_of, words_in_name
+    from speculators.decoding.config.draft import word_in_name
 
     method, name = str(speculation.get("method")), str(speculation.get("model"))
     source = ForeignCheckpoint(Path(name))
@@ -192,7 +208,7 @@ def refuse_wrong_draft(speculation: dict[str, Any], served: Served, profile: Eng
     is_whole = "fc.weight" not in names and any(key.startswith("model.layers.0.") for key in names)
     if is_whole and not facts_of(method).model_defaults_to_target:  # those lie inside a whole model
         kinds = ", ".join(map(str, source.values.get("architectures") or ["of no named class"]))
-        word = None if "method" in served.settings else words_in_name(method, name)
+        word = None if "method" in served.settings else word_in_name(method, name)
         reason = f" (guessed from {word!r} in its name)" if word else ""
         raise ValueError(
             f"--method {method}{reason}: {name} is a whole language model ({kinds}), not a head that drafts from the "

@@ -7,15 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from speculators.checkpoint.engine_profile import EngineProfile, newest_profile
+from speculators.checkpoint.engine_profile import EngineProfile
 from speculators.checkpoint.io import read_model_config
 from speculators.decoding.config import ModelInfo, SpeculativeConfig
 from speculators.decoding.config.checks import refuse_other_vocabulary
 from speculators.decoding.config.draft import is_readable_here, lookup, read_hf_config
 from speculators.decoding.config.engine_settings import RETIRED_SETTINGS
 from speculators.decoding.config.infer import is_import_path
-from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, SPECULATORS_METHODS, MethodFacts
-from speculators.utils.names import did_you_mean
+from speculators.decoding.config.methods import METHODS, facts_of
 
 FIRST = ("method", "model", "num_speculative_tokens")
 NAME_THEM = (
@@ -51,15 +50,6 @@ def in_vllms_words(settings: dict[str, Any], verifier: str, profile: EngineProfi
         )
     said = dict(sorted(json.loads(config.to_vllm_json(profile.version)).items()))
     return {name: said[name] for name in FIRST if name in said} | said  # the same command each time
-
-
-def facts_of(method: str) -> MethodFacts:
-    return METHODS["mtp" if method in MTP_TYPE_NAMES else method]
-
-
-def words_in_name(method: str, model: str) -> str | None:
-    """The part of a model's name by which its method was guessed; None: by something else."""
-    return next((word for word in facts_of(method).detect_by_name if word in model.lower()), None)
 
 
 def drafts_with_a_model(settings: dict[str, Any]) -> bool:
@@ -114,15 +104,3 @@ def refuse_method_without_model(method: str | None, drafter: str, verifier: str)
             f"--method {method} drafts without a model, but with --verifier {drafter} would be one; leave {drafter} "
             f"out: speculators serve {verifier} --method {method}"
         )
-
-
-def refuse_unknown_method(method: Any) -> None:
-    if method is None or method in METHODS or method in MTP_TYPE_NAMES:
-        return  # which release has it is a later question
-    if method in SPECULATORS_METHODS:
-        raise ValueError(
-            f"--method {method} is a type of speculator, not a method of vLLM; its checkpoint itself records how it is "
-            "drafted with: speculators serve CHECKPOINT"
-        )
-    known = list(newest_profile().methods)
-    raise ValueError(f"--method {method} is unknown; vLLM has {', '.join(known)}.{did_you_mean(str(method), known)}")

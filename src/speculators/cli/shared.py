@@ -259,9 +259,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the verifier.")]
 
 
-def parse_json_object(
-    flag: str, text: str | None, example: str = '{"enable_thinking": false}'
-) -> dict[str, Any] | None:
+TEMPLATE_SETTING = '{"enable_thinking": false}'
+
+
+def parse_json_object(flag: str, text: str | None, example: str | None = None) -> dict[str, Any] | None:
     """The value of a flag that takes a JSON object."""
     if text is None:
         return None
@@ -270,5 +271,5 @@ def parse_json_object(
     except json.JSONDecodeError as error:
         raise typer.BadParameter(f"{flag} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise typer.BadParameter(f"{flag} must be a JSON object such as {example}")
+        raise typer.BadParameter(f"{flag} must be a JSON object such as {example or TEMPLATE_SETTING}")
     return value

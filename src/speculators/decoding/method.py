@@ -10,6 +10,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from speculators.decoding.config.methods import facts_of, refuse_unknown_method
 from speculators.utils.files import read_json_object
 from speculators.utils.names import did_you_mean_path, is_in_hub_cache, is_misspelt_path, looks_like_a_path
 
@@ -64,7 +65,7 @@ def parse_method(
 
     `num_speculative_tokens`: for drafters that do not say K. `tree`: what a speculator's directory is to draft (a
     `speculative_token_tree` or a `dynamic_tree`); JSON says so itself. Raises `ValueError` for a directory that is not
-    there and for text that is not JSON.
+    there, for text that is not JSON and for an unknown method.
     """
     if isinstance(drafter, Mapping):
         config = dict(drafter)
@@ -94,6 +95,11 @@ def config_of(text: str, tree: Mapping[str, Any], *, is_path: bool) -> dict[str,
             f"method {text}: no such directory.{did_you_mean_path(text)} Give a speculator's directory or model id, "
             "a method's name or JSON"
         )
+    refuse_unknown_method(text)
+    facts = facts_of(text)
+    if not facts.model_defaults_to_method and not facts.model_defaults_to_target:
+        config = f'{{"method": "{text}", "model": "..."}}'
+        raise ValueError(f"method {text} drafts with a model, and none is named: give its directory, or {config}")
     return {"method": text}
 
 

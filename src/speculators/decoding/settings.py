@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_DTYPE = "float32"
@@ -20,6 +21,7 @@ DEFAULT_DEVICE = "auto"
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this decode greedily: scores divided by less would leave the range of floats."""
+YES_OR_NO = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 SERVED_BIAS = 100
 """vLLM's server, as OpenAI's, takes no stronger ones."""
 
@@ -73,7 +75,9 @@ class SamplingParams:
             ("bad_words", str),
             ("stop_token_ids", int),
         ):  # one may be given without a list
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
+            if value is not None and not hasattr(value, "__iter__") and not isinstance(value, one):
+                raise ValueError(f"{name}={value!r} must be a list")
             object.__setattr__(self, name, (value,) if isinstance(value, one) else tuple(value or ()))
         object.__setattr__(self, "logit_bias", biases_of(self.logit_bias))
         for name, is_valid, rule in (
@@ -97,6 +101,7 @@ class SamplingParams:
             ("stop", all(isinstance(s, str) and s for s in self.stop), "made of non-empty strings"),
             ("bad_words", all(isinstance(s, str) and s.strip() for s in self.bad_words), "made of words"),
             ("stop_token_ids", all(is_count(i, 0) for i in self.stop_token_ids), "made of token ids"),
+            *((name, isinstance(getattr(self, name), bool), "True or False") for name in YES_OR_NO),
         ):
             if not is_valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
@@ -143,6 +148,19 @@ def refuse_biases_of_servers(params: SamplingParams) -> None:
 
 def _rule_of_logprobs(value: object) -> tuple[bool, str]:
     return value is None or is_count(value, -1), "an integer, 0 or more, -1 for all tokens, or None"
+
+
+def refuse_fewer(config: object, **least: int) -> None:
+    """Raises ValueError for the first field of `config` that is neither None nor an integer of at least so many."""
+    for name, number in least.items():
+        value = getattr(config, name)
+        if value is not None and not is_count(value, number):
+            raise ValueError(f"{name}={value!r} must be an integer, at least {number}")
+
+
+def refuse_unknown_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
 
 
 def is_count(value: object, least: int) -> bool:

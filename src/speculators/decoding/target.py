@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, DTYPES
+from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, refuse_unknown_dtype
 from speculators.utils.progress import no_progress_bars
 from speculators.utils.quantized import tokenizer_source
 from speculators.verifier import load_verifier
@@ -50,8 +50,7 @@ def open_target(
     else:
         name = os.fspath(verifier)
         dtype = dtype or DEFAULT_DTYPE
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
+        refuse_unknown_dtype(dtype)
         model = load_verifier(
             name,
             dtype=getattr(torch, dtype),

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from speculators.data_generation.vllm_client import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S
 from speculators.decoding.method import Drafter
-from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams, refuse_biases_of_servers
+from speculators.decoding.settings import (
+    DEFAULT_DEVICE,
+    DEFAULT_DTYPE,
+    SamplingParams,
+    is_count,
+    refuse_biases_of_servers,
+    refuse_fewer,
+    refuse_unknown_dtype,
+)
 
 SERVED = "served"
 """Default name of a server's row: a server does not say what drafts in it."""
@@ -40,6 +50,10 @@ class Workload:
     """Groups of prompts answered before the clock counts."""
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        refuse_fewer(self, num_prompts=1, num_warmup=0)
+        self.sampling()
+
     def sampling(self) -> SamplingParams:
         """How every prompt is answered. The seed is the workload's where something is drawn. Raises `ValueError` for
         settings that are none."""
@@ -70,6 +84,15 @@ class EvaluateConfig(Workload):
     num_samples: int = 64
     num_sampled_tokens: int = 16
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given: Any = self.methods
+        methods = (given,) if isinstance(given, str | os.PathLike | Mapping) else tuple(given)  # one needs no list
+        named = (method if isinstance(method, str | Mapping) else os.fspath(method) for method in methods)
+        object.__setattr__(self, "methods", tuple(named))
+        refuse_fewer(self, num_speculative_tokens=1, batch_size=1, num_repeats=1, num_samples=1, num_sampled_tokens=1)
+        refuse_unknown_dtype(self.dtype)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig(Workload):
@@ -84,6 +107,14 @@ class ServerConfig(Workload):
     num_clients: tuple[int, ...] = (1,)
     timeout_s: float = DEFAULT_TIMEOUT_S
     max_retries: int = DEFAULT_MAX_RETRIES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.num_clients or not all(is_count(number, 1) for number in self.num_clients):
+            raise ValueError(f"concurrency {list(self.num_clients)}: at least one client is needed")
+        refuse_fewer(self, max_retries=0)
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s={self.timeout_s!r} must be more than 0 seconds")
 
     def sampling(self) -> SamplingParams:
         sampling = super().sampling()
@@ -124,3 +155,7 @@ class ParityConfig:
     trust_remote_code: bool = False
     vllm: VllmTarget | str | None = None
     """Text: why vLLM cannot be asked; None: it is not to be."""
+
+    def __post_init__(self) -> None:
+        refuse_fewer(self, num_prompts=1, max_tokens=1, num_speculative_tokens=1, max_prompt_tokens=1, batch_size=1)
+        refuse_unknown_dtype(self.dtype)

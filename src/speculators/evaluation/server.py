@@ -135,9 +135,6 @@ class Level:
 
 def evaluate_server(config: ServerConfig, *, progress: bool | Progress | None = None) -> ServerReport:
     """Measures a running server. When it goes away for good, the report holds the rows measured until then."""
-    if not config.num_clients or min(config.num_clients) < 1:
-        raise ValueError(f"concurrency {list(config.num_clients)}: at least one client is needed")
-    config.sampling()  # refuses what no server would take before one is asked
     with ExitStack() as connections:
         servers = {SERVED: connections.enter_context(closing(connect(config, config.server)))}
         if config.baseline is not None:

@@ -23,6 +23,7 @@ from speculators.train.flags import FLAG_NAMES, build_parser, flag_of, parse
 from speculators.train.keys import EQUAL, GROUPS, IDLE, REFUSED, RETIRED_KEYS, RULES, RunKeys, group_of
 from speculators.training_keys import reading_of
 from speculators.utils.names import did_you_mean
+from speculators.utils.readable import rule_of, shown
 
 FOLDER = Path(speculators.__file__).parent / "models"
 ALGORITHMS = tuple(sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]) if module.ispkg))
@@ -197,5 +198,5 @@ def sentence(error: Any) -> str:
         old = f" (in earlier releases --{key.replace('_', '-')})" if key in FLAG_NAMES else ""
         return f"{flag_of(key)} is required{old}"
     if error["type"] == "value_error":  # a rule of our own, which speaks for itself
-        return f"{flag_of(key)} {error['input']}: {error['msg'].removeprefix('Value error, ')}"
-    return f"{flag_of(key)}: {error['msg']}, not {error['input']!r}"
+        return f"{flag_of(key)} {error['input']}: {rule_of(error)}"
+    return f"{flag_of(key)}: {rule_of(error)}, not {shown(error['input'])}"

@@ -21,6 +21,8 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
+from speculators.utils.readable import ReadableModel
+
 T = TypeVar("T", bound=type)
 
 
@@ -166,7 +168,7 @@ def import_whole(module: str) -> None:
         getattr(imported, name)
 
 
-class ReloadableBaseModel(BaseModel):
+class ReloadableBaseModel(ReadableModel):
     """A pydantic model whose compiled schema can be rebuilt after the types it refers to changed."""
 
     @classmethod

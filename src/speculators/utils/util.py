@@ -9,12 +9,11 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ValidationError, model_validator
 from torch import nn
 from torch.nn.modules import module as module_hooks
 from transformers import PretrainedConfig
@@ -171,42 +170,3 @@ class NestedContext:
         self._num_entered -= 1
         if self._num_entered == 0:
             self._undo.close()
-
-
-class ReadableError(ValidationError):
-    """Says what is wrong with a config as the command line does: a line for each value, with its rule."""
-
-    def __str__(self) -> str:
-        return "\n".join(map(validation_line, self.errors(include_url=False)))
-
-
-class ReadableModel(BaseModel):
-    """Base of configs whose errors people read."""
-
-    retired_keys: ClassVar[Mapping[str, str]] = {}
-    """Keys of earlier releases -> what to use instead."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def refuse_retired_keys(cls, values: Any) -> Any:
-        given = values if isinstance(values, Mapping) else {}
-        found = [f"{key} is retired: {reason}" for key, reason in cls.retired_keys.items() if key in given]
-        if found:
-            raise ValueError("; ".join(found))
-        return values
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            details = error.errors(include_url=False)
-            lines = [{key: found[key] for key in ("type", "loc", "input", "ctx") if key in found} for found in details]
-            raise ReadableError.from_exception_data(error.title, lines) from None  # type: ignore[arg-type]
-
-
-def validation_line(detail: Any) -> str:
-    """`key: rule (got value)`; rules of our own say their value themselves."""
-    where = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "value_error":
-        return (f"{where}: " if where else "") + detail["msg"].removeprefix("Value error, ")
-    return f"{where}: {detail['msg']}, got {detail['input']!r}"

@@ -1,7 +1,13 @@
 """Configures drafting: `SpeculativeConfig`, the same JSON as vLLM's `--speculative-config`, and what it infers from."""
 
-from speculators.decoding.config.draft import ModelInfo, ParallelInfo
-from speculators.decoding.config.mtp_families import hf_config_override
-from speculators.decoding.config.speculative import SpeculativeConfig
+from speculators.utils.names import lazy_attributes
 
+_HOME = {
+    "ModelInfo": "draft",
+    "ParallelInfo": "draft",
+    "SpeculativeConfig": "speculative",
+    "hf_config_override": "mtp_families",
+}
 __all__ = ["ModelInfo", "ParallelInfo", "SpeculativeConfig", "hf_config_override"]
+# Importing on first use: the command line reads the methods' names without importing torch.
+__getattr__, __dir__ = lazy_attributes(__name__, _HOME)

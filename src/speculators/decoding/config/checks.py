@@ -7,8 +7,8 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators.decoding.config.draft import architectures_of, lookup
-from speculators.decoding.config.methods import METHODS_THAT_NEED_AUX_STATES, TARGETS_WITH_AUX_STATES
+from speculators.decoding.config.draft import TARGETS_WITH_AUX_STATES, architectures_of, lookup
+from speculators.decoding.config.methods import METHODS_THAT_NEED_AUX_STATES
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.verifier.config import text_config
 from speculators.verifier.loading import tokenizer_facts

@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
+from speculators.decoding.config.methods import METHODS
 from speculators.utils.names import refuse_missing_model
 from speculators.verifier.config import open_config, text_config
 
+if TYPE_CHECKING:
+    from speculators.decoding.config.speculative import SpeculativeConfig
+
 logger = logging.getLogger(__name__)
+
+TARGETS_WITH_AUX_STATES = (
+    "llama",
+    "qwen",
+    "minicpm",
+    "gpt_oss",
+    "hunyuan_vl",
+    "hunyuan_v1_dense",
+    "afmoe",
+    "nemotron_h",
+    "deepseek_v2",
+    "deepseek_v3",
+    "kimi_k2",
+    "kimi_k25",
+    "minimax_m2",
+    "gemma4",
+)
+"""Target model types (parts of them) whose implementation in the serving engine returns intermediate states."""
 
 
 @dataclass
@@ -129,3 +153,35 @@ def draft_parallel_config(target_parallel_config: Any, ways: int) -> Any:
     draft = copy.copy(target_parallel_config)
     draft.tensor_parallel_size = ways
     return draft
+
+
+@contextmanager
+def naming_the_guess(config: SpeculativeConfig) -> Iterator[None]:
+    """Adds to a `ValueError` of the block why a draft has its method, where that was guessed from the draft's name."""
+    try:
+        yield
+    except ValueError as error:
+        guess = guess_of(config)
+        if not guess:
+            raise
+        raise ValueError(f"{error} ({guess})") from error
+
+
+def guess_of(config: SpeculativeConfig) -> str:
+    """Says from which part of the draft's name its method was guessed; empty where it was said, or is recorded."""
+    is_said = config.given.get("method") is not None
+    if (
+        is_said
+        or config.method is None
+        or config.model is None
+        or lookup(config.draft_model_config, "hf_config.speculators_model_type")
+    ):
+        return ""
+    word = word_in_name(config.method, config.model)
+    way_out = f'{{"method": "draft_model", "model": "{config.model}"}} says that it is a whole language model'
+    return f"method {config.method!r} was guessed from {word!r} in its name; {way_out}" if word else ""
+
+
+def word_in_name(method: str, model: str) -> str | None:
+    """The part of a model's name by which its method is guessed; None: it is guessed by something else."""
+    return next((word for word in METHODS[method].detect_by_name if word in model.lower()), None)

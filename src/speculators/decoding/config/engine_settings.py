@@ -16,16 +16,37 @@ from speculators.decoding.trees.token_tree import TokenTree
 if TYPE_CHECKING:
     from speculators.decoding.config.speculative import SpeculativeConfig
 
+K_BY_BATCH_SIZE = (
+    "num_speculative_tokens_per_batch_size=[[1, 8, 3], [9, 4096, 0]] drafts 3 tokens for up to 8 requests and none "
+    "above"
+)
+OTHER_TEXT = "typical acceptance changed the output: leave it out"
+OTHER_RULE = "say rejection_sample_method ('standard'; typical acceptance changed the output)"
+ONE_PASS = "drafts are always scored in one pass: leave it out"
+OWN_LOGPROBS = "a request's own logprobs say what is returned: leave it out"
 RETIRED_SETTINGS = {
-    "disable_by_batch_size": "num_speculative_tokens_per_batch_size=[[1, 8, 3], [9, 4096, 0]] drafts 3 tokens for up "
-    "to 8 requests and none above",
-    "acceptance_method": "say rejection_sample_method ('standard'; typical acceptance changed the output)",
-    "posterior_threshold": "typical acceptance changed the output: leave it out",
-    "posterior_alpha": "typical acceptance changed the output: leave it out",
-    "disable_mqa_scorer": "drafts are always scored in one pass: leave it out",
-    "disable_logprobs": "a request's own logprobs say what is returned: leave it out",
+    "speculative_model": "say model",
+    "speculative_method": "say method",
+    "speculative_max_model_len": "say max_model_len",
+    "speculative_draft_tensor_parallel_size": "say draft_tensor_parallel_size",
+    "speculative_model_quantization": "say quantization",
+    "speculative_model_revision": "say revision",
+    "speculative_disable_by_batch_size": K_BY_BATCH_SIZE,
+    "speculative_disable_mqa_scorer": ONE_PASS,
+    "ngram_prompt_lookup_max": "say prompt_lookup_max",
+    "ngram_prompt_lookup_min": "say prompt_lookup_min",
+    "spec_decoding_acceptance_method": OTHER_RULE,
+    "typical_acceptance_sampler_posterior_threshold": OTHER_TEXT,
+    "typical_acceptance_sampler_posterior_alpha": OTHER_TEXT,
+    "disable_logprobs_during_spec_decoding": OWN_LOGPROBS,
+    "disable_by_batch_size": K_BY_BATCH_SIZE,
+    "acceptance_method": OTHER_RULE,
+    "posterior_threshold": OTHER_TEXT,
+    "posterior_alpha": OTHER_TEXT,
+    "disable_mqa_scorer": ONE_PASS,
+    "disable_logprobs": OWN_LOGPROBS,
 }
-"""Keys of earlier vLLM releases (0.9 and before) -> what to use instead."""
+"""Keys of earlier vLLM releases (0.9 and before), and that one's flags -> what to use instead."""
 OURS_ALONE = {
     "early_exit_layer": "early exit is a drafter of this library",
     "dynamic_tree": "vLLM drafts chains only",

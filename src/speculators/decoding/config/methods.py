@@ -43,7 +43,7 @@ MtpTypeName = Literal[
 
 
 def refuse_unknown_method(value: Any) -> Any:
-    """Raises `ValueError`, with the nearest names, for a text that is no method."""
+    """Returns a method's name as it is. Raises `ValueError`, with the nearest names, for a text that is no method."""
     if isinstance(value, str) and value not in METHODS and value not in MTP_TYPE_NAMES:
         near_path = did_you_mean_path(value) if "/" in value else ""  # any folder here is near some short word
         hint = did_you_mean(value, ["none", *METHODS]) or near_path
@@ -135,6 +135,11 @@ METHODS: dict[str, MethodFacts] = {
     "draft_model": MethodFacts(),
 }
 
+
+def facts_of(method: str) -> MethodFacts:
+    return METHODS["mtp" if method in MTP_TYPE_NAMES else method]
+
+
 RENAMED_DRAFTS = {("qwen3", "DSparkDraftModel"): "Qwen3DSparkModel"}
 """(model_type, architecture) of drafts whose architecture has been renamed, with the new name."""
 TARGETS_WITHOUT_MTP = {"deepseek_v41": "dspark"}
@@ -208,21 +213,4 @@ ATTENTION_BACKENDS = (
 )
 """Names that vLLM 0.32 knows; ours ignores the setting."""
 
-TARGETS_WITH_AUX_STATES = (
-    "llama",
-    "qwen",
-    "minicpm",
-    "gpt_oss",
-    "hunyuan_vl",
-    "hunyuan_v1_dense",
-    "afmoe",
-    "nemotron_h",
-    "deepseek_v2",
-    "deepseek_v3",
-    "kimi_k2",
-    "kimi_k25",
-    "minimax_m2",
-    "gemma4",
-)
-"""Target model types (parts of them) whose implementation in the serving engine returns intermediate states."""
 METHODS_THAT_NEED_AUX_STATES = ("eagle3", "extract_hidden_states", "dflash")

@@ -18,14 +18,15 @@ from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_vali
 
 from speculators.decoding.config import engine_settings, mtp_families
 from speculators.decoding.config.checks import BatchSizeRange, check, scheduled_num_tokens
-from speculators.decoding.config.draft import lookup
+from speculators.decoding.config.draft import lookup, naming_the_guess
 from speculators.decoding.config.infer import infer
 from speculators.decoding.config.methods import METHODS, Method
 from speculators.decoding.trees.dynamic_tree import DynamicTreeShape
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule
-from speculators.utils.util import ReadableModel, reading
+from speculators.utils.readable import ReadableModel
+from speculators.utils.util import reading
 
 RejectionSampleMethod = Literal["strict", "probabilistic", "standard", "block", "synthetic", "fly"]
 
@@ -123,9 +124,7 @@ class SpeculativeConfig(ReadableModel):
     @field_validator("dynamic_tree", mode="before")
     @classmethod
     def _parse_dynamic_tree(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            return DynamicTreeShape() if value else None
-        return value
+        return (DynamicTreeShape() if value else None) if isinstance(value, bool) else value
 
     @field_validator("attention_backend", mode="before")
     @classmethod
@@ -140,7 +139,8 @@ class SpeculativeConfig(ReadableModel):
     @model_validator(mode="after")
     def _verify_args(self) -> SpeculativeConfig:
         for rules in (check, engine_settings.check_engine_settings):
-            reading("the speculative config or its draft")(rules)(self)
+            with naming_the_guess(self), reading("the speculative config or its draft"):
+                rules(self)
         return self
 
     @property

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speculators.decoding.config import SpeculativeConfig
-from speculators.decoding.config.draft import lookup
+from speculators.decoding.config.draft import lookup, naming_the_guess
 from speculators.decoding.proposers.draft_model import DraftModelProposer, TokenIntersection, first_layers
 from speculators.decoding.proposers.suffix import NgramProposer, SuffixProposer
 from speculators.decoding.trees.dynamic_tree import DynamicTreeProposer
@@ -47,15 +47,17 @@ class ProposerContext:
 
 def build_proposer(config: SpeculativeConfig, context: ProposerContext) -> Proposer:
     """The proposer that a config asks for. Raises ValueError for a method that is not drafted with here."""
-    refuse_unsupported_settings(config)
-    if is_speculator(config):
-        return build_from_checkpoint(config, context)
-    if config.method not in BUILDERS:
-        raise ValueError(
-            f"method={config.method!r} needs a speculators checkpoint and {config.model!r} is not one (no config.json "
-            f"with speculators_model_type); convert it with `speculators convert`, or use one of {sorted(BUILDERS)}"
-        )
-    return BUILDERS[config.method](config, context)
+    with naming_the_guess(config):
+        refuse_unsupported_settings(config)
+        if is_speculator(config):
+            return build_from_checkpoint(config, context)
+        if config.method not in BUILDERS:
+            raise ValueError(
+                f"method={config.method!r} needs a speculators checkpoint and {config.model!r} is not one (no "
+                "config.json with speculators_model_type); convert it with `speculators convert`, or use one of "
+                f"{sorted(BUILDERS)}"
+            )
+        return BUILDERS[config.method](config, context)
 
 
 def build_from_checkpoint(config: SpeculativeConfig, context: ProposerContext) -> Proposer:
