@@ -87,7 +87,7 @@ def completed(typed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     [
         ("speculators ev", ["evaluate"]),
         ("speculators in", ["inspect-mask"]),
-        ("speculators evaluate --num-p", ["--num-prompts"]),
+        ("speculators evaluate --num-w", ["--num-warmup"]),
         ("speculators prepare-data --ver", ["--verifier"]),
         ("speculators prepare-data --mod", []),
         ("speculators train --ttt", ["--ttt-steps", "--ttt-step-loss-decay"]),

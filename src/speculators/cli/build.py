@@ -148,7 +148,7 @@ def build(
             [
                 *("evaluate", *of_verifier, "--data", str(prompts["held_out"])),
                 *(word for method in methods for word in ("--method", method)),
-                *("--num-speculative-tokens", str(number), "--num-prompts", str(num_prompts)),
+                *("--num-speculative-tokens", str(number), "--limit", str(num_prompts)),
                 *("--max-tokens", str(max_tokens), "--output", str(output / f"evaluation-k{number}.json")),
             ],
         )

@@ -164,7 +164,7 @@ def verify(
     data: Annotated[
         str | None, typer.Option(help="Conversations: file, directory, hf:<id> or preset. Default: built-in ones.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to replay.")] = ParityConfig.num_prompts,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to replay.")] = ParityConfig.num_prompts,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = ParityConfig.max_tokens,
     num_speculative_tokens: NumSpeculativeTokens = None,
     dtype: Dtype = ParityConfig.dtype,
@@ -184,7 +184,7 @@ def verify(
         data=data,
         vllm=(python or True) if with_vllm else False,
         progress=True if sys.stderr.isatty() else lambda what, done, total: say(what),
-        num_prompts=num_prompts,
+        num_prompts=limit,
         max_tokens=max_tokens,
         num_speculative_tokens=num_speculative_tokens,
         dtype=dtype,

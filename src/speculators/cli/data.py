@@ -38,7 +38,7 @@ def prepare_data(
     seq_length: Annotated[
         int, typer.Option(min=2, help="Longest row, in tokens; longer ones are cut.")
     ] = DEFAULT_SEQ_LENGTH,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="Rows to keep. Default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows to keep. Default: all.")] = None,
     token_freq_path: Annotated[Path | None, typer.Option(help="Default: <output>/token_freq.pt.")] = None,
     seed: Annotated[int, typer.Option(help="Order of the rows.")] = DEFAULT_SEED,
     num_preprocessing_workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: chosen.")] = None,
@@ -63,7 +63,7 @@ def prepare_data(
         data=data,
         output=output,
         seq_length=seq_length,
-        max_samples=max_samples,
+        max_samples=limit,
         seed=seed,
         num_workers=num_preprocessing_workers,
         minimum_valid_tokens=minimum_valid_tokens,
@@ -163,7 +163,7 @@ def generate_offline_data(
     max_disk: Annotated[
         str | None, typer.Option(help="Cap, e.g. 500GB: the oldest files make room for new ones. Default: none.")
     ] = None,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first rows. Default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows. Default: all.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = OfflineConfig.concurrency,
     validate_outputs: Annotated[
         bool, typer.Option("--validate-outputs", help="Read existing states in full; make damaged ones again.")
@@ -202,7 +202,7 @@ def generate_offline_data(
         last_states=last_states,
         shard_bytes=parse_bytes(shard_size),
         max_disk_bytes=None if max_disk is None else parse_bytes(max_disk),
-        max_samples=max_samples,
+        max_samples=limit,
         concurrency=concurrency,
         validate_outputs=validate_outputs,
         request_timeout_s=request_timeout,

@@ -65,7 +65,7 @@ def evaluate(
     num_speculative_tokens: NumSpeculativeTokens = None,
     speculative_token_tree: TokenTree = None,
     dynamic_tree: DynamicTree = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to decode.")] = EvaluateConfig.num_prompts,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to decode.")] = EvaluateConfig.num_prompts,
     max_tokens: MaxTokens = EvaluateConfig.max_tokens,
     sampling: Mapping[str, Any] = BY_FLAGS,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = EvaluateConfig.batch_size,
@@ -83,7 +83,7 @@ def evaluate(
     """Measure drafting methods against plain decoding on held-out prompts: paired, interleaved, in one process."""
     asked: dict[str, Any] = {
         "data": data,
-        "num_prompts": num_prompts,
+        "num_prompts": limit,
         "max_tokens": max_tokens,
         **sampling,
         "num_warmup": num_warmup,

@@ -28,7 +28,7 @@ from speculators.utils.names import (
 )
 
 OLD_NAMES: dict[str, dict[str, str]] = {
-    "prepare-data": {"--verifier": "--model"},
+    "prepare-data": {"--verifier": "--model", "--limit": "--max-samples"},
     "inspect-mask": {"--verifier": "--model"},
     "regenerate-responses": {
         "--verifier": "--model",
@@ -36,10 +36,11 @@ OLD_NAMES: dict[str, dict[str, str]] = {
         "--output": "--outfile",
         "--batch-size": "--concurrency",
     },
-    "generate-offline-data": {"--verifier": "--model", "--data": "--preprocessed-data"},
+    "generate-offline-data": {"--verifier": "--model", "--data": "--preprocessed-data", "--limit": "--max-samples"},
     "convert": {"--output": "--output-path"},
     "stitch-mtp": {"--output": "--output-path"},
-    "verify": {"--data": "--prompts", "--python": "--vllm-python"},
+    "verify": {"--data": "--prompts", "--python": "--vllm-python", "--limit": "--num-prompts"},
+    "evaluate": {"--limit": "--num-prompts"},
 }
 """Verb -> flag -> its name in earlier releases: accepted, not shown. Those of `train` are in `train/flags.py`."""
 

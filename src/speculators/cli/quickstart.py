@@ -29,7 +29,7 @@ WRITTEN = re.compile(rf"{MARKER}|responses\.[a-z.]+|data|run|report\.json")
 
 REGENERATION = ("--limit", "600", "--max-tokens", "128", "--batch-size", "64")
 RECIPE = ("--draft-vocab-size", "2048", "--total-seq-len", "512", "--lr", "3e-3", "--epochs", "4")
-EVALUATION = ("--num-prompts", "20", "--max-tokens", "128")
+EVALUATION = ("--limit", "20", "--max-tokens", "128")
 """Sized for about five minutes on two cores. A narrow drafter takes a larger learning rate than the default, and short
 packed rows give it more steps for the same tokens."""
 
