@@ -104,7 +104,6 @@ WITH_METHOD = (
     ["generate", "--verifier", VERIFIER, "--prompt", "x"],
     ["evaluate", "--verifier", VERIFIER, "--data", "chats.jsonl"],
     ["regenerate-responses", "--verifier", VERIFIER, "--data", "chats.jsonl", "--output", "x.jsonl"],
-    ["serve", VERIFIER],
 )
 
 

@@ -100,8 +100,8 @@ MODELS = {
     ),
     "two old flags": (
         lambda: SpeculativeConfig(speculative_disable_mqa_scorer=True, ngram_prompt_lookup_max=4),
-        "ngram_prompt_lookup_max is retired: say prompt_lookup_max; speculative_disable_mqa_scorer is retired: drafts "
-        "are always scored in one pass: leave it out",
+        "speculative_disable_mqa_scorer is retired: drafts are always scored in one pass: leave it out; "
+        "ngram_prompt_lookup_max is retired: say prompt_lookup_max",
     ),
 }
 

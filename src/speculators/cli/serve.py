@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from speculators.cli.launch_vllm import READY_TIMEOUT_S, DryRun, ReadyTimeout, start, vllm_environment
-from speculators.checkpoint.engine_profile import newest_profile
 from speculators.cli.shared import EngineName, NumSpeculativeTokens, Python, Result, parse_json_object, say
 from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, SPECULATORS_METHODS, facts_of
 from speculators.utils.names import did_you_mean
@@ -83,6 +82,8 @@ def refuse_method_unknown_to_vllm(method: Any) -> None:
             f"--method {method} is a type of speculator, not a method of vLLM; its checkpoint itself records how it is "
             "drafted with: speculators serve CHECKPOINT"
         )
+    from speculators.checkpoint.engine_profile import newest_profile
+
     known = list(newest_profile().methods)
     raise ValueError(f"--method {method} is unknown; vLLM has {', '.join(known)}.{did_you_mean(str(method), known)}")
 
