@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from speculators.utils.files import read_json_object
+from speculators.utils.names import GGUF, gguf_file_of
 from speculators.utils.quantized import (
-    GGUF,
-    gguf_file_of,
     gguf_keys,
     gguf_shape,
     is_scaled,

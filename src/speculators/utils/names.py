@@ -18,8 +18,6 @@ from urllib.request import getproxies
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from speculators.utils.quantized import gguf_file_of
-
 
 class NamedModel(Protocol):
     """A model of transformers, as far as its name goes."""
@@ -109,6 +107,7 @@ def model_name(model: str | os.PathLike[str] | NamedModel) -> str:
     return model.name_or_path
 
 
+GGUF = ".gguf"
 TYPO = 0.85
 """Least likeness (difflib's ratio) of a name that has the form of a hub id and is taken for a misspelt path."""
 HUB_TIMEOUT_S = 3.0
@@ -203,6 +202,24 @@ def is_in_hub_cache(name: str) -> bool:
         return isinstance(try_to_load_from_cache(name, "config.json"), str)
     except ValueError:  # no name that the hub could have
         return False
+
+
+def gguf_file_of(name: str | os.PathLike[str]) -> Path | None:
+    """Returns the GGUF file that a model's name means; None for a hub id or a directory with other weights.
+
+    Raises `ValueError` for a directory of several, of which one must be named."""
+    path = Path(name)
+    if path.suffix == GGUF:
+        return path if path.is_file() else None
+    if not path.is_dir():
+        return None
+    files = sorted(path.iterdir())
+    found = [file for file in files if file.suffix == GGUF]
+    if not found or any(file.suffix in (".safetensors", ".bin") for file in files):
+        return None
+    if len(found) > 1:
+        raise ValueError(f"{path} has {len(found)} GGUF files; name one of them, such as {found[0]}")
+    return found[0]
 
 
 def is_misspelt_path(name: str) -> bool:

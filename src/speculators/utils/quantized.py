@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from speculators.utils.names import gguf_file_of
+
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-GGUF = ".gguf"
 EXTRA = "pip install 'speculators[quantized]'"
 PACKAGES = {
     "gguf": ("gguf", "accelerate"),
@@ -58,24 +59,6 @@ BLOCK = 128
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------------
-
-
-def gguf_file_of(name: str | os.PathLike[str]) -> Path | None:
-    """Returns the GGUF file that a model's name means; None for a hub id or a directory with other weights.
-
-    Raises `ValueError` for a directory of several, of which one must be named."""
-    path = Path(name)
-    if path.suffix == GGUF:
-        return path if path.is_file() else None
-    if not path.is_dir():
-        return None
-    files = sorted(path.iterdir())
-    found = [file for file in files if file.suffix == GGUF]
-    if not found or any(file.suffix in (".safetensors", ".bin") for file in files):
-        return None
-    if len(found) > 1:
-        raise ValueError(f"{path} has {len(found)} GGUF files; name one of them, such as {found[0]}")
-    return found[0]
 
 
 def source(name: str | os.PathLike[str]) -> dict[str, Any]:
