@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from deploy_toys import HIDDEN, LAYERS, VERIFIER, VOCAB, WIDTH, layer
+from deploy_toys import HIDDEN, LAYERS, VERIFIER, VOCAB, WIDTH, edit_tensors, layer
 from safetensors.torch import load_file, save_file
 
 from speculators.checkpoint.tensors import StoredTensor, stored_tensors, values_of, write_tensors
+from speculators.cli.app import run
+from speculators.convert import convert_checkpoint
+from speculators.utils.loading import load_model_layers
 
 NUM_SHARDS, WIDE = 10, 3072
 PEAKS = """
@@ -128,9 +131,9 @@ def test_stored_tensors_compute_as_those_in_memory_and_know_where_they_come_from
     a, b = found["a"], found["b"]
     moves = {
         ("split",): (a.split([1, 3])[1], whole["a"][1:]),
-        ("cast",): (a.to(torch.bfloat16), whole["a"].bfloat16()),
+        ("cast from float32",): (a.to(torch.bfloat16), whole["a"].bfloat16()),
         ("joined",): (torch.cat([a, b], dim=1), torch.cat([whole["a"], whole["b"]], dim=1)),
-        ("split", "cast", "joined"): (
+        ("split", "cast from float32", "joined"): (
             torch.stack([a.chunk(2)[0].to(torch.float16), b.chunk(2)[1].to(torch.float16)]),
             torch.stack([whole["a"][:2], whole["b"][2:]]).half(),
         ),
@@ -144,7 +147,60 @@ def test_stored_tensors_compute_as_those_in_memory_and_know_where_they_come_from
     assert a.to(torch.float32) is a and isinstance(moves["joined",][0], StoredTensor)
     assert moves["joined",][0].origin.names == ("a", "b")
     (tmp_path / "out").mkdir()
-    write_tensors(tmp_path / "out", {"x": moves["joined",][0], "y": moves["cast",][0]})
+    write_tensors(tmp_path / "out", {"x": moves["joined",][0], "y": moves["cast from float32",][0]})
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(written["x"], moves["joined",][1]) and torch.equal(written["y"], moves["cast",][1])
+    assert torch.equal(written["x"], moves["joined",][1]) and torch.equal(written["y"], moves["cast from float32",][1])
     assert stored_tensors(tmp_path, ["b", "none"]).keys() == {"b"}
+
+
+# -- what would be written
+
+
+def planned(source: Path, tmp_path: Path, verifier: str = VERIFIER) -> dict:
+    before = sorted(tmp_path.rglob("*"))
+    record = run(["convert", str(source), "--verifier", verifier, "--output", str(tmp_path / "out"), "--dry-run"])
+    assert sorted(tmp_path.rglob("*")) == before
+    return record
+
+
+def test_a_dry_run_says_of_each_tensor_what_becomes_of_it_and_writes_nothing(eagle3_head, tmp_path):
+    theirs = load_model_layers(["embed_tokens.weight", "lm_head.weight"], VERIFIER)
+    inv_freq = 5e5 ** -(torch.arange(0, WIDTH, 2) / WIDTH)
+    extra = {
+        "midlayer.self_attn.q_proj.bias": torch.ones(HIDDEN),
+        "midlayer.self_attn.rotary_emb.inv_freq": inv_freq,
+        "verifier_lm_head.weight": theirs.get("lm_head.weight", theirs["embed_tokens.weight"]),
+    }
+    edit_tensors(eagle3_head, lambda tensors: tensors.update(extra))
+    record = planned(eagle3_head, tmp_path)
+    assert record["dry_run"] and (record["source_format"], record["format"]) == ("eagle3", "speculators")
+    by_name = {entry["written"] or entry["source"][0]: entry for entry in record["tensors"]}
+    how = {name: entry["how"] for name, entry in by_name.items()}
+    assert how["fc.weight"] == "copied" and how["embed_tokens.weight"].startswith("copied from the verifier's")
+    assert by_name["layers.0.self_attn.q_proj.weight"] == {
+        "source": ["midlayer.self_attn.q_proj.weight"],
+        "written": "layers.0.self_attn.q_proj.weight",
+        "shape": [HIDDEN, 2 * HIDDEN],
+        "dtype": "float32",
+        "how": "renamed",
+    }
+    assert how["layers.0.self_attn.o_proj.bias"] == "zeros, which the source leaves out"
+    assert how["verifier_lm_head.weight"] == "left out: a copy of the verifier's, compared value by value"
+    assert how["midlayer.self_attn.rotary_emb.inv_freq"] == "left out: it follows from config.json"
+    written = convert_checkpoint(eagle3_head, tmp_path / "out", verifier=VERIFIER)
+    assert load_file(written.path / "model.safetensors").keys() == {
+        entry["written"] for entry in record["tensors"] if entry["written"]
+    }
+
+
+def test_a_dry_run_refuses_what_the_conversion_would(eagle3_head, tmp_path):
+    edit_tensors(eagle3_head, lambda tensors: tensors["fc.weight"][0].fill_(float("nan")))
+    with pytest.raises(ValueError, match=r"fc\.weight: 256|fc\.weight.*NaN"):
+        planned(eagle3_head, tmp_path)
+
+
+def test_a_plan_names_what_is_split(tmp_path):
+    source = block_drafter(tmp_path / "fused", 1, "bin")
+    how = {entry["written"]: (entry["source"], entry["how"]) for entry in planned(source, tmp_path)["tensors"]}
+    fused = ["layers.0.self_attn.qkv_proj.weight"]
+    assert how["layers.0.self_attn.k_proj.weight"] == (fused, "renamed, split")

@@ -177,6 +177,23 @@ def write_ours(ours: OurCheckpoint, model_class: type[SpeculatorModel], folder: 
 
     Raises `ValueError` when a tensor is missing or has another shape than its config says.
     """
+    kept = fitting_tensors(ours, model_class)
+    write_tensors(folder, kept)
+    write_config(folder, written_values(ours, model_class, kept))
+
+
+def written_values(
+    ours: OurCheckpoint, model_class: type[SpeculatorModel], kept: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Returns the config.json of our format."""
+    floating = next(tensor.dtype for tensor in kept.values() if tensor.is_floating_point())
+    ours.config.architectures = [model_class.__name__]
+    values = json.loads(ours.config.to_json_string())
+    return {**values, "dtype": dtype_name(floating), "tie_word_embeddings": False}
+
+
+def fitting_tensors(ours: OurCheckpoint, model_class: type[SpeculatorModel]) -> dict[str, Tensor]:
+    """Returns the tensors that the config calls for. Raises `ValueError` when one is missing or has another shape."""
     config, contract = ours.config, model_class.contract
     expected = contract.expected_tensors(model_class, config)
     missing = sorted(expected.keys() - ours.tensors.keys() - contract.shared_tensors(config))
@@ -190,11 +207,7 @@ def write_ours(ours: OurCheckpoint, model_class: type[SpeculatorModel], folder: 
     ]
     if wrong:
         raise ValueError(f"Architecture mismatch: the tensors of {ours.path} do not fit its config: {'; '.join(wrong)}")
-    write_tensors(folder, kept)
-    floating = next(tensor.dtype for tensor in kept.values() if tensor.is_floating_point())
-    config.architectures = [model_class.__name__]
-    values = json.loads(config.to_json_string())
-    write_config(folder, {**values, "dtype": dtype_name(floating), "tie_word_embeddings": False})
+    return kept
 
 
 # -- from config.json alone --------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Tensors of checkpoints without holding them in memory: `stored_tensors` gives their shapes, types and origins, and
-reads the values of each when something computes with them; `write_tensors` writes one after the other.
+reads the values of each when something computes with them; `write_tensors` writes one after the other; `plan_of` says
+what would become of each.
 
     renamed          the same object under another name
     moved            cast, split, joined: said of the result, done when its values are read
@@ -11,14 +12,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor
 
 from speculators.utils.loading import SAFETENSORS, find_key, like_stored, locate_tensors, read_tensors
+from speculators.utils.report import TableReport, facts_table, visible
 
 SIZE_BYTES, ALIGNMENT_BYTES = 8, 8
 """A safetensors file: this many bytes say how long the JSON header is, which ends at a multiple; data follow it."""
@@ -56,7 +62,7 @@ class Origin:
     names: tuple[str, ...]
     """In that checkpoint."""
     steps: tuple[str, ...] = ()
-    """What was done to it: "cast", "split", "joined"."""
+    """What was done to it: "cast from float32", "split", "joined"."""
 
 
 class StoredTensor(Tensor):
@@ -133,6 +139,8 @@ def moved(func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> A
     if is_one and result is metas[0]:
         return args[0]
     step = (MOVES[func],) if MOVES[func] else ()
+    if func is Tensor.to:
+        step = (f"cast from {str(args[0].dtype).removeprefix('torch.')}",)
     names = tuple(dict.fromkeys(name for source in sources for name in source.origin.names))
     steps = tuple(dict.fromkeys((*(step for source in sources for step in source.origin.steps), *step)))
     origin = Origin(sources[0].origin.path, names, steps)
@@ -176,6 +184,9 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     unknown = sorted(name for name, tensor in tensors.items() if tensor.dtype not in WRITTEN_TYPES)
     if unknown:
         raise ValueError(f"{unknown[0]} is {tensors[unknown[0]].dtype}, for which a safetensors file has no name")
+    if (planned := PLANNED.get()) is not None:
+        planned.update(tensors)
+        return
     order = list(WRITTEN_TYPES)
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -198,3 +209,91 @@ def bytes_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[memor
     flat = values_of(tensor).detach().cpu().reshape(-1)
     for block in flat.split(VALUES_AT_ONCE) if flat.numel() else ():
         yield block.to(dtype or block.dtype).contiguous().view(torch.uint8).numpy().data
+
+
+# -- what would be written ---------------------------------------------------------------------------------------------
+
+PLANNED: ContextVar[dict[str, Tensor] | None] = ContextVar("PLANNED", default=None)
+"""Inside `planned_writes`: what `write_tensors` was given, in place of a file."""
+
+
+@contextmanager
+def planned_writes() -> Iterator[dict[str, Tensor]]:
+    """Collects the tensors that the block would write, under the names in the file; no file is written."""
+    collected: dict[str, Tensor] = {}
+    token = PLANNED.set(collected)
+    try:
+        yield collected
+    finally:
+        PLANNED.reset(token)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    source: tuple[str, ...]
+    """Its names in the source; several for one that is joined from them, none for one that the source lacks."""
+    written: str | None
+    """Its name in the result; None: it is left out."""
+    shape: tuple[int, ...]
+    dtype: str
+    how: str
+    """What is done to it, or why it is left out."""
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, source: Path) -> PlannedTensor:
+        facts = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        if not isinstance(tensor, StoredTensor):
+            return cls((), name, *facts, "zeros, which the source leaves out" if not tensor.any() else "computed")
+        origin = tensor.origin
+        moves = [*(() if origin.names == (name,) else ("renamed",)), *origin.steps]
+        if origin.path != source:
+            return cls((), name, *facts, f"copied from the verifier's {origin.names[0]}")
+        return cls(origin.names, name, *facts, ", ".join(moves) or "copied")
+
+
+@dataclass(frozen=True)
+class CheckpointPlan(TableReport):
+    """What a conversion or an export would write; nothing was written."""
+
+    path: Path
+    """The source."""
+    speculators_model_type: str
+    source_format: str
+    format: str
+    """That would be written."""
+    tensors: tuple[PlannedTensor, ...]
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**json.loads(json.dumps(asdict(self), default=str)), "dry_run": True}
+
+    def tables(self) -> list[Table]:
+        table = Table(title="tensors", title_justify="left")
+        for column in ("from", "to", "shape", "dtype", "how"):
+            table.add_column(column, overflow="fold")
+        for planned in self.tensors:
+            words = (", ".join(planned.source), planned.written or "-", str(list(planned.shape)), planned.dtype)
+            table.add_row(*(escape(visible(word)) for word in (*words, planned.how)))
+        facts = {"source": self.path, "from format": self.source_format, "to format": self.format}
+        facts |= {"speculator": self.speculators_model_type}
+        return [table, facts_table("planned", facts | ({"note": "\n".join(self.notes)} if self.notes else {}))]
+
+    def sentence(self) -> str:
+        num_written = sum(tensor.written is not None for tensor in self.tensors)
+        return (
+            f"{num_written} tensors would be written, {len(self.tensors) - num_written} left out; nothing was written"
+        )
+
+
+def plan_of(
+    written: Mapping[str, Tensor], source: Mapping[str, Tensor], path: Path, left_out: Mapping[Tensor, str]
+) -> tuple[PlannedTensor, ...]:
+    """Says what becomes of each tensor; `left_out` gives the reasons that are known."""
+    planned = [PlannedTensor.of(name, tensor, path) for name, tensor in sorted(written.items())]
+    used = {name for entry in planned for name in entry.source}
+    reasons = {name: why for t, why in left_out.items() if isinstance(t, StoredTensor) for name in t.origin.names}
+    for name in sorted(source.keys() - used):
+        entry = PlannedTensor.of(name, source[name], path)
+        why = reasons.get(name, "its values are elsewhere: the verifier's own, tied weights or an identity map")
+        planned.append(replace(entry, written=None, how=f"left out: {why}"))
+    return tuple(planned)

@@ -115,13 +115,19 @@ def convert(
     ] = None,
     validate_device: Annotated[str | None, typer.Option(help="Load the result once on this device.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what becomes of each tensor, and write nothing.")
+    ] = False,
 ) -> Result:
     """Convert a checkpoint of another project (EAGLE, EAGLE-3, Medusa, MTP, DFlash, DSpark), or of an older release."""
-    from speculators.convert import convert_model
+    from speculators.convert import convert_model, plan_conversion
 
     options = {**(parse_json_object("--algorithm-kwargs", algorithm_kwargs) or {})}
     if layer_ids_are is not None:
         options["layer_ids_are"] = layer_ids_are
+    if dry_run:
+        plan = plan_conversion(model, verifier=verifier, algorithm=algorithm, **options)
+        return Result({"verb": "convert", **plan.as_dict()}, [plan], plan.sentence())
     written = convert_model(model, verifier, algorithm, output, validate_device, overwrite=overwrite, **options)
     record = {
         "verb": "convert",

@@ -6,6 +6,13 @@ from speculators.convert.entrypoints import (
     convert_checkpoint,
     convert_model,
     maybe_convert_external_checkpoint,
+    plan_conversion,
 )
 
-__all__ = ["ConvertedCheckpoint", "convert_checkpoint", "convert_model", "maybe_convert_external_checkpoint"]
+__all__ = [
+    "ConvertedCheckpoint",
+    "convert_checkpoint",
+    "convert_model",
+    "maybe_convert_external_checkpoint",
+    "plan_conversion",
+]

@@ -1,9 +1,9 @@
 """Converts checkpoints of other projects: `convert_checkpoint`, and the entry points of earlier releases.
 
 convert_checkpoint                   any format that an algorithm reads -> a directory in our format
+plan_conversion                      what it would write, tensor by tensor
 convert_model                        the same by the signature of earlier releases
 maybe_convert_external_checkpoint    converts only where the directory is not ours already
-Converter                            base of the converter classes of earlier releases
 """
 
 from __future__ import annotations
@@ -12,33 +12,35 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from speculators.checkpoint.findings import CONVERTED
 from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint, OurCheckpoint
 from speculators.checkpoint.io import (
     OpenedCheckpoint,
+    fitting_tensors,
     local_directory,
     open_checkpoint,
     recognise,
     refuse_unknown_options,
     write_ours,
+    written_values,
 )
 from speculators.checkpoint.record import computed_config, write_training_record
+from speculators.checkpoint.tensors import CheckpointPlan, plan_of
 from speculators.config import SpeculatorModelConfig, VerifierConfig, installed_version
-from speculators.deploy.check import check_checkpoint
-from speculators.deploy.config_check import rope_findings
+from speculators.deploy.check import check_checkpoint, check_opened
+from speculators.deploy.config_check import rope_findings, structure_findings
 from speculators.deploy.report import CheckError, CheckReport
 from speculators.model import SpeculatorModel
-from speculators.nn.rope import head_dim, rope_parameters
+from speculators.nn.rope import is_frequency_table
 from speculators.utils.files import (
     absolute_if_directory,
     atomic_directory,
@@ -115,13 +117,9 @@ def convert_checkpoint(
 def write_converted(
     opened: OpenedCheckpoint, output: Path, verifier: str, options: Mapping[str, Any], validate_device: str | None
 ) -> ConvertedCheckpoint:
-    if opened.format == SPECULATORS:
-        config, notes = upgraded(opened, verifier, options)
-    else:
-        config, notes = opened.model_class.contract.completed(opened.config), opened.notes
-    expected = opened.model_class.contract.expected_tensors(opened.model_class, config)
-    notes = (*notes, *proven_copies(opened, expected.keys(), verifier))
-    ours = OurCheckpoint(config, opened.tensors, opened.path)
+    ours, notes, left_out = converted(opened, verifier, options)
+    if left_out:
+        notes = (*notes, f"left out, because they are the verifier's own or follow from config.json: {list(left_out)}")
     with atomic_directory(output) as folder:
         write_ours(ours, opened.model_class, folder)
         write_training_record(folder, opened.model_class.contract.training_keys, origin="conversion")
@@ -129,7 +127,50 @@ def write_converted(
         if validate_device is not None:
             load_once(folder, validate_device)
         record_files(folder)
-    return ConvertedCheckpoint(output, config.speculators_model_type, opened.format, notes)
+    return ConvertedCheckpoint(output, ours.config.speculators_model_type, opened.format, notes)
+
+
+def plan_conversion(
+    source: str | Path,
+    *,
+    verifier: str,
+    algorithm: str | None = None,
+    cache_dir: str | Path | None = None,
+    **options: Any,
+) -> CheckpointPlan:
+    """Says of each tensor what `convert_checkpoint` would make of it, and writes nothing. Raises as it does."""
+    require_verifier(verifier)
+    verifier = absolute_if_directory(verifier)
+    path = local_directory(source, cache_dir)
+    options = {key: value for key, value in options.items() if value is not None}
+    with work():
+        opened = open_checkpoint(path, verifier=verifier, algorithm=None if algorithm == AUTO else algorithm, **options)
+        ours, notes, left_out = converted(opened, verifier, options)
+        kept = fitting_tensors(ours, opened.model_class)
+        values = written_values(ours, opened.model_class, kept)
+        with tempfile.TemporaryDirectory() as empty:
+            report = CheckReport(Path(empty), SPECULATORS, ours.config.speculators_model_type)
+            report.add("config.json", structure_findings(values))
+            written = replace(opened, path=Path(empty), format=SPECULATORS, values=values, config=ours.config)
+            check_opened(replace(written, tensors=kept), report, verifier)
+        notes = (*notes, *refuse_wrong(report, opened))
+    read = {**opened.tensors, **opened.copies}
+    tensors = plan_of(kept, opened.source.tensors(), opened.path, {read[name]: why for name, why in left_out.items()})
+    kind = ours.config.speculators_model_type
+    return CheckpointPlan(opened.path, kind, opened.format, SPECULATORS, tensors, tuple(notes))
+
+
+def converted(
+    opened: OpenedCheckpoint, verifier: str, options: Mapping[str, Any]
+) -> tuple[OurCheckpoint, Sequence[str], dict[str, str]]:
+    """Completes the config; returns the checkpoint as it will be written, notes, and why tensors are left out."""
+    if opened.format == SPECULATORS:
+        config, notes = upgraded(opened, verifier, options)
+    else:
+        config, notes = opened.model_class.contract.completed(opened.config), opened.notes
+    expected = opened.model_class.contract.expected_tensors(opened.model_class, config)
+    left_out = proven_copies(opened, expected.keys(), verifier)
+    return OurCheckpoint(config, opened.tensors, opened.path), notes, left_out
 
 
 def refuse_wrong(report: CheckReport, opened: OpenedCheckpoint) -> list[str]:
@@ -161,34 +202,28 @@ def upgraded(
     return config, (f"a speculator of release {opened.values.get('speculators_version', 'unknown')}; written: {said}",)
 
 
-def proven_copies(opened: OpenedCheckpoint, expected: Collection[str], verifier: str) -> tuple[str, ...]:
-    """Notes the tensors that are left out because they are the verifier's own. Raises `ValueError` for others that the
-    drafter has no place for: without them it would draft something else."""
+def proven_copies(opened: OpenedCheckpoint, expected: Collection[str], verifier: str) -> dict[str, str]:
+    """Returns why tensors are left out: they are the verifier's own, or follow from config.json. Raises `ValueError`
+    for others that the drafter has no place for: without them it would draft something else."""
     unused = {**{name: tensor for name, tensor in opened.tensors.items() if name not in expected}, **opened.copies}
-    kept_V = opened.tensors.get("t2d")
-    proven, other = list[str](), list[str]()
+    kept_V, nested = opened.tensors.get("t2d"), getattr(opened.config, "transformer_layer_config", None)
+    proven, other = dict[str, str](), list[str]()
     for name, tensor in sorted(unused.items()):
         theirs = VERIFIERS_OWN.get(name)
         is_own = theirs is not None and is_copy(tensor, theirs, verifier, kept_V)
-        (proven if is_own or is_rope_table(name, tensor, opened.config) else other).append(name)
+        if is_own:
+            proven[name] = "a copy of the verifier's, compared value by value"
+        elif name.endswith("rotary_emb.inv_freq") and is_frequency_table(tensor, nested):
+            proven[name] = "it follows from config.json"
+        else:
+            other.append(name)
     if other:
         raise ValueError(
             f"{opened.path} has {other}, which a drafter of type {opened.config.speculators_model_type!r} by its "
             "config.json has no place for, and which are no copies of the verifier's: left out, it would draft "
             "something else. Correct config.json if it counts them wrongly; else nothing here computes such a drafter"
         )
-    return (f"left out, because they are the verifier's own or follow from config.json: {proven}",) if proven else ()
-
-
-def is_rope_table(name: str, tensor: Tensor, config: SpeculatorModelConfig) -> bool:
-    """Says whether the tensor is what old releases of transformers saved of a rotary embedding without scaling."""
-    nested = getattr(config, "transformer_layer_config", None)
-    if nested is None or not name.endswith("rotary_emb.inv_freq") or rope_parameters(nested)["rope_type"] != "default":
-        return False
-    size = head_dim(nested)
-    steps = torch.arange(0, size, 2, dtype=torch.float32) / size
-    table = rope_parameters(nested)["rope_theta"] ** -steps
-    return tensor.shape == table.shape and torch.allclose(tensor.float(), table, rtol=1e-2)
+    return proven
 
 
 def require_verifier(verifier: str) -> None:
@@ -261,40 +296,3 @@ def maybe_convert_external_checkpoint(
         raise ValueError(f"'{model}' is in the format of another project and is converted for a verifier: name it")
     target = output_path or Path(tempfile.mkdtemp(prefix="speculators-")) / path.name
     return str(convert_checkpoint(path, target, verifier=verifier).path)
-
-
-class Converter:
-    """Base of the converter classes of earlier releases: one algorithm and its options."""
-
-    algorithm: ClassVar[str]
-    options: ClassVar[dict[str, Any]] = {}
-    """Further arguments of `convert` and their defaults (None: as the source says)."""
-
-    def convert(
-        self,
-        input_path: str | Path,
-        output_path: str | Path,
-        base_model: str,
-        validate: bool = True,
-        *,
-        cache_dir: str | Path | None = None,
-        **kwargs: Any,
-    ) -> ConvertedCheckpoint:
-        """Converts `input_path` for the verifier `base_model` and replaces `output_path`; the result is always checked.
-
-        Raises as `convert_checkpoint` does, and `TypeError` for an argument that the converter does not have.
-        """
-        unknown = sorted(kwargs.keys() - self.options.keys())
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__}.convert has no argument {unknown[0]!r}; it has {list(self.options)}"
-            )
-        return convert_checkpoint(
-            input_path,
-            output_path,
-            verifier=base_model,
-            algorithm=self.algorithm,
-            overwrite=True,
-            cache_dir=cache_dir,
-            **{**self.options, **kwargs},
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from speculators.convert.entrypoints import Converter
+from speculators.convert.utils import Converter
 
 MTP_EXACT_REMAP = {
     "mtp.fc.weight": "mtp_layers.0.input_proj.weight",

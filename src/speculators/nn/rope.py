@@ -126,3 +126,12 @@ class Rope:
         angles = positions.unsqueeze(-1).float() * frequencies.to(positions.device, non_blocking=True)
         cos, sin = angles.cos() * factor, angles.sin() * factor
         return RopeTables(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
+
+
+def is_frequency_table(tensor: Tensor, config: Any) -> bool:
+    """Says whether the tensor is what old releases of transformers saved of a rotary embedding without scaling."""
+    if config is None or rope_parameters(config)["rope_type"] != "default":
+        return False
+    size = head_dim(config)
+    table = rope_parameters(config)["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return tensor.shape == table.shape and torch.allclose(tensor.float(), table, rtol=1e-2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from speculators.convert.entrypoints import Converter
+from speculators.convert.utils import Converter
 
 EXTRA_NORMS = ("embed_layernorm.weight", "post_embedding_layernorm.weight", "lm_head_layernorm.weight")
 
