@@ -38,6 +38,7 @@ from speculators.checkpoint.tensors import CheckpointPlan, plan_of
 from speculators.config import SpeculatorModelConfig, VerifierConfig, installed_version
 from speculators.deploy.check import check_checkpoint, check_opened
 from speculators.deploy.config_check import rope_findings, structure_findings
+from speculators.deploy.engine import choose_engine
 from speculators.deploy.report import CheckError, CheckReport
 from speculators.model import SpeculatorModel
 from speculators.nn.rope import is_frequency_table
@@ -149,7 +150,7 @@ def plan_conversion(
         kept = fitting_tensors(ours, opened.model_class)
         values = written_values(ours, opened.model_class, kept)
         with tempfile.TemporaryDirectory() as empty:
-            report = CheckReport(Path(empty), SPECULATORS, ours.config.speculators_model_type)
+            report = CheckReport(Path(empty), choose_engine(), format=SPECULATORS)
             report.add("config.json", structure_findings(values))
             written = replace(opened, path=Path(empty), format=SPECULATORS, values=values, config=ours.config)
             check_opened(replace(written, tensors=kept), report, verifier)
