@@ -16,7 +16,7 @@ import torch
 
 from speculators.data_generation import CorruptHiddenStatesError, ShardedStore, WriteOptions
 from speculators.data_generation.configs import parse_bytes
-from speculators.data_generation.sources.samples import Origin, mask_of, runs_of, target_rows
+from speculators.data_generation.sources.samples import Origin, StoreFacts, encode, mask_of, runs_of, target_rows
 from speculators.data_generation.sources.shards import RECORD_MAGIC, head_bytes
 from speculators.interfaces import CaptureSpec, VerifierStates
 
@@ -389,3 +389,22 @@ def test_a_writer_goes_on_in_the_last_shard_so_that_the_order_stays(rows, tmp_pa
     write(tmp_path / "resumed", rows, shard_bytes=6000, only=[0, 1, 2, 3])
     write(tmp_path / "resumed", rows, shard_bytes=6000)
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+
+
+def test_fp8_takes_half_of_bf16_and_less_without_the_last_states_of_prompts():
+    """At a width of practice; 55 of 100 tokens supervised, as in chats of one and two turns."""
+    mask_T = torch.arange(200) % 100 >= 45
+    generator = torch.Generator().manual_seed(0)
+    states = VerifierStates(
+        torch.arange(200), torch.randn(200, 3 * 576, generator=generator), torch.randn(200, 576, generator=generator)
+    )
+    sizes = {}
+    for dtype, last_rows in (("bfloat16", "all"), ("float8_e4m3fn", "all"), ("float8_e4m3fn", "supervised")):
+        facts = StoreFacts((2, 15, 27), True, last_rows, 3 * 576, 576, dtype, "bfloat16", Origin())
+        kept_T = facts.kept_rows(mask_T)
+        sizes[dtype, last_rows] = sum(map(len, encode(states, kept_T, facts)))
+        assert facts.num_bytes(200, int(kept_T.sum())) == sizes[dtype, last_rows]
+    bf16, fp8, supervised = sizes.values()
+    assert bf16 == 200 * (4 * 576 * 2 + 4)
+    assert fp8 <= 0.51 * bf16
+    assert supervised <= 0.45 * bf16
