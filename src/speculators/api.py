@@ -54,7 +54,7 @@ from speculators.train.logger import TrainingProgress
 from speculators.train.records import TrainResult
 from speculators.train.run import train
 from speculators.utils.names import model_name, refuse_unknown
-from speculators.utils.progress import Progress, WorkProgress, no_progress_bars, token_counter
+from speculators.utils.progress import Progress, WorkProgress, counting, no_progress_bars, token_counter
 from speculators.verifier.config import end_token_ids
 
 NOTED = ("max_tokens", "temperature", "top_k", "top_p", "seed")
@@ -139,7 +139,7 @@ def regenerate(
             return regenerate_responses(
                 data,
                 tokenizer,
-                servers,
+                counting(servers, progress),
                 threaded=True,
                 max_prompt_tokens=None if servers.max_model_len is None else servers.max_model_len - 1,
                 stop_token_ids=stop_token_ids,

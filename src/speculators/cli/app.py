@@ -217,8 +217,11 @@ def raising_interrupted(verb: str, function: Callable[..., Any]) -> Callable[...
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
             check_paths(verb, kwargs)
-            chooses_here = verb in VERBS_COMPUTING and verb not in CHOOSING_THEMSELVES
-            with choosing_threads() if chooses_here else nullcontext():
+            if verb not in VERBS_COMPUTING:
+                return function(*args, **kwargs)
+            from speculators.utils.progress import listening
+
+            with listening(), nullcontext() if verb in CHOOSING_THEMSELVES else choosing_threads():
                 return function(*args, **kwargs)
         except KeyboardInterrupt as stop:
             raise Interrupted(str(stop)) from stop

@@ -51,6 +51,7 @@ from speculators.interfaces import (
     RemembersRequests,
     Verifier,
 )
+from speculators.utils.progress import doing
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward: bounds the memory of a prefill and how long it keeps the other rows waiting."""
@@ -98,7 +99,8 @@ class Engine(ChatEngine):
             rule=rule,
         )
         capture = self.drafting.proposer.capture if self.drafting is not None else CaptureSpec()
-        self.verifier = make_verifier(verifier, max_batch_size, capture)
+        with doing("proving that the verifier decodes in batches as by itself"):
+            self.verifier = make_verifier(verifier, max_batch_size, capture)
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
         self.stats = DecodeStats()
         eos_ids, vocab_size = end_of_sequence_ids(verifier, tokenizer), self.verifier.vocab_size

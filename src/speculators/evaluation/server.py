@@ -32,7 +32,7 @@ from speculators.evaluation.measurement import (
 from speculators.evaluation.report import ResultRow, SavedReport, environment, gain, results_table, with_interval
 from speculators.evaluation.server_client import MeasuredServer, ServerCounters, ServerRestartedError
 from speculators.evaluation.statistics import Estimate, count_identical
-from speculators.utils.progress import Progress, reporting
+from speculators.utils.progress import Progress, WorkProgress, reporting
 from speculators.utils.quantized import tokenizer_source
 
 COLUMNS = (
@@ -200,6 +200,7 @@ def measure_level(
         for server in servers.values():
             server.measure(group, sampling)
     num_done = 0
+    show(f"{level.num_clients} clients", 0, len(prompts))
     for index, group in enumerate(groups):
         measured = {
             name: measured_again(level, servers[name], group, sampling) for name in rotated(list(servers), index)
@@ -209,6 +210,8 @@ def measure_level(
         if PLAIN in measured:
             level.plain.append(measured[PLAIN][0])
         num_done += len(group)
+        if isinstance(show, WorkProgress):
+            show.add_tokens(sum(measurement.num_tokens for measurement, _ in measured.values()))
         show(f"{level.num_clients} clients", num_done, len(prompts))
 
 

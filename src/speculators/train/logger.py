@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from speculators.train.checkpointer import CURVE_FILE
@@ -32,11 +32,15 @@ from speculators.train.events import (
 )
 from speculators.utils.files import atomic_write
 from speculators.utils.names import did_you_mean
+from speculators.utils.progress import Lines, SlowStepBars, waiting_line
 from speculators.utils.report import ReportConsole
 
 
-class TrainingProgress(Progress):
+class TrainingProgress(SlowStepBars):
     """A bar with loss, per-step accuracy and expected acceptance length; called with the events of a run."""
+
+    first_step = ""
+    """Until it is done: reading, computing states and, on a GPU, compiling take their time."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -48,12 +52,15 @@ class TrainingProgress(Progress):
             console=ReportConsole(stderr=True, soft_wrap=True),
         )
         self.bar: TaskID | None = None
+        self.say = Lines(self.console)
         self.decoded = ""
         """Of the newest validation: shown on while training goes on."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Below the bar: what was learned, in a line of its own, as both together are wider than 80 columns."""
-        yield self.make_tasks_table(self.tasks)
+        yield from super().get_renderables()
+        if self.first_step and not waiting_line():
+            yield Text(self.first_step, "dim")
         yield from (Text(task.description) for task in self.tasks if task.description)
 
     def __call__(self, event: Event) -> None:
@@ -61,6 +68,7 @@ class TrainingProgress(Progress):
             case Note():
                 self.console.print(event.text, style="dim", markup=False)
             case Started():
+                self.first_step = "first step ..."
                 self.bar = self.add_task("", total=event.num_steps, completed=event.first_step, speed="")
                 self.console.print(
                     f"{event.num_trainable_params:,} parameters, {event.num_documents:,} rows, "
@@ -68,9 +76,11 @@ class TrainingProgress(Progress):
                 )
             case StepDone():
                 assert self.bar is not None
+                self.first_step = ""
                 description = describe(event.metrics, event.acceptance_length) + self.decoded
                 speed = f"{event.tokens_per_s:,.0f} tokens/s"
                 self.update(self.bar, completed=event.step, description=description, speed=speed)
+                self.say(f"step {event.step}/{event.num_steps}: {description}, {speed}")
             case Validated():
                 self.decoded = decoded(event.metrics)
                 line = describe(event.metrics, event.acceptance_length)

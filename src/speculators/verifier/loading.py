@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from speculators.nn.norms import LayerNorm, RMSNorm, RMSNormPlusOne
 from speculators.utils.loading import Rows, find_key, list_checkpoint_keys, load_model_layers, load_rows, spaced
 from speculators.utils.names import refuse_missing_verifier
-from speculators.utils.progress import no_progress_bars
+from speculators.utils.progress import doing, no_progress_bars
 from speculators.utils.quantized import EXTRA, method_of, refuse_missing_packages, settings_of, source, tokenizer_source
+from speculators.utils.report import human_bytes
 from speculators.verifier.config import (
     LogitTransform,
     NormKind,
@@ -77,16 +78,17 @@ def load_verifier(
     # sdpa has no soft cap and transformers drops it silently there: the eager path is the trained model
     is_capped = getattr(text_config(config), "attn_logit_softcapping", None)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **where,
-            config=config,
-            dtype=dtype if dtype is not None else "auto",
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            use_safetensors=True,
-            **({"attn_implementation": "eager"} if is_capped else {}),
-            **dequantize_when_loading(config, is_gguf="gguf_file" in where),
-        )
+        with doing(loading(name)):
+            model = AutoModelForCausalLM.from_pretrained(
+                **where,
+                config=config,
+                dtype=dtype if dtype is not None else "auto",
+                trust_remote_code=trust_remote_code,
+                revision=revision,
+                use_safetensors=True,
+                **({"attn_implementation": "eager"} if is_capped else {}),
+                **dequantize_when_loading(config, is_gguf="gguf_file" in where),
+            )
     except (ImportError, RuntimeError) as error:
         if not settings:
             raise
@@ -133,6 +135,14 @@ def drop_rounding(model: PreTrainedModel) -> None:
             module.weight.data = module.weight.data.to(model.dtype)  # NVFP4 gives bfloat16, whatever was asked for
             for name in {*module._parameters, *module._buffers} - {"weight", "bias"}:
                 delattr(module, name)
+
+
+def loading(name: str) -> str:
+    """Says that a model is being loaded, with the size of its weights where they are files here."""
+    folder = Path(name)
+    files = folder.glob("*.safetensors") if folder.is_dir() else [folder] if folder.is_file() else []
+    num_bytes = sum(file.stat().st_size for file in files)
+    return f"loading {name}" + (f" ({human_bytes(num_bytes)})" if num_bytes else "")
 
 
 def refuse_missing_device(device: torch.device | str | None) -> None:

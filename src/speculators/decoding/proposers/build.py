@@ -19,8 +19,10 @@ from speculators.decoding.trees.static_tree import StaticTreeProposer, TreeDraft
 from speculators.decoding.verifiers.recurrent_verifier import is_recurrent
 from speculators.interfaces import CaptureSpec, Proposer, Verifier
 from speculators.model import SpeculatorModel
+from speculators.utils.progress import doing
 from speculators.utils.quantized import tokenizer_source
 from speculators.verifier import load_verifier, verifier_parts
+from speculators.verifier.loading import loading
 
 EARLY_EXIT_SHARE = 4
 """Without `early_exit_layer`, the verifier's first 1/4 of layers drafts."""
@@ -65,9 +67,10 @@ def build_from_checkpoint(config: SpeculativeConfig, context: ProposerContext) -
     assert config.model is not None
     # in the verifier's dtype: its embedding and head must not be rounded to the checkpoint's dtype
     verifier = context.model_for(f"the speculators checkpoint {config.model!r}")
-    speculator = SpeculatorModel.from_pretrained(
-        config.model, dtype=verifier.dtype, verifier=directory_of(verifier), revision=config.revision or "main"
-    )
+    with doing(loading(config.model)):
+        speculator = SpeculatorModel.from_pretrained(
+            config.model, dtype=verifier.dtype, verifier=directory_of(verifier), revision=config.revision or "main"
+        )
     sizes = {"max_batch_size": context.max_batch_size, "max_length": context.max_length}
     if config.dynamic_tree is not None:
         return DynamicTreeProposer(speculator.make_tree_drafter(verifier, **sizes), config.dynamic_tree)
