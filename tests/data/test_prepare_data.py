@@ -202,7 +202,7 @@ def test_the_date_that_a_template_asks_for_is_part_of_the_recipe(tmp_path):
     options = {"model": str(tmp_path / "verifier"), "data": data, "output": tmp_path / "out", "seq_length": 300}
     first = prepare_data(**options, chat_template_kwargs={"template_date": "2026-01-31"})
     assert first.manifest.recipe.template_date == "2026-01-31"
-    with pytest.raises(ValueError, match=r"template_date was '2026-01-31', now .*give the template the date again"):
+    with pytest.raises(ValueError, match=r"template_date: +2026-01-31 -> .*\n.*gives the template the date again"):
         prepare_data(**options)
     assert prepare_data(**options, chat_template_kwargs={"template_date": "2026-01-31"}).reused
 
@@ -294,10 +294,10 @@ def test_the_same_recipe_is_reused_and_another_one_is_named(model_dir, data, tmp
     assert not first.reused
     assert again.reused
     assert again.manifest == first.manifest
-    with pytest.raises(ValueError, match="seq_length was 100, now 50; pass overwrite"):
+    with pytest.raises(ValueError, match=r"seq_length: +100 -> 50\npass overwrite"):
         prepare_data(model=model_dir, data=data, output=out, seq_length=50)
     write_jsonl(Path(data), CHATS[:1])
-    with pytest.raises(ValueError, match="sources_sha256 was"):
+    with pytest.raises(ValueError, match=r"sources_sha256: .* -> "):
         prepare_data(model=model_dir, data=data, output=out, seq_length=100)
     replaced = prepare_data(model=model_dir, data=data, output=out, seq_length=100, overwrite=True)
     assert len(replaced.dataset()) == 1

@@ -220,11 +220,13 @@ def test_other_verifiers_templates_and_types_are_refused(rows, tmp_path):
     moved.write_row(1, states_of(rows)[1])  # the same weights by another name
     assert moved.present == {0, 1}
     for changes, said in (
-        ({"origin": Origin("a", "1234", "tok", "t2")}, r"chat_template t1, not t2"),
-        ({"dtype": FP8}, r"dtype float32, not float8_e4m3fn"),
-        ({"last_rows": "supervised"}, r"last_rows all, not supervised"),
+        ({"origin": Origin("a", "1234", "tok", "t2")}, "chat_template: +t1 -> t2"),
+        ({"dtype": FP8}, "dtype: +float32 -> float8_e4m3fn"),
+        ({"last_rows": "supervised"}, "last_rows: +all -> supervised"),
     ):
-        with pytest.raises(ValueError, match=rf"store.json holds {said}: give the settings it was made with"):
+        with pytest.raises(
+            ValueError, match=rf"store.json was made with other settings:\n +{said}\ngive the settings it was"
+        ):
             write(tmp_path, rows, **changes)
 
 
@@ -356,7 +358,11 @@ MADE_BY = Origin("a", "1234", "tok", "t1")
         (cut_the_manifest, MADE_BY, r"store.json .*delete it: it is written again from the shards"),
         (damage_the_head, MADE_BY, r"the head of .*00.shard is damaged.* delete it and its index: generate-offline-d"),
         (damage_nothing, Origin("b", "99"), r"store.json holds states of 'a' .* not of 'b' .*; name another directory"),
-        (damage_nothing, Origin("a", "1234", "tok", "t2"), r"store.json .*chat_template t1, not t2.* name another dir"),
+        (
+            damage_nothing,
+            Origin("a", "1234", "tok", "t2"),
+            r"(?s)store.json .*chat_template: +t1 -> t2.* name another dir",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_the_file_and_the_way_out(rows, tmp_path, damage, origin, said):

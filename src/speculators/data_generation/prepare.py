@@ -43,8 +43,8 @@ from speculators.data_generation.records import (
     Outcome,
     Tokenized,
     contents_sha256,
-    differences,
     json_line,
+    refuse_other_recipe,
     template_date,
     template_sha256,
     tokenizer_sha256,
@@ -248,13 +248,8 @@ def reuse(path: Path, recipe: Recipe) -> PreparedData:
     if found.manifest is None:
         logger.warning("%s has no %s: reusing it unchecked", path, MANIFEST_NAME)
         return replace(found, reused=True)
-    before, now = asdict(found.manifest.recipe), asdict(recipe)
-    differing = differences(before, now)
-    if differing:
-        raise ValueError(
-            f"{str(path)!r} holds data prepared differently: {differing}; "
-            "pass overwrite (--overwrite) to replace it, or choose another output"
-        )
+    ways_out = "pass overwrite (--overwrite) to replace it, or choose another output"
+    refuse_other_recipe(asdict(found.manifest.recipe), asdict(recipe), repr(str(path)), ways_out)
     return replace(found, reused=True)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.conversations import FilteredRow, TokenRow, UnusableRow
 from speculators.data_generation.datasets import Place
+from speculators.provenance import changed_settings, refuse_changes
 from speculators.utils.chat_template import TEMPLATE_DATE, ChatRenderer, chat_template_of
 from speculators.utils.files import atomic_write, is_same_model
 
@@ -26,13 +27,14 @@ Finished: TypeAlias = dict[tuple[str, int], str]
 """(primary id, sample) -> hash of what was asked, for each conversation whose last answer is written."""
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Names each entry of two recipes that differs; an empty text when they are equal."""
-    found = [f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in now if differs(name, before, now)]
-    if differs("template_date", before, now):
+def refuse_other_recipe(before: Mapping[str, Any], now: Mapping[str, Any], what: str, ways_out: str) -> None:
+    """Raises `ValueError` with two columns when `what` was made by another recipe."""
+    changed = changed_settings(before, now)
+    changes = {name: change for name, change in changed.items() if differs(name, before, now)}
+    if "template_date" in changes:
         again = json.dumps({TEMPLATE_DATE: before.get("template_date")})
-        found.append(f"give the template the date again with --chat-template-kwargs '{again}'")
-    return "; ".join(found)
+        ways_out += f"; --chat-template-kwargs '{again}' gives the template the date again"
+    refuse_changes(changes, what, ways_out)
 
 
 def template_date(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> str | None:
@@ -133,12 +135,8 @@ def open_recipe(output: Path, recipe: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{str(path)!r} is missing, so nobody can say how {str(output)!r} was made; choose another output"
         )
-    differing = differences(json.loads(path.read_text(encoding="utf-8")), now)
-    if differing:
-        raise ValueError(
-            f"{str(output)!r} was made differently: {differing}; give the same settings to complete it, or choose "
-            "another output"
-        )
+    ways_out = "give the settings before to complete it, or choose another output"
+    refuse_other_recipe(json.loads(path.read_text(encoding="utf-8")), now, repr(str(output)), ways_out)
 
 
 def json_line(row: Mapping[str, Any]) -> str:

@@ -24,7 +24,6 @@ from speculators.data_generation.sources.shards import (
     Entry,
     Shard,
     as_json,
-    differences,
     head_bytes,
     index_line,
     index_path,
@@ -32,6 +31,7 @@ from speculators.data_generation.sources.shards import (
     read_shard,
     shard_paths,
 )
+from speculators.provenance import changed_settings, refuse_changes
 from speculators.utils.files import (
     atomic_write,
     finish_dead_writes,
@@ -154,10 +154,8 @@ class ShardWriter:
             write_all(self.handle, [head_bytes(SHARD_MAGIC, as_json(self.facts))], 0)
             shard.facts = self.facts
         elif shard.facts != self.facts:
-            raise ValueError(
-                f"{self.path} holds {differences(shard.facts, self.facts)}: give the settings it was made with, or "
-                "name another directory"
-            )
+            ways_out = "give the settings it was made with, or name another directory"
+            refuse_changes(changed_settings(shard.facts, self.facts), str(self.path), ways_out)
         self.num_unfinished += shard.num_unfinished > 0
         os.ftruncate(self.handle, shard.end)  # also pads the last record, whose padding was cut
         self.begin = len(head_bytes(SHARD_MAGIC, as_json(self.facts)))

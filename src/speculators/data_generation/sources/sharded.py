@@ -35,9 +35,10 @@ from speculators.data_generation.sources.samples import (
     runs_of,
 )
 from speculators.data_generation.sources.shard_writer import ShardWriter, WriteOptions, finish_dead_writers
-from speculators.data_generation.sources.shards import Entry, Mappings, differences
+from speculators.data_generation.sources.shards import Entry, Mappings
 from speculators.data_generation.sources.store import HiddenStateStore, MissingStatesError, StoragePlan, digest
 from speculators.interfaces import CaptureSpec, VerifierStates
+from speculators.provenance import changed_settings, refuse_changes
 from speculators.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -255,10 +256,8 @@ class ShardedStore:
             origin=origin,
         )
         if known is not None and facts != known:
-            raise ValueError(
-                f"{self.directory / MANIFEST} holds {differences(known.to_dict(), facts.to_dict())}: give the settings "
-                "it was made with, or name another directory"
-            )
+            ways_out = "give the settings it was made with, or name another directory"
+            refuse_changes(changed_settings(known.to_dict(), facts.to_dict()), str(self.directory / MANIFEST), ways_out)
         return facts
 
     def plan(self, facts: StoreFacts) -> StoragePlan:
