@@ -190,7 +190,8 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
     shared = contract.shared_tensors(config)
     report.add("tensors", tensor_check.tensor_findings(tensors, expected, shared, is_served=is_served))
     report.findings += tensor_check.file_findings(report.path)
-    report.findings += drafter_findings(report.profile, config, opened.format, list_checkpoint_keys(report.path))
+    stored = list(tensors) if opened.format == SPECULATORS else list_checkpoint_keys(report.path)
+    report.findings += drafter_findings(report.profile, config, opened.format, stored)
     if {tensor_check.MAP, tensor_check.KEPT} <= tensors.keys() & expected.keys():
         report.add(MAP, tensor_check.map_findings(tensors, config.target_vocab_size))
     record = record_of(report)
