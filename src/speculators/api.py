@@ -132,8 +132,9 @@ def regenerate(
         tokenizer = tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code)
         stop_token_ids = {*end_token_ids(name, tokenizer, trust_remote_code), *params.stop_token_ids}
         urls = [endpoints] if isinstance(endpoints, str) else list(endpoints)
+        limits = (batch_size, request_timeout_s, max_retries)
         with AnswerServers(
-            urls, tokenizer, asdict(params), stop_token_ids, batch_size, request_timeout_s, max_retries, api_key
+            urls, tokenizer, asdict(params), stop_token_ids, *limits, api_key, chat_template_kwargs
         ) as servers:
             servers.warn_about_other_model(name)
             return regenerate_responses(

@@ -11,8 +11,10 @@ import pytest
 from chats import family_tokenizer, make_tokenizer
 
 from speculators.data_generation import regenerate_responses
+from speculators.data_generation.answering import tokens_of_message
 from speculators.data_generation.rollout import Answer, Question
-from speculators.utils.chat_template import parse_answer
+from speculators.data_generation.vllm_client import InvalidResponseError
+from speculators.utils.chat_template import ChatRenderer, parse_answer
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
@@ -120,6 +122,20 @@ def test_a_call_ends_the_conversation_and_is_parsed_so_that_its_template_renders
 def test_what_is_no_call_stays_content(text):
     for family in ("qwen25", "llama3", "mistral_v3"):
         assert parse_answer(text, family_tokenizer(family).chat_template) == {"role": "assistant", "content": text}
+
+
+def test_a_message_that_a_server_parsed_is_rendered_as_the_verifier_wrote_it():
+    tokenizer = family_tokenizer("qwen3")
+    renderer = ChatRenderer(tokenizer)
+    question = Question([], 0, messages=[{"role": "user", "content": "2+3?"}], tools=[ADD])
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    given = {"role": "assistant", "content": None, "reasoning": "Add.", "tool_calls": [call]}
+    text = '<think>\nAdd.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+    for is_cut, end in ((False, "<|im_end|>"), (True, "")):
+        assert tokenizer.decode(tokens_of_message(given, question, renderer, is_cut=is_cut)) == text + end
+    other = ChatRenderer(family_tokenizer("deepseek_r1"))
+    with pytest.raises(InvalidResponseError, match="does not render its reasoning"):
+        tokens_of_message({"content": "Two.", "reasoning": "It is 2."}, question, other, is_cut=False)
 
 
 def test_a_template_without_thoughts_or_calls_gets_plain_text_without_markers(tmp_path):

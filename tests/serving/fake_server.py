@@ -38,12 +38,23 @@ def states_of(token_ids: list[int], num_slots: int, hidden_size: int = HIDDEN_SI
     return (tokens + position)[:, None, None] + slot[None, :, None] + feature[None, None]
 
 
+def rendered(messages: list[dict]) -> list[int]:
+    """The prompt's tokens by the template and tokenizer of test_regenerate_server."""
+    token_ids: list[int] = []
+    for message in [*messages, {"role": "assistant", "content": None}]:
+        text = f"{message['role']}: {message['content'] or ''}"
+        token_ids += [1, *(127 if letter == " " else ord(letter) for letter in text), 0]
+    return token_ids[:-1]
+
+
 class Fake:
     """What the server knows between requests."""
 
     def __init__(self, directory: Path, model: str, num_slots: int, hidden_size: int, drafts: bool) -> None:
         self.hidden_size = hidden_size
-        self.answers = flag("--answers", "")  # "tokens": as vLLM; "text": a server that refuses vLLM's keys
+        self.answers = flag(
+            "--answers", ""
+        )  # "tokens": as vLLM; "text": refuses vLLM's keys; "chat": knows only messages
         self.max_model_len = int(flag("--length", "64"))
         self.delay_s = float(flag("--delay", "0"))
         self.num_in_flight = self.most_in_flight = 0
@@ -164,6 +175,10 @@ class Handler(BaseHTTPRequestHandler):
         """One to four letters that depend on prompt, seed and temperature, and the end token 0."""
         if self.fake.answers == "text" and "return_token_ids" in request:
             return 400, {"error": "Unrecognized request argument supplied: return_token_ids"}
+        if self.fake.answers == "chat":
+            if not self.path.endswith("/chat/completions"):
+                return 404, {"error": "This is a chat model and not supported in the v1/completions endpoint"}
+            request["prompt"] = rendered(request["messages"])
         if self.headers.get("Authorization", "") != flag("--authorization", ""):
             return 401, {"error": "invalid api key"}
         with LOCK:
@@ -176,6 +191,8 @@ class Handler(BaseHTTPRequestHandler):
         drawn = random.Random(f"{request['prompt']} {request['seed']} {request['temperature']}")
         letters = [drawn.choice("abcdefgh") for _ in range(drawn.randint(1, 4))]
         choice = {"text": "".join(letters), "finish_reason": "stop"}
+        if self.fake.answers == "chat":
+            choice = {"message": {"role": "assistant", "content": choice["text"]}, "finish_reason": "stop"}
         if self.fake.answers == "tokens":
             token_ids = [ord(letter) for letter in letters] + [0]
             choice |= {"token_ids": token_ids, "prompt_token_ids": request["prompt"], "stop_reason": None}

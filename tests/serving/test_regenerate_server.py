@@ -140,6 +140,13 @@ def test_a_server_without_token_ids_gives_text_that_is_tokenised_here(start_serv
     assert report.num_from_text == 24 and all(row["metadata"]["tokenised_from_text"] for row in rows)
 
 
+def test_a_server_that_takes_only_messages_is_asked_with_them(start_server, answered):
+    _, expected = answered(start_server(name="tokens"))
+    report, rows = answered(start_server(answers="chat"), name="chat")
+    assert content(rows) == content(expected)
+    assert report.num_from_text == 24 and report.num_failed == 0
+
+
 def test_servers_of_different_models_are_refused(start_fake, start_server, answered):
     other = start_fake("--model", "/models/other", name="other")
     with pytest.raises(ValueError, match="the endpoints serve different models"):

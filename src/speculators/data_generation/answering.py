@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -19,8 +19,10 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from speculators.data_generation.conversations import Message, UnusableRow
+from speculators.data_generation.conversations import Message, UnusableRow, parse_turn
+from speculators.data_generation.masks import RenderedTurn
 from speculators.data_generation.rollout import Answer, Generate, Provenance, Question, Rollout, number_of
+from speculators.data_generation.vllm_client import InvalidResponseError
 from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
 
 logger = logging.getLogger(__name__)
@@ -235,3 +237,60 @@ def batches(rollouts: Iterable[Rollout], size: int) -> Iterator[list[Rollout]]:
             batch = []
     if batch:
         yield batch
+
+
+# -- questions and answers as OpenAI's interface has them --------------------------------------------------------------
+
+COMPLETIONS, CHAT = "completions", "chat/completions"
+MOST_SEED = 2**31
+"""Seeds that every server takes are below."""
+
+
+def as_openai(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a message as OpenAI's interface has it: arguments of calls as JSON text, no marks of the training data."""
+    sent = {key: value for key, value in message.items() if key not in ("weight", "prefix", "tool_calls")}
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**sent, "tool_calls": calls} if calls else sent
+
+
+def requests_of(
+    question: Question, request: Mapping[str, Any], template_kwargs: Mapping[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    """Completes a request by what is asked: by path, the prompt's tokens, and the messages that it renders."""
+    request = {**request, "temperature": question.temperature, "seed": question.seed % MOST_SEED}
+    requests = {COMPLETIONS: {**request, "prompt": question.prompt}}
+    if question.messages is not None:
+        optional = {"tools": question.tools, "chat_template_kwargs": dict(template_kwargs or {})}
+        messages = [as_openai(message) for message in question.messages]
+        given = {key: value for key, value in optional.items() if value}
+        requests[CHAT] = {**request, "messages": messages, **given}
+    return requests
+
+
+def tokens_of_message(
+    given: Mapping[str, Any], question: Question, renderer: ChatRenderer, *, is_cut: bool
+) -> list[int]:
+    """Returns the tokens of a message whose reasoning or calls a server has parsed: those that the verifier's template
+    renders behind the question, with the token that ends the answer unless it was cut.
+
+    Raises `InvalidResponseError` where the template does not render all of it.
+    """
+    content = given.get("content")
+    try:
+        message = parse_turn({**given, "role": "assistant", "content": "" if content is None else content}, Counter())
+        turn = RenderedTurn(renderer, [*(question.messages or ()), message], question.tools)
+        turn.refuse_lost_tools()
+        if turn.loses_reasoning:
+            raise UnusableRow("the template does not render its reasoning")
+        row = turn.row()
+    except (UnusableRow, ChatTemplateError) as error:
+        raise InvalidResponseError(
+            f"the server's answer cannot be rendered as the verifier wrote it: {error}"
+        ) from error
+    token_ids = [token for token, is_answer in zip(row.input_ids, row.loss_mask, strict=True) if is_answer]
+    while is_cut and token_ids and token_ids[-1] in renderer.end_token_ids:
+        token_ids.pop()
+    return token_ids

@@ -1,25 +1,29 @@
 """Asks servers with OpenAI's interface to continue prompts: several of them, one retry rule, and what each understands.
 
-    POST <endpoint>/completions   {"prompt": [ids], "seed": ..., "return_token_ids": true, ...}
-    answer                        choices[0].token_ids (vLLM), else choices[0].text, which is tokenised here
+    POST <endpoint>/completions        {"prompt": [ids], "seed": ..., "return_token_ids": true, ...}
+    answer                             choices[0].token_ids (vLLM), else choices[0].text, which is tokenised here
+    POST <endpoint>/chat/completions   {"messages": [...], ...}: of a server that refuses the first
+    answer                             choices[0].message, which the verifier's template renders here
 
-Prompts are rendered here and sent as tokens, so a server's own chat template does not matter. A server that fails or is
-busy rests while the others are asked. With all of them resting, a request waits by `retry_wait_s` and asks again.
+Prompts are rendered here and sent as tokens, so a server's own chat template does not matter, except to a server that
+takes only messages. A server that fails or is busy rests while the others are asked. With all of them resting, a
+request waits by `retry_wait_s` and asks again.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from speculators.data_generation.answering import CHAT, COMPLETIONS, requests_of, tokens_of_message
 from speculators.data_generation.configs import DEFAULT_ANSWER_RETRIES, DEFAULT_ANSWER_TIMEOUT_S
 from speculators.data_generation.rollout import Answer, Question
 from speculators.data_generation.vllm_client import (
@@ -38,6 +42,7 @@ from speculators.data_generation.vllm_client import (
     served_model,
     wrong_kind,
 )
+from speculators.utils.chat_template import REASONING_KEYS, ChatRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +59,8 @@ EXTENSIONS = {
 }
 """Sampling settings that vLLM and SGLang add, with their values for "off". Sent even then: a server may have other
 defaults from the model's generation config. One that refuses unknown keys gets those that are on."""
-MOST_SEED = 2**31
-"""Seeds that every server takes are below."""
+REFUSALS = frozenset({400, 404, 405, 422, 501})
+"""HTTP codes of a server that does not know a path or a key."""
 
 
 @dataclass
@@ -65,8 +70,8 @@ class Endpoint:
     url: str
     client: httpx.Client
     served: ServedModel | None = None
-    takes_extensions: bool | None = None
-    """None: not known yet."""
+    form: tuple[str, bool] | None = None
+    """The path that it answers, and whether it takes the extensions there; None: not known yet."""
     rests_until_s: float = 0.0
     """Not asked before this time (of `time.monotonic`) while another one is not resting."""
     busy_until_s: float = 0.0
@@ -78,20 +83,26 @@ class Endpoint:
             self.served = served_model(self.client, max_retries=0)
         return self.served
 
-    def complete(self, request: Mapping[str, Any], extensions: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the answer's body. A server that refuses the extensions is asked again with those that matter."""
-        if self.takes_extensions is not False:
-            response = self.client.post("completions", json={**request, **extensions})
-            if response.status_code not in (400, 422) or self.takes_extensions:
-                body = checked_json(response)
-                self.takes_extensions = True
-                return body
+    def complete(self, requests: Mapping[str, Mapping[str, Any]], extensions: Mapping[str, Any]) -> dict[str, Any]:
+        """Asks by path until the server takes a form, which it keeps. Raises `InvalidResponseError` (first refusal)."""
         needed = {key: value for key, value in extensions.items() if key in EXTENSIONS and value != EXTENSIONS[key]}
-        body = checked_json(self.client.post("completions", json={**request, **needed}))
-        if self.takes_extensions is None:
-            logger.warning("%s refuses vLLM's keys: its answers are tokenised here, from their text", self.url)
-        self.takes_extensions = False
-        return body
+        forms = [(path, takes) for path in requests for takes in (True, False)] if self.form is None else [self.form]
+        refusal: httpx.Response | None = None
+        for path, takes_extensions in forms:
+            if path not in requests:
+                raise InvalidResponseError(f"{self.url} answers only {CHAT}, and a row of tokens has no messages")
+            keys = extensions if takes_extensions else needed
+            response = self.client.post(path, json={**requests[path], **keys})
+            if self.form is not None or response.status_code not in REFUSALS:
+                body = checked_json(response)
+                if self.form is None and (path == CHAT or not takes_extensions):
+                    what = "takes messages only: it makes the prompts" if path == CHAT else "refuses vLLM's keys"
+                    logger.warning("%s %s, and its answers are tokenised here, from their text", self.url, what)
+                self.form = (path, takes_extensions)
+                return body
+            refusal = refusal or response
+        assert refusal is not None
+        return checked_json(refusal)
 
 
 @dataclass
@@ -107,6 +118,8 @@ class AnswerServers:
     timeout_s: float = DEFAULT_ANSWER_TIMEOUT_S
     max_retries: int = DEFAULT_ANSWER_RETRIES
     api_key: str | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+    """Arguments of the chat template, for servers that render prompts themselves."""
     endpoints: list[Endpoint] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     closing: threading.Event = field(default_factory=threading.Event)
@@ -114,7 +127,7 @@ class AnswerServers:
     def __enter__(self) -> AnswerServers:
         """Connects. Raises `ServerUnavailableError` when no server answers, `ValueError` for different models."""
         for url in self.urls:
-            base = url.rstrip("/").removesuffix("/completions").removesuffix("/chat")
+            base = url.rstrip("/").removesuffix(f"/{COMPLETIONS}").removesuffix("/chat")
             client = make_client(
                 base, timeout_s=self.timeout_s, num_connections=self.num_connections, api_key=self.api_key
             )
@@ -230,49 +243,51 @@ class AnswerServers:
         try:
             served = endpoint.model()
             self.refuse_other_model(served)
-            choice = first_choice(endpoint.complete(*self.request(served, question)))
+            body = endpoint.complete(self.requests(served, question), self.extensions)
         finally:
             with self.lock:
                 endpoint.num_in_flight -= 1
+        choice = {"prompt_token_ids": body.get("prompt_token_ids"), **first_choice(body)}
         reason = choice.get("finish_reason")
         if reason in ("abort", "error"):
             raise TransientError(f"{endpoint.url} ended an answer by {reason!r}")
         refuse_other_prompt(choice, question.prompt)
         token_ids = generated_token_ids(choice)
         if token_ids is None:
-            return Answer(self.tokenised(choice), is_from_text=True, finish_reason=reason)
+            return Answer(self.tokenised(choice, question), is_from_text=True, finish_reason=reason)
         stop = choice.get("stop_reason")
         return Answer(token_ids, finish_reason=reason, stop=stop if isinstance(stop, str) else "")
 
-    def request(self, served: ServedModel, question: Question) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the keys of OpenAI's interface and those that vLLM adds to it."""
+    def requests(self, served: ServedModel, question: Question) -> dict[str, dict[str, Any]]:
         max_tokens = self.sampling["max_tokens"]
         if served.max_model_len is not None:
             max_tokens = max(1, min(max_tokens, served.max_model_len - len(question.prompt)))
-        request = {
-            "model": served.name,
-            "prompt": question.prompt,
-            "max_tokens": max_tokens,
-            "temperature": question.temperature,
-            "seed": question.seed % MOST_SEED,
-            **{key: self.sampling[key] for key in STANDARD if self.sampling.get(key)},
-        }
-        extensions = {
+        standard = {key: self.sampling[key] for key in STANDARD if self.sampling.get(key)}
+        request = {"model": served.name, "max_tokens": max_tokens, **standard}
+        return requests_of(question, request, self.template_kwargs)
+
+    @cached_property
+    def extensions(self) -> dict[str, Any]:
+        """Keys that vLLM adds to OpenAI's interface."""
+        return {
             **{key: self.sampling.get(key, off) for key, off in EXTENSIONS.items()},
             "stop_token_ids": sorted(self.stop_token_ids),
             "skip_special_tokens": False,
             "return_token_ids": True,
         }
-        return request, extensions
 
-    def tokenised(self, choice: Mapping[str, Any]) -> list[int]:
+    def tokenised(self, choice: Mapping[str, Any], question: Question) -> list[int]:
         """Returns the tokens of an answer's text, with the end token that servers leave out of it."""
-        text, stop = choice.get("text"), choice.get("stop_reason")
+        message, stop, reason = choice.get("message"), choice.get("stop_reason"), choice.get("finish_reason")
+        if isinstance(message, Mapping) and any(message.get(key) for key in ("tool_calls", *REASONING_KEYS)):
+            renderer = ChatRenderer(self.tokenizer, self.template_kwargs)
+            return tokens_of_message(message, question, renderer, is_cut=reason == "length")
+        text = message.get("content") if isinstance(message, Mapping) else choice.get("text")
         if not isinstance(text, str):
             raise wrong_kind("text", text, "a text")
         token_ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         end = stop if type(stop) is int else self.tokenizer.eos_token_id
-        if choice.get("finish_reason") == "stop" and not isinstance(stop, str) and end is not None:
+        if reason == "stop" and not isinstance(stop, str) and end is not None:
             token_ids += [] if token_ids[-1:] == [end] else [end]
         return token_ids
 
@@ -283,17 +298,3 @@ def generated_token_ids(choice: Mapping[str, Any]) -> list[int] | None:
     if token_ids is None or (isinstance(token_ids, list) and all(type(token) is int for token in token_ids)):
         return token_ids
     raise wrong_kind("token_ids", token_ids, "a list of token ids")
-
-
-def make_render_client(endpoint: str) -> httpx.Client:
-    return make_client(f"{endpoint.rstrip('/').removesuffix('/v1')}/v1")
-
-
-def as_openai(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a message as OpenAI's interface has it: arguments of calls as JSON text, no marks of the training data."""
-    sent = {key: value for key, value in message.items() if key not in ("weight", "prefix", "tool_calls")}
-    calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-        for call in message.get("tool_calls", ())
-    ]
-    return {**sent, "tool_calls": calls} if calls else sent

@@ -42,6 +42,9 @@ class Question:
     prompt: list[int]
     seed: int
     temperature: float = 0.0
+    messages: list[Message] | None = None
+    """What `prompt` renders; None: it was given as tokens."""
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,6 @@ class Answer:
 
 Generate = Callable[[Sequence[Question]], Sequence[Answer | Exception]]
 """Answers questions, in the same order."""
-
 TOOL_CALL = re.compile(r"<\|?tool_call|\[TOOL_CALLS\]|<function=")
 
 
@@ -70,7 +72,6 @@ class Provenance:
     endpoint: str
     sampling_params: Mapping[str, Any]
     stop_token_ids: Collection[int]
-
     drop_reasoning: bool = False
     """Thoughts stay in a row as context, and are not trained on."""
 
@@ -80,7 +81,9 @@ class Provenance:
         return {**self.sampling_params, **drawn}
 
     def question(self, rollout: Rollout, prompt: list[int]) -> Question:
-        return Question(prompt, self.seed_of(rollout), self.settings_of(rollout).get("temperature", 0.0))
+        messages = list(rollout.messages) if rollout.prompt_ids is None else None
+        temperature = self.settings_of(rollout).get("temperature", 0.0)
+        return Question(prompt, self.seed_of(rollout), temperature, messages, rollout.tools)
 
     def seed_of(self, rollout: Rollout) -> int:
         """Returns the seed of a conversation's next answer: other conversations, samples and turns draw other numbers,

@@ -14,9 +14,9 @@ import httpx
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from speculators.data_generation.answering import as_openai
 from speculators.data_generation.configs import TokenizeOptions, default_num_workers
 from speculators.data_generation.conversations import BrokenTokenRow, FilteredRow, TokenRow, UnusableRow, parse_row
-from speculators.data_generation.endpoints import as_openai, make_render_client
 from speculators.data_generation.masks import (
     agrees_with_template,
     generation_start,
@@ -30,6 +30,7 @@ from speculators.data_generation.vllm_client import (
     TransientError,
     checked_json,
     describe,
+    make_client,
     with_retries,
 )
 from speculators.utils.chat_template import TEMPLATE_DATE, ChatRenderer, ChatTemplateError, rename_reasoning
@@ -201,6 +202,10 @@ def render_conversation(
     if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
         raise RenderError(f"{response.url} answered without token_ids: {str(body)[:200]}")
     return token_ids
+
+
+def make_render_client(endpoint: str) -> httpx.Client:
+    return make_client(f"{endpoint.rstrip('/').removesuffix('/v1')}/v1")
 
 
 def tokenize_chunks(
