@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from speculators import SpeculatorModel
+from speculators.checkpoint.engine_profile import releases
 from speculators.checkpoint.record import RECORD_FILE, computed_config
 from speculators.cli.app import run
 from speculators.convert import convert_checkpoint
@@ -35,6 +36,23 @@ def test_what_export_writes_has_no_findings_in_any_format(case, trained, tmp_pat
         assert "as it was trained" in report.done
     if case not in NOT_SERVED:
         assert check_checkpoint(tmp_path / "vllm-0.32").format == SERVED_AS.get(case, "speculators")
+
+
+SERVED_BY_VLLM = [(p.name, case) for p in releases("vllm") for case in p.drafters if case != "mtp"]
+
+
+@pytest.mark.parametrize(("engine", "case"), SERVED_BY_VLLM)
+def test_what_is_written_for_a_release_is_what_its_profile_says(engine, case, trained, tmp_path):
+    """mtp: inside a verifier that ships such layers, in a test of its own."""
+    exported = export_checkpoint(trained(case), tmp_path / "out", engine=engine)
+    said = exported.engine.profile.drafters[case]
+    assert exported.format == said.format and exported.serving.model == VERIFIER
+    drafts = exported.serving.speculative_config["num_speculative_tokens"]
+    settings = {**said.settings, "model": str(exported.path), "num_speculative_tokens": drafts}
+    assert exported.serving.speculative_config == settings and f"{drafts}" in exported.command
+    names = load_file(exported.path / "model.safetensors").keys()
+    assert all(set(either.split("|")) & names for either in said.tensors)
+    assert not check_checkpoint(exported.path, verifier=VERIFIER, algorithm=case, engine=engine).errors
 
 
 @pytest.mark.parametrize("case", WITH_OTHER_FORMATS)
