@@ -89,6 +89,7 @@ def test_the_history_is_what_a_server_would_put_back(family, answer, expected, t
             '<think>\nAdd.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>',
         ),
         ("mistral_v3", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 2}, "id": "abcdefghi"}]<eos>'),
+        ("command_r", 'Action: ```json\n[{"tool_name": "add", "parameters": {"a": 2}}]\n```<|END_OF_TURN_TOKEN|>'),
         ("llama3", '{"name": "add", "parameters": {"a": 2}}<|eot_id|>'),
         (
             "glm45",
@@ -106,6 +107,7 @@ def test_a_call_ends_the_conversation_and_is_parsed_so_that_its_template_renders
         answer.removesuffix("<eos>")
         .removesuffix("<|im_end|>")
         .removesuffix("<|eot_id|>")
+        .removesuffix("<|END_OF_TURN_TOKEN|>")
         .removesuffix("<|observation|>"),
         tokenizer.chat_template,
     )
@@ -117,10 +119,10 @@ def test_a_call_ends_the_conversation_and_is_parsed_so_that_its_template_renders
 
 
 @pytest.mark.parametrize(
-    "text", ["<tool_call>\n{broken\n</tool_call>", '{"name": 5}', "[TOOL_CALLS] [", '[TOOL_CALLS] ["a"]']
+    "text", ["<tool_call>\n{broken\n</tool_call>", '{"name": 5}', "[TOOL_CALLS] [", '[TOOL_CALLS] ["a"]', "Action: ["]
 )
 def test_what_is_no_call_stays_content(text):
-    for family in ("qwen25", "llama3", "mistral_v3"):
+    for family in ("qwen25", "llama3", "mistral_v3", "command_r"):
         assert parse_answer(text, family_tokenizer(family).chat_template) == {"role": "assistant", "content": text}
 
 

@@ -204,28 +204,29 @@ def parse_harmony(text: str) -> tuple[str, str, list[dict[str, Any]]]:
 
 
 def split_calls(text: str, template: str) -> tuple[str, list[dict[str, Any]]]:
-    """Returns the text without the calls in the template's form (GLM, Hermes, Mistral, Llama), and the calls."""
-    calls: list[Any] = []
-    rest = text
+    """Returns the text without calls in the template's form (GLM, Hermes, Mistral, Command-R, Llama), and the calls."""
+    calls, rest = list[Any](), text
     if "<arg_key>" in template:
         calls = [parsed_glm_call(body) for body in re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)]
         rest = text.partition("<tool_call>")[0].rstrip("\n")
     elif "<tool_call>" in template:
         calls = [parsed_object(body) for body in re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)]
         rest = text.partition("<tool_call>")[0].rstrip("\n")
-    elif "[TOOL_CALLS]" in template:
-        rest, _, body = text.partition("[TOOL_CALLS]")
-        found = parsed_json(body)
+    elif "[TOOL_CALLS]" in template or "tool_name" in template:
+        rest, _, body = text.partition("[TOOL_CALLS]" if "[TOOL_CALLS]" in template else "Action:")
+        found = parsed_json(body.strip().removeprefix("```json").removesuffix("```"))
         calls = found if isinstance(found, list) else []
     elif '"parameters"' in template and text.lstrip().startswith("{"):
         calls, rest = [parsed_object(text)], ""
-    named = [call for call in calls if isinstance(call, Mapping) and isinstance(call.get("name"), str)]
+    named = [call for call in calls if isinstance(call, Mapping) and isinstance(tool_name(call), str)]
     if not named or len(named) != len(calls):
         return text, []
-    functions = (
-        {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))} for call in named
-    )
+    functions = ({"name": tool_name(c), "arguments": c.get("arguments", c.get("parameters", {}))} for c in named)
     return rest, [{"id": call.get("id"), "function": function} for call, function in zip(named, functions, strict=True)]
+
+
+def tool_name(call: Mapping[str, Any]) -> Any:
+    return call.get("name", call.get("tool_name"))
 
 
 def parsed_glm_call(body: str) -> dict[str, Any]:
