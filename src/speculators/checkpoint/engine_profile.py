@@ -134,7 +134,8 @@ class EngineProfile:
         known = self.drafters.get(model_type)
         if known is not None and known.format == format_name:
             tokens = drafts_per_round(config)
-            if said is None and tokens is not None:  # a layout of which the format itself knows no method
+            knows = format_name != OUR_FORMAT and contract.format_named(format_name).method is not None
+            if said is None and tokens is not None and not knows:  # what the format itself says nothing of
                 said = Serving(verifier, {"model": directory, "num_speculative_tokens": tokens})
             return None if said is None else said.told(known.settings)
         if said is None or format_name == OUR_FORMAT or self.engine != VLLM:

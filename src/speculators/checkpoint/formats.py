@@ -110,6 +110,8 @@ class CheckpointFormat:
     """One directory format of one algorithm. Subclasses define what they support; the rest raises `ValueError`."""
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Names of projects that read the same directory."""
     method: ClassVar[str | None] = None
     """vLLM's name for such a drafter, where it serves the directory beside the verifier's."""
     needs_verifier: ClassVar[bool] = False
@@ -195,6 +197,10 @@ class CheckpointContract:
         """Reports what vLLM would drop, misread or refuse. `values` is config.json as it is, `config` our reading."""
         return []
 
+    def findings_in(self, format_name: str, values: Mapping[str, Any], config: Any) -> list[Finding]:
+        """Reports what vLLM would drop, misread or refuse of a directory of that format."""
+        return self.findings(values, config)
+
     def most_drafts(self, config: Any) -> int | None:
         """Returns how many tokens one round can draft; None: as many as are asked for."""
         return None
@@ -216,7 +222,7 @@ class CheckpointContract:
     def format_named(self, name: str) -> CheckpointFormat:
         """Returns the format of that name. Raises `ValueError` when the algorithm has no such format."""
         for known in self.formats:
-            if known.name == name:
+            if name in (known.name, *known.aliases):
                 return known
         raise ValueError(
             f"this drafter has no format {name!r}; it has {[SPECULATORS, *(known.name for known in self.formats)]}"

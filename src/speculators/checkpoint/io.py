@@ -25,10 +25,11 @@ from speculators.checkpoint.formats import (
     dtype_name,
     write_config,
 )
-from speculators.checkpoint.record import RECORD_FILE, read_training_record
+from speculators.checkpoint.record import LAYERS, RECORD_FILE, read_training_record
 from speculators.checkpoint.tensors import write_tensors
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
+from speculators.nn.rope import with_older_rope
 from speculators.utils.files import absolute_if_directory, read_json_object
 from speculators.utils.names import (
     did_you_mean,
@@ -189,6 +190,8 @@ def written_values(
     floating = next(tensor.dtype for tensor in kept.values() if tensor.is_floating_point())
     ours.config.architectures = [model_class.__name__]
     values = json.loads(ours.config.to_json_string())
+    if isinstance(values.get(LAYERS), dict):
+        values[LAYERS] = with_older_rope(values[LAYERS])
     return {**values, "dtype": dtype_name(floating), "tie_word_embeddings": False}
 
 

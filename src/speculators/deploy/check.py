@@ -178,7 +178,7 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
     is_served = report.served_format == opened.format
     try:
         with reading("config.json"):
-            report.add("what vLLM makes of the options", contract.findings(opened.values, config))
+            report.add("what vLLM makes of the options", contract.findings_in(opened.format, opened.values, config))
             report.findings += config_check.count_findings(config, contract.most_drafts(config))
             expected = contract.expected_tensors(opened.model_class, config)
             layer_ids = read_layers(opened)
@@ -258,7 +258,7 @@ def check_verifier(
         report.findings.append(error("verifier-name", verifier_check.WHERE, repr(name), str(problem), fix))
         report.skip(FIT, "the verifier has no usable name")
         return
-    report.serving = report.profile.serving(contract, opened.config, opened.format, str(report.path), name)
+    report.serve(report.profile.serving(contract, opened.config, opened.format, str(report.path), name))
     report.notes = (*report.notes, *notes_on_serving(report.profile, report.serving, report.path))
     verifier_config, found = verifier_check.verifier_config(name)
     report.add("verifier is there", found)

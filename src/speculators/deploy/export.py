@@ -109,6 +109,7 @@ def write_export(
         verifier = absolute_if_directory(verifier)
     opened = open_checkpoint(checkpoint, verifier=verifier)
     profile = engine.profile
+    is_for_engine = format_name is None
     format_name = chosen_format(opened, profile, format_name)
     ours = prepared(opened, verifier, dtype)
     named = ours.verifier
@@ -116,6 +117,11 @@ def write_export(
         raise ValueError(f"{checkpoint} names no verifier; give it with --verifier")
     contract = opened.model_class.contract
     serving = profile.serving(contract, ours.config, format_name, str(path), named)
+    if serving is None and is_for_engine:
+        why = "; ".join(found.found for found in contract.findings(opened.values, ours.config))
+        raise ValueError(
+            f"{profile.name} cannot serve {checkpoint}: {why}. --engine {NATIVE} writes it for its own project"
+        )
     with atomic_directory(output) as folder:
         if format_name == SPECULATORS:
             write_ours(ours, opened.model_class, folder)
@@ -196,7 +202,7 @@ def refuse_errors(report: CheckReport, checkpoint: str | Path) -> None:
 def chosen_format(opened: OpenedCheckpoint, profile: EngineProfile, wanted: str | None) -> str:
     """Returns the format to write: the `wanted` one, else the one that the engine serves."""
     contract, algorithm = opened.model_class.contract, opened.config.speculators_model_type
-    own = [known.name for known in contract.formats]
+    own = [name for known in contract.formats for name in (known.name, *known.aliases)]
     if wanted is None:
         served = profile.format_of(algorithm, contract)
         if served is None:
@@ -212,7 +218,7 @@ def chosen_format(opened: OpenedCheckpoint, profile: EngineProfile, wanted: str 
     if wanted not in (SPECULATORS, *own):
         known = [*profile_names(), NATIVE, SPECULATORS, *own]
         raise ValueError(f"engine {wanted!r}: '{algorithm}' can be written as {known}.{did_you_mean(wanted, known)}")
-    return wanted
+    return wanted if wanted == SPECULATORS else contract.format_named(wanted).name
 
 
 def named_verifier(verifier: str) -> VerifierConfig:

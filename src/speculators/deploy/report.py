@@ -60,6 +60,12 @@ class CheckReport(TableReport):
     def profile(self) -> EngineProfile:
         return self.engine.profile
 
+    def serve(self, serving: Serving | None) -> None:
+        """Records how the engine serves the directory; None: not, though it may serve others of the type."""
+        self.serving = serving
+        if serving is None and self.served_format == self.format:
+            self.served_format = None
+
     @property
     def errors(self) -> list[Finding]:
         return [found for found in self.findings if found.severity == "error"]

@@ -19,7 +19,7 @@ from speculators.draft_vocab import DraftVocabMixin, was_never_loaded
 from speculators.model import SpeculatorModel
 from speculators.nn.attention import FAMILIES, attention_shape
 from speculators.nn.draft_tokens import select_rows
-from speculators.nn.rope import head_dim, rope_parameters
+from speculators.nn.rope import head_dim, rope_parameters, with_older_rope
 from speculators.utils.quantized import tokenizer_source
 from speculators.verifier.capture import fitting_embedding
 from speculators.verifier.config import get_verifier_config
@@ -111,8 +111,8 @@ def read_window(nested: Any, own: Mapping[str, Any]) -> None:
 
 
 def layer_values(config: Any) -> dict[str, Any]:
-    """Returns the values of a decoder config as such a config.json holds them."""
-    return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    """Returns the values of a decoder config as such a config.json holds them, with rope in both spellings."""
+    return with_older_rope({key: value for key, value in config.to_dict().items() if key != "_name_or_path"})
 
 
 def complete_layer_config(config: Any) -> Any:

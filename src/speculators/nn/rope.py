@@ -23,6 +23,8 @@ from speculators.utils.util import WRONG_VALUE, load_transformer_config
 
 DEFAULT_ROPE_THETA = 10_000.0
 MIN_TABLE_POSITIONS = 256
+BESIDE = ("rope_theta", "partial_rotary_factor")
+"""Keys of rope that transformers 4 reads beside `rope_scaling`, not in it."""
 MOST_HEAD_DIM = 65_536
 """A damaged config must not fill memory."""
 DEPEND_ON_LENGTH = ("dynamic", "longrope")
@@ -65,6 +67,19 @@ def rope_parameters(config: Any) -> dict[str, Any]:
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     parameters.setdefault("rope_theta", getattr(config, "rope_theta", None) or DEFAULT_ROPE_THETA)
     return parameters
+
+
+def with_older_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds to the values of a decoder config rope as transformers 4 reads it, which ignores `rope_parameters` and takes
+    the default: `rope_theta` and, where rope is scaled, `rope_scaling`. What transformers 5 makes of both is the same.
+    One set for each kind of layer stays as it is: no older reader has such."""
+    inside = values.get("rope_parameters")
+    if not isinstance(inside, Mapping) or any(isinstance(value, Mapping) for value in inside.values()):
+        return dict(values)
+    beside = {key: inside[key] for key in BESIDE if inside.get(key) is not None}
+    scaling = {key: value for key, value in inside.items() if key not in BESIDE}
+    is_scaled = scaling.get("rope_type", "default") != "default"
+    return {**values, **beside, "rope_scaling": scaling if is_scaled else None}
 
 
 def head_dim(config: Any) -> int:

@@ -42,6 +42,7 @@ from speculators.verifier.config import get_verifier_config, make_speculators_co
 logger = logging.getLogger(__name__)
 
 ZLAB = "z-lab"
+MASK_KEY = "sliding_window_non_causal"
 ARCHITECTURE = "DFlashDraftModel"
 NOT_LAYER_KEYS = (
     "architectures",
@@ -105,6 +106,7 @@ def warn_if_served_differently(config: DFlashSpeculatorConfig) -> None:
 
 class ZLabFormat(CheckpointFormat):
     name = ZLAB
+    aliases = ("specforge",)
     method = "dflash"
     options = ("aux_hidden_state_layer_ids", "mask_token_id")
 
@@ -170,17 +172,13 @@ class DFlashContract(CheckpointContract):
     def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
         found = [*missing_keys(values, self.absent_means), *mask_token_findings(values, config.target_vocab_size)]
         if config.trained_causal != config.served_causal:
-            found.append(
-                error(
-                    "mask-differs",
-                    "sliding_window_non_causal",
-                    f"trained causal within a block: {config.trained_causal}, served: {config.served_causal} (per "
-                    "layer)",
-                    "both must agree",
-                    "set is_causal inside transformer_layer_config to what was trained",
-                )
-            )
+            found.append(mask_finding(config))
         return found + self.option_findings(config)
+
+    def findings_in(self, format_name: str, values: Mapping[str, Any], config: Any) -> list[Finding]:
+        """In z-lab's layout vLLM goes by the kind of each layer."""
+        found = super().findings_in(format_name, values, config)
+        return [each for each in found if not (format_name == ZLAB and each.where == MASK_KEY)]
 
     def option_findings(self, config: Any) -> list[Finding]:
         if not config.sample_from_anchor:
@@ -208,6 +206,16 @@ class DFlashContract(CheckpointContract):
             nested.is_causal = config.trained_causal[0]
         config.transformer_layer_config = nested
         return config
+
+
+def mask_finding(config: Any) -> Finding:
+    trained, served = config.trained_causal, config.served_causal
+    found = f"trained causal within a block: {trained}, served: {served} (per layer)"
+    if len(set(trained)) > 1:
+        rule, fix = "vLLM has one mask for all layers of our layout", f"export --engine {ZLAB}, which says both"
+        return error("not-servable", MASK_KEY, found, rule, fix)
+    fix = "set is_causal inside transformer_layer_config to what was trained"
+    return error("mask-differs", MASK_KEY, found, "both must agree", fix)
 
 
 def zlab_values(config: Any, verifier: str | None, dtype: torch.dtype) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -51,6 +51,9 @@ OWN_KEYS = (
     "confidence_head_with_markov",
     "sample_from_anchor",
 )
+INSIDE = (*(key for key in OWN_KEYS if key not in ("block_size", "sample_from_anchor")), "target_layer_ids")
+FIXED = {"projector_type": "dspark", "attention_mode": "gqa"}
+"""Of SpecForge's `dflash_config`."""
 OLD_PREFIX, PREFIX = "logit_head.", "markov_head."
 
 
@@ -77,11 +80,12 @@ def warn_if_not_served(config: DSparkSpeculatorConfig) -> None:
 
 class DenseFormat(CheckpointFormat):
     name = DENSE
-    method = "dspark"
+    method: ClassVar[str | None] = "dspark"
+    architecture: ClassVar[str] = SERVED_CLASS
     options = ("aux_hidden_state_layer_ids", "mask_token_id")
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
-        return bool({SERVED_CLASS, OTHER_CLASS} & set(source.architectures))
+        return self.architecture in source.architectures
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         values = {**source.values, **(source.values.get("dflash_config") or {})}
@@ -127,7 +131,7 @@ class DenseFormat(CheckpointFormat):
             {
                 **values,
                 **{key: getattr(config, key) for key in OWN_KEYS},
-                "architectures": [SERVED_CLASS],
+                "architectures": [self.architecture],
                 "model_type": "qwen3",
                 "draft_vocab_size": config.draft_vocab_size,
                 "dspark_bonus_anchor": not config.sample_from_anchor,
@@ -137,8 +141,27 @@ class DenseFormat(CheckpointFormat):
         )
 
 
+class SpecForgeFormat(DenseFormat):
+    """The same tensors; the drafter's keys stand in `dflash_config`, and every block drafts at its anchor."""
+
+    name = "specforge"
+    method = None  # vLLM's class of this name is another drafter
+    architecture = OTHER_CLASS
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        config: Any = checkpoint.config
+        if not config.sample_from_anchor:
+            raise ValueError("sample_from_anchor=False: SpecForge has no such drafters; use --engine dspark")
+        super().write(checkpoint, directory, verifier)
+        values = ForeignCheckpoint(directory).values
+        inside = {key: values.pop(key) for key in INSIDE}
+        for key in ("sample_from_anchor", "dspark_bonus_anchor"):
+            del values[key]
+        write_config(directory, {**values, "dflash_config": {**FIXED, **inside}})
+
+
 class DSparkContract(DFlashContract):
-    formats = (DenseFormat(),)
+    formats = (DenseFormat(), SpecForgeFormat())
     absent_means = {
         "aux_hidden_state_layer_ids": "does not load the checkpoint",
         "mask_token_id": "has no token for masked slots",

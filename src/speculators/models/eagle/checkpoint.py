@@ -25,13 +25,14 @@ from speculators.checkpoint.formats import (
     Converted,
     ForeignCheckpoint,
     OurCheckpoint,
+    Serving,
     dtype_name,
     refuse_missing,
     write_config,
 )
 from speculators.checkpoint.tensors import stored_tensors, write_tensors
 from speculators.model import SpeculatorModel
-from speculators.models.draft_model import complete_layer_config, layer_config_of, with_biases
+from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values, with_biases
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
 from speculators.nn.attention import layer_window
 from speculators.utils.files import read_json_object
@@ -111,15 +112,15 @@ def check_servable(config: EagleSpeculatorConfig) -> None:
 
 
 def native_config(config: EagleSpeculatorConfig, dtype: torch.dtype) -> dict[str, Any]:
-    values = config.transformer_layer_config.to_dict()
-    for key in ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "_name_or_path"):
+    values = layer_values(config.transformer_layer_config)
+    for key in ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"):
         values.pop(key, None)
     return {
         **values,
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "num_hidden_layers": 1,
-        "bias": False,
+        "bias": config.fusion_bias,
         "dtype": dtype_name(dtype),
     }
 
@@ -127,6 +128,20 @@ def native_config(config: EagleSpeculatorConfig, dtype: torch.dtype) -> dict[str
 def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path: str | Path) -> Path:
     """Writes the directory to serve with `{"method": "eagle", "model": path}`."""
     check_servable(config)
+    return write_native(config, tensors, path)
+
+
+def write_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path: str | Path) -> Path:
+    """Writes the EAGLE repository's layout, which has a place for a bias of `fc` and for HASS's norms; vLLM has not.
+
+    Raises `ValueError` for a layer that the layout cannot describe.
+    """
+    nested = config.transformer_layer_config
+    if nested.model_type != "llama" or layer_window(nested, 0) is not None:
+        raise ValueError(
+            f"the EAGLE repository's layout has llama layers that see everything, not model_type={nested.model_type!r} "
+            f"with a window of {layer_window(nested, 0)}; use --engine speculators"
+        )
     names = SpeculatorModel.expected_tensors(config).keys()
     refuse_missing(names - tensors.keys())
     path = Path(path)
@@ -157,13 +172,15 @@ def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 class EagleFormat(CheckpointFormat):
     name = NATIVE
+    aliases = ("safeailab",)
     method = "eagle"
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         names = source.tensor_names
         first = "layers.0.self_attn.q_proj.weight"
         others = {"hidden_norm.weight", "norm.weight", "layers.0.hidden_norm.weight", "d2t"}
-        return FUSION in names and first in names and not (names & others)
+        is_head = FUSION in names and first in names and not (names & others)
+        return is_head and (SGLangFormat.architecture in source.architectures) == isinstance(self, SGLangFormat)
 
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         found = [
@@ -208,11 +225,41 @@ class EagleFormat(CheckpointFormat):
         return Converted(config, tensors, copies=copies)
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
-        save_native(checkpoint.config, dict(checkpoint.tensors), directory)  # type: ignore[arg-type]
+        write_native(checkpoint.config, dict(checkpoint.tensors), directory)  # type: ignore[arg-type]
+
+    def serving(self, config: Any, directory: str, verifier: str) -> Serving | None:
+        try:
+            check_servable(config)
+        except ValueError:
+            return None
+        return super().serving(config, directory, verifier)
+
+
+class SGLangFormat(EagleFormat):
+    """The same tensors under the class name that SGLang 0.5 looks for (srt/models/llama_eagle.py); its `fc` has the
+    bias that config.json says. It has no further norms."""
+
+    name = "sglang"
+    method = "EAGLE"
+    architecture = "LlamaForCausalLMEagle"
+
+    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+        config: Any = checkpoint.config
+        if config.layernorms:
+            raise ValueError("layernorms=True: SGLang has no such norms; decode with speculators, or train without")
+        super().write(checkpoint, directory, verifier)
+        values = ForeignCheckpoint(directory).values
+        write_config(directory, {**values, "architectures": [self.architecture]})
+
+    def findings(self, source: ForeignCheckpoint) -> list[Finding]:
+        return []  # those of the base say what vLLM reads
+
+    def serving(self, config: Any, directory: str, verifier: str) -> Serving | None:
+        return CheckpointFormat.serving(self, config, directory, verifier)
 
 
 class EagleContract(CheckpointContract):
-    formats = (EagleFormat(),)
+    formats = (EagleFormat(), SGLangFormat())
     served_format = NATIVE
 
     def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:

@@ -47,6 +47,7 @@ FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 NOT_LAYER_KEYS = (
     *FLAGS,
     IDS,
+    LAYER_IDS_ARE,
     "architectures",
     "auto_map",
     "eagle_config",
@@ -80,14 +81,16 @@ def complete_transformer_layer_config(config: Any, num_aux: int = DEFAULT_NUM_AU
 
 class Eagle3Format(CheckpointFormat):
     name = NATIVE
-    method = "eagle3"
+    method: ClassVar[str | None] = "eagle3"
+    algorithm: ClassVar[str] = NATIVE
     has_mask_hidden: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = (*FLAGS, IDS, LAYER_IDS_ARE)
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         names = source.tensor_names
         is_head = "fc.weight" in names and {"midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"} & names
-        return bool(is_head) and ("mask_hidden" in names) == self.has_mask_hidden
+        is_other = LAYER_IDS_ARE in source.values and type(self) is Eagle3Format  # a layout of `layouts`
+        return bool(is_head) and ("mask_hidden" in names) == self.has_mask_hidden and not is_other
 
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         values, found = source.values, []
@@ -111,7 +114,7 @@ class Eagle3Format(CheckpointFormat):
         num_aux = tensors["fc.weight"].shape[1] // (values.get("target_hidden_size") or nested.hidden_size)
         ids, notes = options.get(IDS), list[str]()
         if ids is None:
-            ids, notes = layer_ids_of(source, verifier, options.get(LAYER_IDS_ARE))
+            ids, notes = layer_ids_of(source, verifier, options.get(LAYER_IDS_ARE) or values.get(LAYER_IDS_ARE))
         if ids is None and verifier is not None and num_aux == DEFAULT_NUM_AUX:
             ids = resolve_target_layer_ids(None, verifier)
             notes.append(f"the checkpoint names no layers to read: {ids}, the default of engines, was written down")
@@ -129,7 +132,7 @@ class Eagle3Format(CheckpointFormat):
             draft_vocab_size=values.get("draft_vocab_size") or tensors["lm_head.weight"].shape[0],
             target_hidden_size=values.get("target_hidden_size"),
             eagle_aux_hidden_state_layer_ids=ids,
-            speculators_config=make_speculators_config(self.name, CONVERTED_TOKENS, verifier),
+            speculators_config=make_speculators_config(self.algorithm, CONVERTED_TOKENS, verifier),
             **{flag: bool(value) for flag, value in flags.items()},
         )
         return Converted(config, without_identity_map(tensors, config), notes)
@@ -159,7 +162,7 @@ class Eagle3Format(CheckpointFormat):
 
 
 class Eagle3Contract(CheckpointContract):
-    formats = (Eagle3Format(),)
+    formats: ClassVar[tuple[CheckpointFormat, ...]] = (Eagle3Format(),)
     served_format = SPECULATORS
     borrows_from_verifier = True
     training_keys = frozenset({"embed_requires_grad"})

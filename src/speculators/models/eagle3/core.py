@@ -19,6 +19,7 @@ from speculators.models.draft_model import DraftModel
 from speculators.models.eagle3.checkpoint import Eagle3Contract, complete_transformer_layer_config
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
 from speculators.models.eagle3.keys import TRAINING_DEFAULTS, Eagle3TrainingArgs, FusionArgs
+from speculators.models.eagle3.layouts import Eagle3HeadContract
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.eagle3.training import drafts_read, shift_batch, train_unrolled, unroll_everywhere
 from speculators.models.feedback_proposer import FeedbackProposer
@@ -40,7 +41,7 @@ class Eagle3DraftModel(DraftModel):
     """Owns the weights under the names of the checkpoint."""
 
     config_class = Eagle3SpeculatorConfig  # type: ignore[assignment]
-    contract = Eagle3Contract()
+    contract: ClassVar[Eagle3Contract] = Eagle3HeadContract()
     training_args: ClassVar[type[BaseModel]] = Eagle3TrainingArgs
     training_defaults = TRAINING_DEFAULTS
     unread_keys: ClassVar[tuple[str, ...]] = NO_BLOCKS

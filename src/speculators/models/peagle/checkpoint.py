@@ -26,6 +26,8 @@ class PEagleFormat(Eagle3Format):
     """SpecForge's format: the tensors of its EAGLE-3 and `mask_hidden`. The mask token has several names."""
 
     name = "peagle"
+    algorithm = "peagle"
+    aliases = ("specforge",)
     has_mask_hidden = True
     options = (*Eagle3Format.options, "mask_token_id")
 
