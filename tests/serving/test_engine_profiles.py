@@ -184,7 +184,7 @@ def test_tensors_that_a_loader_needs_are_missed_by_name():
     config: Any = SimpleNamespace(speculators_model_type="eagle", to_dict=dict)
     names = ["fc.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"]
     assert not list(drafter_findings(profile_named("vllm-0.33"), config, "eagle", names))
-    (found,) = drafter_findings(profile_named("sglang-0.5"), config, "eagle", names)
+    (found,) = drafter_findings(profile_named("sglang-0.5"), config, "sglang", names)
     assert (found.code, found.where) == ("tensor-missing", "fc.bias")
 
 
