@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from speculators.checkpoint.tensors import StoredTensor, stored_tensors, values_of, write_tensors
 from speculators.cli.app import run
 from speculators.convert import convert_checkpoint
+from speculators.deploy.export import export_checkpoint, plan_export
 from speculators.utils.loading import load_model_layers
 
 NUM_SHARDS, WIDE = 10, 3072
@@ -204,3 +205,33 @@ def test_a_plan_names_what_is_split(tmp_path):
     how = {entry["written"]: (entry["source"], entry["how"]) for entry in planned(source, tmp_path)["tensors"]}
     fused = ["layers.0.self_attn.qkv_proj.weight"]
     assert how["layers.0.self_attn.k_proj.weight"] == (fused, "renamed, split")
+
+
+@pytest.mark.parametrize(("case", "engine"), [("eagle3", "speculators"), ("eagle3", "native"), ("medusa", "vllm-0.32")])
+def test_the_dry_run_of_an_export_is_what_the_export_writes(case, engine, copy_of, tmp_path):
+    source = copy_of(case)
+    before = sorted(tmp_path.rglob("*"))
+    command = ["export", str(source), "--output", str(tmp_path / "out"), "--engine", engine, "--dtype", "float16"]
+    record = run([*command, "--dry-run"])
+    assert record["dry_run"] and sorted(tmp_path.rglob("*")) == before
+    written = run(command)
+    assert (record["format"], record["source_format"]) == (written["format"], "speculators")
+    tensors = {name: (list(t.shape), t.dtype) for name, t in load_file(tmp_path / "out" / "model.safetensors").items()}
+    plan = [entry for entry in record["tensors"] if entry["written"]]
+    assert {entry["written"]: (entry["shape"], getattr(torch, entry["dtype"])) for entry in plan} == tensors
+    assert {name for entry in plan for name in entry["source"]} <= load_file(source / "model.safetensors").keys()
+    assert all("cast from" in entry["how"] for entry in plan if entry["dtype"] == "float16" and entry["source"])
+    left_out = {entry["source"][0] for entry in record["tensors"] if not entry["written"]}
+    assert left_out == set(load_file(source / "model.safetensors")) - {n for entry in plan for n in entry["source"]}
+
+
+def test_the_dry_run_of_an_export_refuses_what_the_export_would(copy_of, tmp_path):
+    source = copy_of("eagle3")
+    edit_tensors(source, lambda tensors: tensors["fc.weight"][0].fill_(float("nan")))
+    for engine in ("speculators", "native"):
+        with pytest.raises(ValueError, match=r"(?s)NaN.*|nothing was written") as planned:
+            plan_export(source, tmp_path / "out", engine=engine)
+        with pytest.raises(ValueError) as exported:
+            export_checkpoint(source, tmp_path / "out", engine=engine)
+        assert "fc.weight" in str(planned.value) and str(planned.value) == str(exported.value)
+    assert not (tmp_path / "out").exists()

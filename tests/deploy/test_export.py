@@ -15,7 +15,8 @@ from speculators.checkpoint.record import RECORD_FILE, computed_config
 from speculators.cli.app import run
 from speculators.convert import convert_checkpoint
 from speculators.deploy.check import check_checkpoint
-from speculators.deploy.export import export_checkpoint, serving_of_export
+from speculators.deploy.engine import serving_of_export
+from speculators.deploy.export import export_checkpoint, plan_export
 
 SERVED_AS = {"eagle": "eagle", "medusa": "medusa", "mtp": "stitched"}
 WITH_OTHER_FORMATS = [case for case in CASES if case != "mtp"]
@@ -260,6 +261,8 @@ def test_an_mtp_layer_is_exported_inside_its_verifier(tmp_path):
     verifier = str(mimo_verifier(tmp_path / "mimo"))
     path = make_checkpoint("mtp", tmp_path / "mtp", verifier=verifier)
     assert not check_checkpoint(path).findings
+    plan = plan_export(path, tmp_path / "stitched")
+    assert not (tmp_path / "stitched").exists()
     exported = export_checkpoint(path, tmp_path / "stitched")
     assert exported.serving.model == str(tmp_path / "stitched")
     assert exported.serving.speculative_config == {"method": "mtp", "num_speculative_tokens": 2}
@@ -267,6 +270,9 @@ def test_an_mtp_layer_is_exported_inside_its_verifier(tmp_path):
     after = load_file(exported.path / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("model.mtp_layers.0.") for name in changed)
+    planned = {t.written: (t.shape, t.dtype) for t in plan.tensors}
+    assert planned.keys() >= changed and all(name.startswith("model.mtp_layers.0.") for name in planned)
+    assert all(planned[name] == (tuple(after[name].shape), str(after[name].dtype)[6:]) for name in planned)
     report = check_checkpoint(exported.path)
     assert report.format == "stitched" and not report.findings, [str(found) for found in report.findings]
     assert serving_of_export(exported.path) == exported.serving

@@ -225,3 +225,9 @@ def release_number(version: str) -> tuple[int, ...]:
     """Major and minor number of a version; empty when it does not begin with numbers."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return () if found is None else (int(found[1]), int(found[2]))
+
+
+def way_out(model_type: str) -> str:
+    """Says which releases serve such drafters, for a message about one that does not."""
+    serving = [profile.name for profile in profiles() if model_type in profile.drafters]
+    return f"; `speculators export --engine` writes what {' or '.join(serving)} serves" if serving else ""

@@ -62,6 +62,12 @@ class OpenedCheckpoint:
     notes: tuple[str, ...] = ()
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     """`Converted.copies`."""
+    planned: frozenset[str] | None = None
+    """Names of the tensors of a file that is not written yet."""
+
+    @property
+    def names_on_disk(self) -> Collection[str]:
+        return self.source.tensor_names if self.planned is None else self.planned
 
     @property
     def source(self) -> ForeignCheckpoint:

@@ -25,6 +25,8 @@ from speculators.cli.shared import (
 from speculators.evaluation.config import ParityConfig
 from speculators.utils.report import facts_table
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what becomes of each tensor, and write nothing.")]
+
 
 def check(
     checkpoint: Annotated[str, typer.Argument(help="The speculator: directory or hub id, of any known format.")],
@@ -70,21 +72,16 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
     python: Python = None,
+    dry_run: DryRun = False,
 ) -> Result:
     """Write what an engine needs from the same checkpoint, with a card that says how to serve it."""
-    from speculators.deploy.export import export_checkpoint
+    from speculators.deploy.export import export_checkpoint, plan_export
 
-    exported = export_checkpoint(
-        checkpoint,
-        output,
-        engine=engine,
-        python=python,
-        profile=profile,
-        verifier=verifier,
-        dtype=dtype,
-        overwrite=overwrite,
-        report=report,
-    )
+    options = {"engine": engine, "python": python, "profile": profile, "verifier": verifier, "dtype": dtype}
+    if dry_run:
+        plan = plan_export(checkpoint, output, **options, report=report)
+        return Result({"verb": "export", **plan.as_dict()}, [plan], plan.sentence())
+    exported = export_checkpoint(checkpoint, output, **options, overwrite=overwrite, report=report)
     serving = exported.serving
     record = {
         "verb": "export",
@@ -115,9 +112,7 @@ def convert(
     ] = None,
     validate_device: Annotated[str | None, typer.Option(help="Load the result once on this device.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what becomes of each tensor, and write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> Result:
     """Convert a checkpoint of another project (EAGLE, EAGLE-3, Medusa, MTP, DFlash, DSpark), or of an older release."""
     from speculators.convert import convert_model, plan_conversion

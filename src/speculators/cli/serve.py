@@ -169,7 +169,7 @@ def by_speculator(
 
 def by_export(directory: str, verifier: str | None, settings: dict[str, Any], profile: EngineProfile) -> Served:
     """A layout of its own says neither method nor K; the record beside it does."""
-    from speculators.deploy.export import serving_of_export
+    from speculators.deploy.engine import serving_of_export
 
     serving = serving_of_export(directory, verifier, profile)
     said = dict(serving.speculative_config)
@@ -233,8 +233,8 @@ def refuse_other_method(model: str, own: Any, asked: str | None) -> None:
 
 def refuse_unservable(speculators_type: str, model: str, profile: EngineProfile) -> None:
     """vLLM reads the checkpoints of some algorithms as they are, others need a directory in its own layout."""
+    from speculators.checkpoint.engine_profile import way_out
     from speculators.checkpoint.formats import SPECULATORS
-    from speculators.deploy.export import way_out
     from speculators.model import SpeculatorModel
 
     served_format = profile.format_of(speculators_type, SpeculatorModel.get_class(speculators_type).contract)

@@ -26,7 +26,6 @@ from speculators.deploy import config_check, tensor_check, verifier_check
 from speculators.deploy.engine import choose_engine, drafter_findings, notes_on_serving, position_findings
 from speculators.deploy.report import RECORD, CheckReport
 from speculators.model import SpeculatorModel
-from speculators.utils.loading import list_checkpoint_keys
 from speculators.utils.names import NamedModel, model_name, refuse_option
 from speculators.utils.util import reading
 
@@ -190,7 +189,7 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
     shared = contract.shared_tensors(config)
     report.add("tensors", tensor_check.tensor_findings(tensors, expected, shared, is_served=is_served))
     report.findings += tensor_check.file_findings(report.path)
-    stored = list(tensors) if opened.format == SPECULATORS else list_checkpoint_keys(report.path)
+    stored = list(tensors) if opened.format == SPECULATORS else opened.names_on_disk
     report.findings += drafter_findings(report.profile, config, opened.format, stored)
     if {tensor_check.MAP, tensor_check.KEPT} <= tensors.keys() & expected.keys():
         report.add(MAP, tensor_check.map_findings(tensors, config.target_vocab_size))

@@ -1,4 +1,5 @@
-"""Chooses the engine release that a command speaks of, and checks a drafter against what its profile says."""
+"""Chooses the engine release that a command speaks of, checks a drafter against what its profile says, and says how it
+serves one."""
 
 from __future__ import annotations
 
@@ -18,10 +19,13 @@ from speculators.checkpoint.engine_profile import (
     profile_named,
     profile_of_version,
     profiles,
+    way_out,
 )
 from speculators.checkpoint.findings import Finding, error, warning
+from speculators.checkpoint.io import open_checkpoint
 from speculators.config import SpeculatorModelConfig
 from speculators.deploy.process import PYTHON_VARIABLE, find_vllm, interpreter_of, version_in
+from speculators.utils.files import absolute_if_directory
 from speculators.utils.names import looks_like_a_path
 from speculators.verifier.config import text_config
 
@@ -80,6 +84,30 @@ def installed(engine: str, version: str, python: Path) -> Engine:
     profile = profile_of_version(engine, version)
     where = f"{engine} {version} in {python}"
     return Engine(profile, where if profile.describes(version) else f"the nearest that is described to {where}")
+
+
+def serving_of_export(
+    directory: str | Path, verifier: str | None = None, profile: EngineProfile | None = None
+) -> Serving:
+    """Says how an engine serves a directory that was exported in another project's format.
+
+    `profile=None`: by `choose_engine`. Raises `ValueError` when it names no verifier, or the engine does not serve it.
+    """
+    profile = profile or choose_engine().profile
+    opened = open_checkpoint(directory, verifier=verifier)
+    recorded, contract = opened.config.speculators_config, opened.model_class.contract
+    named = verifier or (None if recorded is None else recorded.verifier.name_or_path)
+    if named is None:
+        raise ValueError(f"{directory} names no verifier; give it with --verifier")
+    where = absolute_if_directory(str(directory))
+    serving = profile.serving(contract, opened.config, opened.format, where, named)
+    if serving is None:
+        model_type = opened.config.speculators_model_type
+        raise ValueError(
+            f"{directory}: {profile.title} does not serve a drafter of type {model_type!r} in the format "
+            f"{opened.format!r}{way_out(model_type)}"
+        )
+    return serving
 
 
 def drafter_findings(

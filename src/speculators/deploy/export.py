@@ -4,33 +4,49 @@ engine          the format that is written
 vllm-0.33, ...  the one in which that release serves the algorithm (default: the release that is found, `choose_engine`)
 native          the algorithm's format beside ours, if it has one
 <format>        that format: "speculators", or one of the algorithm's own
+
+export_checkpoint    writes it
+plan_export          what it would write, tensor by tensor
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
-from speculators.checkpoint.engine_profile import EngineProfile, Serving, profile_names, profiles
-from speculators.checkpoint.formats import SPECULATORS, OurCheckpoint
-from speculators.checkpoint.io import OpenedCheckpoint, open_checkpoint, write_ours
+from speculators.checkpoint.engine_profile import EngineProfile, Serving, profile_names, way_out
+from speculators.checkpoint.formats import CONFIG_FILE, SPECULATORS, OurCheckpoint
+from speculators.checkpoint.io import OpenedCheckpoint, fitting_tensors, open_checkpoint, write_ours
 from speculators.checkpoint.record import RECORD_FILE
+from speculators.checkpoint.tensors import CheckpointPlan, plan_of, planned_writes
 from speculators.config import SpeculatorModelConfig, VerifierConfig
 from speculators.deploy.card import CARD_FILE, find_report, model_card
-from speculators.deploy.check import check_checkpoint
+from speculators.deploy.check import check_checkpoint, check_opened
+from speculators.deploy.config_check import structure_findings
 from speculators.deploy.engine import Engine, choose_engine
-from speculators.deploy.report import CheckError, CheckReport
+from speculators.deploy.report import CheckReport
 from speculators.model import SpeculatorModel
-from speculators.utils.files import absolute_if_directory, atomic_directory, record_files, refuse_to_replace
+from speculators.utils.files import (
+    absolute_if_directory,
+    atomic_directory,
+    read_json_object,
+    record_files,
+    refuse_to_replace,
+)
 from speculators.utils.names import NamedModel, did_you_mean, model_name, refuse_missing_verifier
 from speculators.utils.report import PathReport, facts_table
 
 NATIVE = "native"
+NOTHING = "; nothing was written"
 
 
 @dataclass(frozen=True)
@@ -81,93 +97,125 @@ def export_checkpoint(
     keeps them. `report`: an evaluation to quote in the card. Raises `ValueError` for a setting that cannot be met, and
     `CheckError` (a `ValueError`) when the checkpoint itself is wrong; nothing is written then.
     """
-    checkpoint = os.fspath(checkpoint)
-    name = None if verifier is None else model_name(verifier)
+    refuse_to_replace(Path(output), os.fspath(checkpoint), overwrite=overwrite)
+    chosen, format_name = engine_and_format(engine, profile, python)
+    export = open_export(os.fspath(checkpoint), Path(output), chosen, format_name, verifier, dtype)
+    with atomic_directory(Path(output)) as folder:
+        export.write(folder, report)
+        algorithm = export.ours.config.speculators_model_type
+        found = check_checkpoint(folder, verifier=export.verifier, algorithm=algorithm, engine=chosen.profile.name)
+        replace(found, path=Path(checkpoint)).raise_for_errors(NOTHING)  # an export corrects what it can
+        record_files(folder)
+    return Exported(export.output, algorithm, export.format, chosen, export.serving, export.opened.notes)
+
+
+def plan_export(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    engine: str | None = None,
+    python: str | None = None,
+    profile: str | None = None,
+    verifier: str | os.PathLike[str] | NamedModel | None = None,
+    dtype: str | None = None,
+    report: Path | None = None,
+) -> CheckpointPlan:
+    """Says of each tensor what `export_checkpoint` would make of it, and leaves nothing on disk. Raises as it does for
+    what is wrong in the checkpoint."""
+    chosen, format_name = engine_and_format(engine, profile, python)
+    export = open_export(os.fspath(checkpoint), Path(output), chosen, format_name, verifier, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        with planned_writes() as planned:
+            export.write(Path(folder), report)
+        replace(export.check_planned(Path(folder), planned), path=Path(checkpoint)).raise_for_errors(NOTHING)
+    opened, kind = export.opened, export.ours.config.speculators_model_type
+    tensors = plan_of(planned, opened.source.tensors(), opened.path, {})
+    return CheckpointPlan(opened.path, kind, opened.format, export.format, tensors, opened.notes)
+
+
+def engine_and_format(engine: str | None, profile: str | None, python: str | None) -> tuple[Engine, str | None]:
+    """Returns the release that is spoken of, and the format where one is named."""
     if None not in (engine, profile) and engine != profile:
         raise ValueError(f"engine={engine!r} and profile={profile!r}: they are two names of one setting; give one")
     wanted = engine if engine is not None else profile
-    chosen = choose_engine(wanted if wanted in profile_names() else None, python)
-    format_name = wanted if wanted not in profile_names() else None
-    return write_export(checkpoint, Path(output), chosen, format_name, name, dtype, report, overwrite=overwrite)
+    is_release = wanted in profile_names()
+    return choose_engine(wanted if is_release else None, python), None if is_release else wanted
 
 
-def write_export(
+@dataclass(frozen=True)
+class Export:
+    """What is to be written, and where."""
+
+    opened: OpenedCheckpoint
+    ours: OurCheckpoint
+    engine: Engine
+    format: str
+    output: Path
+    """Absolute."""
+    verifier: str
+    serving: Serving | None
+
+    def write(self, folder: Path, report: Path | None) -> None:
+        """Writes the directory's files into `folder`."""
+        if self.format == SPECULATORS:
+            write_ours(self.ours, self.opened.model_class, folder)
+        else:
+            self.opened.model_class.contract.format_named(self.format).write(self.ours, folder, self.verifier)
+        if (self.opened.path / RECORD_FILE).is_file():
+            shutil.copy(self.opened.path / RECORD_FILE, folder / RECORD_FILE)
+        card = model_card(
+            self.ours.config,
+            name=self.output.name,
+            format_name=self.format,
+            profile=self.engine.profile,
+            serving=self.serving,
+            verifier=self.verifier,
+            report=find_report(self.opened.path, self.ours.config.speculators_model_type, report),
+        )
+        (folder / CARD_FILE).write_text(card)
+
+    def check_planned(self, folder: Path, planned: Mapping[str, Tensor]) -> CheckReport:
+        """Checks what was written into `folder`, all but the tensors, and the tensors that would be beside it."""
+        report = CheckReport(folder, self.engine, format=self.format)
+        if self.format == SPECULATORS:
+            values, tensors = read_json_object(folder / CONFIG_FILE), dict(planned)
+            report.add(CONFIG_FILE, structure_findings(values))
+        else:
+            values = json.loads(self.ours.config.to_json_string())
+            tensors = fitting_tensors(self.ours, self.opened.model_class)
+        written = replace(self.opened, path=folder, format=self.format, values=values, config=self.ours.config)
+        check_opened(replace(written, tensors=tensors, planned=frozenset(planned)), report, self.verifier)
+        return report
+
+
+def open_export(
     checkpoint: str,
     output: Path,
     engine: Engine,
     format_name: str | None,
-    verifier: str | None,
+    verifier: str | os.PathLike[str] | NamedModel | None,
     dtype: str | None,
-    report: Path | None,
-    *,
-    overwrite: bool,
-) -> Exported:
+) -> Export:
     path = Path(os.path.abspath(output))  # links stay, as in every name that is written down
-    refuse_to_replace(output, checkpoint, overwrite=overwrite)
-    if verifier is not None:
-        refuse_missing_verifier(verifier)
-        verifier = absolute_if_directory(verifier)
-    opened = open_checkpoint(checkpoint, verifier=verifier)
-    profile = engine.profile
+    name = None if verifier is None else model_name(verifier)
+    if name is not None:
+        refuse_missing_verifier(name)
+        name = absolute_if_directory(name)
+    opened = open_checkpoint(checkpoint, verifier=name)
     is_for_engine = format_name is None
-    format_name = chosen_format(opened, profile, format_name)
-    ours = prepared(opened, verifier, dtype)
+    format_name = chosen_format(opened, engine.profile, format_name)
+    ours = prepared(opened, name, dtype)
     named = ours.verifier
     if named is None:
         raise ValueError(f"{checkpoint} names no verifier; give it with --verifier")
     contract = opened.model_class.contract
-    serving = profile.serving(contract, ours.config, format_name, str(path), named)
+    serving = engine.profile.serving(contract, ours.config, format_name, str(path), named)
     if serving is None and is_for_engine:
         why = "; ".join(found.found for found in contract.findings(opened.values, ours.config))
         raise ValueError(
-            f"{profile.name} cannot serve {checkpoint}: {why}. --engine {NATIVE} writes it for its own project"
+            f"{engine.profile.name} cannot serve {checkpoint}: {why}. --engine {NATIVE} writes it for its own project"
         )
-    with atomic_directory(output) as folder:
-        if format_name == SPECULATORS:
-            write_ours(ours, opened.model_class, folder)
-        else:
-            known = contract.format_named(format_name)
-            known.write(ours, folder, named)
-        if (opened.path / RECORD_FILE).is_file():
-            shutil.copy(opened.path / RECORD_FILE, folder / RECORD_FILE)
-        card = model_card(
-            ours.config,
-            name=output.name,
-            format_name=format_name,
-            profile=profile,
-            serving=serving,
-            verifier=named,
-            report=find_report(opened.path, ours.config.speculators_model_type, report),
-        )
-        (folder / CARD_FILE).write_text(card)
-        algorithm = ours.config.speculators_model_type
-        refuse_errors(check_checkpoint(folder, verifier=named, algorithm=algorithm, engine=profile.name), checkpoint)
-        record_files(folder)
-    return Exported(path, algorithm, format_name, engine, serving, opened.notes)
-
-
-def serving_of_export(
-    directory: str | Path, verifier: str | None = None, profile: EngineProfile | None = None
-) -> Serving:
-    """Says how an engine serves a directory that was exported in another project's format.
-
-    `profile=None`: by `choose_engine`. Raises `ValueError` when it names no verifier, or the engine does not serve it.
-    """
-    profile = profile or choose_engine().profile
-    opened = open_checkpoint(directory, verifier=verifier)
-    recorded, contract = opened.config.speculators_config, opened.model_class.contract
-    named = verifier or (None if recorded is None else recorded.verifier.name_or_path)
-    if named is None:
-        raise ValueError(f"{directory} names no verifier; give it with --verifier")
-    where = absolute_if_directory(str(directory))
-    serving = profile.serving(contract, opened.config, opened.format, where, named)
-    if serving is None:
-        model_type = opened.config.speculators_model_type
-        raise ValueError(
-            f"{directory}: {profile.title} does not serve a drafter of type {model_type!r} in the format "
-            f"{opened.format!r}{way_out(model_type)}"
-        )
-    return serving
+    return Export(opened, ours, engine, format_name, path, named, serving)
 
 
 def serving_of_checkpoint(
@@ -185,18 +233,6 @@ def serving_of_checkpoint(
     if served == SPECULATORS and verifier is None and config.recorded_verifier is not None:
         return profile.serving(contract, config, SPECULATORS, checkpoint, config.recorded_verifier)
     return export_checkpoint(checkpoint, output, engine=profile.name, verifier=verifier).serving
-
-
-def way_out(model_type: str) -> str:
-    """Says which releases serve such drafters, for a message about one that does not."""
-    serving = [profile.name for profile in profiles() if model_type in profile.drafters]
-    return f"; `speculators export --engine` writes what {' or '.join(serving)} serves" if serving else ""
-
-
-def refuse_errors(report: CheckReport, checkpoint: str | Path) -> None:
-    """An export corrects what it can; the errors that remain are in the checkpoint itself."""
-    if not report.ok:
-        raise CheckError(replace(report, path=Path(checkpoint)), "; nothing was written")
 
 
 def chosen_format(opened: OpenedCheckpoint, profile: EngineProfile, wanted: str | None) -> str:

@@ -30,7 +30,7 @@ from speculators.checkpoint.formats import (
     Serving,
     num_speculative_tokens,
 )
-from speculators.checkpoint.tensors import SIZE_BYTES, bytes_of, stored_tensors
+from speculators.checkpoint.tensors import PLANNED, SIZE_BYTES, bytes_of, stored_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.mtp.config import MTPSpeculatorConfig, MTPTrainingArgs
 from speculators.models.mtp.families import GATE_UP, LAYER, export_native, family_of, native_keys, read_native
@@ -100,6 +100,8 @@ class StitchedFormat(CheckpointFormat):
         if verifier is None:
             raise ValueError("the layer is written into a copy of its verifier: name it with --verifier")
         stitched = stitch(checkpoint.path, verifier, directory / "stitched")
+        if not stitched.path.exists():  # only planned
+            return
         for file in stitched.path.iterdir():  # `stitch` makes its directory itself
             shutil.move(str(file), directory / file.name)
         stitched.path.rmdir()
@@ -156,12 +158,17 @@ def stitch(
         raise ValueError(f"the index of verifier '{source}' names files that lack {absent}: fetch the verifier again")
     for key, tensor in native.items():
         check_fits(key, tensor, entries[file_of[key]][0][key])
+    stitched = Stitched(output, tuple(sorted(native)), tuple(entries))
+    if (planned := PLANNED.get()) is not None:
+        dtype_of = {key: DTYPES[entries[file_of[key]][0][key]["dtype"]] for key in native}
+        planned.update({key: tensor.to(dtype_of[key]) for key, tensor in native.items()})
+        return stitched
     with atomic_directory(output) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         for name, (header, start) in entries.items():
             here = {key: tensor for key, tensor in native.items() if file_of[key] == name}
             overwrite(folder / name, here, header, start)
-    return Stitched(output, tuple(sorted(native)), tuple(entries))
+    return stitched
 
 
 def local_directory(verifier: str | os.PathLike) -> Path:
