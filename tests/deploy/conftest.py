@@ -8,7 +8,8 @@ import pytest
 import torch
 from deploy_toys import DRAFT_VOCAB, HIDDEN, LAYERS, VOCAB, WIDTH, draft_map, layer, make_checkpoint, save
 
-for folder in ("eagle3", "eagle", "mtp", "verifier"):  # naive drafters, which judge conversions too
+# naive drafters, which judge conversions too
+for folder in ("eagle3", "eagle", "peagle", "dflash", "dspark", "medusa", "mlp", "mtp", "verifier"):
     if str(Path(__file__).parents[1] / folder) not in sys.path:
         sys.path.append(str(Path(__file__).parents[1] / folder))
 

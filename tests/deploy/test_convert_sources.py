@@ -92,7 +92,7 @@ def test_an_eagle3_head_drafts_as_its_own_formulas_say(what, eagle3_head, tmp_pa
     normed = naive.unroll(batch, 1)[0][-1]
     theirs_V = naive.w["lm_head.weight"] @ normed
     kept = source["d2t"] + torch.arange(DRAFT_VOCAB)
-    torch.testing.assert_close(ours_V[kept].double(), theirs_V.detach(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(ours_V[kept].double(), theirs_V.detach(), atol=1e-5, rtol=1e-5)
     report = check_checkpoint(tmp_path / "out")
     assert {found.code for found in report.findings} <= {"dtype-differs"}
 
@@ -134,7 +134,7 @@ def test_an_eagle1_head_drafts_as_its_own_formulas_say(eagle1_head, tmp_path):
     naive = NaiveEagle(weights, nested, embedding, embedding, norm)  # the head is tied
     naive.feature = lambda y: y.double() / torch.sqrt((y.double() ** 2).mean() + verifier.rms_norm_eps) * norm.double()
     predicted = naive.hass(tokens[1:-1], last, 1)[0, NUM_TOKENS - 2]
-    torch.testing.assert_close(ours_V.double(), naive.logits(predicted).detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours_V.double(), naive.logits(predicted).detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_embeddings_and_heads_of_the_source_are_copies_or_kept_or_refused(eagle1_head, eagle3_head, tmp_path):

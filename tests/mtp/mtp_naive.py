@@ -98,16 +98,19 @@ class NaiveMTP:
 
     def draft_probs(self, tokens, states, drafts):
         """q of each draft after `tokens`, the drafts before it being what they were. states[i] is y of token i."""
+        return self.draft_logits(tokens, states, drafts).softmax(-1)
+
+    def draft_logits(self, tokens, states, drafts):
         entries = []
         for i in range(len(tokens) - 1):
             entries.append(self.entry(tokens[i + 1], self.verifier_state(states[i]), i, self.zero_first and i == 0))
-        probs = []
+        logits = []
         for k, draft in enumerate(drafts):
             residual, queries, _ = entries[-1]
             hidden = self.finish(residual, queries, [entry[2] for entry in entries])
-            probs.append((self.head @ hidden).softmax(0))
+            logits.append(self.head @ hidden)
             entries.append(self.entry(draft, hidden, len(tokens) - 1 + k, False))
-        return torch.stack(probs)
+        return torch.stack(logits)
 
 
 def naive_of(model, verifier):
