@@ -110,10 +110,17 @@ def write_recipe(file: Path, recipe: Mapping[str, Any]) -> None:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Returns setting -> "before -> now" for each that differs. A missing one is none: a later release may add it."""
+    """Returns setting -> "before -> now" for each that differs, "sampling.top_p" for one inside another. A missing one
+    is none: a later release may add it."""
     now = json.loads(as_json(now))
-    pairs = {name: (before.get(name), now.get(name)) for name in sorted({*before, *now})}
-    return {name: f"{shown(old)} -> {shown(new)}" for name, (old, new) in pairs.items() if old != new}
+    changes: dict[str, str] = {}
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if old != new and {type(old), type(new)} <= {dict, type(None)}:
+            changes |= {f"{name}.{inner}": change for inner, change in changed_settings(old or {}, new or {}).items()}
+        elif old != new:
+            changes[name] = f"{shown(old)} -> {shown(new)}"
+    return changes
 
 
 def as_json(recipe: Mapping[str, Any]) -> str:

@@ -116,6 +116,7 @@ def test_it_is_said_before_torch_is_imported(here):
     )
     commands = [[verb, *words] for verb, (words, _) in WRONG.items()]
     commands += [[*verb, "--method", method] for verb in WITH_METHOD for method in ("ngrma", "eagl3")]
+    commands += [["serve", VERIFIER, "--method", "eagl3"]]
     begun_s = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(commands)],

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from speculators.api import vllm_target
 from speculators.cli.app import main, run
+from speculators.evaluation import parity
+from speculators.evaluation.config import ParityConfig, VllmTarget
 from speculators.interfaces import CaptureSpec
 from speculators.model import SpeculatorModel
+from speculators.utils import progress
+from speculators.utils.progress import listening
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +58,17 @@ def test_a_checkpoint_is_verified_and_the_report_written(checkpoint, chats, tmp_
     result = json.loads(printed.splitlines()[-1])
     assert result["passed"] is True and result["num_speculative_tokens"] == 3
     assert json.loads((tmp_path / "report.json").read_text())["checks"] == result["checks"]
+
+
+def test_replaying_says_what_it_does(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.001)
+    monkeypatch.setattr(parity, "vllm_checks", lambda *_: time.sleep(0.1) or [])
+    config = ParityConfig(checkpoint=checkpoint, max_tokens=4, vllm=VllmTarget("python", checkpoint, {}))
+    with listening():
+        parity.check_parity(config, [[5, 6, 7], [8, 9]])
+    lines = capsys.readouterr().err.splitlines()
+    assert "replaying 2 prompts in the engine ... (0 s)" in lines
+    assert "replaying 2 prompts in vLLM, plainly and with drafts ... (0 s)" in lines
 
 
 @pytest.mark.parametrize("verb", ["verify", "check", "serve"])

@@ -6,9 +6,12 @@ import threading
 import time
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from speculators.cli.app import main
 from speculators.data_generation.rollout import Answer
+from speculators.train.events import Started, StepDone
+from speculators.train.logger import TrainingProgress
 from speculators.utils import progress
 from speculators.utils.progress import Waiting, WorkProgress, counting, doing, listening
 
@@ -36,7 +39,11 @@ def test_a_quick_step_says_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_shows_what_is_loaded_with_its_size(verifier, terminal, impatient):
+def test_a_terminal_shows_what_is_loaded_with_its_size(verifier, terminal, impatient, monkeypatch):
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **options: time.sleep(0.1) or load(*args, **options)
+    )
     code, shown = terminal.run("generate", "--verifier", verifier, "--prompt", "x", "--max-tokens", "2")
     assert code == 0
     assert f"loading {verifier}"[:40] in shown and " KB)" in shown.replace("\n", "")
@@ -57,6 +64,23 @@ def test_a_bar_without_a_terminal_is_a_line_every_so_often(impatient, capsys):
     time.sleep(0.02)
     bars("decode", 3, 20)
     assert "decode: 3 of 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("compiles", "said"), [(False, ""), (True, ": compiling the attention kernels")])
+def test_the_first_step_is_a_line_until_it_is_done(impatient, capsys, compiles, said):
+    with listening(), TrainingProgress() as bar:
+        bar(Started(2, 0, 1, 1, 1, compiles))
+        time.sleep(0.1)
+        bar(StepDone(1, 2, 0, 1e-3, {}, None, 1.0))
+        assert f"first step{said} ... (0 s)" in capsys.readouterr().err.splitlines()
+        time.sleep(0.05)
+        assert "first step" not in capsys.readouterr().err
+    with pytest.raises(RuntimeError), listening(), TrainingProgress() as bar:
+        bar(Started(2, 0, 1, 1, 1, compiles))
+        raise RuntimeError
+    capsys.readouterr()
+    time.sleep(0.05)
+    assert "first step" not in capsys.readouterr().err
 
 
 def test_help_says_nothing_of_it(capsys):

@@ -206,11 +206,8 @@ def test_an_id_that_asks_something_else_now_is_refused(tokenizer, parrot, tmp_pa
     ("change", "named"),
     [
         ({"verifier": "org/other"}, "verifier: +org/model -> org/other"),
-        (
-            {"chat_template_kwargs": {"enable_thinking": False}},
-            "chat_template_kwargs: +{} -> {.enable_thinking.: false}",
-        ),
-        ({"sampling_params": {"temperature": 0.7}}, "sampling_params: +{} -> {.temperature.: 0.7}"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, r"chat_template_kwargs\.enable_thinking: none -> false"),
+        ({"sampling_params": {"temperature": 0.7}}, r"sampling_params\.temperature: none -> 0\.7"),
         ({"stop_token_ids": [7]}, r"stop_token_ids: +\[.*\] -> \[7\]"),
     ],
 )

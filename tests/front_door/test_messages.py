@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 
 import pytest
 from pydantic import ValidationError
@@ -166,6 +167,27 @@ RECORDS = {
     ),
     "time": (lambda: ServerConfig(server="s", data="d", timeout_s=0), "timeout_s=0 must be more than 0 seconds"),
     "parity": (lambda: ParityConfig(checkpoint="c", max_tokens=0), "max_tokens=0 must be an integer, at least 1"),
+    "an unknown setting": (
+        lambda: SamplingParams(tempratur=1),
+        "unknown setting of SamplingParams 'tempratur'. Did you mean 'temperature'? There are: "
+        + ", ".join(sorted(field.name for field in fields(SamplingParams))),
+    ),
+    "an unknown setting of the gate": (
+        lambda: ParityConfig(checkpoint="c", max_token=1),
+        "unknown setting of ParityConfig 'max_token'. Did you mean 'max_tokens'? There are: batch_size, checkpoint, "
+        "device, dtype, max_prompt_tokens, max_tokens, num_prompts, num_speculative_tokens, trust_remote_code, "
+        "verifier, vllm",
+    ),
+    "an unknown setting of an evaluation": (
+        lambda: EvaluateConfig(verifier="v", data="d", method="ngram"),
+        "unknown setting of EvaluateConfig 'method'. Did you mean 'methods'? There are: "
+        + ", ".join(sorted(field.name for field in fields(EvaluateConfig))),
+    ),
+    "an unknown setting of a server": (
+        lambda: ServerConfig(server="s", data="d", timeout=1),
+        "unknown setting of ServerConfig 'timeout'. Did you mean 'timeout_s'? There are: "
+        + ", ".join(sorted(field.name for field in fields(ServerConfig))),
+    ),
     "a method's name": (
         lambda: parse_method("eagle3"),
         'method eagle3 drafts with a model, and none is named: give its directory, or {"method": "eagle3", '

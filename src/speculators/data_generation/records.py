@@ -30,7 +30,7 @@ Finished: TypeAlias = dict[tuple[str, int], str]
 def refuse_other_recipe(before: Mapping[str, Any], now: Mapping[str, Any], what: str, ways_out: str) -> None:
     """Raises `ValueError` with two columns when `what` was made by another recipe."""
     changed = changed_settings(before, now)
-    changes = {name: change for name, change in changed.items() if differs(name, before, now)}
+    changes = {name: change for name, change in changed.items() if not is_equivalent(name, before, now)}
     if "template_date" in changes:
         again = json.dumps({TEMPLATE_DATE: before.get("template_date")})
         ways_out += f"; --chat-template-kwargs '{again}' gives the template the date again"
@@ -45,13 +45,13 @@ def template_date(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[s
     return None if date is None else f"{date:%Y-%m-%d}"
 
 
-def differs(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    was, value = before.get(name), now.get(name)
-    if name == "chat_template_kwargs":
-        was, value = ({k: v for k, v in (kwargs or {}).items() if k != TEMPLATE_DATE} for kwargs in (was, value))
-    if name == "verifier" and isinstance(was, str) and isinstance(value, str):
-        return not is_same_model(was, value)
-    return bool(was != value)
+def is_equivalent(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a changed setting gives the same rows: a date is compared as the one that the rows name, `template_date`,
+    and a model may be named in another way."""
+    if name == "verifier":
+        was, is_now = before.get(name), now.get(name)
+        return isinstance(was, str) and isinstance(is_now, str) and is_same_model(was, is_now)
+    return name == f"chat_template_kwargs.{TEMPLATE_DATE}"
 
 
 def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+from speculators.utils.names import refusing_unknown
+
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_DTYPE = "float32"
 """Greedy answers are exactly the verifier's own in float32 only: lower precisions have ties."""
@@ -26,6 +28,7 @@ SERVED_BIAS = 100
 """vLLM's server, as OpenAI's, takes no stronger ones."""
 
 
+@refusing_unknown
 @dataclass(frozen=True)
 class SamplingParams:
     """Says how one request is sampled and when it ends. Names and meanings are vLLM's."""

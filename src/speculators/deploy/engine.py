@@ -167,5 +167,5 @@ def notes_on_serving(profile: EngineProfile, serving: Serving | None, directory:
     if serving.speculative_config.get("model") == str(directory):
         yield (
             f"{profile.title} refuses `vllm serve {directory}` alone: its verifier {serving.model} is a directory. Use "
-            "the command above, or export with --verifier ORG/MODEL"
+            "the printed command, or export with --verifier ORG/MODEL"
         )

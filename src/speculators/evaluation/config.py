@@ -18,6 +18,7 @@ from speculators.decoding.settings import (
     refuse_fewer,
     refuse_unknown_dtype,
 )
+from speculators.utils.names import refusing_unknown
 
 SERVED = "served"
 """Default name of a server's row: a server does not say what drafts in it."""
@@ -61,6 +62,7 @@ class Workload:
         return SamplingParams(**settings | {"seed": self.seed if self.temperature > 0 else None})
 
 
+@refusing_unknown
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Workload):
     """One comparison of methods in this process."""
@@ -94,6 +96,7 @@ class EvaluateConfig(Workload):
         refuse_unknown_dtype(self.dtype)
 
 
+@refusing_unknown
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig(Workload):
     """One comparison of running servers."""
@@ -135,6 +138,7 @@ class VllmTarget:
     """Further environment variables."""
 
 
+@refusing_unknown
 @dataclass(frozen=True)
 class ParityConfig:
     """Settings of the parity gate."""

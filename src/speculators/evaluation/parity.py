@@ -44,7 +44,7 @@ from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm, speculat
 from speculators.evaluation.report import SavedReport, environment
 from speculators.interfaces import CaptureSpec, Proposer
 from speculators.model import SpeculatorModel
-from speculators.utils.progress import Progress, reporting
+from speculators.utils.progress import Progress, doing, reporting
 from speculators.utils.report import facts_table
 from speculators.verifier import load_verifier, verifier_parts
 
@@ -165,13 +165,15 @@ def check_parity(
     elif drafts_tokens(model):
         with reporting(progress) as show:
             show("replaying in the engine", 0, None)
-            replayed = replay(model, verifier, cut_prompts, num_drafts, config)
-            checks += engine_checks(replayed)
+            with doing(f"replaying {len(cut_prompts)} prompts in the engine"):
+                replayed = replay(model, verifier, cut_prompts, num_drafts, config)
+                checks += engine_checks(replayed)
             if isinstance(config.vllm, str):
                 checks.append(Check("vLLM", None, config.vllm))
             elif config.vllm is not None:
                 show("replaying in vLLM", 0, None)
-                checks += vllm_checks(config, config.vllm, verifier_path, num_drafts, replayed)
+                with doing(f"replaying {len(cut_prompts)} prompts in vLLM, plainly and with drafts"):
+                    checks += vllm_checks(config, config.vllm, verifier_path, num_drafts, replayed)
     return ParityReport(
         checkpoint=str(config.checkpoint),
         verifier=verifier_path,

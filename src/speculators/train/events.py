@@ -39,6 +39,8 @@ class Started:
     num_documents: int
     num_tokens: int
     """Tokens of the training split, per epoch."""
+    compiles: bool = False
+    """Whether the first step compiles kernels."""
 
 
 @dataclass(frozen=True)

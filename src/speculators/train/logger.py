@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from speculators.train.events import (
 )
 from speculators.utils.files import atomic_write
 from speculators.utils.names import did_you_mean
-from speculators.utils.progress import Lines, SlowStepBars, waiting_line
+from speculators.utils.progress import Lines, SlowStepBars, doing, waiting_line
 from speculators.utils.report import ReportConsole
 
 
@@ -40,7 +41,7 @@ class TrainingProgress(SlowStepBars):
     """A bar with loss, per-step accuracy and expected acceptance length; called with the events of a run."""
 
     first_step = ""
-    """Until it is done: reading, computing states and, on a GPU, compiling take their time."""
+    """Says what is done until the first report: reading, computing states and, on a GPU, compiling take their time."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -52,15 +53,19 @@ class TrainingProgress(SlowStepBars):
             console=ReportConsole(stderr=True, soft_wrap=True),
         )
         self.bar: TaskID | None = None
-        self.say = Lines(self.console)
+        self.say, self.waiting = Lines(self.console), ExitStack()
         self.decoded = ""
         """Of the newest validation: shown on while training goes on."""
+
+    def stop(self) -> None:
+        self.waiting.close()
+        super().stop()
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Below the bar: what was learned, in a line of its own, as both together are wider than 80 columns."""
         yield from super().get_renderables()
         if self.first_step and not waiting_line():
-            yield Text(self.first_step, "dim")
+            yield Text(f"{self.first_step} ...", "dim")
         yield from (Text(task.description) for task in self.tasks if task.description)
 
     def __call__(self, event: Event) -> None:
@@ -68,7 +73,8 @@ class TrainingProgress(SlowStepBars):
             case Note():
                 self.console.print(event.text, style="dim", markup=False)
             case Started():
-                self.first_step = "first step ..."
+                self.first_step = "first step: compiling the attention kernels" if event.compiles else "first step"
+                self.waiting.enter_context(doing(self.first_step))
                 self.bar = self.add_task("", total=event.num_steps, completed=event.first_step, speed="")
                 self.console.print(
                     f"{event.num_trainable_params:,} parameters, {event.num_documents:,} rows, "
@@ -77,6 +83,7 @@ class TrainingProgress(SlowStepBars):
             case StepDone():
                 assert self.bar is not None
                 self.first_step = ""
+                self.waiting.close()
                 description = describe(event.metrics, event.acceptance_length) + self.decoded
                 speed = f"{event.tokens_per_s:,.0f} tokens/s"
                 self.update(self.bar, completed=event.step, description=description, speed=speed)

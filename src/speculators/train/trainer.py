@@ -137,7 +137,8 @@ class Trainer:
         if self.is_finished():
             self.on_event(Note(FINISHED.format(first_step, self.num_steps)))
             return self.result(finished_before=True)
-        self.on_event(Started(self.num_steps, first_step, num_trainable, self.num_documents, self.num_tokens))
+        compiles = self.model.attention_route(self.ranks.device.type).kernel is not None
+        self.on_event(Started(self.num_steps, first_step, num_trainable, self.num_documents, self.num_tokens, compiles))
         with GracefulShutdown() as shutdown:
             while not self.is_finished():
                 first_of_epoch = self.position.global_step

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
+import inspect
 import os
 import pkgutil
 import re
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -82,6 +84,23 @@ def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> Non
     for name in given:
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}")
+
+
+Settings = TypeVar("Settings")
+
+
+def refusing_unknown(config: type[Settings]) -> type[Settings]:
+    """Decorates a dataclass of settings: an unknown keyword raises `ValueError` with the nearest field."""
+    init = config.__init__
+    known = list(inspect.signature(config).parameters)
+
+    @functools.wraps(init)
+    def checked(self: Settings, *args: Any, **settings: Any) -> None:
+        refuse_unknown(f"setting of {config.__name__}", settings, known)
+        init(self, *args, **settings)
+
+    config.__init__ = checked  # type: ignore[method-assign, assignment]
+    return config
 
 
 def refuse_option(name: str) -> str:
