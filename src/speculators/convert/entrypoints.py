@@ -188,18 +188,19 @@ def upgraded(
 ) -> tuple[SpeculatorModelConfig, tuple[str, ...]]:
     """Completes the config of an older release of ours, and says what it wrote.
 
-    Raises `ValueError` when nothing is missing: then `export` does what is left to do."""
+    Raises `ValueError` when nothing is missing and no tensor is left over: then `export` does what is left to do."""
     contract = opened.model_class.contract
     refuse_unknown_options(options, contract.upgrade_options, "an older speculator")
     config = contract.upgraded(opened.config, verifier, **options)
     new, old = computed_config(json.loads(config.to_json_string())), computed_config(opened.values)
     written = {key: value for key, value in new.items() if value is not None and old.get(key) != value}
-    if not written:
+    expected = contract.expected_tensors(opened.model_class, config)
+    if not written and opened.tensors.keys() <= expected.keys():
         raise ValueError(f"{opened.path} is a speculator already; `speculators export` writes it for an engine")
     config.speculators_version = installed_version()
     if config.speculators_config is not None:
         config.speculators_config.verifier = VerifierConfig.from_pretrained(verifier)
-    said = ", ".join(f"{key}: {value}" for key, value in written.items())
+    said = ", ".join(f"{key}: {value}" for key, value in written.items()) or "config.json as it was"
     return config, (f"a speculator of release {opened.values.get('speculators_version', 'unknown')}; written: {said}",)
 
 

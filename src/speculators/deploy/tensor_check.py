@@ -54,7 +54,7 @@ def tensor_findings(
             name,
             f"{shape_of(tensors[name])}, which this drafter does not have",
             "vLLM refuses names it does not know",
-            "remove the tensor, or correct the option in config.json it is for",
+            "correct the option in config.json it is for, or let `speculators convert` leave out the verifier's own",
         )
     for name in sorted(tensors.keys() & expected.keys()):
         yield from single_tensor_findings(name, tensors[name], expected[name])
