@@ -12,8 +12,10 @@ DSpark (SpecForge, dense)                     tests/dspark/dspark_naive.py
 Medusa (as published)                         tests/medusa/medusa_toys.py
 MLP speculator (fms)                          tests/mlp/mlp_toys.py
 MTP inside MiMo                               tests/mtp/mtp_naive.py
+MTP inside Qwen, GLM and DeepSeek             below: the decoder layer of transformers between norms and projection
 """
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -396,3 +398,71 @@ def test_mtp_inside_mimo(tmp_path):
     with torch.no_grad():
         logits = drafter.draft_logits(VerifierStates(tokens, None, known_states(states, known)), 2)
     assert_equal(logits, naive.draft_logits(tokens.tolist()[:-2], states, tokens.tolist()[-2:]))
+
+
+THEIR_LAYERS = {
+    "qwen3_next": ("qwen3_next", "Qwen3NextDecoderLayer", "Qwen3NextRotaryEmbedding"),
+    "qwen3_5_text": ("qwen3_5", "Qwen3_5DecoderLayer", "Qwen3_5TextRotaryEmbedding"),
+    "qwen3_5_moe_text": ("qwen3_5_moe", "Qwen3_5MoeDecoderLayer", "Qwen3_5MoeTextRotaryEmbedding"),
+    "glm4_moe": ("glm4_moe", "Glm4MoeDecoderLayer", "Glm4MoeRotaryEmbedding"),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3DecoderLayer", "DeepseekV3RotaryEmbedding"),
+}
+"""model_type -> its folder in transformers, the class of a layer and that of its rope."""
+
+
+def fused(tensors):
+    """As transformers 5 holds experts: all of a projection in one tensor, gate rows above up rows."""
+    one_by_one = {name: tensors[name] for name in tensors if ".experts." in name and name.endswith(".weight")}
+    if not one_by_one:
+        return tensors
+    num_experts = 1 + max(int(name.split(".experts.")[1].split(".")[0]) for name in one_by_one)
+    start = next(iter(one_by_one)).split(".experts.")[0] + ".experts."
+    gate, up, down = (
+        torch.stack([tensors[f"{start}{e}.{kind}_proj.weight"] for e in range(num_experts)])
+        for kind in ("gate", "up", "down")
+    )
+    rest = {name: tensor for name, tensor in tensors.items() if name not in one_by_one}
+    return rest | {f"{start}gate_up_proj": torch.cat([gate, up], dim=1), f"{start}down_proj": down}
+
+
+@pytest.mark.parametrize("family", THEIR_LAYERS)
+@torch.no_grad()
+def test_mtp_inside_other_families(family, tmp_path):
+    """The first draft: final_norm(layer(projection [norm(embedding) ; norm(state)])), of normed states."""
+    path = tmp_path / family
+    mtp_toys.save_native_verifier(family, path)
+    stored, config = load_file(path / "model.safetensors"), AutoConfig.from_pretrained(path)
+    _, prefix, inside, (embed_norm, state_norm, final_norm, projection) = mtp_toys.NATIVE[family]
+    is_qwen = family.startswith("qwen")
+
+    def norm(name, x):
+        gain = stored[name] + 1 if is_qwen else stored[name]
+        return gain * x / torch.sqrt((x * x).mean(-1, keepdim=True) + config.rms_norm_eps)
+
+    converted = convert_checkpoint(path, tmp_path / "out", verifier=str(path)).path
+    drafter = SpeculatorModel.from_pretrained(str(converted), verifier=str(path), dtype=torch.float32).eval()
+    torch.manual_seed(6)
+    tokens, states = TOKENS % mtp_toys.VOCAB, torch.randn(len(TOKENS), config.hidden_size)
+    known = len(tokens) - 2
+    logits = drafter.draft_logits(VerifierStates(tokens, None, known_states(states, known)), 1)
+
+    embedded = stored["model.embed_tokens.weight"][tokens[1 : known + 1]]
+    if not is_qwen:
+        embedded[0] = 0.0
+    entering = torch.cat(
+        [norm(prefix + embed_norm, embedded), norm(prefix + state_norm, norm("model.norm.weight", states[:known]))], -1
+    )
+    hidden = entering @ stored[prefix + projection].T
+    folder, layer_name, rope_name = THEIR_LAYERS[family]
+    modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    config._attn_implementation = "eager"
+    theirs = getattr(modeling, layer_name)(config, layer_idx=config.num_hidden_layers - 1).eval()
+    start = prefix + inside
+    own = fused({name.removeprefix(start): tensor for name, tensor in stored.items() if name.startswith(start)})
+    theirs.load_state_dict({name: own[name] for name in theirs.state_dict()})
+    positions = torch.arange(known)[None]
+    mask = torch.full((known, known), float("-inf")).triu(1)[None, None]
+    rope = getattr(modeling, rope_name)(config)(hidden[None], positions)
+    found = theirs(hidden[None], position_embeddings=rope, attention_mask=mask, position_ids=positions)
+    found = found[0] if isinstance(found, tuple) else found
+    assert_equal(logits, norm(prefix + final_norm, found[0, -1:]).double() @ stored["lm_head.weight"].double().T)
