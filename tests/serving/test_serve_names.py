@@ -122,11 +122,12 @@ def test_a_draft_on_the_hub_says_what_it_is_and_one_out_of_reach_is_not_guessed(
     (tmp_path / "config.json").write_text(json.dumps(medusa))
     hub["org/heads"] = tmp_path
     read = PretrainedConfig.get_config_dict
-    monkeypatch.setattr(
-        PretrainedConfig,
-        "get_config_dict",
-        classmethod(lambda cls, name, **more: (dict(medusa), {}) if name == "org/heads" else read(name, **more)),
-    )
+
+    def of_the_hub(cls, pretrained_model_name_or_path, **more):
+        name = pretrained_model_name_or_path
+        return (dict(medusa), {}) if name == "org/heads" else read(name, **more)
+
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", classmethod(of_the_hub))
     result = run(["serve", verifier, "--draft", "org/heads", "-k", "3", "--dry-run", "--engine", "vllm-0.32"])
     assert speculative_config(result) == {"method": "medusa", "num_speculative_tokens": 3, "model": "org/heads"}
     hub["org/far"] = LocalEntryNotFoundError("no network")
