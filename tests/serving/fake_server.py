@@ -118,6 +118,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            tokens = json.loads(flag("--tokens", "null"))
+            self.reply(404, {}) if tokens is None else self.reply(200, {"tokens": tokens})
+            return
         fault = self.fake.next_fault()
         if fault == "500":
             self.reply(500, {"error": "injected"})

@@ -41,6 +41,10 @@ def check(
     ] = False,
     engine: EngineName = None,
     python: Python = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Running server, http://host:8000: is it this drafter's model, and does it draft?"),
+    ] = None,
 ) -> Result:
     """Check a checkpoint before serving it: config, tensors, vocabulary, verifier, and the record of its training."""
     from speculators.deploy.check import check_checkpoint
@@ -48,6 +52,10 @@ def check(
     report = check_checkpoint(
         checkpoint, verifier=verifier, algorithm=algorithm, deep=deep, engine=engine, python=python
     )
+    if server is not None:
+        from speculators.evaluation.server_check import server_findings
+
+        report.add(f"server {server}", server_findings(server, str(report.path), verifier or report.verifier))
     serving = ["speculators", "serve", checkpoint] if report.serving is not None and report.ok else ()
     record = {"verb": "check", **report.as_dict()}
     return Result(record, [report], report.verdict, serving, exit_code=0 if report.ok else 1)
