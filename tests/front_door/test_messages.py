@@ -21,7 +21,8 @@ from speculators.training_keys import DraftKeys, HeadLossArgs
 VERIFIER = str(assets.tiny_verifier_path())
 GREEDY = {"proposal_type": "greedy", "speculative_tokens": 0}
 KINDS = ("dflash", "dspark", "eagle", "eagle3", "medusa", "mlp", "mtp", "peagle")
-TAGS = ", ".join(f"'{kind}'" for kind in KINDS)
+TAGS = "<all names>"
+"""Stands for every registered name: other tests of a run may have registered toys."""
 
 
 def train_config() -> TrainConfig:
@@ -112,7 +113,9 @@ def test_a_config_built_in_python_says_what_is_wrong_in_plain_words(name):
     build, message = MODELS[name]
     with pytest.raises(ValidationError) as caught:
         build()
-    assert str(caught.value) == message
+    names = SpeculatorModelConfig.available_names()
+    assert set(KINDS) <= set(names)
+    assert str(caught.value) == message.replace(TAGS, ", ".join(f"'{kind}'" for kind in names))
 
 
 @pytest.mark.parametrize("kind", KINDS)
