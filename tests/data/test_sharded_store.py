@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -268,6 +269,24 @@ def test_writers_beside_each_other_share_no_file_and_readers_see_all(tmp_path):
         thread.join()
     for read, exact in zip(ShardedStore(tmp_path, CAPTURE, rows).read(rows), states, strict=True):
         assert_equal(read, exact)
+
+
+def test_a_shard_that_another_writer_locked_first_is_left_to_it(rows, tmp_path, monkeypatch):
+    """Between making a shard and locking it another writer may take it: both wrote to it then."""
+    opened, taken = os.open, []
+
+    def open_and_take(path, flags, *mode, **where):
+        handle = opened(path, flags, *mode, **where)
+        if flags & os.O_EXCL and not taken:
+            taken.append(opened(path, os.O_RDWR))
+            fcntl.flock(taken[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+
+    monkeypatch.setattr(os, "open", open_and_take)
+    store = write(tmp_path, rows, only=[0, 1])
+    assert {entry.shard for entry in store.entries.values()} == {"states-000-00001.shard"}
+    assert os.fstat(taken[0]).st_size == 0
+    os.close(taken[0])
 
 
 def test_a_full_disk_leaves_no_part_of_a_sample(rows, tmp_path, monkeypatch):
