@@ -75,7 +75,9 @@ def verifiers(verifier, tmp_path_factory) -> dict[str, str]:
     return {case: mimo if case == "mtp" else verifier for case in CASES}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case == "eagle3" else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_converted_drafter_is_accepted_alike_here_and_in_vllm(case, vllm_python, verifiers, data, prompts, tmp_path):
     verifier, trained = verifiers[case], CASES[case]
     checkpoint = run(train_flags(trained, verifier, data, tmp_path / "run"))["checkpoint"]
