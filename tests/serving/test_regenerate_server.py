@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import signal
+import threading
 import time
 
+import httpx
 import pytest
 from fakes import FakeServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from speculators import api
 from speculators.cli.app import main, run
 from speculators.data_generation import ServerUnavailableError
+from speculators.data_generation.endpoints import Endpoint
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
@@ -145,6 +149,33 @@ def test_a_server_that_takes_only_messages_is_asked_with_them(start_server, answ
     report, rows = answered(start_server(answers="chat"), name="chat")
     assert content(rows) == content(expected)
     assert report.num_from_text == 24 and report.num_failed == 0
+
+
+def test_a_refusal_that_arrives_after_another_thread_found_the_form_is_no_failure():
+    """Two requests were on their way when the server's form was not known: the later refusal counted as an answer."""
+    both, found, num_refused = threading.Barrier(2, timeout=5), threading.Event(), itertools.count()
+
+    def handle(request):
+        if "return_token_ids" not in json.loads(request.content):
+            return httpx.Response(200, json={"answered": True})
+        both.wait()
+        if next(num_refused) == 0:
+            assert found.wait(5)
+        return httpx.Response(400, json={})
+
+    client = httpx.Client(base_url="http://server/v1/", transport=httpx.MockTransport(handle))
+    endpoint, bodies = Endpoint("server", client), []
+
+    def ask():
+        bodies.append(endpoint.complete({"completions": {"prompt": [1]}}, {"return_token_ids": True}))
+        found.set()
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bodies == [{"answered": True}] * 2
 
 
 def test_servers_of_different_models_are_refused(start_fake, start_server, answered):

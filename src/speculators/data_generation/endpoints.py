@@ -86,14 +86,14 @@ class Endpoint:
     def complete(self, requests: Mapping[str, Mapping[str, Any]], extensions: Mapping[str, Any]) -> dict[str, Any]:
         """Asks by path until the server takes a form, which it keeps. Raises `InvalidResponseError` (first refusal)."""
         needed = {key: value for key, value in extensions.items() if key in EXTENSIONS and value != EXTENSIONS[key]}
-        forms = [(path, takes) for path in requests for takes in (True, False)] if self.form is None else [self.form]
+        known = self.form  # other threads may find it out meanwhile
+        forms = [(path, takes) for path in requests for takes in (True, False)] if known is None else [known]
         refusal: httpx.Response | None = None
         for path, takes_extensions in forms:
             if path not in requests:
                 raise InvalidResponseError(f"{self.url} answers only {CHAT}, and a row of tokens has no messages")
-            keys = extensions if takes_extensions else needed
-            response = self.client.post(path, json={**requests[path], **keys})
-            if self.form is not None or response.status_code not in REFUSALS:
+            response = self.client.post(path, json={**requests[path], **(extensions if takes_extensions else needed)})
+            if known is not None or response.status_code not in REFUSALS:
                 body = checked_json(response)
                 if self.form is None and (path == CHAT or not takes_extensions):
                     what = "takes messages only: it makes the prompts" if path == CHAT else "refuses vLLM's keys"
