@@ -261,25 +261,25 @@ def locked_if_dead(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def lock_path_if_free(handle: int, path: Path) -> bool:
+def lock_path_if_free(handle: int, path: Path, *, without_locks: bool = False) -> bool:
     """Locks an open file or directory, unless `path` is no longer its name: its writer finished and renamed it."""
     try:
-        return lock_if_free(handle) and os.fstat(handle).st_ino == os.stat(path).st_ino
+        return lock_if_free(handle, without_locks=without_locks) and os.fstat(handle).st_ino == os.stat(path).st_ino
     except FileNotFoundError:
         return False
 
 
-def lock_if_free(handle: int) -> bool:
+def lock_if_free(handle: int, *, without_locks: bool = False) -> bool:
     """Locks an open file or directory until it is closed or this process ends, however it ends. False: another process
-    holds it, or the file system knows no locks."""
+    holds it. `without_locks`: the answer of a file system that knows none."""
     if os.name != "posix":
-        return False
+        return without_locks
     import fcntl  # exists on POSIX only
 
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        return without_locks and not isinstance(error, BlockingIOError)
     return True
 
 

@@ -141,9 +141,7 @@ class ShardWriter:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if is_new else 0), 0o666)
         except FileExistsError:  # made by another process just now
             return -1
-        if lock_path_if_free(handle, path):
-            return handle
-        if is_new and not is_held(handle):  # without locks nobody opens a shard that another one made
+        if lock_path_if_free(handle, path, without_locks=is_new):  # where none are, nobody opens another one's shard
             return handle
         os.close(handle)
         return -1
@@ -191,21 +189,6 @@ class ShardWriter:
             return lock_if_free(handle)
         finally:
             os.close(handle)
-
-
-def is_held(handle: int) -> bool:
-    """Says whether another process holds the lock of a file; False where the file system knows no locks."""
-    if os.name != "posix":
-        return False
-    import fcntl  # exists on POSIX only
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def write_index(shard: Shard) -> None:
