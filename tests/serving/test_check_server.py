@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from speculators.cli.app import main
 from speculators.data_generation.vllm_client import ServerUnavailableError
-from speculators.evaluation.server_check import PROBE, is_same_model, server_findings
+from speculators.evaluation.server_check import PROBE, may_be, server_findings
+from speculators.evaluation.server_client import MeasuredServer, ServerCounters
 
 pytestmark = pytest.mark.usefixtures("fast_retries")
 
@@ -40,6 +41,14 @@ def test_what_differs_is_named(start_fake, speculator, verifier, tokens):
     assert codes(silent, speculator, None) == ["warning server-not-compared"]
 
 
+def test_drafts_that_are_never_accepted_are_an_error(start_fake, speculator, verifier, tokens, monkeypatch):
+    server = start_fake("--model", verifier, "--drafts", "--tokens", json.dumps(tokens))
+    for accepted, expected in ((0, ["error server-accepts-nothing"]), (1, [])):
+        counters = ServerCounters(12, 36, accepted, (accepted, 0, 0), 30, 0)
+        monkeypatch.setattr(MeasuredServer, "counters", lambda self, counters=counters: counters)
+        assert codes(server, speculator, verifier) == expected
+
+
 def test_the_command_says_it_and_fails(start_fake, speculator, verifier, capsys):
     server = start_fake("--model", "some-org/Other-8B", "--drafts")
     assert main(["check", speculator, "--verifier", verifier, "--server", server.endpoint, "--json"]) == 1
@@ -54,7 +63,7 @@ def test_a_model_is_the_same_under_another_path_only_by_its_name(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a")
     (tmp_path / "b" / "a").mkdir(parents=True)
-    assert is_same_model(str(tmp_path / "a"), str(tmp_path / "link"))
-    assert not is_same_model(str(tmp_path / "a"), str(tmp_path / "b" / "a"))  # both are here and differ
-    assert is_same_model("/models/Llama-3.1-8B", "meta-llama/Llama-3.1-8B")
-    assert not is_same_model("/models/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct")
+    assert may_be(str(tmp_path / "a"), str(tmp_path / "link"))
+    assert not may_be(str(tmp_path / "a"), str(tmp_path / "b" / "a"))  # both are here and differ
+    assert may_be("/models/Llama-3.1-8B", "meta-llama/Llama-3.1-8B")
+    assert not may_be("/models/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct")
