@@ -87,6 +87,11 @@ def test_every_validation_row_counts_once_on_any_number_of_ranks():
         ]
         assert len({len(sampler) for sampler in ranks}) == 1
         for sampler in ranks:
-            rows = sampler.rows()
-            seen += [index for row in rows[: len(rows) - sampler.num_repeated] for index in row]
+            num_repeated, rows = sampler.num_repeated, sampler.rows()
+            seen += [index for row in rows[: len(rows) - num_repeated] for index in row]
         assert sorted(seen) == list(range(7))
+    cut = [
+        MultipackDistributedBatchSamplerV2(10, lengths, num_replicas=2, rank=rank, drop_last=False, max_batches=3)
+        for rank in range(2)
+    ]
+    assert [(len(sampler), sampler.num_repeated) for sampler in cut] == [(3, 0), (3, 0)]  # the repeated row is cut off

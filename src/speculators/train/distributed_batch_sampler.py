@@ -42,8 +42,6 @@ class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.num_replicas, self.rank = num_replicas, rank
         self.seed, self.max_batches, self.drop_last = seed, max_batches, drop_last
-        self.num_repeated = 0
-        """Rows of this rank, at the end of the epoch, that are another's too."""
         self.epoch = 0
         num_long = int((self.lengths > batch_max_length).sum())
         if num_long and truncate_long_samples:
@@ -59,6 +57,7 @@ class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
                 "clip them (truncate_long_samples=True) or raise the limit"
             )
         self._rows: tuple[int, list[list[int]]] | None = None
+        self._num_repeated = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -73,14 +72,20 @@ class MultipackDistributedBatchSamplerV2(Sampler[list[int]]):
             num_each = len(rows) // self.num_replicas
             if self.max_batches is not None:
                 num_each = min(num_each, self.max_batches)
+            is_whole = num_each * self.num_replicas == len(rows)
             rows = rows[: num_each * self.num_replicas]
-            if self.drop_last:
-                mine = balanced(rows, self.num_replicas)[self.rank]
-            else:
-                mine = rows[self.rank :: self.num_replicas]
-                self.num_repeated = int(self.rank >= self.num_replicas - num_missing)
+            mine = (
+                balanced(rows, self.num_replicas)[self.rank] if self.drop_last else rows[self.rank :: self.num_replicas]
+            )
+            self._num_repeated = int(is_whole and self.rank >= self.num_replicas - num_missing)
             self._rows = (self.epoch, mine)
         return self._rows[1]
+
+    @property
+    def num_repeated(self) -> int:
+        """Rows of this rank, at the end of the epoch, that are another's too."""
+        self.rows()
+        return self._num_repeated
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.rows())

@@ -189,9 +189,11 @@ class Trainer:
         """Adds the gradients of one row, which counts by its supervised tokens where a step has several."""
         self.model.train()
         loss, metrics = self.forward(batch, self.config.train_call_kwargs)
-        weight = float(batch["loss_mask"].sum()) if self.weighs_rows else 1.0
-        (loss * weight if self.weighs_rows else loss).backward()
-        self.step_weight += weight
+        if self.weighs_rows:
+            weight = float(batch["loss_mask"].sum())
+            self.step_weight += weight
+            loss = loss * weight
+        loss.backward()
         self.recent.add(metrics, num_tokens=int((batch["document_ids"] >= 0).sum()))
 
     def step(self) -> float:

@@ -26,7 +26,7 @@ def absolute_if_directory(name: str) -> str:
     """Returns the name under which a model is recorded: a hub id unchanged, a directory or GGUF file as an absolute
     path, because a later reader has another working directory. Links are kept: they are the name that is meant to last
     (`models/current`, a mount), while their target may be a hash (the hub's cache) or missing on the next machine."""
-    return os.path.abspath(name) if os.path.isdir(name) or (name[-5:] == ".gguf" and os.path.isfile(name)) else name
+    return os.path.abspath(name) if os.path.isdir(name) or (name.endswith(".gguf") and os.path.isfile(name)) else name
 
 
 FILES_RECORD = ".speculators.json"
