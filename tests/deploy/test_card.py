@@ -17,15 +17,15 @@ def report(value: float, low: float) -> dict[str, Any]:
     return {"verifier": "/home/me/verifier", "dataset": "/home/me/heldout.jsonl", "rows": [row]}
 
 
-def card(verifier: str, measured: dict[str, Any] | None = None) -> str:
-    serving = Serving(verifier, {"method": "eagle", "model": "/home/me/out/drafter", "num_speculative_tokens": 4})
+def card(verifier: str, measured: dict[str, Any] | None = None, serving: Serving | None = None) -> str:
+    method = {"method": "eagle", "model": "/home/me/out/drafter", "num_speculative_tokens": 4}
     config: Any = SimpleNamespace(speculators_model_type="eagle")
     return model_card(
         config,
         name="drafter",
         format_name="eagle",
         profile=profile_named("vllm-0.33"),
-        serving=serving,
+        serving=serving or Serving(verifier, method),
         verifier=verifier,
         report=measured,
     )
@@ -61,6 +61,23 @@ def test_a_card_names_no_path_of_this_machine():
     cached = "/home/me/.cache/huggingface/hub/models--org--big-7b/snapshots/0123abc"
     assert shown_name(cached) == "org/big-7b"
     assert "base_model: org/big-7b\n" in card(cached)
+
+
+@pytest.mark.parametrize("home", ["/home/jürgen", '/home/it\'s "me"', "/home/a\\b"])
+def test_it_names_none_that_the_command_writes_otherwise(home):
+    settings = {"method": "eagle", "model": f"{home}/out/drafter", "num_speculative_tokens": 4}
+    written = card(f"{home}/verifier", serving=Serving(f"{home}/verifier", settings))
+    assert "home" not in written
+    said = '{"method": "eagle", "model": "./drafter", "num_speculative_tokens": 4}'
+    assert f"    vllm serve verifier --speculative-config '{said}'\n" in written
+
+
+def test_the_directory_of_an_mtp_layer_is_the_model_itself():
+    settings = {"method": "mtp", "num_speculative_tokens": 1}
+    written = card("/home/jürgen/verifier", serving=Serving("/home/jürgen/out/drafter", settings))
+    assert "home" not in written
+    said = '{"method": "mtp", "num_speculative_tokens": 1}'
+    assert f"    vllm serve ./drafter --speculative-config '{said}'\n" in written
 
 
 def test_a_card_says_licence_and_use(tmp_path):

@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,8 +49,6 @@ class ServedDrafter:
     """Its method, and what else it must be told beside the directory and the number of draft tokens."""
     tensors: tuple[str, ...]
     """Without these it drafts from uninitialised memory. "a|b": either name."""
-    config: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """The only values it computes with, of keys of our config (dots go inside)."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +66,19 @@ class EngineProfile:
     refused_methods: Mapping[str, str]
     """Methods that its config class names and the engine does not serve, and why."""
     old_method_names: tuple[str, ...]
-    """Deprecated words for one of its methods: each the `model_type` of a draft inside a verifier."""
+    """Deprecated words for one of its methods: each the `model_type` of a draft inside a verifier. For the tables of
+    docs/serving.md, and tests that hold ours against the engine's."""
     settings: tuple[str, ...]
     choices: Mapping[str, tuple[str, ...]]
     """The values of settings that are words."""
     lossy: tuple[str, ...]
-    """Values of rejection_sample_method that change the distribution of the answers."""
+    """Values of rejection_sample_method that change the distribution of the answers. For the tables of docs/serving.md.
+    """
     drafters: Mapping[str, ServedDrafter]
     """`speculators_model_type` -> how it is served; other types of ours are not."""
     checkpoint_types: tuple[str, ...]
-    """Types whose config.json of ours it reads by itself."""
+    """Types whose config.json of ours it reads by itself: here it counts whether there are any; tests hold the names
+    against the engine's."""
     serves_local_verifiers_by_checkpoint: bool
     """Whether the checkpoint's path alone serves it where its recorded verifier is a directory."""
     lengthens_drafts_of: tuple[str, ...]
@@ -173,12 +174,7 @@ def read_profile(file: Path) -> EngineProfile:
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     values["choices"] = {name: tuple(words) for name, words in values["choices"].items()}
     values["drafters"] = {
-        model_type: ServedDrafter(
-            said["format"],
-            said["settings"],
-            tuple(said["tensors"]),
-            {key: tuple(allowed) for key, allowed in said.get("config", {}).items()},
-        )
+        model_type: ServedDrafter(said["format"], said["settings"], tuple(said["tensors"]))
         for model_type, said in values["drafters"].items()
     }
     return EngineProfile(**values)
@@ -200,8 +196,9 @@ def releases(engine: str) -> list[EngineProfile]:
     return [profile for profile in profiles() if profile.engine == engine]
 
 
-def newest_profile(engine: str = VLLM) -> EngineProfile:
-    return releases(engine)[-1]
+def newest_profile() -> EngineProfile:
+    """vLLM's newest release that is described."""
+    return releases(VLLM)[-1]
 
 
 def profile_named(name: str) -> EngineProfile:

@@ -33,7 +33,7 @@ def model_card(
     """
     versions = ", ".join(f"{package} {version}" for package, version in package_versions().items() if version)
     named = shown_name(verifier) if verifier is not None else "VERIFIER"
-    serve = without_paths(profile.command(serving), serving, name) if serving is not None else None
+    serve = profile.command(without_paths(serving, name)) if serving is not None else None
     how = f"    {serve}\n" if serve is not None else f"{profile.title} does not serve this directory.\n"
     return f"""---
 library_name: speculators
@@ -90,13 +90,12 @@ def shown_name(model: str) -> str:
     return Path(model).name if is_path else model
 
 
-def without_paths(command: str, serving: Serving, name: str) -> str:
-    """The command that serves, for whoever has downloaded the directory `name`."""
-    directory = str(serving.speculative_config.get("model") or serving.model)
-    shown = {serving.model: shown_name(serving.model), directory: f"./{name}"}
-    for path in sorted(shown, key=len, reverse=True):  # one may lie inside the other
-        command = command.replace(path, shown[path])
-    return command
+def without_paths(serving: Serving, name: str) -> Serving:
+    """The same for whoever has downloaded the directory `name`."""
+    config = serving.speculative_config
+    if "model" not in config:  # the drafter is a part of the verifier that is served
+        return Serving(f"./{name}", config)
+    return Serving(shown_name(serving.model), {**config, "model": f"./{name}"})
 
 
 def licence_lines(verifier: str | None, named: str) -> str:

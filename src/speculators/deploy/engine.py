@@ -7,7 +7,6 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -113,8 +112,10 @@ def serving_of_export(
 def drafter_findings(
     profile: EngineProfile, config: SpeculatorModelConfig, format_name: str, tensor_names: Collection[str]
 ) -> Iterator[Finding]:
-    """Checks a directory that the engine serves as it is: tensors that its loader needs, values it computes with.
-    `tensor_names`: as they are on disk."""
+    """Checks a directory that the engine serves as it is: the tensors that its loader needs.
+
+    `tensor_names`: as they are on disk.
+    """
     known = profile.drafters.get(config.speculators_model_type)
     if known is None or known.format != format_name:
         return
@@ -124,18 +125,6 @@ def drafter_findings(
             yield error(
                 "tensor-missing", names, "not in the checkpoint", what, "take the weights from where it was made"
             )
-    values = config.to_dict()
-    for key, allowed in known.config.items():
-        value = lookup(values, key)
-        if value not in allowed:
-            rule = f"{profile.title} computes as if it were {' or '.join(map(repr, allowed))}"
-            yield error("option-dropped", key, repr(value), rule, "serve it with another engine, or train without it")
-
-
-def lookup(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
 
 
 def position_findings(

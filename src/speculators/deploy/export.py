@@ -172,7 +172,7 @@ class Export:
             verifier=self.verifier,
             report=find_report(self.opened.path, self.ours.config.speculators_model_type, report),
         )
-        (folder / CARD_FILE).write_text(card)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
     def check_planned(self, folder: Path, planned: Mapping[str, Tensor]) -> CheckReport:
         """Checks what was written into `folder`, all but the tensors, and the tensors that would be beside it."""
