@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from speculators.data_generation.sources.local import MemoryCachedSource, groups_of
+from speculators.data_generation.sources.cached import MemoryCachedSource, groups_of
 from speculators.interfaces import CaptureSpec, VerifierStates
 
 

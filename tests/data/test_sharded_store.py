@@ -19,6 +19,7 @@ from speculators.data_generation import CorruptHiddenStatesError, ShardedStore, 
 from speculators.data_generation.configs import parse_bytes
 from speculators.data_generation.sources.samples import Origin, StoreFacts, encode, mask_of, runs_of, target_rows
 from speculators.data_generation.sources.shards import RECORD_MAGIC, head_bytes
+from speculators.data_generation.sources.store import StoragePlan
 from speculators.interfaces import CaptureSpec, VerifierStates
 
 CAPTURE = CaptureSpec((1, 3), last_hidden=True)
@@ -200,7 +201,7 @@ def test_a_damaged_head_and_a_stale_manifest_are_named(rows, tmp_path):
     manifest, shard = tmp_path / "store.json", tmp_path / "states-000-00000.shard"
     good = manifest.read_text()
     manifest.write_text(good.replace('"t1"', '"t2"'))
-    with pytest.raises(ValueError, match=r"store.json does not describe .*\(chat_template t2, not t1\): it is stale"):
+    with pytest.raises(ValueError, match=r"store.json does not describe .*\(chat_template: t2 -> t1\): it is stale"):
         ShardedStore(tmp_path, CAPTURE, rows)
     manifest.unlink()
     assert len(ShardedStore(tmp_path, CAPTURE, rows).present) == len(rows)
@@ -433,3 +434,45 @@ def test_fp8_takes_half_of_bf16_and_less_without_the_last_states_of_prompts():
     assert bf16 == 200 * (4 * 576 * 2 + 4)
     assert fp8 <= 0.51 * bf16
     assert supervised <= 0.45 * bf16
+
+
+def test_a_store_without_last_states_is_continued(rows, tmp_path):
+    """Its facts hold no width of last states, whatever the verifier's is."""
+    capture, states = CaptureSpec((1, 3)), states_of(rows)
+    for only in (range(3), range(3, len(rows))):
+        store = ShardedStore(tmp_path, capture, rows)
+        store.check_space(store.facts_for(2 * HIDDEN_SIZE, HIDDEN_SIZE, torch.float32))
+        for row in only:
+            store.write_row(row, replace(states[row], last_hidden_TH=None))
+        store.close()
+    assert ShardedStore(tmp_path, capture, rows).present == set(range(len(rows)))
+
+
+def test_a_damaged_file_of_a_row_that_a_shard_has_is_not_made_again(rows, tmp_path):
+    store = write(tmp_path, rows)
+    (tmp_path / "hs_1.safetensors").write_bytes(b"damaged")
+    again = ShardedStore(tmp_path, CAPTURE, rows)
+    assert again.damaged(in_full=True) == again.damaged(in_full=False) == {}
+    assert_equal(again.read([rows[1]])[0], store.read([rows[1]])[0])
+    (tmp_path / "hs_1.safetensors").unlink()
+
+
+def test_a_ring_that_is_full_needs_no_free_disk(tmp_path):
+    plan = StoragePlan(num_files=5, num_tokens=9, num_bytes=500, present_bytes=90, free_bytes=30)
+    plan.refuse_too_large(tmp_path, 100, is_ring=True)  # 10 bytes more, then space is reused
+    with pytest.raises(ValueError, match="would not fit the disk"):
+        plan.refuse_too_large(tmp_path, 200, is_ring=True)
+
+
+def test_reused_shards_are_not_kept_mapped(tmp_path):
+    many = [torch.full((20,), token) for token in range(40)]
+    states = states_of(many)
+    store = ShardedStore(tmp_path, CAPTURE, many, options=WriteOptions(max_bytes=60_000))
+    for row, of_row in enumerate(states):
+        store.write_row(row, of_row)
+        assert_equal(store.read([many[row]])[0], of_row)  # maps its shard
+    assert store.writer is not None and store.writer.reused == set()
+    on_disk = {path.name for path in tmp_path.glob("*.shard")}
+    assert set(store.mappings.mapped) <= on_disk and {entry.shard for entry in store.entries.values()} <= on_disk
+    assert len(on_disk) < len(list(tmp_path.glob("*.reused"))) + len(on_disk)
+    store.close()

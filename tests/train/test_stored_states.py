@@ -14,7 +14,7 @@ from random import Random
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 
 from speculators.cli.app import main, run
@@ -305,3 +305,14 @@ def test_a_shard_that_is_being_written_is_not_compacted(extract, data):
     with pytest.raises(CorruptHiddenStatesError, match=r"states-\d+-\d+.shard is damaged: the sample of row 5"):
         store.read([rows_of(data)[5]])
     assert json.loads((data / "hidden_states" / "store.json").read_text())["dtype"] == "float32"
+
+
+def test_equal_rows_are_computed_once(extract, data):
+    rows = Dataset.load_from_disk(str(data))
+    again = concatenate_datasets([rows, rows.select([2, 0])])
+    again.save_to_disk(str(data.with_name("again")))
+    shutil.rmtree(data)
+    data.with_name("again").rename(data)
+    report = extract()
+    assert report.num_written == len(rows) and report.num_kept == 2
+    assert ShardedStore(report.directory, report.capture, again["input_ids"]).present == set(range(len(again)))

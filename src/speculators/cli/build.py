@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from speculators.utils.report import facts_table
 
 DEFAULT_BUDGET = "1h"
 AUTO = "auto"
-"""The default of `train`."""
+"""The drafter that `train` has by default."""
 DRAFT_TOKENS = (2, 4)
 UNTRAINED = ("ngram", "suffix")
 PROMPTS_OF_VALIDATION = 12
@@ -79,6 +79,18 @@ class Build:
         return dict(self.done[key])
 
 
+@dataclass(frozen=True)
+class VerifierFlags:
+    """The verifier, as every step is told."""
+
+    name: str
+    trust_remote_code: bool
+
+    @property
+    def flags(self) -> list[str]:
+        return ["--verifier", self.name, *(["--trust-remote-code"] if self.trust_remote_code else [])]
+
+
 def build(
     verifier: Verifier,
     data: Annotated[str, typer.Option(help="Prompts: file, directory, hf:<id> or preset; chats or columns of text.")],
@@ -99,13 +111,13 @@ def build(
     budget_s, algorithms, numbers = (
         plan.parse_budget(budget),
         plan.names_of(speculator_type),
-        parse_numbers(num_speculative_tokens),
+        plan.parse_numbers(num_speculative_tokens),
     )
     shaping: dict[str, Any] = {"verifier": verifier, "data": data, "budget": budget, "speculator_type": algorithms}
     shaping |= {"num_speculative_tokens": numbers, "prompt_field": prompt_field, "max_tokens": max_tokens}
     run = Build(output, {**shaping, "train_flags": train_flags})
-    trusted = ["--trust-remote-code"] if trust_remote_code else []
-    of_verifier = ["--verifier", verifier, *trusted]
+    named = VerifierFlags(verifier, trust_remote_code)
+    of_verifier = named.flags
 
     def split() -> dict[str, Any]:
         prompts = plan.split_prompts(data, output / "prompts", prompt_field)
@@ -135,7 +147,7 @@ def build(
         "Tokenise, and mark which tokens the verifier wrote",
         ["prepare-data", *of_verifier, "--data", str(answers), "--output", str(rows)],
     )
-    chosen = {name: trained(run, name, algorithms, prepared, of_verifier, train_flags, budget_s) for name in algorithms}
+    chosen = {name: trained(run, name, algorithms, prepared, named, train_flags, budget_s) for name in algorithms}
     methods = ["none", *UNTRAINED, *(str(path) for path in chosen.values())]
     num_prompts = run.decide(
         "num_measured",
@@ -171,7 +183,7 @@ def trained(
     name: str,
     algorithms: Sequence[str],
     prepared: Mapping[str, Any],
-    of_verifier: Sequence[str],
+    verifier: VerifierFlags,
     train_flags: str | None,
     budget_s: float,
 ) -> Path:
@@ -179,10 +191,10 @@ def trained(
     from speculators.cli import build_plan as plan
     from speculators.verifier.config import open_verifier_config, text_config
 
-    vocab_size = text_config(open_verifier_config(of_verifier[1], "--trust-remote-code" in of_verifier)).vocab_size
+    vocab_size = text_config(open_verifier_config(verifier.name, verifier.trust_remote_code)).vocab_size
     length = plan.row_length(prepared["num_tokens"], prepared["longest_row"])
-    common = ["train", *of_verifier, "--speculator-type", name, "--data", str(prepared["path"])]
-    common += ["--total-seq-len", str(length), *plan.draft_vocabulary(name, of_verifier[1], vocab_size)]
+    common = ["train", *verifier.flags, "--speculator-type", name, "--data", str(prepared["path"])]
+    common += ["--total-seq-len", str(length), *plan.draft_vocabulary(name, verifier.name, vocab_size)]
     common += shlex.split(train_flags or "")
     pilot, folder = run.output / f"{name}-pilot", run.output / name
     unproven = ["--no-parity-gate", "--no-contract-check", "--log-freq", "1"]
@@ -279,13 +291,3 @@ def method_name(evaluations: Mapping[int, Mapping[str, Any]], checkpoint: Path) 
     report = next(iter(evaluations.values()))
     configs = report["settings"]["speculative_configs"]
     return next(name for name, config in configs.items() if (config or {}).get("model") == str(checkpoint))
-
-
-def parse_numbers(text: str) -> list[int]:
-    try:
-        numbers = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        numbers = []
-    if not numbers or numbers[0] < 1:
-        raise typer.BadParameter(f"--num-speculative-tokens {text}: numbers from 1 with commas, such as 2,4")
-    return numbers

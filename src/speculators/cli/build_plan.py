@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speculators.cli.build import AUTO
 from speculators.data_generation.conversations import UnusableRow
 from speculators.data_generation.datasets import load_raw_dataset
 from speculators.data_generation.rollout import Rollout, make_rollout
 from speculators.train.algorithm import Algorithm
 from speculators.train.checkpoint_files import METRICS_FILE
+from speculators.train.checkpointer import CURVE_FILE
 from speculators.train.config import ConfigError, TrainConfig
 from speculators.train.events import DECODED
 from speculators.train.keys import RunKeys
@@ -51,10 +53,21 @@ def parse_budget(text: str) -> float:
 def names_of(text: str) -> list[str]:
     """`eagle3,dflash`; `auto`: the default of `train`. Raises `ValueError` for a name that no algorithm has."""
     default = default_of(RunKeys, "speculator_type")
-    names = [default if name.strip() == "auto" else name.strip() for name in text.split(",") if name.strip()]
+    names = [default if name.strip() == AUTO else name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         Algorithm.find({"speculator_type": name})
     return list(dict.fromkeys(names)) or [default]
+
+
+def parse_numbers(text: str) -> list[int]:
+    """Returns the numbers of `2,4`, ascending. Raises `ValueError` for anything else, and below 1."""
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < 1:
+        raise ValueError(f"--num-speculative-tokens {text}: numbers from 1 with commas, such as 2,4")
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -143,7 +156,7 @@ def num_measured(pilot: Mapping[str, Any], budget_s: float, num_prompts: int, nu
 
 def num_epochs(pilot_run: Path, num_tokens: int, budget_s: float, num_drafters: int) -> int:
     """Epochs that fit the time of one drafter, by the speed of the pilot's last steps."""
-    lines = [json.loads(line) for line in (pilot_run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (pilot_run / CURVE_FILE).read_text().splitlines()]
     speeds = [line["tokens_per_s"] for line in lines if line["split"] == "train"]
     epoch_s = num_tokens / statistics.median(speeds[1:] or speeds)
     return max(1, min(MOST_EPOCHS, int(budget_s * TRAINING / num_drafters / epoch_s)))

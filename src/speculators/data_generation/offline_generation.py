@@ -222,6 +222,7 @@ def rows_to_make(config: OfflineConfig, store: ShardedStore, report: OfflineRepo
     damaged = set(store.damaged(in_full=config.validate_outputs))
     done = {row for row in store.present if row not in damaged}
     done |= {row for row in range(len(store.lengths)) if store.was_reused(row)}
+    done |= {row for _, *equal in store.rows_by_key.values() for row in equal}  # they share the first one's sample
     shares = (config.max_samples, done, config.world_size, config.rank)
     todo = get_indices_to_process(len(store.lengths), *shares)
     mine = get_indices_to_process(len(store.lengths), config.max_samples, (), config.world_size, config.rank)

@@ -4,16 +4,12 @@ LocalSource        runs the verifier in this process: no server, no disk
 VllmSource         asks a vLLM server that extracts them (`speculators launch-vllm`)
 ShardedStore       reads and writes large shards on disk; a source by itself when every row is stored
 HiddenStateStore   the same with a file per row, as earlier releases and other tools write them
-CachedSource, MemoryCachedSource, StoredOrComputedSource    keep what another source computes (see `local.py`)
+CachedSource, MemoryCachedSource, StoredOrComputedSource    keep what another source computes
 """
 
 from speculators.data_generation.offline import CorruptHiddenStatesError, estimate_bytes
-from speculators.data_generation.sources.local import (
-    CachedSource,
-    LocalSource,
-    MemoryCachedSource,
-    StoredOrComputedSource,
-)
+from speculators.data_generation.sources.cached import CachedSource, MemoryCachedSource, StoredOrComputedSource
+from speculators.data_generation.sources.local import LocalSource
 from speculators.data_generation.sources.samples import origin_of
 from speculators.data_generation.sources.shard_writer import WriteOptions
 from speculators.data_generation.sources.sharded import ShardedStore

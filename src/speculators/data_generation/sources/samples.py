@@ -29,12 +29,12 @@ from speculators.data_generation.sources.shards import (
     Mappings,
     Shard,
     as_json,
-    differences,
     read_index,
     read_shard,
     shard_paths,
 )
 from speculators.interfaces import CaptureSpec, VerifierStates
+from speculators.provenance import changed_settings
 from speculators.utils.files import is_same_model, read_json_object
 from speculators.verifier.loading import layer_matrices
 
@@ -273,9 +273,10 @@ class Directory:
         for shard in shards:
             values = values if values is not None else shard.facts
             if values is not None and shard.facts is not None and values != shard.facts:
+                changes = "; ".join(f"{name}: {how}" for name, how in changed_settings(values, shard.facts).items())
                 raise CorruptHiddenStatesError(
-                    f"{manifest} does not describe {shard.path.name} ({differences(values, shard.facts)}): it is "
-                    "stale, or the shard is of another store; delete the one that is wrong"
+                    f"{manifest} does not describe {shard.path.name} ({changes}): it is stale, or the shard is of "
+                    "another store; delete the one that is wrong"
                 )
         facts = None if values is None else StoreFacts.from_dict(values, manifest)
         gone = sorted(directory.glob(f"*{REUSED}"))

@@ -163,17 +163,17 @@ class ShardedStore:
 
     def damaged(self, *, in_full: bool) -> dict[int, str]:
         """Returns row -> what is wrong with its states: sizes alone, or `in_full` every byte."""
-        problems = {} if in_full else find_corrupt_hidden_state_indices(self.directory, self.files.present)
-        if in_full:
-            problems = self.files.audit()
-            for row in range(len(self.keys)):
-                entry = self.entry_of(row)
-                try:
-                    if entry is not None and self.facts is not None:
-                        read_sample(self.mappings, entry, self.facts, always_check=True)
-                except CorruptHiddenStatesError as error:
-                    problems[row] = str(error)
-        return {row: problem for row, problem in problems.items() if row < len(self.keys)}
+        present = self.files.present
+        of_files = self.files.audit() if in_full else find_corrupt_hidden_state_indices(self.directory, present)
+        entries = [self.entry_of(row) for row in range(len(self.keys))]  # a row's file is read where it has none
+        problems = {row: text for row, text in of_files.items() if row < len(entries) and entries[row] is None}
+        for row, entry in enumerate(entries if in_full else ()):
+            try:
+                if entry is not None and self.facts is not None:
+                    read_sample(self.mappings, entry, self.facts, always_check=True)
+            except CorruptHiddenStatesError as error:
+                problems[row] = str(error)
+        return problems
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -205,8 +205,10 @@ class ShardedStore:
                 attempt=0 if before is None else before.attempt + 1,
             )
             entry = writer.append(entry, contents)
-            if writer.reused:
+            if writer.reused:  # while one of them is mapped, its bytes stay on disk
+                self.mappings.forget(writer.reused)
                 self.entries = {key: known for key, known in self.entries.items() if known.shard not in writer.reused}
+                writer.reused = set()
             self.entries[entry.tokens] = entry
             return entry, contents
 
@@ -250,7 +252,7 @@ class ShardedStore:
             last_hidden=self.capture.last_hidden,
             last_rows=last_rows,
             aux_width=aux_width,
-            hidden_size=hidden_size,
+            hidden_size=hidden_size if self.capture.last_hidden else 0,
             dtype=str(dtype).removeprefix("torch."),
             source_dtype=str(source_dtype).removeprefix("torch."),
             origin=origin,

@@ -19,7 +19,7 @@ import re
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -250,12 +250,6 @@ def scan(path: Path, start: int, stop: int) -> Iterator[Entry]:
                 return
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Says which facts differ: "dtype bfloat16, not float8_e4m3fn"."""
-    names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
-    return ", ".join(f"{name} {found.get(name)}, not {wanted.get(name)}" for name in names)
-
-
 class Mappings:
     """The shards of a directory in memory, mapped when first needed. Threads may share it."""
 
@@ -264,6 +258,11 @@ class Mappings:
         self.mapped: dict[str, Tensor] = {}
         self.checked: set[tuple[str, int]] = set()
         self.lock = threading.Lock()
+
+    def forget(self, shards: Iterable[str]) -> None:
+        with self.lock:
+            for name in shards:
+                self.mapped.pop(name, None)
 
     def is_checked(self, entry: Entry) -> bool:
         return (entry.shard, entry.offset) in self.checked

@@ -76,7 +76,8 @@ class StoragePlan:
                 f"hidden states in {str(directory)!r} would take {self}, more than the cap of "
                 f"{human_bytes(max_bytes)}; raise the cap, {ways_out}"
             )
-        most = self.num_bytes if not is_ring or max_bytes is None else min(self.num_bytes, max_bytes)
+        room = max(0, max_bytes - self.present_bytes) if is_ring and max_bytes is not None else self.num_bytes
+        most = min(self.num_bytes, room)  # a full ring takes no more space
         if most > self.free_bytes:
             raise ValueError(f"hidden states in {str(directory)!r} would not fit the disk: {self}; {ways_out}")
 
