@@ -119,8 +119,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/tokenize":
-            tokens = json.loads(flag("--tokens", "null"))
-            self.reply(404, {}) if tokens is None else self.reply(200, {"tokens": tokens})
+            tokens = flag("--tokens", "")  # "words": an answer that is no JSON
+            body: object = "no JSON" if tokens == "words" else {"tokens": json.loads(tokens or "null")}
+            self.reply(200 if tokens else 404, body)
             return
         fault = self.fake.next_fault()
         if fault == "500":

@@ -38,6 +38,11 @@ def test_what_differs_is_named(start_fake, speculator, verifier, tokens):
     assert codes(other, speculator, verifier) == wrong
     silent = start_fake("--model", verifier, "--drafts", name="silent")  # no /tokenize
     assert codes(silent, speculator, verifier) == ["warning server-not-compared"]
+    broken = start_fake("--model", verifier, "--drafts", "--tokens", "words", name="broken")
+    assert codes(broken, speculator, verifier) == ["warning server-not-compared"]
+    longer = start_fake("--model", verifier, "--drafts", "--tokens", json.dumps([*tokens, 1]), name="longer")
+    (found,) = server_findings(longer.endpoint, speculator, verifier)
+    assert found.found == f"{len(tokens) + 1} tokens, another at {len(tokens)}"
     assert codes(silent, speculator, None) == ["warning server-not-compared"]
 
 

@@ -12,6 +12,7 @@ from contextlib import closing
 
 from speculators.checkpoint.findings import Finding, error, warning
 from speculators.data_generation.preprocessing import load_tokenizer
+from speculators.data_generation.vllm_client import InvalidResponseError, TransientError, checked_json
 from speculators.evaluation.server_client import MeasuredServer
 from speculators.utils.files import is_same_model
 
@@ -66,15 +67,19 @@ def tokenizer_findings(server: MeasuredServer, verifier: str) -> Iterable[Findin
     """Compares the tokens of one text; a server without `/tokenize` is reported as not compared."""
     where = f"{server.base_url}/tokenize"
     request = {"model": server.served.name, "prompt": PROBE, "add_special_tokens": False}
-    response = server.client.post(where, json=request)
-    body = response.json() if response.status_code == 200 else {}
-    theirs = body.get("tokens") if isinstance(body, dict) else None
+    try:
+        theirs = checked_json(server.client.post(where, json=request)).get("tokens")
+    except (InvalidResponseError, TransientError) as refusal:
+        theirs, found = None, str(refusal)
+    else:
+        found = "an answer without tokens"
     if not isinstance(theirs, list):
-        found, rule = f"answered {response.status_code} without tokens", "vLLM's server tells how it tokenises"
-        yield warning("server-not-compared", where, found, rule, "compare the tokenizers by hand")
+        rule, fix = "vLLM's server tells how it tokenises", "compare the tokenizers by hand"
+        yield warning("server-not-compared", where, found, rule, fix)
         return
     ours = load_tokenizer(verifier).encode(PROBE, add_special_tokens=False)
     if theirs != ours:
-        first = next((i for i, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]), len(ours))
+        pairs = enumerate(zip(theirs, ours, strict=False))
+        first = next((i for i, (their, our) in pairs if their != our), min(len(theirs), len(ours)))
         found, rule = f"{len(theirs)} tokens, another at {first}", f"the tokenizer of {verifier} makes {len(ours)}"
         yield error("server-other-tokenizer", where, found, rule, "serve the verifier with its own tokenizer")
