@@ -17,10 +17,13 @@ import torch
 
 from speculators.data_generation import CorruptHiddenStatesError, ShardedStore, WriteOptions
 from speculators.data_generation.configs import parse_bytes
+from speculators.data_generation.sources import shard_writer
 from speculators.data_generation.sources.samples import Origin, StoreFacts, encode, mask_of, runs_of, target_rows
+from speculators.data_generation.sources.shard_writer import ShardWriter
 from speculators.data_generation.sources.shards import RECORD_MAGIC, head_bytes
 from speculators.data_generation.sources.store import StoragePlan
 from speculators.interfaces import CaptureSpec, VerifierStates
+from speculators.utils.files import lock_if_free
 
 CAPTURE = CaptureSpec((1, 3), last_hidden=True)
 HIDDEN_SIZE = 16
@@ -254,6 +257,84 @@ def test_the_oldest_shards_make_room_under_a_cap(rows, tmp_path):
     again.read(many[kept[0] :])
     with pytest.raises(ValueError, match=r"--max-disk 100 B is less than one sample"):
         write(tmp_path / "tiny", many, max_bytes=100)
+
+
+def test_no_writer_can_take_a_shard_while_it_makes_room(rows, tmp_path, monkeypatch):
+    """It wrote into a file without a name then."""
+    many = [torch.full((8,), token) for token in range(40)]
+    taken = []
+
+    def taking(function):
+        def call(path, *args, **kwargs):
+            shard = Path(path).with_suffix(".shard")
+            if Path(path).suffix in (".index", ".shard") and shard.exists():
+                handle = os.open(shard, os.O_RDWR)
+                taken.append((Path(path).suffix, lock_if_free(handle)))
+                os.close(handle)
+            return function(path, *args, **kwargs)
+
+        return call
+
+    write(tmp_path, many, only=range(20), max_bytes=20_000)
+    monkeypatch.setattr(os, "replace", taking(os.replace))
+    monkeypatch.setattr(Path, "unlink", taking(Path.unlink))
+    store = write(tmp_path, many, max_bytes=20_000)
+    monkeypatch.undo()
+    assert set(taken) == {(".index", False), (".shard", False)}
+    store.read([many[row] for row in sorted(store.present)])
+
+
+def test_a_shard_that_another_process_removed_is_not_counted_nor_made_again(rows, tmp_path, monkeypatch):
+    many = [torch.full((8,), token) for token in range(40)]
+    write(tmp_path, many, only=range(20), max_bytes=20_000)
+    listed, locked, gone = shard_writer.shard_paths, ShardWriter.locked, []
+
+    def list_one_more(directory):
+        return [directory / "states-001-99999.shard", *listed(directory)]
+
+    def remove_first(self, path, num_bytes):
+        """Between the question whether its space was reused and its opening."""
+        if not gone:
+            gone.append(path)
+            exists = Path.exists
+
+            def remove_once_seen(candidate, **how):
+                found = exists(candidate, **how)
+                if candidate == path and found:
+                    os.replace(path.with_suffix(".index"), path.with_suffix(".reused"))
+                    os.unlink(path)
+                return found
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "exists", remove_once_seen)
+                return locked(self, path, num_bytes)
+        return locked(self, path, num_bytes)
+
+    monkeypatch.setattr(ShardWriter, "locked", remove_first)
+    store = ShardedStore(tmp_path, CAPTURE, many, options=WriteOptions(max_bytes=20_000))
+    monkeypatch.setattr(shard_writer, "shard_paths", list_one_more)
+    states = states_of(many)
+    store.write_row(20, states[20])
+    assert not gone[0].exists() and gone[0].with_suffix(".reused").exists()
+    for row in range(21, 40):
+        store.write_row(row, states[row])
+    store.close()
+    monkeypatch.undo()
+    assert {39, 38, 37} <= ShardedStore(tmp_path, CAPTURE, many).present
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.shard")) <= 20_000
+
+
+def test_a_writer_does_not_make_room_with_its_own_open_shard(rows, tmp_path):
+    store = ShardedStore(tmp_path, CAPTURE, rows)
+    store.write_row(0, states_of(rows)[0])
+    other = ShardWriter(tmp_path, store.facts.to_dict(), WriteOptions(max_bytes=10_000))
+    for writer in (other, store.writer):
+        writer.max_bytes = 10_000
+        writer.make_room(9_000)
+    assert store.writer.path.exists() and not store.writer.reused and not other.reused
+    store.close()
+    other.make_room(9_000)
+    assert other.reused == {"states-000-00000.shard"} and not store.writer.path.exists()
 
 
 def test_writers_beside_each_other_share_no_file_and_readers_see_all(tmp_path):

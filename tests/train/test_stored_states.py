@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -27,6 +28,7 @@ from speculators.data_generation import (
     compact_store,
     generate_offline_data,
     inspect_store,
+    upkeep,
     verify_store,
 )
 from speculators.data_generation.sources import shard_writer
@@ -209,6 +211,23 @@ def test_verify_names_damage_and_states_of_another_verifier(extract, data, verif
     assert "the sample of row 7" in " ".join(capsys.readouterr().err.split())
 
 
+def test_verify_keeps_no_states_but_those_it_compares(extract, data, monkeypatch):
+    extract()
+    read_sample, alive, most = upkeep.read_sample, [], []
+
+    def counted(*args, **kwargs):
+        states = read_sample(*args, **kwargs)
+        alive.append(weakref.ref(states))
+        most.append(sum(known() is not None for known in alive))
+        return states
+
+    monkeypatch.setattr(upkeep, "read_sample", counted)
+    report = verify_store(data, num_recomputed=8)
+    assert (report.num_samples, report.num_recomputed, report.largest_difference) == (40, 8, 0.0)
+    assert max(most) <= 2  # the one before, while the next is read; 40 when all were kept to draw 8
+    assert len(most) == 40 + 8
+
+
 def flip(shard: Path, row: int, data: Path) -> None:
     entry = ShardedStore(shard.parent, CAPTURE, rows_of(data)).entry_of(row)
     content = bytearray(shard.read_bytes())
@@ -316,3 +335,60 @@ def test_equal_rows_are_computed_once(extract, data):
     report = extract()
     assert report.num_written == len(rows) and report.num_kept == 2
     assert ShardedStore(report.directory, report.capture, again["input_ids"]).present == set(range(len(again)))
+
+
+def writes_after_the_scan(monkeypatch, act) -> None:
+    """Lets another process act between the reading of all shards and the lock on the first one."""
+    scan = upkeep.whole_entries
+
+    def scan_and_act(*args):
+        kept = scan(*args)
+        act()
+        return kept
+
+    monkeypatch.setattr(upkeep, "whole_entries", scan_and_act)
+
+
+def test_what_a_writer_appends_while_compact_reads_stays(extract, data, monkeypatch):
+    extract()
+    directory, rows = data / "hidden_states", rows_of(data)
+    exact = ShardedStore(directory, CAPTURE, rows).read(rows)
+    shutil.rmtree(directory)
+    first = ShardedStore(directory, CAPTURE, rows)
+    for row in range(10):
+        first.write_row(row, exact[row])
+    first.close()
+    flip(directory / "states-000-00000.shard", 5, data)
+
+    def append() -> None:
+        store = ShardedStore(directory, CAPTURE, rows)
+        for row in (*range(10, 30), 5):
+            store.write_row(row, exact[row])
+        store.close()
+
+    writes_after_the_scan(monkeypatch, append)
+    assert compact_store(data).num_dropped == 1
+    store = ShardedStore(directory, CAPTURE, rows)
+    assert store.present == set(range(30))
+    for read, states in zip(store.read(rows[:30]), exact[:30], strict=True):
+        assert torch.equal(read.aux_TD, states.aux_TD) and torch.equal(read.last_hidden_TH, states.last_hidden_TH)
+    assert inspect_store(data).problems == []
+
+
+def test_compact_leaves_a_shard_that_was_rewritten_or_removed_since_it_was_read(extract, data, monkeypatch):
+    make_messy(extract, data)
+    directory, compact = data / "hidden_states", upkeep.compact_store
+    compacted = []
+    with monkeypatch.context() as patch:
+        writes_after_the_scan(patch, lambda: compacted or (compacted.append(1), compact(data)))
+        with pytest.raises(ValueError, match=r"\.shard was rewritten by another process; run compact again"):
+            compact_store(data)
+    assert len(ShardedStore(directory, CAPTURE, rows_of(data)).present) == 38
+    assert verify_store(data).problems == []
+
+    first, *_ = sorted(directory.glob("*.shard"))
+    num_there = len(upkeep.read_shard(first).entries)
+    flip(first, 0, data)
+    with monkeypatch.context() as patch:
+        writes_after_the_scan(patch, first.unlink)  # as a writer under a cap does
+        assert compact_store(data).num_samples == 38 - num_there

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -33,20 +33,11 @@ from speculators.data_generation.sources.samples import (
     origin_of,
     read_sample,
 )
-from speculators.data_generation.sources.shard_writer import write_index
-from speculators.data_generation.sources.shards import (
-    SHARD_MAGIC,
-    Entry,
-    Mappings,
-    Shard,
-    as_json,
-    head_bytes,
-    index_path,
-    padded,
-)
+from speculators.data_generation.sources.shard_writer import rewrite_shard
+from speculators.data_generation.sources.shards import Entry, Mappings, Shard, index_path, read_shard
 from speculators.data_generation.sources.store import digest, load_file
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.utils.files import atomic_write, flush, locked_if_dead
+from speculators.utils.files import flush, locked_if_dead
 from speculators.utils.progress import Progress, reporting
 from speculators.utils.report import TableReport, facts_table, human_bytes
 from speculators.verifier import load_verifier
@@ -158,7 +149,7 @@ def verify_store(
     if not chosen:
         return report
     named = None if report.facts is None else report.facts.origin.verifier
-    name = verifier or named or next((origin for _, _, _, origin in chosen if origin is not None), None)
+    name = verifier or named or next((sample.verifier for sample in chosen if sample.verifier is not None), None)
     if name is None:
         raise ValueError(f"{report.directory} does not say whose states it holds; give --verifier")
     if report.facts is not None and not is_same_origin(origin_of(name), report.facts.origin):
@@ -168,52 +159,64 @@ def verify_store(
             f"{recorded.verifier_fingerprint}), not of {name!r}: give the verifier that made them, or write them anew"
         )
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    dtype = chosen[0][1]
+    dtype = chosen[0].dtype
     model = load_verifier(name, dtype=dtype, device=torch.device(kind), trust_remote_code=trust_remote_code)
-    differences = []
-    for file, _, (capture, stored), _ in chosen:
-        [computed] = LocalSource(model, capture, max_batch_tokens=1).read([stored.token_ids_T])
+    mappings, differences = Mappings(report.directory), []
+    for sample in chosen:
+        stored = sample.states(mappings, report.facts)
+        [computed] = LocalSource(model, sample.capture, max_batch_tokens=1).read([stored.token_ids_T])
         differences.append(difference_of(stored, computed))
         if not differences[-1] <= MAX_STORED_DIFFERENCE:
             report.problems.append(
-                f"{file}: the states differ from those of {name} by {differences[-1]:.0%}: they come from another "
-                "model or other layers; delete the directory and write them again: generate-offline-data"
+                f"{sample.name}: the states differ from those of {name} by {differences[-1]:.0%}: they come from "
+                "another model or other layers; delete the directory and write them again: generate-offline-data"
             )
     report.num_recomputed, report.largest_difference = len(differences), max(differences)
     return report
 
 
-Sample = tuple[str, torch.dtype, tuple[CaptureSpec, VerifierStates], str | None]
-"""File and row, dtype of the verifier, what was captured, its name."""
+class Sample(NamedTuple):
+    """Where whole states are, without them: a store is larger than the memory."""
+
+    place: Entry | Path
+    name: str
+    """File and row."""
+    dtype: torch.dtype
+    """Of the verifier."""
+    capture: CaptureSpec
+    verifier: str | None = None
+
+    def states(self, mappings: Mappings, facts: StoreFacts | None) -> VerifierStates:
+        if isinstance(self.place, Path):
+            return from_tensors(load_file(self.place)[1], self.capture, self.dtype)
+        assert facts is not None
+        return read_sample(mappings, self.place, facts)
 
 
 def whole_samples(report: StoreReport, show: Progress) -> Iterator[Sample]:
     """Reads all samples; adds what is wrong to the report, yields the others."""
-    mappings, facts = Mappings(report.directory), report.facts
-    entries = list(Directory.read(report.directory).entries().values())
-    num_all = len(entries) + report.num_files
-    for num_done, entry in enumerate(entries, start=1):
-        assert facts is not None
+    directory, mappings = report.directory, Mappings(report.directory)
+    files = [hidden_state_path(directory, row) for row in get_existing_hidden_state_indices(directory)]
+    places: list[Entry | Path] = [*Directory.read(directory).entries().values(), *files]
+    for num_done, place in enumerate(places, start=1):
         try:
-            states = read_sample(mappings, entry, facts, always_check=True)
+            if (sample := read_whole(place, mappings, report.facts)) is not None:
+                yield sample
         except CorruptHiddenStatesError as error:
             report.problems.append(str(error))
-        else:
-            capture = CaptureSpec(facts.aux_layer_ids, facts.last_hidden)
-            dtype = getattr(torch, facts.source_dtype)
-            yield f"{report.directory / entry.shard}, row {entry.row}", dtype, (capture, states), None
-        show("read states", num_done, num_all)
-    for num_done, row in enumerate(get_existing_hidden_state_indices(report.directory), start=len(entries) + 1):
-        file = hidden_state_path(report.directory, row)
-        try:
-            header, tensors = load_file(file)
-        except CorruptHiddenStatesError as error:
-            report.problems.append(str(error))
-        else:
-            if header.capture is not None:  # of another tool: which layers it holds is not known
-                states = from_tensors(tensors, header.capture, header.source_dtype)
-                yield str(file), header.source_dtype, (header.capture, states), header.verifier
-        show("read states", num_done, num_all)
+        show("read states", num_done, len(places))
+
+
+def read_whole(place: Entry | Path, mappings: Mappings, facts: StoreFacts | None) -> Sample | None:
+    """None: a file of another tool, which does not say which layers it holds."""
+    if isinstance(place, Path):
+        header, _ = load_file(place)
+        capture, dtype = header.capture, header.source_dtype
+        return None if capture is None else Sample(place, str(place), dtype, capture, header.verifier)
+    assert facts is not None
+    read_sample(mappings, place, facts, always_check=True)
+    name, dtype = f"{mappings.directory / place.shard}, row {place.row}", getattr(torch, facts.source_dtype)
+    return Sample(place, name, dtype, CaptureSpec(facts.aux_layer_ids, facts.last_hidden))
 
 
 def difference_of(stored: VerifierStates, computed: VerifierStates) -> float:
@@ -233,7 +236,7 @@ def difference_of(stored: VerifierStates, computed: VerifierStates) -> float:
 def compact_store(path: str | Path, progress: bool | Progress | None = None) -> StoreReport:
     """Drops samples that are damaged or replaced by later ones; `generate-offline-data` writes the damaged ones again.
 
-    Raises `ValueError` where a process writes to a shard.
+    Raises `ValueError` where another process writes to a shard or rewrites it. What one appended meanwhile stays.
     """
     directory = states_directory(path)
     found = Directory.read(directory)
@@ -260,27 +263,24 @@ def whole_entries(found: Directory, directory: Path) -> dict[str, Entry]:
 
 
 def compact_shard(shard: Shard, kept: list[Entry]) -> int:
-    """Writes a shard anew with these samples only; returns how many others it held."""
-    num_dropped = len(shard.entries) - len(kept) + shard.num_damaged + shard.num_lost
-    if not num_dropped and not shard.num_unfinished and shard.is_index_whole:
+    """Writes a shard anew with these samples only, and what was appended since; returns how many others it held."""
+    is_tight = len(shard.entries) == len(kept) and not shard.num_damaged and not shard.num_lost
+    if (is_tight and not shard.num_unfinished and shard.is_index_whole) or not shard.path.exists():
         return 0
     with locked_if_dead(shard.path) as is_dead:
         if not is_dead:
             raise ValueError(f"{shard.path} is being written by another process; compact when that has ended")
+        known, shard = shard.entries, read_shard(shard.path)
+        if [vars(entry) for entry in shard.entries[: len(known)]] != [vars(entry) for entry in known]:
+            raise ValueError(f"{shard.path} was rewritten by another process; run compact again")
+        kept = [*kept, *shard.entries[len(known) :]]
+        num_dropped = len(shard.entries) - len(kept) + shard.num_damaged + shard.num_lost
         index_path(shard.path).unlink(missing_ok=True)
         flush(shard.path.parent)
         if not kept:
             shard.path.unlink()
             return num_dropped
-        placed = []
-        with shard.path.open("rb") as old, atomic_write(shard.path, "wb") as new:
-            position = new.write(head_bytes(SHARD_MAGIC, as_json(shard.facts or {})))
-            for entry in kept:
-                old.seek(entry.start)
-                record = old.read(entry.offset + entry.num_bytes - entry.start)
-                placed.append(replace(entry, start=position, offset=position + entry.offset - entry.start))
-                position += new.write(record.ljust(padded(len(record)), b"\0"))
-        write_index(replace(shard, entries=placed))
+        rewrite_shard(shard, kept)
     return num_dropped
 
 

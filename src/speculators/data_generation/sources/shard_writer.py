@@ -32,14 +32,7 @@ from speculators.data_generation.sources.shards import (
     shard_paths,
 )
 from speculators.provenance import changed_settings, refuse_changes
-from speculators.utils.files import (
-    atomic_write,
-    finish_dead_writes,
-    flush,
-    lock_if_free,
-    lock_path_if_free,
-    locked_if_dead,
-)
+from speculators.utils.files import atomic_write, finish_dead_writes, flush, lock_path_if_free, locked_if_dead
 from speculators.utils.report import human_bytes
 
 FLUSH_BYTES = 64 << 20
@@ -138,8 +131,12 @@ class ShardWriter:
         if is_new:
             self.make_room(num_bytes)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if is_new else 0), 0o666)
+            handle = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if is_new else 0), 0o666)
         except FileExistsError:  # made by another process just now
+            return -1
+        except FileNotFoundError:  # removed by another process just now
+            if is_new:
+                raise
             return -1
         if lock_path_if_free(handle, path, without_locks=is_new):  # where none are, nobody opens another one's shard
             return handle
@@ -172,28 +169,40 @@ class ShardWriter:
                 f"--max-disk {human_bytes(self.max_bytes)} is less than one sample, {human_bytes(num_bytes)}; give more"
             )
         while self.max_bytes is not None:
-            shards = shard_paths(self.directory)
-            if sum(path.stat().st_size for path in shards) + num_bytes <= self.max_bytes:
+            found = {path: status for path in shard_paths(self.directory) if (status := status_of(path)) is not None}
+            if sum(status.st_size for status in found.values()) + num_bytes <= self.max_bytes:
                 return
-            oldest = next((path for path in sorted(shards, key=age) if self.is_idle(path)), None)
-            if oldest is None:  # other processes write to all of them
+            oldest_first = sorted(found, key=lambda path: (found[path].st_mtime_ns, path.name))
+            if not any(self.reuse(path) for path in oldest_first):  # writers, this one too, hold all of them
                 return
-            if index_path(oldest).exists():
-                os.replace(index_path(oldest), index_path(oldest).with_suffix(REUSED))
-            oldest.unlink()
-            self.reused.add(oldest.name)
 
-    def is_idle(self, path: Path) -> bool:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            return lock_if_free(handle)
-        finally:
-            os.close(handle)
+    def reuse(self, path: Path) -> bool:
+        """Removes a shard, unless a writer holds it or it is gone; none can take it meanwhile."""
+        with locked_if_dead(path) as is_dead:
+            if is_dead:
+                if index_path(path).exists():
+                    os.replace(index_path(path), index_path(path).with_suffix(REUSED))
+                path.unlink()
+                self.reused.add(path.name)
+        return is_dead
 
 
 def write_index(shard: Shard) -> None:
     with atomic_write(index_path(shard.path), "wb") as file:
         file.writelines(index_line(entry) for entry in shard.entries)
+
+
+def rewrite_shard(shard: Shard, kept: Sequence[Entry]) -> None:
+    """Replaces a shard, which the caller has locked, by one of these samples only; then its index."""
+    placed = []
+    with shard.path.open("rb") as old, atomic_write(shard.path, "wb") as new:
+        position = new.write(head_bytes(SHARD_MAGIC, as_json(shard.facts or {})))
+        for entry in kept:
+            old.seek(entry.start)
+            record = old.read(entry.offset + entry.num_bytes - entry.start)
+            placed.append(replace(entry, start=position, offset=position + entry.offset - entry.start))
+            position += new.write(record.ljust(padded(len(record)), b"\0"))
+    write_index(replace(shard, entries=placed))
 
 
 def finish_dead_writers(directory: Path, manifest: str) -> list[str]:
@@ -213,8 +222,11 @@ def finish_dead_writers(directory: Path, manifest: str) -> list[str]:
     return lines
 
 
-def age(path: Path) -> tuple[int, str]:
-    return path.stat().st_mtime_ns, path.name
+def status_of(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:  # removed by another process just now
+        return None
 
 
 def write_all(handle: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
