@@ -1,11 +1,13 @@
 """Conversion of checkpoints as other projects write them; names and errors are those of the public contract."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from deploy_toys import DRAFT_VOCAB, HIDDEN, VERIFIER, VOCAB, WIDTH, edit_config, edit_tensors, save
+from quantised_toys import compressed, config_values, plain_tensors, quantised_fp8, write_directory, write_gguf
 from safetensors.torch import load_file, save_file
 
 from speculators import SpeculatorModel, SpeculatorModelConfig
@@ -39,6 +41,32 @@ def test_an_eagle3_head_is_converted(eagle3_head, tmp_path):
     assert torch.equal(tensors["embed_tokens.weight"], embedding)
     report = check_checkpoint(written.path)
     assert not [found for found in report.findings if found.code != "dtype-differs"]
+
+
+@pytest.mark.parametrize("kind", ["GGUF file", "GGUF directory", "FP8"])
+def test_an_embedding_of_a_quantised_verifier_is_dequantised(kind, eagle3_head, tmp_path):
+    name, tensors = "model.embed_tokens.weight", plain_tensors()
+    verifier = tmp_path / "verifier"
+    if kind == "FP8":
+        stored, scale = quantised_fp8(tensors[name])
+        expected = stored.float() * scale
+        fp8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+        scheme = compressed(fp8, "float-quantized")
+        write_directory(verifier, {**tensors, name: stored, name + "_scale": scale}, **scheme)
+    elif find_spec("gguf") is None or find_spec("accelerate") is None:
+        pytest.skip("gguf is of the extra `quantized`, which is not installed")
+    else:
+        from gguf import GGMLQuantizationType, quants
+
+        verifier.mkdir()
+        file = write_gguf(verifier / "tiny.gguf", tokenizer=False)
+        data = quants.quantize(tensors[name].numpy(), GGMLQuantizationType.Q8_0)
+        expected = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType.Q8_0)).float()
+        verifier = file if kind == "GGUF file" else verifier
+    assert expected.shape == (config_values()["vocab_size"], HIDDEN) and not torch.equal(expected, tensors[name])
+    written = convert_checkpoint(eagle3_head, tmp_path / "out", verifier=str(verifier))
+    assert torch.equal(load_file(written.path / "model.safetensors")["embed_tokens.weight"].float(), expected)
+    assert SpeculatorModelConfig.from_pretrained(written.path).recorded_verifier == str(verifier)
 
 
 def test_what_the_source_does_not_say_can_be_said(eagle3_head, tmp_path):
@@ -119,6 +147,16 @@ def test_other_drafters_than_the_formats_are_refused(change, message, zlab_draft
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(zlab_drafter, tmp_path / "out", verifier=VERIFIER)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_block_size_beside_the_other_values_of_dflash_is_read_where_the_top_has_null(zlab_drafter, tmp_path):
+    def moved(values):
+        values["dflash_config"]["block_size"], values["block_size"] = values["block_size"], None
+
+    edit_config(zlab_drafter, moved)
+    written = convert_checkpoint(zlab_drafter, tmp_path / "out", verifier=VERIFIER)
+    config = json.loads((zlab_drafter / "config.json").read_text())
+    assert SpeculatorModelConfig.from_pretrained(written.path).block_size == config["dflash_config"]["block_size"]
 
 
 def test_a_block_size_is_needed(zlab_drafter, tmp_path):

@@ -235,3 +235,20 @@ def test_a_verifier_that_calls_itself_mimo_converts_as_published(tmp_path):
     assert torch.equal(ours["mtp_layers.0.token_layernorm.weight"], native[MIMO_LAYER + "token_layernorm.weight"])
     swapped = native[MIMO_LAYER + "input_proj.weight"].chunk(2, dim=1)
     assert torch.equal(ours["mtp_layers.0.input_proj.weight"], torch.cat(swapped[::-1], dim=1))
+
+
+def test_the_layer_of_an_fp8_verifier_is_dequantised(tmp_path):
+    plain = save_verifier("qwen2", tmp_path / "plain")
+    before = convert_checkpoint(plain, tmp_path / "before", verifier=str(plain))
+    fp8 = shutil.copytree(plain, tmp_path / "fp8")
+    tensors = load_file(fp8 / "model.safetensors")
+    name = f"{MIMO_LAYER}mlp.down_proj.weight"
+    stored, scale = (tensors[name] * 50).to(torch.float8_e4m3fn), torch.tensor([[0.02]])
+    save_file({**tensors, name: stored, name + "_scale_inv": scale}, fp8 / "model.safetensors", {"format": "pt"})
+    values = json.loads((fp8 / "config.json").read_text())
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (fp8 / "config.json").write_text(json.dumps({**values, "quantization_config": settings}))
+    after = convert_checkpoint(fp8, tmp_path / "after", verifier=str(fp8))
+    expected, found = (load_file(written.path / "model.safetensors") for written in (before, after))
+    expected["mtp_layers.0.mlp.down_proj.weight"] = stored.float() * 0.02
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)

@@ -45,7 +45,7 @@ def plain():
     return load_verifier(tiny_verifier_path(), dtype=torch.float32)
 
 
-# Measured: 0.013 and 0.205. The tiny verifier's matrices are narrow; SmolLM2's Q4_1 has less (docs/verifiers.md).
+# Measured: 0.013 and 0.205. The tiny verifier's matrices are narrow.
 @pytest.mark.parametrize(("kind", "bound"), [("Q8_0", 0.02), ("Q4_0", 0.3)])
 def test_states_of_a_gguf_verifier_are_the_plain_ones_within_quantisation_noise(kind, bound, plain, tmp_path):
     needs("gguf")

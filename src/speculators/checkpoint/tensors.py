@@ -23,7 +23,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from speculators.utils.loading import SAFETENSORS, find_key, like_stored, locate_tensors, read_tensors
+from speculators.utils.loading import SAFETENSORS, find_key, like_stored, locate_tensors, read_scaled, read_tensors
+from speculators.utils.quantized import is_scaled, scale_key_of
 from speculators.utils.report import TableReport, facts_table, visible
 
 SIZE_BYTES, ALIGNMENT_BYTES = 8, 8
@@ -144,7 +145,6 @@ def moved(func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> A
     names = tuple(dict.fromkeys(name for source in sources for name in source.origin.names))
     steps = tuple(dict.fromkeys((*(step for source in sources for step in source.origin.steps), *step)))
     origin = Origin(sources[0].origin.path, names, steps)
-
     if is_one:
         return StoredTensor.like(result, origin, lambda: func(*with_values(args), **kwargs))
 
@@ -160,19 +160,23 @@ def values_of(tensor: Tensor) -> Tensor:
 
 
 def stored_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint directory or hub id, or the named ones (found as by `load_model_layers`; one that is
-    not there is left out). Raises `FileNotFoundError` for a checkpoint without weights, `ValueError` for damaged ones;
-    so does reading them later."""
+    """Every tensor of a checkpoint directory or hub id as it is, or the named ones as `load_model_layers` finds and
+    reads them: FP8 values times their scale, in float32. A name that is not there is left out, as is a scale beside its
+    weight. Raises `FileNotFoundError` without weights, `ValueError` for damaged ones; so does reading them later."""
     files = locate_tensors(path)
     keys = {name: name for name in files}
     if names is not None:
         keys = {name: key for name in names if (key := find_key(name, files)) is not None}
     metas = like_stored({key: files[key] for key in keys.values()})
+    scales = {} if names is None else {key: scale_key_of(key, files) for key, t in metas.items() if is_scaled(t)}
 
     def stored(key: str) -> Tensor:
-        return StoredTensor.like(metas[key], Origin(Path(path), (key,)), lambda: read_tensors({key: files[key]})[key])
+        scale, origin = scales.get(key), Origin(Path(path), (key,))
+        if scale is None:
+            return StoredTensor.like(metas[key], origin, lambda: read_tensors({key: files[key]})[key])
+        return StoredTensor.like(metas[key].float(), origin, lambda: read_scaled(key, scale, files))
 
-    return {name: stored(key) for name, key in keys.items() if key in metas}
+    return {name: stored(key) for name, key in keys.items() if key in metas and key not in scales.values()}
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -187,8 +191,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     if (planned := PLANNED.get()) is not None:
         planned.update(tensors)
         return
-    order = list(WRITTEN_TYPES)
-    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    names = sorted(tensors, key=lambda name: (list(WRITTEN_TYPES).index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -279,10 +282,8 @@ class CheckpointPlan(TableReport):
         return [table, facts_table("planned", facts | ({"note": "\n".join(self.notes)} if self.notes else {}))]
 
     def sentence(self) -> str:
-        num_written = sum(tensor.written is not None for tensor in self.tensors)
-        return (
-            f"{num_written} tensors would be written, {len(self.tensors) - num_written} left out; nothing was written"
-        )
+        num = sum(tensor.written is not None for tensor in self.tensors)
+        return f"{num} tensors would be written, {len(self.tensors) - num} left out; nothing was written"
 
 
 def plan_of(

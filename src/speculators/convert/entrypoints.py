@@ -50,7 +50,9 @@ from speculators.utils.files import (
     refuse_to_replace,
 )
 from speculators.utils.names import NamedModel, model_name
+from speculators.utils.quantized import source
 from speculators.utils.report import PathReport, facts_table, work
+from speculators.verifier.config import first_line
 from speculators.verifier.loading import EMBEDDING, HEAD, NORM, is_copy, refuse_missing_device
 
 AUTO = "auto"
@@ -212,8 +214,7 @@ def proven_copies(opened: OpenedCheckpoint, expected: Collection[str], verifier:
     proven, other = dict[str, str](), list[str]()
     for name, tensor in sorted(unused.items()):
         theirs = VERIFIERS_OWN.get(name)
-        is_own = theirs is not None and is_copy(tensor, theirs, verifier, kept_V)
-        if is_own:
+        if theirs is not None and is_copy(tensor, theirs, verifier, kept_V):
             proven[name] = "a copy of the verifier's, compared value by value"
         elif name.endswith("rotary_emb.inv_freq") and is_frequency_table(tensor, nested):
             proven[name] = "it follows from config.json"
@@ -231,11 +232,10 @@ def proven_copies(opened: OpenedCheckpoint, expected: Collection[str], verifier:
 def require_verifier(verifier: str) -> None:
     """Raises `RuntimeError` unless the verifier's config can be read: its vocabulary, layers and class go into ours."""
     try:
-        PretrainedConfig.get_config_dict(verifier)
+        PretrainedConfig.get_config_dict(**source(verifier))
     except (OSError, ValueError) as problem:
-        reason = str(problem).strip().splitlines()[0]
         raise RuntimeError(
-            f"the config of verifier '{verifier}' cannot be read ({reason}); name its directory or hub id"
+            f"the config of verifier '{verifier}' cannot be read ({first_line(problem)}); name its path or hub id"
         ) from problem
 
 

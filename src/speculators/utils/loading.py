@@ -181,12 +181,21 @@ def read_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
     return tensors
 
 
+def read_scaled(key: str, scale_key: str, files: dict[str, Path]) -> Tensor:
+    """Reads an FP8 weight and its scale, and returns the values that they stand for, in float32."""
+    found = read_tensors({name: files[name] for name in (key, scale_key)})
+    return rescaled(found[key], found[scale_key], found[key].shape)
+
+
 def like_stored(files: dict[str, Path]) -> dict[str, Tensor]:
     """Returns tensors of the same shapes and types on the meta device, given the file of each key: no values are read.
     Raises as `read_tensors` does."""
     metas: dict[str, Tensor] = {}
     for file in dict.fromkeys(files.values()):
         keys = [key for key, where in files.items() if where == file]
+        if file.suffix == GGUF:
+            metas |= {key: torch.empty(gguf_shape(file, key), dtype=torch.float32, device="meta") for key in keys}
+            continue
         found = _read_pickle(file, "meta") if file.suffix != ".safetensors" else read_tensors(dict.fromkeys(keys, file))
         metas.update({key: torch.empty_like(found[key], device="meta") for key in keys if key in found})
     return metas

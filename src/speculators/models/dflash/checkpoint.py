@@ -124,7 +124,7 @@ class ZLabFormat(CheckpointFormat):
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
         values = source.values
         own = values.get("dflash_config") or {}
-        block_size = count_in(own | values if "block_size" in values else own, "block_size", least=2)
+        block_size = count_in(own if values.get("block_size") is None else values, "block_size", least=2)
         tensors = split_fused(source.tensors(), values)
         nested = layer_config_of(values, NOT_LAYER_KEYS, model_type="qwen3")
         if "causal" in own and getattr(nested, "is_causal", None) is None:

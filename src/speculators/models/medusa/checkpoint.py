@@ -85,7 +85,7 @@ def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }
     expected = SpeculatorModel.expected_tensors(MedusaSpeculatorConfig(**fields)).keys()
     for bias in (name for name in expected - tensors.keys() if name.endswith(".bias")):  # absent biases are zero
-        tensors[bias] = tensors["lm_heads.0.weight"].new_zeros(hidden_size)
+        tensors[bias] = torch.zeros(hidden_size, dtype=tensors["lm_heads.0.weight"].dtype)
     odd = tensors.keys() ^ expected
     if odd:
         raise ValueError(f"{path} is not a Medusa with whole-vocabulary heads: {sorted(odd)} do not belong or lack")

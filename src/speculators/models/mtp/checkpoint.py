@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -30,7 +29,7 @@ from speculators.checkpoint.formats import (
     Serving,
     num_speculative_tokens,
 )
-from speculators.checkpoint.tensors import PLANNED, SIZE_BYTES, bytes_of, stored_tensors
+from speculators.checkpoint.tensors import PLANNED, SIZE_BYTES, WRITTEN_TYPES, bytes_of, stored_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.mtp.config import MTPSpeculatorConfig, MTPTrainingArgs
 from speculators.models.mtp.families import GATE_UP, LAYER, export_native, family_of, native_keys, read_native
@@ -45,7 +44,7 @@ CHECKPOINT_KEYS = ("quantization_config",)
 """Keys of a verifier's config that describe its checkpoint, not its layers."""
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 """What a verifier has in common with the model that an MTP layer was made for."""
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {name: dtype for dtype, name in WRITTEN_TYPES.items() if dtype.is_floating_point and dtype.itemsize > 1}
 """Types of stored weights that can be written."""
 
 
