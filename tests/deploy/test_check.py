@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -406,7 +407,7 @@ def test_only_what_vllm_serves_as_it_is_is_called_ready_to_serve(case, verdict, 
     assert served in report.served_by
 
 
-def test_each_release_is_said_what_it_makes_of_a_checkpoint(trained, capsys):
+def test_each_release_is_said_what_it_makes_of_a_checkpoint(trained, tmp_path, capsys):
     path = trained("eagle3")
     for name in ("vllm-0.32", "vllm-0.33"):
         assert main(["check", str(path), "--engine", name, "--json"]) == 0
@@ -414,7 +415,18 @@ def test_each_release_is_said_what_it_makes_of_a_checkpoint(trained, capsys):
         assert said["profile"] == name and said["serve_with"].startswith(f"vllm serve {VERIFIER} --speculative-config ")
     newer, older, other = (check_checkpoint(path, engine=name) for name in ("vllm-0.33", "vllm-0.32", "sglang-0.5"))
     assert f"refuses `vllm serve {path}` alone" in "".join(newer.notes) and not older.notes
-    assert other.serving is None and other.verdict.startswith("no errors; sglang-0.5 serves")
+    assert other.serving is None and other.verdict.startswith("no errors; sglang-0.5 cannot serve it: the layout")
+    assert other.served_by.endswith("decode here with `speculators generate`, or serve it by vllm-0.32 or vllm-0.33")
+    with pytest.raises(ValueError, match=r"sglang-0\.5 cannot serve it: the layout"):
+        export_checkpoint(path, tmp_path / "out", engine="sglang-0.5")
+
+
+def test_a_checkpoint_without_a_number_of_drafts_is_not_called_of_another_type(trained, tmp_path):
+    path = Path(shutil.copytree(trained("eagle3"), tmp_path / "copy"))
+    edit_config(path, lambda values: values.pop("speculators_config"))
+    report = check_checkpoint(path, verifier=VERIFIER, engine="vllm-0.33")
+    assert report.serving is None and report.served_by.endswith("and a number of draft tokens in config.json")
+    assert "no drafter of this type" not in replace(report, findings=[]).verdict
 
 
 def test_a_directory_of_no_format_is_a_finding_that_says_so(tmp_path):

@@ -178,6 +178,19 @@ def test_layer_ids_are_read_as_their_writer_counted_them(where, ids, are, expect
     assert SpeculatorModelConfig.from_pretrained(path).eagle_aux_hidden_state_layer_ids == expected
 
 
+@pytest.mark.parametrize(("said", "expected"), [("entering", [1, 4, 7]), ("outputs", [2, 5, 8]), ("output", None)])
+@pytest.mark.parametrize("flags", [{}, {"norm_before_fc": False, "norm_before_residual": True}], ids=["plain", "flags"])
+def test_a_config_that_says_how_it_counts_is_of_some_format(said, expected, flags, eagle3_head, tmp_path):
+    values = {"eagle_config": {IDS: [1, 4, 7]}, "layer_ids_are": said, **flags}
+    edit_config(eagle3_head, lambda config: config.update(values))
+    if expected is None:
+        with pytest.raises(ValueError, match="Did you mean 'outputs'"):
+            convert_checkpoint(eagle3_head, tmp_path / "out", verifier=VERIFIER)
+        return
+    path = convert_checkpoint(eagle3_head, tmp_path / "out", verifier=VERIFIER).path
+    assert SpeculatorModelConfig.from_pretrained(path).eagle_aux_hidden_state_layer_ids == expected
+
+
 @pytest.mark.parametrize(("case", "key"), [("eagle3", IDS), ("dflash", "sliding_window_non_causal")])
 def test_a_directory_of_an_older_release_is_upgraded_and_exported(case, key, tmp_path):
     old = as_older_release(case, tmp_path / "old")

@@ -141,9 +141,21 @@ def test_vllm_is_not_promised_what_it_cannot_serve(drafter, tmp_path):
             export_checkpoint(drafter(case), tmp_path / "out")
         exported = export_checkpoint(drafter(case), tmp_path / case, profile="native")
         assert exported.serving is None
-        assert "serves no drafter of this type" in check_checkpoint(exported.path, verifier=VERIFIER).verdict
+        assert "cannot serve it: fusion_bias=True" in check_checkpoint(exported.path, verifier=VERIFIER).verdict
         assert json.loads((exported.path / "config.json").read_text())["bias"] is True
         assert load_file(exported.path / "model.safetensors")["fc.bias"].shape == (HIDDEN,)
+
+
+def test_each_engine_is_asked_whether_it_serves_a_bias(drafter, tmp_path):
+    ours = check_checkpoint(drafter("eagle-bias"), engine="vllm-0.33")
+    assert [found.code for found in ours.findings if found.code != "record-missing"] == ["not-servable"]
+    assert ours.served_by == "nothing: decode here with `speculators generate`, or serve it by sglang-0.5"
+    assert "speculators export" in check_checkpoint(drafter("eagle-bias"), engine="sglang-0.5").served_by
+    exported = export_checkpoint(drafter("eagle-bias"), tmp_path / "out", engine="sglang-0.5")
+    report = check_checkpoint(exported.path, verifier=VERIFIER, engine="sglang-0.5")
+    assert not report.findings and report.verdict.startswith("ready to serve") and report.command == exported.command
+    normed = check_checkpoint(drafter("eagle-hass"), engine="sglang-0.5")
+    assert "layernorms=True" in normed.verdict and normed.served_by.endswith("`speculators generate`")
 
 
 ROPES = {

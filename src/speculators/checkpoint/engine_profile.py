@@ -121,6 +121,14 @@ class EngineProfile:
         method = contract.format_named(str(named)).method
         return named if method is not None and self.takes_method(method) else None
 
+    def refusal(self, contract: CheckpointContract, config: SpeculatorModelConfig) -> str | None:
+        """Says why the engine serves this drafter in no directory; None: it does, in the one of `format_of`."""
+        served = self.format_of(config.speculators_model_type, contract)
+        if served is None:
+            return f"{self.name} serves no drafter of this type"
+        why = None if served == OUR_FORMAT else contract.format_named(served).refusal(config)
+        return None if why is None else f"{self.name} cannot serve it: {why}"
+
     def serving(
         self,
         contract: CheckpointContract,

@@ -135,9 +135,14 @@ class CheckpointFormat:
         """Writes the checkpoint into an empty directory."""
         raise ValueError(f"format '{self.name}' is only read, not written")
 
+    def refusal(self, config: Any) -> str | None:
+        """Says why the engine that serves such directories would not draft with this drafter as it was trained, and the
+        way out; None: it does."""
+        return None
+
     def serving(self, config: SpeculatorModelConfig, directory: str, verifier: str) -> Serving | None:
-        """Says how vLLM serves such a directory; None: it does not."""
-        if self.method is None:
+        """Says how an engine serves such a directory; None: it does not."""
+        if self.method is None or self.refusal(config) is not None:
             return None
         return Serving(
             verifier,
@@ -193,13 +198,10 @@ class CheckpointContract:
     def warn_before_saving(self, config: Any) -> None:
         """Logs what engines will serve otherwise than it was trained."""
 
-    def findings(self, values: Mapping[str, Any], config: SpeculatorModelConfig) -> list[Finding]:
-        """Reports what vLLM would drop, misread or refuse. `values` is config.json as it is, `config` our reading."""
+    def findings(self, values: Mapping[str, Any], config: Any, format_name: str) -> list[Finding]:
+        """Reports what vLLM would drop, misread or refuse of a directory of that format. `values` is config.json as it
+        is, `config` our reading. What an engine serves in no directory: `CheckpointFormat.refusal`."""
         return []
-
-    def findings_in(self, format_name: str, values: Mapping[str, Any], config: Any) -> list[Finding]:
-        """Reports what vLLM would drop, misread or refuse of a directory of that format."""
-        return self.findings(values, config)
 
     def most_drafts(self, config: Any) -> int | None:
         """Returns how many tokens one round can draft; None: as many as are asked for."""

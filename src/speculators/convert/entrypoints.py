@@ -62,7 +62,7 @@ OLDER_OPTIONS = ("validate", "trust_remote_code")
 """Arguments of earlier releases without effect: the result is always checked, and remote code is never run."""
 
 NOT_SERVABLE = "not-servable"
-"""The code of what is right, and no engine serves: such drafters are decoded here."""
+"""The code of what is right, and the engine does not serve: such drafters are decoded here, or served by others."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def converted(
 
 
 def refuse_wrong(report: CheckReport, opened: OpenedCheckpoint) -> list[str]:
-    """Raises `CheckError` for a checkpoint with errors; returns what is right and no engine serves, as notes."""
+    """Raises `CheckError` for a checkpoint with errors; returns as notes what is right and not served."""
     found = [*report.findings, *rope_findings(opened.values, "")]  # of the source: what is written says rope once
     wrong = [finding for finding in found if finding.code != NOT_SERVABLE]
     if any(finding.severity == "error" for finding in wrong):

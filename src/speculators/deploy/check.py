@@ -23,7 +23,7 @@ from speculators.checkpoint.io import OpenedCheckpoint, local_directory, read_fo
 from speculators.checkpoint.record import LAYERS, RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
 from speculators.config import SpeculatorModelConfig
 from speculators.deploy import config_check, tensor_check, verifier_check
-from speculators.deploy.engine import choose_engine, drafter_findings, notes_on_serving, position_findings
+from speculators.deploy.engine import choose_engine, drafter_findings, notes_on_serving, position_findings, unserved
 from speculators.deploy.report import RECORD, CheckReport
 from speculators.model import SpeculatorModel
 from speculators.utils.names import NamedModel, model_name, refuse_option
@@ -173,11 +173,11 @@ def read_weights(report: CheckReport) -> dict[str, Tensor] | None:
 def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | None) -> None:
     """Checks everything that needs the config and the tensors."""
     contract, config, tensors = opened.model_class.contract, opened.config, opened.tensors
-    report.served_format = report.profile.format_of(config.speculators_model_type, contract)
-    is_served = report.served_format == opened.format
+    report.unserved = unserved(report.profile, contract, config, opened.format, report.path)
+    is_served = report.profile.format_of(config.speculators_model_type, contract) == opened.format
     try:
         with reading("config.json"):
-            report.add("what vLLM makes of the options", contract.findings_in(opened.format, opened.values, config))
+            report.add("what vLLM makes of the options", contract.findings(opened.values, config, opened.format))
             report.findings += config_check.count_findings(config, contract.most_drafts(config))
             expected = contract.expected_tensors(opened.model_class, config)
             layer_ids = read_layers(opened)
@@ -190,7 +190,7 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
     report.add("tensors", tensor_check.tensor_findings(tensors, expected, shared, is_served=is_served))
     report.findings += tensor_check.file_findings(report.path)
     stored = list(tensors) if opened.format == SPECULATORS else opened.names_on_disk
-    report.findings += drafter_findings(report.profile, config, opened.format, stored)
+    report.findings += drafter_findings(report.profile, contract, config, opened.format, stored)
     if {tensor_check.MAP, tensor_check.KEPT} <= tensors.keys() & expected.keys():
         report.add(MAP, tensor_check.map_findings(tensors, config.target_vocab_size))
     record = record_of(report)
@@ -257,7 +257,9 @@ def check_verifier(
         report.findings.append(error("verifier-name", verifier_check.WHERE, repr(name), str(problem), fix))
         report.skip(FIT, "the verifier has no usable name")
         return
-    report.serve(report.profile.serving(contract, opened.config, opened.format, str(report.path), name))
+    report.serving = report.profile.serving(contract, opened.config, opened.format, str(report.path), name)
+    if report.serving is not None:
+        report.unserved = None
     report.notes = (*report.notes, *notes_on_serving(report.profile, report.serving, report.path))
     verifier_config, found = verifier_check.verifier_config(name)
     report.add("verifier is there", found)

@@ -4,6 +4,7 @@ serves one."""
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from speculators.checkpoint.engine_profile import (
     way_out,
 )
 from speculators.checkpoint.findings import Finding, error, warning
+from speculators.checkpoint.formats import CheckpointContract
 from speculators.checkpoint.io import open_checkpoint
 from speculators.config import SpeculatorModelConfig
 from speculators.deploy.process import PYTHON_VARIABLE, find_vllm, interpreter_of, version_in
@@ -109,13 +111,44 @@ def serving_of_export(
     return serving
 
 
-def drafter_findings(
-    profile: EngineProfile, config: SpeculatorModelConfig, format_name: str, tensor_names: Collection[str]
-) -> Iterator[Finding]:
-    """Checks a directory that the engine serves as it is: the tensors that its loader needs.
+@dataclass(frozen=True)
+class Unserved:
+    """An engine does not serve a directory."""
 
-    `tensor_names`: as they are on disk.
-    """
+    why: str
+    instead: str
+    """What to do."""
+
+
+def unserved(
+    profile: EngineProfile, contract: CheckpointContract, config: SpeculatorModelConfig, format_name: str, path: Path
+) -> Unserved:
+    """Says why `profile.serving` is None of a directory."""
+    why = profile.refusal(contract, config)
+    if why is not None:
+        others = [other.name for other in profiles() if other.refusal(contract, config) is None]
+        elsewhere = f", or serve it by {' or '.join(others)}" if others else ""
+        return Unserved(why, f"nothing: decode here with `speculators generate`{elsewhere}")
+    if profile.format_of(config.speculators_model_type, contract) != format_name:
+        words = ["speculators", "export", str(path), "--engine", profile.name, "--output", "DIRECTORY"]
+        why = f"{profile.name} serves what `speculators export` makes of it"
+        return Unserved(why, f"what this writes: {shlex.join(words)}")
+    lacks = "a verifier that is named, --verifier, and a number of draft tokens in config.json"
+    return Unserved(f"{profile.name} serves it with {lacks}", lacks)
+
+
+def drafter_findings(
+    profile: EngineProfile,
+    contract: CheckpointContract,
+    config: SpeculatorModelConfig,
+    format_name: str,
+    tensor_names: Collection[str],
+) -> Iterator[Finding]:
+    """Reports a drafter that the engine serves in no directory, though others of its type, and in a directory that it
+    serves as it is tensors that its loader lacks. `tensor_names`: as they are on disk."""
+    why = profile.refusal(contract, config)
+    if why is not None and profile.format_of(config.speculators_model_type, contract) is not None:
+        yield warning("not-servable", "config.json", why, "it would refuse it, or draft otherwise", "decode it here")
     known = profile.drafters.get(config.speculators_model_type)
     if known is None or known.format != format_name:
         return

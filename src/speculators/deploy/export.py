@@ -32,7 +32,7 @@ from speculators.config import SpeculatorModelConfig, VerifierConfig
 from speculators.deploy.card import CARD_FILE, find_report, model_card
 from speculators.deploy.check import check_checkpoint, check_opened
 from speculators.deploy.config_check import structure_findings
-from speculators.deploy.engine import Engine, choose_engine
+from speculators.deploy.engine import Engine, choose_engine, unserved
 from speculators.deploy.report import CheckReport
 from speculators.model import SpeculatorModel
 from speculators.utils.files import (
@@ -211,10 +211,8 @@ def open_export(
     contract = opened.model_class.contract
     serving = engine.profile.serving(contract, ours.config, format_name, str(path), named)
     if serving is None and is_for_engine:
-        why = "; ".join(found.found for found in contract.findings(opened.values, ours.config))
-        raise ValueError(
-            f"{engine.profile.name} cannot serve {checkpoint}: {why}. --engine {NATIVE} writes it for its own project"
-        )
+        why = unserved(engine.profile, contract, ours.config, format_name, path).why
+        raise ValueError(f"{checkpoint}: {why}. --engine {NATIVE} writes it for its own project")
     return Export(opened, ours, engine, format_name, path, named, serving)
 
 

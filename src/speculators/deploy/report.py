@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from speculators.checkpoint.engine_profile import EngineProfile, Serving, profiles
+from speculators.checkpoint.engine_profile import EngineProfile, Serving
 from speculators.checkpoint.findings import Finding
-from speculators.deploy.engine import Engine
+from speculators.deploy.engine import Engine, Unserved
 from speculators.utils.report import TableReport, WorkFailedError, facts_table
 
 RECORD = "as it was trained"
@@ -43,8 +42,8 @@ class CheckReport(TableReport):
     not_done: dict[str, str] = field(default_factory=dict)
     """What could not be checked -> why."""
     serving: Serving | None = None
-    served_format: str | None = None
-    """The format in which `export` writes such a drafter for the engine; None: it does not serve the type."""
+    unserved: Unserved | None = None
+    """Why the engine does not serve the directory; None: it does, or the check did not come to it."""
     notes: tuple[str, ...] = ()
 
     def add(self, what: str, found: Iterable[Finding]) -> None:
@@ -59,12 +58,6 @@ class CheckReport(TableReport):
     @property
     def profile(self) -> EngineProfile:
         return self.engine.profile
-
-    def serve(self, serving: Serving | None) -> None:
-        """Records how the engine serves the directory; None: not, though it may serve others of the type."""
-        self.serving = serving
-        if serving is None and self.served_format == self.format:
-            self.served_format = None
 
     @property
     def errors(self) -> list[Finding]:
@@ -84,11 +77,9 @@ class CheckReport(TableReport):
         num_errors = len(self.errors)
         if num_errors:
             return f"{num_errors} error{'s' * (num_errors > 1)}: do not serve it"
-        if self.serving is not None or self.served_format == self.format:
-            return "ready to serve" + (", as far as can be told without its record" if RECORD in self.not_done else "")
-        if self.served_format is None:
-            return f"no errors; {self.profile.name} serves no drafter of this type"
-        return f"no errors; {self.profile.name} serves what `speculators export` makes of it"
+        if self.unserved is not None:
+            return f"no errors; {self.unserved.why}"
+        return "ready to serve" + (", as far as can be told without its record" if RECORD in self.not_done else "")
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -141,12 +132,4 @@ class CheckReport(TableReport):
         """The command that serves the checkpoint, or what is missing."""
         if self.command is not None:
             return self.command
-        if self.served_format == self.format:
-            return "a verifier that is named, --verifier, and a number of draft tokens in config.json"
-        if self.served_format is None:
-            serving = [other for other in profiles() if self.speculators_model_type in other.drafters]
-            others = [other.name for other in serving if self.profile not in serving]
-            elsewhere = f", or serve it by {' or '.join(others)}" if others else ""
-            return f"nothing: decode here with `speculators generate`{elsewhere}"
-        words = ["speculators", "export", str(self.path), "--engine", self.profile.name, "--output", "DIRECTORY"]
-        return f"what this writes: {shlex.join(words)}"
+        return "nothing" if self.unserved is None else self.unserved.instead

@@ -169,16 +169,13 @@ class DFlashContract(CheckpointContract):
         "sliding_window_non_causal": "takes it for true: no layer is causal",
     }
 
-    def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
+    def findings(self, values: Mapping[str, Any], config: Any, format_name: str) -> list[Finding]:
         found = [*missing_keys(values, self.absent_means), *mask_token_findings(values, config.target_vocab_size)]
         if config.trained_causal != config.served_causal:
             found.append(mask_finding(config))
+        if format_name == ZLAB:  # there vLLM goes by the kind of each layer
+            found = [each for each in found if each.where != MASK_KEY]
         return found + self.option_findings(config)
-
-    def findings_in(self, format_name: str, values: Mapping[str, Any], config: Any) -> list[Finding]:
-        """In z-lab's layout vLLM goes by the kind of each layer."""
-        found = super().findings_in(format_name, values, config)
-        return [each for each in found if not (format_name == ZLAB and each.where == MASK_KEY)]
 
     def option_findings(self, config: Any) -> list[Finding]:
         if not config.sample_from_anchor:

@@ -11,21 +11,19 @@ embed_tokens.weight                 -                       (the verifier's)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from speculators.checkpoint.findings import Finding, error, warning
+from speculators.checkpoint.findings import Finding, error
 from speculators.checkpoint.formats import (
     CheckpointContract,
     CheckpointFormat,
     Converted,
     ForeignCheckpoint,
     OurCheckpoint,
-    Serving,
     dtype_name,
     refuse_missing,
     write_config,
@@ -39,6 +37,7 @@ from speculators.utils.files import read_json_object
 from speculators.verifier.config import make_speculators_config
 
 NATIVE = "eagle"
+SGLANG_CLASS = "LlamaForCausalLMEagle"
 FUSION = "fc.weight"
 UNLOADABLE = ("lm_head.weight", "layers.0.input_layernorm.weight")
 """vLLM's EAGLE class has no such parameters, and refuses the names."""
@@ -89,26 +88,15 @@ def ours_to_native(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return native
 
 
-def check_servable(config: EagleSpeculatorConfig) -> None:
-    """Raises `ValueError` for drafters that vLLM does not refuse: it fails on a name or serves another drafter."""
-    nested = config.transformer_layer_config
-    cannot = "vLLM's method 'eagle' cannot run this drafter: "
-    if config.fusion_bias:
-        raise ValueError(
-            f"{cannot}fusion_bias=True, and its fc has no bias (dropping ours would change the drafts); decode with "
-            "speculators, or train with fusion_bias=False"
-        )
-    if config.layernorms:
-        raise ValueError(
-            f"{cannot}layernorms=True, and it has no such norms; decode with speculators, or train without"
-        )
-    if nested.model_type != "llama":
-        raise ValueError(
-            f"{cannot}its layer is of model_type={nested.model_type!r}, and only llama has an EAGLE class; train with "
-            "--draft-arch llama"
-        )
-    if layer_window(nested, 0) is not None:
-        raise ValueError(f"{cannot}its layer slides (window {nested.sliding_window}), and the EAGLE class sees all")
+def refused_layer(nested: Any) -> str | None:
+    """Says why a layer is of no EAGLE class, nor of the layout."""
+    if nested.model_type == "llama" and layer_window(nested, 0) is None:
+        return None
+    return (
+        f"the EAGLE repository's layout, and engines' classes, have llama layers that see everything, not model_type="
+        f"{nested.model_type!r} with a window of {layer_window(nested, 0)}; use --engine speculators, or train with "
+        "--draft-arch llama"
+    )
 
 
 def native_config(config: EagleSpeculatorConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -126,8 +114,11 @@ def native_config(config: EagleSpeculatorConfig, dtype: torch.dtype) -> dict[str
 
 
 def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path: str | Path) -> Path:
-    """Writes the directory to serve with `{"method": "eagle", "model": path}`."""
-    check_servable(config)
+    """Writes the directory to serve with `{"method": "eagle", "model": path}`. Raises `ValueError` for a drafter that
+    vLLM does not refuse: it fails on a name or serves another drafter."""
+    why = EagleFormat().refusal(config)
+    if why is not None:
+        raise ValueError(f"vLLM cannot run this drafter: {why}")
     return write_native(config, tensors, path)
 
 
@@ -136,12 +127,9 @@ def write_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path
 
     Raises `ValueError` for a layer that the layout cannot describe.
     """
-    nested = config.transformer_layer_config
-    if nested.model_type != "llama" or layer_window(nested, 0) is not None:
-        raise ValueError(
-            f"the EAGLE repository's layout has llama layers that see everything, not model_type={nested.model_type!r} "
-            f"with a window of {layer_window(nested, 0)}; use --engine speculators"
-        )
+    why = refused_layer(config.transformer_layer_config)
+    if why is not None:
+        raise ValueError(why)
     names = SpeculatorModel.expected_tensors(config).keys()
     refuse_missing(names - tensors.keys())
     path = Path(path)
@@ -174,13 +162,18 @@ class EagleFormat(CheckpointFormat):
     name = NATIVE
     aliases = ("safeailab",)
     method = "eagle"
+    reader: ClassVar[str] = "vLLM's method 'eagle'"
+    holds_bias: ClassVar[bool] = False
+    """Whether the reader's `fc` has a bias."""
+    has_sglang_class: ClassVar[bool] = False
+    """Whether config.json names the class that SGLang looks for."""
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         names = source.tensor_names
         first = "layers.0.self_attn.q_proj.weight"
         others = {"hidden_norm.weight", "norm.weight", "layers.0.hidden_norm.weight", "d2t"}
         is_head = FUSION in names and first in names and not (names & others)
-        return is_head and (SGLangFormat.architecture in source.architectures) == isinstance(self, SGLangFormat)
+        return is_head and (SGLANG_CLASS in source.architectures) == self.has_sglang_class
 
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         found = [
@@ -227,12 +220,15 @@ class EagleFormat(CheckpointFormat):
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
         write_native(checkpoint.config, dict(checkpoint.tensors), directory)  # type: ignore[arg-type]
 
-    def serving(self, config: Any, directory: str, verifier: str) -> Serving | None:
-        try:
-            check_servable(config)
-        except ValueError:
-            return None
-        return super().serving(config, directory, verifier)
+    def refusal(self, config: Any) -> str | None:
+        if config.fusion_bias and not self.holds_bias:
+            return (
+                f"fusion_bias=True, and the fc of {self.reader} has no bias (dropping ours would change the drafts); "
+                "decode with speculators, or train with fusion_bias=False"
+            )
+        if config.layernorms:
+            return f"layernorms=True: {self.reader} has no such norms; decode with speculators, or train without"
+        return refused_layer(config.transformer_layer_config)
 
 
 class SGLangFormat(EagleFormat):
@@ -241,30 +237,21 @@ class SGLangFormat(EagleFormat):
 
     name = "sglang"
     method = "EAGLE"
-    architecture = "LlamaForCausalLMEagle"
+    reader = "SGLang"
+    holds_bias = has_sglang_class = True
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
-        config: Any = checkpoint.config
-        if config.layernorms:
-            raise ValueError("layernorms=True: SGLang has no such norms; decode with speculators, or train without")
+        why = self.refusal(checkpoint.config)
+        if why is not None:
+            raise ValueError(why)
         super().write(checkpoint, directory, verifier)
         values = ForeignCheckpoint(directory).values
-        write_config(directory, {**values, "architectures": [self.architecture]})
+        write_config(directory, {**values, "architectures": [SGLANG_CLASS]})
 
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         return []  # those of the base say what vLLM reads
-
-    def serving(self, config: Any, directory: str, verifier: str) -> Serving | None:
-        return CheckpointFormat.serving(self, config, directory, verifier)
 
 
 class EagleContract(CheckpointContract):
     formats = (EagleFormat(), SGLangFormat())
     served_format = NATIVE
-
-    def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
-        try:
-            check_servable(config)
-        except ValueError as problem:
-            return [warning("not-servable", "config.json", str(problem), "no engine can serve it", "decode it here")]
-        return []

@@ -39,7 +39,8 @@ from speculators.verifier.loading import EMBEDDING, is_copy
 
 NATIVE = "eagle3"
 IDS = "eagle_aux_hidden_state_layer_ids"
-LAYER_IDS_ARE, CONVENTIONS = "layer_ids_are", ("entering", "outputs")
+LAYER_IDS_ARE, ENTERING, OUTPUTS = "layer_ids_are", "entering", "outputs"
+CONVENTIONS = (ENTERING, OUTPUTS)
 """Whether id i of another project means the state that enters layer i (as ours) or its output (ours i + 1)."""
 THEIR_LAYER, OUR_LAYER = "midlayer.", "layers.0."
 SERVED_FAMILIES = ("llama", "qwen3")
@@ -84,13 +85,15 @@ class Eagle3Format(CheckpointFormat):
     method: ClassVar[str | None] = "eagle3"
     algorithm: ClassVar[str] = NATIVE
     has_mask_hidden: ClassVar[bool] = False
+    conventions: ClassVar[tuple[str, ...]] = (ENTERING,)
+    """What `layer_ids_are` says in such a directory; one that does not say it counts as the first."""
     options: ClassVar[tuple[str, ...]] = (*FLAGS, IDS, LAYER_IDS_ARE)
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         names = source.tensor_names
         is_head = "fc.weight" in names and {"midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"} & names
-        is_other = LAYER_IDS_ARE in source.values and type(self) is Eagle3Format  # a layout of `layouts`
-        return bool(is_head) and ("mask_hidden" in names) == self.has_mask_hidden and not is_other
+        said = OUTPUTS if source.values.get(LAYER_IDS_ARE) == OUTPUTS else ENTERING
+        return bool(is_head) and ("mask_hidden" in names) == self.has_mask_hidden and said in self.conventions
 
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         values, found = source.values, []
@@ -171,7 +174,7 @@ class Eagle3Contract(CheckpointContract):
         "draft_vocab_size": "takes the verifier's",
     }
 
-    def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
+    def findings(self, values: Mapping[str, Any], config: Any, format_name: str) -> list[Finding]:
         return [
             *missing_keys(values, self.absent_means),
             *layer_findings(values, config.transformer_layer_config, config.num_aux),
@@ -245,7 +248,7 @@ def layer_ids_of(
         return None, []
     shifted = [layer + 1 for layer in ids]
     if are is not None:
-        return (shifted if are == "outputs" else ids), []
+        return (shifted if are == OUTPUTS else ids), []
     if top:
         return ids, []
     default = None if verifier is None else resolve_target_layer_ids(None, verifier)

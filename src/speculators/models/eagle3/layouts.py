@@ -18,31 +18,32 @@ from typing import Any, ClassVar
 
 from speculators.checkpoint.findings import Finding
 from speculators.checkpoint.formats import ForeignCheckpoint, OurCheckpoint, write_config
-from speculators.models.eagle3.checkpoint import FLAGS, IDS, LAYER_IDS_ARE, Eagle3Contract, Eagle3Format
+from speculators.models.eagle3.checkpoint import FLAGS, IDS, LAYER_IDS_ARE, OUTPUTS, Eagle3Contract, Eagle3Format
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX
 from speculators.nn.attention import layer_window
 from speculators.verifier.config import resolve_target_layer_ids
 
-OUTPUTS = "outputs"
 BIASES = ("attention_bias", "mlp_bias")
 
 
 class SpecForgeFormat(Eagle3Format):
     name = "specforge"
     method: ClassVar[str | None] = None  # vLLM reads no ids in eagle_config, or counts them otherwise
+    conventions = (OUTPUTS,)
     held_flags: ClassVar[tuple[str, ...]] = ("norm_before_fc", "fc_norm", "norm_output")
     """Options that the reader computes with."""
 
     def recognises(self, source: ForeignCheckpoint) -> bool:
         is_plain = not any(source.values.get(flag) for flag in FLAGS)
-        is_outputs = source.values.get(LAYER_IDS_ARE) == OUTPUTS
-        return is_outputs and is_plain == (not self.held_flags) and super().recognises(source)
+        return is_plain == (not self.held_flags) and super().recognises(source)
 
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         return []  # those of the base say what vLLM reads
 
     def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
-        self.refuse_unheld(checkpoint.config)
+        why = self.refusal(checkpoint.config)
+        if why is not None:
+            raise ValueError(why)
         super().write(checkpoint, directory, verifier)
         values = ForeignCheckpoint(directory).values
         write_config(directory, values | self.layer_values(checkpoint.config, values, verifier))
@@ -52,8 +53,8 @@ class SpecForgeFormat(Eagle3Format):
         ids = values.pop(IDS) or []
         return {"eagle_config": {IDS: [layer - 1 for layer in ids]}, LAYER_IDS_ARE: OUTPUTS}
 
-    def refuse_unheld(self, config: Any) -> None:
-        """Raises `ValueError` for what the layout's reader would compute otherwise, or not at all."""
+    def refusal(self, config: Any) -> str | None:
+        """Names what the layout's reader would compute otherwise, or not at all."""
         nested = config.transformer_layer_config
         odd: dict[str, Any] = {flag: True for flag in FLAGS if getattr(config, flag) and flag not in self.held_flags}
         odd |= {"model_type": nested.model_type} if nested.model_type != "llama" else {}
@@ -62,12 +63,13 @@ class SpecForgeFormat(Eagle3Format):
         if not self.held_flags:
             odd |= {"layers read": config.num_aux} if config.num_aux != DEFAULT_NUM_AUX else {}
             odd |= {key: True for key in BIASES if getattr(nested, key, False)}
-        if odd:
-            raise ValueError(
-                f"the layout {self.name!r} cannot say {odd}, and its reader would draft otherwise; export for vLLM, or "
-                "train with --no-norm-before-residual, --draft-arch llama and one layer that sees everything, and for "
-                "SGLang and the EAGLE repository without norm_before_fc, fc_norm and norm_output"
-            )
+        if not odd:
+            return None
+        return (
+            f"the layout {self.name!r} cannot say {odd}, and its reader would draft otherwise; export for vLLM, or "
+            "train with --no-norm-before-residual, --draft-arch llama and one layer that sees everything, and for "
+            "SGLang and the EAGLE repository without norm_before_fc, fc_norm and norm_output"
+        )
 
 
 class SGLangFormat(SpecForgeFormat):

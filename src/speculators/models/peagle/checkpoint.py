@@ -9,7 +9,7 @@ from typing import Any
 
 from speculators.checkpoint.findings import Finding, error, mask_token_findings, warning
 from speculators.checkpoint.formats import ForeignCheckpoint, OurCheckpoint, Serving, drafts_per_round, write_config
-from speculators.models.eagle3.checkpoint import Eagle3Contract, Eagle3Format
+from speculators.models.eagle3.checkpoint import CONVENTIONS, Eagle3Contract, Eagle3Format
 from speculators.models.peagle.config import PEagleSpeculatorConfig
 
 MASK_TOKENS = ("mask_token_id", "pard_token", "ptd_token_id")
@@ -28,6 +28,7 @@ class PEagleFormat(Eagle3Format):
     name = "peagle"
     algorithm = "peagle"
     aliases = ("specforge",)
+    conventions = CONVENTIONS
     has_mask_hidden = True
     options = (*Eagle3Format.options, "mask_token_id")
 
@@ -63,8 +64,9 @@ class PEagleContract(Eagle3Contract):
         """Leaves out the embedding: it is trained, and engines would use the verifier's instead."""
         return super().shared_tensors(config) - {"embed_tokens.weight"}
 
-    def findings(self, values: Mapping[str, Any], config: Any) -> list[Finding]:
-        found = [*super().findings(values, config), *mask_token_findings(values, config.target_vocab_size)]
+    def findings(self, values: Mapping[str, Any], config: Any, format_name: str) -> list[Finding]:
+        found = super().findings(values, config, format_name)
+        found += mask_token_findings(values, config.target_vocab_size)
         nested = config.transformer_layer_config
         if config.fc_norm and not getattr(nested, "fc_norm", False):
             found.append(
