@@ -37,6 +37,7 @@ from speculators.decoding.config import SpeculativeConfig, hf_config_override
 from speculators.decoding.config.methods import METHODS, MTP_TYPE_NAMES, SPECULATORS_METHODS
 from speculators.deploy.engine import choose_engine, drafter_findings, position_findings
 from speculators.model import SpeculatorModel
+from speculators.models.eagle.config import EagleSpeculatorConfig
 
 ROOT = Path(__file__).parents[2]
 NEW_IN_033 = {
@@ -181,10 +182,10 @@ def test_a_drafter_of_few_positions_is_reported_where_the_release_does_not_raise
 
 
 def test_tensors_that_a_loader_needs_are_missed_by_name():
-    config: Any = SimpleNamespace(speculators_model_type="eagle", to_dict=dict)
+    config, contract = EagleSpeculatorConfig(), SpeculatorModel.get_class("eagle").contract
     names = ["fc.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"]
-    assert not list(drafter_findings(profile_named("vllm-0.33"), config, "eagle", names))
-    (found,) = drafter_findings(profile_named("sglang-0.5"), config, "sglang", names)
+    assert not list(drafter_findings(profile_named("vllm-0.33"), contract, config, "eagle", names))
+    (found,) = drafter_findings(profile_named("sglang-0.5"), contract, config, "sglang", names)
     assert (found.code, found.where) == ("tensor-missing", "fc.bias")
 
 
