@@ -144,6 +144,17 @@ def make_schedule(
     return Schedule(kind, warmup_steps, num_steps, num_cosine_cycles)
 
 
+def schedule_of(config: TrainerConfig, num_run_steps: int) -> Schedule:
+    return make_schedule(
+        config.scheduler_type,
+        num_run_steps,
+        total_steps=config.scheduler_total_steps,
+        warmup_steps=config.scheduler_warmup_steps,
+        warmup_ratio=config.scheduler_warmup_ratio,
+        num_cosine_cycles=config.scheduler_num_cosine_cycles,
+    )
+
+
 def num_steps_of(loader: BatchLoader, num_epochs: int, rows_a_step: int = 1) -> int:
     """Counts the steps of all epochs; rows are packed anew each epoch, so their number varies a little."""
     total = 0

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,11 +23,14 @@ from speculators.train.data import Batch, BatchLoader, as_loader
 from speculators.train.distributed import Ranks, pick_device
 from speculators.train.events import Listener, Note, Saved, Started, StepDone, Stopped, Validated, ignore
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
-from speculators.train.optimizers import make_optimizers, make_schedule, num_steps_of
+from speculators.train.optimizers import make_optimizers, num_steps_of, schedule_of
 from speculators.train.records import FINISHED, TrainerConfig, TrainResult, refuse_lost
 from speculators.train.validation import PromptDecoder
 
 __all__ = ["TrainResult", "Trainer", "TrainerConfig"]
+
+RowsDone = tuple[int, int, int]
+"""Epoch, rows of it that were trained on, rows of the validation after them."""
 
 
 class Trainer:
@@ -58,22 +62,14 @@ class Trainer:
         self.optimizers = make_optimizers(model, config)
         num_run_steps = num_steps_of(self.train_loader, config.num_epochs, config.gradient_accumulation_steps)
         self.num_steps = min(num_run_steps, config.max_steps or num_run_steps)
-        self.schedule = make_schedule(
-            config.scheduler_type,
-            self.num_steps,
-            total_steps=config.scheduler_total_steps,
-            warmup_steps=config.scheduler_warmup_steps,
-            warmup_ratio=config.scheduler_warmup_ratio,
-            num_cosine_cycles=config.scheduler_num_cosine_cycles,
-        )
+        self.schedule = schedule_of(config, self.num_steps)
         self.checkpointer = Checkpointer(
             config.save_path, save_best=config.save_best, train_command=config.train_command
         )
         self.position = Position()
         self.num_documents, self.num_tokens, self.decoder = num_documents, num_tokens, decoder
         self.weighs_rows = self.ranks.world_size * config.gradient_accumulation_steps > 1
-        self.step_weight = 0.0
-        self.recent = RecentSteps()
+        self.step_weight, self.finished_before, self.recent = 0.0, False, RecentSteps()
         self.last_metrics = self.train_metrics = dict[str, float]()
         self.last_saved: tuple[Path, int] | None = None
         self.ranks.main_first(self.open_run_directory)
@@ -121,42 +117,41 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         self.train_loader.set_epoch(read_position(path).epoch)
+        num_rows, allowed = len(self.train_loader), self.config.allow_changed_settings
         self.position = self.checkpointer.load(
-            path,
-            self.model,
-            self.optimizers,
-            ranks=self.ranks,
-            num_rows=len(self.train_loader),
-            allow_changes=self.config.allow_changed_settings,
+            path, self.model, self.optimizers, ranks=self.ranks, num_rows=num_rows, allow_changes=allowed
         )
 
     def run_training(self) -> TrainResult:
-        config = self.config
-        num_trainable = sum(param.numel() for param in self.params)
-        first_step = self.position.global_step
-        if self.is_finished():
+        with GracefulShutdown() as shutdown:
+            deque(self.training(shutdown), maxlen=0)
+        return self.result()
+
+    def training(self, shutdown: GracefulShutdown) -> Iterator[RowsDone]:
+        """Trains to the end, or until `shutdown` is requested; yields after each row: several trainers take turns."""
+        num_trainable, first_step = sum(param.numel() for param in self.params), self.position.global_step
+        self.finished_before = self.is_finished()
+        if self.finished_before:
             self.on_event(Note(FINISHED.format(first_step, self.num_steps)))
-            return self.result(finished_before=True)
+            return
         compiles = self.model.attention_route(self.ranks.device.type).kernel is not None
         self.on_event(Started(self.num_steps, first_step, num_trainable, self.num_documents, self.num_tokens, compiles))
-        with GracefulShutdown() as shutdown:
-            while not self.is_finished():
-                first_of_epoch = self.position.global_step
-                try:
-                    self.train_epoch(shutdown)
-                except (ServerUnavailableError, InvalidResponseError) as error:
-                    self.save_what_was_trained(first_of_epoch, error)
-        if self.last_saved is None or (self.last_saved[1] < self.position.global_step and not config.save_best):
+        while not self.is_finished():
+            first_of_epoch = self.position.global_step
+            try:
+                yield from self.train_epoch(shutdown)
+            except (ServerUnavailableError, InvalidResponseError) as error:
+                self.save_what_was_trained(first_of_epoch, error)
+        if self.last_saved is None or (self.last_saved[1] < self.position.global_step and not self.config.save_best):
             self.save()
         if self.ranks.is_main and self.last_saved is not None and self.last_saved[1] < self.position.global_step:
             self.checkpointer.finish(self.position.global_step)
-        return self.result()
 
     def is_finished(self) -> bool:
         is_last_step = self.config.max_steps is not None and self.position.global_step >= self.config.max_steps
         return is_last_step or self.position.epoch >= self.config.num_epochs
 
-    def train_epoch(self, shutdown: GracefulShutdown) -> None:
+    def train_epoch(self, shutdown: GracefulShutdown) -> Iterator[RowsDone]:
         """The rest of the current epoch, or as much of it as `max_steps` leaves."""
         epoch, first = self.position.epoch, self.position.local_step
         self.train_loader.set_epoch(epoch)
@@ -165,6 +160,7 @@ class Trainer:
         for local_step, batch in enumerate(self.train_loader.batches(first), start=first + 1):
             self.backward(batch)
             if local_step % rows_a_step and local_step < num_rows:
+                yield epoch, local_step, 0
                 continue
             lr = self.step()
             self.position = Position(epoch, local_step, self.position.global_step + 1)
@@ -172,16 +168,17 @@ class Trainer:
             # At the end of an epoch its validation and checkpoint come first; the next step stops.
             if self.ranks.any(shutdown.requested is not None) and local_step < num_rows:
                 self.stop(shutdown.requested or "a signal on another rank")
+            yield epoch, local_step, 0
             if self.is_finished():
                 break
             if local_step in save_steps:
-                self.validate_and_save()
+                yield from self.validate_and_save()
         ended = self.position.local_step >= num_rows
         if ended:
             self.position = Position(epoch, 0, self.position.global_step)
         is_last = self.is_finished() or epoch + 1 == self.config.num_epochs
         if is_last or is_saved_epoch(self.config.checkpoint_freq, epoch):
-            self.validate_and_save()
+            yield from self.validate_and_save()
         if ended:
             self.position = Position(epoch + 1, 0, self.position.global_step)
 
@@ -234,23 +231,25 @@ class Trainer:
         self.recent = RecentSteps()
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float] | None:
+    def validate(self) -> Generator[RowsDone, None, dict[str, float] | None]:
+        """Yields after each row; returns the metrics, None without a validation split."""
         if self.val_loader is None:
             return None
         self.model.eval()
-        sums, num_counted = MetricSums(), len(self.val_loader) - self.val_loader.num_repeated
+        sums, at, num_counted = MetricSums(), self.position, len(self.val_loader) - self.val_loader.num_repeated
         for number, batch in enumerate(self.val_loader.batches()):
             sums.add(self.forward(batch, self.config.val_call_kwargs)[1], counts=number < num_counted)
-        metrics, at = sums.values(self.ranks.add_up), self.position
+            yield at.epoch, at.local_step or len(self.train_loader), number + 1
+        metrics = sums.values(self.ranks.add_up)
         if self.decoder is not None:
             metrics |= self.decoder.measure(self.model, self.ranks)
         self.last_metrics = metrics
         self.on_event(Validated(at.global_step, at.epoch, metrics, expected_acceptance_length(metrics)))
         return metrics
 
-    def validate_and_save(self) -> None:
+    def validate_and_save(self) -> Iterator[RowsDone]:
         started = time.perf_counter()
-        metrics = self.validate()
+        metrics = yield from self.validate()
         loss = math.inf if metrics is None else metrics.get("loss", math.inf)
         if not self.config.save_best:
             self.save(metrics)
@@ -291,10 +290,10 @@ class Trainer:
         self.on_event(Stopped(path, signal_name))
         raise TrainingInterrupted(path, signal_name)
 
-    def result(self, *, finished_before: bool = False) -> TrainResult:
+    def result(self) -> TrainResult:
         best = self.checkpointer.best
         path = best if best.exists() else (self.last_saved or (self.checkpointer.root, 0))[0]
         metrics = self.checkpointer.val_metrics(path) or self.last_metrics
-        told: dict[str, Any] = {"train_metrics": self.train_metrics, "finished_before": finished_before}
+        told: dict[str, Any] = {"train_metrics": self.train_metrics, "finished_before": self.finished_before}
         length = expected_acceptance_length(metrics)
         return TrainResult(path.resolve(), metrics, length, self.position.global_step, **told)
