@@ -21,7 +21,7 @@ VLLM_TRITON ?= .venv-vllm-triton
 VLLM_PYTEST := OMP_NUM_THREADS=1 SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest
 VLLM_TESTS ?= tests/integration tests/mtp tests/serving
 
-.PHONY: help quickstart results test fuzz test-newest test-vllm test-vllm-smallest test-vllm-v2 soak kills check lint types install install-dev clean
+.PHONY: help quickstart results test fuzz test-newest test-vllm test-vllm-smallest test-vllm-v2 soak kills docs docs-commands check lint types install install-dev clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,12 @@ soak: install-dev  ## 2,000 random requests per drafting method through one engi
 kills: install-dev  ## kill regeneration and extraction 20 times, training before every change that it makes and 20 times at random, and continue (half an hour)
 	SPECULATORS_NUM_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "killed_runs" tests/data/test_regenerate_responses.py tests/serving/test_regenerate_server.py tests/train/test_stored_states.py
 	SPECULATORS_KILLS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rP tests/train/test_kills.py
+
+docs: install-dev  ## build the documentation site into site/, warnings as errors; show it with .venv/bin/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-commands: install-dev  ## run the commands of the documents on the embedded verifier (some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/run_docs.py
 
 check: lint types test  ## everything that must pass before a change is finished
 

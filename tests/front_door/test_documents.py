@@ -1,0 +1,63 @@
+"""The documentation: the site builds without a warning, and every command in it is one that exists.
+
+`python scripts/run_docs.py` runs the commands too (minutes).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speculators.cli import app
+from speculators.train.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from run_docs import Command, commands_of, pages, why_skipped  # noqa: E402
+
+
+def read(command: Command) -> None:
+    """Parses the flags of a command, and runs nothing. Raises where the command line would."""
+    words = [word for word in command.words[2:] if not re.fullmatch(r"\[?--python|PATH\]", word)]
+    verb = command.verb
+    assert verb is not None
+    if verb == "train":
+        TrainConfig.resolve([*words, *([] if "--data" in words else ["--data", "data"])])
+    elif verb not in ("--version", "--install-completion") and not app.asks_for_help(words):
+        words, _ = app.split_common(words[: words.index("--")] if "--" in words else words)  # behind it: vLLM's own
+        app.shown_command_of(verb, words, all_names=True).make_context(verb, list(words))
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocstrings")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    silent = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, env=silent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    interface = (tmp_path / "site" / "api.html").read_text()
+    assert "acceptance, speed, losslessness" in interface  # the docstring of `evaluate`
+    fetched = re.findall(r'(?:src|<link rel="(?!canonical)[^>]*href)="(?:https?:)?//[^"]*', interface)
+    assert not fetched, "a page asks nobody else for anything"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_every_command_of_a_page_exists_with_its_flags(page):
+    for command in commands_of(page):
+        if command.verb is not None and why_skipped(command) != "runs in tests/conformance/test_ninth_algorithm.py":
+            read(command)
+
+
+def test_the_guides_have_commands():
+    assert sum(command.verb is not None for page in pages() for command in commands_of(page)) > 50
+
+
+@pytest.mark.parametrize("text", ["speculators check run --no-such-flag", "speculators train --verifier M --lrr 1e-3"])
+def test_a_command_that_does_not_exist_is_seen(text):
+    with pytest.raises((ValueError, app.UsageError)):
+        read(Command("", text))
