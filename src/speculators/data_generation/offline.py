@@ -167,6 +167,15 @@ def num_slots(capture: CaptureSpec) -> int:
     return len(capture.aux_layer_ids) + capture.last_hidden
 
 
+def columns_of(states: VerifierStates, layers: tuple[int, ...], capture: CaptureSpec) -> VerifierStates:
+    """Returns what `capture` reads of the states of `layers` (ascending), which hold it."""
+    aux_TD, last_TH = states.aux_TD, states.last_hidden_TH if capture.last_hidden else None
+    if aux_TD is not None and capture.aux_layer_ids != layers:
+        slots = [layers.index(layer) for layer in capture.aux_layer_ids]
+        aux_TD = aux_TD.unflatten(-1, (len(layers), -1))[:, slots].flatten(1) if slots else None
+    return VerifierStates(states.token_ids_T, aux_TD, last_TH)
+
+
 def slots_of(capture: CaptureSpec, note: ExtractionNote | None, num_slots_in_file: int) -> list[int]:
     """Finds the slots of the wanted layers by the server's note; without one the file must hold exactly those layers.
 

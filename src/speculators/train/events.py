@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,21 @@ Listener = Callable[[Event], None]
 
 def ignore(event: Event) -> None:
     """A listener that does nothing."""
+
+
+def telling(listeners: Sequence[Listener]) -> Listener:
+    """One listener for several."""
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
+
+
+def as_notes(listener: Listener) -> Callable[[str], None]:
+    """A function that says a line to a listener."""
+    return lambda text: listener(Note(text))
 
 
 DECODED = "decoded_acceptance_length"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -177,18 +177,23 @@ TRACKERS: dict[str, tuple[str, Callable[..., Log]]] = {
 }
 
 
-def own_listeners(config: TrainConfig) -> list[Listener]:
-    """The loss curve, and the trackers that a config names."""
-    keys = config.logging
-    trackers = make_trackers(keys.logger, keys.log_dir, keys.run_name, config.flatten())
-    return [CurveFile(config.trainer.save_path), *trackers]
+def trackers_of(configs: Sequence[TrainConfig]) -> list[list[Listener]]:
+    """The trackers that configs name, for each of them; several drafters share one run in which each has a heading."""
+    keys = configs[0].logging
+    if len(configs) == 1:
+        return [make_trackers(keys.logger, keys.log_dir, keys.run_name, configs[0].flatten())]
+    settings = {f"{config.speculator_type}.{k}": v for config in configs for k, v in config.flatten().items()}
+    logs = make_logs(keys.logger, keys.log_dir, keys.run_name, settings)
+    return [[as_listener(log, f"{config.speculator_type}/") for log in logs] for config in configs]
 
 
 def make_trackers(names: str, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> list[Listener]:
     """Makes a listener for each name of a comma-separated list. Raises `ConfigError` for an unknown or missing one."""
-    return [
-        as_listener(make_log(name.strip(), log_dir, run_name, settings)) for name in names.split(",") if name.strip()
-    ]
+    return [as_listener(log) for log in make_logs(names, log_dir, run_name, settings)]
+
+
+def make_logs(names: str, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> list[Log]:
+    return [make_log(name.strip(), log_dir, run_name, settings) for name in names.split(",") if name.strip()]
 
 
 def make_log(name: str, log_dir: str, run_name: str | None, settings: dict[str, Any]) -> Log:
@@ -203,15 +208,15 @@ def make_log(name: str, log_dir: str, run_name: str | None, settings: dict[str, 
     return make(module, log_dir, run_name, settings)
 
 
-def as_listener(log: Log) -> Listener:
+def as_listener(log: Log, heading: str = "") -> Listener:
     def listen(event: Event) -> None:
         if isinstance(event, StepDone | Validated):
-            prefix = "train" if isinstance(event, StepDone) else "val"
+            prefix = heading + ("train" if isinstance(event, StepDone) else "val")
             values = {f"{prefix}/{key}": value for key, value in event.metrics.items()}
             if event.acceptance_length is not None:
                 values[f"{prefix}/acceptance_length"] = event.acceptance_length
             if isinstance(event, StepDone):
-                values |= {"train/lr": event.lr, "train/tokens_per_s": event.tokens_per_s}
+                values |= {f"{prefix}/lr": event.lr, f"{prefix}/tokens_per_s": event.tokens_per_s}
             log(values, event.step)
 
     return listen

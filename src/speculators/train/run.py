@@ -8,18 +8,17 @@ What can be wrong is looked at in the order of its cost: names first, then files
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from speculators.data_generation import LocalSource, PreparedData
+from speculators.data_generation import LocalSource
 from speculators.deploy.check import check_checkpoint
-from speculators.evaluation.config import ParityConfig
-from speculators.evaluation.parity import REPORT_NAME, ParityReport, check_parity
 from speculators.model import SpeculatorModel
 from speculators.provenance import as_json, output_lock
 from speculators.train.checkpointer import DRY_RUN
@@ -28,9 +27,9 @@ from speculators.train.data import ArrowDataset, CollateFn, PackedLoader
 from speculators.train.distributed import Ranks, ranks_from_environment
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.draft_shape import build_model, check_heads, load_verifier_config
-from speculators.train.events import Event, Listener, Note, ignore
+from speculators.train.events import Listener, Note, as_notes, ignore, telling
 from speculators.train.flags import flag_of
-from speculators.train.logger import own_listeners
+from speculators.train.logger import CurveFile, trackers_of
 from speculators.train.recipe import (
     CHECK_NAME,
     check_recipe,
@@ -41,18 +40,18 @@ from speculators.train.recipe import (
     write_provenance,
 )
 from speculators.train.records import MemoryEstimate, TrainerConfig, TrainResult, check_disk_space, estimate_memory
+from speculators.train.side_by_side import Drafter, shared, take_turns, union_of
 from speculators.train.sources import (
     ask_server,
-    check_supervised,
-    check_token_ids,
     computes_in_process,
     leave_out_untrained,
     make_source,
+    open_splits,
     open_store,
     rows_to_use,
 )
 from speculators.train.trainer import Trainer
-from speculators.train.validation import PromptDecoder, prompts_of
+from speculators.train.validation import run_gate
 from speculators.train.vocab_mapping import coverage
 from speculators.utils.files import absolute_if_directory, atomic_write
 from speculators.utils.progress import no_progress_bars
@@ -60,35 +59,61 @@ from speculators.utils.report import work
 from speculators.verifier import check_reproduces_logits, load_verifier, text_config
 
 LOCK_FILE = ".run.lock"
-NUM_PROMPTS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 64, 32
-"""A wrong drafter shows within a few rounds."""
 
 
-@no_progress_bars()
 def train(config: TrainConfig, *, verifier: PreTrainedModel | None = None, on_event: Listener = ignore) -> TrainResult:
     """Train what `config` describes. `on_event` hears of every step, validation and checkpoint.
 
     `verifier`: the model that `config` names, when it is loaded already.
     """
-    save_path = Path(config.trainer.save_path)
-    with ranks_from_environment(config.trainer.rank_timeout) as ranks, ExitStack() as stack:
-        lock = output_lock(save_path / LOCK_FILE, f"run directory {save_path}", lambda text: on_event(Note(text)))
-        ranks.main_first(lambda: stack.enter_context(lock))
-        listeners = [on_event, *(own_listeners(config) if ranks.is_main else [])]
+    [result] = train_side_by_side([config], verifier=verifier, listen=lambda name: on_event)
+    return result
 
-        def tell(event: Event) -> None:
-            for listener in listeners:
-                listener(event)
 
-        trainer, estimate = build(config, ranks, tell if ranks.is_main else ignore, verifier)
-        if config.dry_run:
-            tell(Note(str(estimate)))
-            trainer.save(name=DRY_RUN)
-            return TrainResult(save_path / DRY_RUN, {}, None, 0)
+@no_progress_bars()
+def train_side_by_side(
+    configs: Sequence[TrainConfig],
+    *,
+    verifier: PreTrainedModel | None = None,
+    listen: Callable[[str], Listener] = lambda name: ignore,
+) -> list[TrainResult]:
+    """Trains a drafter per config, in turns on the same verifier states, and returns their results in this order.
+
+    They have directories of their own and the same verifier, data and seed (`drafters.resolve_all` sees to it). Each
+    ends as it would alone. `listen`: returns the listener of a drafter, by its algorithm. `verifier`: see `train`.
+    """
+    with ranks_from_environment(configs[0].trainer.rank_timeout) as ranks, ExitStack() as stack:
+        drafters = []
+        for config, trackers in zip(
+            configs, trackers_of(configs) if ranks.is_main else [[]] * len(configs), strict=True
+        ):
+            on_event, save_path = listen(config.speculator_type), Path(config.trainer.save_path)
+            lock = output_lock(save_path / LOCK_FILE, f"run directory {save_path}", as_notes(on_event))
+            ranks.main_first(partial(stack.enter_context, lock))
+            tell = telling([on_event, CurveFile(save_path), *trackers]) if ranks.is_main else ignore
+            drafters.append(build_drafter(config, ranks, tell))
+        give_states(drafters, ranks, verifier)
+        if configs[0].dry_run:
+            return [dry_run(drafter) for drafter in drafters]
         with work():
-            result = trainer.run_training()
-        device = trainer.ranks.device
-    if not ranks.is_main or (result.finished_before and is_closed(config, result)):
+            results = take_turns(drafters, ranks)
+    if not ranks.is_main:
+        return results
+    closing = zip(drafters, results, strict=True)
+    return [close(drafter.config, result, listen(drafter.name), ranks, verifier) for drafter, result in closing]
+
+
+def dry_run(drafter: Drafter) -> TrainResult:
+    drafter.on_event(Note(str(drafter.memory)))
+    drafter.trainer.save(name=DRY_RUN)
+    return TrainResult(Path(drafter.config.trainer.save_path) / DRY_RUN, {}, None, 0)
+
+
+def close(
+    config: TrainConfig, result: TrainResult, on_event: Listener, ranks: Ranks, verifier: PreTrainedModel | None
+) -> TrainResult:
+    """Checks the checkpoint of a run that is over, and writes what was found beside it."""
+    if result.finished_before and is_closed(config, result):
         return result
     if config.trainer.contract_check:
         check = check_checkpoint(result.checkpoint)
@@ -101,27 +126,31 @@ def train(config: TrainConfig, *, verifier: PreTrainedModel | None = None, on_ev
         how = f"speculators verify {result.checkpoint}"
         on_event(Note(f"no parity gate: the verifier was not in this process; where it can be, run `{how}`"))
         return result
-    return replace(result, parity=run_gate(config, verifier_name(config), result.checkpoint, device, verifier))
+    return replace(result, parity=run_gate(config, verifier_name(config), result.checkpoint, ranks.device, verifier))
 
 
 def build(
     config: TrainConfig, ranks: Ranks, on_event: Listener, verifier: PreTrainedModel | None = None
 ) -> tuple[Trainer, MemoryEstimate]:
-    """Builds everything of a run but its first step, and writes what makes it into its directory."""
+    """Builds everything of a run of one drafter but its first step, and writes what makes it into its directory."""
+    drafter = build_drafter(config, ranks, on_event)
+    give_states([drafter], ranks, verifier)
+    return drafter.trainer, drafter.memory
+
+
+def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Drafter:
+    """Builds everything of a run but what gives it verifier states."""
     torch.manual_seed(config.seed)
     if config.deterministic_cuda:
         torch.use_deterministic_algorithms(True)
-    data, name = config.data, verifier_name(config)
-    dtype = getattr(torch, data.hidden_states_dtype)
-
-    def note(text: str) -> None:
-        on_event(Note(text))
-
+    data, name, note = config.data, verifier_name(config), as_notes(on_event)
     verifier_config = load_verifier_config(name, config.verifier.trust_remote_code)
     check_heads(config, verifier_config)
-    train_set, val_set = open_splits(config, dtype, text_config(verifier_config).vocab_size)
-    for dataset in (train_set, val_set):
-        said = None if dataset is None else leave_out_untrained(dataset)
+    dtype = getattr(torch, data.hidden_states_dtype)
+    train_set, val_set = open_splits(data, dtype, text_config(verifier_config).vocab_size)
+    datasets = [train_set] if val_set is None else [train_set, val_set]
+    for dataset in datasets:
+        said = leave_out_untrained(dataset)
         if said is not None:
             note(said)
     for key, because in config.idle.items():
@@ -136,11 +165,10 @@ def build(
     usable = rows_to_use(data, store, note)
     hidden_size = text_config(verifier_config).hidden_size
     loaders = []
-    for dataset in (train_set, val_set):
-        if dataset is not None:
-            dataset.keep_rows(usable)
-            num_threads = 0 if computes_in_process(data) else data.num_workers  # one verifier, one thread
-            loaders.append(make_loader(config, dataset, model, hidden_size, ranks, num_threads))
+    for dataset in datasets:
+        dataset.keep_rows(usable)
+        num_threads = 0 if computes_in_process(data) else data.num_workers  # one verifier, one thread
+        loaders.append(make_loader(config, dataset, model, hidden_size, ranks, num_threads))
     recipe = recipe_of(config, ranks, model, usable)
     ranks.main_first(lambda: check_recipe(config, recipe, on_event))
     torch.manual_seed(config.seed + ranks.rank)
@@ -153,55 +181,59 @@ def build(
         num_documents=len(train_set),
         num_tokens=sum(train_set.lengths),
     )
-    if trainer.is_finished() and not config.dry_run and is_closed(config, trainer.result()):
-        return trainer, estimate(config, model, None, hidden_size)
-    random_state = ranks.random_state()  # of the checkpoint: the verifier's proof draws numbers too
+    closed = trainer.is_finished() and not config.dry_run and is_closed(config, trainer.result())
+    return Drafter(
+        config=config,
+        trainer=trainer,
+        datasets=datasets,
+        store=store,
+        reads_files_alone=usable is not None,
+        on_event=on_event,
+        recipe=recipe,
+        is_closed=closed,
+        random_state=ranks.random_state(),
+        memory=estimate(config, model, None, hidden_size),
+    )
+
+
+def give_states(drafters: Sequence[Drafter], ranks: Ranks, verifier: PreTrainedModel | None) -> None:
+    """Gives the drafters that have steps left their verifier states: those of all of them are computed together."""
+    going = [drafter for drafter in drafters if not drafter.is_closed]
+    if not going:
+        return
+    first, config = going[0], going[0].config
+    data, name, note = config.data, verifier_name(config), as_notes(first.on_event)
+    capture = union_of([drafter.trainer.model.capture for drafter in going])
+    hidden_size = text_config(load_verifier_config(name, config.verifier.trust_remote_code)).hidden_size
+    store = first.store if len(going) == 1 else open_store(data, capture, name, note)
+    dtype = getattr(torch, data.hidden_states_dtype)
     verifier_model, computing = None, None
     if computes_in_process(data):
         verifier_model = checked_verifier(config, ranks, dtype, verifier)
-        computing = LocalSource(verifier_model, model.capture)
-    elif usable is None:
-        computing = ask_server(data, model.capture, name, hidden_size, note)
-    if config.trainer.eval_prompts:
-        if verifier_model is None:
-            note("the verifier is loaded to decode --eval-prompts; its states come from elsewhere")
-            verifier_model = checked_verifier(config, ranks, dtype, verifier)
-        assert val_set is not None
-        trainer.decoder = PromptDecoder.of(model, verifier_model, val_set.rows, config.trainer.eval_prompts)
+        computing = LocalSource(verifier_model, capture)
+    elif not first.reads_files_alone:
+        computing = ask_server(data, capture, name, hidden_size, note)
+    for drafter in going:
+        if drafter.config.trainer.eval_prompts:
+            if verifier_model is None:
+                note("the verifier is loaded to decode --eval-prompts; its states come from elsewhere")
+                verifier_model = checked_verifier(config, ranks, dtype, verifier)
+            drafter.decode_prompts(verifier_model)
     source = make_source(data, store, computing, hidden_size)
-    for dataset in (train_set, val_set):
-        if dataset is not None:
-            dataset.source = source
-    ranks.set_random_state(random_state)
-    memory = estimate(config, model, verifier_model, hidden_size)
-    check_disk_space(Path(config.trainer.save_path), memory.checkpoint_bytes)
-    if ranks.is_main and not trainer.is_finished() and not config.dry_run:
-        write_provenance(config, recipe)
-    return trainer, memory
+    for drafter, readable in zip(going, shared(source, going), strict=True):
+        for dataset in drafter.datasets:
+            dataset.source = readable
+    ranks.set_random_state(first.random_state)  # of the checkpoint: the verifier's proof draws numbers too
+    for drafter in going:
+        drafter.memory = estimate(drafter.config, drafter.trainer.model, verifier_model, hidden_size)
+        check_disk_space(Path(drafter.config.trainer.save_path), drafter.memory.checkpoint_bytes)
+        if ranks.is_main and not drafter.trainer.is_finished() and not config.dry_run:
+            write_provenance(drafter.config, drafter.recipe)
 
 
 def verifier_name(config: TrainConfig) -> str:
     """As the checkpoint records it, and everything that is compared with it."""
     return absolute_if_directory(config.verifier.verifier_name_or_path)
-
-
-def open_splits(config: TrainConfig, dtype: torch.dtype, vocab_size: int) -> tuple[ArrowDataset, ArrowDataset | None]:
-    """Training and validation rows, checked: there are some, with something to learn, in the verifier's vocabulary."""
-    keys = config.data
-    ratio = keys.train_data_ratio
-
-    def split(name: Any) -> ArrowDataset:
-        return ArrowDataset(
-            keys.total_seq_len, keys.data_path, train_ratio=ratio, split=name, hidden_states_dtype=dtype
-        )
-
-    train_set = split("train")
-    check_supervised(train_set, keys.data_path)
-    check_token_ids(train_set, keys.data_path, vocab_size)
-    val_set = split("val") if ratio < 1.0 else None
-    if val_set is not None:
-        check_supervised(val_set, keys.data_path)
-    return train_set, val_set
 
 
 def checked_verifier(
@@ -266,34 +298,3 @@ def estimate(
         num_unrolls=num_unrolls,
         verifier_bytes=sum(param.numel() * param.element_size() for param in params),
     )
-
-
-def run_gate(
-    config: TrainConfig, verifier: str, checkpoint: Path, device: torch.device, loaded: PreTrainedModel | None = None
-) -> ParityReport:
-    """Runs the parity gate: the checkpoint on prompts of the run's own data. Writes the report beside its weights.
-
-    `loaded`: the verifier, when the run was given it. One that is loaded here has the run's own precision on an
-    accelerator: a second verifier in fp32 may not fit.
-    """
-    report = check_parity(
-        ParityConfig(
-            checkpoint=str(checkpoint),
-            verifier=verifier,
-            max_tokens=MAX_TOKENS,
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
-            dtype="float32" if device.type == "cpu" else config.data.hidden_states_dtype,
-            device=str(device),
-            trust_remote_code=config.verifier.trust_remote_code,
-        ),
-        gate_prompts(config),
-        verifier=loaded,
-    )
-    report.save(checkpoint / REPORT_NAME)
-    return report
-
-
-def gate_prompts(config: TrainConfig) -> list[list[int]]:
-    """Returns the prompts of the last rows of the data: the held-out ones, if there are any."""
-    rows = PreparedData.open(config.data.data_path).dataset()
-    return prompts_of(rows.select(range(max(0, len(rows) - NUM_PROMPTS), len(rows))))

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
+import torch
 
 from speculators.data_generation import (
     CachedSource,
@@ -95,6 +97,24 @@ def rows_to_use(keys: DataKeys, store: ShardedStore | None, note: Callable[[str]
 def damage_of(store: ShardedStore | None) -> str:
     """Says which files lost samples."""
     return "".join(f". {problem}" for problem in (store.problems if store is not None else ()))
+
+
+def open_splits(keys: DataKeys, dtype: torch.dtype, vocab_size: int) -> tuple[ArrowDataset, ArrowDataset | None]:
+    """Training and validation rows, checked: there are some, with something to learn, in the verifier's vocabulary."""
+    ratio = keys.train_data_ratio
+
+    def split(name: Any) -> ArrowDataset:
+        return ArrowDataset(
+            keys.total_seq_len, keys.data_path, train_ratio=ratio, split=name, hidden_states_dtype=dtype
+        )
+
+    train_set = split("train")
+    check_supervised(train_set, keys.data_path)
+    check_token_ids(train_set, keys.data_path, vocab_size)
+    val_set = split("val") if ratio < 1.0 else None
+    if val_set is not None:
+        check_supervised(val_set, keys.data_path)
+    return train_set, val_set
 
 
 def check_supervised(dataset: ArrowDataset, datapath: str | Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -127,7 +127,7 @@ class Trainer:
             deque(self.training(shutdown), maxlen=0)
         return self.result()
 
-    def training(self, shutdown: GracefulShutdown) -> Iterator[RowsDone]:
+    def training(self, shutdown: GracefulShutdown) -> Generator[RowsDone]:
         """Trains to the end, or until `shutdown` is requested; yields after each row: several trainers take turns."""
         num_trainable, first_step = sum(param.numel() for param in self.params), self.position.global_step
         self.finished_before = self.is_finished()
@@ -151,7 +151,7 @@ class Trainer:
         is_last_step = self.config.max_steps is not None and self.position.global_step >= self.config.max_steps
         return is_last_step or self.position.epoch >= self.config.num_epochs
 
-    def train_epoch(self, shutdown: GracefulShutdown) -> Iterator[RowsDone]:
+    def train_epoch(self, shutdown: GracefulShutdown) -> Generator[RowsDone]:
         """The rest of the current epoch, or as much of it as `max_steps` leaves."""
         epoch, first = self.position.epoch, self.position.local_step
         self.train_loader.set_epoch(epoch)
@@ -247,7 +247,7 @@ class Trainer:
         self.on_event(Validated(at.global_step, at.epoch, metrics, expected_acceptance_length(metrics)))
         return metrics
 
-    def validate_and_save(self) -> Iterator[RowsDone]:
+    def validate_and_save(self) -> Generator[RowsDone]:
         started = time.perf_counter()
         metrics = yield from self.validate()
         loss = math.inf if metrics is None else metrics.get("loss", math.inf)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from speculators.checkpoint.record import verifier_facts
-from speculators.data_generation.offline import FP8, CorruptHiddenStatesError, check_finite, quantise
+from speculators.data_generation.offline import FP8, CorruptHiddenStatesError, check_finite, columns_of, quantise
 from speculators.data_generation.prepared import PreparedData
 from speculators.data_generation.sources.shard_writer import LastRows
 from speculators.data_generation.sources.shards import (
@@ -211,10 +211,9 @@ def read_sample(mappings: Mappings, entry: Entry, facts: StoreFacts, *, always_c
 
 def choose(states: VerifierStates, facts: StoreFacts, capture: CaptureSpec, num_tokens: int) -> VerifierStates:
     """Returns what `capture` asks for, of the first tokens: causal states of a clipped row are those of the whole."""
-    aux_TD, last_TH = states.aux_TD, states.last_hidden_TH if capture.last_hidden else None
-    if aux_TD is not None and facts.origin.projection is None and capture.aux_layer_ids != facts.aux_layer_ids:
-        slots = [facts.aux_layer_ids.index(layer) for layer in capture.aux_layer_ids]
-        aux_TD = aux_TD.unflatten(-1, (len(facts.aux_layer_ids), -1))[:, slots].flatten(1) if slots else None
+    layers = facts.aux_layer_ids if facts.origin.projection is None else capture.aux_layer_ids
+    chosen = columns_of(states, layers, capture)
+    aux_TD, last_TH = chosen.aux_TD, chosen.last_hidden_TH
     return VerifierStates(
         states.token_ids_T[:num_tokens],
         None if aux_TD is None else aux_TD[:num_tokens],
