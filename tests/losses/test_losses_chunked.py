@@ -86,21 +86,30 @@ class CountedTargets(HeadTargets):
         return super().at(rows_C, dtype)
 
 
-@pytest.mark.parametrize("factor", [1.0, 3.0, "other weights"])
-def test_a_trained_head_needs_one_walk_when_weights_are_known_and_is_right_when_they_were_not(factor):
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_head_needs_one_walk_where_weights_are_known_and_a_second_where_it_is_trained_without(is_known, is_trained):
     """One target row is used once and three of them thrice; rows that only fill up a group must count nothing."""
     hidden, head, targets, index, weight = case("some targets, any order")
-    head.requires_grad_()
+    leaves = (hidden, head.requires_grad_()) if is_trained else (hidden,)
     counted = CountedTargets(targets.hidden_TH, targets.weight_VH)
-    expected = weight.flip(0) if factor == "other weights" else weight * factor
-    config = resolve_loss_config("kl_div")
     CountedTargets.calls = 0
-    known = row_losses(hidden, head, counted, index, config, expected_weight_N=expected)
-    grads = torch.autograd.grad((known.loss_N * weight).sum(), (hidden, head))
-    assert CountedTargets.calls == (2 if factor == "other weights" else 1)
-    reference = row_losses(hidden, head, targets, index, resolve_loss_config("kl_div", "eager"))
-    expected_grads = torch.autograd.grad((reference.loss_N * weight).sum(), (hidden, head))
+    losses = row_losses(
+        hidden, head, counted, index, resolve_loss_config("kl_div"), weight_N=weight if is_known else None
+    )
+    total = losses.total if is_known else (losses.loss_N * weight).sum()
+    grads = torch.autograd.grad(3.0 * total, leaves)
+    assert CountedTargets.calls == (1 if is_known or not is_trained else 2)
+    reference = row_losses(hidden, head, targets, index, resolve_loss_config("kl_div", "eager"), weight_N=weight)
+    expected_grads = torch.autograd.grad((reference.loss_N * 3.0 * weight).sum(), leaves, retain_graph=True)
     torch.testing.assert_close(grads, expected_grads, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(torch.autograd.grad(3.0 * reference.total, leaves), grads, atol=1e-12, rtol=1e-10)
+
+
+def test_where_weights_are_known_no_others_can_be_differentiated_by_mistake():
+    hidden, head, targets, index, weight = case("one to one")
+    losses = row_losses(hidden, head, targets, index, resolve_loss_config("kl_div"), weight_N=weight)
+    assert losses.total.requires_grad and not losses.loss_N.requires_grad
 
 
 def test_token_targets_are_cross_entropy():

@@ -1,6 +1,7 @@
 """Every route of attention that any device takes, chosen by argument on a CPU: the same loss and gradients as the dense
 reference, and nothing compiled anew because a row has another shape."""
 
+import functools
 import random
 
 import pytest
@@ -74,12 +75,8 @@ def shapes(num_rows):
         yield lengths, draw.choice([0.0, 0.02, 0.5, 1.0]), draw.choice([1, 2, 7, 40, 200]), draw.choice([0, 1, 30])
 
 
-@pytest.mark.parametrize("implementation", ROUTES)
-@pytest.mark.parametrize("algorithm", DRAFTERS)
-def test_no_row_compiles_anew_because_of_its_shape(algorithm, implementation, wide_verifier, monkeypatch):
-    """Of the routes that a GPU takes: at most 4 compilations in the first 10 of 60 rows, none in the last 50. Blocks
-    are small, so that small rows have many numbers of them."""
-    monkeypatch.setattr(routes, "BLOCK", 8)
+def compilations_by_row(algorithm, verifier_path, route, num_rows, **options):
+    """Compilations up to each of differently shaped rows, by a backend that counts graphs and compiles none."""
     compilations = []
 
     def count(graph, examples):
@@ -87,17 +84,41 @@ def test_no_row_compiles_anew_because_of_its_shape(algorithm, implementation, wi
         return graph.forward
 
     torch._dynamo.reset()
-    route = choose_route(implementation, "cuda", head_size=16)
     if route.kernel is not None:
-        route = flex_route(routes.compiled(backend=count))
-    model, seen = make_drafter(algorithm, wide_verifier), []
+        compile_it = routes.compiled if not options else functools.partial(torch.compile, routes.attend, **options)
+        route = flex_route(compile_it(backend=count))
+    model, seen = make_drafter(algorithm, verifier_path), []
     with torch.no_grad():
-        for i, (lengths, supervised, max_anchors, padding) in enumerate(shapes(60)):
+        for i, (lengths, supervised, max_anchors, padding) in enumerate(shapes(num_rows)):
             batch = row_of(algorithm, lengths, seed=i, padding=padding, supervised=supervised)
             model(**batch, max_anchors=max_anchors, attention_route=route, return_logits=False)
             seen.append(len(compilations))
+    return seen
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """So that small rows have many numbers of them."""
+    monkeypatch.setattr(routes, "BLOCK", 8)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("implementation", ROUTES)
+@pytest.mark.parametrize("algorithm", DRAFTERS)
+def test_no_row_compiles_anew_because_of_its_shape(algorithm, implementation, wide_verifier):
+    """Of the routes that a GPU takes: at most 4 compilations in the first 10 of 60 rows, none in the last 50."""
+    route = choose_route(implementation, "cuda", head_size=16)
+    seen = compilations_by_row(algorithm, wide_verifier, route, 60)
     assert seen[9] <= 4 and seen[59] == seen[9], seen
     assert (seen[9] > 0) == (route.kernel is not None)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_kernel_that_is_compiled_for_each_size_is_seen(wide_verifier, monkeypatch):
+    """As drafters trained before: the count above says so."""
+    monkeypatch.setattr(routes, "mark", lambda tensor, *dims: None)
+    seen = compilations_by_row("dflash", wide_verifier, FLEX, 8, dynamic=False)
+    assert seen[-1] > 4, seen
 
 
 @pytest.mark.parametrize("algorithm", DRAFTERS)

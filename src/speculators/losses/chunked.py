@@ -9,10 +9,10 @@ decays, D-PACE and denominators are ordinary autograd on top. Draft rows that sh
 share its logits and softmax.
 
 The gradient of a head that is trained is a sum over rows, each weighted by the gradient that reaches its loss. A caller
-that knows these weights beforehand passes them (`expected_weight_N`), and forward sums the gradient as well; otherwise,
-or when other weights arrive, backward computes the chunks a second time. The trained head may be one part of a head:
-logits = hidden @ frozen.T + features @ trained.T is one head [V, H + R] on rows [hidden ; features], of which only the
-trained columns need a gradient.
+that knows these weights beforehand passes them (`weight_N`) and differentiates the weighted sum, `total`, of which
+forward sums the gradient as well; otherwise backward computes the chunks a second time. The trained head may be one
+part of a head: logits = hidden @ frozen.T + features @ trained.T is one head [V, H + R] on rows [hidden ; features], of
+which only the trained columns need a gradient.
 """
 
 from __future__ import annotations
@@ -38,16 +38,13 @@ from speculators.losses.chunks import (
 from speculators.losses.closed_form import LogitRows, TokenRows
 from speculators.losses.registry import LossConfig, is_reference
 
-ROUNDING = 1e-5
-"""Relative difference up to which the weights of rows equal the expected ones."""
-
 
 @dataclass(frozen=True)
 class RowLosses:
     """One entry per draft row, in the given order."""
 
     loss_N: Tensor
-    """Weighted sum of the terms; differentiable with respect to the hidden rows (and a trained head)."""
+    """Weighted sum of the terms. It, or `total`, is differentiable: in the hidden rows and a trained head."""
     terms: dict[str, Tensor]
     """Each term, unweighted and detached."""
     draft_ids_N: Tensor
@@ -55,6 +52,8 @@ class RowLosses:
     """The most likely token of the draft vocabulary."""
     outside_N: Tensor
     """Bool: the verifier's own most likely token is not in the draft vocabulary, so that no draft is right."""
+    total: Tensor | None = None
+    """sum(weight * loss), differentiable in place of `loss_N`, where weights were given."""
 
     @property
     def agrees_N(self) -> Tensor:
@@ -74,16 +73,15 @@ def row_losses(
     target_index_N: Tensor,
     loss_config: LossConfig,
     *,
-    expected_weight_N: Tensor | None = None,
+    weight_N: Tensor | None = None,
     chunk_elements: int | None = None,
 ) -> RowLosses:
     """Computes the loss of each draft row against target row `target_index_N`. Losses of `losses.eager` take the
-    reference route: all logits at once, plain autograd. `expected_weight_N`: the weight of each loss in the total, up
-    to a common factor (used by a head that is trained)."""
+    reference route: all logits at once, plain autograd. `weight_N`: of each loss in `total`, where it is known."""
     if is_reference_config(loss_config):
-        return reference_row_losses(hidden_NH, head_VH, targets, target_index_N, loss_config)
+        return reference_row_losses(hidden_NH, head_VH, targets, target_index_N, loss_config, weight_N)
     head = SplitHead(None, head_VH) if head_VH.requires_grad else SplitHead(head_VH, None)
-    return head_losses(hidden_NH, head, targets, target_index_N, loss_config, expected_weight_N, chunk_elements)
+    return head_losses(hidden_NH, head, targets, target_index_N, loss_config, weight_N, chunk_elements)
 
 
 def split_row_losses(
@@ -94,7 +92,7 @@ def split_row_losses(
     target_index_N: Tensor,
     loss_config: LossConfig,
     *,
-    expected_weight_N: Tensor | None = None,
+    weight_N: Tensor | None = None,
     chunk_elements: int | None = None,
 ) -> RowLosses:
     """`row_losses` for two heads whose logits add up: hidden @ frozen.T + features @ trained.T."""
@@ -102,8 +100,8 @@ def split_row_losses(
     if is_reference_config(loss_config):
         assert head.frozen_VH is not None and head.trained_VR is not None
         side_by_side_VX = torch.cat((head.frozen_VH, head.trained_VR), -1)
-        return reference_row_losses(rows_NX, side_by_side_VX, targets, target_index_N, loss_config)
-    return head_losses(rows_NX, head, targets, target_index_N, loss_config, expected_weight_N, chunk_elements)
+        return reference_row_losses(rows_NX, side_by_side_VX, targets, target_index_N, loss_config, weight_N)
+    return head_losses(rows_NX, head, targets, target_index_N, loss_config, weight_N, chunk_elements)
 
 
 class SplitHead(NamedTuple):
@@ -119,7 +117,7 @@ def head_losses(
     targets: Targets,
     target_index_N: Tensor,
     loss_config: LossConfig,
-    expected_weight_N: Tensor | None,
+    weight_N: Tensor | None,
     chunk_elements: int | None,
 ) -> RowLosses:
     terms = [(kernel_of(function), weight) for function, weight in loss_config.values()]
@@ -127,14 +125,21 @@ def head_losses(
     chunk_rows = rows_per_chunk(rows_NX.device, vocab_size, chunk_elements)
     pairing = Pairing.of(target_index_N, chunk_rows, rows_NX.device)
     frozen_VH = None if head.frozen_VH is None else head.frozen_VH.detach()
-    loss_N, terms_MN, *ids_and_outside = ChunkedRows.apply(
-        rows_NX, frozen_VH, head.trained_VR, targets, pairing, terms, expected_weight_N
+    loss_N, total, terms_MN, draft_ids_N, target_ids_N, outside_N = ChunkedRows.apply(
+        rows_NX, frozen_VH, head.trained_VR, targets, pairing, terms, weight_N
     )
-    return RowLosses(loss_N, dict(zip(loss_config, terms_MN, strict=True)), *ids_and_outside)
+    total = None if weight_N is None else total
+    named = dict(zip(loss_config, terms_MN, strict=True))
+    return RowLosses(loss_N, named, draft_ids_N, target_ids_N, outside_N, total)
 
 
 def reference_row_losses(
-    hidden_NH: Tensor, head_VH: Tensor, targets: Targets, target_index_N: Tensor, loss_config: LossConfig
+    hidden_NH: Tensor,
+    head_VH: Tensor,
+    targets: Targets,
+    target_index_N: Tensor,
+    loss_config: LossConfig,
+    weight_N: Tensor | None,
 ) -> RowLosses:
     logits_NV = F.linear(hidden_NH, head_VH)
     target_index_N = target_index_N.to(hidden_NH.device)
@@ -150,11 +155,12 @@ def reference_row_losses(
             else function(logits_NV, target.logits_NV)
             for name, (function, _) in loss_config.items()
         }
-    total = sum((weight * losses[name] for name, (_, weight) in loss_config.items()), start=logits_NV.new_zeros(()))
-    assert isinstance(total, Tensor)
-    terms = {name: loss_N.detach() for name, loss_N in losses.items()}
+    loss_N = sum((weight * losses[name] for name, (_, weight) in loss_config.items()), start=logits_NV.new_zeros(()))
+    assert isinstance(loss_N, Tensor)
+    terms = {name: term_N.detach() for name, term_N in losses.items()}
     outside_N = torch.zeros_like(target_index_N, dtype=torch.bool) if outside is None else outside.is_best_C
-    return RowLosses(total, terms, logits_NV.argmax(-1), target.token_ids_N, outside_N)
+    total = None if weight_N is None else (weight_N * loss_N).sum()
+    return RowLosses(loss_N, terms, logits_NV.argmax(-1), target.token_ids_N, outside_N, total)
 
 
 def is_reference_config(loss_config: LossConfig) -> bool:
@@ -196,7 +202,7 @@ class Gradients:
 
 class ChunkedRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_NX, frozen_VH, trained_VR, targets: Targets, pairing: Pairing, terms: Terms, expected_N):
+    def forward(ctx, rows_NX, frozen_VH, trained_VR, targets: Targets, pairing: Pairing, terms: Terms, weight_N):
         device = rows_NX.device
         parts = [part.detach() for part in (frozen_VH, trained_VR) if part is not None]
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else parts[0].dtype
@@ -207,8 +213,8 @@ class ChunkedRows(torch.autograd.Function):
         draft_ids_N, target_ids_N = torch.zeros(2, len(rows), dtype=torch.int64, device=device).unbind(0)
         outside_N = torch.zeros(len(rows), dtype=torch.bool, device=device)
         gradients = None
-        if any(ctx.needs_input_grad) and (trained_VR is None or expected_N is not None):
-            gradients = Gradients.zeros(rows, head, trained_VR, None if trained_VR is None else expected_N)
+        if any(ctx.needs_input_grad) and (trained_VR is None or weight_N is not None):
+            gradients = Gradients.zeros(rows, head, trained_VR, weight_N)
         with torch.autocast(device.type, enabled=False):  # products are cast by hand; sums stay fp32
             wants_grad = gradients is not None
             for chunk in iterate_chunks(rows, head, targets, pairing, terms, wants_grad=wants_grad, wants_outside=True):
@@ -221,40 +227,30 @@ class ChunkedRows(torch.autograd.Function):
                 if gradients is not None:
                     gradients.add(chunk)
         known = (None, None) if gradients is None else (gradients.grad_rows_NX, gradients.grad_trained_VR)
-        again = (rows, head) if trained_VR is not None else (None, None)
-        ctx.save_for_backward(*known, *again, trained_VR, expected_N)
-        ctx.rest = targets, pairing, terms, rows_NX.dtype
+        again = (None, None, None) if weight_N is not None or trained_VR is None else (rows, head, trained_VR)
+        ctx.save_for_backward(*known, *again)
+        ctx.rest = targets, pairing, terms, rows_NX.dtype, weight_N is not None
         weights_M = torch.tensor([weight for _, weight in terms], dtype=accumulate).to(device, non_blocking=True)
         loss_N = (weights_M[:, None] * losses_MN).sum(0)  # not a matmul: autocast would make it bf16
+        total = loss_N.new_zeros(()) if weight_N is None else (weight_N * loss_N).sum()
         judged = draft_ids_N.clone(), target_ids_N.clone(), outside_N
-        ctx.mark_non_differentiable(losses_MN, *judged)
-        return loss_N, losses_MN, *judged
+        ctx.mark_non_differentiable(total if weight_N is None else loss_N, losses_MN, *judged)
+        return loss_N, total, losses_MN, *judged
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss_N: Tensor, *_):
-        grad_rows_NX, grad_trained_VR, rows, head, trained_VR, expected_N = ctx.saved_tensors
-        targets, pairing, terms, rows_dtype = ctx.rest
-        if trained_VR is None:
+    def backward(ctx, grad_loss_N: Tensor, grad_total: Tensor, *_):
+        grad_rows_NX, grad_trained_VR, rows, head, trained_VR = ctx.saved_tensors
+        targets, pairing, terms, rows_dtype, has_total = ctx.rest
+        if has_total:
+            grad_rows_NX = grad_rows_NX * grad_total
+            grad_trained_VR = None if grad_trained_VR is None else grad_trained_VR * grad_total
+        elif trained_VR is None:
             grad_rows_NX = grad_rows_NX * grad_loss_N[:, None]
         else:
-            factor = None if expected_N is None else common_factor(grad_loss_N, expected_N)
-            if factor is not None:
-                grad_rows_NX, grad_trained_VR = grad_rows_NX * factor, grad_trained_VR * factor
-            else:
-                gradients = Gradients.zeros(rows, head, trained_VR, grad_loss_N)
-                with torch.autocast(rows.device.type, enabled=False):
-                    for chunk in iterate_chunks(
-                        rows, head, targets, pairing, terms, wants_grad=True, wants_outside=False
-                    ):
-                        gradients.add(chunk)
-                grad_rows_NX, grad_trained_VR = gradients.grad_rows_NX, gradients.grad_trained_VR
+            gradients = Gradients.zeros(rows, head, trained_VR, grad_loss_N)
+            with torch.autocast(rows.device.type, enabled=False):
+                for chunk in iterate_chunks(rows, head, targets, pairing, terms, wants_grad=True, wants_outside=False):
+                    gradients.add(chunk)
+            grad_rows_NX, grad_trained_VR = gradients.grad_rows_NX, gradients.grad_trained_VR
         return grad_rows_NX.to(rows_dtype), None, grad_trained_VR, None, None, None, None
-
-
-def common_factor(values_N: Tensor, of_N: Tensor) -> Tensor | None:
-    """Returns c with values = c * of in every row, up to rounding; None if no c fits."""
-    factor = values_N.sum() / of_N.sum().clamp_min(torch.finfo(of_N.dtype).tiny)
-    expected_N = factor * of_N
-    is_close_N = (values_N - expected_N).abs() <= ROUNDING * expected_N.abs()
-    return factor if bool(is_close_N.all()) else None

@@ -64,42 +64,49 @@ def train_heads(
     assert batch.last_hidden_TH is not None
     is_hard = teaches_tokens(args.loss_config)
     targets: Targets = TokenTargets(batch.token_ids_T) if is_hard else verifier.targets(batch.last_hidden_TH)
-    supervised_KT = supervised_heads(batch, len(network.heads))
+    device = batch.token_ids_T.device
+
+    def on_device(chosen: Tensor) -> Tensor:
+        return chosen.to(device, non_blocking=True)
+
+    supervised_KT = supervised_heads(batch, len(network.heads))  # all choices are made on the host
     # the columns where this head or one after it is supervised: all tokens up to there are of the same document
     is_needed_KT = supervised_KT.flip(0).cumsum(0).flip(0) > 0
     column_N = is_needed_KT[0].nonzero().squeeze(1)
-    carried = network.start(batch.last_hidden_TH[column_N])
-    correct_KT, losses = torch.zeros_like(supervised_KT), []
+    carried = network.start(batch.last_hidden_TH[on_device(column_N)])
+    supervised_on = on_device(supervised_KT)
+    correct_KT, losses = torch.zeros_like(supervised_on), []
     metrics: dict[str, Ratio] = {}
     for k in range(len(network.heads)):
-        stays_N = is_needed_KT[k, column_N]
-        column_N, carried = column_N[stays_N], carried[stays_N]
-        features, carried = network.step(k, carried, batch.token_ids_T[column_N + 1 + k])
-        supervised_N = supervised_KT[k, column_N]
+        stays_N = is_needed_KT[k, column_N].nonzero().squeeze(1)
+        column_N, carried = column_N[stays_N], carried[on_device(stays_N)]
+        features, carried = network.step(k, carried, batch.token_ids_T[on_device(column_N + 1 + k)])
+        supervised_N = supervised_KT[k, column_N].nonzero().squeeze(1)
         judged_N = column_N[supervised_N]
         target_N = judged_N + TARGET_SHIFT + k - (0 if is_hard else 1)
         rows = row_losses(
-            features[supervised_N],
+            features[on_device(supervised_N)],
             network.heads[k].weight,
             targets,
             target_N,
             args.loss_config,
-            expected_weight_N=torch.ones_like(target_N, dtype=torch.float32),
+            weight_N=torch.ones(len(target_N), device=device),
         )
-        losses.append(args.own.head_weight_decay**k * (rows.loss_N.sum() / max(len(judged_N), 1)))
-        correct_KT[k, judged_N] = rows.correct_N
-        metrics[f"loss_{k}"] = ratio(rows.loss_N.sum(), len(judged_N))
-    return LossOutput(torch.stack(losses).sum(), metrics | step_accuracy(supervised_KT, correct_KT))
+        assert rows.total is not None
+        losses.append(args.own.head_weight_decay**k * (rows.total / max(len(judged_N), 1)))
+        correct_KT[k, on_device(judged_N)] = rows.correct_N
+        metrics[f"loss_{k}"] = ratio(rows.total, len(judged_N))
+    return LossOutput(torch.stack(losses).sum(), metrics | step_accuracy(supervised_on, correct_KT))
 
 
 def supervised_heads(batch: PackedBatch, num_heads: int) -> Tensor:
-    """bool [K, T]: which heads are supervised where."""
-    documents_T, num_columns = batch.document_ids_T, len(batch.document_ids_T)
-    out = batch.supervised_T.new_zeros(num_heads, num_columns)
+    """bool [K, T], on the host: which heads are supervised where."""
+    documents_T, num_columns = batch.host_document_ids_T, len(batch.host_document_ids_T)
+    out = torch.zeros(num_heads, num_columns, dtype=torch.bool)
     for k in range(num_heads):
         num = max(num_columns - TARGET_SHIFT - k, 0)
         same_document = documents_T[:num] == documents_T[num_columns - num :]
-        out[k, :num] = same_document & batch.supervised_T[num_columns - num :]
+        out[k, :num] = same_document & batch.host_supervised_T[num_columns - num :]
     return out
 
 
@@ -118,6 +125,7 @@ class LastStateModel(SpeculatorModel):
 
     align = staticmethod(align)
     has_chosen_layers = False
+    columns_on_host = ("document_ids", "loss_mask")
     forward_keys: ClassVar[Mapping[str, str]] = {"head_weight_decay": "head_weight_decay"}
     forward_columns = ("input_ids", "hidden_states", "loss_mask", "document_ids")
     target_transform = LogitTransform()

@@ -137,7 +137,7 @@ def reduce(losses: RowLosses, blocks: Blocks, args: BlockArgs) -> tuple[Tensor, 
     total = supervised_PS.sum() + MASK_EPSILON
     loss_PS = on_grid(losses.loss_N, supervised_PS)
     weight_PS = slot_weights(blocks, args.own, loss_PS)
-    loss = (loss_PS * weight_PS).sum() / total
+    loss = ((loss_PS * weight_PS).sum() if losses.total is None else losses.total) / total
     metrics: dict[str, Ratio] = {}
     if len(args.loss_config) > 1:
         for name in args.loss_config:

@@ -105,7 +105,7 @@ def slot_losses(
         targets,
         index_N,
         config,
-        expected_weight_N=None if fixed_PS is None else output.blocks.supervised(fixed_PS),
+        weight_N=None if fixed_PS is None else output.blocks.supervised(fixed_PS),
     )
 
 

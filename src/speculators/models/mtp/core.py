@@ -59,6 +59,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     unread_keys = ("target_layer_ids", *NO_VOCABULARY_OF_ITS_OWN, *NO_BLOCKS)
     has_chosen_layers = False
     takes_routes = True
+    columns_on_host = ("document_ids", "loss_mask")
     forward_keys: ClassVar[Mapping[str, str]] = {}
     forward_columns = ("input_ids", "hidden_states", "attention_mask", "position_ids", "loss_mask", "document_ids")
     contract = MTPContract()

@@ -59,13 +59,16 @@ def train_steps(network: MTPNetwork, batch: PackedBatch, verifier: VerifierHead,
     if columns is None:
         return LossOutput(network.layer.input_proj.weight.sum() * 0.0, {})
     steps = unroll(network, columns, args.attention)
-    supervised_KR = torch.stack([columns.supervised(k) for k in range(columns.num_steps)])
-    step_N, row_N = supervised_KR.nonzero().unbind(1)
-    target_N = columns.columns_R[row_N] + step_N + 2
+    host_supervised_KR = torch.stack([columns.supervised(k) for k in range(columns.num_steps)])
+    pairs_N2 = host_supervised_KR.nonzero()
+    target_N = columns.host_columns_R[pairs_N2[:, 1]] + pairs_N2[:, 0] + 2
     targets, index_N = targets_of(batch, verifier, args, target_N)
+    device = batch.token_ids_T.device
+    supervised_KR = host_supervised_KR.to(device, non_blocking=True)
+    step_N, row_N = pairs_N2.to(device, non_blocking=True).unbind(1)
     losses = row_losses(torch.stack(steps)[step_N, row_N], network.lm_head.weight, targets, index_N, args.loss_config)
     loss, metrics = reduce(losses, supervised_KR, step_N, row_N, args.step_weights)
-    if not bool(supervised_KR.any()):
+    if len(pairs_N2) == 0:
         loss = loss + sum(step.sum() for step in steps) * 0.0  # keeps the graph
     return LossOutput(loss, metrics)
 
@@ -76,7 +79,9 @@ class StepColumns:
 
     batch: PackedBatch
     num_steps: int
+    host_columns_R: Tensor
     columns_R: Tensor
+    """The same, on the device."""
 
     @classmethod
     def of(cls, batch: PackedBatch, num_steps: int) -> StepColumns | None:
@@ -85,18 +90,22 @@ class StepColumns:
         num_columns = batch.row_length - num_steps - 1
         if num_steps < 1 or num_columns < 1:
             return None
-        index_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
-        return cls(batch, num_steps, index_T[index_T % batch.row_length < num_columns])
+        index_T = torch.arange(len(batch.token_ids_T))
+        host_columns_R = index_T[index_T % batch.row_length < num_columns]
+        return cls(batch, num_steps, host_columns_R, host_columns_R.to(batch.token_ids_T.device, non_blocking=True))
 
-    def at(self, values_T: Tensor, shift: int, fill: int) -> Tensor:
-        """[R]: what lies `shift` columns further right; `fill` past the end."""
-        return F.pad(values_T, (0, self.num_steps + 1), value=fill)[self.columns_R + shift]
+    def tokens(self, shift: int) -> Tensor:
+        """[R]: those `shift` columns further right; 0 past the end."""
+        return self.at(self.batch.token_ids_T, self.columns_R + shift, 0)
+
+    def at(self, values_T: Tensor, columns_R: Tensor, fill: int) -> Tensor:
+        return F.pad(values_T, (0, self.num_steps + 1), value=fill)[columns_R]
 
     def supervised(self, step: int) -> Tensor:
-        """bool [R]"""
-        documents_R = self.batch.document_ids_T[self.columns_R]
-        same_document_R = documents_R == self.at(self.batch.document_ids_T, step + 2, -1)
-        return same_document_R & self.at(self.batch.supervised_T, step + 2, False)
+        """bool [R], on the host"""
+        documents_T, columns_R = self.batch.host_document_ids_T, self.host_columns_R
+        same_document_R = documents_T[columns_R] == self.at(documents_T, columns_R + step + 2, -1)
+        return same_document_R & self.at(self.batch.host_supervised_T, columns_R + step + 2, False)
 
 
 def unroll(network: MTPNetwork, columns: StepColumns, attention: Route, *, as_served: bool = False) -> list[Tensor]:
@@ -112,7 +121,7 @@ def unroll(network: MTPNetwork, columns: StepColumns, attention: Route, *, as_se
         if k == 0 or not as_served:
             layer_attention = unrolled_attention(attention, packed, [None])
         rope = network.rope.at(positions[0], torch.float32)
-        tokens = network.tokens_at(columns.at(batch.token_ids_T, k + 1, 0)[None], positions)
+        tokens = network.tokens_at(columns.tokens(k + 1)[None], positions)
         normed, hidden = network.step(tokens, hidden, rope, layer_attention)
         out.append(normed[0])
     return out
@@ -151,7 +160,7 @@ def documents_of(
         starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
         document_ids = starts.long().cumsum(1) - 1
     if attention_mask is not None and attention_mask.ndim == 2:
-        document_ids = document_ids.masked_fill(attention_mask == 0, -1)
+        document_ids = document_ids.masked_fill(attention_mask.to(document_ids.device) == 0, -1)
     return document_ids
 
 
@@ -183,7 +192,7 @@ def reduce(
     num_steps = len(supervised_KR)
     counts_K = supervised_KR.sum(1)
     sums_K = losses.loss_N.new_zeros(num_steps).index_add(0, step_N, losses.loss_N)
-    weight_K = torch.tensor(weights[:num_steps], dtype=sums_K.dtype, device=sums_K.device)
+    weight_K = torch.tensor(weights[:num_steps], dtype=sums_K.dtype).to(sums_K.device, non_blocking=True)
     step_loss_K = weight_K * sums_K / counts_K.clamp_min(1)
     loss = step_loss_K.sum()
 
