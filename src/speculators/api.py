@@ -125,8 +125,9 @@ def regenerate(
         "progress": progress,
     }
     if endpoints:
-        if drafter not in (None, PLAIN):
-            raise ValueError(f"drafter={drafter!r} with endpoints: a server drafts by itself; leave it out")
+        for name, value in {"drafter": drafter, "method": params.method}.items():
+            if value not in (None, PLAIN):
+                raise ValueError(f"{name}={value!r} with endpoints: a server drafts by itself; leave it out")
         refuse_biases_of_servers(params)
         name = model_name(verifier)
         tokenizer = tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,3 +255,35 @@ def test_the_law_up_to_the_first_score_that_is_no_number_is_the_verifiers(drafte
             last in tokens[:-1] or (last in tokens and len(tokens) < NUM_TOKENS)
         )
     assert p_value(counts, law_until_the_scores_end(table(0), sampling, last)) > FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    ("params", "rule"), [("top-p", "standard"), ("penalties", "standard"), ("temperature", "block")]
+)
+def test_the_joint_law_holds_where_requests_say_their_own_number_and_method(params, rule):
+    """Drawn drafts, point masses and none in one forward, each request with its own number of them."""
+    said = [
+        {"num_speculative_tokens": 0},
+        {"num_speculative_tokens": 1},
+        {"method": "points", "num_speculative_tokens": 2},
+        {"method": "drawn", "num_speculative_tokens": 3},
+        {},
+    ]
+    first, points = toys.MarkovDrafter(table(5), ragged=True), toys.ScriptedProposer(toys.at_random(0, V))
+    engine = Engine(
+        toys.MarkovVerifier(table(0)),
+        first,
+        num_speculative_tokens=3,
+        other_methods={"points": points, "drawn": toys.MarkovDrafter(table(0))},
+        rule=rule,
+        max_batch_size=40,
+    )
+    base = SamplingParams(max_tokens=NUM_TOKENS, **PARAMS[params])
+    requests = [replace(base, **said[i % len(said)]) for i in range(NUM_REQUESTS)]
+    outputs = engine.generate([PROMPT] * NUM_REQUESTS, requests)
+    law = joint_law(table(0), base)
+    for kind in range(len(said)):
+        counts = Counter(tuple(output.token_ids) for output in outputs[kind :: len(said)])
+        assert p_value(counts, law) > FALSE_ALARM, said[kind]
+    drafted = [max(len(o.stats.drafted_per_position) for o in outputs[kind :: len(said)]) for kind in range(len(said))]
+    assert drafted == [0, 1, 2, 3, 3]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from speculators.decoding.config import SpeculativeConfig
-from speculators.decoding.method import Drafter, parse_method
+from speculators.decoding.method import PLAIN, Drafter, parse_methods
 from speculators.decoding.request import NonFiniteScoresError, RequestOutput, StreamEvent
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.target import VerifierSource, open_target
@@ -51,6 +51,7 @@ class ChatEngine(ABC):
         drafter: Drafter | SpeculativeConfig | Proposer | None = None,
         *,
         num_speculative_tokens: int | None = None,
+        other_methods: Sequence[Drafter] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str | None = None,
         device: str | None = None,
@@ -62,6 +63,8 @@ class ChatEngine(ABC):
         `verifier`: hub id, directory or loaded model; `tokenizer`, `dtype`, `device`: see `open_target`.
         `drafter`: a speculator's directory or the result of its training, a method's name ("ngram"), vLLM's
         speculative config as a dict, JSON or `SpeculativeConfig`, a ready `Proposer`; None or "none" decodes plainly.
+        `other_methods`: further drafters by name, for requests that choose one by `SamplingParams.method`; they are
+        called as in the results table ("eagle3", "ngram", a second one "eagle3-2").
         `options`: further arguments of `Engine` (`max_batch_size`, `max_length`, ...).
         Raises `ValueError` for a verifier or drafter that is not there, for two that do not fit each other, and for an
         option that `Engine` does not have.
@@ -71,8 +74,12 @@ class ChatEngine(ABC):
             verifier, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
         config: dict[str, Any] | SpeculativeConfig | Proposer | None
+        named = drafter if isinstance(drafter, str | os.PathLike | Mapping) else PLAIN
+        first, *others = parse_methods([named, *other_methods], num_speculative_tokens)
+        if others:
+            options["other_methods"] = {method.name: method.speculative_config for method in others}
         if isinstance(drafter, str | os.PathLike | Mapping):
-            config = parse_method(drafter, num_speculative_tokens).speculative_config
+            config = first.speculative_config
             num_speculative_tokens = None  # it is in the config
         else:
             config = drafter

@@ -1,14 +1,15 @@
-"""Builds an engine's drafting: proposer, the number of tokens per round and its rule, from the arguments of `Engine`.
+"""Builds an engine's ways of drafting: proposer, the number of tokens per round and its rule, from the arguments of
+`Engine`. What requests ask of them is in `drafters`.
 
 Shapes: B rows, K draft slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speculators.decoding.adaptive import AdaptiveLength
 from speculators.decoding.config import ModelInfo, SpeculativeConfig
+from speculators.decoding.method import name_of
 from speculators.decoding.proposers.build import ProposerContext, build_proposer
 from speculators.decoding.verification import resolve_rule
 from speculators.interfaces import AcceptanceRule, Committed, DraftSampling, Proposal, Proposer, Verifier
@@ -25,11 +27,15 @@ from speculators.verifier.config import text_config
 
 @dataclass(frozen=True)
 class Drafting:
-    """The drafting and verifying side of an engine."""
+    """One way of drafting, and the rule that verifies it."""
 
+    name: str
+    """What requests call it."""
     proposer: Proposer
     num_tokens_at: Callable[[int], int]
     """K, by how many requests are running, unless `adaptive` chooses it."""
+    most_tokens: int
+    """The largest K that a request may ask for."""
     rule: AcceptanceRule
     is_probabilistic: bool = False
     """Drafts are drawn from the draft's distribution."""
@@ -38,14 +44,17 @@ class Drafting:
     adaptive: AdaptiveLength | None = None
     """Chooses K from what the rounds before cost and accepted."""
 
-    def num_tokens(self, num_running: int, num_rows: int) -> int:
-        """K of the next round. A forward has `num_rows` rows, idle ones included."""
-        return self.num_tokens_at(num_running) if self.adaptive is None else self.adaptive.num_tokens(num_rows)
+    def num_tokens(self, num_running: int, num_rows: int, *, learns: bool) -> int:
+        """K of the next round, for requests that say none. A forward has `num_rows` rows, idle ones included.
+        `learns`: the round is like those that `adaptive` measures; if not, it is neither asked nor told."""
+        if self.adaptive is None:
+            return self.num_tokens_at(num_running)
+        return self.adaptive.num_tokens(num_rows) if learns else self.adaptive.current
 
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         """The proposer's drafts, without those that are not worth verifying and those of rows that are too long."""
         proposal = self.proposer.propose(committed, num_tokens, sampling)
-        if self.adaptive is not None:
+        if self.adaptive is not None and sampling.wants_confidence:
             proposal = self.adaptive.shorten(proposal)
         if self.max_length is not None:
             is_too_long_B1 = (committed.num_committed_B > self.max_length)[:, None]
@@ -53,8 +62,11 @@ class Drafting:
         return proposal
 
 
+Drafts: TypeAlias = SpeculativeConfig | dict[str, Any] | Proposer
+
+
 def build_drafting(
-    speculative_config: SpeculativeConfig | dict[str, Any] | Proposer | None,
+    speculative_config: Drafts | None,
     verifier: PreTrainedModel | Verifier,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -62,8 +74,9 @@ def build_drafting(
     max_length: int,
     num_speculative_tokens: int | None = None,
     rule: AcceptanceRule | str | None = None,
-) -> Drafting | None:
-    """None = plain decoding. `Engine` documents the arguments.
+    others: Mapping[str, Drafts] | None = None,
+) -> list[Drafting]:
+    """The ways of drafting of an engine, the first one first; none = plain decoding. `Engine` documents the arguments.
 
     Raises ValueError for settings that contradict one another or that no proposer here can follow.
     """
@@ -73,28 +86,45 @@ def build_drafting(
                 f"num_speculative_tokens={num_speculative_tokens} but no speculative_config says what drafts them; "
                 'give one such as {"method": "ngram"}, or leave both out to decode plainly'
             )
-        return None
+        if others:
+            raise ValueError(f"other_methods={sorted(others)} but no first one: give it as speculative_config")
+        return []
     rule = resolve_rule(rule) if isinstance(rule, str) else rule
-    if isinstance(speculative_config, (dict, SpeculativeConfig)):
-        config = resolve(speculative_config, verifier, num_speculative_tokens)
-        proposer = build_proposer(config, ProposerContext(verifier, tokenizer, max_batch_size, max_length))
+    given = [(None, speculative_config), *(others or {}).items()]
+    context = ProposerContext(verifier, tokenizer, max_batch_size, max_length)
+    return [build_one(drafts, name, context, num_speculative_tokens, rule) for name, drafts in given]
+
+
+def build_one(
+    drafts: Drafts,
+    name: str | None,
+    context: ProposerContext,
+    num_speculative_tokens: int | None,
+    rule: AcceptanceRule | None,
+) -> Drafting:
+    """Without a `name` it is called as its configuration names the method."""
+    if isinstance(drafts, (dict, SpeculativeConfig)):
+        config = resolve(drafts, context.verifier, num_speculative_tokens)
         return Drafting(
-            proposer,
+            name or name_of(config.given),
+            build_proposer(config, context),
             config.num_tokens_at,
+            config.max_depth,
             rule or config.acceptance_rule(),
             config.draws_drafts,
             longest_drafted_for(config),
             AdaptiveLength(config.max_depth) if config.enable_adaptive_verification else None,
         )
-    if not callable(getattr(speculative_config, "propose", None)):
+    if not callable(getattr(drafts, "propose", None)):
         raise ValueError(
-            f"speculative_config is a {type(speculative_config).__name__}; give a SpeculativeConfig, a dict of its "
-            "fields, an object with a propose method, or None"
+            f"speculative_config is a {type(drafts).__name__}; give a SpeculativeConfig, a dict of its fields, an "
+            "object with a propose method, or None"
         )
     if num_speculative_tokens is None:
         raise ValueError("a ready proposer needs num_speculative_tokens: how many tokens to draft per round")
-    num_tokens = num_speculative_tokens
-    return Drafting(speculative_config, lambda num_running: num_tokens, rule or resolve_rule("standard"), True)
+    most = num_speculative_tokens
+    rule = rule or resolve_rule("standard")
+    return Drafting(name or type(drafts).__name__, drafts, lambda num_running: most, most, rule, True)
 
 
 def longest_drafted_for(config: SpeculativeConfig) -> int | None:
@@ -119,13 +149,14 @@ def resolve(
 
 
 class ReadyModels(NestedContext):
-    """Inside, the verifier and the proposer's own models are set up for decoding, without gradients. Nests cheaply."""
+    """Inside, the verifier and the proposers' own models are set up for decoding, without gradients. Nests cheaply."""
 
-    def __init__(self, verifier: Verifier, proposer: Proposer | None):
-        self.verifier, self.proposer = verifier, proposer
+    def __init__(self, verifier: Verifier, proposers: Sequence[Proposer]):
+        self.verifier, self.proposers = verifier, proposers
 
     def set_up(self, stack: ExitStack) -> None:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(self.verifier)
-        if isinstance(self.proposer, AbstractContextManager):
-            stack.enter_context(self.proposer)
+        for proposer in self.proposers:
+            if isinstance(proposer, AbstractContextManager):
+                stack.enter_context(proposer)

@@ -9,17 +9,15 @@ Shapes: B rows, K draft slots, K1 = K + 1 scored columns, T tokens, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speculators.decoding.chat import ChatEngine, refuse_name
-from speculators.decoding.config import SpeculativeConfig
-from speculators.decoding.drafting import Drafting, ReadyModels, build_drafting
+from speculators.decoding.drafters import Drafters
+from speculators.decoding.drafting import Drafting, Drafts, ReadyModels, build_drafting
 from speculators.decoding.request import ActiveRequest, Prompts, RequestOutput, Samplings, StreamEvent
 from speculators.decoding.request_builder import RequestBuilder, end_of_sequence_ids, refuse_below_one, usable_length
 from speculators.decoding.round import (
@@ -38,29 +36,20 @@ from speculators.decoding.round import (
 )
 from speculators.decoding.rows import Batch, score_chunk, share_prompt_prefix
 from speculators.decoding.sampling import logprobs_of
+from speculators.decoding.settings import SamplingParams
 from speculators.decoding.stats import DecodeStats
-from speculators.decoding.verification import resolve_rule, seed_drafts
 from speculators.decoding.verifiers.cache import neighbours
 from speculators.decoding.verifiers.recurrent_verifier import make_verifier
-from speculators.interfaces import (
-    AcceptanceRule,
-    CaptureSpec,
-    DraftSampling,
-    Proposal,
-    Proposer,
-    RemembersRequests,
-    Verifier,
-)
+from speculators.interfaces import AcceptanceRule, Proposal, Verifier
 from speculators.utils.progress import doing
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward: bounds the memory of a prefill and how long it keeps the other rows waiting."""
 
-PLAIN_RULE = resolve_rule("strict")
-"""Draws the next token where nothing was drafted."""
-
 OnToken = Callable[[StreamEvent], bool | None]
 """Sees every event; returning False cancels the sample."""
+Arrivals = Callable[[bool], Sequence[ActiveRequest] | None]
+"""See `Engine.serve`."""
 
 
 class Engine(ChatEngine):
@@ -68,19 +57,21 @@ class Engine(ChatEngine):
 
     `verifier`: a transformers causal LM, or any object with the methods of `interfaces.Verifier`.
     `speculative_config`: a SpeculativeConfig or vLLM's JSON as a dict, or a ready `Proposer` (then say
-    `num_speculative_tokens`); None: plain decoding. `rule`: an acceptance rule, or its name, in place of the config's.
+    `num_speculative_tokens`); None: plain decoding. `other_methods`: name -> a further way of drafting, that requests
+    choose by `SamplingParams.method`. `rule`: an acceptance rule, or its name, in place of the config's.
     `max_length`: prompt plus output in tokens. `prefill_chunk`: prompt tokens per forward.
     Raises ValueError for settings that contradict one another or that cannot be followed."""
 
     def __init__(
         self,
         verifier: PreTrainedModel | Verifier,
-        speculative_config: SpeculativeConfig | dict[str, Any] | Proposer | None = None,
+        speculative_config: Drafts | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_batch_size: int = 8,
         max_length: int | None = None,
         num_speculative_tokens: int | None = None,
+        other_methods: Mapping[str, Drafts] | None = None,
         rule: AcceptanceRule | str | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         seed: int = 0,
@@ -89,7 +80,7 @@ class Engine(ChatEngine):
         refuse_below_one(max_batch_size=max_batch_size, prefill_chunk=prefill_chunk)
         self.max_length = usable_length(verifier, max_length)
         self.tokenizer = tokenizer
-        self.drafting: Drafting | None = build_drafting(
+        methods = build_drafting(
             speculative_config,
             verifier,
             tokenizer=tokenizer,
@@ -97,20 +88,23 @@ class Engine(ChatEngine):
             max_length=self.max_length,
             num_speculative_tokens=num_speculative_tokens,
             rule=rule,
+            others=other_methods,
         )
-        capture = self.drafting.proposer.capture if self.drafting is not None else CaptureSpec()
+        self.drafters = Drafters(methods, verifier)
         with doing("proving that the verifier decodes in batches as by itself"):
-            self.verifier = make_verifier(verifier, max_batch_size, capture)
+            self.verifier = make_verifier(verifier, max_batch_size, self.drafters.capture)
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
         self.stats = DecodeStats()
         eos_ids, vocab_size = end_of_sequence_ids(verifier, tokenizer), self.verifier.vocab_size
-        # a rule that reads logits never sees the temperature
-        greedy_only = self.drafting is not None and self.drafting.rule.reads_logits
-        self._builder = RequestBuilder(tokenizer, eos_ids, vocab_size, self.max_length, seed, greedy_only=greedy_only)
-        self._models = ReadyModels(self.verifier, self.drafting.proposer if self.drafting is not None else None)
-        self._generator = torch.Generator(device="cpu")
+        self._builder = RequestBuilder(tokenizer, eos_ids, vocab_size, self.max_length, seed, self.drafters)
+        self._models = ReadyModels(self.verifier, [method.proposer for method in methods])
         self._cancelled: set[tuple[int, int | None]] = set()
         self._is_running = False
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """How requests are drafted for that name no method; None: plain decoding."""
+        return self.drafters.methods[0] if self.drafters.methods else None
 
     # -- what callers use
 
@@ -143,52 +137,76 @@ class Engine(ChatEngine):
         """Yield the tokens and text each request gains, round by round. Closing the iterator cancels all requests."""
         return self._run(self._builder.requests(prompts, sampling))
 
+    def request(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> list[ActiveRequest]:
+        """A request for `serve`, `index` in its events: one per sample. Raises ValueError as `generate` does."""
+        return self._builder.samples(index, prompt, params)
+
+    def serve(self, arrivals: Arrivals) -> Iterator[StreamEvent]:
+        """Decode requests that come while others are decoded. Before each round `arrivals(is_idle)` gives those that
+        came (if the engine is idle, it may wait for one), or None to end; there it may also `cancel`."""
+        return self._run([], arrivals)
+
     def cancel(self, request_index: int, sample_index: int | None = None) -> None:
         """End a prompt's samples, or one, before the next round; the output so far is kept."""
         self._cancelled.add((request_index, sample_index))
 
     def forget_requests(self) -> None:
         """Make the proposer forget the text of earlier requests, so that the same prompts can be compared again."""
-        if self.drafting is not None and isinstance(self.drafting.proposer, RemembersRequests):
-            self.drafting.proposer.reset()
+        self.drafters.forget_requests()
 
     def reset_stats(self) -> None:
         self.stats = DecodeStats()
 
     # -- the loop
 
-    def _run(self, requests: list[ActiveRequest]) -> Iterator[StreamEvent]:
+    def _run(self, requests: list[ActiveRequest], arrivals: Arrivals | None = None) -> Iterator[StreamEvent]:
         if self._is_running:
             raise ValueError(
                 "the engine is decoding other prompts: their stream has not ended; read it to its end, close() it, or "
                 "make another engine"
             )
         self._is_running = True
-        num_rows = min(self.max_batch_size, len(requests))
-        batch = Batch(requests, num_rows, self.verifier.vocab_size, self.verifier.device)
+        num_rows = min(self.max_batch_size, len(requests)) if arrivals is None else self.max_batch_size
+        vocab_size, num_drafters = self.verifier.vocab_size, len(self.drafters.methods)
+        batch = Batch(requests, num_rows, vocab_size, self.verifier.device, num_drafters)
         self._cancelled.clear()
         try:
             for row in range(num_rows):
                 self.verifier.truncate(row, 0)
-            while batch.has_work:
+            while batch.has_work or arrivals is not None:
+                arrived = arrivals(not batch.has_work) if arrivals is not None else []
+                if arrived is None:
+                    break
+                batch.waiting.extend(arrived)
+                requests += arrived
                 yield from self._cancel(batch)
                 batch.admit()
                 with self._models:  # not held across a yield: inference mode would leak into the caller's code
                     events = self._prefill(batch) if batch.prefilling() else []
                     events += self._round(batch) if batch.decoding() else []
+                if any(event.finish_reason is not None for event in events):
+                    requests = self._count_finished(requests)
                 yield from events
         finally:
             self._is_running = False
             for request in requests:
-                self.stats = self.stats + request.output.stats
                 if request.output.finish_reason is None:
                     request.finish("cancelled")
+            self._count_finished(requests)
+
+    def _count_finished(self, requests: list[ActiveRequest]) -> list[ActiveRequest]:
+        """Add the statistics of the requests that ended; returns the others."""
+        for request in requests:
+            if request.output.finish_reason is not None:
+                self.stats = self.stats + request.output.stats
+        return [request for request in requests if request.output.finish_reason is None]
 
     def _round(self, batch: Batch) -> list[StreamEvent]:
         """Draft, score, verify, keep, commit."""
         start = perf_counter()
         requests = batch.decoding()
-        proposal = self._propose(batch, len(requests))
+        drafts = self.drafters.propose(batch, requests)
+        proposal = no_drafts(batch.width, batch.device) if drafts is None else usable_drafts(drafts, batch.vocab_size)
         drafted = perf_counter()
         output = self.verifier.score(*to_score(batch, proposal), proposal.parents_K)
         scored = perf_counter()
@@ -197,30 +215,14 @@ class Engine(ChatEngine):
             proposal, output = score_again(self.verifier, batch, proposal, output, accepted.rows_in_doubt)
             accepted = on_host(self._verify(batch, proposal, output.logits_BTV), proposal, requests)
         self.verifier.keep(*accepted.to_keep(batch.width))
-        if self.drafting is not None:
-            batch.publish(accepted.token_ids_by_row, accepted.states(output.states_BTD))
+        batch.publish(accepted.token_ids_by_row, accepted.states(output.states_BTD))
         events = self._commit(batch, accepted, output.logits_BTV)
         times = RoundTimes(drafted - start, scored - drafted, perf_counter() - scored)
-        account(requests, accepted, times, self.drafting.adaptive if self.drafting is not None else None)
+        account(requests, accepted, times, self.drafters.learning(requests))
         return events
 
-    def _propose(self, batch: Batch, num_running: int) -> Proposal:
-        drafting = self.drafting
-        num_tokens = drafting.num_tokens(num_running, batch.width) if drafting is not None else 0
-        if drafting is None or num_tokens == 0:
-            return no_drafts(batch.width, batch.device)
-        sampling = batch.sampling(0, batch.width)
-        probabilistic = drafting.is_probabilistic and not sampling.all_greedy
-        if probabilistic:
-            seed_drafts(self._generator, sampling.seed_B, batch.lengths(0, batch.width))
-        wants_confidence = drafting.adaptive is not None
-        draft_sampling = DraftSampling(sampling.temperature_B, self._generator, probabilistic, wants_confidence)
-        proposal = drafting.propose(batch.committed(), num_tokens, draft_sampling)
-        return usable_drafts(proposal, self.verifier.vocab_size)
-
     def _verify(self, batch: Batch, proposal: Proposal, logits_BTV: Tensor, first_row: int = 0) -> Verified:
-        rule = self.drafting.rule if self.drafting is not None else PLAIN_RULE
-        return verify(rule, batch, proposal, logits_BTV, first_row)
+        return verify(self.drafters.rule, batch, proposal, logits_BTV, first_row)
 
     def _commit(self, batch: Batch, accepted: Accepted, logits_BTV: Tensor, first_row: int = 0) -> list[StreamEvent]:
         """Append the accepted runs to their requests, free the rows of those that ended or whose scores failed."""
@@ -271,10 +273,11 @@ class Engine(ChatEngine):
             return []
         nothing = no_drafts(num_rows, batch.device)
         accepted = on_host(self._verify(batch, nothing, output.logits_BTV, first_row), nothing, ended, first_row)
-        if self.drafting is not None:  # the proposer gets the prompt together with its first token
-            token_ids = {row: request.prompt + accepted.token_ids_by_row[row] for row, request in ended.items()}
-            has_states = output.states_BTD is not None
-            batch.publish(token_ids, {r: q.states_of_prompt() for r, q in ended.items()} if has_states else None)
+        # a proposer gets the prompt together with its first token
+        drafted = {row: request for row, request in ended.items() if request.drafter is not None}
+        token_ids = {row: request.prompt + accepted.token_ids_by_row[row] for row, request in drafted.items()}
+        has_states = output.states_BTD is not None
+        batch.publish(token_ids, {r: q.states_of_prompt() for r, q in drafted.items()} if has_states else None)
         return self._commit(batch, accepted, output.logits_BTV, first_row)
 
     def _cancel(self, batch: Batch) -> Iterator[StreamEvent]:

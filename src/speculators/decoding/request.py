@@ -118,6 +118,8 @@ class ActiveRequest:
     sample_index: int = 0
     adjustments: tuple[Adjustment, ...] = ()
     """What it adds to scores."""
+    drafter: int | None = 0
+    """Which of the engine's methods drafts for it; None: none does."""
 
     @property
     def prompt(self) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speculators.decoding.adjustments import adjustments_of
+from speculators.decoding.drafters import Drafters
 from speculators.decoding.request import ActiveRequest, Prompts, RequestOutput, Samplings
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.text import IncrementalText
@@ -31,11 +32,10 @@ class RequestBuilder:
         vocab_size: int,
         max_length: int,
         seed: int,
-        *,
-        greedy_only: bool = False,
+        drafters: Drafters,
     ):
         self.tokenizer = tokenizer
-        self.greedy_only = greedy_only
+        self.drafters = drafters
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.max_length = max_length
@@ -74,7 +74,7 @@ class RequestBuilder:
         self, index: int, prompt: str | Sequence[int], params: SamplingParams, sample_index: int = 0
     ) -> ActiveRequest:
         token_ids = self._token_ids(index, prompt, params)
-        if self.greedy_only and params.temperature > 0:
+        if self.drafters.rule.reads_logits and params.temperature > 0:
             raise ValueError(
                 f"temperature={params.temperature} but the acceptance rule decodes greedily, whatever the temperature; "
                 "use temperature=0, or leave out verifier_accept_k and accept_tolerance (or the rule)"
@@ -83,6 +83,7 @@ class RequestBuilder:
             if (getattr(params, name) or 0) > self.vocab_size:
                 value = getattr(params, name)
                 raise ValueError(f"{name}={value} exceeds the verifier's vocabulary of {self.vocab_size}")
+        drafter = self.drafters.index_of(params)
         stop_ids = frozenset(params.stop_token_ids)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         return ActiveRequest(
@@ -95,6 +96,7 @@ class RequestBuilder:
             IncrementalText(self.tokenizer, params) if self.tokenizer is not None else None,
             sample_index=sample_index,
             adjustments=adjustments_of(params, stop_ids | self.eos_ids, self.tokenizer, self.vocab_size),
+            drafter=drafter,
         )
 
     def _token_ids(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:

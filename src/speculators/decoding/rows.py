@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from speculators.decoding.request import ActiveRequest
 from speculators.decoding.sampling import BatchSampling, SeenTokens, logprobs_of
@@ -23,17 +24,22 @@ MIN_SHARED_TOKENS = 16
 
 
 class Batch:
-    """Requests in rows, and requests that wait for a row."""
+    """Requests in rows, and requests that wait for a row. `num_drafters`: how many methods draft for them."""
 
-    def __init__(self, requests: Sequence[ActiveRequest], num_rows: int, vocab_size: int, device: torch.device):
+    def __init__(
+        self,
+        requests: Sequence[ActiveRequest],
+        num_rows: int,
+        vocab_size: int,
+        device: torch.device,
+        num_drafters: int = 1,
+    ):
         self.waiting = deque(requests)
         self.rows: list[ActiveRequest | None] = [None] * num_rows
-        self.device = device
+        self.vocab_size, self.device = vocab_size, device
         self.seen: SeenTokens | None = None
-        if any(request.params.has_penalties for request in requests):
-            self.seen = SeenTokens(num_rows, vocab_size, device)
-        self.last_length = [0] * num_rows
-        self._unreported: list[_Published] = []
+        """None until a request has penalties: those of the others are neutral, whatever was counted."""
+        self._outboxes = [_Outbox([0] * num_rows) for _ in range(num_drafters)]
         self._sampling: dict[tuple[int, int], BatchSampling] = {}
 
     @property
@@ -58,6 +64,8 @@ class Batch:
             if occupant is None and self.waiting:
                 request = self.rows[row] = self.waiting.popleft()
                 taken.append(row)
+                if self.seen is None and request.params.has_penalties:
+                    self.seen = SeenTokens(len(self.rows), self.vocab_size, self.device)
                 if self.seen is not None:
                     self.seen.start(row, request.prompt)
         if taken:
@@ -69,7 +77,8 @@ class Batch:
         assert request is not None
         request.prompt_states = []
         self.rows[row] = None
-        self._unreported = [published.without(row) for published in self._unreported]
+        for outbox in self._outboxes:
+            outbox.unreported = [published.without(row) for published in outbox.unreported]
         self._sampling.clear()
 
     def sampling(self, first: int, last: int) -> BatchSampling:
@@ -94,19 +103,22 @@ class Batch:
         return torch.tensor(lengths, dtype=torch.int64, device=self.device)
 
     def publish(self, token_ids_by_row: dict[int, list[int]], states: dict[int, Tensor] | Tensor | None) -> None:
-        """Queue for the proposer the tokens each row gained and the states that predicted them."""
-        self._unreported.append(_Published(token_ids_by_row, states))
+        """Queue for each row's proposer the tokens the row gained and the states that predicted them."""
+        decoding = self.decoding()
+        for drafter, outbox in enumerate(self._outboxes):
+            own = {row: ids for row, ids in token_ids_by_row.items() if decoding[row].drafter == drafter}
+            if own:
+                outbox.unreported.append(_Published(own, states).without_others())
 
-    def committed(self) -> Committed:
-        """Everything published since the last call, padded into one record for the proposer."""
-        B = self.width
+    def committed(self, drafter: int = 0) -> Committed:
+        """Everything published for a proposer since the last call, padded into one record. The rows of others are
+        idle."""
+        B, outbox = self.width, self._outboxes[drafter]
         for r, request in enumerate(self.rows[:B]):
-            if request is not None and request.is_prefilled:
-                self.last_length[r] = request.length
-        if not self._unreported:
-            self._unreported = [_Published({}, None)]
-        published = self._unreported[0] if len(self._unreported) == 1 else _merged(self._unreported)
-        self._unreported = []
+            if request is not None and request.is_prefilled and request.drafter == drafter:
+                outbox.last_length[r] = request.length
+        published = _merged(outbox.unreported)
+        outbox.unreported = []
         num_new = [len(published.token_ids_by_row.get(r, ())) for r in range(B)]
         T = max(num_new, default=0)
         padded = [published.token_ids_by_row.get(r, []) + [0] * (T - num_new[r]) for r in range(B)]
@@ -114,8 +126,17 @@ class Batch:
             token_ids_BT=torch.tensor(padded, dtype=torch.int64, device=self.device).view(B, T),
             states_BTD=_padded_states(published.states, B, T),
             num_new_B=torch.tensor(num_new, dtype=torch.int64, device=self.device),
-            num_committed_B=torch.tensor(self.last_length[:B], dtype=torch.int64, device=self.device),
+            num_committed_B=torch.tensor(outbox.last_length[:B], dtype=torch.int64, device=self.device),
         )
+
+
+@dataclass
+class _Outbox:
+    """What one proposer has not received yet."""
+
+    last_length: list[int]
+    """Tokens of each row at the last call; 0: the proposer never had it."""
+    unreported: list[_Published] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -131,12 +152,20 @@ class _Published:
             states = {r: states_TD for r, states_TD in states.items() if r != row} or None
         return _Published({r: ids for r, ids in self.token_ids_by_row.items() if r != row}, states)
 
+    def without_others(self) -> _Published:
+        """Without the states of rows that it has no tokens of."""
+        if not isinstance(self.states, dict):
+            return self
+        return _Published(self.token_ids_by_row, {row: self.states[row] for row in self.token_ids_by_row})
+
     def states_of(self, row: int) -> Tensor:
         assert self.states is not None
         return self.states[row][: len(self.token_ids_by_row[row])]
 
 
 def _merged(parts: list[_Published]) -> _Published:
+    if len(parts) == 1:
+        return parts[0]
     token_ids: dict[int, list[int]] = {}
     states: dict[int, list[Tensor]] = {}
     for part in parts:
@@ -148,8 +177,13 @@ def _merged(parts: list[_Published]) -> _Published:
 
 
 def _padded_states(states: dict[int, Tensor] | Tensor | None, num_rows: int, num_tokens: int) -> Tensor | None:
-    if states is None or isinstance(states, Tensor):
-        return states if states is None else states[:num_rows, :num_tokens]
+    if states is None:
+        return None
+    if isinstance(states, Tensor):
+        states_BTD = states[:num_rows, :num_tokens]
+        return (
+            pad(states_BTD, (0, 0, 0, 0, 0, num_rows - len(states_BTD))) if len(states_BTD) < num_rows else states_BTD
+        )
     sample = next(iter(states.values()))
     padded_BTD = sample.new_zeros(num_rows, num_tokens, sample.shape[-1])
     for row, states_TD in states.items():

@@ -71,6 +71,11 @@ class SamplingParams:
     """How many of the most likely tokens to report at each position, -1 = all; None = no log-probabilities."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
+    num_speculative_tokens: int | None = None
+    """Most tokens drafted for it per round, up to the engine's own number; 0 = plain decoding, None = as the engine
+    drafts; of a draft tree, its depth. The text is the same for any number (with drafts drawn at random: its law)."""
+    method: str | None = None
+    """Which of the engine's methods drafts for it; "none" = plain decoding, None = the engine's first."""
 
     def __post_init__(self) -> None:
         for name, one in (
@@ -101,6 +106,12 @@ class SamplingParams:
             ("logprobs", *_rule_of_logprobs(self.logprobs)),
             ("prompt_logprobs", *_rule_of_logprobs(self.prompt_logprobs)),
             ("seed", self.seed is None or is_int64(self.seed), "an integer of 64 bits, or None"),
+            (
+                "num_speculative_tokens",
+                self.num_speculative_tokens is None or is_count(self.num_speculative_tokens, 0),
+                "an integer, 0 (plain decoding) or more, or None for the engine's own",
+            ),
+            ("method", self.method is None or isinstance(self.method, str), "the name of a method, or None"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "made of non-empty strings"),
             ("bad_words", all(isinstance(s, str) and s.strip() for s in self.bad_words), "made of words"),
             ("stop_token_ids", all(is_count(i, 0) for i in self.stop_token_ids), "made of token ids"),

@@ -58,7 +58,8 @@ class Workload:
     def sampling(self) -> SamplingParams:
         """How every prompt is answered. The seed is the workload's where something is drawn. Raises `ValueError` for
         settings that are none."""
-        settings = {f.name: getattr(self, f.name) for f in fields(SamplingParams) if f.name in vars(self)}
+        own = {f.name for f in fields(Workload)}  # a subclass may say under the same name what drafts in its engines
+        settings = {f.name: getattr(self, f.name) for f in fields(SamplingParams) if f.name in own}
         return SamplingParams(**settings | {"seed": self.seed if self.temperature > 0 else None})
 
 
