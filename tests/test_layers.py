@@ -86,7 +86,7 @@ def may_import(here: str, there: str, algorithm: str | None = None, other: str |
     if here == "convert":
         return ROW_OF[there] < STAGES_ROW or there == "deploy"  # what it writes is checked before it is written
     if here == "evaluation":
-        return ROW_OF[there] < STAGES_ROW or there in ("decoding", "data_generation")
+        return ROW_OF[there] < STAGES_ROW or there in ("decoding", "data_generation", "assets")
     if ROW_OF[here] == ROW_OF[there]:
         return ROW_OF[here] < MODELS_ROW
     return ROW_OF[there] < ROW_OF[here]

@@ -43,10 +43,11 @@ from speculators.decoding.settings import SamplingParams, refuse_biases_of_serve
 from speculators.decoding.target import VerifierSource, open_target
 from speculators.deploy.export import serving_of_checkpoint
 from speculators.deploy.process import find_vllm
-from speculators.evaluation.config import EvaluateConfig, ParityConfig, VllmTarget
+from speculators.evaluation.config import EvaluateConfig, ParityConfig, VllmTarget, cells_of
 from speculators.evaluation.parity import ParityReport, check_parity
+from speculators.evaluation.prompts import Source, named_sources
 from speculators.evaluation.report import EvaluationReport
-from speculators.evaluation.run import measure_methods
+from speculators.evaluation.suite import measure_methods
 from speculators.train.config import TrainConfig
 from speculators.train.events import Event, Listener
 from speculators.train.flags import as_flags
@@ -59,9 +60,6 @@ from speculators.verifier.config import end_token_ids
 
 NOTED = ("max_tokens", "temperature", "top_k", "top_p", "seed")
 """Sampling settings that are written beside each regenerated answer; others where they were set."""
-
-Source = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
-"""Conversations: a file, a directory, `hf:<id>` or a preset, or the rows themselves."""
 
 
 @no_progress_bars()
@@ -223,27 +221,32 @@ def train_drafter(
 @no_progress_bars()
 def evaluate(
     verifier: VerifierSource,
-    data: Source,
+    data: Source | Sequence[str | os.PathLike[str]],
     *,
     methods: Drafter | Sequence[Drafter] = EvaluateConfig.methods,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     progress: bool | Progress = False,
     **settings: Any,
 ) -> EvaluationReport:
     """Measures drafting methods against plain decoding on held-out conversations: acceptance, speed, losslessness.
 
-    `methods`: see `Engine.from_pretrained`. `settings`: the fields of `EvaluateConfig`. With `check_sampling` and a
-    temperature the law of sampled answers is tested too; `report.raise_for_errors()` raises when one is not lossless.
-    Raises `ValueError` for a verifier, drafter or data set that cannot be read.
+    `data`: one source or a list of them; `ours`, `spec-bench=PATH`, `humaneval=PATH` and `gsm8k=PATH` are sets of
+    prompts by name. `methods`: see `Engine.from_pretrained`. `output`: JSON file of the report, written after each
+    cell; one that the same call began is continued, unless `overwrite`. `settings`: the fields of `EvaluateConfig`;
+    `num_speculative_tokens`, `temperature` and `batch_size` may be lists, and every combination is measured. With
+    `check_sampling` and a temperature the law of sampled answers is tested too; `report.raise_for_errors()` raises when
+    one is not lossless. `evaluation.load_result` reads the file again.
+    Raises `ValueError` for a verifier, drafter or data set that cannot be read, and for an output of another call.
     """
     refuse_unknown("setting of evaluate", settings, names_of(EvaluateConfig, "verifier", "data", "methods"))
-    config = EvaluateConfig(
-        verifier=verifier.name_or_path or "" if isinstance(verifier, PreTrainedModel) else os.fspath(verifier),
-        data=os.fspath(data) if isinstance(data, str | os.PathLike) else f"{len(data)} given rows",
-        methods=methods,  # type: ignore[arg-type]
-        **settings,
+    sources = named_sources(data)
+    name = verifier.name_or_path or "" if isinstance(verifier, PreTrainedModel) else os.fspath(verifier)
+    cells = cells_of(verifier=name, data=list(sources), methods=methods, **settings)
+    return measure_methods(
+        cells, verifier, sources, tokenizer=tokenizer, output=output, overwrite=overwrite, progress=progress
     )
-    return measure_methods(config, verifier, data, tokenizer=tokenizer, progress=progress)
 
 
 @no_progress_bars()

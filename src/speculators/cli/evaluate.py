@@ -14,7 +14,6 @@ from speculators.cli.shared import (
     Dtype,
     DynamicTree,
     MaxTokens,
-    NumSpeculativeTokens,
     Result,
     TokenTree,
     TrustRemoteCode,
@@ -37,18 +36,25 @@ LOCAL_FLAGS = (
     "dynamic_tree",
     "batch_size",
     "num_repeats",
+    "keep_tokens",
+    "overwrite",
     "dtype",
     "device",
 )
 """Flags of a measurement in this process: a server was told them when it was started, or has no use for them."""
 SERVER_FLAGS = ("baseline_server", "concurrency", "request_timeout", "max_retries")
+DATA_HELP = (
+    "Held-out prompts: file, directory, hf:<id>, preset, ours (embedded), spec-bench=FILE, humaneval=FILE or "
+    "gsm8k=FILE. Repeatable."
+)
+SEVERAL = "with commas, every combination is measured"
 METHOD_HELP = 'none, ngram, a speculator\'s directory, or JSON such as {"method": "ngram"}. Repeatable.'
 
 
-@with_sampling_flags(EvaluateConfig)
+@with_sampling_flags(EvaluateConfig, leave_out=("temperature",))
 def evaluate(
     context: typer.Context,
-    data: Annotated[str, typer.Option(help="Held-out conversations: file, directory, hf:<id> or preset.")],
+    data: Annotated[list[str], typer.Option(help=DATA_HELP)],
     verifier: OptionalVerifier = None,
     method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP)] = None,
     server: Annotated[str | None, typer.Option(help="Measure a running vLLM server instead, by its counters.")] = None,
@@ -62,13 +68,25 @@ def evaluate(
     max_retries: Annotated[
         int, typer.Option(min=0, help="With --server: tries after a failed request.")
     ] = ServerConfig.max_retries,
-    num_speculative_tokens: NumSpeculativeTokens = None,
+    num_speculative_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "-k",
+            "--num-speculative-tokens",
+            help=f"Draft tokens per round (K), such as 2,4: {SEVERAL}. Default: the method's own.",
+        ),
+    ] = None,
     speculative_token_tree: TokenTree = None,
     dynamic_tree: DynamicTree = None,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts to decode.")] = EvaluateConfig.num_prompts,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts of each set to decode.")] = EvaluateConfig.num_prompts,
     max_tokens: MaxTokens = EvaluateConfig.max_tokens,
+    temperature: Annotated[str, typer.Option(help=f"0: greedy. Such as 0,0.7: {SEVERAL}.")] = str(
+        EvaluateConfig.temperature
+    ),
     sampling: Mapping[str, Any] = BY_FLAGS,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = EvaluateConfig.batch_size,
+    batch_size: Annotated[str, typer.Option(help=f"Prompts decoded together, such as 1,8: {SEVERAL}.")] = str(
+        EvaluateConfig.batch_size
+    ),
     num_warmup: Annotated[int, typer.Option(min=0, help="Batches decoded before timing.")] = EvaluateConfig.num_warmup,
     num_repeats: Annotated[
         int, typer.Option(min=1, help="Timings of each batch; the fastest counts.")
@@ -76,13 +94,19 @@ def evaluate(
     dtype: Dtype = DEFAULT_DTYPE,
     device: Device = EvaluateConfig.device,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = EvaluateConfig.seed,
-    output: Annotated[Path | None, typer.Option(help="Write the whole report to this JSON file.")] = None,
+    keep_tokens: Annotated[
+        int, typer.Option(min=0, help="Answers per method whose tokens are kept, with who wrote each, for `report`.")
+    ] = EvaluateConfig.keep_tokens,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of the whole report, written as it grows: the same command goes on with it."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure again what the output file holds.")] = False,
     lossless: Annotated[bool, typer.Option("--lossless", help="Fail unless the output is plain decoding's.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Measure drafting methods against plain decoding on held-out prompts: paired, interleaved, in one process."""
     asked: dict[str, Any] = {
-        "data": data,
         "num_prompts": limit,
         "max_tokens": max_tokens,
         **sampling,
@@ -94,11 +118,13 @@ def evaluate(
         refuse_flags(context, LOCAL_FLAGS, "does not go with --server: it holds for measurements in this process")
         return evaluate_running_server(
             **asked,
+            data=only(data, "--data"),
+            temperature=only(numbers("--temperature", temperature, float), "--temperature"),
             server=server,
             baseline=baseline_server,
             verifier=verifier,
             **label_of(method),
-            num_clients=parse_concurrency(concurrency),
+            num_clients=tuple(numbers("--concurrency", concurrency, int)),
             timeout_s=request_timeout,
             max_retries=max_retries,
             output=output,
@@ -111,10 +137,16 @@ def evaluate(
         **asked,
         verifier=verifier,
         methods=tuple(method),
-        num_speculative_tokens=num_speculative_tokens,
+        data=data,
+        temperature=numbers("--temperature", temperature, float),
+        num_speculative_tokens=(
+            None if num_speculative_tokens is None else numbers("--num-speculative-tokens", num_speculative_tokens, int)
+        ),
         speculative_token_tree=speculative_token_tree,
         dynamic_tree=parse_json_object("--dynamic-tree", dynamic_tree),
-        batch_size=batch_size,
+        batch_size=numbers("--batch-size", batch_size, int),
+        keep_tokens=keep_tokens,
+        overwrite=overwrite,
         num_repeats=num_repeats,
         dtype=dtype,
         device=device,
@@ -130,11 +162,11 @@ def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) ->
 
     error: BaseException | None = None
     try:
-        report = api.evaluate(**settings, check_sampling=lossless, progress=True)
+        report = api.evaluate(**settings, output=output, check_sampling=lossless, progress=True)
     except EvaluationStoppedError as stop:
         report, error = stop.report, stop
     if output is not None:
-        say(f"report: {report.save(output)}")
+        say(f"report: {output}")
     for warning in report.warnings():
         say(warning, "yellow")
     if error is None and lossless:
@@ -147,9 +179,10 @@ def next_after(report: EvaluationReport) -> list[str]:
     best = report.best
     if best is None or best.speedup.high < 1:
         measured = {row.method for row in report.rows}
-        again = ["speculators", "evaluate", "--verifier", report.verifier, "--data", report.dataset]
-        return [] if "ngram" in measured else [*again, "--method", "ngram"]
-    drafter = (report.settings["speculative_configs"][best.method] or {}).get("model")
+        data = report.settings["data"]
+        again = ["speculators", "evaluate", "--verifier", report.verifier, "--data", data]
+        return [] if "ngram" in measured or not isinstance(data, str) else [*again, "--method", "ngram"]
+    drafter = (best.speculative_config or {}).get("model")
     return ["speculators", "serve", *([drafter] if drafter else [report.verifier, "--method", best.method])]
 
 
@@ -161,12 +194,20 @@ def refuse_flags(context: typer.Context, names: tuple[str, ...], reason: str) ->
             raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")
 
 
-def parse_concurrency(text: str) -> tuple[int, ...]:
+def numbers(flag: str, text: str, kind: type) -> list[Any]:
     """`1,4,8`"""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"--concurrency {text}: numbers of clients with commas, such as 1,4,8") from error
+        of_what = "whole numbers" if kind is int else "numbers"
+        raise typer.BadParameter(f"{flag} {text}: {of_what} with commas, such as 1,4,8") from error
+
+
+def only(values: Sequence[Any], flag: str) -> Any:
+    """The one value of a flag that goes with --server."""
+    if len(values) > 1:
+        raise typer.BadParameter(f"{flag}: a server is measured with one value at a time, give it once")
+    return values[0]
 
 
 def label_of(methods: Sequence[str] | None) -> dict[str, str]:

@@ -20,6 +20,7 @@ from speculators.cli.shared import say
 from speculators.data_generation.configs import refuse_missing_source, refuse_missing_states, refuse_unprepared
 from speculators.decoding.method import parse_method
 from speculators.deploy.process import interpreter_of
+from speculators.evaluation.config import refuse_missing_prompts
 from speculators.utils.names import (
     refuse_missing_checkpoint,
     refuse_missing_path,
@@ -75,6 +76,7 @@ OTHER_CHECKS: dict[str, dict[str, Callable[[str], Any]]] = {
     },
     "store": {"states": lambda states: refuse_missing_states(Path(states))},
     "check": {"verifier": refuse_missing_checkpoint},
+    "evaluate": {"data": refuse_missing_prompts},
     "serve": {"verifier": refuse_verifier_without_model, "method": lambda method: None},  # the server may reach the hub
 }
 

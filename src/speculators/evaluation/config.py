@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import product
 from typing import Any
 
+from speculators.data_generation.configs import refuse_missing_source
 from speculators.data_generation.vllm_client import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S
 from speculators.decoding.method import Drafter
 from speculators.decoding.settings import (
@@ -18,7 +21,7 @@ from speculators.decoding.settings import (
     refuse_fewer,
     refuse_unknown_dtype,
 )
-from speculators.utils.names import refusing_unknown
+from speculators.utils.names import did_you_mean, refusing_unknown
 
 SERVED = "served"
 """Default name of a server's row: a server does not say what drafts in it."""
@@ -86,6 +89,8 @@ class EvaluateConfig(Workload):
     """With a temperature: draw `num_samples` short answers of each prompt both ways, and test that their law is one."""
     num_samples: int = 64
     num_sampled_tokens: int = 16
+    keep_tokens: int = 0
+    """Answers per method that are kept token by token, with who wrote each; decoded once more, after the timing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +99,66 @@ class EvaluateConfig(Workload):
         named = (method if isinstance(method, str | Mapping) else os.fspath(method) for method in methods)
         object.__setattr__(self, "methods", tuple(named))
         refuse_fewer(self, num_speculative_tokens=1, batch_size=1, num_repeats=1, num_samples=1, num_sampled_tokens=1)
+        refuse_fewer(self, keep_tokens=0)
         refuse_unknown_dtype(self.dtype)
+
+
+AXES = ("data", "temperature", "batch_size", "num_speculative_tokens")
+"""Fields in which the cells of one call may differ; the last varies fastest."""
+OURS = "ours"
+PROMPT_SETS: dict[str, tuple[str, ...]] = {
+    OURS: (),
+    "spec-bench": ("category", "turns"),
+    "humaneval": ("task_id", "prompt"),
+    "gsm8k": ("question", "answer"),
+}
+"""Name of a set of prompts -> the columns of its file. `ours` is embedded; of the others the user has the file."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts to measure on: a public set by its name, or any source of conversations."""
+
+    name: str
+    """Of its rows in the results."""
+    source: str
+
+    @classmethod
+    def parse(cls, text: str) -> PromptSet:
+        """`ours`, `spec-bench=PATH`, `humaneval=PATH`, `gsm8k=PATH`, or a source. Raises `ValueError` for a name
+        without its file and for another name."""
+        name, is_named, path = text.partition("=")
+        if text == OURS:
+            return cls(OURS, OURS)
+        if name in PROMPT_SETS and name != OURS:
+            if not path:
+                raise ValueError(f"data {text!r} says no file: {name}=PATH, where PATH is its file of prompts")
+            return cls(name, path)
+        if is_named and re.fullmatch(r"[A-Za-z0-9_-]+", name) and not os.path.exists(text):
+            named = ", ".join(other if other == OURS else f"{other}=PATH" for other in PROMPT_SETS)
+            raise ValueError(
+                f"data {text!r}: no set of prompts is named {name!r}.{did_you_mean(name, PROMPT_SETS)} "
+                f"There are: {named}; any other file goes without a name"
+            )
+        return cls(text, text)
+
+
+def refuse_missing_prompts(text: str) -> None:
+    """Raises `ValueError` for a set of prompts whose source does not exist."""
+    source = PromptSet.parse(text).source
+    if source != OURS:
+        refuse_missing_source(source)
+
+
+def cells_of(**settings: Any) -> list[EvaluateConfig]:
+    """Returns one `EvaluateConfig` per combination of values, where `settings` has lists for fields of `AXES`. Raises
+    `ValueError` for a list without a value, and for a wrong one."""
+    lists = {name: list(dict.fromkeys(settings[name])) for name in AXES if isinstance(settings.get(name), list | tuple)}
+    for name, values in lists.items():
+        if not values:
+            raise ValueError(f"{name}=[]: at least one value is needed")
+    shared = {name: value for name, value in settings.items() if name not in lists}
+    return [EvaluateConfig(**shared, **dict(zip(lists, values, strict=True))) for values in product(*lists.values())]
 
 
 @refusing_unknown

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ from speculators.decoding import Engine, SamplingParams
 from speculators.decoding.request import RequestOutput
 from speculators.decoding.request_builder import usable_length
 from speculators.decoding.stats import DecodeStats
-from speculators.evaluation.report import MethodRow
+from speculators.evaluation.records import GroupFigures, MethodRow, speedup_warnings
 from speculators.evaluation.statistics import Estimate, bootstrap, count_identical
 from speculators.model import SpeculatorModel
 
@@ -34,6 +35,14 @@ class MeasuringStoppedError(KeyboardInterrupt):
     def __init__(self, measurements: dict[str, list[Measurement]]) -> None:
         super().__init__("stopped")
         self.measurements = measurements
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts (token ids) that are decoded together."""
+
+    prompts: Sequence[Sequence[int]]
+    task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,32 +81,42 @@ def decode_greedily(
     return reduce(add, (output.stats for output in outputs))
 
 
+def groups_of(prompts: Sequence[Sequence[int]], size: int, task: str | None = None) -> list[Group]:
+    """Prompts of one task that are decoded together, in their order."""
+    return [Group(prompts[start : start + size], task) for start in range(0, len(prompts), size)]
+
+
 def measure_interleaved(
+    methods: Mapping[str, Generate], prompts: Sequence[Sequence[int]], *, group_size: int = 1, **options: Any
+) -> dict[str, list[Measurement]]:
+    """`measure_groups` of `group_size` prompts each; `options` are its own."""
+    return measure_groups(methods, groups_of(prompts, group_size), **options)
+
+
+def measure_groups(
     methods: Mapping[str, Generate],
-    prompts: Sequence[Sequence[int]],
+    groups: Sequence[Group],
     *,
-    group_size: int = 1,
     num_warmup: int = 1,
     num_repeats: int = 1,
     on_group: Callable[[int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Measurement]]:
-    """Measurements of each method, one per group of `group_size` prompts, in the order of the prompts.
+    """Measurements of each method, one per group of prompts, in the order of the groups.
 
     num_warmup: groups decoded by every method before the clock counts. num_repeats: each group is timed so many times
     and its fastest time is kept, because noise only ever adds. on_group: called with the number of prompts done.
     Raises `MeasuringStoppedError` on Ctrl-C after the first group.
     """
-    groups = [list(prompts[i : i + group_size]) for i in range(0, len(prompts), group_size)]
     if not groups:
         raise ValueError("no prompts to measure on; the data set is empty or everything in it was filtered out")
     for group in groups[:num_warmup]:
         for generate in methods.values():
-            generate(group)
+            generate(group.prompts)
     measurements: dict[str, list[Measurement]] = {name: [] for name in methods}
     for index, group in enumerate(groups):
         try:
-            fastest = measure_group(methods, group, index, num_repeats, clock)
+            fastest = measure_group(methods, group.prompts, index, num_repeats, clock)
         except KeyboardInterrupt:
             if index == 0:
                 raise
@@ -105,7 +124,7 @@ def measure_interleaved(
         for name, measurement in fastest.items():
             measurements[name].append(measurement)
         if on_group is not None:
-            on_group(len(group))
+            on_group(len(group.prompts))
     return measurements
 
 
@@ -165,6 +184,7 @@ def summarise(
     speedup = measured_speedup(plain, speculative)
     plain_ids = [ids for m in plain for ids in m.token_ids]
     ids = [ids for m in speculative for ids in m.token_ids]
+    draft_cost, verify_cost = costs(reduce(add, (m.stats for m in plain)), stats)
     if num_speculative_tokens is None:
         num_speculative_tokens = len(stats.drafted_per_position)
     return MethodRow(
@@ -182,22 +202,44 @@ def summarise(
         speedup_per_token=speedup.value / length.value,
         num_identical=count_identical(plain_ids, ids) if temperature == 0 else None,
         draft_share=stats.draft_s / time_s,
-        **costs(reduce(add, (m.stats for m in plain)), stats),
+        draft_cost=draft_cost,
+        verify_cost=verify_cost,
         sampling_p_value=sampling_p_value,
-        warnings=speedup_warnings(speedup, length),
+        warnings=speedup_warnings(speedup, length, max(len(m.token_ids) for m in speculative)),
+        time_shares=time_shares(stats, time_s),
     )
 
 
-def costs(plain: DecodeStats, speculative: DecodeStats) -> dict[str, float | None]:
+def time_shares(stats: DecodeStats, time_s: float) -> dict[str, float]:
+    """Where the time went; what is missing to 1 passed outside of the engine."""
+    spent = {"prefill": stats.prefill_s, "draft": stats.draft_s, "verify": stats.verify_s, "overhead": stats.overhead_s}
+    return {name: seconds / time_s for name, seconds in spent.items()}
+
+
+def figures_of(
+    groups: Sequence[Group], measurements: Sequence[Measurement], names: Mapping[tuple[int, ...], str]
+) -> tuple[GroupFigures, ...]:
+    """What results keep of each group. `names`: prompt -> its hash."""
+    return tuple(
+        GroupFigures(
+            prompts=tuple(names[tuple(prompt)] for prompt in group.prompts),
+            task=group.task,
+            num_tokens=measured.num_tokens,
+            num_rounds=measured.stats.num_rounds,
+            num_accepted=measured.stats.num_accepted,
+            time_s=measured.time_s,
+        )
+        for group, measured in zip(groups, measurements, strict=False)
+    )
+
+
+def costs(plain: DecodeStats, speculative: DecodeStats) -> tuple[float | None, float | None]:
     """Time of drafting and of the rest of a round, in plain decoding steps. Prefill counts for neither."""
     plain_s = plain.draft_s + plain.verify_s + plain.overhead_s
     if not plain_s:  # every answer was one token
-        return {"draft_cost": None, "verify_cost": None}
+        return None, None
     units = plain_s / plain.num_rounds * max(speculative.num_rounds, 1)
-    return {
-        "draft_cost": speculative.draft_s / units,
-        "verify_cost": (speculative.verify_s + speculative.overhead_s) / units,
-    }
+    return speculative.draft_s / units, (speculative.verify_s + speculative.overhead_s) / units
 
 
 def acceptance_length(measurements: Sequence[Measurement]) -> Estimate:
@@ -222,13 +264,3 @@ def measured_speedup(plain: Sequence[Measurement], speculative: Sequence[Measure
         },
         lambda sums: (sums["tokens"] / sums["s"]) / (sums["plain_tokens"] / sums["plain_s"]),
     )
-
-
-def speedup_warnings(speedup: Estimate, length: Estimate) -> tuple[str, ...]:
-    """A round costs at least one verifier step, so no method gains more than the tokens that it emits per round."""
-    if speedup.low > length.high:
-        return (
-            f"speedup {speedup.value:.2f} exceeds the acceptance length {length.value:.2f}: this cannot be true, "
-            "the plain baseline was slowed down by something else; measure again on an idle machine",
-        )
-    return ()

@@ -41,7 +41,8 @@ from speculators.evaluation.parity_checks import (
     vocabulary_check,
 )
 from speculators.evaluation.parity_vllm import VllmRun, decode_in_vllm, speculative_run
-from speculators.evaluation.report import SavedReport, environment
+from speculators.evaluation.records import environment
+from speculators.evaluation.report import SavedReport
 from speculators.interfaces import CaptureSpec, Proposer
 from speculators.model import SpeculatorModel
 from speculators.utils.progress import Progress, doing, reporting

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from speculators.decoding.method import PLAIN
+from speculators.evaluation.records import SCHEMA_VERSION, Cell, MethodRow
 from speculators.evaluation.statistics import Estimate
-from speculators.provenance import find_package_repo, git_diff, git_sha, package_versions
-from speculators.utils.files import atomic_write
+from speculators.utils.files import atomic_write, read_json_object
 from speculators.utils.report import TableReport
 
-SIGNIFICANCE = 0.001
-"""A lossless method fails the sampled check once in so many runs."""
 COLUMNS = ("K", "acceptance\nlength τ", "conditional\nacceptance", "tokens/s", "speedup", "speedup\n/ τ", "lossless")
 
 
@@ -46,50 +42,6 @@ class SavedReport(TableReport):
         return path
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResultRow:
-    """Holds the figures that every row of a results table has, measured in this process or on a server."""
-
-    method: str
-    num_speculative_tokens: int
-    temperature: float
-    num_prompts: int
-    num_tokens: int
-    acceptance_length: Estimate
-    acceptance_rate: float
-    """accepted / drafted"""
-    conditional_acceptance: tuple[float, ...]
-    tokens_per_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodRow(ResultRow):
-    """One row of the results table: a method on a data set, beside plain decoding of the same prompts."""
-
-    plain_tokens_per_s: float
-    speedup: Estimate
-    speedup_per_token: float
-    """speedup / acceptance length: the share of the possible gain that was realised"""
-    num_identical: int | None
-    """prompts whose tokens equal plain decoding's; None where sampling makes the question meaningless"""
-    draft_share: float
-    """share of the time spent making drafts"""
-    draft_cost: float | None
-    """seconds of drafting per round, over seconds of a plain step; None when no plain step was taken"""
-    verify_cost: float | None
-    """seconds of the rest of a round (scoring the drafts, bookkeeping), over seconds of a plain step"""
-    sampling_p_value: float | None = None
-    """two-sample test of sampled answers against plain decoding's; None when it was not made"""
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def lossless(self) -> bool | None:
-        """None when nothing was checked."""
-        if self.num_identical is not None:
-            return self.num_identical == self.num_prompts
-        return None if self.sampling_p_value is None else self.sampling_p_value >= SIGNIFICANCE
-
-
 @dataclass(frozen=True)
 class EvaluationReport(SavedReport):
     """Everything needed to read the rows, and to measure them again."""
@@ -100,13 +52,29 @@ class EvaluationReport(SavedReport):
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     interrupted: str | None = None
-    """After how many prompts Ctrl-C ended the measurement; None when it did not."""
+    """After how many prompts or cells the measurement ended early; None when it did not."""
+    schema_version: int = SCHEMA_VERSION
+    cells: tuple[Cell, ...] = ()
+    """Those that were measured to their end, in the order of their rows."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """What a call must have in common with the one that began the file, to go on with it."""
 
     def row(self, method: str) -> MethodRow:
+        """The first row of a method."""
         for row in self.rows:
             if row.method == method:
                 return row
         raise ValueError(f"no method '{method}' in this report; it has {[row.method for row in self.rows]}")
+
+    @property
+    def whole_rows(self) -> tuple[MethodRow, ...]:
+        """The rows about whole data sets."""
+        return tuple(row for row in self.rows if row.task is None)
+
+    def plain_of(self, row: MethodRow) -> MethodRow | None:
+        """The row of plain decoding that was measured beside `row`: the nearest before it."""
+        before = self.whole_rows[: self.whole_rows.index(row) + 1]
+        return next((other for other in reversed(before) if other.is_plain), None)
 
     @property
     def lossless(self) -> bool | None:
@@ -121,21 +89,22 @@ class EvaluationReport(SavedReport):
 
     def warnings(self) -> list[str]:
         """Lists what makes a figure doubtful, by method."""
-        return [f"{row.method}: {warning}" for row in self.rows for warning in row.warnings]
+        several = len(self.cells) > 1
+        return [f"{row.place if several else row.method}: {told}" for row in self.rows for told in row.doubts()]
 
     def tables(self) -> list[Table]:
-        """The results table: acceptance length counts the recovered or bonus token."""
-        first = self.rows[0]
-        caption = "± 95 % bootstrap over prompts; speeds interleaved in one process; conditional: given all before"
-        table = results_table(f"{first.num_prompts} prompts of {self.dataset}", first.temperature, caption, COLUMNS)
-        for row in self.rows:
-            table.add_row(*map(escape, cells(row)))
-        return [table]
+        """The results tables, one per data set, temperature and batch size, and one per data set that has tasks.
+        Acceptance length counts the recovered or bonus token."""
+        return [
+            table
+            for rows in together(self.rows)
+            for table in [table_of(rows, self.dataset), *([table_of_tasks(rows)] if has_tasks(rows) else [])]
+        ]
 
     @property
     def best(self) -> MethodRow | None:
-        """The fastest method that drafts; None when nothing but plain decoding was measured."""
-        drafting = [row for row in self.rows if row.method != PLAIN]
+        """The fastest method that drafts, on a whole data set; None when only plain decoding was measured."""
+        drafting = [row for row in self.whole_rows if not row.is_plain]
         return max(drafting, key=lambda row: row.speedup.value, default=None)
 
     def sentence(self) -> str:
@@ -143,12 +112,63 @@ class EvaluationReport(SavedReport):
         if best is None:
             return f"plain decoding makes {self.rows[0].tokens_per_s:.1f} tokens per second"
         parts = [gain(best.speedup), "" if best.lossless is None else sameness(best)]
-        parts += [f"{row.method} is not lossless" for row in self.rows if row is not best and row.lossless is False]
-        name = f"{best.method}: " if len(self.rows) > 2 else ""
+        name_of = (lambda row: row.place) if len(self.cells) > 1 else (lambda row: row.method)
+        lossy = [row for row in self.whole_rows if row is not best and row.lossless is False]
+        parts += [f"{name_of(row)} is not lossless" for row in lossy]
+        name = f"{name_of(best)}: " if len(self.whole_rows) > 2 else ""
         return name + ", ".join(part for part in parts if part)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"lossless": self.lossless}
+
+
+def together(rows: Sequence[MethodRow]) -> list[list[MethodRow]]:
+    """Rows of one data set, temperature and batch size, with the first of plain decoding alone: it was measured beside
+    each number of draft tokens."""
+    groups: dict[tuple[Any, ...], list[MethodRow]] = {}
+    for row in rows:
+        group = groups.setdefault((row.dataset, row.temperature, row.batch_size), [])
+        if not (row.is_plain and any(other.is_plain and other.task == row.task for other in group)):
+            group.append(row)
+    return list(groups.values())
+
+
+def has_tasks(rows: Sequence[MethodRow]) -> bool:
+    return any(row.task is not None for row in rows)
+
+
+def table_of(rows: Sequence[MethodRow], dataset: str) -> Table:
+    first = rows[0]
+    caption = "± 95 % bootstrap over prompts; speeds interleaved in one process; conditional: given all before"
+    measured = f"{first.num_prompts} prompts of {first.dataset or dataset}"
+    measured += f", {first.batch_size} together" if first.batch_size > 1 else ""
+    table = results_table(measured, first.temperature, caption, COLUMNS)
+    for row in rows:
+        if row.task is None:
+            table.add_row(*map(escape, cells(row)))
+    return table
+
+
+def table_of_tasks(rows: Sequence[MethodRow]) -> Table:
+    """Acceptance length and speedup of each method by task."""
+    tasks = list(dict.fromkeys(row.task for row in rows if row.task is not None))
+    caption = "acceptance length τ and speedup, ± 95 % bootstrap over the prompts of the task"
+    columns = ["K", *(task.replace("_", "\n") for task in tasks)]
+    table = results_table(f"tasks of {rows[0].dataset}", rows[0].temperature, caption, columns)
+    for method, num_drafts in dict.fromkeys((row.method, row.num_speculative_tokens) for row in rows):
+        of_method = [row for row in rows if (row.method, row.num_speculative_tokens) == (method, num_drafts)]
+        found = {row.task: row for row in of_method}
+        if not of_method[0].is_plain:
+            table.add_row(escape(method), str(num_drafts), *(cell_of_task(found.get(task)) for task in tasks))
+    return table
+
+
+def cell_of_task(row: MethodRow | None) -> str:
+    if row is None:
+        return ""
+    if row.num_prompts <= row.batch_size:  # one measurement has no interval
+        return f"τ {row.acceptance_length.value:.2f}\n{row.speedup.value:.2f}x"
+    return f"τ {with_interval(row.acceptance_length)}\n{with_interval(row.speedup)}x"
 
 
 def gain(speedup: Estimate) -> str:
@@ -208,7 +228,7 @@ def results_table(measured: str, temperature: float, caption: str, columns: Sequ
 
 
 def cells(row: MethodRow) -> list[str]:
-    if row.method == PLAIN:
+    if row.is_plain:
         return [row.method, "0", "1", "", f"{row.tokens_per_s:.1f}", "1", "", ""]
     return [
         row.method,
@@ -232,14 +252,44 @@ def with_interval(estimate: Estimate) -> str:
     return f"{estimate.value:.2f} ±{estimate.half_width:.2f}"
 
 
-def environment() -> dict[str, Any]:
-    """Records where figures were measured (versions, commit, machine), for every report."""
-    repo = find_package_repo()
-    return {
-        "versions": {"python": platform.python_version(), **package_versions()},
-        "commit": git_sha(repo),
-        "uncommitted_changes": bool(git_diff(repo)),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "num_cpus": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-    }
+# -- reading a result again
+
+
+def load_result(path: str | os.PathLike[str]) -> EvaluationReport:
+    """Reads what `evaluate --output` or `EvaluationReport.save` wrote, of this release or an earlier one.
+
+    Raises `ValueError` for a file that is no JSON, no result of methods in one process, or of a later schema.
+    """
+    document = read_json_object(Path(path), "name what `evaluate --output` wrote")
+    version = document.setdefault("schema_version", 1)
+    if "server" in document:
+        raise ValueError(f"{path} was measured on a server, which has no plain decoding in one process beside it")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ValueError(f"{path} has schema version {version}, this release reads up to {SCHEMA_VERSION}: update it")
+    try:
+        report = ADAPTER.validate_python(document if version > 1 else upgraded(document))
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()[:3]]
+        raise ValueError(f"{path} is no result of `evaluate`: {'; '.join(wrong)}") from error
+    if not report.rows:
+        raise ValueError(f"{path} has no rows: nothing was measured before it was interrupted")
+    return report
+
+
+def upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """A result of one cell without a version: what its rows say now was said by its settings."""
+    settings, rows = document.get("settings"), document.get("rows")
+    if not isinstance(settings, dict) or not isinstance(rows, list):
+        return document
+    configs = settings.get("speculative_configs") or {}
+    said = {"dataset": document.get("dataset"), "batch_size": settings.get("batch_size", 1)}
+    filled = [{**said, "speculative_config": configs.get(row.get("method")), **row} for row in rows]
+    return {**document, "rows": filled, "schema_version": SCHEMA_VERSION}
+
+
+def result_schema() -> dict[str, Any]:
+    """The JSON schema of a result."""
+    return ADAPTER.json_schema()
+
+
+ADAPTER = TypeAdapter(EvaluationReport)

@@ -1,117 +1,142 @@
-"""Measures methods of drafting beside plain decoding: one verifier, the same prompts, all engines in one process."""
+"""Measures one cell: methods of drafting beside plain decoding of the same prompts, all engines in one process."""
 
 from __future__ import annotations
 
-import os
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from speculators.data_generation.rollout import load_prompts
 from speculators.decoding import Engine, RequestOutput, SamplingParams
-from speculators.decoding.method import PLAIN, Method, parse_methods
-from speculators.decoding.request import raise_for_failed
-from speculators.decoding.target import VerifierSource, open_target
+from speculators.decoding.method import PLAIN, Method
+from speculators.decoding.request import StreamEvent, TokenLogprobs, raise_for_failed
+from speculators.decoding.target import DecodingTarget
+from speculators.decoding.text import REPLACEMENT
 from speculators.evaluation.config import EvaluateConfig
 from speculators.evaluation.measurement import (
     Generate,
+    Group,
+    Measurement,
     MeasuringStoppedError,
-    measure_interleaved,
+    figures_of,
+    groups_of,
+    measure_groups,
     seeded_by_prompt,
     summarise,
 )
-from speculators.evaluation.report import EvaluationReport, EvaluationStoppedError, environment
+from speculators.evaluation.prompts import NamedPrompts
+from speculators.evaluation.records import KeptAnswer, KeptToken, MethodRow, Origin
 from speculators.evaluation.statistics import two_sample_p_value
-from speculators.utils.progress import HasTokens, Progress, reporting, token_counter
+from speculators.utils.progress import HasTokens, Progress
+
+NUM_ALTERNATIVES = 3
+"""Likeliest tokens that are kept beside each token of a kept answer."""
+MOST_PROMPT_LETTERS = 2000
+"""Of a kept answer's prompt: its end."""
 
 
-def measure_methods(
+@dataclass(frozen=True)
+class CellResult:
+    """Rows of one cell: per method one about all prompts, then one per task."""
+
+    rows: tuple[MethodRow, ...]
+    num_done: int
+    time_s: float
+    is_whole: bool
+    """False: Ctrl-C came after `num_done` prompts."""
+
+
+def measure_cell(
     config: EvaluateConfig,
-    verifier: VerifierSource,
-    data: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    progress: bool | Progress | None = None,
-) -> EvaluationReport:
-    """Measure every method on the same prompts; `progress` counts them.
-
-    `verifier`, `data`: what `config` names, or the loaded model and the rows that it names. Raises `ValueError` for a
-    verifier, drafter or data set that cannot be read, and for a verifier whose scores are not finite;
-    `EvaluationStoppedError` on Ctrl-C, with the report of the prompts that were measured.
-    """
-    trees = {"speculative_token_tree": config.speculative_token_tree, "dynamic_tree": config.dynamic_tree}
-    trees = {name: tree for name, tree in trees.items() if tree is not None}
-    methods = parse_methods(config.methods, config.num_speculative_tokens, trees)
-    methods = [Method(PLAIN, None), *(method for method in methods if method.speculative_config is not None)]
-    target = open_target(
-        verifier,
-        tokenizer=tokenizer,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    found = {"dtype": str(target.model.dtype).removeprefix("torch."), "device": str(target.model.device)}
-    prompts = load_prompts(data, target.tokenizer, limit=config.num_prompts)
-    max_length = max(map(len, prompts)) + config.max_tokens
+    methods: Sequence[Method],
+    target: DecodingTarget,
+    prompts: NamedPrompts,
+    show: Progress,
+    on_token: Callable[[HasTokens], None] | None,
+) -> CellResult:
+    """Measures every method on the same prompts; `show` is told how many are done."""
+    begun_s, done = time.perf_counter(), 0
     engines = {
         method.name: Engine(
             target.model,
             method.speculative_config,
             tokenizer=target.tokenizer,
             max_batch_size=config.batch_size,
-            max_length=max_length,
+            max_length=max(map(len, prompts.all)) + config.max_tokens,
         )
         for method in methods
     }
     sampling = config.sampling()
-    done, total = 0, len(prompts)
+    groups = [
+        group for task, of_task in prompts.by_task.items() for group in groups_of(of_task, config.batch_size, task)
+    ]
 
     def add(num_prompts: int) -> None:
         nonlocal done
         done += num_prompts
-        show("decode", done, total)
+        show("decode", done, len(prompts.all))
 
-    stopped: MeasuringStoppedError | None = None
-    with reporting(progress) as show:
-        show("decode", 0, total)
-        try:
-            measurements = measure_interleaved(
-                {name: decoder(name, engine, sampling, token_counter(show)) for name, engine in engines.items()},
-                prompts,
-                group_size=config.batch_size,
-                num_warmup=config.num_warmup,
-                num_repeats=config.num_repeats,
-                on_group=add,
-            )
-        except MeasuringStoppedError as stop:
-            stopped, measurements = stop, stop.measurements
-    draws = config.check_sampling and config.temperature > 0 and stopped is None
-    p_values = sampling_p_values(engines, prompts, config) if draws else {}
-    rows = tuple(
-        summarise(
-            method.name,
-            measurements[PLAIN],
-            measurements[method.name],
-            num_speculative_tokens=method.num_speculative_tokens,
-            temperature=config.temperature,
-            sampling_p_value=p_values.get(method.name),
+    show("decode", 0, len(prompts.all))
+    stopped = False
+    try:
+        measurements = measure_groups(
+            {name: decoder(name, engine, sampling, on_token) for name, engine in engines.items()},
+            groups,
+            num_warmup=config.num_warmup,
+            num_repeats=config.num_repeats,
+            on_group=add,
         )
-        for method in methods
+    except MeasuringStoppedError as stop:
+        stopped, measurements = True, stop.measurements
+    draws = config.check_sampling and config.temperature > 0 and not stopped
+    p_values = sampling_p_values(engines, prompts.all, config) if draws else {}
+    rows: list[MethodRow] = []
+    for method in methods:
+        whole = row_of(config, prompts, method, measurements, p_values.get(method.name))
+        kept = () if stopped else kept_answers(engines[method.name], target, prompts, config)
+        figures = figures_of(groups, measurements[method.name], prompts.hash_of)
+        rows.append(replace(whole, groups=figures, answers=kept))
+        rows += rows_of_tasks(config, prompts, method, measurements, groups)
+    return CellResult(tuple(rows), done, time.perf_counter() - begun_s, not stopped)
+
+
+def row_of(
+    config: EvaluateConfig,
+    prompts: NamedPrompts,
+    method: Method,
+    measurements: Mapping[str, Sequence[Measurement]],
+    p_value: float | None = None,
+) -> MethodRow:
+    row = summarise(
+        method.name,
+        measurements[PLAIN],
+        measurements[method.name],
+        num_speculative_tokens=method.num_speculative_tokens,
+        temperature=config.temperature,
+        sampling_p_value=p_value,
     )
-    report = EvaluationReport(
-        verifier=config.verifier,
-        dataset=config.data,
-        rows=rows,
-        settings=asdict(config) | found | {"speculative_configs": {m.name: m.speculative_config for m in methods}},
-        environment=environment(),
-        interrupted=None if stopped is None else f"stopped after {done} of {total} prompts",
+    return replace(
+        row, dataset=prompts.name, batch_size=config.batch_size, speculative_config=method.speculative_config
     )
-    if stopped is not None:
-        raise EvaluationStoppedError(report) from stopped
-    return report
+
+
+def rows_of_tasks(
+    config: EvaluateConfig,
+    prompts: NamedPrompts,
+    method: Method,
+    measurements: Mapping[str, Sequence[Measurement]],
+    groups: Sequence[Group],
+) -> list[MethodRow]:
+    """One row per task of a set that has several, of those that were reached."""
+    num_measured = len(measurements[method.name])
+    rows = []
+    for task in prompts.by_task if len(prompts.by_task) > 1 else ():
+        places = [place for place, group in enumerate(groups[:num_measured]) if group.task == task]
+        if places:
+            of_task = {name: [all_of[place] for place in places] for name, all_of in measurements.items()}
+            rows.append(replace(row_of(config, prompts, method, of_task), task=task))
+    return rows
 
 
 def sampling_p_values(
@@ -146,3 +171,70 @@ def decoder(
         return outputs
 
     return generate
+
+
+# -- answers that are kept token by token
+
+
+def kept_answers(
+    engine: Engine, target: DecodingTarget, prompts: NamedPrompts, config: EvaluateConfig
+) -> tuple[KeptAnswer, ...]:
+    """Decodes prompts from all over the set once more, by themselves, and notes who wrote each token."""
+    pairs = [(task, prompt) for task, of_task in prompts.by_task.items() for prompt in of_task]
+    number = min(config.keep_tokens, len(pairs))
+    answers = []
+    for task, prompt in (pairs[place * len(pairs) // number] for place in range(number)):
+        events: list[StreamEvent] = []
+        params = replace(seeded_by_prompt(config.sampling(), prompt), logprobs=NUM_ALTERNATIVES)
+        engine.forget_requests()
+        raise_for_failed(engine.generate([list(prompt)], params, on_token=events.append), "kept answer")
+        asked = str(target.tokenizer.decode(list(prompt)))[-MOST_PROMPT_LETTERS:]
+        answers.append(KeptAnswer(prompt=asked, task=task, tokens=kept_tokens(events, target)))
+    return tuple(answers)
+
+
+def kept_tokens(events: Sequence[StreamEvent], target: DecodingTarget) -> tuple[KeptToken, ...]:
+    origins = [origin_of(event, place) for event in events for place in range(len(event.token_ids))]
+    token_ids = [token_id for event in events for token_id in event.token_ids]
+    logprobs = [found for event in events for found in event.logprobs or ()]
+    texts = pieces(token_ids, target)
+    return tuple(
+        KeptToken(
+            token_id=token_id,
+            text=text,
+            origin=origin,
+            position=position,
+            probability=probability(found.logprob),
+            alternatives=likeliest(found, target),
+        )
+        for token_id, text, (origin, position), found in zip(token_ids, texts, origins, logprobs, strict=True)
+    )
+
+
+def origin_of(event: StreamEvent, place: int) -> tuple[Origin, int | None]:
+    """Who wrote the token at `place` of a round's tokens, and its position in the draft."""
+    if place < event.num_accepted:
+        return "draft", place + 1
+    if event.draft_depth == 0:
+        return "verifier", None
+    return ("bonus" if event.num_accepted == event.draft_depth else "recovered"), None
+
+
+def pieces(token_ids: Sequence[int], target: DecodingTarget) -> list[str]:
+    """The text that each token adds; a character of several tokens is the last one's."""
+    texts, known = [], ""
+    for end in range(1, len(token_ids) + 1):
+        text = str(target.tokenizer.decode(list(token_ids[:end])))
+        whole = known if text.endswith(REPLACEMENT) and end < len(token_ids) else text
+        texts.append(whole[len(known) :])
+        known = whole
+    return texts
+
+
+def likeliest(found: TokenLogprobs, target: DecodingTarget) -> tuple[tuple[str, float], ...]:
+    ranked = sorted(found.top.items(), key=lambda pair: -pair[1])
+    return tuple((str(target.tokenizer.decode([token_id])), probability(logprob)) for token_id, logprob in ranked)
+
+
+def probability(logprob: float) -> float:
+    return min(math.exp(logprob), 1.0)

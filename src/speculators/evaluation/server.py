@@ -17,19 +17,14 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from speculators.data_generation.rollout import load_prompts
 from speculators.data_generation.vllm_client import ServerUnavailableError
 from speculators.decoding.method import PLAIN
 from speculators.decoding.settings import SamplingParams
 from speculators.evaluation.config import SERVED, ServerConfig
-from speculators.evaluation.measurement import (
-    Measurement,
-    acceptance_length,
-    measured_speedup,
-    rotated,
-    speedup_warnings,
-)
-from speculators.evaluation.report import ResultRow, SavedReport, environment, gain, results_table, with_interval
+from speculators.evaluation.measurement import Measurement, acceptance_length, measured_speedup, rotated
+from speculators.evaluation.prompts import load_prompt_set
+from speculators.evaluation.records import ResultRow, environment, speedup_warnings
+from speculators.evaluation.report import SavedReport, gain, results_table, with_interval
 from speculators.evaluation.server_client import MeasuredServer, ServerCounters, ServerRestartedError
 from speculators.evaluation.statistics import Estimate, count_identical
 from speculators.utils.progress import Progress, WorkProgress, reporting
@@ -141,7 +136,7 @@ def evaluate_server(config: ServerConfig, *, progress: bool | Progress | None = 
             servers[PLAIN] = connections.enter_context(closing(connect(config, config.baseline)))
         refuse_wrong_roles(servers)
         root = servers[SERVED].served.root
-        prompts = load_prompts(config.data, tokenizer_of(config, root), limit=config.num_prompts)
+        prompts = load_prompt_set(config.data, config.data, tokenizer_of(config, root), limit=config.num_prompts).all
         levels, interrupted = [], None
         try:
             with reporting(progress) as show:
