@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from speculators.cli import app
-from speculators.train.config import TrainConfig
+from speculators.train.drafters import resolve_all
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -28,7 +28,7 @@ def read(command: Command) -> None:
     verb = command.verb
     assert verb is not None
     if verb == "train":
-        TrainConfig.resolve([*words, *([] if "--data" in words else ["--data", "data"])])
+        resolve_all([*words, *([] if "--data" in words else ["--data", "data"])])
     elif verb not in ("--version", "--install-completion") and not app.asks_for_help(words):
         words, _ = app.split_common(words[: words.index("--")] if "--" in words else words)  # behind it: vLLM's own
         app.shown_command_of(verb, words, all_names=True).make_context(verb, list(words))

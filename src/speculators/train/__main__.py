@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from speculators.train.config import TrainConfig, refuse_missing_paths
+from speculators.train.config import refuse_missing_paths
+from speculators.train.drafters import resolve_all
 from speculators.utils.report import exit_code_of
+
+if TYPE_CHECKING:
+    from speculators.train.records import TrainResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = sys.argv[1:] if argv is None else argv
         refuse_missing_paths(words)
-        config = TrainConfig.resolve(words)
+        configs = resolve_all(words)
         # here, not at the top: --help must not wait for torch
-        from speculators.train.events import print_event
-        from speculators.train.run import train
+        from speculators.train.events import print_event, printing
+        from speculators.train.run import train_side_by_side
 
-        result = train(config, on_event=print_event)
+        results = train_side_by_side(configs, listen=printing if len(configs) > 1 else lambda name: print_event)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
     except KeyboardInterrupt as error:
         print(error or "interrupted", file=sys.stderr)
         return 130
+    return max(map(summed_up, results))
+
+
+def summed_up(result: TrainResult) -> int:
+    """Prints a result and returns its exit code."""
     print(result.checkpoint)
     check, parity = result.check, result.parity
     for found in [] if check is None else check.findings:

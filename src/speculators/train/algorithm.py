@@ -34,6 +34,27 @@ def name_in(given: Mapping[str, Any]) -> str:
     return str(given.get("speculator_type", RunKeys.model_fields["speculator_type"].default))
 
 
+def names_in(given: Mapping[str, Any]) -> list[str]:
+    """The drafters that a run trains side by side: of "eagle3,dflash" two. Raises `ConfigError` for one named twice."""
+    told = given.get("speculator_type")
+    names = [name.strip() for name in (",".join(told) if isinstance(told, list) else name_in(given)).split(",")]
+    if len(set(names)) < len(names) or not all(names):
+        raise ConfigError(f"--speculator-type {','.join(names)}: name each drafter once, with commas between them")
+    return names
+
+
+class UnreadKeysError(ConfigError):
+    """Keys were given that the algorithm does not read."""
+
+    def __init__(self, because: Mapping[str, str]) -> None:
+        """`because`: key -> why it is not read."""
+        self.because = dict(because)
+        flags: dict[str, list[str]] = {}
+        for key, why in because.items():
+            flags.setdefault(why, []).append(flag_of(key))
+        super().__init__("; ".join(f"{why}: leave out {', '.join(names)}" for why, names in flags.items()))
+
+
 def is_light(given: Mapping[str, Any]) -> bool:
     """Says whether the algorithm that `given` names says its keys without loading torch."""
     name = name_in(given)
@@ -126,18 +147,13 @@ class Algorithm:
         return reading_of(key, values, own_rules if is_own else (*own_rules, *RULES))
 
     def check_read(self, given: Collection[str], values: Mapping[str, Any]) -> dict[str, str]:
-        """Returns the given keys that have no effect, and why. Raises `ConfigError` for those that would be dropped."""
-        idle: dict[str, str] = {}
-        refused: dict[str, list[str]] = {}
-        for key in given:
-            outcome, because = self.reading(key, values)
-            if outcome == IDLE:
-                idle[key] = because
-            elif outcome == REFUSED:
-                refused.setdefault(because, []).append(flag_of(key))
+        """Returns the given keys that have no effect, and why. Raises `UnreadKeysError` for those that would be
+        dropped."""
+        readings = {key: self.reading(key, values) for key in given}
+        refused = {key: because for key, (outcome, because) in readings.items() if outcome == REFUSED}
         if refused:
-            raise ConfigError("; ".join(f"{why}: leave out {', '.join(flags)}" for why, flags in refused.items()))
-        return idle
+            raise UnreadKeysError(refused)
+        return {key: because for key, (outcome, because) in readings.items() if outcome == IDLE}
 
     # -- reading what was given --------------------------------------------------------------------------------------
 

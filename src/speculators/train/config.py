@@ -15,7 +15,7 @@ import yaml
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from speculators.data_generation.configs import refuse_unprepared
-from speculators.train.algorithm import ALGORITHMS, Algorithm, declared_keys, is_light, validate
+from speculators.train.algorithm import ALGORITHMS, Algorithm, declared_keys, is_light, names_in, validate
 from speculators.train.events import ConfigError
 from speculators.train.flags import FLAG_NAMES, Parser, build_parser, flag_of
 from speculators.train.keys import (
@@ -108,7 +108,7 @@ class TrainConfig(RunKeys):
         """Reads the flags and YAML keys that every algorithm has: they name the algorithm."""
         first, _ = build_parser({"": RunKeys, **GROUPS}, {}).parse_known_args(list(argv))
         given = vars(first)
-        yaml_values, _ = read_yaml(given["config"]) if "config" in given else ({}, [])
+        yaml_values, _ = read_yaml(given["config"], given) if "config" in given else ({}, [])
         return {**yaml_values, **given}
 
     @classmethod
@@ -129,13 +129,15 @@ class TrainConfig(RunKeys):
         cls, cli: Mapping[str, Any] | None = None, config_path: str | Path | None = None, argv: Sequence[str] = ()
     ) -> TrainConfig:
         """Merge what was given (`cli`: key -> value) over a YAML file over the defaults, and validate the result."""
-        cli = dict(cli or {})
         from_yaml, headings = read_yaml(config_path) if config_path is not None else ({}, [])
+        Algorithm.find({**from_yaml, **(cli or {})}).check_headings(headings)
+        return cls.merged(cli or {}, from_yaml, argv)
+
+    @classmethod
+    def merged(cls, cli: Mapping[str, Any], from_yaml: Mapping[str, Any], argv: Sequence[str]) -> TrainConfig:
         given = {**from_yaml, **cli}
         algorithm = Algorithm.find(given)
         algorithm.check_keys(given)
-        algorithm.check_headings(headings)
-
         generic = group_of()
         values = {**algorithm.defaults, **given}
         own = dict(validate(algorithm.keys, {key: values[key] for key in algorithm.keys.model_fields if key in values}))
@@ -191,12 +193,16 @@ class TrainConfig(RunKeys):
         flat["muon_lr"] = flat["lr"] if flat["muon_lr"] is None else flat["muon_lr"]
         return {**self._unset, **flat, **self.foreign, **self.algorithm}
 
-    def dump_yaml(self) -> str:
-        """YAML that resolves to this very configuration."""
+    def said(self) -> dict[str, Any]:
+        """The keys of `flatten` that say this very configuration: those that the run reads, and what is not default."""
         flat = {key: value for key, value in self.flatten().items() if value is not None and key not in self._unset}
         algorithm, defaults = self.with_defaults(flat)
         read = {key for key in flat if algorithm.reading(key, {**defaults, **flat})[0] == USED}
-        flat = {key: value for key, value in flat.items() if key in read or value != defaults.get(key)}
+        return {key: value for key, value in flat.items() if key in read or value != defaults.get(key)}
+
+    def dump_yaml(self) -> str:
+        """YAML that resolves to this very configuration."""
+        flat = self.said()
         tree: dict[str, Any] = {}
         for key, group in {**dict.fromkeys(flat, self.speculator_type), **group_of()}.items():
             if key in flat:
@@ -224,8 +230,9 @@ def refuse_missing_paths(argv: Sequence[str]) -> None:
             refuse_missing_path(given[key], flag_of(key), "name a file that is there")
 
 
-def read_yaml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """A YAML file as `key -> value`, and its headings. Keys may stand under `train:` and under group headings."""
+def read_yaml(path: str | Path, given: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """A YAML file as `key -> value`, and its headings. Keys may stand under `train:` and under group headings. Where it
+    or `given` names several drafters, what stands under one's name is `<name>.<key>`."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -239,12 +246,14 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(f"--config {path} must hold `key: value` lines, not a {type(tree).__name__}")
     flat: dict[str, Any] = {}
     headings: list[str] = []
+    names = names_in({**tree, **(given or {})})
     for key, value in tree.items():
+        prefix = f"{key}." if len(names) > 1 and key in names else ""
         is_heading = isinstance(value, dict) and (key in GROUPS or key not in group_of())
         headings += [key] if is_heading else []
         for name, item in value.items() if is_heading else [(key, value)]:
             name = str(name).replace("-", "_")
-            name = KEY_OF_FLAG.get(name, name)
+            name = prefix + KEY_OF_FLAG.get(name, name)
             if name in flat:
                 raise ConfigError(f"--config {path} gives {name} twice")
             flat[name] = item

@@ -117,6 +117,11 @@ def print_event(event: Event) -> None:
     print(line(event), file=sys.stderr, flush=True)
 
 
+def printing(name: str) -> Listener:
+    """Prints the events of one of several drafters."""
+    return lambda event: print(f"{name}: {line(event)}", file=sys.stderr, flush=True)
+
+
 def line(event: Event) -> str:
     """Returns an event as one line of text."""
     match event:

@@ -122,7 +122,9 @@ class LoggingKeys(Keys):
 class RunKeys(Keys):
     """Keys without a heading."""
 
-    speculator_type: str = Field("eagle3", description="Algorithm, by its registered name.")
+    speculator_type: str = Field(
+        "eagle3", description="Algorithm, by its registered name; several, with commas, are trained side by side."
+    )
     plugins: list[str] = Field(
         [], description="Python modules to import first: the algorithms they register train too."
     )

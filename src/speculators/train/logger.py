@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,22 @@ class TrainingProgress(SlowStepBars):
 
     def __init__(self) -> None:
         super().__init__(
-            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn("{task.fields[heading]}step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=ReportConsole(stderr=True, soft_wrap=True),
         )
-        self.bar: TaskID | None = None
+        self.bars: dict[str, TaskID] = {}
+        """By the name of a drafter; "" where one is trained alone."""
         self.say, self.waiting = Lines(self.console), ExitStack()
-        self.decoded = ""
+        self.decoded: dict[str, str] = {}
         """Of the newest validation: shown on while training goes on."""
+
+    def of(self, name: str) -> Listener:
+        """The listener of one of several drafters."""
+        return partial(self, name=name)
 
     def stop(self) -> None:
         self.waiting.close()
@@ -68,30 +74,31 @@ class TrainingProgress(SlowStepBars):
             yield Text(f"{self.first_step} ...", "dim")
         yield from (Text(task.description) for task in self.tasks if task.description)
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event, name: str = "") -> None:
+        heading = f"{name}: " if name else ""
         match event:
             case Note():
-                self.console.print(event.text, style="dim", markup=False)
+                self.console.print(heading + event.text, style="dim", markup=False)
             case Started():
                 self.first_step = "first step: compiling the attention kernels" if event.compiles else "first step"
                 self.waiting.enter_context(doing(self.first_step))
-                self.bar = self.add_task("", total=event.num_steps, completed=event.first_step, speed="")
+                total, done = event.num_steps, event.first_step
+                self.bars[name] = self.add_task("", total=total, completed=done, speed="", heading=heading)
                 self.console.print(
-                    f"{event.num_trainable_params:,} parameters, {event.num_documents:,} rows, "
+                    f"{heading}{event.num_trainable_params:,} parameters, {event.num_documents:,} rows, "
                     f"{event.num_tokens:,} tokens per epoch, {event.num_steps} steps"
                 )
             case StepDone():
-                assert self.bar is not None
                 self.first_step = ""
                 self.waiting.close()
-                description = describe(event.metrics, event.acceptance_length) + self.decoded
+                told = describe(event.metrics, event.acceptance_length) + self.decoded.get(name, "")
                 speed = f"{event.tokens_per_s:,.0f} tokens/s"
-                self.update(self.bar, completed=event.step, description=description, speed=speed)
-                self.say(f"step {event.step}/{event.num_steps}: {description}, {speed}")
+                self.update(self.bars[name], completed=event.step, description=heading + told, speed=speed)
+                self.say(f"{heading}step {event.step}/{event.num_steps}: {told}, {speed}")
             case Validated():
-                self.decoded = decoded(event.metrics)
+                self.decoded[name] = decoded(event.metrics)
                 line = describe(event.metrics, event.acceptance_length)
-                self.console.print(f"epoch {event.epoch}, step {event.step}, validation: {line}")
+                self.console.print(f"{heading}epoch {event.epoch}, step {event.step}, validation: {line}")
             case Saved():
                 self.console.print(f"saved {event.path}", style="dim", markup=False)
             case Stopped():

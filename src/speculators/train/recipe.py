@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,13 @@ def recipe_of(
     }
 
 
-def begun_threads(config: TrainConfig) -> int | None:
+def begun_threads(configs: Sequence[TrainConfig]) -> int | None:
     """Returns the number of CPU threads that the run to be continued was begun with; None for a new one."""
-    root = Path(config.trainer.save_path)
-    if not config.trainer.resume_from_checkpoint or Checkpointer(root).newest() is None:
-        return None
-    return (read_recipe(root / RECIPE_FILE) or {}).get(THREADS_KEY)
+    for keys in (config.trainer for config in configs):
+        root = Path(keys.save_path)
+        if keys.resume_from_checkpoint and Checkpointer(root).newest() is not None:
+            return (read_recipe(root / RECIPE_FILE) or {}).get(THREADS_KEY)
+    return None
 
 
 def follows_length(flat: dict[str, Any]) -> bool:
