@@ -79,6 +79,8 @@ WRONG = {
         ["run/checkpoint_best", "--python", "/no/python"],
         "/no/python is not a Python: give an interpreter, or the directory of its environment",
     ),
+    "compare": (["chats.jsonl", "chat.jsonl"], "the result 'chat.jsonl' does not exist. Did you mean 'chats.jsonl'?"),
+    "plan": (["chat.jsonl"], "the result 'chat.jsonl' does not exist. Did you mean 'chats.jsonl'?"),
     "evaluate": (
         ["--verifier", "some-org/some-model", "--data", "chats.jsonl", "--method", "none"],
         "no verifier 'some-org/some-model': there is no such directory, the hub's cache has no such model, and the hub "

@@ -21,6 +21,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
+from speculators.cli import FILES, VERBS
 from speculators.cli.flags import (
     CHOOSING_THEMSELVES,
     HELP_FLAGS,
@@ -37,31 +38,6 @@ from speculators.cli.flags import (
 from speculators.cli.shared import ONLY_JSON, Result, escape_warnings, say_error, say_warning, show
 from speculators.utils.names import did_you_mean
 from speculators.utils.report import WRONG_INPUT, ReaderGoneError, discard, exit_code_of, work
-
-VERBS: dict[str, str] = {
-    "quickstart": "Train a drafter for the embedded verifier, decode with it and measure it: the whole path.",
-    "build": "Make a drafter for one's own model: answers, training, measurement, proof, report.",
-    "prepare-data": "Turn conversations into tokenised training rows with loss masks.",
-    "inspect-mask": "Show which tokens of prepared rows are trained on.",
-    "regenerate-responses": "Replace the answers of a dataset by the verifier's own.",
-    "generate-offline-data": "Write the verifier's hidden states of a prepared dataset, in process or by a server.",
-    "store": "Look after stored hidden states: info, verify (against the verifier), compact.",
-    "train": "Train a speculator for a verifier.",
-    "generate": "Decode prompts with draft-and-verify and show what was accepted.",
-    "serve": "Serve a speculator by vLLM, with its verifier, method and number of draft tokens.",
-    "launch-vllm": "Start a vLLM server that writes a verifier's hidden states, for training.",
-    "check": "Check that a checkpoint is what was trained and what vLLM will serve, before it is served.",
-    "export": "Write the directory an engine needs, in its format, with a card that says how to serve it.",
-    "convert": "Turn a checkpoint of another project into a speculator.",
-    "stitch-mtp": "Write a trained MTP layer into a copy of its verifier, where engines look for it.",
-    "verify": "Check that training, the engine and vLLM draft the same tokens with a checkpoint.",
-    "evaluate": "Measure drafting methods against plain decoding on held-out prompts.",
-}
-"""Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`, or of the file below."""
-
-FILES = dict.fromkeys(("check", "export", "convert", "stitch-mtp", "verify"), "checkpoints") | dict.fromkeys(
-    ("prepare-data", "inspect-mask", "generate-offline-data", "store"), "data"
-)
 
 VERBS_READING_THEIR_FLAGS = ("train", "launch-vllm")
 VERBS_PASSING_FLAGS_ON = ("serve", "launch-vllm")

@@ -56,6 +56,10 @@ def refuse_missing_report(file: str) -> None:
     refuse_missing_path(file, "the report", "name what `evaluate --output` wrote by --report")
 
 
+def refuse_missing_result(file: str) -> None:
+    refuse_missing_path(file, "the result", "name what `evaluate --output` wrote")
+
+
 def refuse_verifier_without_model(verifier: str) -> None:
     refuse_path_without_model(verifier, "verifier", "a saved causal LM")
 
@@ -77,6 +81,8 @@ OTHER_CHECKS: dict[str, dict[str, Callable[[str], Any]]] = {
     "store": {"states": lambda states: refuse_missing_states(Path(states))},
     "check": {"verifier": refuse_missing_checkpoint},
     "evaluate": {"data": refuse_missing_prompts},
+    "compare": dict.fromkeys(("first", "second"), refuse_missing_result),
+    "plan": {"results": refuse_missing_result},
     "serve": {"verifier": refuse_verifier_without_model, "method": lambda method: None},  # the server may reach the hub
 }
 

@@ -16,11 +16,13 @@ import torch
 from pydantic import Field
 
 from speculators.decoding.method import PLAIN
-from speculators.evaluation.statistics import Estimate
+from speculators.evaluation.statistics import Estimate, Trend
 from speculators.provenance import find_package_repo, git_diff, git_sha, package_versions
 
 SCHEMA_VERSION = 2
 """1, which was not written down, had one cell: a row per method."""
+FEWEST_SIZES = 3
+"""Of training data, for a line with an interval."""
 SIGNIFICANCE = 0.001
 """A lossless method fails the sampled check once in so many runs."""
 
@@ -166,6 +168,39 @@ class Cell:
     @property
     def key(self) -> tuple[str, int | None, float, int]:
         return self.dataset, self.num_speculative_tokens, self.temperature, self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningCurve:
+    """Acceptance length against training rows: tau(n) = a + b ln n, of drafters that differ in their n rows alone."""
+
+    method: str
+    dataset: str
+    num_speculative_tokens: int
+    temperature: float
+    batch_size: int
+    sizes: tuple[int, ...]
+    acceptance_lengths: tuple[Estimate, ...]
+    trend: Trend | None = None
+    """None: too few sizes to say."""
+
+    def sentence(self) -> str:
+        name = f"{self.method} K={self.num_speculative_tokens} on {self.dataset}"
+        if self.trend is None:
+            found = ", ".join(f"{size:,}" for size in self.sizes)
+            return (
+                f"{name}: cannot say what more data is worth: trained on {found} rows, and a line with an interval "
+                f"takes {FEWEST_SIZES} sizes"
+            )
+        added = self.trend.per_doubling
+        gain = f"{added.value:+.2f} ({added.low:+.2f} to {added.high:+.2f})"
+        if added.low <= 0:
+            return f"{name}: no evidence that more data helps: {gain} tokens per round for each doubling"
+        ahead = ", ".join(
+            f"{size:,} rows {found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+            for size, found in zip(self.trend.sizes, self.trend.predicted, strict=True)
+        )
+        return f"{name}: each doubling of the data adds {gain} tokens per round; expected with {ahead}"
 
 
 def speedup_warnings(speedup: Estimate, length: Estimate, batch_size: int = 1) -> tuple[str, ...]:

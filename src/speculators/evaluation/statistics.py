@@ -15,6 +15,10 @@ import numpy as np
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
+HALF_INTERVAL = 1.96
+"""Half of a 95 % interval, in standard deviations."""
+FURTHER = (2, 4)
+"""Times the largest size for which a trend is followed. Beyond, a line through the past says nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,3 +105,37 @@ def similarity(answers: Sequence[Sequence[int]]) -> np.ndarray:
     ids_ST = np.array([[*answer, *[-1] * (length - len(answer))] for answer in answers])
     agree_SST = ids_ST[:, None] == ids_ST[None]
     return (agree_SST.sum(-1) + np.cumprod(agree_SST, axis=-1).sum(-1)).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A line through figures against the logarithm of their sizes."""
+
+    per_doubling: Estimate
+    """What twice the size adds."""
+    sizes: tuple[int, ...]
+    """Those for which the line predicts."""
+    predicted: tuple[Estimate, ...]
+
+
+def trend_of(sizes: Sequence[int], figures: Sequence[Estimate], most: float = np.inf) -> Trend:
+    """Least squares, again and again with figures drawn from their intervals. What the line misses of them is drawn
+    too: few points that lie off a line must not look certain. Needs three sizes; `most`: what no figure exceeds.
+    """
+    design_N2 = np.stack([np.ones(len(sizes)), np.log(sizes)], axis=1)
+    solve_2N = np.linalg.pinv(design_N2)
+    figure_N = np.array([figure.value for figure in figures])
+    line_2 = solve_2N @ figure_N
+    missed = float(np.sum((figure_N - design_N2 @ line_2) ** 2) / (len(sizes) - 2))
+    deviation_N = np.array([figure.half_width / HALF_INTERVAL for figure in figures])
+    spread_N = np.sqrt(np.maximum(deviation_N**2, missed))
+    draws_RN = np.random.default_rng(0).normal(figure_N, spread_N, size=(NUM_RESAMPLES, len(sizes)))
+    lines_R2 = draws_RN @ solve_2N.T
+    further = tuple(max(sizes) * times for times in FURTHER)
+
+    def along(at_2: np.ndarray, most: float) -> Estimate:
+        low, high = np.quantile(lines_R2 @ at_2, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return Estimate(*(float(min(value, most)) for value in (line_2 @ at_2, low, high)))
+
+    predicted = tuple(along(np.array([1.0, np.log(size)]), most) for size in further)
+    return Trend(along(np.array([0.0, np.log(2)]), np.inf), further, predicted)
