@@ -23,7 +23,7 @@ ROWS: tuple[set[str], ...] = (
     {"models"},
     {"data_generation", "decoding", "convert", "deploy", "assets"},
     {"train", "evaluation"},
-    {"api"},
+    {"api", "diagnosis"},
     {"cli"},
     {"__main__"},
 )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from speculators.decoding.settings import SamplingParams
     from speculators.deploy.check import check_checkpoint as check
     from speculators.deploy.export import export_checkpoint as export
+    from speculators.diagnosis import diagnose
     from speculators.model import SpeculatorModel
     from speculators.proposals import TokenProposalConfig
     from speculators.train.config import TrainConfig
@@ -37,6 +38,7 @@ __all__ = [
     "VerifierConfig",
     "check",
     "convert_model",
+    "diagnose",
     "evaluate",
     "export",
     "load_verifier",
@@ -65,6 +67,7 @@ HOME = {
     "evaluate": "speculators.api:evaluate",
     "verify": "speculators.api:verify",
     "check": "speculators.deploy.check:check_checkpoint",
+    "diagnose": "speculators.diagnosis:diagnose",
     "export": "speculators.deploy.export:export_checkpoint",
     "convert_model": "speculators.convert.entrypoints:convert_model",
 }

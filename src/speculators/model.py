@@ -138,8 +138,9 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
         the proposer drafted; None: the algorithm has no such answer, and the gate says that nothing was compared."""
         return None
 
-    def training_row(self, states: VerifierStates) -> dict[str, Tensor]:
-        """One sequence as the trainer hands it to `forward`: aligned, packed alone, without padding."""
+    def training_row(self, states: VerifierStates, loss_mask_T: Tensor | None = None) -> dict[str, Tensor]:
+        """One sequence as the trainer hands it to `forward`: aligned, packed alone, without padding. `loss_mask_T`:
+        int64, 1 where a token is supervised; None: everywhere."""
         num_tokens, last_TH = len(states.token_ids_T), states.last_hidden_TH
         assert last_TH is not None
         sample = self.align(
@@ -147,7 +148,7 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
                 "hidden_states": last_TH[:, :0] if states.aux_TD is None else states.aux_TD,
                 "verifier_last_hidden_states": last_TH,
                 "input_ids": states.token_ids_T,
-                "loss_mask": torch.ones_like(states.token_ids_T),
+                "loss_mask": torch.ones_like(states.token_ids_T) if loss_mask_T is None else loss_mask_T,
                 "position_ids": torch.arange(num_tokens, device=last_TH.device),
             }
         )

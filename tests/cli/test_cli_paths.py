@@ -81,6 +81,10 @@ WRONG = {
     ),
     "compare": (["chats.jsonl", "chat.jsonl"], "the result 'chat.jsonl' does not exist. Did you mean 'chats.jsonl'?"),
     "plan": (["chat.jsonl"], "the result 'chat.jsonl' does not exist. Did you mean 'chats.jsonl'?"),
+    "diagnose": (
+        ["run/checkpoint_bset"],
+        "the checkpoint 'run/checkpoint_bset' does not exist. Did you mean 'run/checkpoint",
+    ),
     "evaluate": (
         ["--verifier", "some-org/some-model", "--data", "chats.jsonl", "--method", "none"],
         "no verifier 'some-org/some-model': there is no such directory, the hub's cache has no such model, and the hub "

@@ -17,6 +17,7 @@ VERBS: dict[str, str] = {
     "convert": "Turn a checkpoint of another project into a speculator.",
     "stitch-mtp": "Write a trained MTP layer into a copy of its verifier, where engines look for it.",
     "verify": "Check that training, the engine and vLLM draft the same tokens with a checkpoint.",
+    "diagnose": "Name why drafts are not accepted: of a checkpoint, or of a running server.",
     "evaluate": "Measure drafting methods against plain decoding on held-out prompts.",
     "compare": "Compare two results of evaluate prompt by prompt, with intervals of the differences.",
     "plan": "Choose method and draft tokens from results of evaluate, and say what more data is worth.",
@@ -24,7 +25,7 @@ VERBS: dict[str, str] = {
 """Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`, or of the file below."""
 
 FILES = {
-    **dict.fromkeys(("check", "export", "convert", "stitch-mtp", "verify"), "checkpoints"),
+    **dict.fromkeys(("check", "export", "convert", "stitch-mtp", "verify", "diagnose"), "checkpoints"),
     **dict.fromkeys(("prepare-data", "inspect-mask", "generate-offline-data", "store"), "data"),
     **dict.fromkeys(("compare", "plan"), "results"),
 }

@@ -1,4 +1,4 @@
-"""The verbs of checkpoints: `check`, `export`, `convert`, `stitch-mtp`, and the parity gate `verify`."""
+"""The verbs of checkpoints: `check`, `export`, `convert`, `stitch-mtp`, the parity gate `verify`, and `diagnose`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from speculators.cli.shared import (
     parse_json_object,
     say,
 )
-from speculators.evaluation.config import ParityConfig
+from speculators.evaluation.config import DiagnoseConfig, ParityConfig
 from speculators.utils.report import facts_table
 
+SPECULATIVE_CONFIG = '{"model": "run/checkpoint_best", "num_speculative_tokens": 4}'
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what becomes of each tensor, and write nothing.")]
 
 
@@ -209,3 +210,67 @@ def verify(
         ["speculators", "serve", checkpoint] if report.passed else (),
         error_of(report.raise_for_errors),
     )
+
+
+def diagnose(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Speculator to diagnose: directory or hub id. Not needed with --server.")
+    ] = None,
+    verifier: Annotated[str | None, typer.Option(help="Verifier. Default: the one the checkpoint names.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prepared data it was trained on, or conversations to draft for. Repeatable. Default: the run's own."
+        ),
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Diagnose this running server instead, http://host:8000: its text and counts.")
+    ] = None,
+    plain_url: Annotated[
+        str | None, typer.Option(help="Server of the same verifier without a drafter, to compare the text with.")
+    ] = None,
+    speculative_config: Annotated[
+        str | None, typer.Option(help="An engine's --speculative-config, as JSON: does it draft with this checkpoint?")
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None,
+        typer.Option("-k", "--num-speculative-tokens", min=0, help="Draft tokens per round (K), as they are served."),
+    ] = DiagnoseConfig.num_speculative_tokens,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of serving. Default: as the verifier's generation_config.json says.")
+    ] = DiagnoseConfig.temperature,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to draft for.")] = DiagnoseConfig.num_prompts,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = DiagnoseConfig.max_tokens,
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="Answers sampled of a server, to test their law.")
+    ] = DiagnoseConfig.num_samples,
+    dtype: Dtype = DiagnoseConfig.dtype,
+    device: Device = DiagnoseConfig.device,
+    output: Annotated[Path | None, typer.Option(help="Write the report to this JSON file.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> Result:
+    """Name why drafts are not accepted, the likeliest cause first, with its evidence and the way out. Exit code 1 when
+    a cause is found, 0 when nothing is."""
+    from speculators.diagnosis import diagnose as diagnosed
+
+    report = diagnosed(
+        checkpoint,
+        verifier=verifier,
+        data=data,
+        server=server,
+        plain_url=plain_url,
+        engine_config=parse_json_object("--speculative-config", speculative_config, example=SPECULATIVE_CONFIG),
+        progress=True if sys.stderr.isatty() else lambda what, done, total: say(what),
+        num_prompts=limit,
+        max_tokens=max_tokens,
+        num_speculative_tokens=num_speculative_tokens,
+        temperature=temperature,
+        num_samples=num_samples,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if output is not None:
+        say(f"report: {report.save(output)}")
+    record = {"verb": "diagnose", **report.to_dict()}
+    return Result(record, [report], report.sentence(), exit_code=0 if report.healthy else 1)

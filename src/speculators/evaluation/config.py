@@ -1,4 +1,5 @@
-"""Settings of an evaluation and of the parity gate: every default is written here, once. Imports nothing heavy."""
+"""Settings of an evaluation, of the parity gate and of a diagnosis: every default is written here, once. Imports
+nothing heavy."""
 
 from __future__ import annotations
 
@@ -228,3 +229,31 @@ class ParityConfig:
     def __post_init__(self) -> None:
         refuse_fewer(self, num_prompts=1, max_tokens=1, num_speculative_tokens=1, max_prompt_tokens=1, batch_size=1)
         refuse_unknown_dtype(self.dtype)
+
+
+@refusing_unknown
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseConfig:
+    """Settings of a diagnosis: every default is written here, once."""
+
+    num_prompts: int = 8
+    """Prompts that are answered and drafted for."""
+    max_tokens: int = 64
+    """Longest answer."""
+    num_rows: int = 16
+    """Training rows that are read."""
+    num_speculative_tokens: int | None = None
+    """Draft tokens per round; None: as the checkpoint says. 0: nothing is drafted, which is then the cause."""
+    temperature: float | None = None
+    """At which the drafter serves; None: as the verifier's generation_config.json says, which vLLM follows, else 0."""
+    num_samples: int = 64
+    """Answers that are sampled of a server for each prompt, to test their law."""
+    device: str = DEFAULT_DEVICE
+    dtype: str = DEFAULT_DTYPE
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_fewer(self, num_prompts=1, max_tokens=2, num_rows=1, num_speculative_tokens=0, num_samples=1)
+        refuse_unknown_dtype(self.dtype)
+        if self.temperature is not None and not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature!r} is below 0: 0 is greedy, 1 the verifier's own law")

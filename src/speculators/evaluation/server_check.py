@@ -2,18 +2,29 @@
 
 /v1/models    which model was loaded          /tokenize    the same tokens as the verifier's tokenizer
 /metrics      whether anything drafts, and, after some traffic, whether any draft was accepted
+
+and whether its text is the verifier's, by asking: greedy answers token for token, sampled ones by their law, which is
+known. Shapes: S sampled tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from transformers import PreTrainedModel
 
 from speculators.checkpoint.findings import Finding, error, warning
 from speculators.data_generation.preprocessing import load_tokenizer
 from speculators.data_generation.vllm_client import InvalidResponseError, TransientError, checked_json
+from speculators.decoding.settings import SamplingParams
+from speculators.evaluation.parity_checks import LOW_PRECISION_TIE_TOLERANCE
 from speculators.evaluation.server_client import MeasuredServer
+from speculators.evaluation.statistics import first_difference
 from speculators.utils.files import is_same_model
 
 PROBE = "Hello, Wörld!  12345 <|im_start|>\n\tdef f(x): return x**2  # 你好"
@@ -83,3 +94,109 @@ def tokenizer_findings(server: MeasuredServer, verifier: str) -> Iterable[Findin
         first = next((i for i, (their, our) in pairs if their != our), min(len(theirs), len(ours)))
         found, rule = f"{len(theirs)} tokens, another at {first}", f"the tokenizer of {verifier} makes {len(ours)}"
         yield error("server-other-tokenizer", where, found, rule, "serve the verifier with its own tokenizer")
+
+
+# -- its text
+
+FALSE_ALARM, POWER = 0.01, 0.9
+"""Chance that a lossless server fails the sampled test, and the chance with which it finds what it says it finds."""
+NUM_LAW_TOKENS = 8
+"""Tokens of a sampled answer. The first one comes from the prompt: no draft had a part in it."""
+
+
+@torch.no_grad()
+def differences(
+    verifier: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    given: Sequence[Sequence[int]],
+) -> dict[int, str]:
+    """Prompt -> where its answer parts from the expected one at another place than a near tie."""
+    found = {}
+    for number, (ours, theirs) in enumerate(zip(expected, given, strict=True)):
+        at = first_difference(ours, theirs)
+        if at is None:
+            continue
+        if at < min(len(ours), len(theirs)):
+            ids = torch.tensor([[*prompts[number], *ours[:at]]], device=verifier.device)
+            logits_V = verifier(input_ids=ids, use_cache=False).logits[0, -1].float()
+            gap = abs(float(logits_V[ours[at]] - logits_V[theirs[at]]))
+            if gap <= LOW_PRECISION_TIE_TOLERANCE * max(1.0, float(logits_V.abs().max())):
+                continue
+        found[number] = f"token {at}: {list(theirs[at : at + 1])}, the verifier says {list(ours[at : at + 1])}"
+    return found
+
+
+@dataclass
+class Score:
+    """Sum of observed minus expected, and its variance under the verifier's law: about N(0, 1) after division."""
+
+    excess: float = 0.0
+    variance: float = 0.0
+
+    def add(self, excess: torch.Tensor, variance: torch.Tensor) -> None:
+        self.excess, self.variance = self.excess + float(excess), self.variance + float(variance)
+
+    @property
+    def z(self) -> float:
+        return self.excess / max(self.variance, 1e-12) ** 0.5
+
+
+@dataclass
+class SampledLaw:
+    """Two statistics of sampled tokens. Given the tokens before, a token is the likeliest one with the probability of
+    that one, and its log p has a known mean and variance: both sums are martingales, so that the dependence between
+    tokens does no harm."""
+
+    likeliest: Score
+    surprise: Score
+    num_tokens: int = 0
+
+    @property
+    def limit(self) -> float:
+        """Of |z|: two statistics, two sides."""
+        return NormalDist().inv_cdf(1 - FALSE_ALARM / 4)
+
+    @property
+    def passed(self) -> bool:
+        return max(abs(self.likeliest.z), abs(self.surprise.z)) <= self.limit
+
+    @property
+    def found_with_power(self) -> float:
+        """Share of the tokens by which likeliest ones must be too many, or too few, to be found with `POWER`."""
+        width = (self.limit + NormalDist().inv_cdf(POWER)) * self.likeliest.variance**0.5
+        return width / max(self.num_tokens, 1)
+
+    def __str__(self) -> str:
+        return (
+            f"z {self.likeliest.z:.1f} (likeliest tokens) and {self.surprise.z:.1f} (log-probability), limit "
+            f"{self.limit:.1f}, {self.num_tokens} tokens; false alarms {FALSE_ALARM:.0%}, power {POWER:.0%} for a "
+            f"share of likeliest tokens that is wrong by {self.found_with_power:.1%}"
+        )
+
+
+@torch.no_grad()
+def sampled_law(
+    server: MeasuredServer,
+    verifier: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    num_samples: int,
+) -> SampledLaw:
+    """Samples short answers of a server and compares every token behind the first with the verifier's law."""
+    law = SampledLaw(Score(), Score())
+    for number in range(num_samples):
+        prompt = prompts[number % len(prompts)]
+        sampling = SamplingParams(max_tokens=NUM_LAW_TOKENS, temperature=temperature, seed=number, ignore_eos=True)
+        token_ids = server.answer(sampling, prompt)
+        ids = torch.tensor([[*prompt, *token_ids]], device=verifier.device)
+        logits_SV = verifier(input_ids=ids, use_cache=False).logits[0, len(prompt) : -1].float()
+        log_p_SV = (logits_SV / temperature).log_softmax(-1).clamp_min(-30.0)
+        p_SV, drawn_S = log_p_SV.exp(), ids[0, len(prompt) + 1 :]
+        top_S, best_S = p_SV.max(-1)
+        law.likeliest.add(((best_S == drawn_S) - top_S).sum(), (top_S * (1 - top_S)).sum())
+        mean_S = (p_SV * log_p_SV).sum(-1)
+        variance_S = (p_SV * log_p_SV**2).sum(-1) - mean_S**2
+        law.surprise.add((log_p_SV.gather(1, drawn_S[:, None])[:, 0] - mean_S).sum(), variance_S.sum())
+        law.num_tokens += len(drawn_S)
+    return law

@@ -17,6 +17,9 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
 
 import httpx
 
@@ -221,3 +224,50 @@ def stats_of(counted: ServerCounters, num_tokens: int, num_requests: int) -> Dec
     if undrafted > 0:
         rounds[0, 0, 0] += undrafted
     return DecodeStats(rounds, num_tokens)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server answered, and what it counted meanwhile."""
+
+    answers: list[list[int]]
+    stats: DecodeStats
+    num_drafts: int
+    """Rounds in which something was drafted."""
+    accepted_per_position: tuple[int, ...]
+    speculates: bool
+
+    @property
+    def by_position(self) -> list[float]:
+        return [count / max(self.num_drafts, 1) for count in self.accepted_per_position]
+
+    @property
+    def draft_tokens(self) -> float:
+        """Draft tokens of a round, on average."""
+        return self.stats.num_drafted / max(self.num_drafts, 1)
+
+    def facts(self) -> dict[str, Any]:
+        if not self.speculates:
+            return {"the server drafts": "nothing"}
+        return {
+            "acceptance length, server": 1 + self.stats.num_accepted / max(self.num_drafts, 1),
+            "accepted by position, server": self.by_position,
+            "draft tokens per round, server": self.draft_tokens,
+        }
+
+
+def ask(server: MeasuredServer, prompts: Sequence[list[int]], sampling: SamplingParams) -> Served:
+    """Asks prompt by prompt: batches would change the order of sums."""
+    found = [server.measure([prompt], sampling) for prompt in prompts]
+    depth = max(len(counted.accepted_per_position) for _, counted in found)
+    positions = [
+        sum(counted.accepted_per_position[k] for _, counted in found if k < len(counted.accepted_per_position))
+        for k in range(depth)
+    ]
+    return Served(
+        [list(measurement.token_ids[0]) for measurement, _ in found],
+        reduce(add, (measurement.stats for measurement, _ in found)),
+        sum(counted.num_drafts for _, counted in found),
+        tuple(positions),
+        any(counted.speculates for _, counted in found),
+    )

@@ -35,7 +35,7 @@ class Estimate:
 
 
 def bootstrap(
-    counts: Mapping[str, Sequence[float]],
+    counts: Mapping[str, Sequence[float] | np.ndarray],
     figure: Callable[[dict[str, np.ndarray]], np.ndarray],
     *,
     num_resamples: int = NUM_RESAMPLES,
