@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from diagnosis_toys import (
     LAYERS,
-    VERIFIER,
     Toys,
     copy_of,
     make_holes,
@@ -17,12 +16,9 @@ from diagnosis_toys import (
     roll_fc,
     set_rope_theta,
     shift_map,
-    train,
     with_masks,
 )
 
-import speculators as sp
-from speculators import assets
 from speculators.data_generation.prepared import PreparedData
 
 
@@ -85,19 +81,3 @@ def test_holes_of_the_draft_vocabulary_are_found(toys, tmp_path):
     tokens = sorted(counts, key=lambda token: -counts[token])[8:40]
     found = toys.diagnose(copy_of(toys, tmp_path / "copy", tensors=lambda w: make_holes(w, tokens)))
     assert found.first == "vocabulary-holes"
-
-
-def test_too_little_data_is_found(toys, tmp_path):
-    few = sp.prepare_data(VERIFIER, toys.folder / "a.jsonl", output=tmp_path / "few", max_samples=6)
-    run = train(tmp_path / "run", toys.verifier, few.path, epochs=25)
-    found = toys.diagnose(run, data=[toys.prompts])
-    assert found.first == "too-little-data"
-
-
-def test_text_of_somebody_else_is_found(toys, tmp_path):
-    given = tmp_path / "given.jsonl"
-    given.write_text("\n".join(assets.prompts_path("train").read_text().splitlines()[:40]) + "\n")
-    data = sp.prepare_data(VERIFIER, given, output=tmp_path / "data", seq_length=160, num_workers=1)
-    run = train(tmp_path / "run", toys.verifier, data.path, epochs=2)
-    found = toys.diagnose(run)
-    assert found.first == "off-policy"

@@ -194,7 +194,7 @@ def sampled_law(
         log_p_SV = (logits_SV / temperature).log_softmax(-1).clamp_min(-30.0)
         p_SV, drawn_S = log_p_SV.exp(), ids[0, len(prompt) + 1 :]
         top_S, best_S = p_SV.max(-1)
-        law.likeliest.add(((best_S == drawn_S) - top_S).sum(), (top_S * (1 - top_S)).sum())
+        law.likeliest.add(((best_S == drawn_S).float() - top_S).sum(), (top_S * (1 - top_S)).sum())
         mean_S = (p_SV * log_p_SV).sum(-1)
         variance_S = (p_SV * log_p_SV**2).sum(-1) - mean_S**2
         law.surprise.add((log_p_SV.gather(1, drawn_S[:, None])[:, 0] - mean_S).sum(), variance_S.sum())
