@@ -22,7 +22,7 @@ ROWS: tuple[set[str], ...] = (
     {"model", "model_loading", "model_training", "draft_vocab", "checkpoint"},
     {"models"},
     {"data_generation", "decoding", "convert", "deploy", "assets"},
-    {"train", "evaluation"},
+    {"train", "evaluation", "local_server"},
     {"api", "diagnosis"},
     {"cli"},
     {"__main__"},
@@ -85,6 +85,8 @@ def may_import(here: str, there: str, algorithm: str | None = None, other: str |
         return ROW_OF[there] < STAGES_ROW or there in ("data_generation", "deploy", "evaluation")
     if here == "convert":
         return ROW_OF[there] < STAGES_ROW or there == "deploy"  # what it writes is checked before it is written
+    if here == "local_server":
+        return ROW_OF[there] < STAGES_ROW or there == "decoding"
     if here == "evaluation":
         return ROW_OF[there] < STAGES_ROW or there in ("decoding", "data_generation", "assets")
     if ROW_OF[here] == ROW_OF[there]:
@@ -132,5 +134,6 @@ def test_the_table_itself():
     assert not may_import("train", "decoding") and may_import("train", "data_generation")
     assert may_import("train", "deploy") and not may_import("deploy", "train")
     assert may_import("train", "evaluation") and not may_import("evaluation", "train")
+    assert may_import("local_server", "decoding") and not may_import("local_server", "evaluation")
     assert may_import("evaluation", "decoding") and not may_import("evaluation", "convert")
     assert may_import("cli", "train") and not may_import("train", "cli") and not may_import("cli", "models")

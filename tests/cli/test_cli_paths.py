@@ -64,6 +64,11 @@ WRONG = {
         "the directory of hidden states '/no/such/data' does not exist. Please write it with generate-offline-data",
     ),
     "serve": (["./runn/checkpoint_best"], "does not exist. Did you mean 'run/checkpoint_best'?"),
+    "serve-local": (["./runn/checkpoint_best"], "does not exist. Did you mean 'run/checkpoint_best'?"),
+    "playground": (
+        ["--verifier", "./verifierr"],
+        "no verifier at './verifierr': it does not exist. Did you mean 'veri",
+    ),
     "launch-vllm": (["./verifierr"], "no verifier at './verifierr': it does not exist. Did you mean 'verifier'?"),
     "check": (
         ["run/checkpoint_bset"],

@@ -11,6 +11,8 @@ VERBS: dict[str, str] = {
     "train": "Train a speculator for a verifier.",
     "generate": "Decode prompts with draft-and-verify and show what was accepted.",
     "serve": "Serve a speculator by vLLM, with its verifier, method and number of draft tokens.",
+    "serve-local": "Serve a verifier with its drafter from this process, over OpenAI's interface.",
+    "playground": "Open a page on this machine: chat with drafts beside plain decoding, tokens by origin.",
     "launch-vllm": "Start a vLLM server that writes a verifier's hidden states, for training.",
     "check": "Check that a checkpoint is what was trained and what vLLM will serve, before it is served.",
     "export": "Write the directory an engine needs, in its format, with a card that says how to serve it.",
@@ -28,5 +30,6 @@ FILES = {
     **dict.fromkeys(("check", "export", "convert", "stitch-mtp", "verify", "diagnose"), "checkpoints"),
     **dict.fromkeys(("prepare-data", "inspect-mask", "generate-offline-data", "store"), "data"),
     **dict.fromkeys(("compare", "plan"), "results"),
+    "playground": "serve_local",
 }
 """Verb -> the file of its function, where it has another name."""

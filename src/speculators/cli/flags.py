@@ -166,7 +166,7 @@ def metavar_of(action: argparse.Action) -> str:
 
 VERBS_COMPUTING = (
     *("quickstart", "build", "regenerate-responses", "generate-offline-data", "store"),
-    *("train", "generate", "verify", "diagnose", "evaluate"),
+    *("train", "generate", "verify", "diagnose", "evaluate", "serve-local", "playground"),
 )
 """Verbs that run a model in this process, with `--threads`."""
 CHOOSING_THEMSELVES = ("quickstart", "build", "train")

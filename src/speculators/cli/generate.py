@@ -36,6 +36,7 @@ from speculators.cli.shared import (
 )
 from speculators.decoding.method import PLAIN
 from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams
+from speculators.decoding.stats import BONUS, RECOVERED, UNDRAFTED
 from speculators.utils.report import facts_table, visible
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from speculators.decoding import Engine
     from speculators.decoding.request import RequestOutput, StreamEvent, TokenLogprobs
 
-RECOVERED, BONUS, UNDRAFTED = "recovered", "bonus", "verifier"
 DRAFT_STYLES = ("green", "cyan", "blue", "magenta")
 """Of accepted drafts by position in their round; the last one is that of all deeper ones."""
 VERIFIER_STYLES = {RECOVERED: "bold yellow", BONUS: "bold", UNDRAFTED: ""}
@@ -147,27 +147,17 @@ class LiveAnswer:
     is_whole: bool = False
 
     def __post_init__(self) -> None:
-        from speculators.decoding.text import IncrementalText
+        from speculators.decoding.request import AuthoredText
 
-        self.read = IncrementalText(self.tokenizer, self.sampling)
-        self.author_of_char: list[str] = []
-        """Who wrote each character that is not given out yet; one made of several tokens: who wrote the last."""
+        self.text = AuthoredText(self.tokenizer, self.sampling)
 
     def add(self, event: StreamEvent) -> None:
         self.is_whole = event.finish_reason is not None
         if not self.mark:
             self.news.append((event.text, ""))
             return
-        for token_id, author in zip(event.token_ids, authors_of(event), strict=True):
-            num_before = len(self.read.text)
-            self.read.add(token_id)
-            self.author_of_char += [author] * (len(self.read.text) - num_before)
-            self.authors.append(author)
-        for index, character in enumerate(event.text):
-            last = self.authors[-1] if self.authors else UNDRAFTED
-            author = self.author_of_char[index] if index < len(self.author_of_char) else last
-            self.news.append((character, style_of(author)))
-        del self.author_of_char[: len(event.text)]
+        self.authors += event.authors
+        self.news += [(text, style_of(author)) for text, author in self.text.pieces(event)]
 
     def print_news(self) -> None:
         console = out()
@@ -191,13 +181,6 @@ class LiveAnswer:
 
     def record(self) -> dict[str, Any]:
         return {"written_by": self.authors} if self.mark else {}
-
-
-def authors_of(event: StreamEvent) -> list[str]:
-    """Who wrote each token of an event."""
-    drafts = [f"draft {position}" for position in range(1, event.num_accepted + 1)]
-    own = RECOVERED if event.num_accepted < event.draft_depth else BONUS if event.draft_depth else UNDRAFTED
-    return drafts + [own] * (len(event.token_ids) - event.num_accepted)
 
 
 def position_of(author: str) -> int:

@@ -179,10 +179,10 @@ class Engine(ChatEngine):
                     break
                 batch.waiting.extend(arrived)
                 requests += arrived
-                yield from self._cancel(batch)
+                events = list(self._cancel(batch))
                 batch.admit()
                 with self._models:  # not held across a yield: inference mode would leak into the caller's code
-                    events = self._prefill(batch) if batch.prefilling() else []
+                    events += self._prefill(batch) if batch.prefilling() else []
                     events += self._round(batch) if batch.decoding() else []
                 if any(event.finish_reason is not None for event in events):
                     requests = self._count_finished(requests)

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from speculators.decoding.adjustments import Adjustment
 from speculators.decoding.settings import SamplingParams
-from speculators.decoding.stats import DecodeStats
+from speculators.decoding.stats import UNDRAFTED, DecodeStats, authors_of
 from speculators.decoding.text import IncrementalText
 from speculators.utils.report import WorkFailedError
 
@@ -59,6 +62,35 @@ class StreamEvent:
     """How many of the tokens, from the first, are accepted drafts. The one after them is the verifier's own."""
     draft_depth: int = 0
     """Most drafts that the round could accept. All accepted: the verifier's token is a bonus; fewer: recovered."""
+
+    @property
+    def authors(self) -> list[str]:
+        """Who wrote each token."""
+        return authors_of(len(self.token_ids), self.num_accepted, self.draft_depth)
+
+
+class AuthoredText:
+    """The texts of one request's events in pieces, each with who wrote it. A character made of several tokens is of the
+    last one's author."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams):
+        self._read = IncrementalText(tokenizer, params)
+        self._author_of_char: list[str] = []
+        """Of the characters that no event gave out yet."""
+        self._last = UNDRAFTED
+
+    def pieces(self, event: StreamEvent) -> list[tuple[str, str]]:
+        """Pieces of `event.text`: (text, author)."""
+        for token_id, author in zip(event.token_ids, event.authors, strict=True):
+            num_before = len(self._read.text)
+            self._read.add(token_id)
+            self._author_of_char += [author] * (len(self._read.text) - num_before)
+            self._last = author
+        authors = self._author_of_char[: len(event.text)]
+        authors += [self._last] * (len(event.text) - len(authors))
+        del self._author_of_char[: len(event.text)]
+        written = groupby(zip(event.text, authors, strict=True), key=itemgetter(1))
+        return [("".join(char for char, _ in run), author) for author, run in written]
 
 
 @dataclass

@@ -13,6 +13,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+RECOVERED, BONUS, UNDRAFTED = "recovered", "bonus", "verifier"
+"""Who wrote a token that is no draft: the verifier, after a draft that it rejected, after drafts that it accepted all,
+or where nothing was drafted."""
+
+
+def authors_of(num_tokens: int, num_accepted: int, draft_depth: int) -> list[str]:
+    """Who wrote each token of a round: `draft 1`, `draft 2`, ... by position, then the verifier."""
+    drafts = [f"draft {position}" for position in range(1, num_accepted + 1)]
+    own = RECOVERED if num_accepted < draft_depth else BONUS if draft_depth else UNDRAFTED
+    return drafts + [own] * (num_tokens - num_accepted)
+
 
 @dataclass
 class DecodeStats:
