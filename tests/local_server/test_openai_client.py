@@ -183,6 +183,7 @@ def test_a_stream_says_who_wrote_each_piece(client, plain):
     drafts = [who for _, who in pieces if who.startswith("draft ")]
     assert "draft 1" in drafts and {who for _, who in pieces} <= {*drafts, "verifier", "recovered", "bonus"}
     assert sum(r["num_tokens"] for r in rounds) == 32
+    assert [r["time_s"] for r in rounds] == sorted(r["time_s"] for r in rounds)
     assert end["num_rounds"] == len(rounds) - 1 and end["num_accepted_tokens"] >= sum(r["num_accepted"] for r in rounds)
 
 

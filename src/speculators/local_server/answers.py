@@ -5,7 +5,7 @@ Beside OpenAI's fields, as in vLLM: `stop_reason`, `token_ids` and `prompt_token
 
     token_origins   [[text, who], ...]: the text in pieces; who: "draft 1", "draft 2", ... (an accepted draft by its
                     position in the round), "recovered", "bonus", or "verifier" where nothing was drafted
-    round           of a chunk: num_tokens, num_accepted, draft_depth
+    round           of a chunk: num_tokens, num_accepted, draft_depth, and time_s when they came out of the engine
     spec_decode     at the end: rounds, drafts and accepted ones, as `DecodeStats` counts them
 """
 
@@ -135,9 +135,13 @@ class Answers:
         if event.prompt_logprobs is not None:
             choice["prompt_logprobs"] = self._prompt_logprobs(prompt, event.prompt_logprobs)
         if self.body.return_token_origins:
-            numbers = (len(event.token_ids), event.num_accepted, event.draft_depth)
             choice["token_origins"] = self._pieces(delta, params)
-            choice["round"] = dict(zip(("num_tokens", "num_accepted", "draft_depth"), numbers, strict=True))
+            choice["round"] = {
+                "num_tokens": len(event.token_ids),
+                "num_accepted": event.num_accepted,
+                "draft_depth": event.draft_depth,
+                "time_s": delta.time_s,
+            }
         return self._chunk([choice])
 
     def usage_chunk(self, call: Call, outputs: Sequence[RequestOutput]) -> dict[str, Any]:

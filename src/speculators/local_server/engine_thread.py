@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -41,6 +42,8 @@ class Delta:
     """Prompts in order, the samples of each together."""
     event: StreamEvent
     output: RequestOutput
+    time_s: float
+    """When, by a clock of no particular beginning."""
 
 
 @dataclass
@@ -197,7 +200,7 @@ class EngineThread:
         samples = call.requests[index]
         choice = call.number_of[index] * len(samples) + event.sample_index
         output = samples[event.sample_index].output
-        call.sink(Delta(choice, event, output))
+        call.sink(Delta(choice, event, output, time.perf_counter()))
         if event.finish_reason is None:  # one that follows may have ended the request already: both are of one round
             return
         self._num_finished[event.finish_reason] += 1
