@@ -8,8 +8,10 @@ Ends with exit code 1 if a command failed.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,7 @@ SKIPPED = {
     r"\bbroken\b": "shows an error",
     r"^make |benchmarks/|-m pytest|^pytest|quickstart$|architectures.py": "takes minutes: see Makefile and CI",
     r"\bpip\b|-m venv|--install-completion": "installs",
+    r"\b300\.json": "needs several trainings",
     r"--plugins": "runs in tests/conformance/test_ninth_algorithm.py",
     r"\bSMALL_MODEL\b": "needs a second model",
 }
@@ -117,18 +120,39 @@ def prepare(folder: Path) -> None:
     rows = assets.prompts_path("train").read_text().splitlines()
     for name in ("chats", "prompts", "conversations"):
         (folder / f"{name}.jsonl").write_text("\n".join(rows[:60]) + "\n")
-    (folder / "heldout.jsonl").write_text(assets.prompts_path("heldout").read_text())
+    held_out = assets.prompts_path("heldout").read_text()
+    (folder / "heldout.jsonl").write_text(held_out)
+    turns = [turn for line in held_out.splitlines() for turn in json.loads(line)["conversations"]]
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    benchmarks = {
+        "spec_bench": [{"question_id": i, "category": "qa", "turns": [text]} for i, text in enumerate(asked)],
+        "humaneval": [{"task_id": f"HumanEval/{i}", "prompt": text} for i, text in enumerate(asked)],
+        "gsm8k": [{"question": text, "answer": "1"} for text in asked],
+    }
+    for name, questions in benchmarks.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
 
 
 def clear_way(folder: Path, words: list[str]) -> None:
-    """Removes what an earlier page's command of the same name wrote, unless the command goes on with it."""
-    if (
-        "--output" in words
-        and "--resume" not in words
-        and words[3] in ("regenerate-responses", "prepare-data", "train")
-    ):
-        written = folder / words[words.index("--output") + 1]
-        subprocess.run(["rm", "-rf", "--", str(written), *map(str, folder.glob(f"{written.stem}.*json*"))], check=True)
+    """Removes what an earlier page's command wrote under the same name, unless the command goes on with it."""
+    if "--output" not in words or {"--resume", "--dry-run"} & {*words}:
+        return
+    written = folder / words[words.index("--output") + 1]
+    for path in (written, *folder.glob(f"{written.stem}.*json*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix != ".jsonl" or path == written:
+            path.unlink(missing_ok=True)
+
+
+def supply(folder: Path) -> None:
+    """Makes what documents take as given, of what their commands made: a head of another project, two results."""
+    if (folder / "run").exists() and not (folder / "head").exists():
+        export = [sys.executable, "-m", "speculators", "export", "run/checkpoint_best", "--engine", "eagle3"]
+        subprocess.run([*export, "--output", "head"], cwd=folder, capture_output=True, check=True)
+    if (folder / "result.json").exists():
+        for name in ("before", "after"):
+            shutil.copy(folder / "result.json", folder / f"{name}.json")
 
 
 def main() -> int:
@@ -159,9 +183,7 @@ def main() -> int:
                 print(f"{verdict} {time.perf_counter() - begun_s:5.1f} s  {command.page}: {command.text}", flush=True)
                 if done.returncode != 0:
                     print(f"       {shlex.join(words)}\n{done.stderr[-800:]}", flush=True)
-            head = [sys.executable, "-m", "speculators", "export", "run/checkpoint_best", "--engine", "eagle3"]
-            if (folder / "run").exists() and not (folder / "head").exists():
-                subprocess.run([*head, "--output", "head"], cwd=folder, capture_output=True, check=True)
+                supply(folder)
     print(f"{ran} commands run, {failed} failed; skipped: {', '.join(f'{n} ({why})' for why, n in skipped.items())}")
     return int(failed > 0)
 
