@@ -87,6 +87,8 @@ class TrainingDoors:
     """Generic training keys that mean nothing here: giving one on the command line is an error."""
     recorded_keys: ClassVar[Mapping[str, str]] = {}
     """Training key -> the field of the config that records it, where that has another name."""
+    chosen_anew: ClassVar[tuple[str, ...]] = ()
+    """Training keys that it does not take over from a checkpoint of the algorithm it builds on."""
     columns_on_host: ClassVar[tuple[str, ...]] = ()
     """Tensors of a batch that the trainer leaves in the host's memory: choosing from them then waits for no device."""
     takes_routes: ClassVar[bool] = False

@@ -36,7 +36,9 @@ class VerifierKeys(Keys):
 
 
 class DraftKeys(Keys):
-    from_pretrained: str = Field("", description="Speculator to fine-tune: its weights and shape are kept.")
+    from_pretrained: str = Field(
+        "", description="Speculator to fine-tune, or one of the algorithm it builds on: its weights and shape are kept."
+    )
     draft_config: str = Field("", description="config.json giving the drafter's shape (a decoder or a speculator).")
     num_layers: int = Field(1, ge=1, description="Decoder layers of the drafter.")
     draft_arch: str = Field("qwen3", description="Decoder architecture of the drafter's layers, e.g. llama, qwen3.")

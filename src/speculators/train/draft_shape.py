@@ -7,6 +7,7 @@ chosen. Head counts, rope and norms follow the verifier because they suit its st
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -22,7 +23,7 @@ from speculators.model_loading import load_tensors
 from speculators.provenance import changed_settings, refuse_changes
 from speculators.train.config import TrainConfig
 from speculators.train.flags import flag_of
-from speculators.train.keys import DraftKeys
+from speculators.train.keys import RECORDED_KEYS, DraftKeys
 from speculators.train.vocab_mapping import load_vocab_mapping, resolve_vocab_mapping
 from speculators.utils.files import absolute_if_directory
 from speculators.verifier.config import (
@@ -92,10 +93,19 @@ def build_model(config: TrainConfig, verifier_config: PretrainedConfig) -> Specu
 
 
 def pretrained_model(config: TrainConfig, cls: type[SpeculatorModel], verifier: str) -> SpeculatorModel:
-    """Raises `ValueError` when a given key says otherwise than the checkpoint."""
+    """Raises `ValueError` when a given key says otherwise than the checkpoint, and for one of an algorithm that `cls`
+    does not build on."""
     keys, flat = config.draft, config.flatten()
     recorded = SpeculatorModelConfig.from_pretrained(keys.from_pretrained)
+    source = SpeculatorModel.get_class(recorded.speculators_model_type)
+    if not issubclass(cls, source):
+        raise ValueError(
+            f"--from-pretrained {keys.from_pretrained} is of '{recorded.speculators_model_type}', whose weights "
+            f"'{config.speculator_type}' does not continue: name one of '{config.speculator_type}', or of an algorithm "
+            "that it builds on"
+        )
     fields = {key: cls.recorded_keys.get(key, key) for key in config.equal if key not in ("d2t_path", "t2d_path")}
+    fields = {key: field for key, field in fields.items() if source is cls or field in source.config_class.model_fields}
     before = {flag_of(key): getattr(recorded, field, None) for key, field in fields.items()}
     now = {flag_of(key): flat[key] for key in fields}
     ways_out = "its weights and shape are kept: leave these out, or train a new drafter without --from-pretrained"
@@ -109,10 +119,44 @@ def pretrained_model(config: TrainConfig, cls: type[SpeculatorModel], verifier: 
                 f"--d2t-path and --t2d-path are another draft vocabulary than that of {keys.from_pretrained}, and the "
                 f"rows of its head belong to its own: leave them out, or train a new drafter without --from-pretrained"
             )
+    if source is not cls:
+        return warm_started(config, cls, recorded, verifier)
     options = {"attn_implementation": keys.draft_attn_impl} if config.provenance["draft_attn_impl"] != "default" else {}
     return cls.from_pretrained(
         keys.from_pretrained, verifier=verifier, dtype=torch.float32, t2d=t2d, d2t=d2t, **options
     )
+
+
+def warm_started(
+    config: TrainConfig, cls: type[SpeculatorModel], recorded: SpeculatorModelConfig, verifier: str
+) -> SpeculatorModel:
+    """A new drafter that begins with the weights of the algorithm it builds on: its shape, vocabulary and every tensor
+    that both have. What is new is initialised as ever, and named in a line.
+
+    Raises `ValueError` for tensors that it has not, or has in another size.
+    """
+    path, tensors = config.draft.from_pretrained, load_tensors(config.draft.from_pretrained, {})
+    known = (key for key in (*RECORDED_KEYS, *cls.training_args.model_fields) if key not in cls.chosen_anew)
+    fields = {key: cls.recorded_keys.get(key, key) for key in known}
+    kept = {
+        key: getattr(recorded, field) for key, field in fields.items() if getattr(recorded, field, None) is not None
+    }
+    vocabulary = {"t2d": tensors.get("t2d"), "d2t": tensors.get("d2t"), "verifier_name_or_path": verifier}
+    layers = copy.deepcopy(getattr(recorded, "transformer_layer_config", None))
+    model = cls.from_training_args(layers, **{**config.flatten(), **kept, **vocabulary}).float()
+    own, trained = model.state_dict(), {name for name, param in model.named_parameters() if param.requires_grad}
+    wrong = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
+    if wrong:
+        raise ValueError(
+            f"--from-pretrained {path} has tensors that a '{config.speculator_type}' of its shape has not, or not of "
+            f"this size: {', '.join(sorted(wrong))}; train without it"
+        )
+    model.load_state_dict({name: tensors[name] for name in trained & tensors.keys()}, strict=False)
+    new = ", ".join(f"{name} ({own[name].numel():,})" for name in sorted(trained - tensors.keys()))
+    num_taken = sum(own[name].numel() for name in trained & tensors.keys())
+    begun = f"{len(trained & tensors.keys())} tensors ({num_taken:,} numbers) of {path}"
+    logger.warning("the %s begins with %s; new are: %s", config.speculator_type, begun, new or "none")
+    return model
 
 
 def draft_config(verifier: PretrainedConfig, keys: DraftKeys) -> PretrainedConfig:

@@ -36,6 +36,7 @@ class PEagleDraftModel(Eagle3DraftModel):
     training_args = PEagleTrainingArgs
     training_defaults = TRAINING_DEFAULTS
     unread_keys = ("block_size",)
+    chosen_anew = ("embed_requires_grad", "norm_output")  # the mask token's row is learnt; no state is fed back
     # by hand without max_anchors: every supervised column is a seed (the contract's `max_anchors=None`)
     called_by_hand: ClassVar[Mapping[str, Any]] = {"max_anchors": None}
     forward_keys: ClassVar[Mapping[str, str]] = {name: name for name in PEagleSpeculatorConfig.training_fields}
