@@ -48,6 +48,8 @@ def test_build_ends_with_a_measured_drafter_and_goes_on_after_any_step(command, 
     assert result["speedup"]["value"] == max(row["speedup"]["value"] for name, row in rows.items() if name != "none")
     report = Path(result["report"]).read_text()
     assert result["serve"] in report and report.count("\nspeculators ") == 9
+    pilot = next(line for line in report.splitlines() if "--max-steps" in line)
+    assert pilot.endswith("--hidden-states-memory-gb 0")  # a step's time is not that of computing other rows ahead
 
     monkeypatch.setattr(steps, "perform", lambda args: pytest.fail(f"{args} is run again"))
     assert main(command) == 0

@@ -198,6 +198,7 @@ def trained(
     common += shlex.split(train_flags or "")
     pilot, folder = run.output / f"{name}-pilot", run.output / name
     unproven = ["--no-parity-gate", "--no-contract-check", "--log-freq", "1"]
+    unproven += ["--hidden-states-memory-gb", "0"]  # else the first steps compute the states of many rows ahead
     run.command(
         f"{name}-pilot",
         f"Train {name} for {plan.PILOT_STEPS} steps: how long does a step take?",
