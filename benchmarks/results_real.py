@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from results_real_page import Page
+from results_real_page import ALGORITHMS, Page
 from safetensors.torch import load_file
 
 from speculators.cli.build_plan import best_checkpoint, parse_budget
@@ -49,30 +49,15 @@ OWN: dict[str, tuple[str, ...]] = {
     "peagle": (*VOCABULARY, "--num-depths", "4"),
 }
 """Flags of one drafter. Who is not named has none: its head is the verifier's, which has no draft vocabulary."""
-OTHERS = ("mtp", "dflash", "dspark", "peagle", "medusa", "eagle", "mlp")
 UNTRAINED = ("ngram", "suffix", '{"method": "early_exit", "early_exit_layer": 8}')
 VOCABULARIES = (512, 2048)
 """Draft vocabularies that are compared with that of VOCABULARY."""
-TASKS = {
-    "translation": ("translation",),
-    "summarization": ("summarization",),
-    "question answering": ("qa",),
-    "mathematical reasoning": ("math_reasoning",),
-    "retrieval-augmented generation": ("rag",),
-    "multi-turn conversation": (
-        "writing",
-        "roleplay",
-        "reasoning",
-        "math",
-        "coding",
-        "extraction",
-        "stem",
-        "humanities",
-    ),
-}
-"""Spec-Bench's six tasks -> the categories of its questions."""
-NUM_DRAFTS = 4
-SHORTER = ("--max-tokens", "64")
+TWO_TURNS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+"""Categories of Spec-Bench's questions that have two turns."""
+NUM_DRAFTS = "4"
+TOGETHER = ("--batch-size", "4")
+"""Prompts decoded together: acceptance lengths and texts are those of one at a time, in a third of the time."""
+SHORTER = ("--max-tokens", "64", *TOGETHER)
 
 
 @dataclass
@@ -179,14 +164,18 @@ class Results:
         record = self.steps.state.get(rows.name, {}).get("record")
         return 0 if record is None else int(record["num_tokens"])
 
-    def train(self, name: str, algorithm: str, rows: Path, flags: Sequence[str], num_epochs: int = 3) -> Path | None:
-        """The checkpoint whose drafts were accepted longest in decoding; None when there is none."""
+    def train(self, name: str, algorithms: str, rows: Path, flags: Sequence[str], num_epochs: int = 3) -> bool:
+        """Whether the run ended, now or earlier; its checkpoints are chosen by decoding."""
         memory = ["--hidden-states-memory-gb", "6", "--no-parity-gate", "--no-contract-check"]
-        given = ["--verifier", self.verifier, "--speculator-type", algorithm, "--data", rows.name, "--output", name]
-        about_s = self.tokens(rows) * num_epochs / self.options.speed
-        if not self.steps.run(name, ["train", *given, *flags, *memory], about_s):
+        given = ["--verifier", self.verifier, "--speculator-type", algorithms, "--data", rows.name, "--output", name]
+        about_s = self.tokens(rows) * num_epochs * len(algorithms.split(",")) / self.options.speed
+        return self.steps.run(name, ["train", *given, *flags, *memory], about_s)
+
+    def chosen(self, run: str) -> Path | None:
+        """The checkpoint whose drafts were accepted longest in decoding; None when the run did not end."""
+        if not self.steps.is_done(run.split("/")[0]):
             return None
-        return best_checkpoint(self.work / name)[0].relative_to(self.work)
+        return best_checkpoint(self.work / run)[0].relative_to(self.work)
 
     def evaluate(
         self,
@@ -194,16 +183,19 @@ class Results:
         methods: Sequence[str | Path | None],
         num_prompts: int,
         *flags: str,
-        data: str = "heldout_prompts.jsonl",
-        num_drafts: int = NUM_DRAFTS,
+        data: Sequence[str] = ("gsm8k=heldout_prompts.jsonl",),
+        num_cells: int = 1,
         threads: int = 1,
     ) -> None:
         found = [str(method) for method in methods if method is not None]
-        asked = ["--verifier", self.verifier, "--data", data, "--limit", str(num_prompts)]
+        if not found:
+            return
+        sets = [word for source in data for word in ("--data", source)]
         given = [word for method in ("none", *found) for word in ("--method", method)]
-        output = ["--num-speculative-tokens", str(num_drafts), "--output", f"{name}.json"]
-        about_s = num_prompts * (len(found) + 1) * self.options.prompt_s
-        self.steps.run(name, ["evaluate", *asked, *given, *output, *flags], about_s, threads)
+        again = ["--overwrite"] if self.steps.only is not None else []
+        asked = ["--limit", str(num_prompts), "--output", f"{name}.json", *again]
+        about_s = num_cells * num_prompts * (len(found) + 1) * self.options.prompt_s
+        self.steps.run(name, ["evaluate", "--verifier", self.verifier, *sets, *given, *asked, *flags], about_s, threads)
 
     def all(self) -> None:
         num_answers = self.answers()
@@ -212,76 +204,63 @@ class Results:
         eagle3 = self.strongest(sizes, num_answers, rows)
         if eagle3 is None:
             return
-        self.speeds(eagle3)
-        small = min(self.options.small, num_answers)
-        alike = self.drafters(rows[small], small)
-        curve = {size: alike["eagle3"] if size == small else self.eagle3(size, rows[size]) for size in sizes[:-1]}
+        methods = [*UNTRAINED[:2], eagle3]
+        self.evaluate("measure-k", [*UNTRAINED, eagle3], 20, "-k", "2,4,6", *TOGETHER, num_cells=3)
         self.evaluate(
-            "measure-curve", [*curve.values(), *map(self.chosen, self.long_runs(sizes, num_answers))], 20, *SHORTER
+            *("measure-speed", methods, 24, "-k", NUM_DRAFTS, "--max-tokens", "96", "--batch-size", "1,8"),
+            num_cells=2,
+            threads=2,
         )
-        for number in (2, 6):
-            self.evaluate(f"measure-k{number}", [*UNTRAINED[:2], eagle3], 10, num_drafts=number)
+        small = min(self.options.small, num_answers)
+        self.drafters(rows[small], small)
         if self.options.spec_bench is not None:
-            self.foreign(eagle3)
-        self.policy(alike["eagle3"], small)
-        self.vocabularies(alike["eagle3"], rows[small])
-
-    def speeds(self, eagle3: Path) -> None:
-        methods = [*UNTRAINED[:2], eagle3]
-        self.evaluate("measure-k4", [*UNTRAINED, eagle3], 20)
-        short = ("--max-tokens", "96")
-        self.evaluate("measure-speed-b1", methods, 20, *short, threads=2)
-        self.evaluate("measure-speed-b8", methods, 24, *short, "--batch-size", "8", threads=2)
-
-    def drafters(self, rows: Path, size: int) -> dict[str, Path | None]:
-        """Every algorithm on the same conversations for the same number of epochs."""
-        alike = {"eagle3": self.eagle3(size, rows)}
-        for name in OTHERS:
-            alike[name] = self.train(f"{name}-{size}", name, rows, (*SHORT, *OWN.get(name, ())))
-        self.evaluate("measure-drafters", [*alike.values()], 20, *SHORTER)
-        return alike
-
-    def eagle3(self, size: int, rows: Path, name: str = "eagle3", vocabulary: int | None = None) -> Path | None:
-        own = OWN["eagle3"] if vocabulary is None else (*OWN["eagle3"], "--draft-vocab-size", str(vocabulary))
-        return self.train(f"{name}-{size}", "eagle3", rows, (*SHORT, *own))
-
-    def foreign(self, eagle3: Path) -> None:
-        """Text that the drafter never saw the like of."""
-        methods = [*UNTRAINED[:2], eagle3]
-        for task, categories in TASKS.items():
-            file = of_categories(self.options.spec_bench, categories, self.work)
-            self.evaluate(f"measure-task-{task}", methods, 5, *SHORTER, data=file)
-        for turns in (1, 2):
-            self.evaluate(f"measure-turns-{turns}", methods, 5, *SHORTER, data=self.conversations(turns))
-
-    def policy(self, own: Path | None, size: int) -> None:
-        given = self.given_answers(size)
+            self.foreign(methods)
+        alike = self.eagle3(f"eagle3-{small}", rows[small])
+        curve = [self.eagle3(f"eagle3-{size}", rows[size]) for size in sizes[:-1]]
+        longest = [self.chosen(f"eagle3-{size}") for size in (*sizes[-1:], num_answers)]
+        self.evaluate("measure-curve", [*curve, *longest], 20, "-k", NUM_DRAFTS, *SHORTER)
+        given = self.given_answers(small)
         if given is not None:
-            self.evaluate("measure-policy", [own, self.eagle3(size, given, "eagle3-given")], 20, *SHORTER)
+            off_policy = self.eagle3(f"eagle3-given-{small}", given)
+            self.evaluate("measure-policy", [alike, off_policy], 20, "-k", NUM_DRAFTS, *SHORTER)
+        sized = {size: self.eagle3(f"eagle3-vocabulary-{size}", rows[small], size) for size in VOCABULARIES}
+        self.evaluate("measure-vocabulary", [*sized.values(), alike], 20, "-k", NUM_DRAFTS, *SHORTER)
+        self.coverages(sized | {int(VOCABULARY[1]): alike})
 
-    def vocabularies(self, largest: Path | None, rows: Path) -> None:
-        sized = {size: self.eagle3(size, rows, "eagle3-vocabulary", size) for size in VOCABULARIES}
-        self.evaluate("measure-vocabulary", [*sized.values(), largest], 20, *SHORTER)
-        self.coverages(sized | {int(VOCABULARY[1]): largest})
+    def drafters(self, rows: Path, size: int) -> None:
+        """Every algorithm on the same conversations for the same number of epochs, on one pass over the verifier."""
+        run = f"drafters-{size}"
+        own = [word for name, flags in OWN.items() for word in prefixed(name, flags)]
+        self.train(run, ",".join(ALGORITHMS), rows, [*SHORT, *own])
+        trained = [self.chosen(f"{run}/{name}") for name in ALGORITHMS]
+        self.evaluate("measure-drafters", trained, 20, "-k", NUM_DRAFTS, *SHORTER)
 
-    def long_runs(self, sizes: Sequence[int], num_answers: int) -> list[str]:
-        return [f"eagle3-{size}" for size in (*sizes[-1:], num_answers)]
+    def eagle3(self, name: str, rows: Path, vocabulary: int | None = None) -> Path | None:
+        own = OWN["eagle3"] if vocabulary is None else ("--draft-vocab-size", str(vocabulary), *OWN["eagle3"][2:])
+        return self.chosen(name) if self.train(name, "eagle3", rows, (*SHORT, *own)) else None
+
+    def foreign(self, methods: Sequence[str | Path]) -> None:
+        """Text that the drafter never saw the like of."""
+        bench = (f"spec-bench={self.options.spec_bench}",)
+        self.evaluate("measure-tasks", methods, 4, "-k", NUM_DRAFTS, *SHORTER, data=bench, num_cells=6)
+        turns = [name for name in map(self.conversations, (1, 2)) if name is not None]
+        if turns:
+            self.evaluate("measure-turns", methods, 8, "-k", NUM_DRAFTS, *SHORTER, data=turns, num_cells=2)
 
     def strongest(self, sizes: Sequence[int], num_answers: int, rows: dict[int, Path]) -> Path | None:
         """EAGLE-3 on a thousand conversations, continued on all: the drafter that speeds are measured with."""
         first, begun = max(sizes, default=None), None
         flags, start = (*RECIPE, "--eval-prompts", "12"), OWN["eagle3"]
         if first is not None:
-            begun = self.train(f"eagle3-{first}", "eagle3", rows[first], (*flags, *start, "--epochs", "4"), 4)
-            if begun is None:
+            name = f"eagle3-{first}"
+            if not self.train(name, "eagle3", rows[first], (*flags, *start, "--epochs", "4"), 4):
                 return None
+            begun = self.chosen(name)
             start = ("--from-pretrained", str(begun), "--ttt-steps", "4")
         epochs = self.options.epochs
         again = (*flags, *start, "--epochs", str(epochs))
-        return self.train(f"eagle3-{num_answers}", "eagle3", rows[num_answers], again, epochs) or begun
-
-    def chosen(self, name: str) -> Path | None:
-        return best_checkpoint(self.work / name)[0].relative_to(self.work) if self.steps.is_done(name) else None
+        name = f"eagle3-{num_answers}"
+        return self.chosen(name) if self.train(name, "eagle3", rows[num_answers], again, epochs) else begun
 
     def given_answers(self, size: int) -> Path | None:
         """The same questions with the answers of the data set, which the verifier never gave."""
@@ -294,14 +273,14 @@ class Results:
                 file.write(json.dumps({"messages": turns}) + "\n")
         return self.prepare(size, "given")
 
-    def conversations(self, turns: int) -> str:
+    def conversations(self, turns: int) -> str | None:
         """Questions of two turns: up to the first answer, or up to the second behind the verifier's own first."""
-        asked = of_categories(self.options.spec_bench, TASKS["multi-turn conversation"], self.work, most=10)
+        asked = of_categories(self.options.spec_bench, TWO_TURNS, self.work, most=8)
         answered = ["--data", asked, "--output", "turns.jsonl", "--max-tokens", "128", "--dtype", "float32"]
         going_on = ["--resume"] if (self.work / "turns.jsonl").exists() else []
         self.steps.run("turns", ["regenerate-responses", "--verifier", self.verifier, *answered, *going_on])
         if not self.steps.is_done("turns"):
-            return asked
+            return None
         name = f"turn-{turns}.jsonl"
         with atomic_write(self.work / name) as file:
             for line in (self.work / "turns.jsonl").read_text().splitlines():
@@ -324,6 +303,11 @@ class Results:
                 found[str(size)] = sum(bool(drafted[token]) for token in written) / len(written)
         self.steps.state["coverage"] = found
         self.steps.save()
+
+
+def prefixed(name: str, flags: Sequence[str]) -> list[str]:
+    """The flags of one drafter of several: --eagle3.ttt-steps 4."""
+    return [f"--{name}.{word[2:]}" if word.startswith("--") else word for word in flags]
 
 
 def starts_of(mask: Sequence[int]) -> list[int]:

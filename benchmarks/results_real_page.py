@@ -6,11 +6,10 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-HEAD = ("method", "K", "acceptance length", "speedup", "same text")
+FIGURES = ("acceptance length", "same text")
 NOT_MEASURED = "not measured"
 FLOOR_LENGTH, FLOOR_SPEEDUP = 2.6, 1.6
 
@@ -48,13 +47,9 @@ class Page:
     state: Mapping[str, Any]
 
     def text(self) -> str:
-        parts = [INTRODUCTION, self.floors(), self.speeds()]
-        parts += [
-            self.table("Held-out questions, by draft tokens per round", [f"measure-k{number}" for number in (2, 4, 6)])
-        ]
-        parts += [self.tasks(), self.trainings(), self.curve(), self.policy(), self.vocabulary(), self.turns(), READING]
-        parts += [self.machine(), self.commands()]
-        return "\n".join(part.rstrip() + "\n" for part in parts if part)
+        parts = [INTRODUCTION, self.aims(), self.speeds(), self.numbers(), self.tasks(), self.drafters(), self.curve()]
+        parts += [self.policy(), self.vocabulary(), self.turns(), READING, self.machine(), self.commands()]
+        return "\n".join(part.rstrip() + "\n" for part in parts)
 
     def report(self, name: str) -> dict[str, Any] | None:
         path = self.work / f"{name}.json"
@@ -70,32 +65,11 @@ class Page:
                 return f"{NOT_MEASURED}: the step failed"
         return f"{NOT_MEASURED}: its turn did not come within the budget"
 
-    def rows(self, name: str) -> list[tuple[str, dict[str, Any]]]:
-        """(method as it was given, its row); without plain decoding."""
-        report = self.report(name)
-        if report is None:
-            return []
-        words = shlex.split(self.state[name]["command"])
-        given = [after for word, after in pairwise(words) if word == "--method"]
-        return [(shown(method), row) for method, row in zip(given, report["rows"], strict=True) if method != "none"]
-
-    def row(self, name: str, method: str) -> dict[str, Any] | None:
-        return next((row for given, row in self.rows(name) if given.startswith(method)), None)
-
-    @property
-    def strongest(self) -> str:
-        """The drafter with the longest drafts on held-out questions."""
-        trained = [(row["acceptance_length"]["value"], name) for name, row in self.rows("measure-k4") if "-" in name]
-        return max(trained)[1] if trained else "eagle3"
-
-    def table(self, title: str, names: Sequence[str], note: str = "") -> str:
-        lines = [f"## {title}", "", *([note, ""] if note else []), *header(HEAD)]
-        for name in names:
-            found = self.rows(name)
-            lines += [line(cells(method, row)) for method, row in found]
-            if not found:
-                lines.append(line(("", name.removeprefix("measure-k"), self.why(name), "", "")))
-        return "\n".join([*lines, *self.measured_on(names[0])])
+    def rows(self, name: str, **where: Any) -> list[dict[str, Any]]:
+        """Rows of drafting methods whose fields are as given; without `task`, of whole data sets."""
+        report, where = self.report(name), {"task": None, **where}
+        found = [] if report is None else [row for row in report["rows"] if row["method"] != "none"]
+        return [row for row in found if all(row.get(key) == value for key, value in where.items())]
 
     def measured_on(self, name: str) -> list[str]:
         report = self.report(name)
@@ -104,228 +78,144 @@ class Page:
         settings, facts = report["settings"], report["environment"]
         return [
             "",
-            f"{settings['num_prompts']} prompts, greedy, at most {settings['max_tokens']} tokens, {settings['dtype']}, "
-            f"{facts['num_threads']} thread(s); load average of the machine before it {self.state[name]['load']:.1f}.",
+            f"Greedy, at most {settings['max_tokens']} tokens, {settings['dtype']}, {facts['num_threads']} thread(s); "
+            f"load average of the machine before it {self.state[name]['load']:.1f}.",
         ]
 
-    def floors(self) -> str:
-        """The aims that were set before measuring, and what became of them."""
-        found = self.row("measure-k4", self.strongest)
-        fastest = (
-            max((row["speedup"]["value"], name) for name, row in self.rows("measure-speed-b1"))
-            if self.rows("measure-speed-b1")
-            else None
-        )
+    def section(self, title: str, step: str, told: str, names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+        """A heading, a sentence, and a table or why there is none."""
+        found = [*header(names), *map(line, lines), *self.measured_on(step)] if lines else [f"{self.why(step)}."]
+        return "\n".join([f"## {title}", "", told, "", *found])
+
+    @property
+    def strongest(self) -> dict[str, Any] | None:
+        """The trained drafter with the longest drafts on held-out questions at K = 4."""
+        trained = [row for row in self.rows("measure-k", num_speculative_tokens=4) if model_of(row)]
+        return max(trained, key=lambda row: row["acceptance_length"]["value"], default=None)
+
+    def aims(self) -> str:
+        """What was aimed at before measuring, and what came of it."""
+        best, speeds = self.strongest, self.rows("measure-speed", batch_size=1)
         lines = [
             "## Aims and figures",
             "",
             *header(("aim (held-out questions, K = 4, temperature 0)", "measured", "met")),
         ]
-        if found is None:
-            lines.append(
-                line((f"acceptance length of a trained drafter >= {FLOOR_LENGTH}", self.why("measure-k4"), ""))
-            )
-        else:
-            value = found["acceptance_length"]["value"]
-            lines.append(
-                line(
-                    (
-                        f"acceptance length of a trained drafter >= {FLOOR_LENGTH}",
-                        f"{self.strongest}: {interval(found['acceptance_length'])}",
-                        yes(value >= FLOOR_LENGTH),
-                    )
-                )
-            )
-        speed = self.why("measure-speed-b1") if fastest is None else f"{fastest[1]}: {fastest[0]:.2f}x"
-        lines.append(
-            line(
-                (
-                    f"best speedup over plain decoding >= {FLOOR_SPEEDUP}, batch 1, 2 threads",
-                    speed,
-                    "" if fastest is None else yes(fastest[0] >= FLOOR_SPEEDUP),
-                )
-            )
-        )
-        measured = [
-            row
-            for name in self.state
-            if name.startswith("measure-")
-            for _, row in self.rows(name)
-            if row["num_identical"] is not None
-        ]
-        same, asked = sum(row["num_identical"] for row in measured), sum(row["num_prompts"] for row in measured)
-        lines.append(
-            line(
-                (
-                    "all texts identical to plain decoding's (all tables of this page)",
-                    f"{same} of {asked}",
-                    yes(same == asked) if asked else "",
-                )
-            )
-        )
+        told, met = (self.why("measure-k"), "") if best is None else (told_of(best, "acceptance_length"), "no")
+        if best is not None and best["acceptance_length"]["value"] >= FLOOR_LENGTH:
+            met = "yes"
+        lines.append(line((f"acceptance length of a trained drafter >= {FLOOR_LENGTH}", told, met)))
+        fastest = max(speeds, key=lambda row: row["speedup"]["value"], default=None)
+        told, met = (self.why("measure-speed"), "") if fastest is None else (f"{told_of(fastest, 'speedup')}x", "no")
+        if fastest is not None and fastest["speedup"]["value"] >= FLOOR_SPEEDUP:
+            met = "yes"
+        lines.append(line((f"best speedup over plain decoding >= {FLOOR_SPEEDUP}, batch 1, 2 threads", told, met)))
+        rows = [row for name in self.state if name.startswith("measure-") for row in self.rows(name)]
+        same, asked = sum(row["num_identical"] for row in rows), sum(row["num_prompts"] for row in rows)
+        told, met = (f"{same:,} of {asked:,}", "yes" if same == asked else "no") if asked else (self.why(), "")
+        lines.append(line(("all texts of this page identical to plain decoding's", told, met)))
         return "\n".join(lines)
 
     def speeds(self) -> str:
-        names = {"1": "measure-speed-b1", "8": "measure-speed-b8"}
         lines = [
-            "## Speed",
-            "",
-            "K = 4.",
-            "",
-            *header(("method", "batch", "acceptance length", "tokens/s", "plain tokens/s", "speedup", "same text")),
+            (
+                *(method_of(row), str(row["batch_size"]), interval(row["acceptance_length"])),
+                *(f"{row['tokens_per_s']:.1f}", f"{row['plain_tokens_per_s']:.1f}"),
+                *(f"{interval(row['speedup'])}x", same_text(row)),
+            )
+            for row in self.rows("measure-speed")
         ]
-        for batch, name in names.items():
-            for method, row in self.rows(name):
-                speed = (
-                    f"{row['tokens_per_s']:.1f}",
-                    f"{row['plain_tokens_per_s']:.1f}",
-                    f"{interval(row['speedup'])}x",
-                )
-                lines.append(line((method, batch, interval(row["acceptance_length"]), *speed, same(row))))
-            if not self.rows(name):
-                lines.append(line(("", batch, self.why(name), "", "", "", "")))
-        return "\n".join([*lines, *self.measured_on("measure-speed-b1")])
+        names = ("method", "batch", "acceptance length", "tokens/s", "plain tokens/s", "speedup", "same text")
+        return self.section("Speed", "measure-speed", "Held-out questions, K = 4.", names, lines)
+
+    def numbers(self) -> str:
+        lines = [
+            (method_of(row), str(row["num_speculative_tokens"]), interval(row["acceptance_length"]), same_text(row))
+            for row in self.rows("measure-k")
+        ]
+        told = "Held-out questions, without training and with the drafter of the last row of the learning curve."
+        return self.section("Draft tokens per round", "measure-k", told, ("method", "K", *FIGURES), lines)
 
     def tasks(self) -> str:
-        prefix = "measure-task-"
-        names = [name for name in self.state if name.startswith(prefix)]
-        lines = ["## Spec-Bench, by task", "", "The drafter saw grade-school mathematics alone. K = 4.", ""]
-        methods = [method for name in names for method, _ in self.rows(name)]
-        methods = list(dict.fromkeys(methods))
-        lines += header(("task", *methods)) if methods else []
-        for name in names:
-            found = dict(self.rows(name))
-            figures = [f"{interval(found[m]['acceptance_length'])}" if m in found else self.why(name) for m in methods]
-            lines.append(line((name.removeprefix(prefix), *figures)))
-        return "\n".join([*lines, *([] if methods else [f"{self.why(*names)}."])])
-
-    def trainings(self) -> str:
-        """All drafters after the same small training."""
-        lines = ["## All drafters after the same small training", ""]
-        lines += ["The same conversations and epochs for each; checkpoints are chosen by decoding. K = 4.", ""]
-        lines += header(("drafter", "tokens learned from", "trained in", "acceptance length", "speedup", "same text"))
-        measured = dict(self.rows("measure-drafters"))
-        named = [name for name in self.state if name.split("-")[0] in ALGORITHMS and name.count("-") == 1]
-        for name in named:
-            row, step = measured.get(name), self.state[name]
-            if "record" not in step:
-                lines.append(line((name, "", "", self.why(name), "", "")))
-            elif row is not None:
-                lines.append(
-                    line(
-                        (
-                            name,
-                            self.learned(name),
-                            minutes(step),
-                            interval(row["acceptance_length"]),
-                            f"{interval(row['speedup'])}x",
-                            same(row),
-                        )
-                    )
-                )
-        for algorithm in ALGORITHMS:
-            if not any(name.split("-")[0] == algorithm for name in named):
-                lines.append(line((algorithm, "", "", self.why(), "", "")))
-        lines += [
-            "",
-            "`draft_model` is not measured: no smaller model has this vocabulary. Times include the verifier's states.",
+        report = self.report("measure-tasks") or {"rows": []}
+        tasks = dict.fromkeys(row.get("task") for row in report["rows"])
+        lines = [
+            ("all" if task is None else task, method_of(row), interval(row["acceptance_length"]), same_text(row))
+            for task in tasks
+            for row in self.rows("measure-tasks", task=task)
         ]
-        return "\n".join(lines)
+        told = "The drafter saw grade-school mathematics alone: other tasks are foreign to it. K = 4."
+        return self.section("Spec-Bench, by task", "measure-tasks", told, ("task", "method", *FIGURES), lines)
 
-    def learned(self, name: str) -> str:
-        """Tokens of the conversations times epochs."""
-        words = shlex.split(self.state[name]["command"])
+    def drafters(self) -> str:
+        run = next((name for name in self.state if name.startswith("drafters-")), "drafters")
+        measured = {method_of(row): row for row in self.rows("measure-drafters")}
+        lines = [
+            (name, interval(measured[name]["acceptance_length"]), same_text(measured[name]))
+            if name in measured
+            else (name, self.why(run, "measure-drafters"), "")
+            for name in ALGORITHMS
+        ]
+        told = "Every algorithm on the same conversations for as long; checkpoints are chosen by decoding. K = 4. "
+        told += f"{self.trained(run)} `draft_model` is not measured: no smaller model has this vocabulary."
+        title = "All drafters after the same small training"
+        return self.section(title, "measure-drafters", told, ("drafter", *FIGURES), lines)
+
+    def trained(self, run: str) -> str:
+        """What a run learned from, and how long it took."""
+        step = self.state.get(run, {})
+        if "record" not in step:
+            return ""
+        words = shlex.split(step["command"])
         rows, epochs = words[words.index("--data") + 1], words[words.index("--epochs") + 1]
         prepared = self.state.get(rows, {}).get("record")
-        return "" if prepared is None else f"{prepared['num_tokens']:,} x {epochs} epochs"
+        tokens = "" if prepared is None else f"{prepared['num_tokens']:,} tokens, "
+        goes_on = ", going on from the row above" if "--from-pretrained" in words else ""
+        return f"{tokens}{epochs} epochs{goes_on}, {step['time_s'] / 60:.0f} minutes."
 
     def curve(self) -> str:
+        measured = {method_of(row): row for row in self.rows("measure-curve")}
+        runs = [name for name in self.state if name.startswith("eagle3-") and name.count("-") == 1]
         lines = [
-            "## Learning curve of EAGLE-3",
-            "",
-            *header(("conversations", "tokens learned from", "trained in", "acceptance length", "same text")),
+            (f"{int(run.split('-')[1]):,}", self.trained(run), interval(row["acceptance_length"]), same_text(row))
+            for run in sorted(runs, key=lambda name: int(name.split("-")[1]))
+            if (row := measured.get(run)) is not None
         ]
-        measured = dict(self.rows("measure-curve"))
-        for name in sorted(
-            (n for n in self.state if n.startswith("eagle3-") and n.count("-") == 1), key=lambda n: int(n.split("-")[1])
-        ):
-            row, step = measured.get(name), self.state[name]
-            size = f"{int(name.split('-')[1]):,}"
-            if row is None:
-                lines.append(line((size, "", "", self.why(name, "measure-curve"), "")))
-            else:
-                goes_on = ", going on from the row above" if "--from-pretrained" in step["command"] else ""
-                lines.append(
-                    line(
-                        (
-                            size,
-                            self.learned(name) + goes_on,
-                            minutes(step),
-                            interval(row["acceptance_length"]),
-                            same(row),
-                        )
-                    )
-                )
-        return "\n".join(lines)
+        told = "EAGLE-3, the verifier's states included in the time. K = 4."
+        names = ("conversations", "learned from", *FIGURES)
+        return self.section("Learning curve", "measure-curve", told, names, lines)
 
     def policy(self) -> str:
-        found = dict(self.rows("measure-policy"))
-        if not found:
-            return f"## The verifier's own answers against given ones\n\n{self.why('measure-policy')}."
         lines = [
-            "## The verifier's own answers against given ones",
-            "",
-            "EAGLE-3, the same questions and epochs; *given*: the data set's answers.",
-            "",
-            *header(HEAD),
+            ("given" if "given" in method_of(row) else "the verifier's own", *figures(row))
+            for row in self.rows("measure-policy")
         ]
-        return "\n".join([*lines, *(line(cells(method, row)) for method, row in found.items())])
+        told = "EAGLE-3 on the same questions for as many epochs; *given*: the answers of the data set. K = 4."
+        title = "The verifier's own answers against given ones"
+        return self.section(title, "measure-policy", told, ("answers", *FIGURES), lines)
 
     def vocabulary(self) -> str:
-        title = "## The draft vocabulary: coverage against acceptance"
-        found, covered = dict(self.rows("measure-vocabulary")), self.state.get("coverage", {})
-        if not found:
-            return f"{title}\n\n{self.why('measure-vocabulary')}."
-        lines = [
-            title,
-            "",
-            "*coverage*: the share of the tokens of the verifier's answers to other questions that it holds.",
-            "",
-        ]
-        lines += header(("draft vocabulary", "coverage", "acceptance length", "speedup", "same text"))
-        for method, row in found.items():
+        covered, lines = self.state.get("coverage", {}), []
+        for row in self.rows("measure-vocabulary"):
+            method = method_of(row)
             size = method.rsplit("-", 1)[1] if "vocabulary" in method else str(max(map(int, covered), default=0))
-            share = f"{covered[size]:.3f}" if size in covered else ""
-            lines.append(
-                line(
-                    (
-                        f"{int(size):,}",
-                        share,
-                        interval(row["acceptance_length"]),
-                        f"{interval(row['speedup'])}x",
-                        same(row),
-                    )
-                )
-            )
-        return "\n".join(lines)
+            lines.append((f"{int(size):,}", f"{covered[size]:.3f}" if size in covered else "", *figures(row)))
+        told = (
+            "*coverage*: the share of tokens of the verifier's answers to other questions that can be drafted. K = 4."
+        )
+        names = ("draft vocabulary", "coverage", *FIGURES)
+        return self.section("The draft vocabulary", "measure-vocabulary", told, names, lines)
 
     def turns(self) -> str:
         lines = [
-            "## One turn and two",
-            "",
-            "Spec-Bench's conversations: the first answer, and the second behind the verifier's own first. K = 4.",
-            "",
+            ("second" if "turn-2" in row["dataset"] else "first", method_of(row), *figures(row))
+            for row in self.rows("measure-turns")
         ]
-        lines += header(("answer", *HEAD))
-        for number, name in ((1, "first"), (2, "second")):
-            found = self.rows(f"measure-turns-{number}")
-            lines += [line((name, *cells(method, row))) for method, row in found]
-            if not found:
-                lines.append(line((name, "", "", self.why(f"measure-turns-{number}"), "", "")))
-        return "\n".join(lines)
+        told = "Spec-Bench's conversations: the first answer, and the second behind the verifier's own first. K = 4."
+        return self.section("One turn and two", "measure-turns", told, ("answer", "method", *FIGURES), lines)
 
     def machine(self) -> str:
-        report = next((r for r in map(self.report, ("measure-speed-b1", "measure-k4")) if r is not None), None)
+        report = next((r for r in map(self.report, ("measure-speed", "measure-k")) if r is not None), None)
         spent_s = sum(float(step["time_s"]) for step in self.state.values() if "record" in step)
         answered = self.state.get("answers", {}).get("record", {})
         lines = ["## The run", ""]
@@ -359,32 +249,30 @@ def shortened(command: str, work: Path) -> str:
     return shlex.join(words).replace(f"{work}/", "")
 
 
-def shown(method: str) -> str:
-    """A checkpoint by its run, a method by its name."""
-    if method.startswith("{"):
-        return str(json.loads(method)["method"])
-    return method.split("/")[0] if "/" in method else method
+def model_of(row: Mapping[str, Any]) -> str | None:
+    return (row.get("speculative_config") or {}).get("model")
+
+
+def method_of(row: Mapping[str, Any]) -> str:
+    """A checkpoint by the directory of its run, a method by its name."""
+    model = model_of(row)
+    return str(row["method"]) if model is None else Path(model).parent.name
 
 
 def interval(estimate: Mapping[str, float]) -> str:
     return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
 
-def same(row: Mapping[str, Any]) -> str:
-    return "" if row["num_identical"] is None else f"{row['num_identical']} of {row['num_prompts']}"
+def told_of(row: Mapping[str, Any], figure: str) -> str:
+    return f"{method_of(row)}: {interval(row[figure])}"
 
 
-def cells(method: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    lengths = interval(row["acceptance_length"])
-    return (method, str(row["num_speculative_tokens"]), lengths, f"{interval(row['speedup'])}x", same(row))
+def same_text(row: Mapping[str, Any]) -> str:
+    return f"{row['num_identical']} of {row['num_prompts']}"
 
 
-def minutes(step: Mapping[str, Any]) -> str:
-    return f"{step['time_s'] / 60:.0f} min"
-
-
-def yes(met: bool) -> str:
-    return "yes" if met else "no"
+def figures(row: Mapping[str, Any]) -> tuple[str, str]:
+    return (interval(row["acceptance_length"]), same_text(row))
 
 
 def header(names: Sequence[str]) -> list[str]:
