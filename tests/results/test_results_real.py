@@ -95,8 +95,8 @@ def test_a_step_runs_once_and_one_beyond_the_budget_is_left_out_until_it_fits(tm
     assert not again.run("train", ["train"], about_s=500) and "8 minutes" in again.state["train"]["left_out"]
     richer = results_real.Steps(tmp_path, 1000.0)
     assert richer.run("train", ["train"], about_s=500) and richer.state["train"]["record"] == {"num_tokens": 7}
-    only = results_real.Steps(tmp_path, 0.0, only="data")
-    assert only.run("data-1", ["prepare-data", "again"]) and not only.run("other", ["evaluate"])
+    only = results_real.Steps(tmp_path, 0.0, only=frozenset({"data"}))
+    assert only.run("data", ["prepare-data", "again"]) and not only.run("other", ["evaluate"])
     assert commands[-1] == ["prepare-data", "again", "--json"]
 
 
@@ -108,7 +108,7 @@ def test_a_measurement_that_fails_again_keeps_the_earlier_figures(tmp_path, monk
     monkeypatch.setattr(
         results_real.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2, stdout="full disk")
     )
-    again = results_real.Steps(tmp_path, 100.0, only="measure-speed")
+    again = results_real.Steps(tmp_path, 100.0, only=frozenset({"measure-speed"}))
     assert not again.run("measure-speed", ["evaluate"])
     assert results_real.Steps(tmp_path, 100.0).is_done("measure-speed")
 
