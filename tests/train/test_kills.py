@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from killed_runs import ENDED_BY_ANOTHER_RANK, ERROR, KILLED, STOPPED_BY_SIGNAL, Ended, Run, RunServer
 
+from speculators.train.events import PACE
+
 EVERYTHING = os.environ.get("SPECULATORS_KILLS") == "all"
 NUM_RANDOM = 20 if EVERYTHING else 2
 SOON_S = 10.0
@@ -113,7 +115,7 @@ def content(entry: Path) -> Any:
         return "directory"
     if entry.name == "metrics.jsonl":
         lines = [json.loads(line) for line in entry.read_text().splitlines()]
-        return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
+        return [{name: value for name, value in line.items() if name not in PACE} for line in lines]
     return entry.read_bytes()
 
 

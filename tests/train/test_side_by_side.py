@@ -16,7 +16,7 @@ from speculators.data_generation import LocalSource, ServerUnavailableError
 from speculators.train import run as train_run
 from speculators.train.config import ConfigError, TrainConfig
 from speculators.train.drafters import resolve_all
-from speculators.train.events import Saved, StepDone, ignore
+from speculators.train.events import PACE, Saved, StepDone, ignore
 from speculators.train.graceful_shutdown import TrainingInterrupted
 from speculators.train.run import train, train_side_by_side
 
@@ -79,7 +79,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 def curve(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in PACE} for line in lines]
 
 
 @pytest.fixture(scope="module")

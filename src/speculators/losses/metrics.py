@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from speculators.interfaces import Ratio
+
+Item = TypeVar("Item")
 
 
 def ratio(numerator: Tensor | float, denominator: Tensor | float = 1.0) -> Ratio:
@@ -78,35 +81,100 @@ class MetricSums:
 
     def values(self, all_reduce: Any = None) -> dict[str, float]:
         """Means so far, over all ranks when `all_reduce` (in place, on a float64 tensor) is given."""
+        return self.reading(all_reduce)()
+
+    def reading(self, all_reduce: Any = None) -> Callable[[], dict[str, float]]:
+        """Returns a function that returns `values`: they are copied to the host until it is called."""
         if not self.sums:
-            return {}
+            return dict
         keys = list(self.sums)
-        packed = torch.stack(
-            [self.sums[key] for key in keys]
-            + [torch.tensor(float(self.num_forwards)).double().to(self.sums[keys[0]].device)]
-        )
+        arriving = HostCopy(self.packed(all_reduce))
+
+        def read() -> dict[str, float]:
+            *sums, num_forwards = arriving.values()
+            means = normalize_counted_metrics(dict(zip(keys, sums, strict=True)), world_size=int(num_forwards))
+            return {name: float(mean) for name, mean in means.items()}
+
+        return read
+
+    def packed(self, all_reduce: Any = None) -> Tensor:
+        """The sums, and last the number of forwards: on the device of those that are on one."""
+        values = [*self.sums.values(), torch.tensor(float(self.num_forwards)).double()]
+        device = next((value.device for value in values if value.device.type != "cpu"), torch.device("cpu"))
+        packed = torch.stack([value.to(device, non_blocking=True) for value in values])
         if all_reduce is not None:
             all_reduce(packed)
-        *sums, num_forwards = packed.tolist()
-        means = normalize_counted_metrics(dict(zip(keys, sums, strict=True)), world_size=int(num_forwards))
-        return {name: float(mean) for name, mean in means.items()}
+        return packed
+
+
+class HostCopy:
+    """A tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.arrived = None
+        self.on_host = tensor
+        if tensor.device.type == "cuda":
+            self.on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.on_host.copy_(tensor, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def values(self) -> list[float]:
+        """Waits until it has arrived."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.on_host.tolist()
 
 
 class RecentSteps:
-    """Training steps since the last report: their metrics, and how fast they were."""
+    """Training steps since the last report: their metrics, how fast they were, and what they waited for."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
         self.sums = MetricSums()
         self.num_tokens = 0
+        self.waited_s = 0.0
         self.since = time.perf_counter()
 
     def add(self, metrics: Mapping[str, Any], *, num_tokens: int) -> None:
         self.sums.add(metrics)
         self.num_tokens += num_tokens
 
+    def timed(self, batches: Iterator[Item]) -> Generator[Item]:
+        """Yields the same batches, and counts how long each is waited for. Closes what it reads from."""
+        with ending(batches):
+            while True:
+                asked = time.perf_counter()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                self.waited_s += time.perf_counter() - asked
+                yield batch
+
     def leave_out(self, time_s: float) -> None:
         """Time that was spent between the steps, on a validation or a checkpoint."""
         self.since += time_s
 
+    @property
+    def time_s(self) -> float:
+        return max(time.perf_counter() - self.since, 1e-9)
+
     def tokens_per_s(self) -> float:
-        return self.num_tokens / max(time.perf_counter() - self.since, 1e-9)
+        return self.num_tokens / self.time_s
+
+    def waiting(self) -> float:
+        """Share of the time."""
+        return min(self.waited_s / self.time_s, 1.0)
+
+
+@contextmanager
+def ending(iterator: Iterator[Any]) -> Iterator[None]:
+    """Closes a generator when the block ends, in the thread that runs it, and not when it is collected."""
+    try:
+        yield
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()

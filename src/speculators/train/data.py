@@ -1,7 +1,7 @@
 """Reads the prepared dataset as training samples (tokens and masks from disk, verifier states from a
 `HiddenStateSource`) and packs them into batches in the order of the sampler.
 
-Threads read states on disk ahead; states computed in process are requested one packed row at a time.
+Threads read states ahead (`prefetch`); states computed in process are requested one packed row at a time.
 
 Shapes: S tokens of a document, T tokens of the packed row, A aux layers, H hidden size. A sample is a dict of tensors
 whose first axis is S.
@@ -16,9 +16,8 @@ whose first axis is S.
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -32,6 +31,7 @@ from torch.utils.data import Dataset
 from speculators.data_generation import MissingStatesError, PreparedData
 from speculators.interfaces import HiddenStateSource, VerifierStates
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
+from speculators.train.prefetch import Batch, DeviceRows, read_ahead
 
 logger = logging.getLogger(__name__)
 Sample = dict[str, Tensor]
@@ -84,8 +84,6 @@ class CollateFn:
 
 
 __all__ = ["ArrowDataset", "Batch", "BatchLoader", "CollateFn", "ListLoader", "PackedLoader", "Sample", "as_loader"]
-
-Batch = dict[str, Any]
 
 
 class ArrowDataset(Dataset[Sample | None]):
@@ -236,10 +234,14 @@ class PackedLoader:
         *,
         num_threads: int = 0,
         num_ahead: int = 4,
+        device: torch.device | None = None,
+        on_host: Collection[str] = (),
     ):
-        """`read` returns the samples of one packed row; `num_threads=0` reads in the training thread."""
+        """`read` returns the samples of one packed row; `num_threads=0` reads in the training thread. Threads also copy
+        rows to `device`, where it is a GPU, but for the columns `on_host`."""
         self.read, self.sampler, self.collate = read, sampler, collate
         self.num_threads, self.num_ahead = num_threads, num_ahead
+        self.device, self.on_host = device, on_host
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -255,22 +257,19 @@ class PackedLoader:
         return self.collate(self.read(row))
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
-        rows = self.sampler.rows()[first:]
+        rows, threads = self.sampler.rows()[first:], {"num_threads": self.num_threads, "num_ahead": self.num_ahead}
         if self.num_threads == 0:
-            yield from map(self.make, rows)
-            return
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            ahead: deque[Future[Batch]] = deque()
-            try:
-                for row in rows:
-                    ahead.append(pool.submit(self.make, row))
-                    if len(ahead) > self.num_ahead:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+            return map(self.make, rows)
+        if self.device is None or self.device.type != "cuda":
+            return read_ahead(self.make, rows, **threads)
+        on_device = DeviceRows(self.device, self.make, self.on_host)
+        return taking(on_device, read_ahead(on_device.make, rows, **threads))
+
+
+def taking(on_device: DeviceRows, made: Generator[Any]) -> Generator[Batch]:
+    with closing(made):
+        for row in made:
+            yield on_device.taken(row)
 
 
 class ListLoader:

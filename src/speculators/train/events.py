@@ -9,9 +9,10 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-from speculators.utils.report import WRONG_INPUT
+from speculators.utils.report import WRONG_INPUT, human_bytes
 
 
 class ConfigError(ValueError):
@@ -45,7 +46,7 @@ class Started:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Metrics since the last such event (every `log_freq` steps)."""
+    """Metrics since the last such event (every `log_freq` and every `log_every` steps)."""
 
     step: int
     num_steps: int
@@ -55,6 +56,17 @@ class StepDone:
     acceptance_length: float | None
     """Expected tokens per round, from the drafter's accuracy on training data; None when it is not reported."""
     tokens_per_s: float
+    waiting: float = 0.0
+    """Share of the time that was spent waiting for verifier states."""
+    left_s: float | None = None
+    """Estimated time to the last step, validations and checkpoints included; None at the first report."""
+    peak_bytes: int = 0
+    """Most memory that this process had so far: of the GPU, or on a CPU of the whole process."""
+    mfu: float | None = None
+    """Model FLOPs utilisation: the drafter's products with weights over what the card could do; None where its peak is
+    not known."""
+    is_logged: bool = False
+    """Whether `log_every` asks for a line where there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -133,15 +145,33 @@ def line(event: Event) -> str:
                 f"trainable parameters, steps {event.first_step}..{event.num_steps}"
             )
         case StepDone():
-            return f"step {event.step}/{event.num_steps} epoch {event.epoch} {numbers(event)} lr {event.lr:.2e} " + (
-                f"{event.tokens_per_s:,.0f} tokens/s"
-            )
+            step = f"step {event.step}/{event.num_steps} epoch {event.epoch}"
+            return f"{step} {numbers(event)} lr {event.lr:.2e} {pace(event)}"
         case Validated():
             return f"validation after step {event.step}: {numbers(event)}"
         case Saved(path, _):
             return f"saved {path}"
         case Stopped(path, signal_name):
             return f"{signal_name}: saved {path}"
+
+
+PACE = ("tokens_per_s", "waiting", "left_s", "peak_bytes", "mfu")
+"""Fields of `StepDone` that say what steps cost, not what they learn: another run of the same bits has others."""
+
+
+def pace(event: StepDone) -> str:
+    """Returns speed, waiting, what is left and memory, as far as they are known, for a line."""
+    parts = [f"{event.tokens_per_s:,.0f} tokens/s", f"{event.waiting:.0%} waiting for states"]
+    parts += [] if event.mfu is None else [f"{event.mfu:.0%} MFU"]
+    parts += [] if event.left_s is None else [f"{timedelta(seconds=round(event.left_s))} left"]
+    parts += [f"peak {human_bytes(event.peak_bytes)}"] if event.peak_bytes else []
+    return ", ".join(parts)
+
+
+def pace_numbers(event: StepDone) -> dict[str, float]:
+    """Returns what curves and trackers get of it."""
+    values = {name: getattr(event, name) for name in PACE}
+    return {name: value for name, value in values.items() if value is not None and (value or name != "peak_bytes")}
 
 
 def numbers(event: StepDone | Validated) -> str:

@@ -69,6 +69,11 @@ class DataKeys(AnchorKeys):
         12, ge=0, description="Threads that read stored or served states ahead. Unused in process."
     )
     prefetch_factor: int = Field(4, ge=1, description="Packed rows read ahead by these threads.")
+    prefetch_in_process: bool | None = Field(
+        None,
+        description="Compute the next row's verifier states in process while this row trains. None: on an accelerator; "
+        "on a CPU both want the same cores.",
+    )
 
 
 class OptimizerKeys(Keys):
@@ -104,7 +109,10 @@ class TrainerKeys(Keys):
     rank_timeout: float = Field(600.0, gt=0.0, description="Seconds without an answer of another rank that end a run.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Packed rows of each rank in an optimizer step.")
-    log_freq: int = Field(1, ge=1, description="Steps between reports.")
+    log_freq: int = Field(1, ge=1, description="Steps between reports to the bar, metrics.jsonl and loggers.")
+    log_every: int | None = Field(
+        None, ge=1, description="Steps between lines where stderr is no terminal. None: a line every 30 seconds."
+    )
     eval_prompts: int = Field(
         0, ge=0, description="Held-out prompts decoded in each validation: the acceptance length that serving has."
     )
@@ -218,6 +226,12 @@ RULES = (
     ),
     Rule(SERVER_KEYS, lambda values: not values["vllm_endpoint"], "no server is asked without --vllm-endpoint", IDLE),
     Rule(("num_workers", "prefetch_factor"), computes_in_process, "states are computed in process", IDLE),
+    Rule(
+        ("prefetch_in_process",),
+        lambda values: not computes_in_process(values),
+        "states are not computed in process",
+        IDLE,
+    ),
     Rule(
         ("hidden_states_memory_gb",),
         lambda values: values["cache_hidden_states"] or reads_states_alone(values),

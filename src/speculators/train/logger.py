@@ -31,11 +31,16 @@ from speculators.train.events import (
     Validated,
     decoded,
     describe,
+    pace,
+    pace_numbers,
 )
 from speculators.utils.files import atomic_write
 from speculators.utils.names import did_you_mean
 from speculators.utils.progress import Lines, SlowStepBars, doing, waiting_line
 from speculators.utils.report import ReportConsole
+
+SHOWN_WAITING = 0.01
+"""Smaller shares of waiting stand in the log alone, not beside the bar."""
 
 
 class TrainingProgress(SlowStepBars):
@@ -92,9 +97,11 @@ class TrainingProgress(SlowStepBars):
                 self.first_step = ""
                 self.waiting.close()
                 told = describe(event.metrics, event.acceptance_length) + self.decoded.get(name, "")
+                waiting = f", {event.waiting:.0%} waiting for states" if event.waiting >= SHOWN_WAITING else ""
                 speed = f"{event.tokens_per_s:,.0f} tokens/s"
-                self.update(self.bars[name], completed=event.step, description=heading + told, speed=speed)
-                self.say(f"{heading}step {event.step}/{event.num_steps}: {told}, {speed}")
+                self.update(self.bars[name], completed=event.step, description=heading + told + waiting, speed=speed)
+                line = f"{heading}step {event.step}/{event.num_steps}: {told}, {pace(event)}"
+                self.say(line, at_once=event.is_logged)
             case Validated():
                 self.decoded[name] = decoded(event.metrics)
                 line = describe(event.metrics, event.acceptance_length)
@@ -121,7 +128,7 @@ class CurveFile:
             case Started():
                 self.keep_until(event.first_step)
             case StepDone():
-                self.append(event, "train", lr=event.lr, tokens_per_s=event.tokens_per_s)
+                self.append(event, "train", lr=event.lr, **pace_numbers(event))
             case Validated():
                 self.append(event, "val")
 
@@ -223,7 +230,8 @@ def as_listener(log: Log, heading: str = "") -> Listener:
             if event.acceptance_length is not None:
                 values[f"{prefix}/acceptance_length"] = event.acceptance_length
             if isinstance(event, StepDone):
-                values |= {f"{prefix}/lr": event.lr, f"{prefix}/tokens_per_s": event.tokens_per_s}
+                measured = {"lr": event.lr, **pace_numbers(event)}
+                values |= {f"{prefix}/{key}": value for key, value in measured.items()}
             log(values, event.step)
 
     return listen

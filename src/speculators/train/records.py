@@ -1,29 +1,31 @@
-"""What a `Trainer` is told, what it answers, and the memory and disk space that a run is estimated to need."""
+"""What a `Trainer` is told, what it reports of its steps, and what it answers."""
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.table import Table
 
-from speculators.model import SpeculatorModel
-from speculators.train.events import describe
+from speculators.losses.metrics import RecentSteps, expected_acceptance_length
+from speculators.train.distributed import Ranks
+from speculators.train.events import Listener, StepDone, describe
 from speculators.train.keys import OptimizerKeys, SchedulerKeys, TrainerKeys
 from speculators.training_keys import default_of
-from speculators.utils.report import TableReport, facts_table, human_bytes
+from speculators.utils.report import TableReport, facts_table
 
 if TYPE_CHECKING:
     from speculators.deploy.report import CheckReport
     from speculators.evaluation.parity import ParityReport
 
-BYTES_FP32, BYTES_BF16 = 4, 2
 FIRST_ACCURACY = "full_acc_0"
 OVERFITTED = 0.25
 """Accuracy of the first draft in training beyond that in validation, which says that the data were learnt by heart."""
@@ -59,6 +61,7 @@ class TrainerConfig:
     hidden_states_dtype: torch.dtype = torch.bfloat16
     allow_changed_settings: bool = default_of(TrainerKeys, "allow_changed_settings")
     log_freq: int = default_of(TrainerKeys, "log_freq")
+    log_every: int | None = default_of(TrainerKeys, "log_every")
     gradient_checkpointing: bool = default_of(TrainerKeys, "gradient_checkpointing")
     gradient_accumulation_steps: int = default_of(TrainerKeys, "gradient_accumulation_steps")
     """Packed rows of each rank in one optimizer step; each counts by its supervised tokens."""
@@ -123,54 +126,76 @@ class TrainResult(TableReport, os.PathLike[str]):
                 report.raise_for_errors()
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Estimated bytes of a run, by use. `str()` is a sentence."""
+class StepReports(RecentSteps):
+    """Reports training steps as `StepDone`, with what was measured since the report before.
 
-    weights_bytes: int
-    """Masters, gradients and optimizer moments of the drafter, and its frozen copies of verifier weights."""
-    verifier_bytes: int
-    states_bytes: int
-    """Verifier states of one packed row."""
-    activations_bytes: int
-    """Drafter activations and one block of logits, for the backward pass."""
-    checkpoint_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weights_bytes + self.verifier_bytes + self.states_bytes + self.activations_bytes
-
-    def __str__(self) -> str:
-        parts = {
-            "drafter and optimizer": self.weights_bytes,
-            "verifier": self.verifier_bytes,
-            "states": self.states_bytes,
-            "activations": self.activations_bytes,
-        }
-        uses = ", ".join(f"{use} {human_bytes(num_bytes)}" for use, num_bytes in parts.items())
-        checkpoint = human_bytes(self.checkpoint_bytes)
-        return f"about {human_bytes(self.total_bytes)} of memory: {uses}; {checkpoint} of disk per checkpoint"
-
-
-def estimate_memory(
-    model: SpeculatorModel, *, num_tokens: int, hidden_size: int, num_states: int, num_unrolls: int, verifier_bytes: int
-) -> MemoryEstimate:
-    """Estimates a run on packed rows of `num_tokens`.
-
-    `num_unrolls`: forwards of the draft layers per row; `num_states`: verifier states kept per token.
+    `late`: a report is told at the next one, or at `tell`, when its numbers have arrived on the host without having
+    been waited for.
     """
-    num_trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    num_frozen = sum(param.numel() for param in model.parameters() if not param.requires_grad)
-    num_layers = len(list(model.layers))  # type: ignore[arg-type]
-    # A gated decoder layer keeps about 16 vectors of its hidden width for the backward pass, in 16 bits.
-    activations = num_tokens * hidden_size * 16 * num_layers * num_unrolls * BYTES_BF16
-    return MemoryEstimate(
-        weights_bytes=num_trainable * 4 * BYTES_FP32 + num_frozen * BYTES_FP32,
-        verifier_bytes=verifier_bytes,
-        states_bytes=num_tokens * hidden_size * num_states * BYTES_BF16,
-        activations_bytes=activations,
-        checkpoint_bytes=num_trainable * 3 * BYTES_FP32 + (num_trainable + num_frozen) * BYTES_BF16,
-    )
+
+    def __init__(self, config: TrainerConfig, num_steps: int, ranks: Ranks, on_event: Listener, *, late: bool = False):
+        super().__init__()
+        self.config, self.num_steps, self.ranks, self.on_event, self.late = config, num_steps, ranks, on_event, late
+        self.metrics: dict[str, float] = {}
+        """Of the newest report."""
+        self.untold: tuple[StepDone, Callable[[], dict[str, float]]] | None = None
+        self.first: tuple[float, int] | None = None
+        """When the first report was made, and of which step: before it things are compiled."""
+        self.flops_per_token: float | None = None
+        """Products with weights of a step, for each token that it reads; None where the card's peak is not known."""
+        self.peak_flops = 0.0
+
+    def step_done(self, step: int, epoch: int, lr_scale: float) -> None:
+        """Reports every `log_freq` steps, every `log_every` steps and at the last one."""
+        every = self.config.log_every
+        is_logged = every is not None and step % every == 0
+        if step % self.config.log_freq and not is_logged and step != self.num_steps:
+            return
+        self.tell()
+        speed = self.tokens_per_s()
+        done = StepDone(
+            step=step,
+            num_steps=self.num_steps,
+            epoch=epoch,
+            lr=self.config.lr * lr_scale,
+            metrics={},
+            acceptance_length=None,
+            tokens_per_s=speed * self.ranks.world_size,
+            waiting=self.waiting(),
+            left_s=self.left_s(step),
+            peak_bytes=peak_bytes(self.ranks.device),
+            mfu=None if self.flops_per_token is None else speed * self.flops_per_token / self.peak_flops,
+            is_logged=is_logged,
+        )
+        self.untold = done, self.sums.reading(self.ranks.add_up)
+        self.restart()
+        if not self.late or step == self.num_steps:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tells of the report that is untold, if there is one. Raises `ValueError` when its loss is not finite."""
+        if self.untold is None:
+            return
+        (done, read), self.untold = self.untold, None
+        self.metrics = read()
+        refuse_lost(self.metrics, done.step, self.config.lr)
+        self.on_event(replace(done, metrics=self.metrics, acceptance_length=expected_acceptance_length(self.metrics)))
+
+    def left_s(self, step: int) -> float | None:
+        now = time.perf_counter()
+        if self.first is None:
+            self.first = now, step
+            return None
+        since, first = self.first
+        return (now - since) / (step - first) * (self.num_steps - step) if step > first else None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Returns the most memory that this process had: of its GPU, or on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def refuse_lost(metrics: Mapping[str, float], step: int, lr: float) -> None:
@@ -179,15 +204,4 @@ def refuse_lost(metrics: Mapping[str, float], step: int, lr: float) -> None:
         raise ValueError(
             f"the loss became {metrics['loss']} by step {step}: nothing of it was saved; lower --lr (now {lr}), or "
             "check the verifier states with --hidden-states-dtype float32"
-        )
-
-
-def check_disk_space(path: Path, num_bytes: int) -> None:
-    """Raises `OSError` if the disk cannot hold a checkpoint: an error now is cheaper than one after an epoch."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise OSError(
-            f"a checkpoint takes {human_bytes(num_bytes)} but {existing} has {human_bytes(free)} free: free some "
-            "space, or choose another --output"
         )

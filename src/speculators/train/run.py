@@ -27,6 +27,7 @@ from speculators.train.data import ArrowDataset, CollateFn, PackedLoader
 from speculators.train.distributed import Ranks, ranks_from_environment
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.draft_shape import build_model, check_heads, load_verifier_config
+from speculators.train.estimate import MemoryEstimate, check_disk_space, estimate
 from speculators.train.events import Listener, Note, as_notes, ignore, telling
 from speculators.train.flags import flag_of
 from speculators.train.logger import CurveFile, trackers_of
@@ -39,7 +40,7 @@ from speculators.train.recipe import (
     recipe_of,
     write_provenance,
 )
-from speculators.train.records import MemoryEstimate, TrainerConfig, TrainResult, check_disk_space, estimate_memory
+from speculators.train.records import TrainerConfig, TrainResult
 from speculators.train.side_by_side import Drafter, shared, take_turns, union_of
 from speculators.train.sources import (
     ask_server,
@@ -48,6 +49,7 @@ from speculators.train.sources import (
     make_source,
     open_splits,
     open_store,
+    reading_ahead,
     rows_to_use,
 )
 from speculators.train.trainer import Trainer
@@ -167,8 +169,7 @@ def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Draf
     loaders = []
     for dataset in datasets:
         dataset.keep_rows(usable)
-        num_threads = 0 if computes_in_process(data) else data.num_workers  # one verifier, one thread
-        loaders.append(make_loader(config, dataset, model, hidden_size, ranks, num_threads))
+        loaders.append(make_loader(config, dataset, model, hidden_size, ranks))
     recipe = recipe_of(config, ranks, model, usable)
     ranks.main_first(lambda: check_recipe(config, recipe, on_event))
     torch.manual_seed(config.seed + ranks.rank)
@@ -253,7 +254,7 @@ def checked_verifier(
 
 
 def make_loader(
-    config: TrainConfig, dataset: ArrowDataset, model: SpeculatorModel, hidden_size: int, ranks: Ranks, num_threads: int
+    config: TrainConfig, dataset: ArrowDataset, model: SpeculatorModel, hidden_size: int, ranks: Ranks
 ) -> PackedLoader:
     data, capture = config.data, model.capture
     sampler = MultipackDistributedBatchSamplerV2(
@@ -265,7 +266,16 @@ def make_loader(
         drop_last=dataset.split == "train",  # every validation row counts, once
     )
     collate = CollateFn(data.total_seq_len, hidden_size, len(capture.aux_layer_ids), dataset.dtype, model.align)
-    return PackedLoader(dataset.read, sampler, collate, num_threads=num_threads, num_ahead=data.prefetch_factor)
+    num_threads, num_ahead = reading_ahead(data, ranks.device)
+    return PackedLoader(
+        dataset.read,
+        sampler,
+        collate,
+        num_threads=num_threads,
+        num_ahead=num_ahead,
+        device=ranks.device,
+        on_host=model.columns_on_host,
+    )
 
 
 def trainer_config(config: TrainConfig, model: SpeculatorModel) -> TrainerConfig:
@@ -281,20 +291,4 @@ def trainer_config(config: TrainConfig, model: SpeculatorModel) -> TrainerConfig
             "hidden_states_dtype": getattr(torch, config.data.hidden_states_dtype),
             "train_command": command(config),
         }
-    )
-
-
-def estimate(
-    config: TrainConfig, model: SpeculatorModel, verifier_model: PreTrainedModel | None, hidden_size: int
-) -> MemoryEstimate:
-    methods = model.config.speculators_config.proposal_methods if model.config.speculators_config else []
-    num_unrolls = max([getattr(method, "speculative_tokens", 1) for method in methods], default=1)
-    params = [] if verifier_model is None else list(verifier_model.parameters())
-    return estimate_memory(
-        model,
-        num_tokens=config.data.total_seq_len,
-        hidden_size=hidden_size,
-        num_states=len(model.capture.aux_layer_ids) + 1,
-        num_unrolls=num_unrolls,
-        verifier_bytes=sum(param.numel() * param.element_size() for param in params),
     )

@@ -28,9 +28,10 @@ from speculators.interfaces import CaptureSpec, HiddenStateSource, VerifierState
 from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset
 from speculators.train.distributed import RandomState, Ranks
+from speculators.train.estimate import MemoryEstimate
 from speculators.train.events import Listener
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
-from speculators.train.records import MemoryEstimate, TrainResult
+from speculators.train.records import TrainResult
 from speculators.train.trainer import RowsDone, Trainer
 from speculators.train.validation import PromptDecoder
 

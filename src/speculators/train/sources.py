@@ -45,6 +45,14 @@ def computes_in_process(keys: DataKeys) -> bool:
     return keys.vllm_endpoint is None and (keys.on_missing == "generate" or keys.cache_hidden_states)
 
 
+def reading_ahead(keys: DataKeys, device: torch.device) -> tuple[int, int]:
+    """Returns how many threads read, and how many rows ahead. In process there is one verifier, so one thread."""
+    if not computes_in_process(keys):
+        return keys.num_workers, keys.prefetch_factor
+    in_process = keys.prefetch_in_process
+    return (1, 1) if (device.type != "cpu" if in_process is None else in_process) else (0, 0)
+
+
 def open_store(keys: DataKeys, capture: CaptureSpec, verifier: str, note: Callable[[str], None]) -> ShardedStore | None:
     """Opens the states beside the prepared data; None when there are none and the run is not to write them.
 

@@ -15,16 +15,16 @@ from typing import Any, NoReturn
 import torch
 
 from speculators.data_generation import InvalidResponseError, ServerUnavailableError
-from speculators.losses.metrics import MetricSums, RecentSteps, expected_acceptance_length
+from speculators.losses.metrics import MetricSums, expected_acceptance_length
 from speculators.model import SpeculatorModel
 from speculators.train.checkpoint_files import DamagedCheckpointError, Position, read_position
 from speculators.train.checkpointer import INTERRUPTED, Checkpointer, is_saved_epoch, mid_epoch_saves
 from speculators.train.data import Batch, BatchLoader, as_loader
 from speculators.train.distributed import Ranks, pick_device
-from speculators.train.events import Listener, Note, Saved, Started, StepDone, Stopped, Validated, ignore
+from speculators.train.events import Listener, Note, Saved, Started, Stopped, Validated, ignore
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
 from speculators.train.optimizers import make_optimizers, num_steps_of, schedule_of
-from speculators.train.records import FINISHED, TrainerConfig, TrainResult, refuse_lost
+from speculators.train.records import FINISHED, StepReports, TrainerConfig, TrainResult
 from speculators.train.validation import PromptDecoder
 
 __all__ = ["TrainResult", "Trainer", "TrainerConfig"]
@@ -69,8 +69,9 @@ class Trainer:
         self.position = Position()
         self.num_documents, self.num_tokens, self.decoder = num_documents, num_tokens, decoder
         self.weighs_rows = self.ranks.world_size * config.gradient_accumulation_steps > 1
-        self.step_weight, self.finished_before, self.recent = 0.0, False, RecentSteps()
-        self.last_metrics = self.train_metrics = dict[str, float]()
+        self.step_weight, self.finished_before = 0.0, False
+        late = self.ranks.device.type != "cpu"
+        self.recent = StepReports(config, self.num_steps, self.ranks, self.on_event, late=late)
         self.last_saved: tuple[Path, int] | None = None
         self.ranks.main_first(self.open_run_directory)
         if config.resume_from_checkpoint:
@@ -157,14 +158,14 @@ class Trainer:
         self.train_loader.set_epoch(epoch)
         num_rows, rows_a_step = len(self.train_loader), self.config.gradient_accumulation_steps
         save_steps = mid_epoch_saves(self.config.checkpoint_freq, num_rows, rows_a_step)
-        for local_step, batch in enumerate(self.train_loader.batches(first), start=first + 1):
+        for local_step, batch in enumerate(self.recent.timed(self.train_loader.batches(first)), start=first + 1):
             self.backward(batch)
             if local_step % rows_a_step and local_step < num_rows:
                 yield epoch, local_step, 0
                 continue
             lr = self.step()
             self.position = Position(epoch, local_step, self.position.global_step + 1)
-            self.report(lr)
+            self.recent.step_done(self.position.global_step, epoch, lr)
             # At the end of an epoch its validation and checkpoint come first; the next step stops.
             if self.ranks.any(shutdown.requested is not None) and local_step < num_rows:
                 self.stop(shutdown.requested or "a signal on another rank")
@@ -209,30 +210,10 @@ class Trainer:
             _, loss, metrics = self.model(**inputs, **call_kwargs)
         return (metrics["loss"] if loss is None else loss), metrics
 
-    def report(self, lr_scale: float) -> None:
-        """Every `log_freq` steps and at the last one: metrics since the last report."""
-        step = self.position.global_step
-        if step % self.config.log_freq and step != self.num_steps:
-            return
-        metrics = self.recent.sums.values(self.ranks.add_up)
-        refuse_lost(metrics, step, self.config.lr)
-        self.last_metrics = self.train_metrics = metrics
-        self.on_event(
-            StepDone(
-                step=step,
-                num_steps=self.num_steps,
-                epoch=self.position.epoch,
-                lr=self.config.lr * lr_scale,
-                metrics=metrics,
-                acceptance_length=expected_acceptance_length(metrics),
-                tokens_per_s=self.recent.tokens_per_s() * self.ranks.world_size,
-            )
-        )
-        self.recent = RecentSteps()
-
     @torch.no_grad()
     def validate(self) -> Generator[RowsDone, None, dict[str, float] | None]:
         """Yields after each row; returns the metrics, None without a validation split."""
+        self.recent.tell()
         if self.val_loader is None:
             return None
         self.model.eval()
@@ -243,7 +224,6 @@ class Trainer:
         metrics = sums.values(self.ranks.add_up)
         if self.decoder is not None:
             metrics |= self.decoder.measure(self.model, self.ranks)
-        self.last_metrics = metrics
         self.on_event(Validated(at.global_step, at.epoch, metrics, expected_acceptance_length(metrics)))
         return metrics
 
@@ -260,6 +240,7 @@ class Trainer:
 
     def save(self, val_metrics: dict[str, float] | None = None, *, name: str | None = None) -> Path:
         """Write a checkpoint of this step: into the directory of the epoch, or of that name."""
+        self.recent.tell()
         path = self.checkpointer.root / (name or str(self.position.epoch))
         states = self.ranks.random_states()
         if self.ranks.is_main:
@@ -293,7 +274,7 @@ class Trainer:
     def result(self) -> TrainResult:
         best = self.checkpointer.best
         path = best if best.exists() else (self.last_saved or (self.checkpointer.root, 0))[0]
-        metrics = self.checkpointer.val_metrics(path) or self.last_metrics
-        told: dict[str, Any] = {"train_metrics": self.train_metrics, "finished_before": self.finished_before}
+        metrics = self.checkpointer.val_metrics(path) or self.recent.metrics
+        told: dict[str, Any] = {"train_metrics": self.recent.metrics, "finished_before": self.finished_before}
         length = expected_acceptance_length(metrics)
         return TrainResult(path.resolve(), metrics, length, self.position.global_step, **told)

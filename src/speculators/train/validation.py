@@ -24,6 +24,7 @@ from speculators.model import SpeculatorModel
 from speculators.train.config import TrainConfig
 from speculators.train.distributed import Ranks
 from speculators.train.events import DECODED
+from speculators.verifier import turn_of
 
 MAX_TOKENS = 64
 """Longest answer: validation is to cost little beside the epoch before it."""
@@ -54,7 +55,8 @@ class PromptDecoder:
         state = ranks.random_state()
         try:
             mine, num_drafts = self.prompts[ranks.rank :: ranks.world_size], recorded_num_tokens(model)
-            stats = decode_greedily(model, self.verifier, mine, num_drafts=num_drafts, max_tokens=MAX_TOKENS)
+            with turn_of(self.verifier):  # the states of the next row may be computed meanwhile
+                stats = decode_greedily(model, self.verifier, mine, num_drafts=num_drafts, max_tokens=MAX_TOKENS)
         finally:
             ranks.set_random_state(state)
         counts = torch.tensor([stats.num_accepted, stats.num_rounds], dtype=torch.float64, device=ranks.device)

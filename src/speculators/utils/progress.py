@@ -172,13 +172,14 @@ class SlowStepBars(Bars):
 
 
 class Lines:
-    """Where no bar is drawn, as stderr is no terminal: a line every so often."""
+    """Where no bar is drawn, as stderr is no terminal: a line every so often, and those that are asked for."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.said_s = console, time.perf_counter()
 
-    def __call__(self, line: str) -> None:
-        if not self.console.is_terminal and time.perf_counter() - self.said_s >= NEXT_LINES_S:
+    def __call__(self, line: str, *, at_once: bool = False) -> None:
+        is_due = at_once or time.perf_counter() - self.said_s >= NEXT_LINES_S
+        if not self.console.is_terminal and is_due:
             self.said_s = time.perf_counter()
             self.console.print(line, markup=False)
 

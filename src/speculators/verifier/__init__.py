@@ -12,6 +12,7 @@ from speculators.verifier.capture import (
     capture_states,
     check_reproduces_logits,
     logits_from_last_hidden,
+    turn_of,
     verifier_parts,
 )
 from speculators.verifier.config import (
@@ -39,5 +40,6 @@ __all__ = [
     "read_verifier_weights",
     "resolve_target_layer_ids",
     "text_config",
+    "turn_of",
     "verifier_parts",
 ]

@@ -12,11 +12,13 @@ Shapes: B sequences, T tokens, H hidden size, A aux layers, V vocabulary.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +76,16 @@ class CapturedStates:
     def drafter_input(self) -> Tensor | None:
         """Returns what a drafter with this spec reads: the aux states, or without them the last state."""
         return self.aux if self.spec.aux_layer_ids else self.last_hidden
+
+
+TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+CHOOSING = threading.Lock()
+
+
+def turn_of(model: nn.Module) -> threading.RLock:
+    """The lock of whoever runs this model: hooks see every forward, those of other threads too."""
+    with CHOOSING:
+        return TURNS.setdefault(model, threading.RLock())
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.verifier import capture_states
+from speculators.verifier import capture_states, turn_of
 
 
 class LocalSource:
@@ -53,7 +53,11 @@ class LocalSource:
         device = next(self.model.parameters()).device
         token_ids_BT = pad_sequence([ids.to(device, torch.int64) for ids in token_ids], batch_first=True)
         # a caller's autocast would silently change the states' precision
-        with torch.autocast(device.type, enabled=False), capture_states(self.model, self.capture) as captured:
+        with (
+            turn_of(self.model),
+            torch.autocast(device.type, enabled=False),
+            capture_states(self.model, self.capture) as captured,
+        ):
             self.decoder(input_ids=token_ids_BT, use_cache=False)
         aux_BTD, last_BTH = captured.aux, captured.last_hidden
         states = [
