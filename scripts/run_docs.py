@@ -49,6 +49,7 @@ DRY = ("serve", "launch-vllm")
 """Their command is printed, not run."""
 SKIPPED = {
     r"https?://": "needs a server",
+    r"serve-local|playground": "serves until it is stopped: tests/local_server",
     r"\.gguf\b": "needs a quantised verifier",
     r"\bbroken\b": "shows an error",
     r"^make |benchmarks/|-m pytest|^pytest|quickstart$|architectures.py": "takes minutes: see Makefile and CI",

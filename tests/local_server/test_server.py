@@ -6,8 +6,10 @@ import json
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -15,10 +17,11 @@ import pytest
 import speculators as sp
 from speculators import assets
 from speculators.cli.app import main
-from speculators.decoding import Engine, SamplingParams
+from speculators.decoding import DecodeStats, Engine, SamplingParams
 from speculators.evaluation.server_check import server_findings
 from speculators.evaluation.server_client import MeasuredServer, parse_metrics
 from speculators.local_server.app import LocalServer
+from speculators.local_server.engine_thread import Counts, prometheus_text
 from speculators.local_server.protocol import ServeConfig
 
 TINY = str(assets.tiny_verifier_path())
@@ -121,13 +124,14 @@ def test_a_key_is_asked_of_all_but_the_health_check(second):
 # -- too many, and gone
 
 
-def test_what_waits_is_bounded(http, server):
-    held = threading.Event()
+def test_what_waits_is_bounded(http, server, monkeypatch):
+    held, submit, submitted = threading.Event(), server.api.thread.submit, []
+    monkeypatch.setattr(server.api.thread, "submit", lambda *args: (submitted.append(args), submit(*args))[1])
     server.api.thread.run(held.wait)
     with ThreadPoolExecutor(14) as pool:
         body = {"prompt": "a", "max_tokens": 2, "temperature": 0}
         answers = [pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60) for _ in range(14)]
-        time.sleep(1)  # all have arrived
+        until(lambda: len(submitted) == 14)
         held.set()
         answers = [answer.result() for answer in answers]
     refused = [answer for answer in answers if answer.status_code == 503]
@@ -201,6 +205,17 @@ def test_counts_have_vllms_names_and_are_the_engines(http, server, plain):
     assert counted.num_generated == sum(len(output.token_ids) for output in expected)
     assert counted.speculates and 0 < counted.num_accepted <= counted.num_drafted
     assert len(counted.accepted_per_position) == 6 and sum(counted.accepted_per_position) == counted.num_accepted
+
+
+def test_positions_are_counted_up_to_the_number_of_drafts_and_deeper_once_they_were_drafted():
+    none = Counts(DecodeStats(), 0, Counter(), 0, 0)
+    deep = replace(none, stats=DecodeStats(Counter({(5, 5, 4): 2, (3, 3, 0): 1}), num_tokens=11))
+    before, after = (parse_metrics(prometheus_text(counts, 'a"b', 3)) for counts in (none, deep))
+    assert before.accepted_per_position == (0, 0, 0) and before.speculates
+    assert after.accepted_per_position == (2, 2, 2, 2, 0)
+    counted = after.since(before)
+    assert counted.accepted_per_position == (2, 2, 2, 2, 0) and not counted.went_backwards
+    assert (counted.num_drafts, counted.num_drafted, counted.num_accepted, counted.num_generated) == (3, 13, 8, 11)
 
 
 def test_check_and_regenerate_take_it_for_a_server(http, server, tmp_path):

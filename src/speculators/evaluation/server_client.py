@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
+from itertools import zip_longest
 from operator import add
 from typing import Any
 
@@ -158,7 +159,8 @@ class ServerCounters:
     """False: the server has no such counters, because nothing drafts."""
 
     def since(self, earlier: ServerCounters) -> ServerCounters:
-        positions = zip(self.accepted_per_position, earlier.accepted_per_position, strict=True)
+        # a server that drafts by several methods counts deeper positions when it first drafts them
+        positions = zip_longest(self.accepted_per_position, earlier.accepted_per_position, fillvalue=0)
         return ServerCounters(
             self.num_drafts - earlier.num_drafts,
             self.num_drafted - earlier.num_drafted,

@@ -79,7 +79,7 @@ class Api:
 
     async def metrics(self) -> PlainTextResponse:
         counts = await asyncio.wrap_future(self.thread.counts())
-        text = prometheus_text(counts, self.name, max(self.most_tokens.values(), default=0))
+        text = prometheus_text(counts, self.name, next(iter(self.most_tokens.values()), 0))
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def tokenize(self, request: Request) -> dict[str, Any]:

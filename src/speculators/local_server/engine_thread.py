@@ -221,9 +221,9 @@ class EngineThread:
 REASON_OF_VLLM = {"cancelled": "abort"}
 
 
-def prometheus_text(counts: Counts, model_name: str, most_drafts: int) -> str:
+def prometheus_text(counts: Counts, model_name: str, num_drafts: int) -> str:
     """Counters and gauges under vLLM's names, in Prometheus' text format; those of drafts where something drafts
-    (`most_drafts` above 0), which is how a client sees that it does."""
+    (`num_drafts`, the number of those that ask for no other, is above 0), which is how a client sees that it does."""
     stats = counts.stats
     drafts: dict[str, Any] = {
         "vllm:spec_decode_num_drafts_total": stats.num_drafts,
@@ -235,7 +235,7 @@ def prometheus_text(counts: Counts, model_name: str, most_drafts: int) -> str:
         "vllm:num_requests_waiting": counts.num_waiting,
         "vllm:prompt_tokens_total": counts.num_prompt_tokens,
         "vllm:generation_tokens_total": stats.num_tokens,
-        **(drafts if most_drafts else {}),
+        **(drafts if num_drafts else {}),
     }
     label = f'engine="0",model_name="{escaped(model_name)}"'
     lines = []
@@ -245,10 +245,10 @@ def prometheus_text(counts: Counts, model_name: str, most_drafts: int) -> str:
     for reason in ("stop", "length", "abort", "error"):
         number = sum(n for own, n in counts.num_finished.items() if REASON_OF_VLLM.get(own, own) == reason)
         lines.append(f'vllm:request_success_total{{{label},finished_reason="{reason}"}} {number}')
-    if most_drafts:
+    if num_drafts:
         name, accepted = "vllm:spec_decode_num_accepted_tokens_per_pos_total", stats.accepted_per_position
         lines.append(type_line(name))
-        for position, number in itertools.zip_longest(range(most_drafts), accepted[:most_drafts], fillvalue=0):
+        for position, number in enumerate(accepted + [0] * (num_drafts - len(accepted))):
             lines.append(f'{name}{{{label},position="{position}"}} {number}')
     return "\n".join(lines) + "\n"
 
