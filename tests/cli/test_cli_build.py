@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from speculators.cli import build_plan as plan
-from speculators.cli import steps
+from speculators.cli import quickstart
 from speculators.cli.app import main
 from speculators.train.checkpoint_files import METRICS_FILE
 
@@ -26,7 +26,7 @@ def result_of(capsys) -> dict:
 
 def test_build_ends_with_a_measured_drafter_and_goes_on_after_any_step(command, tmp_path, capsys, monkeypatch):
     output, ran = tmp_path / "out", []
-    whole = steps.perform
+    whole = quickstart.perform
 
     def stopping(args):
         """Ctrl-C before every step once."""
@@ -35,7 +35,7 @@ def test_build_ends_with_a_measured_drafter_and_goes_on_after_any_step(command, 
             raise KeyboardInterrupt
         return whole(args)
 
-    monkeypatch.setattr(steps, "perform", stopping)
+    monkeypatch.setattr(quickstart, "perform", stopping)
     codes = [main(command)]
     while codes[-1] == 130 and len(codes) < 20:
         codes.append(main(command))
@@ -46,12 +46,14 @@ def test_build_ends_with_a_measured_drafter_and_goes_on_after_any_step(command, 
     assert all(row["num_identical"] == row["num_prompts"] for row in rows.values())
     assert Path(result["checkpoint"], "model.safetensors").is_file()
     assert result["speedup"]["value"] == max(row["speedup"]["value"] for name, row in rows.items() if name != "none")
+    page = Path(result["page"]).read_text()
+    assert "Where the time goes" in page and all(f">{name}</th>" in page for name in ("ngram", "suffix", "eagle3"))
     report = Path(result["report"]).read_text()
     assert result["serve"] in report and report.count("\nspeculators ") == 9
     pilot = next(line for line in report.splitlines() if "--max-steps" in line)
     assert pilot.endswith("--hidden-states-memory-gb 0")  # a step's time is not that of computing other rows ahead
 
-    monkeypatch.setattr(steps, "perform", lambda args: pytest.fail(f"{args} is run again"))
+    monkeypatch.setattr(quickstart, "perform", lambda args: pytest.fail(f"{args} is run again"))
     assert main(command) == 0
     assert result_of(capsys)["checkpoint"] == result["checkpoint"]
     assert main([*command, "--prompt-field", "other"]) == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speculators.cli import quickstart, steps
+from speculators.cli import quickstart
 from speculators.cli.app import main
 from speculators.decoding import Engine
 from speculators.train.events import Started, StepDone, Validated
@@ -56,14 +56,14 @@ def test_a_quickstart_that_is_stopped_goes_on(toy_assets, tmp_path, capsys, monk
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(quickstart, "EVALUATION", ("--num-prompts", "3", "--max-tokens", "6", "--num-warmup", "0"))
-        whole = steps.perform
+        whole = quickstart.perform
 
         def perform(command):
             if command[0] == "generate":
                 raise KeyboardInterrupt
             return whole(command)
 
-        patch.setattr(steps, "perform", perform)
+        patch.setattr(quickstart, "perform", perform)
         assert main(["quickstart", "--output", str(output)]) == 130
     assert "stopped in step 4" in capsys.readouterr().err
     weights = next(output.glob("run/*/model.safetensors"))

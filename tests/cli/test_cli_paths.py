@@ -85,6 +85,7 @@ WRONG = {
         "/no/python is not a Python: give an interpreter, or the directory of its environment",
     ),
     "compare": (["chats.jsonl", "chat.jsonl"], "the result 'chat.jsonl' does not exist. Did you mean 'chats.jsonl'?"),
+    "report": (["chat.jsonl"], "the result 'chat.jsonl' does not exist. Did you mean 'chats.jsonl'?"),
     "plan": (["chat.jsonl"], "the result 'chat.jsonl' does not exist. Did you mean 'chats.jsonl'?"),
     "diagnose": (
         ["run/checkpoint_bset"],

@@ -174,6 +174,16 @@ def test_the_choice_is_the_fastest_of_each_batch_size_and_plain_decoding_where_n
     ]
 
 
+def test_what_cannot_be_true_is_not_recommended():
+    plain, honest = row("none", 0), row("eagle3", 4, speedup=sure(1.6))
+    magic = row("magic", 4, speedup=sure(4.0), acceptance_length=sure(1.5))
+    report = EvaluationReport("v", "heldout", (plain, honest, magic))
+    [choice] = make_plan([report]).choices
+    assert choice.method == "eagle3" and report.best == honest
+    [choice] = make_plan([replace(report, rows=(plain, magic))]).choices
+    assert (choice.method, choice.is_sure) == ("none", False)
+
+
 def test_a_number_of_drafts_that_the_model_promises_more_for_is_named():
     rows = (
         row("none", 0),

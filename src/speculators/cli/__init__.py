@@ -22,6 +22,7 @@ VERBS: dict[str, str] = {
     "diagnose": "Name why drafts are not accepted: of a checkpoint, or of a running server.",
     "evaluate": "Measure drafting methods against plain decoding on held-out prompts.",
     "compare": "Compare two results of evaluate prompt by prompt, with intervals of the differences.",
+    "report": "Write one HTML page of results of evaluate: tables, charts, who wrote each token.",
     "plan": "Choose method and draft tokens from results of evaluate, and say what more data is worth.",
 }
 """Name -> one line of help. The verb `a-b` is the function `a_b` of `speculators/cli/a_b.py`, or of the file below."""
@@ -29,7 +30,7 @@ VERBS: dict[str, str] = {
 FILES = {
     **dict.fromkeys(("check", "export", "convert", "stitch-mtp", "verify", "diagnose"), "checkpoints"),
     **dict.fromkeys(("prepare-data", "inspect-mask", "generate-offline-data", "store"), "data"),
-    **dict.fromkeys(("compare", "plan"), "results"),
+    **dict.fromkeys(("compare", "plan", "report"), "results"),
     "playground": "serve_local",
 }
 """Verb -> the file of its function, where it has another name."""

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from speculators.cli.quickstart import run_step
 from speculators.cli.shared import Result, TrustRemoteCode, Verifier, out, say
-from speculators.cli.steps import run_step
 from speculators.data_generation.configs import DEFAULT_ANSWER_TOKENS
 from speculators.utils.files import atomic_write
 from speculators.utils.report import facts_table
@@ -29,7 +29,8 @@ AUTO = "auto"
 DRAFT_TOKENS = (2, 4)
 UNTRAINED = ("ngram", "suffix")
 PROMPTS_OF_VALIDATION = 12
-STATE, REPORT = "build.json", "report.md"
+STATE, REPORT, PAGE = "build.json", "report.md", "report.html"
+RESULT = "evaluation-k{}.json"
 
 
 class Build:
@@ -161,7 +162,7 @@ def build(
                 *("evaluate", *of_verifier, "--data", str(prompts["held_out"])),
                 *(word for method in methods for word in ("--method", method)),
                 *("--num-speculative-tokens", str(number), "--limit", str(num_prompts)),
-                *("--max-tokens", str(max_tokens), "--output", str(output / f"evaluation-k{number}.json")),
+                *("--max-tokens", str(max_tokens), "--output", str(output / RESULT.format(number))),
             ],
         )
         for number in numbers
@@ -219,6 +220,9 @@ def trained(
 
 def concluded(run: Build, best: Any, checkpoint: Path, evaluations: Mapping[int, Mapping[str, Any]]) -> Result:
     """Writes the report and says what to serve."""
+    from speculators.evaluation.page import write_page  # loads torch: only the verb itself
+    from speculators.evaluation.report import load_result
+
     verifier = run.settings["verifier"]
     estimate = best.row["speedup"]
     interval = f"{estimate['value']:.2f}x ({estimate['low']:.2f} to {estimate['high']:.2f})"
@@ -238,6 +242,7 @@ def concluded(run: Build, best: Any, checkpoint: Path, evaluations: Mapping[int,
     lines += ["## Serve it", "", "```", shlex.join(serve), "```", ""]
     with atomic_write(run.output / REPORT, "w") as file:
         file.write("\n".join(lines))
+    write_page([load_result(run.output / RESULT.format(number)) for number in evaluations], run.output / PAGE)
     out().print(comparison(evaluations))
     facts = {"checkpoint": checkpoint, "report": run.output / REPORT, "time": f"{sum(times.values()):.0f} s"}
     record = {
@@ -249,6 +254,7 @@ def concluded(run: Build, best: Any, checkpoint: Path, evaluations: Mapping[int,
         "speedup": dict(estimate),
         "serve": shlex.join(serve),
         "report": str(run.output / REPORT),
+        "page": str(run.output / PAGE),
         "step_s": times,
         "evaluations": {str(number): dict(report) for number, report in evaluations.items()},
     }

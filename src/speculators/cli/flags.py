@@ -83,6 +83,7 @@ OTHER_CHECKS: dict[str, dict[str, Callable[[str], Any]]] = {
     "evaluate": {"data": refuse_missing_prompts},
     "compare": dict.fromkeys(("first", "second"), refuse_missing_result),
     "plan": {"results": refuse_missing_result},
+    "report": {"results": refuse_missing_result},
     "serve": {"verifier": refuse_verifier_without_model, "method": lambda method: None},  # the server may reach the hub
 }
 

@@ -6,16 +6,17 @@ Each step is a command line of this program, shown and then run in this process.
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from speculators.cli.shared import Result, say
-from speculators.cli.steps import run_step
+from speculators.cli.app import Interrupted, perform
+from speculators.cli.shared import Result, out, say, show
 from speculators.utils.report import facts_table
 
 NUM_SPECULATIVE_TOKENS = 4
@@ -24,7 +25,7 @@ DEMO_PROMPT = "Describe `os.path.join(path, *paths)`."
 MARKER = "made-by-quickstart"
 UNFINISHED = "unfinished"
 """What the marker says until the last step is done."""
-WRITTEN = re.compile(rf"{MARKER}|responses\.[a-z.]+|data|run|report\.json")
+WRITTEN = re.compile(rf"{MARKER}|responses\.[a-z.]+|data|run|report\.json(\.lock)?")
 """Only a directory with the marker, and with nothing but these in it, is ever replaced."""
 
 REGENERATION = ("--limit", "600", "--max-tokens", "128", "--batch-size", "64")
@@ -136,3 +137,28 @@ def start_output(output: Path) -> bool:
     output.mkdir(parents=True)
     (output / MARKER).write_text(UNFINISHED)
     return False
+
+
+# -- a verb made of other verbs: each step is a command line of this program, shown and then run in this process
+
+
+def run_step(number: int, title: str, command: Sequence[str], kept: str) -> tuple[dict[str, Any], str]:
+    """Shows and runs a step. Returns its record, with the seconds it took as `time_s`, and its sentence.
+
+    `kept`: where the work of a stopped run stays, which Ctrl-C says. Errors of the step travel to the caller.
+    """
+    out().rule(f"[bold]{number} {title}", align="left")
+    out().print(f"$ speculators {shlex.join(command)}", style="cyan", markup=False, soft_wrap=True)
+    begun_s = time.perf_counter()
+    try:
+        result = perform(command)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        raise KeyboardInterrupt(
+            f"stopped in step {number}: what was done is kept in {kept}; the same command goes on from there"
+        ) from stop
+    show(result, is_last=False)
+    if isinstance(result.error, KeyboardInterrupt):
+        raise KeyboardInterrupt(f"{result.error}, and goes on from step {number}") from result.error
+    if result.error is not None:
+        raise result.error
+    return {**result.record, "time_s": time.perf_counter() - begun_s}, result.sentence

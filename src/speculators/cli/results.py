@@ -54,6 +54,25 @@ def plan(
     )
 
 
+def report(
+    results: ResultFiles,
+    training_sizes: TrainingSizes = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="HTML file. Default: beside the first result.")
+    ] = None,
+) -> Result:
+    """Write one HTML page of results: tables, charts, and who wrote each token. It needs no network."""
+    from speculators.evaluation.page import write_page
+    from speculators.evaluation.report import load_result
+
+    reports = [load_result(path) for path in results]
+    for warning in (warning for found in reports for warning in found.warnings()):
+        say(warning, "yellow")
+    path = write_page(reports, output or results[0].with_suffix(".html"), parse_sizes(training_sizes))
+    record = {"verb": "report", "output": str(path), "num_bytes": path.stat().st_size}
+    return Result(record, [], f"{path} shows it: one file, which any browser opens without a network")
+
+
 def next_after(planned: Any, verifier: str) -> list[str]:
     """Serves the first choice that pays for sure."""
     for choice in planned.choices:

@@ -25,6 +25,7 @@ EXPORTS = {
     "ServerReport": "server",
     "EvaluationReport": "report",
     "load_result": "report",
+    "write_page": "page",
     "result_schema": "report",
     "MethodRow": "records",
     "NotLosslessError": "report",

@@ -38,6 +38,7 @@ class CurvePoint:
     """By the cost model."""
     measured: Estimate | None = None
     """The measured speedup; None where this K was not measured."""
+    measured_length: Estimate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,9 @@ class PlanReport(SavedReport):
         return tables + ([curves_table(self.curves)] if self.curves else [])
 
     def sentence(self) -> str:
-        return "; ".join([*(told(choice) for choice in self.choices), *(curve.sentence() for curve in self.learning)])
+        return "; ".join(
+            [*(told_choice(choice) for choice in self.choices), *(curve.sentence() for curve in self.learning)]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"sentences": [curve.sentence() for curve in self.learning]}
@@ -117,7 +120,7 @@ def cells(choice: Choice) -> list[str]:
     ]
 
 
-def told(choice: Choice) -> str:
+def told_choice(choice: Choice) -> str:
     where = f"batch {choice.batch_size} on {choice.dataset}"
     where += f", temperature {choice.temperature:g}" if choice.temperature else ""
     if choice.method == PLAIN:
@@ -199,6 +202,7 @@ def curve_of(measured: Sequence[tuple[MethodRow, MethodRow | None]]) -> Curve:
                 acceptance_length=length,
                 speedup=float(1 / (outside + (1 - outside) * cost / length)),
                 measured=by_number[k][0].speedup if k in by_number else None,
+                measured_length=by_number[k][0].acceptance_length if k in by_number else None,
             )
         )
     return Curve(
@@ -233,9 +237,9 @@ def choices_of(rows: Sequence[MethodRow], curves: Sequence[Curve]) -> tuple[Choi
     choices = []
     for place in sorted({(row.dataset, row.temperature, row.batch_size) for row in rows}):
         here = [row for row in rows if (row.dataset, row.temperature, row.batch_size) == place]
-        best = max(here, key=lambda row: row.speedup.value)
+        best = max(here, key=lambda row: (row.is_possible, row.speedup.value))
         ours = [curve for curve in curves if (curve.dataset, curve.temperature, curve.batch_size) == place]
-        pays = best.speedup.value > 1
+        pays = best.speedup.value > 1 and best.is_possible
         choices.append(
             Choice(
                 dataset=place[0],
@@ -244,7 +248,7 @@ def choices_of(rows: Sequence[MethodRow], curves: Sequence[Curve]) -> tuple[Choi
                 method=best.method if pays else PLAIN,
                 num_speculative_tokens=best.num_speculative_tokens if pays else 0,
                 speedup=best.speedup if pays else Estimate(1.0, 1.0, 1.0),
-                is_sure=best.speedup.low > 1,
+                is_sure=pays and best.speedup.low > 1,
                 is_tree=pays and is_tree(best),
                 speculative_config=best.speculative_config if pays else None,
                 hint=hint_of(max(best.speedup.value, 1.0), ours),

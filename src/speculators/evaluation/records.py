@@ -143,6 +143,11 @@ class MethodRow(ResultRow):
         words += [f"temperature {self.temperature:g}"] if self.temperature else []
         return ", ".join(filter(None, words))
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether the speedup is not surely above the acceptance length. What is not possible is not recommended."""
+        return self.speedup.low <= self.acceptance_length.high
+
     def doubts(self) -> tuple[str, ...]:
         """What makes the figures doubtful: what was noted when they were measured, and what they say themselves."""
         if self.task is not None and self.num_prompts <= self.batch_size:

@@ -103,9 +103,10 @@ class EvaluationReport(SavedReport):
 
     @property
     def best(self) -> MethodRow | None:
-        """The fastest method that drafts, on a whole data set; None when only plain decoding was measured."""
+        """The fastest method that drafts, on a whole data set, of those whose speedup can be true if there is one; None
+        when only plain decoding was measured."""
         drafting = [row for row in self.whole_rows if not row.is_plain]
-        return max(drafting, key=lambda row: row.speedup.value, default=None)
+        return max(drafting, key=lambda row: (row.is_possible, row.speedup.value), default=None)
 
     def sentence(self) -> str:
         best = self.best
