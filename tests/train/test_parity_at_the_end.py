@@ -97,7 +97,7 @@ def test_a_finished_run_that_was_verified_says_so_without_loading_the_verifier(s
     first = run(settings)
     assert json.loads((first.checkpoint / "check.json").read_text())["ok"] is True
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for name in ("load_verifier", "check_checkpoint", "check_parity"):
+    for name in ("load_verifier", "check_checkpoint", "run_gate"):
         monkeypatch.setattr(f"speculators.train.run.{name}", fail)
     events = []
     again = run(settings, events.append)

@@ -31,6 +31,7 @@ KEYS = [*group_of(), *OWN]
 OUTSIDE = {
     *("verifier_name_or_path", "trust_remote_code", "data_path", "save_path", "speculator_type", "plugins"),
     *("rank_timeout", "dry_run", "contract_check", "parity_gate", "logger", "log_dir", "run_name"),
+    *("verifier_device", "verifier_device_map"),
     *("loss_implementation", "gradient_checkpointing", "deterministic_cuda", "seed", "cache_hidden_states"),
 }
 """Read by `train` around what is built, or seen in numbers alone: their value is in the configuration."""
@@ -56,6 +57,8 @@ EXAMPLES: dict[str, Any] = {
     "num_layers": 2,
     "vllm_endpoint": "http://localhost:2/v1",
     "norm_before_fc": False,
+    "verifier_device": "cpu",
+    "verifier_device_map": "auto",
     "checkpoint_freq": 0.5,
 }
 OVERRULES = {

@@ -50,6 +50,12 @@ class DataKeys(AnchorKeys):
         description="Compute verifier states on this server (launch-vllm), e.g. http://localhost:8000/v1. "
         "None: in process.",
     )
+    verifier_device: str | None = Field(
+        None, description="Device of the verifier in process, e.g. cuda:1. None: the drafter's."
+    )
+    verifier_device_map: str | None = Field(
+        None, description="Spread a verifier larger than a card over devices: auto, or a JSON file (module: device)."
+    )
     server_states_path: str = Field(
         str(DEFAULT_STATES_DIRECTORY),
         description="Directory that this server writes to: its --hidden-states-path. Files elsewhere are not touched.",
@@ -222,6 +228,11 @@ RULES = (
         "with --on-missing skip, warn or raise all states are read from files and none are asked of a server",
     ),
     Rule(
+        ("verifier_device", "verifier_device_map"),
+        lambda values: not computes_in_process(values) and not values["eval_prompts"],
+        "the verifier is not loaded: its states come from elsewhere",
+    ),
+    Rule(
         ("on_missing",), lambda values: values["cache_hidden_states"], "--cache-hidden-states computes what is missing"
     ),
     Rule(SERVER_KEYS, lambda values: not values["vllm_endpoint"], "no server is asked without --vllm-endpoint", IDLE),
@@ -258,6 +269,10 @@ def check_together(values: dict[str, Any]) -> str | None:
         return "d2t_path and t2d_path describe one mapping: give both, or neither"
     if values["save_best"] and values["train_data_ratio"] == 1.0:
         return "save_best needs validation rows, but train_data_ratio=1.0 leaves none; use e.g. 0.9"
+    if values["verifier_device_map"] and values["verifier_device"]:
+        return "verifier_device_map says where every layer is: leave out verifier_device"
+    if values["verifier_device_map"] and values["eval_prompts"]:
+        return "eval_prompts are decoded on one device: leave them out beside verifier_device_map"
     if values["eval_prompts"] and values["train_data_ratio"] == 1.0:
         return "eval_prompts are held-out rows, but train_data_ratio=1.0 leaves none; use e.g. 0.9"
     return None

@@ -76,6 +76,8 @@ FREE_KEYS = frozenset(
         "save_best",
         "save_path",
         "trust_remote_code",
+        "verifier_device",
+        "verifier_device_map",
         "vllm_endpoint",
     ]
 )
@@ -206,8 +208,9 @@ def write_provenance(config: TrainConfig, recipe: dict[str, Any]) -> None:
 
 
 def loads_verifier(config: TrainConfig) -> bool:
-    """Says whether the run has the verifier: to compute states, or to decode `--eval-prompts`."""
-    return computes_in_process(config.data) or bool(config.trainer.eval_prompts)
+    """Says whether the run has the verifier, on one device: to compute states, or to decode `--eval-prompts`."""
+    has_it = computes_in_process(config.data) or bool(config.trainer.eval_prompts)
+    return has_it and config.data.verifier_device_map is None
 
 
 def is_closed(config: TrainConfig, result: TrainResult) -> bool:

@@ -49,6 +49,7 @@ from speculators.train.sources import (
     make_source,
     open_splits,
     open_store,
+    placement_of,
     reading_ahead,
     rows_to_use,
 )
@@ -126,7 +127,7 @@ def close(
         return result
     if not loads_verifier(config):
         how = f"speculators verify {result.checkpoint}"
-        on_event(Note(f"no parity gate: the verifier was not in this process; where it can be, run `{how}`"))
+        on_event(Note(f"no parity gate: the verifier was not here, on one device; where it can be, run `{how}`"))
         return result
     return replace(result, parity=run_gate(config, verifier_name(config), result.checkpoint, ranks.device, verifier))
 
@@ -148,6 +149,7 @@ def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Draf
     data, name, note = config.data, verifier_name(config), as_notes(on_event)
     verifier_config = load_verifier_config(name, config.verifier.trust_remote_code)
     check_heads(config, verifier_config)
+    placement_of(data, ranks)  # refuses what cannot be, before weights are read
     dtype = getattr(torch, data.hidden_states_dtype)
     train_set, val_set = open_splits(data, dtype, text_config(verifier_config).vocab_size)
     datasets = [train_set] if val_set is None else [train_set, val_set]
@@ -241,14 +243,9 @@ def checked_verifier(
     config: TrainConfig, ranks: Ranks, dtype: torch.dtype, loaded: PreTrainedModel | None
 ) -> PreTrainedModel:
     """The verifier, whose captured states were shown to give its logits."""
-    keys = config.verifier
-    model = (
-        loaded
-        if loaded is not None
-        else load_verifier(
-            keys.verifier_name_or_path, dtype=dtype, device=ranks.device, trust_remote_code=keys.trust_remote_code
-        )
-    )
+    keys, place = config.verifier, placement_of(config.data, ranks)
+    name, trusts = keys.verifier_name_or_path, keys.trust_remote_code
+    model = load_verifier(name, dtype=dtype, trust_remote_code=trusts, **place) if loaded is None else loaded
     check_reproduces_logits(model)
     return model
 

@@ -28,8 +28,10 @@ from speculators.data_generation import (
 from speculators.data_generation.upkeep import MAX_STORED_DIFFERENCE, difference_of
 from speculators.interfaces import CaptureSpec, HiddenStateSource
 from speculators.train.data import ArrowDataset
+from speculators.train.distributed import Ranks
 from speculators.train.keys import DataKeys
 from speculators.utils.files import is_same_model
+from speculators.verifier.placement import read_device_map, refuse_missing_device
 
 HIDDEN_STATES_NAME = "hidden_states"
 SERVER_ITEMSIZE = 4
@@ -51,6 +53,23 @@ def reading_ahead(keys: DataKeys, device: torch.device) -> tuple[int, int]:
         return keys.num_workers, keys.prefetch_factor
     in_process = keys.prefetch_in_process
     return (1, 1) if (device.type != "cpu" if in_process is None else in_process) else (0, 0)
+
+
+def placement_of(keys: DataKeys, ranks: Ranks) -> dict[str, Any]:
+    """Where the verifier is loaded, as arguments of `load_verifier`.
+
+    Raises `ValueError` for a device that is not there, a wrong map, and for several ranks that would share one place.
+    """
+    own = keys.verifier_device_map or keys.verifier_device
+    if own is not None and ranks.world_size > 1:
+        raise ValueError(
+            f"each of {ranks.world_size} ranks would load its verifier on {own}: leave out --verifier-device and "
+            "--verifier-device-map (each has its own card), start one rank, or ask a server with --vllm-endpoint"
+        )
+    if keys.verifier_device_map is not None:
+        return {"device_map": read_device_map(keys.verifier_device_map)}
+    refuse_missing_device(keys.verifier_device)
+    return {"device": keys.verifier_device or ranks.device}
 
 
 def open_store(keys: DataKeys, capture: CaptureSpec, verifier: str, note: Callable[[str], None]) -> ShardedStore | None:

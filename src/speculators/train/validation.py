@@ -90,7 +90,7 @@ def run_gate(
             max_tokens=MAX_GATE_TOKENS,
             max_prompt_tokens=MAX_GATE_PROMPT_TOKENS,
             dtype="float32" if device.type == "cpu" else config.data.hidden_states_dtype,
-            device=str(device),
+            device=config.data.verifier_device or str(device),
             trust_remote_code=config.verifier.trust_remote_code,
         ),
         gate_prompts(config),

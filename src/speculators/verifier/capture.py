@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from speculators.interfaces import CaptureSpec
 from speculators.utils.files import atomic_write, read_json_object
 from speculators.verifier.config import logit_transform, text_config
+from speculators.verifier.placement import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -67,10 +68,11 @@ class CapturedStates:
 
     @property
     def aux(self) -> Tensor | None:
-        """[B, T, A * H]; None when no aux layer was asked for."""
+        """[B, T, A * H], where the last of them lies; None when no aux layer was asked for."""
         if not self.spec.aux_layer_ids:
             return None
-        return torch.cat([self.stream_by_id[i] for i in self.spec.aux_layer_ids], dim=-1)
+        device = self.stream_by_id[self.spec.aux_layer_ids[-1]].device
+        return torch.cat([self.stream_by_id[i].to(device) for i in self.spec.aux_layer_ids], dim=-1)
 
     @property
     def drafter_input(self) -> Tensor | None:
@@ -147,12 +149,12 @@ def check_reproduces_logits(model: nn.Module) -> None:
     A wrong norm (1 + w against w), a missed scale or soft cap would otherwise train a drafter on wrong targets.
     """
     parts = verifier_parts(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     token_ids_BT = torch.arange(1, 9, device=device)[None] % parts.config.vocab_size
     with capture_states(model, CaptureSpec(last_hidden=True)) as states:
         logits_BTV = model(input_ids=token_ids_BT, use_cache=False).logits
     assert states.last_hidden is not None
-    ours_BTV = logits_from_last_hidden(model, states.last_hidden)
+    ours_BTV = logits_from_last_hidden(model, states.last_hidden).to(logits_BTV.device)
     if ours_BTV.shape != logits_BTV.shape:
         raise ValueError(
             f"the head of {type(model).__name__} gives logits of shape {tuple(ours_BTV.shape)}, the model gives "

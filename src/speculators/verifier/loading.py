@@ -36,6 +36,7 @@ from speculators.verifier.config import (
     open_verifier_config,
     text_config,
 )
+from speculators.verifier.placement import DeviceMap, refuse_missing_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,10 +54,12 @@ def load_verifier(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: DeviceMap | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
     """Loads a causal LM in eval mode, without gradients; `dtype=None` keeps the checkpoint's own dtype.
+    `device_map`, in place of `device`: spreads its layers over several (`placement.read_device_map`).
 
     The weights of a quantised model are dequantised, once, to `dtype`; activations are not rounded, whatever its scheme
     says: rounded ones have no equal texts with and without drafts.
@@ -75,6 +78,9 @@ def load_verifier(
     where, settings = source(name), settings_of(config)
     method = method_of(settings) if settings else ""
     refuse_missing_packages(method, name)
+    if device_map is not None and (method or device is not None):
+        what = f"{name!r} is quantised ({method})" if method else f"device={str(device)!r} names one"
+        raise ValueError(f"a device map spreads plain weights over devices, and {what}: give one of the two")
     # sdpa has no soft cap and transformers drops it silently there: the eager path is the trained model
     is_capped = getattr(text_config(config), "attn_logit_softcapping", None)
     try:
@@ -86,6 +92,7 @@ def load_verifier(
                 trust_remote_code=trust_remote_code,
                 revision=revision,
                 use_safetensors=True,
+                device_map=device_map,
                 **({"attn_implementation": "eager"} if is_capped else {}),
                 **dequantize_when_loading(config, is_gguf="gguf_file" in where),
             )
@@ -143,17 +150,6 @@ def loading(name: str) -> str:
     files = folder.glob("*.safetensors") if folder.is_dir() else [folder] if folder.is_file() else []
     num_bytes = sum(file.stat().st_size for file in files)
     return f"loading {name}" + (f" ({human_bytes(num_bytes)})" if num_bytes else "")
-
-
-def refuse_missing_device(device: torch.device | str | None) -> None:
-    """Before anything is loaded, and in words of ours: torch only asserts."""
-    try:
-        wanted = torch.device(device if device is not None else "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} is unknown to torch; use cpu, cuda, cuda:1, ...") from error
-    num_devices = torch.cuda.device_count()
-    if wanted.type == "cuda" and (wanted.index or 0) >= num_devices:
-        raise ValueError(f"device={str(device)!r} but torch sees {num_devices} CUDA devices; use cpu or another one")
 
 
 logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.verifier import capture_states, turn_of
+from speculators.verifier.placement import device_of
 
 
 class LocalSource:
@@ -41,7 +42,7 @@ class LocalSource:
         if any(len(ids) == 0 for ids in token_ids):
             raise ValueError("a sequence without tokens has no states; leave it out")
         found: list[VerifierStates | None] = [None] * len(token_ids)
-        batching = batching_of(next(self.model.parameters()).device, self.max_batch_tokens)
+        batching = batching_of(device_of(self.model), self.max_batch_tokens)
         for batch in batches_by_length([len(ids) for ids in token_ids], batching):
             for index, states in zip(batch, self.forward([token_ids[i] for i in batch]), strict=True):
                 found[index] = states
@@ -50,7 +51,7 @@ class LocalSource:
     @torch.no_grad()
     def forward(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
         """Runs one forward of the verifier over all the sequences."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         token_ids_BT = pad_sequence([ids.to(device, torch.int64) for ids in token_ids], batch_first=True)
         # a caller's autocast would silently change the states' precision
         with (
