@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -82,7 +83,8 @@ def shared(source: HiddenStateSource, drafters: Sequence[Drafter]) -> list[Hidde
 
 @dataclass
 class SharedRow:
-    states: Future[list[VerifierStates]] = field(default_factory=Future)
+    states: Future[tuple[list[VerifierStates], torch.cuda.Event | None]] = field(default_factory=Future)
+    """With what tells other streams that they are there; None for states on the host."""
     readers: set[int] = field(default_factory=set)
     """Who has read it."""
 
@@ -108,12 +110,35 @@ class SharedStates:
                 del self.rows[next(iter(self.rows))]
         if is_first:
             try:
-                row.states.set_result(self.source.read(token_ids))
+                states = self.source.read(token_ids)
+                row.states.set_result((states, event_of(states)))
             except BaseException as error:
                 with self.lock:  # the next reader asks again
                     self.rows.pop(key, None)
                 row.states.set_exception(error)
-        return row.states.result()
+        states, event = row.states.result()
+        if event is not None:
+            hand_over(states, event)
+        return states
+
+
+def on_device(states: Sequence[VerifierStates]) -> list[Tensor]:
+    values = [values for of_row in states for values in (of_row.aux_TD, of_row.last_hidden_TH)]
+    return [values_TD for values_TD in values if values_TD is not None and values_TD.is_cuda]
+
+
+def event_of(states: Sequence[VerifierStates]) -> torch.cuda.Event | None:
+    """The end of what computes these states on the stream of this thread."""
+    values = on_device(states)
+    return torch.cuda.current_stream(values[0].device).record_event() if values else None
+
+
+def hand_over(states: Sequence[VerifierStates], event: torch.cuda.Event) -> None:
+    """Lets this thread's stream read what another one computes: a drafter's rows are made on a stream of their own."""
+    for values_TD in on_device(states):
+        stream = torch.cuda.current_stream(values_TD.device)
+        stream.wait_event(event)
+        values_TD.record_stream(stream)
 
 
 class OwnStates:
