@@ -258,8 +258,8 @@ def test_every_key_of_the_data(place, monkeypatch, states):
         idle
         == {
             "computed": server | {"num_workers", "prefetch_factor"},
-            "served": set(),
-            "stored": server | {"hidden_states_memory_gb"},
+            "served": {"prefetch_in_process"},
+            "stored": server | {"hidden_states_memory_gb", "prefetch_in_process"},
         }[states]
     )
     assert (outcomes.get("vllm_endpoint") == REFUSED) == (states == "stored")

@@ -53,8 +53,7 @@ from speculators.utils.names import NamedModel, model_name
 from speculators.utils.quantized import source
 from speculators.utils.report import PathReport, facts_table, work
 from speculators.verifier.config import first_line
-from speculators.verifier.loading import EMBEDDING, HEAD, NORM, is_copy
-from speculators.verifier.placement import refuse_missing_device
+from speculators.verifier.loading import EMBEDDING, HEAD, NORM, is_copy, refuse_missing_device
 
 AUTO = "auto"
 VERIFIERS_OWN = {EMBEDDING: EMBEDDING, HEAD: HEAD, "verifier_lm_head.weight": HEAD, "verifier_norm.weight": NORM}
