@@ -5,7 +5,6 @@ Shapes: V 40, D 24, H 16; aux layers * H where a drafter reads several states.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -157,7 +156,7 @@ def check_greedy_text(verifier: PreTrainedModel, engine: Engine, prompts: Sequen
 def check_that_drafts_follow_q(proposer: Proposer, request: Request, num_tokens: int) -> None:
     """20,000 last drafts of one row against its own q: chi-squared below the 99.99 % point of its 23 degrees."""
     committed = commit([request])
-    columns = [getattr(committed, field.name) for field in dataclasses.fields(committed)]
+    columns = [committed.token_ids_BT, committed.states_BTD, committed.num_new_B, committed.num_committed_B]
     many = Committed(*(column.expand(2000, *column.shape[1:]) for column in columns))
     drawing = DraftSampling(torch.full((2000,), 0.7), torch.Generator().manual_seed(1), probabilistic=True)
     counts = torch.zeros(VOCAB)

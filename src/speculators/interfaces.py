@@ -106,6 +106,16 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
+class CommittedOnHost:
+    """What the engine knows of a `Committed` on the host, so that nobody waits for the device to read it."""
+
+    token_ids_by_row: list[list[int]]
+    """Without padding."""
+    num_new: list[int]
+    num_committed: list[int]
+
+
+@dataclass(frozen=True)
 class Committed:
     """Tokens the engine committed since the proposer was last called.
 
@@ -125,6 +135,8 @@ class Committed:
     num_committed_B: Tensor
     """int64 sequence lengths after this commit. `num_new == num_committed > 0` means a new request took the row:
     whatever the proposer kept for that row is void. B ends at the last used row: it may differ between calls."""
+    on_host: CommittedOnHost | None = None
+    """None where it was not made by the engine (`nn.device.read_on_host`)."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +149,8 @@ class Proposal:
     """q(x): the distribution that each token was drawn from, over the verifier's vocabulary; None = point mass (greedy,
     n-gram)."""
     parents_K: Tensor | None = None
-    """int64 [K], a draft tree shared by all rows: slot of each node's parent, -1 = the last committed token. Parents
-    come first. A row with fewer nodes has -1 tokens in the other slots. None = chain."""
+    """int64 [K] on the host, a draft tree shared by all rows: slot of each node's parent, -1 = the last committed
+    token. Parents come first. A row with fewer nodes has -1 tokens in the other slots. None = chain."""
     confidence_BK: Tensor | None = None
     """For chains: the drafter's own probability that each slot is accepted, given that those before it are."""
     num_dropped_B: Tensor | None = None
@@ -147,7 +159,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class DraftSampling:
-    """Says how a proposer draws drafts: temperatures [B] (0 = argmax) and the source of randomness."""
+    """Says how a proposer draws drafts: temperatures [B] (0 = argmax) and the source of randomness, on their device."""
 
     temperature_B: Tensor
     generator: torch.Generator | None = None

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.trees.token_tree import depths
 from speculators.interfaces import Proposal
+from speculators.nn.device import to_device
 
 NO_TOKEN, ANY_TOKEN = -1, -2
 """In place of token ids: before the output began; what every context matches."""
@@ -87,18 +88,18 @@ class BatchAdjustments:
         """L"""
         any_token = (ANY_TOKEN,) * self.num_before
         before = [[*any_token[len(adjustment.before) :], *adjustment.before] for adjustment in flat]
-        self.row_E1 = torch.tensor(rows, device=device)[:, None]
-        self.token_E1 = torch.tensor([adjustment.token_id for adjustment in flat], device=device)[:, None]
-        self.amount_E1 = torch.tensor([adjustment.amount for adjustment in flat], device=device)[:, None]
-        self.below_E1 = torch.tensor([adjustment.num_output_below for adjustment in flat], device=device)[:, None]
-        self.before_E1L = torch.tensor(before, dtype=torch.int64, device=device)[:, None]
+        self.row_E1 = to_device(rows, device)[:, None]
+        self.token_E1 = to_device([adjustment.token_id for adjustment in flat], device)[:, None]
+        self.amount_E1 = to_device([adjustment.amount for adjustment in flat], device, torch.float32)[:, None]
+        self.below_E1 = to_device([adjustment.num_output_below for adjustment in flat], device)[:, None]
+        self.before_E1L = to_device(before, device)[:, None]
 
     def added(self, logits_BTV: Tensor, outputs: Sequence[Sequence[int]], proposal: Proposal) -> Tensor:
         """New fp32 logits. `outputs`: the tokens that each row has generated."""
         _, T, V = logits_BTV.shape
         ends = [[NO_TOKEN] * (self.num_before - len(tokens)) + list(tokens) for tokens in map(self._end, outputs)]
-        ends_BL = torch.tensor(ends, dtype=torch.int64, device=logits_BTV.device)
-        num_output_B1 = torch.tensor([len(output) for output in outputs], device=logits_BTV.device)[:, None]
+        ends_BL = to_device(ends, logits_BTV.device)
+        num_output_B1 = to_device([len(output) for output in outputs], logits_BTV.device)[:, None]
         before_BTL, depth_T = contexts(ends_BL, proposal)
         num_output_BT = num_output_B1 + depth_T
         row_E = self.row_E1[:, 0]
@@ -117,7 +118,7 @@ def contexts(ends_BL: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
     """The last L tokens before each column [B, T, L], drafts included, and how many drafts those are in all [T]."""
     token_ids_BK, parents_K = proposal.token_ids_BK, proposal.parents_K
     parents = list(range(-1, token_ids_BK.shape[1] - 1)) if parents_K is None else parents_K.tolist()
-    depth_T = torch.tensor([0, *depths(parents)], device=token_ids_BK.device)
+    depth_T = to_device([0, *depths(parents)], token_ids_BK.device)
     columns = [ends_BL]
     for slot, parent in enumerate(parents):
         longer = torch.cat([columns[parent + 1], token_ids_BK[:, slot, None]], dim=1)

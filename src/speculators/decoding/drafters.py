@@ -34,6 +34,7 @@ from speculators.interfaces import (
     RemembersRequests,
     Verifier,
 )
+from speculators.nn.device import to_device
 from speculators.utils.names import did_you_mean
 from speculators.verifier import verifier_parts
 
@@ -59,7 +60,7 @@ class Drafters:
             )
         self.methods = tuple(methods)
         self.rule: AcceptanceRule = methods[0].rule if methods else PLAIN_RULE
-        self._generator = torch.Generator(device="cpu")
+        self._generator = torch.Generator(device=verifier.device)
         self._captures = [as_aux_layers(method.proposer.capture, verifier, len(methods)) for method in methods]
         self.capture = union(self._captures)
         """What the verifier captures: each proposer gets the layers that it reads."""
@@ -126,7 +127,7 @@ class Drafters:
             if probabilistic and all(
                 part.probs_BKV is None for part in parts
             ):  # once per round: not the same draws again
-                seed_drafts(self._generator, sampling.seed_B, batch.lengths(0, batch.width))
+                seed_drafts(self._generator, sampling.host_seed_B, batch.lengths(0, batch.width))
             draft_sampling = DraftSampling(sampling.temperature_B, self._generator, probabilistic, learns)
             proposal = method.propose(self._read_by(index, batch.committed(index)), num_tokens, draft_sampling)
             if len(own) < len(requests) or len(set(numbers.values())) > 1:
@@ -164,9 +165,9 @@ def limited(proposal: Proposal, numbers: Mapping[int, int]) -> Proposal:
     """The drafts up to each row's number of them (in a tree: its depth); none in rows that are not named."""
     token_ids_BK = proposal.token_ids_BK
     B, K = token_ids_BK.shape
-    number_B1 = torch.tensor([numbers.get(row, 0) for row in range(B)], device=token_ids_BK.device)[:, None]
+    number_B1 = to_device([numbers.get(row, 0) for row in range(B)], token_ids_BK.device)[:, None]
     of_slots = range(1, K + 1) if proposal.parents_K is None else depths(proposal.parents_K.tolist())
-    depth_K = torch.tensor(list(of_slots), dtype=torch.int64, device=token_ids_BK.device)
+    depth_K = to_device(list(of_slots), token_ids_BK.device)
     return replace(proposal, token_ids_BK=token_ids_BK.masked_fill(depth_K > number_B1, -1))
 
 

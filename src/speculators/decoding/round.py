@@ -20,6 +20,7 @@ from speculators.decoding.sampling import DraftedTokens
 from speculators.decoding.trees.token_tree import ancestor_mask, depths
 from speculators.decoding.verification import GreedyRule, keyed_draws
 from speculators.interfaces import AcceptanceRule, Proposal, Verification, Verifier, VerifierOutput
+from speculators.nn.device import to_device
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Accepted:
             states_BTD = states_BTD.masked_fill(~self.is_finite_BT[..., None], 0.0)
         if states_BTD is None or self.is_chain:
             return states_BTD
-        return {row: states_BTD[row, columns] for row, columns in self.columns_by_row.items()}
+        device = states_BTD.device
+        return {row: states_BTD[row, to_device(columns, device)] for row, columns in self.columns_by_row.items()}
 
 
 class RoundTimes(NamedTuple):
@@ -130,7 +132,7 @@ def verify(rule: AcceptanceRule, batch: Batch, proposal: Proposal, logits_BTV: T
     is_finite_BT = sampling.is_finite(logits_BTV)
     if rule.reads_logits:
         return Verified(rule(proposal, logits_BTV, None), is_finite_BT)
-    position_B = batch.lengths(first_row, last_row)
+    position_B = to_device(batch.lengths(first_row, last_row), batch.device)
     draws = keyed_draws(sampling.seed_B, position_B, logits_BTV.shape[1])
     # any law will do in the other columns: the text is cut before them, but rules read all columns to decide on one
     probs_BTV = sampling.probs(logits_BTV).masked_fill_(~is_finite_BT[..., None], 1 / logits_BTV.shape[-1])
@@ -146,14 +148,14 @@ def to_score(batch: Batch, proposal: Proposal) -> tuple[Tensor, Tensor]:
     is_decoding = [row is not None and row.is_prefilled for row in rows]
     known = next(row.last_token_id for row in rows if row is not None and row.is_prefilled)
     last = [row.last_token_id if row is not None and ok else known for row, ok in zip(rows, is_decoding, strict=True)]
-    last_B1 = torch.tensor(last, dtype=torch.int64, device=batch.device)[:, None]
+    last_B1 = to_device(last, batch.device)[:, None]
     if proposal.token_ids_BK.shape[1] == 0:
-        return last_B1, torch.tensor(is_decoding, device=batch.device).long()
+        return last_B1, to_device(is_decoding, batch.device)
     drafts_BK = torch.where(proposal.token_ids_BK >= 0, proposal.token_ids_BK, last_B1)
     token_ids_BK1 = torch.cat([last_B1, drafts_BK], dim=1)
     num_valid_B = (proposal.token_ids_BK >= 0).sum(1) + 1
     if not all(is_decoding):
-        num_valid_B = num_valid_B * torch.tensor(is_decoding, device=batch.device)
+        num_valid_B = num_valid_B * to_device(is_decoding, batch.device, torch.bool)
     return token_ids_BK1, num_valid_B
 
 
@@ -207,7 +209,9 @@ def drafted_tokens(proposal: Proposal) -> DraftedTokens | None:
         is_ancestor_TT = ancestor_mask(proposal.parents_K.tolist())
     else:
         is_ancestor_TT = torch.ones(K + 1, K + 1, dtype=torch.bool).tril()
-    return DraftedTokens(proposal.token_ids_BK, is_ancestor_TT.to(proposal.token_ids_BK.device))
+    return DraftedTokens(
+        proposal.token_ids_BK, to_device(is_ancestor_TT, proposal.token_ids_BK.device, torch.bool)
+    )
 
 
 # -- scores that are no numbers

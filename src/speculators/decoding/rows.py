@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 from speculators.decoding.request import ActiveRequest
 from speculators.decoding.sampling import BatchSampling, SeenTokens, logprobs_of
 from speculators.decoding.settings import SamplingParams
-from speculators.interfaces import Committed, Proposal, Verifier, VerifierOutput
+from speculators.interfaces import Committed, CommittedOnHost, Proposal, Verifier, VerifierOutput
+from speculators.nn.device import read_on_host, to_device
 
 MIN_SHARED_TOKENS = 16
 """Shorter common starts are computed twice: a copy saves less than the row waits for it."""
@@ -98,9 +99,9 @@ class Batch:
         return [row.output.token_ids if row is not None else [] for row in self.rows[first:last]]
 
     def lengths(self, first: int, last: int) -> Tensor:
-        """int64 committed lengths of rows first .. last - 1 (0 = free)."""
+        """int64 committed lengths of rows first .. last - 1 (0 = free), on the host."""
         lengths = [row.length if row is not None else 0 for row in self.rows[first:last]]
-        return torch.tensor(lengths, dtype=torch.int64, device=self.device)
+        return torch.tensor(lengths)
 
     def publish(self, token_ids_by_row: dict[int, list[int]], states: dict[int, Tensor] | Tensor | None) -> None:
         """Queue for each row's proposer the tokens the row gained and the states that predicted them."""
@@ -119,14 +120,16 @@ class Batch:
                 outbox.last_length[r] = request.length
         published = _merged(outbox.unreported)
         outbox.unreported = []
-        num_new = [len(published.token_ids_by_row.get(r, ())) for r in range(B)]
-        T = max(num_new, default=0)
-        padded = [published.token_ids_by_row.get(r, []) + [0] * (T - num_new[r]) for r in range(B)]
+        token_ids = [published.token_ids_by_row.get(r, []) for r in range(B)]
+        known = CommittedOnHost(token_ids, [len(ids) for ids in token_ids], outbox.last_length[:B])
+        T = max(known.num_new, default=0)
+        padded = [ids + [0] * (T - len(ids)) for ids in token_ids]
         return Committed(
-            token_ids_BT=torch.tensor(padded, dtype=torch.int64, device=self.device).view(B, T),
+            token_ids_BT=to_device(padded, self.device).view(B, T),
             states_BTD=_padded_states(published.states, B, T),
-            num_new_B=torch.tensor(num_new, dtype=torch.int64, device=self.device),
-            num_committed_B=torch.tensor(outbox.last_length[:B], dtype=torch.int64, device=self.device),
+            num_new_B=to_device(known.num_new, self.device),
+            num_committed_B=to_device(known.num_committed, self.device),
+            on_host=known,
         )
 
 
@@ -197,11 +200,10 @@ def _padded_states(states: dict[int, Tensor] | Tensor | None, num_rows: int, num
 
 def new_tokens_by_row(committed: Committed) -> list[tuple[list[int], bool]]:
     """Per row: the tokens committed since the last call (empty: the row is idle), and whether a request begins."""
-    num_new, num_committed = torch.stack([committed.num_new_B, committed.num_committed_B]).tolist()
-    token_ids = committed.token_ids_BT.tolist()
+    known = read_on_host(committed)
     return [
-        (token_ids[row][:new], new == total and new > 0)
-        for row, (new, total) in enumerate(zip(num_new, num_committed, strict=True))
+        (token_ids, 0 < len(token_ids) == total)
+        for token_ids, total in zip(known.token_ids_by_row, known.num_committed, strict=True)
     ]
 
 
@@ -209,7 +211,7 @@ def proposal_of(drafts: list[list[int]], device: torch.device) -> Proposal:
     """Chains of different lengths, padded to the longest of them: no slot is empty in every row."""
     K = max((len(draft) for draft in drafts), default=0)
     padded = [draft + [-1] * (K - len(draft)) for draft in drafts]
-    return Proposal(torch.tensor(padded, dtype=torch.int64, device=device).view(len(drafts), K))
+    return Proposal(to_device(padded, device).view(len(drafts), K))
 
 
 # -- prompts into the cache
@@ -223,14 +225,14 @@ def score_chunk(verifier: Verifier, requests: dict[int, ActiveRequest], num_toke
     chunks = [q.prompt[q.num_prefilled : q.num_prefilled + num_tokens] for q in requests.values()]
     num_valid_B = torch.tensor([len(chunk) for chunk in chunks])
     T = max(len(chunk) for chunk in chunks)
-    token_ids_BT = torch.tensor([chunk + chunk[-1:] * (T - len(chunk)) for chunk in chunks], device=verifier.device)
+    token_ids_BT = to_device([chunk + chunk[-1:] * (T - len(chunk)) for chunk in chunks], verifier.device)
     reports = any(request.params.prompt_logprobs is not None for request in requests.values())
     output = verifier.score(token_ids_BT, num_valid_B, first_row=next(iter(requests)), last_only=not reports)
     verifier.keep(torch.arange(T).expand(len(chunks), T), num_valid_B)
     if reports:
         report_prompt(requests, output.logits_BTV)
         row_B = torch.arange(len(chunks), device=verifier.device)
-        last_B = (num_valid_B - 1).to(verifier.device)
+        last_B = to_device(num_valid_B - 1, verifier.device)
         output = replace(output, logits_BTV=output.logits_BTV[row_B, last_B][:, None])
     for i, request in enumerate(requests.values()):
         request.num_prefilled += len(chunks[i])

@@ -17,6 +17,7 @@ from torch import Tensor
 from speculators.decoding.adjustments import Adjustment, BatchAdjustments
 from speculators.decoding.request import TokenLogprobs
 from speculators.decoding.settings import SamplingParams
+from speculators.nn.device import to_device
 
 
 class BatchSampling:
@@ -37,11 +38,12 @@ class BatchSampling:
         self.is_argmax = self.all_greedy and not self.has_penalties and self.adjustments is None
         """The argmax of the raw logits decides every row."""
         temperatures = [0.0 if p.is_greedy else p.temperature for p in params]
-        self.temperature_B = torch.tensor(temperatures, dtype=torch.float32, device=device)
-        self.seed_B = torch.tensor(seeds, dtype=torch.int64, device=device)
+        self.temperature_B = to_device(temperatures, device, torch.float32)
+        self.host_seed_B = torch.tensor(seeds)
+        self.seed_B = to_device(self.host_seed_B, device)
 
     def _column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor([getattr(p, name) for p in self.params], dtype=dtype, device=self.device)
+        return to_device([getattr(p, name) for p in self.params], self.device, dtype)
 
     @cached_property
     def _top_k_B11(self) -> Tensor | None:
@@ -123,13 +125,13 @@ class SeenTokens:
 
     def start(self, row: int, prompt: list[int]) -> None:
         self.is_in_prompt_BV[row] = False
-        self.is_in_prompt_BV[row, prompt] = True
+        self.is_in_prompt_BV[row].index_fill_(0, to_device(prompt, self.is_in_prompt_BV.device), True)
         self.output_counts_BV[row] = 0
 
     def add(self, token_ids_by_row: dict[int, list[int]]) -> None:
         rows = [row for row, token_ids in token_ids_by_row.items() for _ in token_ids]
         tokens = [token_id for token_ids in token_ids_by_row.values() for token_id in token_ids]
-        index = torch.tensor([rows, tokens], dtype=torch.int64, device=self.output_counts_BV.device)
+        index = to_device([rows, tokens], self.output_counts_BV.device)
         one = self.output_counts_BV.new_ones(())
         self.output_counts_BV.index_put_((index[0], index[1]), one, accumulate=True)
 
@@ -165,9 +167,7 @@ def logprobs_of(num_top: int, logits_TV: Tensor, token_ids: Sequence[int]) -> li
     """Of the given tokens, and of the `num_top` likeliest (-1: all) of each of the T positions."""
     logprobs_TV = logits_TV.float().log_softmax(-1)
     top = logprobs_TV.topk(logits_TV.shape[-1] if num_top < 0 else num_top)
-    own = logprobs_TV.gather(-1, torch.tensor(token_ids, dtype=torch.int64, device=logprobs_TV.device)[:, None])[
-        :, 0
-    ].tolist()
+    own = logprobs_TV.gather(-1, to_device(token_ids, logprobs_TV.device)[:, None])[:, 0].tolist()
     return [
         TokenLogprobs(logprob, dict(zip(ids, values, strict=True)))
         for logprob, ids, values in zip(own, top.indices.tolist(), top.values.tolist(), strict=True)

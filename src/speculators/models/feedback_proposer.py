@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.nn.attention import AttentionFunction
 from speculators.nn.cache import INITIAL_CAPACITY, DraftCache, Span
+from speculators.nn.device import read_on_host, to_device
 from speculators.nn.draft_tokens import NO_DRAFT, draft_probs, draw, scatter_to_verifier, verifier_ids
 from speculators.nn.prepacked_linear import PrepackedLinears
 from speculators.nn.rope import Rope, RopeTables
@@ -106,13 +107,15 @@ class FeedbackProposer:
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
-        num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
+        known = read_on_host(committed)
+        num_new, num_committed = known.num_new, known.num_committed
         with self.prepacked:
             output = self.commit(committed, num_new, num_committed)
             draft_ids_BK, probs_BKV, confidence_BK = self.draft(output, num_tokens, sampling)
         drafts_B = [new > 0 and total > 1 for new, total in zip(num_new, num_committed, strict=True)]
         if not all(drafts_B):
-            draft_ids_BK[~torch.tensor(drafts_B, device=self.device)] = NO_DRAFT
+            idle_B1 = ~to_device(drafts_B, self.device, torch.bool)[:, None]
+            draft_ids_BK = draft_ids_BK.masked_fill(idle_B1, NO_DRAFT)
         return Proposal(draft_ids_BK, probs_BKV, confidence_BK=confidence_BK)
 
     # -- reading what was committed ----------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ class FeedbackProposer:
         return self.network.step(token_ids_BT, hidden_BTH, rope, self.layer_attention)
 
     def tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        return to_device(values, self.device)
 
     # -- drafting ----------------------------------------------------------------------------------------------------
 

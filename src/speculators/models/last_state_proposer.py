@@ -89,11 +89,11 @@ class LastStateProposer:
     def last_of(self, committed: Committed) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (state [B, H] and token [B] of each row's last column, rows that draft [B])."""
         assert committed.states_BTD is not None
-        last_B = (committed.num_new_B - 1).clamp_min(0).to(self.device)
+        last_B = (committed.num_new_B - 1).clamp_min(0)
         rows_B = torch.arange(len(last_B), device=self.device)
         states_BH = committed.states_BTD[rows_B, last_B].to(self.dtype)
         # a row that waits, or whose only token has no state yet, drafts nothing
-        drafts_B = ((committed.num_new_B > 0) & (committed.num_committed_B > 1)).to(self.device)
+        drafts_B = (committed.num_new_B > 0) & (committed.num_committed_B > 1)
         return states_BH, committed.token_ids_BT[rows_B, last_B], drafts_B
 
 

@@ -17,6 +17,7 @@ from speculators.interfaces import CaptureSpec, Committed
 from speculators.models.feedback_proposer import FeedbackProposer
 from speculators.models.last_state_proposer import LastStateProposer
 from speculators.nn.cache import TreeSpan
+from speculators.nn.device import read_on_host
 from speculators.nn.draft_tokens import draft_to_verifier_ids, scatter_to_verifier
 
 
@@ -30,7 +31,8 @@ class FeedbackTreeDrafter:
 
     @torch.inference_mode()
     def start(self, committed: Committed, depth: int) -> Tensor:
-        num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
+        known = read_on_host(committed)
+        num_new, num_committed = known.num_new, known.num_committed
         with self.chain.prepacked:
             output = self.chain.commit(committed, num_new, num_committed)
             self.states_BFH = output.fed_back_BRH

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speculators.decoding.verifiers.recurrent_verifier import make_verifier
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
+from speculators.nn import draft_tokens
+from speculators.nn.device import read_on_host, to_device
 from speculators.verifier import verifier_parts
 
 ALONE_FROM = 32
@@ -68,7 +70,8 @@ class DraftModelProposer:
     def feed(self, committed: Committed) -> tuple[Tensor, Tensor]:
         """Bring every row's cache up to its committed tokens. Returns logits after the last one, [B, V], and the active
         rows, bool [B]."""
-        num_new, num_committed = torch.stack([committed.num_new_B, committed.num_committed_B]).tolist()
+        known = read_on_host(committed)
+        num_new, num_committed = known.num_new, known.num_committed
         token_ids_BT = committed.token_ids_BT
         if self.intersection is not None:
             token_ids_BT = self.intersection.to_draft(token_ids_BT)
@@ -119,12 +122,8 @@ def draft_probs(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
 
 
 def draw(probs_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-    """int64 [B]: one token per row, drawn on the generator's device; any token where the probabilities are NaN (the
-    engine leaves that draft out)."""
-    probs_BV = torch.where(probs_BV.amax(-1, keepdim=True).isfinite(), probs_BV, 1.0)
-    if generator is None or generator.device == probs_BV.device:
-        return torch.multinomial(probs_BV, 1, generator=generator)[:, 0]
-    return torch.multinomial(probs_BV.to(generator.device), 1, generator=generator)[:, 0].to(probs_BV.device)
+    """int64 [B]: one token per row; any token where the probabilities are NaN (the engine leaves that draft out)."""
+    return draft_tokens.draw(torch.where(probs_BV.amax(-1, keepdim=True).isfinite(), probs_BV, 1.0), generator)
 
 
 class TokenIntersection:
@@ -155,12 +154,15 @@ class TokenIntersection:
             self.verifier_id_U[draft_ids[token]] = verifier_ids[token]
 
     def to_draft(self, token_ids: Tensor) -> Tensor:
-        return self.draft_id_V.to(token_ids.device)[token_ids]
+        if self.draft_id_V.device != token_ids.device:
+            self.draft_id_V = to_device(self.draft_id_V, token_ids.device)
+        return self.draft_id_V[token_ids]
 
     def best(self, logits_BU: Tensor) -> Tensor:
         """The likeliest shared token of each row, as a verifier id."""
-        verifier_id_U = self.verifier_id_U.to(logits_BU.device)
-        return verifier_id_U[logits_BU.masked_fill(verifier_id_U < 0, -torch.inf).argmax(-1)]
+        if self.verifier_id_U.device != logits_BU.device:
+            self.verifier_id_U = to_device(self.verifier_id_U, logits_BU.device)
+        return self.verifier_id_U[logits_BU.masked_fill(self.verifier_id_U < 0, -torch.inf).argmax(-1)]
 
 
 def normalised(token: str) -> str:

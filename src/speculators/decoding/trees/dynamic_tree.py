@@ -14,6 +14,7 @@ from torch import Tensor
 
 from speculators.decoding.trees.token_tree import TokenTree
 from speculators.interfaces import Committed, DraftSampling, Proposal, TreeDrafter
+from speculators.nn.device import to_device
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def share_shape(trees: GrownTrees) -> Proposal:
     A node is found by its path of sibling ranks in slot order, so siblings keep their order.
     """
     slot_of_path: list[dict[tuple[int, ...], int]] = []
-    for tokens, parents in zip(trees.token_ids_BK.tolist(), trees.parents_BK.tolist(), strict=True):
+    token_ids, parents_of_rows = torch.stack((trees.token_ids_BK, trees.parents_BK)).tolist()
+    for tokens, parents in zip(token_ids, parents_of_rows, strict=True):
         paths: dict[int, tuple[int, ...]] = {-1: ()}
         num_children: dict[int, int] = {}
         for slot, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
@@ -130,12 +132,12 @@ def share_shape(trees: GrownTrees) -> Proposal:
         slot_of_path.append({path: slot for slot, path in paths.items() if slot >= 0})
     every_path = {path for paths_of_row in slot_of_path for path in paths_of_row}
     if not every_path:
-        return Proposal(trees.token_ids_BK[:, :0], None, trees.parents_BK.new_zeros(0))
+        return Proposal(trees.token_ids_BK[:, :0], None, torch.empty(0, dtype=torch.int64))
     shared = TokenTree.of(every_path)
-    source_BK = torch.tensor([[slots.get(path, -1) for path in shared.paths] for slots in slot_of_path])
-    source_BK = source_BK.to(trees.token_ids_BK.device)
+    sources = [[slots.get(path, -1) for path in shared.paths] for slots in slot_of_path]
+    source_BK = to_device(sources, trees.token_ids_BK.device)
     token_BK = torch.where(source_BK >= 0, trees.token_ids_BK.gather(1, source_BK.clamp_min(0)), -1)
-    return Proposal(token_BK, None, torch.tensor(shared.parents, device=token_BK.device))
+    return Proposal(token_BK, None, torch.tensor(shared.parents))
 
 
 class DynamicTreeProposer:

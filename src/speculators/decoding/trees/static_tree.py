@@ -23,6 +23,7 @@ from speculators.decoding.proposers.draft_model import DraftModelProposer
 from speculators.decoding.trees.token_tree import TokenTree, ancestor_mask, depths
 from speculators.decoding.verification import inverse_cdf
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal, TreeDrafter
+from speculators.nn.device import to_device
 
 Law = Callable[[list[int], Tensor], Tensor]
 """`law(slots, token_ids_BK)`: [B, len(slots), V], the distribution after each of the slots (-1: the root). All have
@@ -38,10 +39,12 @@ def rank_tree(tree: TokenTree, law: Law, num_rows: int, device: torch.device) ->
         sources = sorted({tree.parents[slot] for slot in level})
         law_BSV = law(sources, token_ids_BK)
         best_BSR = law_BSV.topk(min(max(rank_K[slot] for slot in level) + 1, law_BSV.shape[-1]), -1).indices
-        for slot in level:
-            if rank_K[slot] < best_BSR.shape[-1]:  # a vocabulary may be smaller than a node has children
-                token_ids_BK[:, slot] = best_BSR[:, sources.index(tree.parents[slot]), rank_K[slot]]
-    return Proposal(_without_orphans(token_ids_BK, tree.parents), None, torch.tensor(tree.parents, device=device))
+        # a vocabulary may be smaller than a node has children
+        filled = [slot for slot in level if rank_K[slot] < best_BSR.shape[-1]]
+        index = [filled, [sources.index(tree.parents[slot]) for slot in filled], [rank_K[slot] for slot in filled]]
+        slot_N, source_N, rank_N = to_device(index, device)
+        token_ids_BK.index_copy_(1, slot_N, best_BSR[:, source_N, rank_N])
+    return Proposal(_without_orphans(token_ids_BK, tree.parents), None, torch.tensor(tree.parents))
 
 
 def sample_tree(
@@ -81,7 +84,7 @@ def sample_tree(
                 left[parents[slot]] = q_BV.scatter(1, drawn_B[:, None], 0.0)
     probs_BKV = torch.stack([probs[slot] for slot in range(K)], 1) if K else None
     token_ids_BK = _without_orphans(token_ids_BK, parents)
-    return Proposal(token_ids_BK, probs_BKV, torch.tensor(list(parents), device=uniform_BK.device))
+    return Proposal(token_ids_BK, probs_BKV, torch.tensor(list(parents), dtype=torch.int64))
 
 
 def draw_tree(tree: TokenTree, logits_after: Law, sampling: DraftSampling) -> Proposal:
@@ -99,19 +102,18 @@ def draw_tree(tree: TokenTree, logits_after: Law, sampling: DraftSampling) -> Pr
 
 
 def _without_orphans(token_ids_BK: Tensor, parents: Sequence[int]) -> Tensor:
-    """Empty all slots below an empty slot, in place."""
-    if bool((token_ids_BK >= 0).all()):
-        return token_ids_BK
-    for slot, parent in enumerate(parents):
-        if parent >= 0:
-            token_ids_BK[:, slot].masked_fill_(token_ids_BK[:, parent] < 0, -1)
-    return token_ids_BK
+    """Empty all slots below an empty slot."""
+    is_ancestor_KK = to_device(ancestor_mask(parents)[1:, 1:], token_ids_BK.device, torch.bool)
+    is_orphan_BK = ((token_ids_BK < 0)[:, None] & is_ancestor_KK).any(-1)
+    return token_ids_BK.masked_fill(is_orphan_BK, -1)
 
 
 def draw_uniforms(num_rows: int, num_slots: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """float64 [B, K], drawn on the generator's device."""
     made_on = generator.device if generator is not None else device
-    return torch.rand(num_rows, num_slots, dtype=torch.float64, generator=generator, device=made_on).to(device)
+    return torch.rand(num_rows, num_slots, dtype=torch.float64, generator=generator, device=made_on).to(
+        device, non_blocking=True
+    )
 
 
 @dataclass(frozen=True)
@@ -188,11 +190,11 @@ class StaticTreeProposer:
         """[B, S, V] after the given slots, which are all slots of one depth that have children."""
         depth = len(expansions.tree.paths[slots[0]])
         frontier, device = expansions.slots_by_depth[depth - 1], draft_ids_BK.device
-        token_ids_BF = self.drafter.to_verifier_ids(draft_ids_BK[:, frontier].clamp_min(0))
-        parent_BF = torch.tensor(expansions.parents_at(depth), device=device).expand(len(token_ids_BF), -1)
-        visible_BFN = expansions.visible_at(depth).to(device).expand(len(token_ids_BF), -1, -1)
-        log_probs_BFV = self.drafter.expand(token_ids_BF, parent_BF, visible_BFN)
-        return log_probs_BFV[:, [frontier.index(slot) for slot in slots]]
+        token_ids_BF = self.drafter.to_verifier_ids(draft_ids_BK[:, to_device(frontier, device)].clamp_min(0))
+        parent_BF = to_device(expansions.parents_at(depth), device).expand(len(token_ids_BF), -1)
+        visible_FN = to_device(expansions.visible_at(depth), device, torch.bool)
+        log_probs_BFV = self.drafter.expand(token_ids_BF, parent_BF, visible_FN.expand(len(token_ids_BF), -1, -1))
+        return log_probs_BFV[:, to_device([frontier.index(slot) for slot in slots], device)]
 
 
 class TreeDraftModelProposer:
@@ -231,7 +233,8 @@ class TreeDraftModelProposer:
                 known_BT = torch.cat([last_B1, token_ids_BK[:, :num_known].clamp_min(0)], 1)
                 num_valid_B = torch.full((len(known_BT),), num_known + 1)
                 output = self.chain.lm.score(known_BT, num_valid_B, torch.tensor(tree.parents[:num_known]))
-                return output.logits_BTV[:, [slot + 1 for slot in slots]].float()
+                columns = to_device([slot + 1 for slot in slots], known_BT.device)
+                return output.logits_BTV[:, columns].float()
 
             if sampling.probabilistic:
                 proposal = draw_tree(tree, logits_after, sampling)

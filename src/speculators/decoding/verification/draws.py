@@ -47,7 +47,7 @@ def uniform_draws(num_rows: int, num_columns: int, generator: torch.Generator | 
     """Fresh uniforms from one generator for the whole batch (drawn on the generator's device, then moved)."""
     made_on = generator.device if generator is not None else device
     uniform_2BN = torch.rand((2, num_rows, num_columns), dtype=torch.float64, generator=generator, device=made_on)
-    accept_BN, pick_BN = uniform_2BN.to(device)
+    accept_BN, pick_BN = uniform_2BN.to(device, non_blocking=True)
     return UniformDraws(accept_BN, pick_BN)
 
 
@@ -61,7 +61,8 @@ def keyed_draws(seed_B: Tensor, first_position_B: Tensor, num_columns: int) -> D
 
 
 def seed_drafts(generator: torch.Generator, seed_B: Tensor, position_B: Tensor) -> None:
-    """Seed the generator of drafts by seeds and positions alone, from a stream that verification does not use."""
+    """Seed the generator of drafts by seeds and positions alone, from a stream that verification does not use. Both are
+    on the host."""
     uniform_B = keyed_uniform(seed_B, DRAFT_STREAM, position_B)
     generator.manual_seed(hash(tuple(uniform_B.tolist())) & (2**63 - 1))
 
@@ -70,7 +71,8 @@ def keyed_uniform(seed: Tensor, *key: Tensor | int) -> Tensor:
     """float64 uniforms in [0, 1) from int64 seeds and keys, broadcast together: a hash, no state."""
     state = _mix(seed)
     for part in key:
-        state = _mix(state ^ _mix(torch.as_tensor(part, dtype=torch.int64, device=seed.device) + _GOLDEN))
+        # a number stays on the host, where it mixes with tensors of any device
+        state = _mix(state ^ _mix(torch.as_tensor(part, dtype=torch.int64) + _GOLDEN))
     return ((state >> 11) & _MASK_53).to(torch.float64) * 2.0**-53
 
 

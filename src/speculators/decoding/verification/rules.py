@@ -142,7 +142,7 @@ class SyntheticRule:
         target_probs_BK1V = at_least_fp32(target_probs_BK1V)
         draws = as_draws(generator, target_probs_BK1V)
         rate_K = torch.tensor(conditional_rates(self.acceptance_rates)[:num_slots], dtype=torch.float64)
-        probs_BK = torch.where(proposal.token_ids_BK >= 0, rate_K.to(target_probs_BK1V.device), 0.0)
+        probs_BK = torch.where(proposal.token_ids_BK >= 0, rate_K.to(target_probs_BK1V.device, non_blocking=True), 0.0)
         num_accepted_B = leading_run(draws.accept(probs_BK))
         return chain_verification(
             num_accepted_B, residual_at(num_accepted_B, proposal, target_probs_BK1V), num_slots, draws

@@ -22,7 +22,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from speculators.decoding.trees.token_tree import depths
 from speculators.interfaces import Draws, Proposal, Verification
+from speculators.nn.device import to_device
 
 
 def greedy_tree(proposal: Proposal, best_BK1: Tensor) -> Verification:
@@ -64,7 +66,7 @@ def multi_round_tree(proposal: Proposal, target_probs_BK1V: Tensor, draws: Draws
         rest_BV = torch.where(total_B1 > 0, excess_BV / total_B1.clamp_min(torch.finfo(draft_BV.dtype).tiny), left_BV)
         left_BV = torch.where((tested_B & ~accepted_B)[:, None], rest_BV, left_BV)
         left_BV = torch.where(accepted_B[:, None], target_probs_BK1V[:, slot + 1], left_BV)
-        path_BK[row_B[accepted_B], depth_B[accepted_B]] = slot
+        path_BK.scatter_(1, depth_B[:, None], torch.where(accepted_B, slot, entry_at(path_BK, depth_B))[:, None])
         node_B, depth_B = torch.where(accepted_B, slot, node_B), depth_B + accepted_B
     return Verification(path_BK, depth_B, draws.pick(left_BV[:, None], depth_B[:, None])[:, 0])
 
@@ -77,14 +79,13 @@ def _walk_matching(proposal: Proposal, target_token: Callable[[Tensor, int], Ten
     node_B = torch.full((B,), -1, dtype=torch.int64, device=tokens_BK.device)
     walking_B = torch.ones_like(node_B, dtype=torch.bool)
     path_BK, num_accepted_B, next_token_B = torch.full_like(tokens_BK, -1), torch.zeros_like(node_B), node_B.clone()
-    for depth in range(K + 1):
+    deepest, is_on_host = max(depths(proposal.parents_K.tolist()), default=0), tokens_BK.device.type == "cpu"
+    for depth in range(deepest + 1):
         token_B = target_token(node_B, depth)
         next_token_B = torch.where(walking_B, token_B, next_token_B)
-        if depth == K:
-            break
         is_match_BK = (parent_BK == node_B[:, None]) & (tokens_BK == token_B[:, None])
         walking_B = walking_B & is_match_BK.any(-1)
-        if not walking_B.any():
+        if depth == deepest or (is_on_host and not walking_B.any()):  # a GPU would be waited for
             break
         child_B = is_match_BK.long().argmax(-1)  # the first of equal siblings
         path_BK[:, depth] = torch.where(walking_B, child_B, -1)
@@ -92,12 +93,16 @@ def _walk_matching(proposal: Proposal, target_token: Callable[[Tensor, int], Ten
     return Verification(path_BK, num_accepted_B, next_token_B)
 
 
+def entry_at(values_BK: Tensor, index_B: Tensor) -> Tensor:
+    return values_BK.gather(1, index_B[:, None])[:, 0]
+
+
 def parent_rows(proposal: Proposal) -> Tensor:
     """int64 [B, K]: the target row that scores each slot's token."""
     tokens_BK = proposal.token_ids_BK
     if proposal.parents_K is None:
         return torch.arange(tokens_BK.shape[1], device=tokens_BK.device).expand_as(tokens_BK)
-    return (proposal.parents_K.to(tokens_BK.device) + 1).expand_as(tokens_BK)
+    return (to_device(proposal.parents_K, tokens_BK.device) + 1).expand_as(tokens_BK)
 
 
 def longest_path(accepted_BK: Tensor, score_BK: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +125,7 @@ def longest_path(accepted_BK: Tensor, score_BK: Tensor, proposal: Proposal) -> t
     node_B = last_B
     for steps_back in range(K):
         depth_B = num_accepted_B - 1 - steps_back
-        on_path_B = (depth_B >= 0).nonzero()[:, 0]
-        path_BK[on_path_B, depth_B[on_path_B]] = node_B[on_path_B]
+        at_B = depth_B.clamp_min(0)
+        path_BK.scatter_(1, at_B[:, None], torch.where(depth_B >= 0, node_B, entry_at(path_BK, at_B))[:, None])
         node_B = torch.where(node_B >= 0, rows_BK.gather(1, node_B.clamp_min(0)[:, None])[:, 0] - 1, -1)
     return path_BK, num_accepted_B, last_B

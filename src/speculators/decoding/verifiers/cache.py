@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from speculators.nn.device import to_device
+
 GROWTH_SLOTS = 256
 """Capacity is a multiple of this: growing copies, so it must be rare."""
 MAX_GROWTH_SLOTS = 4096
@@ -104,10 +106,11 @@ class RowCache(Cache):
 
     def move(self, row: int, from_slots: list[int], to_slot: int) -> None:
         """Copy the given slots of a row to consecutive ones (a kept tree path)."""
+        slots = to_device(from_slots, next(iter(self.keys_by_layer.values())).device)
         for store in (self.keys_by_layer, self.values_by_layer):
             for states_RSND in store.values():
                 row_SND = states_RSND[row]
-                row_SND[to_slot : to_slot + len(from_slots)] = row_SND[from_slots]
+                row_SND[to_slot : to_slot + len(from_slots)] = row_SND[slots.to(row_SND.device)]
 
     def clear(self, row: int, from_slot: int) -> None:
         """Write zeros from a slot on."""

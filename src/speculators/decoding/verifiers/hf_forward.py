@@ -32,6 +32,7 @@ from transformers.modeling_utils import AttentionInterface
 from speculators.decoding.trees.token_tree import ancestor_mask, depths
 from speculators.decoding.verifiers.cache import RowCache, WriteSpan
 from speculators.interfaces import CaptureSpec
+from speculators.nn.device import to_device
 from speculators.nn.prepacked_linear import PrepackedLinears
 from speculators.utils.util import NestedContext
 from speculators.verifier import CapturedStates, VerifierParts, capture_states
@@ -115,7 +116,8 @@ class MaskBuilder:
             shape = TreeShape.of(parents_K)
             if len(self.trees) > 64:  # dynamic trees differ every round
                 self.trees.clear()
-            self.trees[key] = TreeShape(shape.depth_T.to(self.device), shape.is_ancestor_TT.to(self.device))
+            is_ancestor_TT = to_device(shape.is_ancestor_TT, self.device, torch.bool)
+            self.trees[key] = TreeShape(to_device(shape.depth_T, self.device), is_ancestor_TT)
         return self.trees[key]
 
     def _grouped(self, visible_BTS: Tensor, num_groups: int) -> Tensor:
@@ -195,12 +197,13 @@ class HFForward(NestedContext):
         span: WriteSpan,
         columns_B: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits, and the states a drafter reads. `columns_B`: logits of this column of each row alone, [B, 1, V]."""
+        """Logits, and the states a drafter reads. `columns_B`: logits of this column of each row alone, [B, 1, V]; best
+        on the host."""
         self.cache.span = span
         kwargs: dict[str, Any] = {self._cache_name: self.cache}
         if columns_B is not None and self._has_logits_to_keep:
             columns_C, columns_B = columns_B.unique(return_inverse=True)
-            kwargs["logits_to_keep"] = columns_C
+            kwargs["logits_to_keep"] = to_device(columns_C, token_ids_BT.device)
         if self.max_position is not None and span.num_slots_read > self.max_position:
             position_BT = position_BT.clamp(max=self.max_position - 1)  # drafts past the last position are never kept
         if self._has_positions:
@@ -209,6 +212,7 @@ class HFForward(NestedContext):
             kwargs["attention_mask"] = masks
         logits = self.model(input_ids=token_ids_BT, use_cache=True, **kwargs).logits
         if columns_B is not None:
+            columns_B = to_device(columns_B, logits.device)
             logits = logits[torch.arange(len(columns_B), device=logits.device), columns_B][:, None]
         return logits, self._states.drafter_input if self._states is not None else None
 

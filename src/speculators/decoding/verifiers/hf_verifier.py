@@ -25,6 +25,7 @@ from speculators.decoding.verifiers.hf_forward import HFForward, MaskBuilder, Ma
 from speculators.decoding.verifiers.lean_forward import LeanForward
 from speculators.decoding.verifiers.lean_weights import LeanWeights, NotLlamaShaped
 from speculators.interfaces import CaptureSpec, VerifierOutput
+from speculators.nn.device import to_device
 from speculators.utils.util import NestedContext
 from speculators.verifier import VerifierParts, capture_states, verifier_parts
 
@@ -131,7 +132,7 @@ class HFVerifier(NestedContext):
         position_BT, masks = self._positions_and_masks(lengths, T, parents_K)
         span = self._span(lengths, first_row, T, position_BT, parents_K is None)
         self._last_rows = (first_row, parents_K is not None)
-        columns_B = (num_valid_B - 1).clamp(min=0).to(self.device) if last_only else None
+        columns_B = (num_valid_B - 1).clamp(min=0) if last_only else None
         return VerifierOutput(*self._forward(token_ids_BT, position_BT, masks, span, columns_B))
 
     def keep(self, columns_BT: Tensor, num_kept_B: Tensor) -> None:
@@ -177,13 +178,13 @@ class HFVerifier(NestedContext):
         groups = self._forward.num_groups if num_tokens <= MAX_GROUPED_TOKENS else 1
         if parents_K is not None:
             tree = self._masks.tree_shape(parents_K)
-            length_B = torch.tensor(lengths, device=self.device)
+            length_B = to_device(lengths, self.device)
             position_BT = length_B[:, None] + tree.depth_T
             return position_BT, self._unwrapped(self._masks.tree(tree, length_B, num_slots, groups))
         if len(set(lengths)) == 1:
             position_BT = self._positions(num_slots)[lengths[0] :].expand(len(lengths), -1)
         else:
-            length_B1 = torch.tensor(lengths, device=self.device)[:, None]
+            length_B1 = to_device(lengths, self.device)[:, None]
             position_BT = length_B1 + self._positions(num_tokens)
         if self._forward.is_grouped and _needs_no_mask(self._masks.windows, lengths, num_tokens):
             return position_BT, None

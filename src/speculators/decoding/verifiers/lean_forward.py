@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from speculators.decoding.verifiers.cache import WriteSpan, grown_capacity
 from speculators.decoding.verifiers.lean_weights import LeanLayer, LeanWeights, Rotary
 from speculators.interfaces import CaptureSpec
+from speculators.nn.device import to_device
 from speculators.verifier import CapturedStates
 
 Masks = Tensor | dict[str, Tensor] | None
@@ -52,7 +53,8 @@ class LeanForward:
         rope = self._rope.slice(position_BT, span)
         hidden_BTH = self.hidden(token_ids_BT, rope, masks, slots, states)
         if columns_B is not None:
-            hidden_BTH = hidden_BTH[torch.arange(len(columns_B), device=hidden_BTH.device), columns_B][:, None]
+            row_B = torch.arange(len(columns_B), device=hidden_BTH.device)
+            hidden_BTH = hidden_BTH[row_B, to_device(columns_B, hidden_BTH.device)][:, None]
         logits = self.weights.head(self.weights.final_norm(hidden_BTH))
         return logits, states.drafter_input if self.capture != CaptureSpec() else None
 
@@ -194,7 +196,7 @@ class LeanCache:
 
     def move(self, row: int, from_slots: list[int], to_slot: int) -> None:
         """Copy the given slots of a row to consecutive ones (a kept tree path)."""
-        slots = torch.tensor(from_slots, device=self.storage.device)
+        slots = to_device(from_slots, self.storage.device)
         self.storage[:, row, to_slot : to_slot + len(from_slots)] = self.storage[:, row, slots]
 
     def clear(self, row: int, from_slot: int) -> None:

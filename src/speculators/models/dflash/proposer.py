@@ -27,6 +27,7 @@ from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Propos
 from speculators.models.dflash.block_attention import LayerMask
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.nn.cache import INITIAL_CAPACITY, DraftCache, Span
+from speculators.nn.device import read_on_host, to_device
 from speculators.nn.draft_tokens import NO_DRAFT, draft_slots
 from speculators.nn.packed_row import additive_mask
 from speculators.nn.prepacked_linear import PrepackedLinears
@@ -45,7 +46,7 @@ class BlockPass:
     def __post_init__(self) -> None:
         self.is_even = len(set(self.lengths)) == 1
         self.end = max(self.lengths) + self.num_slots
-        self.lengths_B = torch.tensor(self.lengths, device=self.device)
+        self.lengths_B = to_device(self.lengths, self.device)
         self.positions_BS = self.lengths_B[:, None] + torch.arange(self.num_slots, device=self.device)
 
     def span(self) -> Span:
@@ -155,7 +156,8 @@ class DFlashProposer:
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
-        num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
+        known = read_on_host(committed)
+        num_new, num_committed = known.num_new, known.num_committed
         with self.prepacked:
             anchor_B = self.ingest(committed, num_new, num_committed)
             if num_tokens == 0:
@@ -164,13 +166,15 @@ class DFlashProposer:
             draft_ids_BK, probs_BKV = self.draft(hidden_BKH, anchor_B, sampling)
         drafts_B = [new > 0 for new in num_new]
         if not all(drafts_B):
-            draft_ids_BK[~torch.tensor(drafts_B, device=self.device)] = NO_DRAFT
+            idle_B1 = ~to_device(drafts_B, self.device, torch.bool)[:, None]
+            draft_ids_BK = draft_ids_BK.masked_fill(idle_B1, NO_DRAFT)
         return Proposal(draft_ids_BK, probs_BKV)
 
     @torch.inference_mode()
     def slots_after(self, committed: Committed, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Returns logits [B, K, V_draft] and hidden states [B, K, H] of the slots behind what was committed."""
-        num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
+        known = read_on_host(committed)
+        num_new, num_committed = known.num_new, known.num_committed
         with self.prepacked:
             hidden_BKH = self.fill(self.ingest(committed, num_new, num_committed), num_tokens)
             return self.network.lm_head(hidden_BKH), hidden_BKH
@@ -191,12 +195,13 @@ class DFlashProposer:
             if new:
                 self.cache.lengths[row] = total - 1
         self.cache.reserve(max(num_committed))
-        columns_T = torch.arange(committed.token_ids_BT.shape[1], device=self.device)
-        positions_BT = (committed.num_committed_B - committed.num_new_B)[:, None] + columns_T - 1
         # Column 0 of a new request has no state, hence no entry.
-        is_entry_BT = (columns_T < committed.num_new_B[:, None]) & (positions_BT >= 0)
-        row_M, column_M = is_entry_BT.nonzero().unbind(1)
-        position_M = positions_BT[row_M, column_M]
+        entries = [
+            (row, column, total - new + column - 1)
+            for row, (new, total) in enumerate(zip(num_new, num_committed, strict=True))
+            for column in range(int(new == total), new)
+        ]
+        row_M, column_M, position_M = to_device(entries, self.device).view(-1, 3).unbind(1)
         context_MH = self.network.context(committed.states_BTD[row_M, column_M].to(self.dtype))
         rope = self.network.rope.tables(max(num_committed), self.device, self.dtype).at(position_M)
         self.cache.write_context(row_M, position_M, self.context_kv(context_MH, rope))

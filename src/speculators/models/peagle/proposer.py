@@ -22,6 +22,7 @@ from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Propos
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.feedback_proposer import ALONE_FROM, FeedbackProposer
 from speculators.nn.cache import Span
+from speculators.nn.device import read_on_host, to_device
 from speculators.nn.draft_tokens import NO_DRAFT, draft_slots
 
 
@@ -46,20 +47,23 @@ class PEagleProposer(FeedbackProposer):
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
-        num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
+        known = read_on_host(committed)
+        num_new, num_committed = known.num_new, known.num_committed
         with self.prepacked:
             normed_BKH = self.fill(committed, num_new, num_committed, max(num_tokens, 1))[:, :num_tokens]
             logits_BKV = self.network.lm_head(normed_BKH)
             draft_ids_BK, probs_BKV = draft_slots(logits_BKV, sampling, self.d2t, self.verifier_vocab_size)
         drafts_B = [new > 0 and total > 1 for new, total in zip(num_new, num_committed, strict=True)]
         if not all(drafts_B):
-            draft_ids_BK[~torch.tensor(drafts_B, device=self.device)] = NO_DRAFT
+            idle_B1 = ~to_device(drafts_B, self.device, torch.bool)[:, None]
+            draft_ids_BK = draft_ids_BK.masked_fill(idle_B1, NO_DRAFT)
         return Proposal(draft_ids_BK, probs_BKV)
 
     @torch.inference_mode()
     def slot_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
         """Log-probabilities [B, K, V_draft] of each slot, which do not depend on the other drafts."""
-        num_new, num_committed = torch.stack((committed.num_new_B, committed.num_committed_B)).tolist()
+        known = read_on_host(committed)
+        num_new, num_committed = known.num_new, known.num_committed
         with self.prepacked:
             normed_BKH = self.fill(committed, num_new, num_committed, num_tokens)
             return self.network.lm_head(normed_BKH).float().log_softmax(-1)
