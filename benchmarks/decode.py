@@ -48,8 +48,8 @@ def paired(baseline: Callable[[], Any], ours: Callable[[], Any], repeats: Repeat
 def generate(model: Any, prompts: list[list[int]], num_tokens: int, **options: Any) -> list[list[int]]:
     """transformers' own loop, left-padded."""
     longest = max(map(len, prompts))
-    token_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    token_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.inference_mode():
         output = model.generate(
             token_ids,

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from speculators.decoding import Engine, HFVerifier, SamplingParams
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
+from speculators.nn.device import read_on_host, to_device
 
 K = 4
 
@@ -63,18 +64,17 @@ class Oracle:
 
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         self.num_calls += 1
-        if len(committed.num_new_B) == len(self.texts) and bool(committed.num_new_B.gt(0).all()):
-            self.marks.append((time.perf_counter(), int(committed.num_committed_B.sum())))
-        token_ids = committed.token_ids_BT.tolist()
+        token_ids, num_new, totals = read_on_host(committed)
+        if len(num_new) == len(self.texts) and all(num_new):
+            self.marks.append((time.perf_counter(), sum(totals)))
         drafts = []
-        totals = committed.num_committed_B.tolist()
-        for row, new in enumerate(committed.num_new_B.tolist()):
+        for row, new in enumerate(num_new):
             if new and new == totals[row]:
                 self.text_by_row[row] = next(t for t in self.texts if t[:new] == token_ids[row][:new])
             right = self.text_by_row[row][totals[row] : totals[row] + num_tokens]
             right += [0] * (num_tokens - len(right))
             drafts.append([t if self.chooser.random() < self.accuracy else t ^ 1 for t in right])
-        return Proposal(torch.tensor(drafts))
+        return Proposal(to_device(drafts, committed.token_ids_BT.device))
 
 
 class Forwards:

@@ -37,8 +37,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", choices=list(DRAFTERS), default=list(DRAFTERS)[:5])
     parser.add_argument("--length", type=int, default=2048, help="tokens of the packed row, in two documents")
-    parser.add_argument("--vocab", type=int, default=32000, help="draft vocabulary")
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--draft-vocab", type=int, default=0, help="0: all of the vocabulary")
     parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=0, help="0: 11/4 of --hidden")
+    parser.add_argument("--heads", type=int, default=0, help="0: as many as --hidden has room for")
+    parser.add_argument("--kv-heads", type=int, default=0, help="0: as many as --heads")
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3, help="unroll steps (eagle3, eagle: HASS, mtp) and heads (mlp)")
     parser.add_argument("--anchors", type=int, default=256, help="of peagle, dflash and dspark")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of autocast")
@@ -58,11 +63,11 @@ def layer_config(options: argparse.Namespace, route: dict[str, str], family: str
         family,
         vocab_size=options.vocab,
         hidden_size=options.hidden,
-        intermediate_size=options.hidden * 11 // 4,
+        intermediate_size=options.intermediate or options.hidden * 11 // 4,
         num_hidden_layers=num_layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64,
-        head_dim=64,
+        num_attention_heads=options.heads or options.hidden // options.head_dim,
+        num_key_value_heads=options.kv_heads or options.heads or options.hidden // options.head_dim,
+        head_dim=options.head_dim,
         max_position_embeddings=options.length,
     )
     config._attn_implementation = route["attention"]
@@ -70,9 +75,13 @@ def layer_config(options: argparse.Namespace, route: dict[str, str], family: str
 
 
 def with_verifier_weights(model: Any, *names: str) -> Any:
-    """Random ones: what a drafter takes from its verifier is NaN until then."""
+    """Random ones: what a drafter takes from its verifier is NaN until then. A draft vocabulary is the first ids."""
     import torch
 
+    if getattr(model, "use_draft_vocab", False):
+        num_draft = model.draft_vocab_size
+        t2d = torch.arange(model.verifier_vocab_size) < num_draft
+        model.load_vocab_mappings(t2d, torch.zeros(num_draft, dtype=torch.int64))
     for name in names:
         weight = getattr(model, name).weight
         torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
@@ -96,7 +105,7 @@ def eagle3(options: argparse.Namespace, route: dict[str, str]) -> tuple[Any, dic
 
     config = Eagle3SpeculatorConfig(
         transformer_layer_config=layer_config(options, route, "llama"),
-        draft_vocab_size=options.vocab,
+        draft_vocab_size=options.draft_vocab or options.vocab,
         eagle_aux_hidden_state_layer_ids=AUX_LAYERS,
         norm_before_residual=True,
         norm_before_fc=True,
@@ -111,7 +120,7 @@ def peagle(options: argparse.Namespace, route: dict[str, str]) -> tuple[Any, dic
 
     config = PEagleSpeculatorConfig(
         transformer_layer_config=layer_config(options, route, "llama"),
-        draft_vocab_size=options.vocab,
+        draft_vocab_size=options.draft_vocab or options.vocab,
         eagle_aux_hidden_state_layer_ids=AUX_LAYERS,
         mask_token_id=MASK_TOKEN,
     )
@@ -138,7 +147,7 @@ def dspark(options: argparse.Namespace, route: dict[str, str]) -> tuple[Any, dic
 def block_fields(options: argparse.Namespace, route: dict[str, str]) -> dict[str, Any]:
     return {
         "transformer_layer_config": layer_config(options, route, "qwen3", BLOCK_LAYERS),
-        "draft_vocab_size": options.vocab,
+        "draft_vocab_size": options.draft_vocab or options.vocab,
         "block_size": BLOCK_SIZE,
         "aux_hidden_state_layer_ids": AUX_LAYERS,
         "mask_token_id": MASK_TOKEN,

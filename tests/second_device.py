@@ -1,6 +1,6 @@
 """A device that is not the host, on a machine without one: its tensors are `meta` tensors, and each storage has a twin
-on the host that holds its values. So what runs on a GPU runs here, by the routes that a GPU takes, with its results; and
-three things are counted that decide how fast a GPU is:
+on the host that holds its values. So what runs on a GPU runs here, by the routes that a GPU takes, with its results;
+and three things are counted that decide how fast a GPU is:
 
     reads      the host waits for a value: item, tolist, cpu, bool(tensor), nonzero, unique, an index that is a mask
     waits      the host waits for a copy to the device, because it was not `non_blocking`

@@ -106,16 +106,6 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class CommittedOnHost:
-    """What the engine knows of a `Committed` on the host, so that nobody waits for the device to read it."""
-
-    token_ids_by_row: list[list[int]]
-    """Without padding."""
-    num_new: list[int]
-    num_committed: list[int]
-
-
-@dataclass(frozen=True)
 class Committed:
     """Tokens the engine committed since the proposer was last called.
 
@@ -135,8 +125,8 @@ class Committed:
     num_committed_B: Tensor
     """int64 sequence lengths after this commit. `num_new == num_committed > 0` means a new request took the row:
     whatever the proposer kept for that row is void. B ends at the last used row: it may differ between calls."""
-    on_host: CommittedOnHost | None = None
-    """None where it was not made by the engine (`nn.device.read_on_host`)."""
+    on_host: tuple[list[list[int]], list[int], list[int]] | None = None
+    """New tokens by row, `num_new` and `num_committed`, where the engine knows them: `nn.device.read_on_host`."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +149,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class DraftSampling:
-    """Says how a proposer draws drafts: temperatures [B] (0 = argmax) and the source of randomness, on their device."""
+    """Says how a proposer draws drafts: temperatures [B] (0 = argmax) and the source of randomness."""
 
     temperature_B: Tensor
     generator: torch.Generator | None = None
@@ -252,11 +242,9 @@ class Verifier(Protocol):
 
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's tokens from `length` on; 0 frees the row."""
-        ...
 
     def share_prefix(self, from_row: int, to_row: int, length: int) -> None:
         """Give an empty row the first `length` cached tokens of another."""
-        ...
 
     def clear_unused(self) -> None:
         """Overwrite what the cache holds behind each row's tokens. Called after scores that were not finite: slots

@@ -209,9 +209,7 @@ def drafted_tokens(proposal: Proposal) -> DraftedTokens | None:
         is_ancestor_TT = ancestor_mask(proposal.parents_K.tolist())
     else:
         is_ancestor_TT = torch.ones(K + 1, K + 1, dtype=torch.bool).tril()
-    return DraftedTokens(
-        proposal.token_ids_BK, to_device(is_ancestor_TT, proposal.token_ids_BK.device, torch.bool)
-    )
+    return DraftedTokens(proposal.token_ids_BK, to_device(is_ancestor_TT, proposal.token_ids_BK.device, torch.bool))
 
 
 # -- scores that are no numbers

@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 from speculators.decoding.request import ActiveRequest
 from speculators.decoding.sampling import BatchSampling, SeenTokens, logprobs_of
 from speculators.decoding.settings import SamplingParams
-from speculators.interfaces import Committed, CommittedOnHost, Proposal, Verifier, VerifierOutput
-from speculators.nn.device import read_on_host, to_device
+from speculators.interfaces import Committed, Proposal, Verifier, VerifierOutput
+from speculators.nn.device import CommittedOnHost, read_on_host, to_device
 
 MIN_SHARED_TOKENS = 16
 """Shorter common starts are computed twice: a copy saves less than the row waits for it."""

@@ -75,8 +75,7 @@ def _walk_matching(proposal: Proposal, target_token: Callable[[Tensor, int], Ten
     """Walk down while a child carries the verifier's token, which `target_token(node, depth)` names for each row."""
     assert proposal.parents_K is not None
     tokens_BK, parent_BK = proposal.token_ids_BK, parent_rows(proposal) - 1
-    B, K = tokens_BK.shape
-    node_B = torch.full((B,), -1, dtype=torch.int64, device=tokens_BK.device)
+    node_B = tokens_BK.new_full((len(tokens_BK),), -1)
     walking_B = torch.ones_like(node_B, dtype=torch.bool)
     path_BK, num_accepted_B, next_token_B = torch.full_like(tokens_BK, -1), torch.zeros_like(node_B), node_B.clone()
     deepest, is_on_host = max(depths(proposal.parents_K.tolist()), default=0), tokens_BK.device.type == "cpu"
