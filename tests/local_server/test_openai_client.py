@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,11 @@ import openai
 import pytest
 
 from speculators.decoding import Engine, SamplingParams
+from speculators.decoding.request import RequestOutput, TokenLogprobs
+from speculators.local_server.answers import Answers
 from speculators.local_server.app import LocalServer
+from speculators.local_server.engine_thread import Call
+from speculators.local_server.protocol import ChatBody
 from speculators.utils.chat_template import chat_prompt
 
 QUESTION = "Write the numbers from one to ten, and again from one to ten."
@@ -224,12 +229,29 @@ def test_what_is_wrong_is_named_with_its_rule_as_openai_names_errors(client, req
         ({"response_format": {"type": "json_object"}}, "answers are free text here"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"top_logprobs": 3}, "only with logprobs=true"),
+        ({"messages": [{"role": "user"}]}, "a message of the role 'user' needs content"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}}, "'chat_template' is no variable"),
+        ({"extra_body": {"chat_template_kwargs": {"tokenize": False}}}, "'tokenize' is no variable of a template"),
+        ({"stop": ["x"] * 65}, "stop has 65 texts; at most 64"),
     ],
 )
 def test_a_chat_that_cannot_be_answered_as_asked_is_refused(client, request_, message):
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(**{"model": "tiny", "messages": MESSAGES, "max_tokens": 4, **request_})
     assert message in raised.value.message
+
+
+def test_infinite_log_probabilities_are_numbers_in_json():
+    position = TokenLogprobs(-math.inf, {0: -math.inf})
+    answers = Answers(ChatBody(messages=[{"role": "user", "content": "a"}]), "tiny", Letters())
+    call, output = Call(print, prompts=[[0]]), RequestOutput([0], [0], "a", "length", logprobs=[position])
+    (entry,) = answers.whole(call, [output])["choices"][0]["logprobs"]["content"]
+    assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] == -9999.0
+
+
+class Letters:
+    def decode(self, token_ids, skip_special_tokens=True):
+        return "a" * len(token_ids)
 
 
 def test_fields_that_change_no_text_are_ignored_and_null_is_the_default(client, plain):

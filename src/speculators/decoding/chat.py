@@ -162,3 +162,10 @@ def refuse_name(verifier: object) -> None:
             f"Engine takes a loaded verifier, not the name {os.fspath(verifier)!r}; Engine.from_pretrained loads it, "
             "with its tokenizer"
         )
+
+
+def refuse_other_than_variables(template_kwargs: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for arguments, from a stranger, that are the tokenizer's own: another template could run for
+    ever, and `tokenize` would change what is returned."""
+    for name in signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() & template_kwargs.keys():
+        raise ValueError(f"chat_template_kwargs: {name!r} is no variable of a template, and not for a client to say")

@@ -183,8 +183,8 @@ class Answers:
         self._num_written[choice] = start
         return {
             "tokens": tokens,
-            "token_logprobs": [position.logprob for position in logprobs],
-            "top_logprobs": [{self._token(i): value for i, value in position.top.items()} for position in logprobs],
+            "token_logprobs": [finite(position.logprob) for position in logprobs],
+            "top_logprobs": [{self._token(i): finite(p) for i, p in position.top.items()} for position in logprobs],
             "text_offset": offsets,
         }
 
@@ -200,7 +200,7 @@ class Answers:
             None
             if position is None
             else {
-                str(i): {"logprob": value, "decoded_token": self._token(i)}
+                str(i): {"logprob": finite(value), "decoded_token": self._token(i)}
                 for i, value in {**position.top, token_id: position.logprob}.items()
             }
             for token_id, position in zip(prompt, logprobs, strict=True)
@@ -211,7 +211,12 @@ class Answers:
 
 
 def entry_of(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    return {"token": token, "logprob": finite(logprob), "bytes": list(token.encode())}
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: what cannot be drawn has vLLM's number for it."""
+    return max(logprob, -9999.0)
 
 
 def refuse_failed(ended: RequestOutput | StreamEvent) -> None:

@@ -25,6 +25,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from starlette.exceptions import HTTPException
 from typing_extensions import Self
 
+from speculators.decoding.chat import refuse_other_than_variables
 from speculators.decoding.engine import Engine
 from speculators.decoding.settings import SamplingParams
 from speculators.local_server.answers import DONE, Answers, Asked, event_of, unless_disconnected
@@ -69,7 +70,6 @@ class Api:
             "created": 0,
             "owned_by": "speculators",
             "root": self.root,
-            "parent": None,
             "max_model_len": self.engine.max_length,
             "speculative_methods": self.most_tokens,
         }
@@ -85,17 +85,18 @@ class Api:
     async def tokenize(self, request: Request) -> dict[str, Any]:
         body = parsed(TokenizeBody, await self._json(request))
         self._refuse_other_model(body.model)
-        encoded = self.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)
-        tokens = list(encoded["input_ids"])
+        tokens = self.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)["input_ids"]
         return {"count": len(tokens), "max_model_len": self.engine.max_length, "tokens": tokens}
 
     async def completions(self, request: Request) -> Any:
         body = parsed(CompletionBody, await self._json(request))
-        options = {"add_special_tokens": body.add_special_tokens}
 
         def tokens() -> list[list[int]]:
             tokenizer: Any = self.engine.tokenizer
-            return [p if isinstance(p, list) else tokenizer(p, **options)["input_ids"] for p in body.prompts()]
+            special = body.add_special_tokens
+            return [
+                p if isinstance(p, list) else tokenizer(p, add_special_tokens=special).input_ids for p in body.prompts()
+            ]
 
         return await self._answer(request, body, tokens, body.logprobs)
 
@@ -105,6 +106,7 @@ class Api:
         def tokens() -> list[list[int]]:
             assert self.engine.tokenizer is not None
             messages, options = body.rendered_messages(), body.chat_template_kwargs
+            refuse_other_than_variables(options or {})
             return [chat_prompt(self.engine.tokenizer, messages, template_kwargs=options)]
 
         return await self._answer(request, body, tokens, (body.top_logprobs or 0) if body.logprobs else None)
@@ -136,7 +138,7 @@ class Api:
                 raise ApiError(400, str(error)) from error
             raise
         if body.stream:
-            return StreamingResponse(self._events(asked, answers), media_type="text/event-stream; charset=utf-8")
+            return StreamingResponse(self._events(asked, answers), media_type="text/event-stream")
         try:
             return await unless_disconnected(request, self._whole(asked, answers))
         finally:

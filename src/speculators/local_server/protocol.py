@@ -34,6 +34,8 @@ IGNORED = (
 """Fields that change no text."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 ModelBody = TypeVar("ModelBody", bound=ReadableModel)
+MOST_TEXTS = 64
+"""Stop strings, or bad words, of one request: each costs time at every token of everybody."""
 MOST_LOGPROBS = 20
 """Alternatives per token, as in OpenAI's and vLLM's server."""
 
@@ -90,13 +92,10 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.headers = status, message, param, dict(headers or {})
 
     TYPES: ClassVar[dict[int, str]] = {
-        400: "invalid_request_error",
+        **dict.fromkeys((400, 405, 413, 415), "invalid_request_error"),
         401: "authentication_error",
         403: "permission_error",
         404: "not_found_error",
-        405: "invalid_request_error",
-        413: "invalid_request_error",
-        415: "invalid_request_error",
         503: "overloaded_error",
     }
 
@@ -180,19 +179,22 @@ class Body(ReadableModel):
         return {name: value for name, value in values.items() if value is not None and name not in IGNORED}
 
     @model_validator(mode="after")
-    def _check_streaming(self) -> Self:
+    def _check(self) -> Self:
+        for name in ("stop", "bad_words"):
+            given = getattr(self, name)
+            if isinstance(given, list) and len(given) > MOST_TEXTS:
+                raise ValueError(f"{name} has {len(given)} texts; at most {MOST_TEXTS} are looked for")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only with stream=true")
         return self
 
     @property
     def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """Raises ValueError for what is no setting, and for a bias outside of what servers take."""
-        own = {field.name: getattr(self, field.name) for field in fields(SamplingParams) if field.name in SHARED}
-        given = {name: value for name, value in own.items() if value is not None}
+        given = {name: value for name in SHARED if (value := getattr(self, name)) is not None}
         if any(abs(bias) > SERVED_BIAS for bias in (self.logit_bias or {}).values()):
             raise ValueError(f"logit_bias={self.logit_bias} must be in [-{SERVED_BIAS}, {SERVED_BIAS}]")
         return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, method=self.speculative_method)
@@ -259,6 +261,8 @@ class ChatBody(Body):
 
 
 def text_of(message: ChatMessage) -> str | None:
+    if message.content is None and message.role in ("user", "system"):
+        raise ValueError(f"a message of the role {message.role!r} needs content")
     if not isinstance(message.content, list):
         return message.content
     return "\n".join(text_of_part(part) for part in message.content)
@@ -286,13 +290,11 @@ def limit_of(
 ) -> int:
     """The tokens that an answer may have. Raises ValueError where prompt and answer do not fit together."""
     longest = max(map(len, prompts))
-    asked = body.max_completion_tokens if isinstance(body, ChatBody) and body.max_completion_tokens else body.max_tokens
+    asked = (body.max_completion_tokens if isinstance(body, ChatBody) else None) or body.max_tokens
     if asked is not None and most is not None and asked > most:
         raise ValueError(f"max_tokens={asked} must be at most {most}, this server's limit")
     if longest >= max_length:
         raise ValueError(f"the prompt has {longest} tokens; prompt and answer together have at most {max_length}")
     if asked is not None and longest + asked > max_length:
-        raise ValueError(
-            f"max_tokens={asked} with a prompt of {longest} tokens: together they have at most {max_length}"
-        )
+        raise ValueError(f"max_tokens={asked} with a prompt of {longest} tokens: together at most {max_length}")
     return min(most or max_length, max_length - longest) if asked is None else asked
