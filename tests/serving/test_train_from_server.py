@@ -167,3 +167,25 @@ def test_served_states_are_cached_and_compared_with_those_stored(start_fake, set
     assert len(server.log) == asked + 1  # one row, to see that server and files agree
     offline = {"on_missing": "raise", "hidden_states_path": str(tmp_path / "stored"), "epochs": 1}
     run(settings, None, save_path=str(tmp_path / "third"), **offline)
+
+
+def test_a_run_goes_on_where_one_of_several_servers_dies(start_fake, tmp_path, verifier, data):
+    weights = []
+    for name in ("whole", "dying"):
+        servers = [start(start_fake, name=f"{name}-{number}") for number in range(2)]
+        if name == "dying":
+            servers[0].inject(*[""] * 5, "die")
+        several = {
+            "vllm_endpoint": ",".join(server.endpoint for server in servers),
+            "server_states_path": ",".join(str(server.states) for server in servers),
+        }
+        result = train(TrainConfig.from_flat({**keys(tmp_path / name, verifier, data), **several, **UNKEPT}))
+        weights.append(load_file(result.checkpoint / "master_weights.fp32"))
+    assert servers[0].log[-1] == "die" and len(servers[1].log) > len(servers[0].log)
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_directories_and_servers_must_pair(tmp_path, verifier, data):
+    several = {"vllm_endpoint": "http://a/v1,http://b/v1,http://c/v1", "server_states_path": "x,y"}
+    with pytest.raises(ValueError, match="names 2 directories for 3 servers"):
+        train(TrainConfig.from_flat({**keys(tmp_path, verifier, data), **several}))

@@ -26,6 +26,7 @@ EXPORTS = {
     "prepare_data": "prepare",
     "RegenerationReport": "regenerate",
     "regenerate_responses": "regenerate",
+    "BalancedSource": "sources",
     "CachedSource": "sources",
     "CorruptHiddenStatesError": "sources",
     "HiddenStateStore": "sources",

@@ -47,8 +47,8 @@ class DataKeys(AnchorKeys):
     )
     vllm_endpoint: str | None = Field(
         None,
-        description="Compute verifier states on this server (launch-vllm), e.g. http://localhost:8000/v1. "
-        "None: in process.",
+        description="Compute verifier states on this server (launch-vllm), e.g. http://localhost:8000/v1; several, "
+        "with commas, share the rows and stand in for each other. None: in process.",
     )
     verifier_device: str | None = Field(
         None, description="Device of the verifier in process, e.g. cuda:1. None: the drafter's."
@@ -58,7 +58,8 @@ class DataKeys(AnchorKeys):
     )
     server_states_path: str = Field(
         str(DEFAULT_STATES_DIRECTORY),
-        description="Directory that this server writes to: its --hidden-states-path. Files elsewhere are not touched.",
+        description="Directory that this server writes to: its --hidden-states-path (of several servers: one for each, "
+        "with commas, or one for all). Files elsewhere are not touched.",
     )
     request_timeout: float = Field(120.0, gt=0.0, description="Seconds the server may take for one row.")
     max_retries: int = Field(3, ge=0, description="Tries after a failed request, 1, 2, 4, ... seconds apart.")

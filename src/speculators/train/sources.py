@@ -9,6 +9,7 @@ files                                  reads them; --on-missing says what to do 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import torch
 
 from speculators.data_generation import (
+    BalancedSource,
     CachedSource,
     LocalSource,
     MemoryCachedSource,
@@ -25,6 +27,7 @@ from speculators.data_generation import (
     VllmSource,
     origin_of,
 )
+from speculators.data_generation.configs import DEFAULT_CONCURRENCY
 from speculators.data_generation.upkeep import MAX_STORED_DIFFERENCE, difference_of
 from speculators.interfaces import CaptureSpec, HiddenStateSource
 from speculators.train.data import ArrowDataset
@@ -183,7 +186,7 @@ def leave_out_untrained(dataset: ArrowDataset) -> str | None:
 
 
 def make_source(
-    keys: DataKeys, store: ShardedStore | None, computing: LocalSource | VllmSource | None, hidden_size: int
+    keys: DataKeys, store: ShardedStore | None, computing: HiddenStateSource | None, hidden_size: int
 ) -> HiddenStateSource:
     """Combines the store and the computing source; `computing=None`: every row that is used has a file."""
     if computing is None:
@@ -197,20 +200,33 @@ def make_source(
 
 def ask_server(
     keys: DataKeys, capture: CaptureSpec, verifier: str, hidden_size: int, note: Callable[[str], None]
-) -> VllmSource:
-    """Connects to the server behind `--vllm-endpoint`.
+) -> VllmSource | BalancedSource:
+    """Connects to the servers behind `--vllm-endpoint`.
 
-    Raises `ServerUnavailableError` when it does not answer, `ValueError` when a row is too long for it.
+    Raises `ServerUnavailableError` when none answers, `ValueError` when a row is too long for one.
     """
     assert keys.vllm_endpoint is not None
-    source = VllmSource(
-        keys.vllm_endpoint,
-        capture,
-        directory=keys.server_states_path,
+    urls, directories = (
+        [part.strip() for part in text.split(",")] for text in (keys.vllm_endpoint, keys.server_states_path)
+    )
+    if len(directories) not in (1, len(urls)):
+        raise ValueError(
+            f"--server-states-path names {len(directories)} directories for {len(urls)} servers: give one for each, in "
+            "the order of --vllm-endpoint, or one for all"
+        )
+    connect = partial(
+        VllmSource,
         hidden_size=hidden_size,
         timeout_s=keys.request_timeout,
-        max_retries=keys.max_retries,
+        max_retries=keys.max_retries if len(urls) == 1 else 0,  # another server is asked first
         validation_retries=keys.generation_validation_retries,
+    )
+    places = zip(urls, directories * (len(urls) // len(directories)), strict=True)
+    servers = [partial(connect, url, capture, directory=directory) for url, directory in places]
+    source = (
+        servers[0]()
+        if len(servers) == 1
+        else BalancedSource(servers, capture, concurrency=DEFAULT_CONCURRENCY, max_retries=keys.max_retries)
     )
     limit = source.served.max_model_len
     longest = max(lengths_of(keys))
@@ -229,7 +245,7 @@ def lengths_of(keys: DataKeys) -> list[int]:
     return [min(int(length), keys.total_seq_len) for length in PreparedData.open(keys.data_path).dataset()["seq_len"]]
 
 
-def kept_in_memory(keys: DataKeys, computing: LocalSource | VllmSource, hidden_size: int) -> HiddenStateSource:
+def kept_in_memory(keys: DataKeys, computing: HiddenStateSource, hidden_size: int) -> HiddenStateSource:
     """Keeps states in memory for later epochs; `--hidden-states-memory-gb 0` computes them anew each time."""
     if keys.hidden_states_memory_gb == 0:
         return computing
