@@ -1,6 +1,6 @@
 """`sp.diagnose`: measures a drafter with its verifier and its data, and names why its drafts are not accepted.
 
-    files -> check                              what differs from training, what an engine would read otherwise
+    files -> check                              what differs from training
     prompts -> the verifier's answers           the text that it drafts for
         -> drafted and decoded              is what drafts what was trained; does it draft at all
         -> training forward, with probes    would other layers, rope, norms, options, weights be right more often
@@ -243,27 +243,25 @@ class TrainingData:
 
 def find_training(path: Path | None, data: Sequence[str | os.PathLike[str]]) -> TrainingData:
     """Finds the training rows, given or recorded by the run, and what its records say."""
-    run = {} if path is None else read_run(path.parent)
+    file = None if path is None else path.parent / RUN_FILE
+    run = yaml.safe_load(file.read_text()) or {} if file is not None and file.is_file() else {}
     recorded = (run.get("data") or {}).get("data_path")
-    folders = [Path(source) for source in (*data, *([recorded] if recorded else [])) if is_prepared(Path(source))]
-    prepared = PreparedData.open(folders[0]) if folders else None
+    sources = [*data, *([recorded] if recorded else [])]
+    prepared = next((PreparedData.open(source) for source in sources if is_prepared(Path(source))), None)
     manifest = None if prepared is None else prepared.manifest
     metrics = None if path is None else path / METRICS_FILE
     validation = json.loads(metrics.read_text()) if metrics is not None and metrics.is_file() else None
+    ratio = (run.get("data") or {}).get("train_data_ratio", default_of(DataKeys, "train_data_ratio"))
+    num_rows = None if manifest is None else manifest.num_rows
     known = Training(
-        num_rows=None if manifest is None else manifest.num_rows,
+        num_rows=num_rows,
         num_supervised=None if manifest is None else manifest.num_supervised_tokens,
         longest=None if manifest is None else manifest.longest_row,
         validation=validation,
+        num_validated=0 if num_rows is None else num_rows - int(num_rows * ratio),
         best=None if path is None else better_checkpoint(path, validation),
     )
-    ratio = (run.get("data") or {}).get("train_data_ratio", default_of(DataKeys, "train_data_ratio"))
     return TrainingData(prepared, known, ratio)
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    file = folder / RUN_FILE
-    return dict(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
 
 def metric_of(validation: Mapping[str, float]) -> float | None:

@@ -61,8 +61,8 @@ class Toys:
         given = {
             "verifier": self.verifier,
             "data": [self.prompts, self.data],
-            "num_prompts": 6,
-            "max_tokens": 32,
+            "num_prompts": 5,
+            "max_tokens": 24,
             **given,
         }
         return sp.diagnose(checkpoint, num_rows=8, **given)

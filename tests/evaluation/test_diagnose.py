@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from diagnosis_toys import (
     LAYERS,
+    VERIFIER,
     Toys,
     copy_of,
     make_holes,
     make_toys,
     narrow_window,
     perturbed_verifier,
+    questions,
     roll_fc,
     set_rope_theta,
     shift_map,
+    train,
     with_masks,
 )
+from engine_server import EngineServer, running
+from transformers import AutoTokenizer
 
+import speculators as sp
 from speculators.data_generation.prepared import PreparedData
+from speculators.evaluation.diagnosis import Diagnosis
+from speculators.model import SpeculatorModel
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +61,12 @@ def test_a_fault_of_the_files_is_found_without_their_record(toys, tmp_path, caus
     assert found.first == cause
 
 
-def of_masks(toys: Toys, tmp_path: Path) -> dict:
-    """The questions are supervised, the answers are not."""
-    return {"data": [toys.prompts, with_masks(toys, tmp_path / "data", lambda mask: [1 - bit for bit in mask])]}
-
-
-def of_masks_one_late(toys: Toys, tmp_path: Path) -> dict:
-    return {"data": [toys.prompts, with_masks(toys, tmp_path / "data", lambda mask: [0, *mask[:-1]])]}
+def one_late(mask: list[int]) -> list[int]:
+    return [0, *mask[:-1]]
 
 
 SEEDED_CONDITIONS = {
-    "mask": of_masks,
-    "mask one late": of_masks_one_late,
+    "mask": lambda toys, tmp_path: {"data": [toys.prompts, with_masks(toys, tmp_path / "data", one_late)]},
     "temperature": lambda toys, tmp_path: {"temperature": 1.0},
     "inactive": lambda toys, tmp_path: {"num_speculative_tokens": 0},
     "inactive method": lambda toys, tmp_path: {"engine_config": {"method": "ngram", "num_speculative_tokens": 3}},
@@ -81,3 +85,78 @@ def test_holes_of_the_draft_vocabulary_are_found(toys, tmp_path):
     tokens = sorted(counts, key=lambda token: -counts[token])[8:40]
     found = toys.diagnose(copy_of(toys, tmp_path / "copy", tensors=lambda w: make_holes(w, tokens)))
     assert found.first == "vocabulary-holes"
+
+
+def test_too_little_data_is_found(toys, tmp_path):
+    few = sp.prepare_data(VERIFIER, toys.folder / "a.jsonl", output=tmp_path / "few", max_samples=4, num_workers=1)
+    run = train(tmp_path / "run", toys.verifier, few.path, epochs=20)
+    found = toys.diagnose(run, data=[toys.prompts])
+    assert found.first == "too-little-data"
+    assert found.causes[0].evidence["training rows"] == 4
+
+
+def test_text_of_somebody_else_is_found(toys, tmp_path):
+    given = tmp_path / "given.jsonl"
+    answer = "Sure! You would usually call {} once, when the work is done, and ignore whatever it gives back to you."
+    with given.open("w") as file:
+        for row in questions()[:24]:
+            [question] = row["messages"]
+            messages = [question, {"role": "assistant", "content": answer.format(question["content"].split("`")[1])}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    data = sp.prepare_data(VERIFIER, given, output=tmp_path / "data", num_workers=1)
+    run = train(tmp_path / "run", toys.verifier, data.path, epochs=1)
+    found = toys.diagnose(run, data=[toys.prompts])
+    assert found.first == "off-policy"
+
+
+# -- running servers: our engine behind vLLM's interface
+
+
+def serving(toys: Toys, drafter: Path | None, num_drafts: int = 3, **faults) -> AbstractContextManager[str]:
+    model = None if drafter is None else SpeculatorModel.from_pretrained(drafter, verifier=VERIFIER, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
+    return running(EngineServer(toys.verifier, tokenizer, model, num_drafts, **{"root": VERIFIER, **faults}))
+
+
+def of_server(toys: Toys, url: str, **given) -> Diagnosis:
+    return toys.diagnose(toys.healthy, server=url, data=[toys.prompts], num_samples=16, **given)
+
+
+def test_nothing_is_found_on_a_healthy_server(toys):
+    with serving(toys, toys.healthy) as url, serving(toys, None) as plain:
+        found = of_server(toys, url, plain_url=plain)
+    assert found.healthy, found
+    assert found.measured["accepted by position, server"] == pytest.approx(
+        found.measured["accepted by position, our engine"], abs=0.05
+    )
+
+
+def greedy_when_sampling(token_ids: list[int], request: dict) -> list[int]:
+    """A sampler that takes a token too often."""
+    return token_ids if request["temperature"] == 0 else [token_ids[0], *[token_ids[0]] * (len(token_ids) - 1)]
+
+
+SEEDED_SERVERS = {
+    "aux-order": {"copy": {"tensors": roll_fc}},
+    "other-drafter": {"copy": {"tensors": lambda w: w["fc.weight"].normal_(0.0, 0.05)}},
+    "draft-tokens": {"num_drafts": 2},
+    "text-not-lossless": {"spoil": lambda ids, request: [*ids[:4], *[7] * (len(ids) - 4)]},
+    "sampling-not-lossless": {"spoil": greedy_when_sampling},
+    "later-positions": {"count": lambda positions: [positions[0], *[n // 8 for n in positions[1:]]]},
+    "verifier": {"root": "some-org/Other-8B"},
+}
+
+
+@pytest.mark.parametrize("cause", SEEDED_SERVERS)
+def test_a_fault_of_a_server_is_found(toys, tmp_path, cause):
+    faults = dict(SEEDED_SERVERS[cause])
+    copy = faults.pop("copy", None)
+    drafter = toys.healthy if copy is None else copy_of(toys, tmp_path / "copy", **copy)
+    with serving(toys, drafter, **faults) as url:
+        found = of_server(toys, url)
+    assert found.first == cause
+
+
+def test_a_server_that_drafts_nothing_is_inactive(toys):
+    with serving(toys, None) as url:
+        assert of_server(toys, url).first == "inactive"

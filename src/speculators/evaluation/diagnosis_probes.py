@@ -28,7 +28,7 @@ from speculators.verifier import verifier_parts
 
 THETAS = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)
 """Of rope, as published models have them."""
-NUM_SCREENED = 3
+NUM_SCREENED = 2
 """Texts on which every probe is tried; those that help are tried on all."""
 LEAST_SAVED = 0.1
 """Share of the loss that a probe must save, surely. Training leaves little to be saved by a setting beside its own."""

@@ -38,6 +38,8 @@ HOLES = 0.05
 """Share of the verifier's likeliest tokens that may be outside the draft vocabulary."""
 GAP = 0.25
 """Accuracy of the first draft on known text beyond that on new text, which says that the text was learnt by heart."""
+FEW_ROWS = 5
+"""Validation rows below which their accuracy says little."""
 WEAK_ON_KNOWN = 0.5
 """Accuracy of the first draft on its own training text below which a drafter has not learnt it."""
 FALLS = 0.75
@@ -208,6 +210,8 @@ class Training:
     """Tokens of the longest training row."""
     validation: Mapping[str, float] | None = None
     """Metrics of this checkpoint's validation."""
+    num_validated: int = 0
+    """Rows of the validation."""
     best: tuple[str, float, float] | None = None
     """(name, its acceptance length in validation, this one's) of a clearly better checkpoint of the run."""
     from_split: bool = False
@@ -232,24 +236,27 @@ def fit_causes(known: Accuracy | None, new: Accuracy, training: Training) -> lis
         sentence = f"trained too long: {name} reached {best:.2f} tokens per round in validation, this one {own:.2f}"
         fix = f"use {name}, or train for fewer epochs, or on more text"
         causes.append(Cause("overfitted", sentence, evidence, fix, FIT, 1 + (best - own) / GAP))
-    reference = on_new if training.from_split or validated is None else validated
-    if on_known is not None and on_known - reference > GAP and surely_apart(known, new):
-        sentence = (
-            f"it knows its training text by heart: {on_known:.0%} of first drafts right, {on_new:.0%} on new text"
-        )
-        fix = "train on more conversations (10,000 and more for a chat model); more epochs of these will not help"
-        causes.append(Cause("too-little-data", sentence, evidence, fix, FIT, (on_known - on_new) / GAP))
-    elif not training.from_split and reference - on_new > GAP and surely_apart(known, new):
-        sentence = (
-            f"the prompts are unlike the training text: {reference:.0%} of first drafts right there, {on_new:.0%} here"
-        )
-        fix = "train on prompts of the kind that it will serve, answered by the verifier"
-        causes.append(Cause("other-domain", sentence, evidence, fix, FIT, (reference - on_new) / GAP))
+    if on_known is not None and on_known - on_new > GAP and surely_apart(known, new):
+        causes.append(generalisation_cause(on_known, on_new, training, evidence))
     if on_known is not None and on_known < WEAK_ON_KNOWN and not causes:
         sentence = f"it has not learnt its training text: {on_known:.0%} of first drafts right there"
         fix = "train longer, or with a larger learning rate; look at the curve in metrics.jsonl"
         causes.append(Cause("undertrained", sentence, evidence, fix, FIT, WEAK_ON_KNOWN - on_known))
     return causes
+
+
+def generalisation_cause(on_known: float, on_new: float, training: Training, evidence: Mapping[str, Any]) -> Cause:
+    """Says where the accuracy fell: from known text to validation, or from validation to these prompts."""
+    strength = (on_known - on_new) / GAP
+    is_told = training.num_validated >= FEW_ROWS and not training.from_split
+    validated = (training.validation or {}).get("full_acc_0") if is_told else None
+    if validated is not None and validated - on_new > max(on_known - validated, GAP / 2):
+        sentence = f"the prompts are unlike the training text: {validated:.0%} of first drafts right in validation, "
+        fix = "train on prompts of the kind that it will serve, answered by the verifier"
+        return Cause("other-domain", f"{sentence}{on_new:.0%} here", evidence, fix, FIT, strength)
+    sentence = f"it knows its training text by heart: {on_known:.0%} of first drafts right, {on_new:.0%} on new text"
+    fix = "train on more conversations (10,000 and more for a chat model); more epochs of these will not help"
+    return Cause("too-little-data", sentence, evidence, fix, FIT, strength)
 
 
 def surely_apart(known: Accuracy | None, new: Accuracy) -> bool:
