@@ -74,11 +74,11 @@ class Diagnosis(SavedReport):
         return self.causes[0].name if self.causes else None
 
     def tables(self) -> list[Table]:
-        facts = {name.replace("_", " "): shown(value) for name, value in self.measured.items()}
+        facts = {name: shown(value) for name, value in self.measured.items()}
         facts |= {f"not examined: {what}": why for what, why in self.not_examined.items()}
         tables = [facts_table("Measured", facts)]
         for number, cause in enumerate(self.causes, start=1):
-            evidence = {name.replace("_", " "): shown(value) for name, value in cause.evidence.items()}
+            evidence = {name: shown(value) for name, value in cause.evidence.items()}
             title = escape(visible(f"{number}. {cause.name}"))
             tables.append(facts_table(title, {"cause": cause.sentence, **evidence, "way out": cause.fix}))
         return tables

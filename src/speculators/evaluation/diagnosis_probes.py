@@ -83,7 +83,7 @@ def probed(
 def as_cause(probe: Probe, base: Accuracy, found: Accuracy, saved: Estimate) -> Cause:
     before, after = base.acceptance_length, found.acceptance_length
     sentence = (
-        f"with {probe.words} the drafter loses {saved.value:.0%} less and accepts {after:.2f} tokens per round in "
+        f"with {probe.words} its loss is {saved.value:.0%} lower and {after:.2f} tokens per round are accepted in "
         f"place of {before:.2f}"
     )
     evidence = {
