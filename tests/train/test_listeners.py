@@ -20,8 +20,8 @@ STEP = StepDone(3, 10, 0, 0.5, {"loss": 2.0}, 1.75, 1000.0)
 def test_lines_say_what_matters():
     step = "step 3/10 epoch 0 loss 2.0000 acceptance length 1.75 lr 5.00e-01 1,000 tokens/s, 0% waiting for states"
     assert line(STEP) == step
-    measured = {"waiting": 0.25, "left_s": 3725.4, "peak_bytes": 17_100_000_000, "mfu": 0.41}
-    pace = "1,000 tokens/s, 25% waiting for states, 41% MFU, 1:02:05 left, peak 17.1 GB"
+    measured = {"waiting": 0.25, "left_s": 3725.4, "peak_bytes": 17_100_000_000}
+    pace = "1,000 tokens/s, 25% waiting for states, 1:02:05 left, peak 17.1 GB"
     assert line(replace(STEP, **measured)).endswith(f" {pace}")
     assert line(Validated(3, 0, {"loss": 2.0}, None)) == "validation after step 3: loss 2.0000"
     assert line(Saved(Path("run/0"), 3)) == "saved run/0"
@@ -38,7 +38,7 @@ def test_a_tracker_receives_metrics_of_training_and_validation(monkeypatch):
     module.init = lambda **options: Run()
     monkeypatch.setitem(sys.modules, "trackio", module)
     [tracker] = make_trackers("trackio", "./logs", None, {})
-    measured = {"waiting": 0.25, "left_s": 60.0, "peak_bytes": 17, "mfu": 0.5}
+    measured = {"waiting": 0.25, "left_s": 60.0, "peak_bytes": 17}
     for event in (Note("hello"), replace(STEP, **measured), Validated(4, 0, {"loss": 1.5}, 2.0)):
         tracker(event)
     learned = {"train/loss": 2.0, "train/acceptance_length": 1.75, "train/lr": 0.5, "train/tokens_per_s": 1000.0}

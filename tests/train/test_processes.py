@@ -109,7 +109,7 @@ def test_two_ranks_see_different_rows_and_end_with_the_same_weights(tmp_path, ve
         "from speculators.train.distributed import ranks_from_environment\n"
         "torch.set_num_threads(1)\n"
         "with ranks_from_environment() as ranks:\n"
-        "    trainer, _ = run.build(TrainConfig.resolve(sys.argv[2:]), ranks, lambda event: None)\n"
+        "    trainer = run.build(TrainConfig.resolve(sys.argv[2:]), ranks, lambda event: None).trainer\n"
         "    trainer.run_training()\n"
         "    seen = trainer.train_loader.sampler.rows()\n"
         "    torch.save((seen, trainer.model.state_dict()), f'{sys.argv[1]}/{ranks.rank}')\n"

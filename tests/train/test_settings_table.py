@@ -30,7 +30,7 @@ OWN = SpeculatorModel.get_class(ALGORITHM).training_args.model_fields
 KEYS = [*group_of(), *OWN]
 OUTSIDE = {
     *("verifier_name_or_path", "trust_remote_code", "data_path", "save_path", "speculator_type", "plugins"),
-    *("rank_timeout", "dry_run", "contract_check", "parity_gate", "logger", "log_dir", "run_name"),
+    *("rank_timeout", "dry_run", "estimate", "contract_check", "parity_gate", "logger", "log_dir", "run_name"),
     *("verifier_device", "verifier_device_map"),
     *("loss_implementation", "gradient_checkpointing", "deterministic_cuda", "seed", "cache_hidden_states"),
 }
@@ -143,7 +143,7 @@ def built(config: TrainConfig, place: SimpleNamespace, monkeypatch) -> str:
     monkeypatch.setattr(sources, "check_stored_states", lambda *args: None)
     monkeypatch.setattr(run, "write_provenance", lambda *args: None)
     heard: list[Any] = []
-    trainer, memory = run.build(config, Ranks(), heard.append, place.verifier)
+    trainer = run.build(config, Ranks(), heard.append, place.verifier).trainer
     model, loader = trainer.model, trainer.train_loader
     source = loader.read.__self__.source
     layers = getattr(model.config, "transformer_layer_config", None)
@@ -157,7 +157,6 @@ def built(config: TrainConfig, place: SimpleNamespace, monkeypatch) -> str:
         (type(source).__name__, str(getattr(source, "directory", ""))),
         asked,
         None if trainer.decoder is None else trainer.decoder.prompts,
-        memory.total_bytes,
     ]
     return "\n".join(map(str, facts))
 

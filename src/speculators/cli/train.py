@@ -25,11 +25,16 @@ def train(context: typer.Context) -> Result:
     refuse_missing_paths(context.args)
     configs = resolve_all(context.args)
     verifier, names = configs[0].verifier.verifier_name_or_path, [config.speculator_type for config in configs]
-    say(f"training {', '.join(names)} for {verifier}")
+    say(f"{'estimating' if configs[0].estimate else 'training'} {', '.join(names)} for {verifier}")
 
     from speculators.train.logger import TrainingProgress
     from speculators.train.recipe import begun_threads
-    from speculators.train.run import train_side_by_side
+    from speculators.train.run import estimate, train_side_by_side
+
+    if configs[0].estimate:
+        found = [estimate(config, TrainingProgress()) for config in configs]
+        estimates = {"verb": "train", "estimates": [each.as_dict() for each in found]}
+        return Result(estimates, found, "; ".join(each.sentence() for each in found))
 
     with choosing_threads(begun_threads(configs)), TrainingProgress() as progress:
         results = train_side_by_side(configs, listen=progress.of if len(configs) > 1 else lambda name: progress)

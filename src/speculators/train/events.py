@@ -62,9 +62,6 @@ class StepDone:
     """Estimated time to the last step, validations and checkpoints included; None at the first report."""
     peak_bytes: int = 0
     """Most memory that this process had so far: of the GPU, or on a CPU of the whole process."""
-    mfu: float | None = None
-    """Model FLOPs utilisation: the drafter's products with weights over what the card could do; None where its peak is
-    not known."""
     is_logged: bool = False
     """Whether `log_every` asks for a line where there is no terminal."""
 
@@ -155,14 +152,13 @@ def line(event: Event) -> str:
             return f"{signal_name}: saved {path}"
 
 
-PACE = ("tokens_per_s", "waiting", "left_s", "peak_bytes", "mfu")
+PACE = ("tokens_per_s", "waiting", "left_s", "peak_bytes")
 """Fields of `StepDone` that say what steps cost, not what they learn: another run of the same bits has others."""
 
 
 def pace(event: StepDone) -> str:
     """Returns speed, waiting, what is left and memory, as far as they are known, for a line."""
     parts = [f"{event.tokens_per_s:,.0f} tokens/s", f"{event.waiting:.0%} waiting for states"]
-    parts += [] if event.mfu is None else [f"{event.mfu:.0%} MFU"]
     parts += [] if event.left_s is None else [f"{timedelta(seconds=round(event.left_s))} left"]
     parts += [f"peak {human_bytes(event.peak_bytes)}"] if event.peak_bytes else []
     return ", ".join(parts)

@@ -144,6 +144,9 @@ class RunKeys(Keys):
         [], description="Python modules to import first: the algorithms they register train too."
     )
     dry_run: bool = Field(False, description="Build everything, estimate memory, save once, stop.")
+    estimate: bool = Field(
+        False, description="Say what the run needs (memory, time, disk, tokens) and what such data gave, and stop."
+    )
     seed: int = Field(42, ge=0, description="Seed of initial weights, shuffling and sampling.")
     deterministic_cuda: bool = Field(False, description="Only deterministic kernels on an accelerator.")
 

@@ -53,6 +53,7 @@ FREE_KEYS = frozenset(
         "contract_check",
         "deterministic_cuda",
         "dry_run",
+        "estimate",
         "eval_prompts",
         "generation_validation_retries",
         "gradient_checkpointing",

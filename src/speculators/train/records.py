@@ -1,10 +1,11 @@
-"""What a `Trainer` is told, what it reports of its steps, and what it answers."""
+"""What a `Trainer` is told, what it reports of its steps, what it answers, and the disk that a checkpoint takes."""
 
 from __future__ import annotations
 
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,16 +17,18 @@ import torch
 from rich.table import Table
 
 from speculators.losses.metrics import RecentSteps, expected_acceptance_length
+from speculators.model import SpeculatorModel
 from speculators.train.distributed import Ranks
 from speculators.train.events import Listener, StepDone, describe
 from speculators.train.keys import OptimizerKeys, SchedulerKeys, TrainerKeys
 from speculators.training_keys import default_of
-from speculators.utils.report import TableReport, facts_table
+from speculators.utils.report import TableReport, facts_table, human_bytes
 
 if TYPE_CHECKING:
     from speculators.deploy.report import CheckReport
     from speculators.evaluation.parity import ParityReport
 
+BYTES_FP32, BYTES_BF16 = 4, 2
 FIRST_ACCURACY = "full_acc_0"
 OVERFITTED = 0.25
 """Accuracy of the first draft in training beyond that in validation, which says that the data were learnt by heart."""
@@ -141,9 +144,6 @@ class StepReports(RecentSteps):
         self.untold: tuple[StepDone, Callable[[], dict[str, float]]] | None = None
         self.first: tuple[float, int] | None = None
         """When the first report was made, and of which step: before it things are compiled."""
-        self.flops_per_token: float | None = None
-        """Products with weights of a step, for each token that it reads; None where the card's peak is not known."""
-        self.peak_flops = 0.0
 
     def step_done(self, step: int, epoch: int, lr_scale: float) -> None:
         """Reports every `log_freq` steps, every `log_every` steps and at the last one."""
@@ -152,7 +152,6 @@ class StepReports(RecentSteps):
         if step % self.config.log_freq and not is_logged and step != self.num_steps:
             return
         self.tell()
-        speed = self.tokens_per_s()
         done = StepDone(
             step=step,
             num_steps=self.num_steps,
@@ -160,11 +159,10 @@ class StepReports(RecentSteps):
             lr=self.config.lr * lr_scale,
             metrics={},
             acceptance_length=None,
-            tokens_per_s=speed * self.ranks.world_size,
+            tokens_per_s=self.tokens_per_s() * self.ranks.world_size,
             waiting=self.waiting(),
             left_s=self.left_s(step),
             peak_bytes=peak_bytes(self.ranks.device),
-            mfu=None if self.flops_per_token is None else speed * self.flops_per_token / self.peak_flops,
             is_logged=is_logged,
         )
         self.untold = done, self.sums.reading(self.ranks.add_up)
@@ -204,4 +202,22 @@ def refuse_lost(metrics: Mapping[str, float], step: int, lr: float) -> None:
         raise ValueError(
             f"the loss became {metrics['loss']} by step {step}: nothing of it was saved; lower --lr (now {lr}), or "
             "check the verifier states with --hidden-states-dtype float32"
+        )
+
+
+def checkpoint_bytes(model: SpeculatorModel) -> int:
+    """Most that a checkpoint takes: weights, and two moments of what is trained."""
+    num_trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    num_all = sum(param.numel() for param in model.parameters())
+    return num_trained * 3 * BYTES_FP32 + num_all * BYTES_BF16
+
+
+def check_disk_space(path: Path, num_bytes: int) -> None:
+    """Raises `OSError` if the disk cannot hold a checkpoint: an error now is cheaper than one after an epoch."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise OSError(
+            f"a checkpoint takes {human_bytes(num_bytes)} but {existing} has {human_bytes(free)} free: free some "
+            "space, or choose another --output"
         )

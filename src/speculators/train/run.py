@@ -27,7 +27,7 @@ from speculators.train.data import ArrowDataset, CollateFn, PackedLoader
 from speculators.train.distributed import Ranks, ranks_from_environment
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.draft_shape import build_model, check_heads, load_verifier_config
-from speculators.train.estimate import MemoryEstimate, check_disk_space, estimate
+from speculators.train.estimate import RunEstimate, estimate_run
 from speculators.train.events import Listener, Note, as_notes, ignore, telling
 from speculators.train.flags import flag_of
 from speculators.train.logger import CurveFile, trackers_of
@@ -40,7 +40,7 @@ from speculators.train.recipe import (
     recipe_of,
     write_provenance,
 )
-from speculators.train.records import TrainerConfig, TrainResult
+from speculators.train.records import TrainerConfig, TrainResult, check_disk_space, checkpoint_bytes
 from speculators.train.side_by_side import Drafter, shared, take_turns, union_of
 from speculators.train.sources import (
     ask_server,
@@ -107,7 +107,7 @@ def train_side_by_side(
 
 
 def dry_run(drafter: Drafter) -> TrainResult:
-    drafter.on_event(Note(str(drafter.memory)))
+    drafter.on_event(Note(str(drafter.memory())))
     drafter.trainer.save(name=DRY_RUN)
     return TrainResult(Path(drafter.config.trainer.save_path) / DRY_RUN, {}, None, 0)
 
@@ -132,13 +132,19 @@ def close(
     return replace(result, parity=run_gate(config, verifier_name(config), result.checkpoint, ranks.device, verifier))
 
 
-def build(
-    config: TrainConfig, ranks: Ranks, on_event: Listener, verifier: PreTrainedModel | None = None
-) -> tuple[Trainer, MemoryEstimate]:
+def build(config: TrainConfig, ranks: Ranks, on_event: Listener, verifier: PreTrainedModel | None = None) -> Drafter:
     """Builds everything of a run of one drafter but its first step, and writes what makes it into its directory."""
     drafter = build_drafter(config, ranks, on_event)
     give_states([drafter], ranks, verifier)
-    return drafter.trainer, drafter.memory
+    return drafter
+
+
+def estimate(config: TrainConfig, on_event: Listener = ignore) -> RunEstimate:
+    """Says what a run needs and what it may give. Trains nothing, writes nothing and does not load the verifier."""
+    with ranks_from_environment(config.trainer.rank_timeout) as ranks:
+        drafter = build_drafter(config, ranks, on_event)
+    verifier_config = load_verifier_config(verifier_name(config), config.verifier.trust_remote_code)
+    return estimate_run(drafter.trainer, config, drafter.datasets[0], verifier_config, drafter.hidden_size)
 
 
 def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Drafter:
@@ -195,7 +201,7 @@ def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Draf
         recipe=recipe,
         is_closed=closed,
         random_state=ranks.random_state(),
-        memory=estimate(config, model, None, hidden_size),
+        hidden_size=hidden_size,
     )
 
 
@@ -228,8 +234,8 @@ def give_states(drafters: Sequence[Drafter], ranks: Ranks, verifier: PreTrainedM
             dataset.source = readable
     ranks.set_random_state(first.random_state)  # of the checkpoint: the verifier's proof draws numbers too
     for drafter in going:
-        drafter.memory = estimate(drafter.config, drafter.trainer.model, verifier_model, hidden_size)
-        check_disk_space(Path(drafter.config.trainer.save_path), drafter.memory.checkpoint_bytes)
+        drafter.verifier = verifier_model
+        check_disk_space(Path(drafter.config.trainer.save_path), checkpoint_bytes(drafter.trainer.model))
         if ranks.is_main and not drafter.trainer.is_finished() and not config.dry_run:
             write_provenance(drafter.config, drafter.recipe)
 

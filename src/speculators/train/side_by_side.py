@@ -29,7 +29,7 @@ from speculators.interfaces import CaptureSpec, HiddenStateSource, VerifierState
 from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset
 from speculators.train.distributed import RandomState, Ranks
-from speculators.train.estimate import MemoryEstimate
+from speculators.train.estimate import MemoryEstimate, estimate_memory, probes_of
 from speculators.train.events import Listener
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
 from speculators.train.records import TrainResult
@@ -53,11 +53,21 @@ class Drafter:
     """Trained and checked: nothing is left to do."""
     random_state: RandomState
     """With which its next step begins."""
-    memory: MemoryEstimate
+    hidden_size: int
+    """Of the verifier."""
+    verifier: PreTrainedModel | None = None
+    """Where it is in this process."""
 
     @property
     def name(self) -> str:
         return self.config.speculator_type
+
+    def memory(self) -> MemoryEstimate:
+        """What the run needs, measured on short rows."""
+        params = [] if self.verifier is None else list(self.verifier.parameters())
+        num_bytes = sum(param.numel() * param.element_size() for param in params)
+        probes = probes_of(self.trainer, self.config, self.datasets[0], self.hidden_size)
+        return estimate_memory(self.trainer, self.config, probes, self.hidden_size, num_bytes)
 
     def decode_prompts(self, verifier: PreTrainedModel) -> None:
         rows, num_prompts = self.datasets[-1].rows, self.config.trainer.eval_prompts

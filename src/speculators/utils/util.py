@@ -1,12 +1,13 @@
 """Finds the device to work on (CUDA, Ascend NPU or CPU), and turns what other people wrote into objects: a wrong value
 ends in one `ValueError`, and a config cannot ask for more modules or layers than a drafter has. Nested contexts set up
-once and restore once."""
+once and restore once. Counts the memory that tensors take."""
 
 from __future__ import annotations
 
 import importlib.util
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PretrainedConfig
 from typing_extensions import Self
 
@@ -170,3 +174,32 @@ class NestedContext:
         self._num_entered -= 1
         if self._num_entered == 0:
             self._undo.close()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that live at once, of those made inside. `before`: tensors that are there already."""
+
+    def __init__(self, before: list[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: Any = WeakIdKeyDictionary()
+        for tensor in before:
+            self.known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.known:
+            return
+        self.known[storage] = True
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.forget, storage.nbytes())
+
+    def forget(self, num_bytes: int) -> None:
+        self.live -= num_bytes

@@ -1,0 +1,132 @@
+"""What a run is said to need is what it takes."""
+
+import json
+from importlib.resources import files
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from speculators.cli.app import main
+from speculators.data_generation import LocalSource
+from speculators.train.config import TrainConfig
+from speculators.train.distributed import Ranks
+from speculators.train.estimate import at_length, probe_lengths, records_near
+from speculators.train.events import Note, ignore
+from speculators.train.run import build, estimate, train
+from speculators.utils.util import LiveBytes
+
+
+@pytest.fixture(scope="module")
+def verifier(tmp_path_factory):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 1024}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    path = tmp_path_factory.mktemp("verifier")
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=6, max_position_embeddings=4096, **sizes, **heads)).save_pretrained(
+        path
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """16 rows of 512 tokens, half of them supervised."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 1024, (16, 512), generator=generator).tolist()
+    rows = [{"input_ids": row, "loss_mask": ([0] * 64 + [1] * 64) * 4, "seq_len": 512} for row in ids]
+    path = tmp_path_factory.mktemp("data")
+    Dataset.from_list(rows).save_to_disk(path)
+    return path
+
+
+def config_of(algorithm, verifier, data, output, **keys):
+    paths = {"verifier_name_or_path": str(verifier), "data_path": str(data), "save_path": str(output)}
+    rest = {"speculator_type": algorithm, "total_seq_len": 2048, "epochs": 2, "train_data_ratio": 1.0}
+    return TrainConfig.from_flat({**paths, **rest, **keys})
+
+
+def test_live_bytes_are_those_that_live_at_once():
+    kept = torch.zeros(100)
+    with LiveBytes([kept]) as counted:
+        first = torch.zeros(1000)
+        first.view(10, 100).add_(kept)  # in place, and a view: nothing new
+        second = first + 1
+        del first, second
+        torch.zeros(500)
+    assert (counted.peak, counted.live) == (8000, 0)
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "medusa", "mtp"])
+def test_the_peak_of_a_step_is_what_was_said(algorithm, verifier, data, tmp_path, monkeypatch):
+    """On rows twice as long as the longer probe, in bf16: the tensors that two optimizer steps of the trainer make, and
+    those that are there before. Closer than 1.15 either way."""
+    monkeypatch.setattr("speculators.train.estimate.PROBE_TOKENS", 256)
+    keys = {"total_seq_len": 1024} | ({"max_anchors": 64, "block_size": 4} if algorithm == "dflash" else {})
+    drafter = build(config_of(algorithm, verifier, data, tmp_path / "run", **keys), Ranks(), ignore)
+    trainer, said = drafter.trainer, drafter.memory()
+    batches = [dict(batch) for batch, _ in zip(trainer.train_loader.batches(), range(2), strict=False)]
+    there = [*trainer.model.parameters(), *trainer.model.buffers()]
+    before = sum(tensor.numel() * tensor.element_size() for tensor in there)
+    with LiveBytes([*there, *(tensor for batch in batches for tensor in batch.values())]) as counted:
+        for batch in batches:
+            trainer.backward(batch)
+            trainer.step()
+    states = sum(batches[0][name].nbytes for name in batches[0] if "hidden_states" in name)
+    verifier_bytes = sum(param.nbytes for param in drafter.verifier.parameters())
+    measured = before + counted.peak + states + verifier_bytes
+    assert measured / 1.15 < said.total_bytes < measured * 1.15
+    assert said.states_bytes == states and said.verifier_bytes == verifier_bytes
+
+
+def test_what_is_said_without_the_verifier_is_what_it_takes(verifier, data, tmp_path, monkeypatch):
+    """Nothing is trained, written or loaded."""
+    monkeypatch.setattr("speculators.train.run.load_verifier", lambda *args, **keys: pytest.fail("loads the verifier"))
+    monkeypatch.setattr(LocalSource, "read", lambda *args: pytest.fail("computes states"))
+    config = config_of("eagle3", verifier, data, tmp_path / "run", total_seq_len=512, cache_hidden_states=True)
+    found = estimate(config)
+    assert not (tmp_path / "run").exists()
+    assert (found.num_steps, found.tokens_per_epoch, found.supervised_per_epoch) == (32, 16 * 512, 16 * 256)
+    assert found.num_trained_tokens == 2 * 16 * 256
+    memory = found.memory
+    assert memory.states_bytes == 512 * 4 * 64 * 2 and found.stored_states_bytes == 16 * memory.states_bytes
+    assert memory.gradients_bytes == memory.weights_bytes and memory.verifier_bytes > 0 and found.step_s > 0
+    assert found.disk_bytes == 2 * memory.checkpoint_bytes + found.stored_states_bytes
+    assert [probe.num_tokens for probe in found.probes] == [512]
+    assert "no record of eagle3 near 8,192 tokens" in found.sentence()
+
+
+def test_the_command_prints_tables_or_json(verifier, data, tmp_path, capsys):
+    words = ["train", "--estimate", "--verifier", str(verifier), "--data", str(data), "--output", str(tmp_path / "run")]
+    assert main([*words, "--speculator-type", "medusa", "--total-seq-len", "256", "--json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)["estimates"]
+    assert found["memory"]["total_bytes"] > found["memory"]["weights_bytes"] > 0
+    assert found["time_s"] == pytest.approx(found["step_s"] * found["num_steps"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_the_same_memory(verifier, data, tmp_path):
+    config = config_of("eagle3", verifier, data, tmp_path / "run", total_seq_len=256, dry_run=True)
+    heard = []
+    train(config, on_event=heard.append)
+    memory = estimate(config_of("eagle3", verifier, data, tmp_path / "other", total_seq_len=256)).memory
+    assert Note(str(memory)) in heard
+
+
+def test_the_value_at_a_length_is_on_the_line():
+    assert at_length([(512, 3.0)], 512) == 3.0
+    assert at_length([(512, 3.0), (1024, 5.0)], 2048) == 9.0
+    assert probe_lengths(1024, 0, 0.5) == [1024] and probe_lengths(8192, 0, 0.5) == [512, 1024]
+    assert probe_lengths(8192, 512, 0.5) == [1280, 2560] and probe_lengths(2048, 512, 0.5) == [2048]
+
+
+def test_records_name_their_command_and_are_near():
+    records = json.loads(files("speculators.assets").joinpath("acceptance.json").read_text())
+    told = {"verifier", "data", "on_policy", "command"}
+    fields = told | {"speculator_type", "num_trained_tokens", "num_drafts", "acceptance_length"}
+    assert records and all(set(record) == fields and record["command"] for record in records)
+    assert all(1.0 <= record["acceptance_length"] <= record["num_drafts"] + 1 for record in records)
+    [first, *_] = records
+    assert first in records_near(first["speculator_type"], first["num_trained_tokens"] * 3)
+    assert first not in records_near(first["speculator_type"], first["num_trained_tokens"] * 5)
+    assert records_near("no_such_algorithm", 100_000) == []
