@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -129,7 +130,7 @@ def test_it_is_said_before_torch_is_imported(here):
     commands = [[verb, *words] for verb, (words, _) in WRONG.items()]
     commands += [[*verb, "--method", method] for verb in WITH_METHOD for method in ("ngrma", "eagl3")]
     commands += [["serve", VERIFIER, "--method", "eagl3"]]
-    begun_s = time.perf_counter()
+    begun_s = computed_s()
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(commands)],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -138,7 +139,13 @@ def test_it_is_said_before_torch_is_imported(here):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - begun_s < 10  # fifteen commands; importing torch alone takes longer than one of them
+    assert computed_s() - begun_s < 10  # thirty commands; importing torch alone takes longer than one of them
+
+
+def computed_s() -> float:
+    """Seconds that CPUs spent on processes that this one started and that ended, however busy the machine is."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_a_hub_that_cannot_be_reached_is_not_asked_six_times(here, monkeypatch):
