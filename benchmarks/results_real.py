@@ -82,8 +82,11 @@ class Steps:
     def spent_s(self) -> float:
         return sum(float(step["time_s"]) for step in self.state.values() if "record" in step)
 
-    def save(self) -> None:
-        with atomic_write(self.work / STATE) as file:
+    def note(self, name: str, noted: Any) -> None:
+        """Adds to the file as it is now: another process may have noted its own steps."""
+        path = self.work / STATE
+        self.state = (json.loads(path.read_text()) if path.exists() else {}) | {name: noted}
+        with atomic_write(path) as file:
             json.dump(self.state, file, indent=1)
 
     def is_done(self, name: str) -> bool:
@@ -99,8 +102,7 @@ class Steps:
         if about_s > left_s and not again:
             why = f"it takes about {about_s / 60:.0f} minutes, and the budget had {max(left_s, 0) / 60:.0f} left"
             print(f"{name}: not run: {why}", file=sys.stderr)
-            self.state[name] = {"command": shown, "left_out": why}
-            self.save()
+            self.note(name, {"command": shown, "left_out": why})
             return False
         print(f"\n$ cd {self.work}; OMP_NUM_THREADS={threads} {shown}", file=sys.stderr)
         begun_s, load = time.perf_counter(), os.getloadavg()[0]
@@ -120,8 +122,7 @@ class Steps:
             taken["failed"] = f"exit code {done.returncode}: {done.stdout.strip()[-300:]}"
             print(f"{name}: {taken['failed']}", file=sys.stderr)
         if done.returncode == 0 or not again:
-            self.state[name] = taken
-            self.save()
+            self.note(name, taken)
         return done.returncode == 0
 
 
@@ -211,7 +212,7 @@ class Results:
         methods = [*UNTRAINED[:2], eagle3]
         self.evaluate("measure-k", [*UNTRAINED, eagle3], 20, "-k", "2,4,6", *TOGETHER, num_cells=3)
         self.evaluate(
-            *("measure-speed", methods, 24, "-k", NUM_DRAFTS, "--max-tokens", "96", "--batch-size", "1,8"),
+            *("measure-speed", methods, 16, "-k", NUM_DRAFTS, "--max-tokens", "96", "--batch-size", "1,8"),
             num_cells=2,
             threads=2,
         )
@@ -246,7 +247,8 @@ class Results:
     def foreign(self, methods: Sequence[str | Path]) -> None:
         """Text that the drafter never saw the like of."""
         bench = (f"spec-bench={self.options.spec_bench}",)
-        self.evaluate("measure-tasks", methods, 4, "-k", NUM_DRAFTS, *SHORTER, data=bench, num_cells=6)
+        two = ("--max-tokens", "64", "--batch-size", "2")  # a task has 4 prompts, and an interval needs several groups
+        self.evaluate("measure-tasks", methods, 24, "-k", NUM_DRAFTS, *two, data=bench)
         turns = [name for name in map(self.conversations, (1, 2)) if name is not None]
         if turns:
             self.evaluate("measure-turns", methods, 8, "-k", NUM_DRAFTS, *SHORTER, data=turns, num_cells=2)
@@ -272,11 +274,10 @@ class Results:
             return None
         name = f"turn-{turns}.jsonl"
         with atomic_write(self.work / name) as file:
-            for line in (self.work / "turns.jsonl").read_text().splitlines():
+            for line in (self.work / "turns.jsonl").read_text().splitlines():  # a row per answer
                 row = json.loads(line)
-                spans = starts_of(row["loss_mask"])
-                if row["metadata"].get("is_last_turn") and len(spans) >= turns:
-                    prompt = row["input_ids"][: spans[turns - 1]]
+                if row["metadata"]["turn"] == turns - 1:
+                    prompt = row["input_ids"][: row["loss_mask"].index(1)]
                     file.write(json.dumps({"input_ids": [*prompt, 0], "loss_mask": [0] * len(prompt) + [1]}) + "\n")
         return name
 
@@ -290,18 +291,13 @@ class Results:
             if checkpoint is not None and written:
                 drafted = load_file(self.work / checkpoint / "model.safetensors")["t2d"].bool()
                 found[str(size)] = sum(bool(drafted[token]) for token in written) / len(written)
-        self.steps.state["coverage"] = found
-        self.steps.save()
+        if found:
+            self.steps.note("coverage", found)
 
 
 def prefixed(name: str, flags: Sequence[str]) -> list[str]:
     """The flags of one drafter of several: --eagle3.ttt-steps 4."""
     return [f"--{name}.{word[2:]}" if word.startswith("--") else word for word in flags]
-
-
-def starts_of(mask: Sequence[int]) -> list[int]:
-    """Where answers begin."""
-    return [at for at, now in enumerate(mask) if now and (at == 0 or not mask[at - 1])]
 
 
 def split(prompts: Path, work: Path) -> None:

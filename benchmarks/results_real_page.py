@@ -63,7 +63,7 @@ class Page:
                 return f"{NOT_MEASURED}: {step['left_out']}"
             if "failed" in step:
                 return f"{NOT_MEASURED}: the step failed"
-        return f"{NOT_MEASURED}: its turn did not come within the budget"
+        return f"{NOT_MEASURED}: the run ended before its turn"
 
     def rows(self, name: str, **where: Any) -> list[dict[str, Any]]:
         """Rows of drafting methods whose fields are as given; without `task`, of whole data sets."""
@@ -156,8 +156,9 @@ class Page:
             else (name, self.why(run, "measure-drafters"), "")
             for name in ALGORITHMS
         ]
-        told = "Every algorithm on the same conversations for as long; checkpoints are chosen by decoding. K = 4. "
-        told += f"{self.trained(run)} `draft_model` is not measured: no smaller model has this vocabulary."
+        told = "Every algorithm on the same conversations for as long; checkpoints are chosen by decoding. K = 4.\n"
+        told += "".join(f"{text}\n" for text in [self.trained(run)] if text)
+        told += "`draft_model` is not measured: no smaller model has this vocabulary."
         title = "All drafters after the same small training"
         return self.section(title, "measure-drafters", told, ("drafter", *FIGURES), lines)
 
