@@ -27,6 +27,7 @@ from engine_server import EngineServer, running
 from transformers import AutoTokenizer
 
 import speculators as sp
+from speculators.cli.app import main
 from speculators.data_generation.prepared import PreparedData
 from speculators.evaluation.diagnosis import Diagnosis
 from speculators.model import SpeculatorModel
@@ -160,3 +161,14 @@ def test_a_fault_of_a_server_is_found(toys, tmp_path, cause):
 def test_a_server_that_drafts_nothing_is_inactive(toys):
     with serving(toys, None) as url:
         assert of_server(toys, url).first == "inactive"
+
+
+def test_the_command_prints_the_report_and_its_exit_code_is_for_ci(toys, capsys, tmp_path):
+    words = ["diagnose", str(toys.healthy), "--data", str(toys.prompts), "--data", str(toys.data), "--json"]
+    assert main([*words, "-k", "0"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["causes"][0]["name"] == "inactive" and not report["healthy"]
+    small = ["--limit", "4", "--max-tokens", "24", "--output", str(tmp_path / "report.json")]
+    assert main([*words, *small]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["healthy"] and report["causes"] == [] and (tmp_path / "report.json").is_file()

@@ -1,0 +1,112 @@
+"""The rules of `diagnose` on made-up numbers: what separates one cause from another."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from speculators.checkpoint.findings import error, warning
+from speculators.cli.app import main
+from speculators.evaluation.diagnosis import FAULTY, FIT, Accuracy, Cause, causes_of_check, ranked
+from speculators.evaluation.diagnosis_drafter import temperature_cause
+from speculators.evaluation.diagnosis_server import collapsed, distance, expected_curve
+from speculators.evaluation.diagnosis_texts import Training, context_cause, fit_causes, offset_of, supervised_spans
+from speculators.evaluation.server_check import SampledLaw, Score
+
+
+def accuracy(first: float, second: float = 0.0, num_texts: int = 8, num: int = 100) -> Accuracy:
+    right_NK = np.tile([first * num, second * num], (num_texts, 1))
+    return Accuracy(right_NK, np.full((num_texts, 2), float(num)), np.ones(num_texts))
+
+
+def names(*args) -> list[str]:
+    return [cause.name for cause in fit_causes(*args)]
+
+
+def test_the_place_where_accuracy_falls_names_the_cause():
+    told = Training(validation={"full_acc_0": 0.3}, num_validated=40)
+    assert names(accuracy(0.9), accuracy(0.28), told) == ["too-little-data"]  # known 0.9, validation 0.3, new 0.28
+    told = Training(validation={"full_acc_0": 0.85}, num_validated=40)
+    assert names(accuracy(0.9), accuracy(0.28), told) == ["other-domain"]
+    few = Training(validation={"full_acc_0": 0.85}, num_validated=2)  # two rows say nothing
+    assert names(accuracy(0.9), accuracy(0.28), few) == ["too-little-data"]
+    assert names(accuracy(0.3), accuracy(0.28), Training()) == ["undertrained"]
+    assert names(accuracy(0.8), accuracy(0.7), Training()) == []
+    better = Training(best=("run/3", 2.4, 1.9))
+    assert names(accuracy(0.8), accuracy(0.7), better) == ["overfitted"]
+
+
+def test_a_context_behind_the_trained_length_is_a_cause_only_where_drafts_get_worse():
+    assert context_cause(accuracy(0.8, 0.6), accuracy(0.3, 0.1), 64, "limit").name == "context"
+    assert context_cause(accuracy(0.8, 0.6), accuracy(0.78, 0.6), 64, "limit") is None
+    assert context_cause(accuracy(0.8, 0.6), accuracy(0.3, 0.1, num=5), 64, "limit") is None  # hardly anything is there
+
+
+def test_a_temperature_is_a_cause_from_a_quarter_of_the_drafts_on():
+    assert temperature_cause(1.0, 3.0, 2.4, 0.7, None).name == "temperature"
+    assert temperature_cause(1.0, 3.0, 2.6, 0.7, None) is None
+    assert temperature_cause(0.0, 3.0, 3.0, 0.7, None) is None
+
+
+def test_spans_and_their_distance_from_an_answer():
+    assert supervised_spans([0, 1, 1, 0, 1]) == [(1, 3), (4, 5)]
+    assert [offset_of(4, places) for places in ({4}, {3, 20}, {6}, {90}, set())] == ["0", "+1", "-2", "none", "none"]
+
+
+def test_causes_are_ranked_by_proof_then_strength_and_joined_by_name():
+    found = ranked(
+        [
+            Cause("too-little-data", "", {}, "", FIT, 9.0),
+            Cause("rope", "", {"a": 1}, "", FAULTY, 0.2),
+            Cause("norms", "", {}, "", FAULTY, 0.3),
+            Cause("rope", "by check", {"b": 2}, "", FAULTY, 10.0),
+        ]
+    )
+    assert [cause.name for cause in found] == ["rope", "norms", "too-little-data"]
+    assert found[0].sentence == "by check" and found[0].evidence == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("finding", "name"),
+    [
+        (error("config-changed", "transformer_layer_config.rope_theta", "1", "", ""), "rope"),
+        (error("config-changed", "eagle_aux_hidden_state_layer_ids", "1", "", ""), "aux-layers"),
+        (error("tensor-missing", "layers.0.hidden_norm.weight", "", "", ""), "norms"),
+        (error("verifier-differs", "x: model.norm.weight", "", "", ""), "verifier"),
+        (warning("verifier-precision", "x", "", "", ""), "quantised-target"),
+        (error("weights-unreadable", "model.safetensors", "", "", ""), "checkpoint"),
+        (warning("record-missing", "training_record.json", "", "", ""), None),
+    ],
+)
+def test_findings_of_the_check_become_causes(finding, name):
+    assert [cause.name for cause in causes_of_check([finding])] == ([] if name is None else [name])
+
+
+def test_the_law_of_sampled_tokens_has_the_stated_false_alarms_and_power():
+    """Draws of one Bernoulli law, and of one that is wrong by the share that the test says it finds."""
+    rng, p, num = np.random.default_rng(0), 0.7, 400
+
+    def failures(true_p: float) -> float:
+        draws = rng.random((2000, num)) < true_p
+        laws = [
+            SampledLaw(Score(float(hits - num * p), num * p * (1 - p)), Score(0.0, 1.0), num) for hits in draws.sum(1)
+        ]
+        return float(np.mean([not law.passed for law in laws]))
+
+    found = SampledLaw(Score(0.0, num * p * (1 - p)), Score(0.0, 1.0), num).found_with_power
+    assert failures(p) < 0.01
+    both_sides = [failures(p - found), failures(p + found)]  # of the law's own variance; theirs are wider and narrower
+    assert np.mean(both_sides) == pytest.approx(0.9, abs=0.05) and min(both_sides) > 0.85
+
+
+def test_curves_are_compared_position_by_position():
+    half, full = accuracy(0.4, 0.1), accuracy(0.8, 0.4)
+    assert expected_curve([0.6, 0.4], full, half) == pytest.approx([0.3, 0.1])
+    assert distance([0.6, 0.4], [0.5, 0.1]) == pytest.approx(0.3)
+    assert collapsed([0.8, 0.1], [0.8, 0.6]) and not collapsed([0.8, 0.5], [0.8, 0.6])
+
+
+def test_neither_checkpoint_nor_server_is_an_error_of_the_command_line(capsys):
+    assert main(["diagnose"]) == 2
+    assert "nothing to diagnose" in capsys.readouterr().err
+    assert main(["diagnose", "--plain-url", "http://x:1"]) == 2
