@@ -35,6 +35,7 @@ def device_map(tmp_path) -> str:
 
 
 def test_states_of_a_verifier_partly_on_disk_are_those_of_the_whole_one(verifier, device_map):
+    pytest.importorskip("accelerate")
     whole = load_verifier(verifier, dtype=torch.float32, device="cpu")
     split = load_verifier(verifier, dtype=torch.float32, device_map=read_device_map(device_map))
     places = {name: param.device.type for name, param in split.named_parameters()}
@@ -97,6 +98,7 @@ def test_a_device_and_a_map_are_one_too_many(verifier):
 
 
 def test_a_run_with_a_split_verifier_ends_with_the_weights_of_a_whole_one(verifier, device_map, tmp_path):
+    pytest.importorskip("accelerate")
     weights = []
     for name, place in (("whole", {"verifier_device": "cpu"}), ("split", {"verifier_device_map": device_map})):
         result, _ = train_on_counting(tmp_path / name, "medusa", verifier, epochs=2, **place)

@@ -35,10 +35,13 @@ def read_device_map(given: str) -> DeviceMap:
     Raises `ValueError`, before any weight is read, for a file that holds no map, a device that torch does not have, and
     without the package that it takes.
     """
+    found = AUTO if given == AUTO else map_in_file(given)
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError(f"--verifier-device-map {given} takes the package accelerate: pip install accelerate")
-    if given == AUTO:
-        return AUTO
+    return found
+
+
+def map_in_file(given: str) -> DeviceMap:
     try:
         found: Any = json.loads(Path(given).read_text())
     except (OSError, ValueError) as error:
