@@ -59,7 +59,8 @@ class Engine(ChatEngine):
     `speculative_config`: a SpeculativeConfig or vLLM's JSON as a dict, or a ready `Proposer` (then say
     `num_speculative_tokens`); None: plain decoding. `other_methods`: name -> a further way of drafting, that requests
     choose by `SamplingParams.method`. `rule`: an acceptance rule, or its name, in place of the config's.
-    `max_length`: prompt plus output in tokens. `prefill_chunk`: prompt tokens per forward.
+    `max_length`: prompt plus output in tokens. `prefill_chunk`: prompt tokens per forward. `graphs`: "auto" records the
+    verifier's rounds as CUDA graphs on a CUDA device, "static" runs their fixed shapes anywhere.
     Raises ValueError for settings that contradict one another or that cannot be followed."""
 
     def __init__(
@@ -74,6 +75,7 @@ class Engine(ChatEngine):
         other_methods: Mapping[str, Drafts] | None = None,
         rule: AcceptanceRule | str | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        graphs: str = "off",
         seed: int = 0,
     ):
         refuse_name(verifier)
@@ -92,7 +94,7 @@ class Engine(ChatEngine):
         )
         self.drafters = Drafters(methods, verifier)
         with doing("proving that the verifier decodes in batches as by itself"):
-            self.verifier = make_verifier(verifier, max_batch_size, self.drafters.capture)
+            self.verifier = make_verifier(verifier, max_batch_size, self.drafters.capture, graphs)
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
         self.stats = DecodeStats()
         eos_ids, vocab_size = end_of_sequence_ids(verifier, tokenizer), self.verifier.vocab_size

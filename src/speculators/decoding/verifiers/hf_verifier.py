@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 from speculators.decoding.verifiers.cache import WriteSpan
 from speculators.decoding.verifiers.hf_forward import HFForward, MaskBuilder, Masks
-from speculators.decoding.verifiers.lean_forward import LeanForward
+from speculators.decoding.verifiers.lean_forward import LeanForward, StaticForward
 from speculators.decoding.verifiers.lean_weights import LeanWeights, NotLlamaShaped
 from speculators.interfaces import CaptureSpec, VerifierOutput
-from speculators.nn.device import to_device
+from speculators.nn.device import Record, choose_record, to_device
 from speculators.utils.util import NestedContext
 from speculators.verifier import VerifierParts, capture_states, verifier_parts
 
@@ -81,6 +81,7 @@ class HFVerifier(NestedContext):
         self._masks = None if windows is None else MaskBuilder(windows, parameter.dtype, self.device)  # type: ignore[arg-type]
         self._position_S = torch.arange(0, device=self.device)
         self._last_rows: tuple[int, bool] = (0, False)
+        self._static: StaticForward | None = None
 
     @classmethod
     def around(cls, forward: LeanForward, model: PreTrainedModel, parts: VerifierParts, num_rows: int) -> HFVerifier:
@@ -92,6 +93,12 @@ class HFVerifier(NestedContext):
     @property
     def is_lean(self) -> bool:
         return isinstance(self._forward, LeanForward)
+
+    def use_graphs(self, route: str | Record) -> None:
+        """Score decoding's chains at fixed shapes (`nn.device.GRAPHS`), where the forward is lean."""
+        record = choose_record(route, self.device) if isinstance(route, str) else route
+        if record is not None and isinstance(self._forward, LeanForward) and self._masks is not None:
+            self._static = StaticForward(self._forward, self._masks, self.num_rows, record)
 
     def set_up(self, stack: ExitStack) -> None:
         stack.enter_context(torch.inference_mode())
@@ -109,6 +116,7 @@ class HFVerifier(NestedContext):
             if self._cache.capacity:
                 forward.cache.adopt(*self._forward.cache.by_layer())
             self._forward, self._cache, self.forward_reason = forward, forward.cache, str(reason)
+            self._static = None
 
     def num_positions_left(self, row: int) -> int:
         """How many more tokens the row may have before the model's positions end."""
@@ -127,6 +135,9 @@ class HFVerifier(NestedContext):
     ) -> VerifierOutput:
         """See `interfaces.Verifier`. `last_only` computes logits of each row's last valid token alone: [B, 1, V]."""
         B, T = token_ids_BT.shape
+        if self._static is not None and parents_K is None and not (first_row or last_only) and T <= MAX_GROUPED_TOKENS:
+            self._last_rows = (0, False)
+            return VerifierOutput(*self._static(token_ids_BT, self.length_by_row))
         lengths = self.length_by_row[first_row : first_row + B]
         self._cache.reserve(max(lengths) + T)
         position_BT, masks = self._positions_and_masks(lengths, T, parents_K)
