@@ -53,6 +53,10 @@ class SpeculatorModel(ClassRegistryMixin, TrainingDoors, PreTrainedModel):
     """What a checkpoint must hold, what vLLM makes of it, and the formats of other projects."""
     checkpoint_formats: ClassVar[tuple[str, ...]] = (SPECULATORS,)
     """Names of the checkpoint formats the algorithm reads or writes: ours and those of its contract."""
+    uses_every_weight: ClassVar[bool] = False
+    """Every row gives every trained weight a gradient, if only zeros, so that no rank has to look for those without."""
+    layer_methods: ClassVar[tuple[str, ...]] = ()
+    """Methods of its `layers`, beside `forward`, whose products its training reads: FSDP gathers weights for them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

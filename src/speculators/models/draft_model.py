@@ -141,6 +141,7 @@ class DraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     """Subclasses define `fc`, which reads the verifier's states."""
 
     takes_routes = True
+    uses_every_weight = True
     columns_on_host = ("document_ids", "loss_mask")
     fc: nn.Linear
 

@@ -126,6 +126,7 @@ class LastStateModel(SpeculatorModel):
     align = staticmethod(align)
     has_chosen_layers = False
     columns_on_host = ("document_ids", "loss_mask")
+    uses_every_weight = True
     forward_keys: ClassVar[Mapping[str, str]] = {"head_weight_decay": "head_weight_decay"}
     forward_columns = ("input_ids", "hidden_states", "loss_mask", "document_ids")
     target_transform = LogitTransform()

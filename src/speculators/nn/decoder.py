@@ -91,6 +91,11 @@ class DecoderLayer(nn.Module):
     def feed_forward(self, hidden_BRH: Tensor) -> Tensor:
         return hidden_BRH + self.mlp(self.post_attention_layernorm(hidden_BRH))
 
+    def project_context(self, hidden_BTH: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor]:
+        """Returns keys and values of states that are read by this layer's queries alone."""
+        assert isinstance(self.self_attn, Attention)
+        return self.self_attn.project_kv(hidden_BTH, rope)
+
     def fused(self) -> DecoderLayer:
         """Returns a copy for decoding with fused products."""
         twin = copy.deepcopy(self).requires_grad_(False)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from speculators.checkpoint.record import write_training_record
 from speculators.model import SpeculatorModel
-from speculators.train.distributed import RandomState
+from speculators.train.distributed import RandomState, hearing_others, split_like
 from speculators.train.optimizers import Optimizers
+from speculators.utils.util import WRONG_VALUE
 
 STATE_FILE = "training_state.json"
 MASTERS_FILE = "master_weights.fp32"
@@ -22,6 +30,9 @@ MASTERS_FILE = "master_weights.fp32"
 OPTIMIZER_FILE = "optimizer_state_dict.pt"
 SCHEDULER_FILE = "scheduler_state_dict.pt"
 METRICS_FILE = "val_metrics.json"
+SHARDS = "sharded_state"
+WEIGHTS = "weights"
+"""Begins the names of the weights there; those of optimizer state begin with the name of the optimizer."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -37,20 +48,50 @@ class Position:
     global_step: int = 0
 
 
-def write_checkpoint(
-    path: Path, model: SpeculatorModel, optimizers: Optimizers, position: Position, val_metrics: dict[str, float] | None
-) -> None:
-    save_speculator(model, path)
+@dataclass(frozen=True)
+class Shares:
+    """What each rank of a run does."""
+
+    random_states: Sequence[RandomState]
+    """Of each rank."""
+    num_rows: int | None = None
+    """Of each rank in this epoch."""
+    rows_a_step: int | None = None
+    """Of each rank."""
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.random_states)
+
+    def save(self, path: Path, position: Position) -> None:
+        values = {"step": position.global_step, "random_states": list(self.random_states)}
+        given = {"num_rows": self.num_rows, "rows_a_step": self.rows_a_step}
+        torch.save(values | {name: value for name, value in given.items() if value is not None}, path / SCHEDULER_FILE)
+
+    @classmethod
+    def load(cls, path: Path) -> Shares:
+        saved = torch.load(path / SCHEDULER_FILE, weights_only=True, map_location="cpu")
+        states = saved.get("random_states") or [saved["random_state"]]
+        return cls(list(states), saved.get("num_rows"), saved.get("rows_a_step"))
+
+
+def write_masters(path: Path, model: SpeculatorModel, optimizers: Optimizers) -> None:
+    """Writes what training changes as it is, for resuming."""
     save_file({name: tensor.contiguous() for name, tensor in masters(model).items()}, path / MASTERS_FILE)
     torch.save(optimizers.state_dict(), path / OPTIMIZER_FILE)
+
+
+def write_position(path: Path, position: Position, val_metrics: dict[str, float] | None) -> None:
     (path / STATE_FILE).write_text(json.dumps(asdict(position)))
     if val_metrics is not None:
         (path / METRICS_FILE).write_text(json.dumps(val_metrics, indent=1))
 
 
-def write_random_states(path: Path, position: Position, states: Sequence[RandomState], num_rows: int | None) -> None:
-    values = {"step": position.global_step, "random_states": list(states)}
-    torch.save(values if num_rows is None else {**values, "num_rows": num_rows}, path / SCHEDULER_FILE)
+def read_masters(path: Path, model: SpeculatorModel, optimizers: Optimizers) -> tuple[dict[str, Tensor], Any]:
+    """Returns weights and optimizer state of either kind of checkpoint."""
+    if (path / SHARDS).is_dir():
+        return read_shards(path, masters(model), optimizers)
+    return load_file(path / MASTERS_FILE), torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
 
 
 def save_speculator(model: SpeculatorModel, path: Path) -> None:
@@ -71,6 +112,89 @@ def masters(model: SpeculatorModel) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in frozen}
 
 
+# -- by torch.distributed.checkpoint: any number of ranks reads the parts that it needs, without communication --------
+
+
+def write_shards(path: Path, weights: dict[str, Tensor], optimizers: Optimizers) -> None:
+    """Writes this rank's parts. All ranks call it with the same path, which all of them can write to.
+
+    Raises `OSError` on every rank when one of them cannot write.
+    """
+    tensors = {f"{WEIGHTS}/{name}": tensor for name, tensor in weights.items()}
+    for kind, saved in optimizers.state_dict().items():
+        for index, values in saved["state"].items():
+            tensors |= {f"{kind}/{index}/{name}": value for name, value in values.items()}
+    try:
+        with hearing_others(beside_work=True):
+            dcp.save(tensors, checkpoint_id=path / SHARDS)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(f"rank {rank}: {cause}") from error
+
+
+def read_shards(path: Path, weights: dict[str, Tensor], optimizers: Optimizers) -> tuple[dict[str, Tensor], Any]:
+    """Returns weights and optimizer state, split as `weights` and the parameters of `optimizers` are.
+
+    Raises `CheckpointException` or one of what reading raises when files are damaged.
+    """
+    reader = FileSystemReader(path / SHARDS)
+    metadata = reader.read_metadata()
+    check_files(path / SHARDS, metadata.storage_data)
+    params = {kind: dict(enumerate(of_kind)) for kind, of_kind in optimizers.params().items()}
+    tensors = {}
+    for key, saved in metadata.state_dict_metadata.items():
+        assert isinstance(saved, TensorStorageMetadata)
+        kind, index, *_ = key.split("/")
+        own = weights.get(key.removeprefix(f"{WEIGHTS}/")) if kind == WEIGHTS else params.get(kind, {}).get(int(index))
+        dtype = saved.properties.dtype
+        if isinstance(own, DTensor) and own.shape == saved.size:
+            tensors[key] = torch.empty_like(own, dtype=dtype)
+        else:
+            tensors[key] = torch.empty(saved.size, dtype=dtype)
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    groups = {kind: saved["param_groups"] for kind, saved in optimizers.state_dict().items()}
+    state: dict[str, Any] = {kind: {"state": {}, "param_groups": of_kind} for kind, of_kind in groups.items()}
+    read = {}
+    for key, tensor in tensors.items():
+        kind, name = key.split("/", 1)
+        if kind == WEIGHTS:
+            read[name] = tensor
+        else:
+            index, of_state = name.split("/")
+            of_kind = state.setdefault(kind, {"state": {}, "param_groups": []})
+            of_kind["state"].setdefault(int(index), {})[of_state] = tensor
+    return read, state
+
+
+def check_files(path: Path, places: dict[Any, Any]) -> None:
+    """Raises `OSError` when a file is missing or short: the main rank notices what another one would need."""
+    for place in places.values():
+        file = path / place.relative_path
+        if file.stat().st_size < place.offset + place.length:
+            raise OSError(f"{file} is cut off")
+
+
+# -- -------------------------------------------------------------------------------------------------------------------
+
+
+def position_of(num_ranks: int, num_rows: int | None, before: Shares, position: Position, path: Path) -> Position:
+    """Returns the position in the rows of each of `num_ranks`: ranks take turns on the same rows of an epoch.
+
+    Raises `ValueError` inside an epoch of other rows. `num_rows`: of each rank in it.
+    """
+    if position.local_step == 0 or num_rows is None or before.num_rows is None:
+        return position
+    # ranks leave out the rows at the end that not all of them get
+    least, most = before.num_rows * before.num_ranks, (before.num_rows + 1) * before.num_ranks - 1
+    if most < num_rows * num_ranks or (num_rows + 1) * num_ranks - 1 < least:
+        raise ValueError(
+            f"checkpoint {path} is inside an epoch, after {position.local_step} of {before.num_rows} rows, and "
+            f"this run packs {num_rows}: use the same data, lengths and seed, or name another --output"
+        )
+    local_step = -(-position.local_step * before.num_ranks // num_ranks)
+    return Position(position.epoch, min(local_step, num_rows), position.global_step)
+
+
 def restore_weights(model: SpeculatorModel, weights: dict[str, Tensor], path: Path) -> None:
     current = masters(model)
     wrong = sorted(
@@ -85,7 +209,7 @@ def restore_weights(model: SpeculatorModel, weights: dict[str, Tensor], path: Pa
         )
     with torch.no_grad():
         for name, tensor in current.items():
-            tensor.copy_(weights[name])
+            tensor.copy_(split_like(tensor, weights[name]))
 
 
 def read_position(path: Path) -> Position:
@@ -100,5 +224,33 @@ def read_position(path: Path) -> Position:
         ) from error
 
 
+UNREADABLE = (OSError, CheckpointException, SafetensorError, pickle.UnpicklingError, EOFError, *WRONG_VALUE)
+
+
+def damaged(path: Path, error: BaseException) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"checkpoint {path} cannot be read ({first_sentence(error)}): delete that directory to continue from an older "
+        "one, or start anew with --no-resume-from-checkpoint"
+    )
+
+
 def first_sentence(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+
+
+def mid_epoch_saves(checkpoint_freq: float, num_rows: int, rows_a_step: int = 1) -> set[int]:
+    """Returns the rows inside an epoch after which to save, without its end: freq 0.25 of 8 rows -> {2, 4, 6}."""
+    if checkpoint_freq >= 1:
+        return set()
+    count = round(1 / checkpoint_freq)
+    wanted = (num_rows * part // count for part in range(1, count))
+    return {min(num_rows, -(-row // rows_a_step) * rows_a_step) for row in wanted} - {0, num_rows}
+
+
+def is_saved_epoch(checkpoint_freq: float, epoch: int) -> bool:
+    """Says whether to save at the end of an epoch: after epoch 0, then after every `checkpoint_freq`-th."""
+    return epoch % max(1, int(checkpoint_freq)) == 0
+
+
+def link_name(position: Position) -> str:
+    return f"epoch{position.epoch}_" + (f"step{position.local_step}" if position.local_step else "end")

@@ -13,44 +13,49 @@ random state of every rank. Links and the best checkpoint follow from the direct
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import pickle
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from speculators.checkpoint.io import BEST
 from speculators.model import SpeculatorModel
 from speculators.train.checkpoint_files import (
-    MASTERS_FILE,
-    METRICS_FILE,
-    OPTIMIZER_FILE,
-    SCHEDULER_FILE,
-    STATE_FILE,
+    UNREADABLE,
     DamagedCheckpointError,
     Position,
+    Shares,
+    damaged,
     first_sentence,
+    is_saved_epoch,
+    link_name,
+    masters,
+    mid_epoch_saves,
+    position_of,
+    read_masters,
     read_position,
     restore_weights,
     save_speculator,
-    write_checkpoint,
-    write_random_states,
+    write_masters,
+    write_position,
+    write_shards,
 )
-from speculators.train.distributed import RandomState, Ranks
+from speculators.train.distributed import RandomState, RankError, Ranks
 from speculators.train.optimizers import Optimizers
-from speculators.utils.files import atomic_directory, atomic_write, finish_dead_writes, remove_directory
+from speculators.train.parallel import Alone, Sharded
+from speculators.train.records import TrainerConfig
+from speculators.train.run_directory import CURVE_FILE, DRY_RUN, INTERRUPTED, RunDirectory
+from speculators.utils.files import atomic_directory
 from speculators.utils.util import WRONG_VALUE
 
 __all__ = [
+    "CURVE_FILE",
+    "DRY_RUN",
     "INTERRUPTED",
     "Checkpointer",
     "DamagedCheckpointError",
+    "DistributedCheckpointer",
     "Position",
     "is_saved_epoch",
     "mid_epoch_saves",
@@ -58,43 +63,19 @@ __all__ = [
     "save_speculator",
 ]
 
-INTERRUPTED = "interrupted"
-DRY_RUN = "dry_run"
-CURVE_FILE = "metrics.jsonl"
-RUN_FILES = ("run.yaml", "recipe.json", "train_command.txt", "speculators.patch", "finished.json", CURVE_FILE)
-FINISHED_FILE = "finished.json"
-"""Written when the last steps of a run made no better checkpoint, so that no directory shows that it is over."""
-LINK = re.compile(rf"epoch\d+_\w+|{BEST}")
 ALONE = Ranks()
+OTHER_RANKS = (
+    "ranks: {} -> {}. Weights, optimizer state and the rows of every step are carried over exactly; sums over rows are "
+    "taken in another order, and numbers that training draws (anchors, depths) are others"
+)
 
 
-class Checkpointer:
-    """Manages the checkpoints below `save_path`; with `save_best`, a new best one replaces the others."""
+class Checkpointer(RunDirectory):
+    """Saves and loads the checkpoints below `save_path`."""
 
     def __init__(self, save_path: str | Path, *, save_best: bool = False, train_command: str = ""):
-        self.root = Path(save_path)
-        self.save_best = save_best
+        super().__init__(save_path, save_best=save_best)
         self.train_command = train_command
-
-    @property
-    def best(self) -> Path:
-        """The link to the checkpoint with the lowest validation loss; it may not exist."""
-        return self.root / BEST
-
-    def newest(self) -> Path | None:
-        """Returns the checkpoint to continue from: the highest epoch, or `interrupted` if that went further."""
-        return max(self.candidates(), key=progress, default=None)
-
-    def candidates(self) -> list[Path]:
-        """Lists what a run can continue from."""
-        return [path for path in (*self.epochs(), self.root / INTERRUPTED) if (path / STATE_FILE).exists()]
-
-    def epochs(self) -> list[Path]:
-        """Lists our own epoch directories; never links, never directories of others."""
-        if not self.root.is_dir():
-            return []
-        ours = [path for path in self.root.iterdir() if path.name.isdigit() and path.is_dir() and not path.is_symlink()]
-        return sorted((path for path in ours if (path / STATE_FILE).exists()), key=lambda path: int(path.name))
 
     def save(
         self,
@@ -106,20 +87,25 @@ class Checkpointer:
         *,
         random_states: Sequence[RandomState] = (),
         num_rows: int | None = None,
+        rows_a_step: int | None = None,
     ) -> None:
         """Writes one checkpoint directory below `root`, and the link of one that is named by its epoch.
 
-        `random_states`: of each rank; of this process alone when not given. `num_rows`: the rank's rows in this epoch.
+        `random_states`: of each rank; of this process alone when not given. `num_rows`: the rank's rows in this epoch,
+        `rows_a_step` in a step.
 
         Raises `OSError` when it cannot be written, e.g. because the disk is full.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with atomic_directory(path) as directory:
-                write_checkpoint(Path(directory), model, optimizers, position, val_metrics)
-                write_random_states(Path(directory), position, random_states or [Ranks().random_state()], num_rows)
+                self.write_model(directory, model, optimizers)
+                write_position(directory, position, val_metrics)
+                Shares(random_states or [Ranks().random_state()], num_rows, rows_a_step).save(directory, position)
                 if self.train_command:
-                    (Path(directory) / "train_command.txt").write_text(self.train_command + "\n")
+                    (directory / "train_command.txt").write_text(self.train_command + "\n")
+        except RankError:
+            raise
         # torch and safetensors wrap a full disk in errors of their own
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(
@@ -129,91 +115,36 @@ class Checkpointer:
         if path.name == str(position.epoch):
             self.link(link_name(position), path)
 
-    def link(self, name: str, target: Path) -> None:
-        """Points a symlink at a checkpoint; removes earlier links to the same epoch."""
-        if name.startswith("epoch"):
-            for old in self.root.glob(f"epoch{target.name}_*"):
-                if old.is_symlink():
-                    old.unlink()
-        fresh = self.root / f".{name}.new"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(target.name)
-        os.replace(fresh, self.root / name)
+    def write_model(self, directory: Path, model: SpeculatorModel, optimizers: Optimizers) -> None:
+        save_speculator(model, directory)
+        write_masters(directory, model, optimizers)
 
-    def val_losses(self) -> dict[int, float]:
-        """Returns epoch -> validation loss of the epochs on disk that were validated."""
-        losses = {int(path.name): self.val_metrics(path).get("loss", math.inf) for path in self.epochs()}
-        return {epoch: loss for epoch, loss in losses.items() if math.isfinite(loss)}
+    def help_to_save(self, optimizers: Optimizers) -> None:
+        """What other ranks do while the main one saves: nothing, as it has everything."""
 
-    def val_metrics(self, path: Path) -> dict[str, float]:
-        """Returns the validation metrics saved with a checkpoint; empty when nothing was validated then."""
-        file = path / METRICS_FILE
-        return json.loads(file.read_text()) if file.exists() else {}
-
-    def refuse_other_runs(self) -> None:
-        """Raises `ValueError` if `root` holds an earlier run: a new run must not mix its checkpoints with those."""
-        if (newest := self.newest()) is not None:
+    def rows_a_step(self, config: TrainerConfig, num_ranks: int, tell: Callable[[str], None]) -> int:
+        """Returns the rows of each rank per step: as configured, or as keep the rows of a step in a run that is
+        continued. Raises `ValueError` when this number of ranks cannot share them equally."""
+        asked, newest = config.gradient_accumulation_steps, self.newest()
+        if newest is None or not config.resume_from_checkpoint or config.allow_changed_settings:
+            return asked
+        try:
+            before = Shares.load(newest)
+        except UNREADABLE:  # told when it is loaded
+            return asked
+        total = before.num_ranks * (before.rows_a_step or asked)
+        if total % num_ranks:
             raise ValueError(
-                f"{self.root} holds a run ({newest.name} at step {read_position(newest).global_step}) and this one "
-                "starts anew: name another --output, delete that directory, or continue it by leaving "
-                "--no-resume-from-checkpoint out"
+                f"{self.root} holds a run with {total} rows per step, which {num_ranks} ranks cannot share equally: "
+                f"start a number of ranks that divides {total}, or name another --output; --allow-changed-settings "
+                f"continues with {num_ranks * asked} rows per step"
             )
-
-    def mark_best(self) -> None:
-        """Points `checkpoint_best` at the lowest validation loss on disk; with `save_best`, removes other epochs."""
-        losses = self.val_losses()
-        if not losses:
-            return
-        best = min(losses, key=lambda epoch: (losses[epoch], epoch))
-        if not self.best.is_symlink() or os.readlink(self.best) != str(best):
-            self.link(BEST, self.root / str(best))
-        if self.save_best:
-            for old in self.epochs():
-                if int(old.name) < best:  # a later one is of a run without save_best, and may be its newest
-                    remove_directory(old)
-        for link in self.root.glob("epoch*_*"):
-            if link.is_symlink() and not link.exists():
-                link.unlink()
-
-    def recover(self) -> list[str]:
-        """Finishes what a process that died while saving left here; returns a line for each thing done."""
-        if not self.root.is_dir():
-            return []
-        lines = finish_dead_writes(self.root, lambda name: name.isdigit() or name in (INTERRUPTED, DRY_RUN, *RUN_FILES))
-        for half_made in self.root.glob(".*.new"):
-            if half_made.is_symlink() and LINK.fullmatch(half_made.name[1 : -len(".new")]):
-                half_made.unlink()
-        for path in self.epochs():
-            try:
-                name = link_name(read_position(path))
-            except DamagedCheckpointError:  # told when it is loaded
-                continue
-            if not (self.root / name).is_symlink():
-                self.link(name, path)
-        if self.candidates():
-            self.mark_best()
-        return lines
-
-    def set_aside(self, path: Path) -> Path:
-        """Renames a damaged checkpoint, so that the one before it is the newest."""
-        aside = self.root / f"{path.name}.damaged"
-        if aside.exists():
-            remove_directory(aside)
-        os.rename(path, aside)
-        for link in self.root.glob(f"epoch{path.name}_*"):
-            if link.is_symlink():
-                link.unlink()
-        return aside
-
-    def finish(self, num_steps: int) -> None:
-        """Records that the run is over after `num_steps`."""
-        with atomic_write(self.root / FINISHED_FILE) as file:
-            file.write(json.dumps({"num_steps": num_steps}))
-
-    def finished_steps(self) -> int | None:
-        """Returns the steps of the run that is over, if that was recorded."""
-        file = self.root / FINISHED_FILE
-        return json.loads(file.read_text())["num_steps"] if file.is_file() else None
+        chosen = total // num_ranks
+        if chosen != asked:
+            tell(f"a step keeps its {total} rows: {chosen} of each rank, not {asked} (--gradient-accumulation-steps)")
+        if before.num_ranks != num_ranks:
+            tell(OTHER_RANKS.format(before.num_ranks, num_ranks))
+        return chosen
 
     def load(
         self,
@@ -223,72 +154,60 @@ class Checkpointer:
         *,
         ranks: Ranks = ALONE,
         num_rows: int | None = None,
-        allow_changes: bool = False,
     ) -> Position:
-        """Restores a run bit for bit and returns its position. `num_rows`: the rank's rows in the checkpoint's epoch.
+        """Restores a run and returns its position, of as many ranks bit for bit. `num_rows`: the rank's rows in the
+        checkpoint's epoch.
 
-        Raises `DamagedCheckpointError`, and `ValueError` for a checkpoint of another drafter or optimizer, of another
-        number of ranks (unless `allow_changes`), or inside an epoch of other rows.
+        Raises `DamagedCheckpointError`, and `ValueError` for a checkpoint of another drafter or optimizer, or inside an
+        epoch of other rows.
         """
         try:
-            weights = load_file(path / MASTERS_FILE)
-            state = torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
-            random = torch.load(path / SCHEDULER_FILE, weights_only=True, map_location="cpu")
-            states = list(random.get("random_states") or [random["random_state"]])
+            weights, state = read_masters(path, model, optimizers)
+            before = Shares.load(path)
             position = read_position(path)
         except UNREADABLE as error:
             raise damaged(path, error) from error
-        if len(states) != ranks.world_size and (position.local_step or not allow_changes):
-            raise ValueError(
-                f"checkpoint {path} is of a run on {len(states)} ranks, this one has {ranks.world_size}: start as many "
-                "as before, or name another --output"
-            )
-        if position.local_step and num_rows is not None and num_rows != random.get("num_rows", num_rows):
-            raise ValueError(
-                f"checkpoint {path} is inside an epoch, after {position.local_step} of {random['num_rows']} rows, and "
-                f"this run packs {num_rows}: use the same data, lengths and seed, or name another --output"
-            )
+        position = position_of(ranks.world_size, num_rows, before, position, path)
         restore_weights(model, weights, path)
         try:
             optimizers.load_state_dict(state)
-            if ranks.rank < len(states):
-                ranks.set_random_state(states[ranks.rank])
+            if ranks.rank < before.num_ranks:
+                ranks.set_random_state(before.random_states[ranks.rank])
+            else:  # a rank that was not there before
+                torch.manual_seed(torch.initial_seed() + position.global_step)
         except WRONG_VALUE as error:
             raise damaged(path, error) from error
         return position
 
 
-UNREADABLE = (OSError, SafetensorError, pickle.UnpicklingError, EOFError, *WRONG_VALUE)
+class DistributedCheckpointer(Checkpointer):
+    """Of a draft model that is split over the ranks: each writes its part below `sharded_state/`, beside the whole
+    speculator. The main rank calls `save` while the others call `help_to_save`."""
+
+    def __init__(
+        self, save_path: str | Path, sharded: Sharded, *, save_best: bool = False, train_command: str = ""
+    ) -> None:
+        super().__init__(save_path, save_best=save_best, train_command=train_command)
+        self.sharded = sharded
+
+    def write_model(self, directory: Path, model: SpeculatorModel, optimizers: Optimizers) -> None:
+        with self.sharded.whole(torch.device("cpu"), on_main_alone=True) as whole:
+            save_speculator(whole, directory)
+        self.help_to_write(directory, optimizers)
+
+    def help_to_save(self, optimizers: Optimizers) -> None:
+        with self.sharded.whole(torch.device("cpu"), on_main_alone=True):
+            pass
+        self.help_to_write(None, optimizers)
+
+    def help_to_write(self, directory: Path | None, optimizers: Optimizers) -> None:
+        """`directory`: where the main rank writes, which the others do not know."""
+        directory = self.sharded.ranks.told_by_main(directory)
+        write_shards(directory, masters(self.sharded.model), optimizers)
 
 
-def damaged(path: Path, error: Exception) -> DamagedCheckpointError:
-    return DamagedCheckpointError(
-        f"checkpoint {path} cannot be read ({first_sentence(error)}): delete that directory to continue from an older "
-        "one, or start anew with --no-resume-from-checkpoint"
-    )
-
-
-def mid_epoch_saves(checkpoint_freq: float, num_rows: int, rows_a_step: int = 1) -> set[int]:
-    """Returns the rows inside an epoch after which to save, without its end: freq 0.25 of 8 rows -> {2, 4, 6}."""
-    if checkpoint_freq >= 1:
-        return set()
-    count = round(1 / checkpoint_freq)
-    wanted = (num_rows * part // count for part in range(1, count))
-    return {min(num_rows, -(-row // rows_a_step) * rows_a_step) for row in wanted} - {0, num_rows}
-
-
-def is_saved_epoch(checkpoint_freq: float, epoch: int) -> bool:
-    """Says whether to save at the end of an epoch: after epoch 0, then after every `checkpoint_freq`-th."""
-    return epoch % max(1, int(checkpoint_freq)) == 0
-
-
-def progress(path: Path) -> float:
-    """Orders checkpoints; one that cannot be read counts as the newest, so that it is not passed over in silence."""
-    try:
-        return read_position(path).global_step
-    except DamagedCheckpointError:
-        return math.inf
-
-
-def link_name(position: Position) -> str:
-    return f"epoch{position.epoch}_" + (f"step{position.local_step}" if position.local_step else "end")
+def checkpointer_of(parallel: Alone, save_path: str | Path, *, save_best: bool, train_command: str) -> Checkpointer:
+    settings: dict[str, Any] = {"save_best": save_best, "train_command": train_command}
+    if isinstance(parallel, Sharded):
+        return DistributedCheckpointer(save_path, parallel, **settings)
+    return Checkpointer(save_path, **settings)

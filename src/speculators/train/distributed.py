@@ -1,12 +1,12 @@
 """Runs one training run in several processes that torchrun started. A single process pays nothing for it.
 
-Gradients are averaged after the backward pass: every rank holds the whole drafter, which is small beside the verifier.
+`parallel` has how the ranks share a draft model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from speculators.train.keys import TrainerKeys
 from speculators.training_keys import default_of
@@ -29,16 +30,23 @@ class RankError(OSError):
 
 
 @contextmanager
-def hearing_others() -> Iterator[None]:
-    """Turns what a collective raises into one clear error."""
+def hearing_others(*, beside_work: bool = False) -> Iterator[None]:
+    """Turns what a collective raises into one clear error. `beside_work`: other errors may come from the block too."""
     try:
         yield
     except RuntimeError as error:
+        if beside_work and not is_of_a_collective(error):
+            raise
         reason = str(error).strip().split("\n")[0]
         raise RankError(
             f"another rank ended or did not answer within --rank-timeout ({reason}): its own output says why; the "
             "same command continues from the newest checkpoint"
         ) from error
+
+
+def is_of_a_collective(error: RuntimeError) -> bool:
+    """Gloo raises a plain `RuntimeError` that begins with the place in its source."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 @dataclass(frozen=True)
@@ -63,19 +71,6 @@ class Ranks:
         if self.world_size > 1:
             with hearing_others():
                 dist.all_reduce(values)
-
-    def average_gradients(self, params: Iterable[torch.nn.Parameter], weight: float) -> None:
-        """Divides gradients by the weight of all ranks' rows, in place, with one collective call.
-
-        `weight`: of this rank's rows, whose gradients are summed with it: so several ranks, or several rows a step on
-        one, learn the same from the same rows.
-        """
-        grads = [param.grad for param in params if param.grad is not None]
-        packed = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor([weight])])
-        self.add_up(packed)
-        packed /= packed[-1].clamp(min=1.0)
-        for grad, mean in zip(grads, packed[:-1].split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(mean.view_as(grad))
 
     def any(self, flag: bool) -> bool:
         """Says whether the flag is set on any rank, so that all ranks stop together."""
@@ -102,6 +97,15 @@ class Ranks:
         if self.any(error is not None):
             raise error or ValueError("the main rank does not start; its own output says why")
         return result
+
+    def told_by_main(self, value: T | None) -> T:
+        """Returns the main rank's value on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            with hearing_others():
+                dist.broadcast_object_list(values, src=0, device=self.device)
+        assert values[0] is not None
+        return values[0]
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """Returns the values of every rank, on the CPU. They have one shape and type."""
@@ -133,6 +137,23 @@ class Ranks:
             {"cpu": cpu, "cuda": [states[rank] for states in on_device]}
             for rank, cpu in enumerate(self.gather(state["cpu"]))
         ]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a sharded tensor, and any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Gathers a sharded tensor; all ranks call it. Returns any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(other: Tensor, tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a whole tensor where `other` is sharded; all ranks have the same whole one."""
+    if not isinstance(other, DTensor) or isinstance(tensor, DTensor) or tensor.shape != other.shape:
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 def pick_device(local_rank: int = 0) -> torch.device:

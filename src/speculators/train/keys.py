@@ -115,6 +115,9 @@ class TrainerKeys(Keys):
     )
     rank_timeout: float = Field(600.0, gt=0.0, description="Seconds without an answer of another rank that end a run.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    fsdp_shard: bool = Field(
+        False, description="Split trained weights, gradients and optimizer state over the ranks of torchrun (FSDP2)."
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="Packed rows of each rank in an optimizer step.")
     log_freq: int = Field(1, ge=1, description="Steps between reports to the bar, metrics.jsonl and loggers.")
     log_every: int | None = Field(
@@ -172,7 +175,6 @@ RETIRED_KEYS = {
     "ends it, and the same command continues",
     "hidden_states_backend": "states of a server travel as files: leave it out",
     "noise_std": "verifier states are trained on as they are: leave it out",
-    "fsdp_shard": "every rank holds the whole drafter: leave it out",
     "draft_mrope_full_head_hack": "the drafter's rope is computed as configured: leave it out",
 }
 """Keys of earlier releases -> what is done now, and what to use instead."""

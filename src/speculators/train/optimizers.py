@@ -15,13 +15,42 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from speculators.train.data import BatchLoader
+from speculators.train.distributed import split_like, whole_tensor
 from speculators.train.records import TrainerConfig
 
 NOT_FOR_MUON = ("embed_tokens", "lm_head", "codebook", "markov_w1", "markov_w2")
 MAX_GRAD_NORM = 1.0
+
+
+class ShardedMuon(Muon):
+    """Muon for matrices of which every rank holds some rows. Momentum stays split; one matrix at a time is gathered and
+    orthogonalised whole by every rank, so that the step is that of one rank."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.step_matrix(param, group)
+
+    def step_matrix(self, param: Any, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param.grad)
+        momentum = state["momentum_buffer"]
+        momentum.lerp_(param.grad, 1 - group["momentum"])
+        update = param.grad.lerp(momentum, group["momentum"])
+        whole = nn.Parameter(torch.zeros(param.shape, dtype=param.dtype, device=param.device))
+        whole.grad = update.full_tensor()
+        settings = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+        Muon([whole], weight_decay=0.0, momentum=0.0, nesterov=False, **settings).step()
+        step = distribute_tensor(whole.detach(), param.device_mesh, param.placements, src_data_rank=None)
+        param.mul_(1 - group["lr"] * group["weight_decay"]).add_(step)
 
 
 class Optimizers:
@@ -39,7 +68,8 @@ class Optimizers:
 
     def clipped_step(self, params: Sequence[nn.Parameter], lr_scale: float) -> None:
         """Steps with gradients whose norm is at most `MAX_GRAD_NORM`, and forgets them."""
-        nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+        norm = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+        nn.utils.clip_grads_with_norm_(params, MAX_GRAD_NORM, whole_tensor(norm))
         self.step(lr_scale)
         self.zero_grad()
 
@@ -47,11 +77,18 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
+    def params(self) -> dict[str, list[nn.Parameter]]:
+        """Those of each optimizer, in the order in which its state numbers them."""
+        return {
+            name_of(optimizer): [param for group in optimizer.param_groups for param in group["params"]]
+            for optimizer in self.optimizers
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        return {type(optimizer).__name__: optimizer.state_dict() for optimizer in self.optimizers}
+        return {name_of(optimizer): optimizer.state_dict() for optimizer in self.optimizers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        names = [type(optimizer).__name__ for optimizer in self.optimizers]
+        names = [name_of(optimizer) for optimizer in self.optimizers]
         if set(names) != set(state):
             raise ValueError(
                 f"the checkpoint was trained with {sorted(state)}, this run uses {sorted(names)}: "
@@ -59,9 +96,19 @@ class Optimizers:
             )
         for name, optimizer in zip(names, self.optimizers, strict=True):
             own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state[name])
+            params = self.params()[name]
+            of_params = {
+                index: {key: split_like(params[index], value) for key, value in values.items()}
+                for index, values in state[name]["state"].items()
+            }
+            optimizer.load_state_dict({**state[name], "state": of_params})
             for group, settings in zip(optimizer.param_groups, own, strict=True):
                 group.update(settings)  # torch takes over the checkpoint's, whatever this run was told
+
+
+def name_of(optimizer: Optimizer) -> str:
+    """Its name in a checkpoint, however many ranks share it."""
+    return "Muon" if isinstance(optimizer, Muon) else type(optimizer).__name__
 
 
 def make_optimizers(model: nn.Module, config: TrainerConfig) -> Optimizers:
@@ -75,8 +122,9 @@ def make_optimizers(model: nn.Module, config: TrainerConfig) -> Optimizers:
     rest = [param for name, param in trainable if not suits_muon(name, param)]
     parts: list[Optimizer] = []
     if matrices:
+        kind = ShardedMuon if isinstance(matrices[0], DTensor) else Muon
         parts.append(
-            Muon(
+            kind(
                 matrices,
                 lr=config.muon_lr,
                 weight_decay=config.muon_weight_decay,

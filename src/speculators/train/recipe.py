@@ -55,6 +55,7 @@ FREE_KEYS = frozenset(
         "dry_run",
         "estimate",
         "eval_prompts",
+        "fsdp_shard",
         "generation_validation_retries",
         "gradient_checkpointing",
         "hidden_states_memory_gb",
@@ -89,8 +90,9 @@ HASHED_KEYS = frozenset(
 """Paths, in whose place the recipe holds what was found there."""
 LENGTH_KEYS = ("epochs", "max_steps")
 """They shape the learning rate unless the schedule has a length of its own."""
-ROW_KEYS = frozenset(["data", "num_ranks", "rows", "seed", "total_seq_len", "train_data_ratio"])
+ROW_KEYS = frozenset(["data", "rows", "seed", "total_seq_len", "train_data_ratio"])
 """They decide which rows an epoch has and in which order, so inside an epoch nothing can allow their change."""
+RANKS_KEY, ACCUMULATION_KEY = "num_ranks", "gradient_accumulation_steps"
 THREADS_KEY = "num_threads"
 """Of a run on a CPU: what its sums were split into. Another number is no other recipe, but changes the last bits."""
 BLOCK_ROWS = 1000
@@ -114,7 +116,7 @@ def recipe_of(
         "draft_vocabulary": "whole" if t2d is None else f"{int(t2d.sum())} tokens {tensor_hash(t2d)}",
         **{f"drafter.{key}": value for key, value in drafter.items()},
         "aux_layer_ids": list(model.capture.aux_layer_ids),
-        "num_ranks": ranks.world_size,
+        RANKS_KEY: ranks.world_size,
         **({THREADS_KEY: torch.get_num_threads()} if ranks.device.type == "cpu" else {}),
     }
 
@@ -167,6 +169,8 @@ def check_recipe(config: TrainConfig, recipe: dict[str, Any], on_event: Listener
         on_event(Note(f"{root} has no {RECIPE_FILE}: an earlier release began it, so its settings are not compared"))
         return
     changes = changed_settings(before, recipe)
+    if changes.pop(RANKS_KEY, None) is not None and rows_a_step(before) == rows_a_step(recipe):
+        changes.pop(ACCUMULATION_KEY, None)  # another number of ranks is no other recipe: a step keeps its rows
     threads = changes.pop(THREADS_KEY, None)
     if threads is not None and before.get(THREADS_KEY) is not None:
         on_event(Note(f"threads: {threads}; the result may differ in its last bits from that of one uninterrupted run"))
@@ -178,6 +182,10 @@ def check_recipe(config: TrainConfig, recipe: dict[str, Any], on_event: Listener
         refuse_changes(rows, f"{newest} is inside an epoch, whose rows", f"{ways_out}; nothing else would be exact")
     if changes:
         on_event(Note(f"continuing with changed settings:\n{columns(changes)}"))
+
+
+def rows_a_step(recipe: dict[str, Any]) -> int:
+    return recipe[RANKS_KEY] * recipe[ACCUMULATION_KEY]
 
 
 def is_inside_epoch(checkpoint: Path) -> bool:

@@ -66,6 +66,7 @@ class TrainerConfig:
     log_freq: int = default_of(TrainerKeys, "log_freq")
     log_every: int | None = default_of(TrainerKeys, "log_every")
     gradient_checkpointing: bool = default_of(TrainerKeys, "gradient_checkpointing")
+    fsdp_shard: bool = default_of(TrainerKeys, "fsdp_shard")
     gradient_accumulation_steps: int = default_of(TrainerKeys, "gradient_accumulation_steps")
     """Packed rows of each rank in one optimizer step; each counts by its supervised tokens."""
     max_steps: int | None = None

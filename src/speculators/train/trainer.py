@@ -9,21 +9,24 @@ import math
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from speculators.data_generation import InvalidResponseError, ServerUnavailableError
 from speculators.losses.metrics import MetricSums, expected_acceptance_length
 from speculators.model import SpeculatorModel
-from speculators.train.checkpoint_files import DamagedCheckpointError, Position, read_position
-from speculators.train.checkpointer import INTERRUPTED, Checkpointer, is_saved_epoch, mid_epoch_saves
+from speculators.train.checkpoint_files import Position, is_saved_epoch, mid_epoch_saves, read_position
+from speculators.train.checkpointer import INTERRUPTED, checkpointer_of
 from speculators.train.data import Batch, BatchLoader, as_loader
 from speculators.train.distributed import Ranks, pick_device
 from speculators.train.events import Listener, Note, Saved, Started, Stopped, Validated, ignore
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
 from speculators.train.optimizers import make_optimizers, num_steps_of, schedule_of
+from speculators.train.parallel import parallelise
 from speculators.train.records import FINISHED, StepReports, TrainerConfig, TrainResult
 from speculators.train.validation import PromptDecoder
 
@@ -56,39 +59,45 @@ class Trainer:
         if len(self.train_loader) == 0:
             raise ValueError("not one packed row to train on: add documents, or use fewer processes")
         self.model = model.to(self.ranks.device)  # type: ignore[arg-type]
-        self.params = [param for param in model.parameters() if param.requires_grad]
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        self.parallel = parallelise(model, self.ranks, config, self.tell)
+        self.params = [param for param in model.parameters() if param.requires_grad]
         self.optimizers = make_optimizers(model, config)
-        num_run_steps = num_steps_of(self.train_loader, config.num_epochs, config.gradient_accumulation_steps)
+        self.checkpointer = checkpointer_of(
+            self.parallel, config.save_path, save_best=config.save_best, train_command=config.train_command
+        )
+        self.ranks.main_first(self.open_run_directory)
+        rows_a_step = partial(self.checkpointer.rows_a_step, config, self.ranks.world_size, self.tell)
+        self.rows_a_step = self.ranks.told_by_main(self.ranks.main_first(rows_a_step))
+        num_run_steps = num_steps_of(self.train_loader, config.num_epochs, self.rows_a_step)
         self.num_steps = min(num_run_steps, config.max_steps or num_run_steps)
         self.schedule = schedule_of(config, self.num_steps)
-        self.checkpointer = Checkpointer(
-            config.save_path, save_best=config.save_best, train_command=config.train_command
-        )
         self.position = Position()
         self.num_documents, self.num_tokens, self.decoder = num_documents, num_tokens, decoder
-        self.weighs_rows = self.ranks.world_size * config.gradient_accumulation_steps > 1
+        self.weighs_rows = self.ranks.world_size * self.rows_a_step > 1
         self.step_weight, self.finished_before = 0.0, False
         late = self.ranks.device.type != "cpu"
         self.recent = StepReports(config, self.num_steps, self.ranks, self.on_event, late=late)
         self.last_saved: tuple[Path, int] | None = None
-        self.ranks.main_first(self.open_run_directory)
         if config.resume_from_checkpoint:
             self.resume()
         self.val_losses = self.checkpointer.val_losses()
         """Epoch -> validation loss, of the checkpoints on disk."""
 
+    def tell(self, text: str) -> None:
+        self.on_event(Note(text))
+
     def open_run_directory(self) -> None:
         """Finishes what a dead process left half done; refuses to mix a new run with an old one."""
         for text in self.checkpointer.recover():
-            self.on_event(Note(text))
+            self.tell(text)
         if not self.config.resume_from_checkpoint:
             self.checkpointer.refuse_other_runs()
 
     def resume(self) -> None:
         """Continues from the newest checkpoint that can be read; damaged ones are set aside, with a line."""
-        path = self.ranks.main_first(self.load_newest)
+        path = self.ranks.main_first(lambda: self.checkpointer.load_newest(self.load, self.tell))
         if not self.ranks.is_main and (path := self.checkpointer.newest()) is not None:
             self.load(path)
         if path is None:
@@ -101,27 +110,12 @@ class Trainer:
         if self.checkpointer.finished_steps() == self.num_steps:
             self.position = Position(self.config.num_epochs, 0, self.num_steps)
         if not self.is_finished():
-            self.on_event(Note(f"continuing from {path} at step {position.global_step}"))
-
-    def load_newest(self) -> Path | None:
-        while (path := self.checkpointer.newest()) is not None:
-            try:
-                self.load(path)
-            except DamagedCheckpointError as error:
-                if len(self.checkpointer.candidates()) == 1:
-                    raise
-                aside = self.checkpointer.set_aside(path)
-                self.on_event(Note(f"{error}. It is now {aside.name}, and the run continues from the one before"))
-            else:
-                return path
-        return None
+            self.tell(f"continuing from {path} at step {position.global_step}")
 
     def load(self, path: Path) -> None:
         self.train_loader.set_epoch(read_position(path).epoch)
-        num_rows, allowed = len(self.train_loader), self.config.allow_changed_settings
-        self.position = self.checkpointer.load(
-            path, self.model, self.optimizers, ranks=self.ranks, num_rows=num_rows, allow_changes=allowed
-        )
+        of_rank: dict[str, Any] = {"ranks": self.ranks, "num_rows": len(self.train_loader)}
+        self.position = self.checkpointer.load(path, self.model, self.optimizers, **of_rank)
 
     def run_training(self) -> TrainResult:
         with GracefulShutdown() as shutdown:
@@ -133,7 +127,7 @@ class Trainer:
         num_trainable, first_step = sum(param.numel() for param in self.params), self.position.global_step
         self.finished_before = self.is_finished()
         if self.finished_before:
-            self.on_event(Note(FINISHED.format(first_step, self.num_steps)))
+            self.tell(FINISHED.format(first_step, self.num_steps))
             return
         compiles = self.model.attention_route(self.ranks.device.type).kernel is not None
         self.on_event(Started(self.num_steps, first_step, num_trainable, self.num_documents, self.num_tokens, compiles))
@@ -156,11 +150,12 @@ class Trainer:
         """The rest of the current epoch, or as much of it as `max_steps` leaves."""
         epoch, first = self.position.epoch, self.position.local_step
         self.train_loader.set_epoch(epoch)
-        num_rows, rows_a_step = len(self.train_loader), self.config.gradient_accumulation_steps
+        num_rows, rows_a_step = len(self.train_loader), self.rows_a_step
         save_steps = mid_epoch_saves(self.config.checkpoint_freq, num_rows, rows_a_step)
         for local_step, batch in enumerate(self.recent.timed(self.train_loader.batches(first)), start=first + 1):
-            self.backward(batch)
-            if local_step % rows_a_step and local_step < num_rows:
+            is_last = local_step % rows_a_step == 0 or local_step == num_rows
+            self.backward(batch, is_last)
+            if not is_last:
                 yield epoch, local_step, 0
                 continue
             lr = self.step()
@@ -183,31 +178,34 @@ class Trainer:
         if ended:
             self.position = Position(epoch + 1, 0, self.position.global_step)
 
-    def backward(self, batch: Batch) -> None:
+    def backward(self, batch: Batch, is_last: bool) -> None:
         """Adds the gradients of one row, which counts by its supervised tokens where a step has several."""
         self.model.train()
-        loss, metrics = self.forward(batch, self.config.train_call_kwargs)
-        if self.weighs_rows:
-            weight = float(batch["loss_mask"].sum())
-            self.step_weight += weight
-            loss = loss * weight
-        loss.backward()
+        with self.parallel.row(is_last):
+            loss, metrics = self.forward(self.parallel.module, batch, self.config.train_call_kwargs)
+            if self.weighs_rows:
+                weight = float(batch["loss_mask"].sum())
+                self.step_weight += weight
+                loss = loss * weight
+            loss.backward()
         self.recent.add(metrics, num_tokens=int((batch["document_ids"] >= 0).sum()))
 
     def step(self) -> float:
         """One optimizer step; returns the scale of the learning rate it used."""
         if self.weighs_rows:
-            self.ranks.average_gradients(self.params, self.step_weight)
+            self.parallel.divide_gradients(self.params, self.step_weight)
         self.step_weight = 0.0
         scale = self.schedule.scale(self.position.global_step)
         self.optimizers.clipped_step(self.params, scale)
         return scale
 
-    def forward(self, batch: Batch, call_kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    def forward(
+        self, module: nn.Module, batch: Batch, call_kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         device, dtype = self.ranks.device, self.config.hidden_states_dtype
         inputs = self.ranks.moved(batch, left_out=("error_records",), on_host=self.model.columns_on_host)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            _, loss, metrics = self.model(**inputs, **call_kwargs)
+            _, loss, metrics = module(**inputs, **call_kwargs)
         return (metrics["loss"] if loss is None else loss), metrics
 
     @torch.no_grad()
@@ -219,11 +217,12 @@ class Trainer:
         self.model.eval()
         sums, at, num_counted = MetricSums(), self.position, len(self.val_loader) - self.val_loader.num_repeated
         for number, batch in enumerate(self.val_loader.batches()):
-            sums.add(self.forward(batch, self.config.val_call_kwargs)[1], counts=number < num_counted)
+            sums.add(self.forward(self.model, batch, self.config.val_call_kwargs)[1], counts=number < num_counted)
             yield at.epoch, at.local_step or len(self.train_loader), number + 1
         metrics = sums.values(self.ranks.add_up)
         if self.decoder is not None:
-            metrics |= self.decoder.measure(self.model, self.ranks)
+            with self.parallel.whole() as model:
+                metrics |= self.decoder.measure(model, self.ranks)
         self.on_event(Validated(at.global_step, at.epoch, metrics, expected_acceptance_length(metrics)))
         return metrics
 
@@ -244,11 +243,12 @@ class Trainer:
         path = self.checkpointer.root / (name or str(self.position.epoch))
         states = self.ranks.random_states()
         if self.ranks.is_main:
-            at, num_rows = self.position, len(self.train_loader)
-            self.checkpointer.save(
-                path, self.model, self.optimizers, at, val_metrics, random_states=states, num_rows=num_rows
-            )
+            shares: dict[str, Any] = {"random_states": states, "num_rows": len(self.train_loader)}
+            shares["rows_a_step"] = self.rows_a_step
+            self.checkpointer.save(path, self.model, self.optimizers, self.position, val_metrics, **shares)
             self.checkpointer.mark_best()
+        else:
+            self.checkpointer.help_to_save(self.optimizers)
         self.last_saved = (path, self.position.global_step)
         self.on_event(Saved(path, self.position.global_step))
         self.ranks.wait()

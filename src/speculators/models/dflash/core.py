@@ -58,6 +58,7 @@ class DFlashDraftModel(DraftModel):
     contract = DFlashContract()
     training_args: ClassVar[type[BaseModel]] = DFlashTrainingArgs
     training_defaults = TRAINING_DEFAULTS
+    layer_methods = ("project_context",)
     recorded_keys: ClassVar[Mapping[str, str]] = {"target_layer_ids": "aux_hidden_state_layer_ids"}
     called_by_hand: ClassVar[Mapping[str, Any]] = CALLED_BY_HAND
     forward_keys: ClassVar[Mapping[str, str]] = {

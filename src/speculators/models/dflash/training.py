@@ -88,7 +88,7 @@ def fill_blocks(network: DFlashNetwork, batch: PackedBatch, blocks: Blocks, atte
     context_rope = network.rope.at(batch.position_ids_T, torch.float32)
     layer_attention = []
     for layer, layer_mask in zip(network.layers, network.layer_masks, strict=True):
-        key_1CGd, value_1CGd = layer.self_attn.project_kv(context_CH[None], context_rope)  # type: ignore[operator]
+        key_1CGd, value_1CGd = layer.project_context(context_CH[None], context_rope)
         context = ContextKV(key_1CGd[0], value_1CGd[0])
         layer_attention.append(block_attention(attention, blocks.layout, layer_mask, context))
     token_ids_PS = network.blocks(batch.token_ids_T[blocks.anchors_P], blocks.layout.block_size)

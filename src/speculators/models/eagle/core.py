@@ -49,6 +49,7 @@ class EagleSpeculator(Generating, SpeculatorModel):
     config_class = EagleSpeculatorConfig  # type: ignore[assignment]
     training_args = EagleTrainingArgs
     takes_routes = True
+    uses_every_weight = True
     columns_on_host = ("document_ids", "loss_mask")
     training_defaults = TRAINING_DEFAULTS
     unread_keys = ("target_layer_ids", *NO_VOCABULARY_OF_ITS_OWN, *NO_BLOCKS)

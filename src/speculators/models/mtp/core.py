@@ -58,6 +58,7 @@ class MTPDraftModel(DraftVocabMixin, SpeculatorModel):  # type: ignore[misc]
     training_defaults = TRAINING_DEFAULTS
     unread_keys = ("target_layer_ids", *NO_VOCABULARY_OF_ITS_OWN, *NO_BLOCKS)
     has_chosen_layers = False
+    uses_every_weight = True
     takes_routes = True
     columns_on_host = ("document_ids", "loss_mask")
     forward_keys: ClassVar[Mapping[str, str]] = {}
