@@ -268,22 +268,32 @@ def test_save_best_remembers_that_the_run_is_over(tmp_path, make_model, monkeypa
     assert again.finished_before and again.num_steps == first.num_steps == 15
 
 
-def test_a_checkpoint_of_other_ranks_or_of_other_rows_inside_an_epoch_is_refused(tmp_path, make_model):
+def test_another_number_of_ranks_goes_on_after_the_same_rows_and_other_rows_are_refused(tmp_path, make_model):
+    """Two ranks had 3 of 22 rows each."""
     model = make_model()
     checkpointer = Checkpointer(tmp_path)
     states = [Ranks().random_state()] * 2
-    for epoch, local_step in ((0, 0), (1, 3)):
-        position = Position(epoch, local_step, 9)
-        checkpointer.save(
-            tmp_path / str(epoch), model, optimizers_of(model), position, random_states=states, num_rows=22
-        )
-    ends, inside = tmp_path / "0", tmp_path / "1"
+    of_ranks = {"random_states": states, "num_rows": 22, "rows_a_step": 3}
+    checkpointer.save(tmp_path / "1", model, optimizers_of(model), Position(1, 3, 9), **of_ranks)
     optimizers = optimizers_of(model)
-    for path, allowed in ((ends, False), (inside, False), (inside, True)):
-        with pytest.raises(ValueError, match="of a run on 2 ranks, this one has 1"):
-            checkpointer.load(path, model, optimizers, allow_changes=allowed)
-    assert checkpointer.load(ends, model, optimizers, allow_changes=True) == Position(0, 0, 9)
-    both = Ranks(rank=0, world_size=2)
-    with pytest.raises(ValueError, match=r"after 3 of 22 rows.* packs 25"):
-        checkpointer.load(inside, model, optimizers, ranks=both, num_rows=25)
-    assert checkpointer.load(inside, model, optimizers, ranks=both, num_rows=22) == Position(1, 3, 9)
+    both, alone = Ranks(rank=0, world_size=2), Ranks()
+    assert checkpointer.load(tmp_path / "1", model, optimizers, ranks=both, num_rows=22) == Position(1, 3, 9)
+    for num_rows in (44, 45):  # two ranks leave out a row that they cannot share
+        assert checkpointer.load(tmp_path / "1", model, optimizers, ranks=alone, num_rows=num_rows) == Position(1, 6, 9)
+    for ranks, num_rows in ((both, 25), (alone, 43), (alone, 46)):
+        with pytest.raises(ValueError, match=rf"after 3 of 22 rows.* packs {num_rows}"):
+            checkpointer.load(tmp_path / "1", model, optimizers, ranks=ranks, num_rows=num_rows)
+
+
+def test_a_step_keeps_its_rows_whatever_the_number_of_ranks(tmp_path, make_model):
+    model, lines = make_model(), []
+    checkpointer, states = Checkpointer(tmp_path), [Ranks().random_state()] * 2
+    checkpointer.save(tmp_path / "0", model, optimizers_of(model), Position(), random_states=states, rows_a_step=3)
+    config = trainer_config(resume_from_checkpoint=True)
+    assert [checkpointer.rows_a_step(config, num_ranks, lines.append) for num_ranks in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    assert "6 of each rank, not 1" in lines[0] and "ranks: 2 -> 1" in lines[1]
+    with pytest.raises(ValueError, match=r"6 rows per step, which 4 ranks cannot share.*continues with 4 rows"):
+        checkpointer.rows_a_step(config, 4, lines.append)
+    changed = trainer_config(resume_from_checkpoint=True, allow_changed_settings=True)
+    assert checkpointer.rows_a_step(changed, 4, lines.append) == 1
+    assert checkpointer.rows_a_step(trainer_config(), 4, lines.append) == 1  # begins anew

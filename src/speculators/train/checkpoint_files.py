@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,7 +152,9 @@ def read_shards(path: Path, weights: dict[str, Tensor], optimizers: Optimizers) 
             tensors[key] = torch.empty_like(own, dtype=dtype)
         else:
             tensors[key] = torch.empty(saved.size, dtype=dtype)
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it was asked for
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     groups = {kind: saved["param_groups"] for kind, saved in optimizers.state_dict().items()}
     state: dict[str, Any] = {kind: {"state": {}, "param_groups": of_kind} for kind, of_kind in groups.items()}
     read = {}
