@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 TINY = str(assets.tiny_verifier_path())
 PROGRAM = re.compile(r"(\$ )?((\.venv/bin/)?(speculators|python[0-9.]*|pip|make|torchrun|pytest)( |$)|[A-Z_]+=\S+ )")
 """How the line of a command begins."""
+TRAINING_OF_RANKS = ("speculators.train", "scripts/train.py")
 FIRST = ("docs/prepare-data.md", "docs/quickstart.md", "docs/train.md")
 """Pages whose commands make what other pages use: answers, rows, a drafter."""
 
@@ -34,6 +35,8 @@ STANDS_FOR = {
     r"(?<!/)\bsrc/speculators/assets\b": str(Path(TINY).parent),
     r"\bORG/MODEL\b|(?<![A-Z_/])(MODEL|VERIFIER)\b": TINY,
     r"\bORG/HEAD\b": "head",
+    r"--nproc-per-node 8": "--nproc-per-node 2",
+    r"\bscripts/train.py": str(ROOT / "scripts" / "train.py"),
     r"\bCHECKPOINT\b": "run/checkpoint_best",
     r"\bquickstart-output/run\b": "run",
 }
@@ -54,6 +57,7 @@ SKIPPED = {
     r"\bbroken\b": "shows an error",
     r"^make |benchmarks/|-m pytest|^pytest|quickstart$|architectures.py": "takes minutes: see Makefile and CI",
     r"\bpip\b|-m venv|--install-completion": "installs",
+    r"--nnodes": "needs several machines",
     r"\b300\.json": "needs several trainings",
     r"--plugins": "runs in tests/conformance/test_ninth_algorithm.py",
     r"\bSMALL_MODEL\b": "needs a second model",
@@ -69,9 +73,19 @@ class Command:
 
     @property
     def verb(self) -> str | None:
-        """The verb of a `speculators` command."""
+        """The verb of a `speculators` command; `train` of a run on several ranks."""
         words = self.words
+        if words[0] == "torchrun":
+            return "train"
         return words[1] if len(words) > 1 and Path(words[0]).name == "speculators" else None
+
+    @property
+    def flags(self) -> list[str]:
+        """What stands behind the verb."""
+        words = self.words
+        if words[0] == "torchrun":
+            return words[next(i for i, word in enumerate(words) if word in TRAINING_OF_RANKS) + 1 :]
+        return words[2:]
 
     @property
     def words(self) -> list[str]:
@@ -109,6 +123,8 @@ def as_it_runs(command: Command) -> list[str]:
         words += added
     if command.verb in DRY and "--dry-run" not in words:
         words.insert(words.index("--") if "--" in words else len(words), "--dry-run")
+    if words[0] == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     return [sys.executable, "-m", "speculators", *words[1:]] if command.verb else [sys.executable, *words[1:]]
 
 

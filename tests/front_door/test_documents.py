@@ -24,7 +24,7 @@ from run_docs import Command, commands_of, pages, why_skipped  # noqa: E402
 
 def read(command: Command) -> None:
     """Parses the flags of a command, and runs nothing. Raises where the command line would."""
-    words = [word for word in command.words[2:] if not re.fullmatch(r"\[?--python|PATH\]", word)]
+    words = [word for word in command.flags if not re.fullmatch(r"\[?--python|PATH\]", word)]
     verb = command.verb
     assert verb is not None
     if verb == "train":

@@ -75,8 +75,14 @@ def test_the_lines_of_the_document_run_and_are_silent(chats):
 
 
 def test_the_lines_of_the_guide_to_generating_run(chats, capsys):
-    [block] = code_of("generate.md")
-    exec(compile(as_it_runs(block), "docs/generate.md", "exec"), {})
+    chat, per_request = code_of("generate.md")
+    names: dict = {}
+    exec(compile(as_it_runs(chat), "docs/generate.md", "exec"), names)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].rsplit(" ", 1)[0].strip()  # the text before the acceptance length
     assert float(printed[0].rsplit(" ", 1)[1]) >= 1 if len(printed) == 1 else printed
+
+    exec(compile(as_it_runs(per_request), "docs/generate.md", "exec"), names)
+    plain, two, ngram = names["outputs"]
+    assert plain.stats.num_drafted == 0 < two.stats.num_drafted
+    assert ngram.token_ids

@@ -55,6 +55,21 @@ def test_the_script_of_the_guide_trains_and_prints_the_checkpoint(tmp_path, veri
     assert Path(done.stdout.strip()).joinpath("config.json").exists()
 
 
+def test_the_line_of_the_readme_trains_on_two_ranks(tmp_path, verifier_path, data_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [line] = [line for line in readme.splitlines() if line.startswith("torchrun ")]
+    line = line.replace("MODEL", str(verifier_path)).replace("--data data", f"--data {data_path}")
+    words = line.replace("--output run", f"--output {tmp_path / 'run'}").split()
+    assert words[:4] == ["torchrun", "--standalone", "--nproc-per-node", "2"]
+    small = ["--max-steps", "2", "--total-seq-len", "64", "--draft-arch", "llama", "--hidden-states-dtype", "float32"]
+    started = [sys.executable, "-m", "torch.distributed.run", *words[1:], *small]
+    done = subprocess.run(started, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    state = json.loads((tmp_path / "run" / "checkpoint_best" / "config.json").read_text())
+    assert state["speculators_model_type"] == "eagle3"
+    assert len(curve(tmp_path / "run")) == 2
+
+
 def test_wrong_flags_and_wrong_input_end_with_one_line_and_a_code(capsys):
     assert main(["--verifier-name-or-path", "m", "--epoch", "3"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown flag --epoch. Did you mean '--epochs'?")
