@@ -50,13 +50,15 @@ test: install-dev  ## install with the development tools, then run the tests
 fuzz: install-dev  ## 20,000 damaged configs, files, rows and answers, and 5,000 rows through prepare-data (some minutes)
 	OMP_NUM_THREADS=1 SPECULATORS_FUZZ_CASES=1000 $(BIN)/python -m pytest -n 2 tests/fuzz
 
-# Other packages keep their versions of constraints.txt.
+# Other packages keep their versions of constraints.txt. Left out: what kills processes and what reads documents, in which
+# transformers has no part, and which takes two minutes.
+NOT_OF_TRANSFORMERS := $(addprefix --ignore=tests/,train/test_kills.py train/test_processes.py front_door/test_documents.py results)
 test-newest: | $(NEWEST_VENV)/bin/python  ## tests and types with the newest transformers that pyproject.toml admits
 	grep -v "^transformers" constraints.txt > $(NEWEST_VENV)/constraints.txt
 	$(NEWEST_PIP) --constraint $(NEWEST_VENV)/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(NEWEST_PIP) --constraint $(NEWEST_VENV)/constraints.txt --editable ".[dev]"
 	@$(NEWEST_VENV)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
-	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n 2 $(NOT_OF_TRANSFORMERS)
 	$(NEWEST_VENV)/bin/mypy --cache-dir .mypy_cache/newest
 
 test-vllm: install-dev $(VLLM_VENV)/.installed  ## the real vLLM, on CPU, serves what we train (its environment: 2.5 GB, made once)

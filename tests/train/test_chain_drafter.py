@@ -60,7 +60,7 @@ def test_bf16_training_measures_the_loss_of_fp32(tmp_path, verifier_path, data):
         settings = {"hidden_states_dtype": dtype, "total_seq_len": 512, "dry_run": True}
         trainer = build(config(verifier_path, data, tmp_path / dtype, **settings), Ranks(), lambda event: None).trainer
         batch = next(trainer.train_loader.batches())
-        losses.append(trainer.forward(batch, trainer.config.train_call_kwargs)[0].item())
+        losses.append(trainer.forward(trainer.model, batch, trainer.config.train_call_kwargs)[0].item())
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 

@@ -70,7 +70,7 @@ def test_the_peak_of_a_step_is_what_was_said(algorithm, verifier, data, tmp_path
     before = sum(tensor.numel() * tensor.element_size() for tensor in there)
     with LiveBytes([*there, *(tensor for batch in batches for tensor in batch.values())]) as counted:
         for batch in batches:
-            trainer.backward(batch)
+            trainer.backward(batch, is_last=True)
             trainer.step()
     states = sum(batches[0][name].nbytes for name in batches[0] if "hidden_states" in name)
     verifier_bytes = sum(param.nbytes for param in drafter.verifier.parameters())
