@@ -50,9 +50,10 @@ test: install-dev  ## install with the development tools, then run the tests
 fuzz: install-dev  ## 20,000 damaged configs, files, rows and answers, and 5,000 rows through prepare-data (some minutes)
 	OMP_NUM_THREADS=1 SPECULATORS_FUZZ_CASES=1000 $(BIN)/python -m pytest -n 2 tests/fuzz
 
-# Other packages keep their versions of constraints.txt. Left out: what kills processes and what reads documents, in which
-# transformers has no part, and which takes two minutes.
-NOT_OF_TRANSFORMERS := $(addprefix --ignore=tests/,train/test_kills.py train/test_processes.py front_door/test_documents.py results)
+# Other packages keep their versions of constraints.txt. Left out: kills, several ranks, documents, seeded faults, counts of
+# device reads, in which transformers has no part, and which take minutes.
+NOT_OF_TRANSFORMERS := $(addprefix --ignore=tests/,train/test_kills.py train/test_processes.py train/test_many_ranks.py \
+	front_door/test_documents.py results evaluation/test_diagnose.py decoding/test_device_rounds.py)
 test-newest: | $(NEWEST_VENV)/bin/python  ## tests and types with the newest transformers that pyproject.toml admits
 	grep -v "^transformers" constraints.txt > $(NEWEST_VENV)/constraints.txt
 	$(NEWEST_PIP) --constraint $(NEWEST_VENV)/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"

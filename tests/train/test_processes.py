@@ -63,7 +63,7 @@ def test_the_line_of_the_readme_trains_on_two_ranks(tmp_path, verifier_path, dat
     assert words[:4] == ["torchrun", "--standalone", "--nproc-per-node", "2"]
     small = ["--max-steps", "2", "--total-seq-len", "64", "--draft-arch", "llama", "--hidden-states-dtype", "float32"]
     started = [sys.executable, "-m", "torch.distributed.run", *words[1:], *small]
-    done = subprocess.run(started, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(started, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "run" / "checkpoint_best" / "config.json").read_text())
     assert state["speculators_model_type"] == "eagle3"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -160,6 +160,12 @@ def pick_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+KEPT_GROUPS: list[Any] = []
+"""Process groups of this process, until it ends. DistributedDataParallel's reducer holds the group too. Where it is the
+last that does, it joins gloo's thread while it holds Python's lock; that thread may need the lock to free a tensor, and
+both wait for ever (seen in the native stack of a rank whose run was over)."""
+
+
 @contextmanager
 def ranks_from_environment(timeout_s: float = default_of(TrainerKeys, "rank_timeout")) -> Iterator[Ranks]:
     """Joins the ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or runs this process alone.
@@ -176,6 +182,7 @@ def ranks_from_environment(timeout_s: float = default_of(TrainerKeys, "rank_time
         torch.cuda.set_device(device)
     with hearing_others():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    KEPT_GROUPS.append(dist.group.WORLD)
     try:
         yield Ranks(dist.get_rank(), world_size, device)
     finally:
