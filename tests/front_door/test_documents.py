@@ -61,3 +61,25 @@ def test_the_guides_have_commands():
 def test_a_command_that_does_not_exist_is_seen(text):
     with pytest.raises((ValueError, app.UsageError)):
         read(Command("", text))
+
+
+def cells_by_name(page: str, columns: tuple[int, ...]) -> dict[str, list[str]]:
+    """Method -> the numbers in these columns, of a page's tables; intervals left out."""
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / page).read_text().splitlines() if "|" in line]
+    rows = [[cell.split(" (")[0].strip() for cell in line] for line in lines if len(line) > max(columns)]
+    return {row[0].split(",")[0]: [row[column] for column in columns] for row in rows}
+
+
+def test_the_figures_for_choosing_are_those_of_the_results():
+    chosen, measured = cells_by_name("choosing.md", (1, 2, 3)), cells_by_name("results.md", (2, 4, 6))
+    named = [name for name in chosen if name in measured]
+    assert len(named) == 10
+    assert {name: chosen[name] for name in named} == {name: measured[name] for name in named}
+
+
+def test_the_figures_of_the_real_model_are_those_of_its_page():
+    measured = (ROOT / "docs" / "results-smollm2.md").read_text()
+    [line] = [line for line in (ROOT / "docs" / "choosing.md").read_text().splitlines() if "How much of it" in line]
+    few, many = re.findall(r"give (\d\.\d\d)", line)
+    assert re.search(rf"^\| 100 \|.*\| {few} \(", measured, re.MULTILINE)
+    assert re.search(rf"^\| 1,000 \|.*\| {many} \(", measured, re.MULTILINE)
