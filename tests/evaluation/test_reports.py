@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from row_toys import ROW
 
 from speculators.checkpoint.findings import error
 from speculators.convert import ConvertedCheckpoint
@@ -18,8 +19,7 @@ from speculators.deploy.export import Exported
 from speculators.deploy.report import CheckError, CheckReport
 from speculators.evaluation.parity import ParityError, ParityReport
 from speculators.evaluation.parity_checks import Check
-from speculators.evaluation.report import EvaluationReport, MethodRow, NotLosslessError
-from speculators.evaluation.statistics import Estimate
+from speculators.evaluation.report import EvaluationReport, NotLosslessError
 from speculators.train.records import TrainResult
 
 WRONG = error(
@@ -29,24 +29,6 @@ CHECKED = CheckReport(
     Path("run"), choose_engine("vllm-0.33"), "speculators", "dflash", "org/verifier", [WRONG], ["config.json"]
 )
 PARITY = ParityReport("run", "org/verifier", 2, 16, 4, 1.5, (Check("drafts", False, "3 of 9 drafts differ"),), 0.1)
-ROW = MethodRow(
-    method="eagle3",
-    num_speculative_tokens=4,
-    temperature=0.0,
-    num_prompts=20,
-    num_tokens=99,
-    acceptance_length=Estimate(2.5, 2.0, 3.0),
-    acceptance_rate=0.4,
-    conditional_acceptance=(0.5, 0.25),
-    tokens_per_s=9.0,
-    plain_tokens_per_s=6.0,
-    speedup=Estimate(1.5, 1.4, 1.6),
-    speedup_per_token=0.6,
-    num_identical=19,
-    draft_share=0.1,
-    draft_cost=0.2,
-    verify_cost=1.1,
-)
 REPORTS = {
     "prepared": (PreparedData(Path("data"), None, reused=True), ["Prepared", "data", "made from the same recipe"]),
     "regenerated": (

@@ -25,7 +25,7 @@ def report(methods, length=2.7, speedup=1.8, identical=20):
     rows = [
         {
             "method": "eagle3" if "/" in method else method,
-            "speculative_config": {"model": f"/home/me/work/{method}"} if "/" in method else None,
+            "speculative_config": {"model": f"/elsewhere/work/{method}"} if "/" in method else None,
             "num_speculative_tokens": 4,
             "batch_size": 1,
             "dataset": "gsm8k",
@@ -54,7 +54,7 @@ def page_of(work, measurements):
             continue
         methods, changes = measured
         (work / f"{name}.json").write_text(json.dumps(report(methods, **changes)))
-        command = "speculators evaluate --verifier /home/me/smollm2"
+        command = "speculators evaluate --verifier /elsewhere/smollm2"
         state[name] = {"command": command, "time_s": 60.0, "load": 0.1, "record": {}}
     return Page(work, state).text()
 
@@ -78,7 +78,7 @@ def test_what_was_not_measured_says_why_and_has_no_figure(tmp_path):
     for heading in ("All drafters", "Learning curve", "The verifier's own", "The draft vocabulary", "One turn"):
         section = text[text.index(f"## {heading}") :]
         assert "not measured" in section[: section.index("\n## ", 3)]
-    assert "/home/me" not in text  # the reader's places are others
+    assert "/elsewhere" not in text  # the reader's places are others
 
 
 def test_a_step_runs_once_and_one_beyond_the_budget_is_left_out_until_it_fits(tmp_path, monkeypatch):
