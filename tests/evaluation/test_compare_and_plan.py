@@ -114,6 +114,21 @@ def test_what_is_not_comparable_is_refused_by_its_name(other, said):
         compare_results(result(2.6), other)
 
 
+def test_one_measurement_is_no_evidence():
+    """Its resamples are itself: the interval has no width, wherever it lies."""
+    once = result(2.6, num_prompts=1, speedup=Estimate(1.6, 1.6, 1.6))
+    once = replace(once, rows=tuple(replace(r, groups=r.groups[:1]) for r in once.rows))
+    faster = replace(
+        once, rows=tuple(replace(r, groups=result(3.4).rows[n].groups[:1]) for n, r in enumerate(once.rows))
+    )
+    report = compare_results(once, faster)
+    assert report.rows[0].acceptance_length.value > 0
+    assert report.sentence() == "eagle3 K=4 on heldout: no evidence of a difference"
+    assert "1.60x, no evidence of a difference" in once.sentence()
+    [choice] = make_plan([once]).choices
+    assert (choice.method, choice.is_sure) == ("eagle3", False)
+
+
 def test_prompts_that_one_result_lacks_are_left_out():
     [found] = compare_results(result(2.6), result(2.6, first_prompt=10)).rows
     assert found.num_prompts == NUM_PROMPTS - 10
@@ -194,7 +209,8 @@ def test_a_number_of_drafts_that_the_model_promises_more_for_is_named():
 
 
 def sized(size: int | None, length: float, half_width: float = 0.05) -> EvaluationReport:
-    rows = (row("none", 0), row(acceptance_length=sure(length, half_width), training_rows=size))
+    trained = {"acceptance_length": sure(length, half_width), "speculative_config": {"model": "run/3"}}
+    rows = (row("none", 0), row(**trained, training_rows=size))
     return EvaluationReport("v", "heldout", rows)
 
 
@@ -230,6 +246,17 @@ def test_sizes_may_be_said_where_results_do_not(tmp_path, capsys):
     assert "1 training sizes for 3 results" in capsys.readouterr().err
     with pytest.raises(ValueError, match="nothing drafts"):
         make_plan([EvaluationReport("v", "heldout", (row("none", 0),))])
+
+
+def test_sizes_are_those_of_trained_drafters():
+    reports = [sized(None, 1 + n) for n in (1, 1.5, 2)]
+    reports = [replace(r, rows=(*r.rows, row("ngram", speculative_config={"method": "ngram"}))) for r in reports]
+    assert [curve.method for curve in make_plan(reports, [100, 1000, 10000]).learning] == ["eagle3"]
+
+
+def test_results_of_other_verifiers_have_no_plan_in_common():
+    with pytest.raises(ValueError, match="for one verifier: these results are of 'v' and 'w'"):
+        make_plan([sized(100, 2.0), replace(sized(300, 2.4), verifier="w")])
 
 
 def test_the_commands_print_tables_a_sentence_and_json(tmp_path, capsys):

@@ -112,7 +112,7 @@ class ComparisonReport(SavedReport):
 
 def is_evidence(found: Estimate) -> bool:
     """Whether 0 lies outside of the interval of a difference."""
-    return not found.low <= 0 <= found.high
+    return found.is_above(0) or found.is_below(0)
 
 
 def cells(row: Difference) -> list[str]:

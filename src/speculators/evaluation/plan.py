@@ -24,6 +24,7 @@ from speculators.decoding.method import PLAIN
 from speculators.evaluation.records import FEWEST_SIZES, LearningCurve, MethodRow
 from speculators.evaluation.report import EvaluationReport, SavedReport, results_table, with_interval
 from speculators.evaluation.statistics import Estimate, trend_of
+from speculators.utils.files import is_same_model
 
 WORTH_MEASURING = 0.02
 """A number of draft tokens that was not measured is named when the model promises so much more, relatively."""
@@ -113,10 +114,9 @@ def cells(choice: Choice) -> list[str]:
     name = f"{choice.method} (tree)" if choice.is_tree else choice.method
     if choice.method == PLAIN:
         return [name, str(choice.batch_size), "0", "1", "", choice.hint]
-    sure = "yes" if choice.is_sure else "no"
     return [
         *(name, str(choice.batch_size), str(choice.num_speculative_tokens)),
-        *(with_interval(choice.speedup) + "x", sure, choice.hint),
+        *(with_interval(choice.speedup) + "x", "yes" if choice.is_sure else "no", choice.hint),
     ]
 
 
@@ -153,22 +153,23 @@ def make_plan(results: Sequence[EvaluationReport], training_sizes: Sequence[int 
     """Chooses method and K per data set, temperature and batch size, and fits what data is worth.
 
     `training_sizes`: rows that the drafters of each result were trained on, where the results do not say so. Raises
-    `ValueError` for results in which nothing drafts, and for another number of sizes than results.
+    `ValueError` for results of several verifiers or in which nothing drafts, and for another number of sizes.
     """
     if training_sizes and len(training_sizes) != len(results):
         raise ValueError(f"{len(training_sizes)} training sizes for {len(results)} results: give one for each")
+    others = [report.verifier for report in results if not is_same_model(results[0].verifier, report.verifier)]
+    if others:
+        raise ValueError(f"a plan is for one verifier: these results are of {results[0].verifier!r} and {others[0]!r}")
     rows = [(row, report.plain_of(row)) for report in results for row in report.whole_rows if not row.is_plain]
     if not rows:
         raise ValueError("nothing drafts in these results, so there is nothing to choose: evaluate with a --method")
-    curves = curves_of(rows)
-    sized = [
-        (row, row.training_rows if not training_sizes else training_sizes[number])
-        for number, report in enumerate(results)
-        for row in report.whole_rows
-        if not row.is_plain
-    ]
+    curves, drafting = curves_of(rows), [row for row, _ in rows]
+    sized = [(row, row.training_rows) for row in drafting]
+    if training_sizes:  # what has no weights was trained on nothing
+        given = zip(results, training_sizes, strict=True)
+        sized = [(r, n) for report, n in given for r in report.whole_rows if (r.speculative_config or {}).get("model")]
     warnings = tuple(warning for report in results for warning in report.warnings())
-    return PlanReport(choices_of([row for row, _ in rows], curves), curves, learning_curves(sized), warnings)
+    return PlanReport(choices_of(drafting, curves), curves, learning_curves(sized), warnings)
 
 
 # -- the cost model
@@ -248,7 +249,7 @@ def choices_of(rows: Sequence[MethodRow], curves: Sequence[Curve]) -> tuple[Choi
                 method=best.method if pays else PLAIN,
                 num_speculative_tokens=best.num_speculative_tokens if pays else 0,
                 speedup=best.speedup if pays else Estimate(1.0, 1.0, 1.0),
-                is_sure=pays and best.speedup.low > 1,
+                is_sure=pays and best.speedup.is_above(1),
                 is_tree=pays and is_tree(best),
                 speculative_config=best.speculative_config if pays else None,
                 hint=hint_of(max(best.speedup.value, 1.0), ours),
@@ -282,8 +283,7 @@ def learning_curves(rows: Sequence[tuple[MethodRow, int | None]]) -> tuple[Learn
             groups.setdefault(place, {})[size] = row.acceptance_length
     curves = []
     for (method, dataset, num_drafts, temperature, batch_size), found in groups.items():
-        sizes = tuple(sorted(found))
-        lengths = tuple(found[size] for size in sizes)
+        sizes, lengths = zip(*sorted(found.items()), strict=True)
         trend = trend_of(sizes, lengths, num_drafts + 1) if len(sizes) >= FEWEST_SIZES else None
         curves.append(
             LearningCurve(

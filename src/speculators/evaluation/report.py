@@ -174,9 +174,9 @@ def cell_of_task(row: MethodRow | None) -> str:
 
 def gain(speedup: Estimate) -> str:
     """Says whether drafting pays: only an interval on one side of 1 is evidence."""
-    if speedup.low > 1:
+    if speedup.is_above(1):
         return f"{speedup.value:.2f}x faster"
-    if speedup.high < 1:
+    if speedup.is_below(1):
         return f"{speedup.value:.2f}x, slower than plain decoding: better without this drafter"
     return f"{speedup.value:.2f}x, no evidence of a difference from plain decoding"
 

@@ -33,6 +33,13 @@ class Estimate:
     def half_width(self) -> float:
         return (self.high - self.low) / 2
 
+    def is_above(self, other: float) -> bool:
+        """Whether all of the interval is. One measurement has no interval: its resamples are itself."""
+        return self.high > self.low > other
+
+    def is_below(self, other: float) -> bool:
+        return self.low < self.high < other
+
 
 def bootstrap(
     counts: Mapping[str, Sequence[float] | np.ndarray],
