@@ -42,6 +42,7 @@ from speculators.train.checkpoint_files import METRICS_FILE
 from speculators.train.checkpointer import CURVE_FILE
 from speculators.train.events import DECODED
 from speculators.train.keys import DataKeys
+from speculators.train.logger import step_of
 from speculators.train.validation import prompt_of
 from speculators.training_keys import default_of
 from speculators.utils.names import model_name, refuse_unknown
@@ -275,7 +276,7 @@ def better_checkpoint(path: Path, validation: Mapping[str, float] | None) -> tup
     curve = path.parent / CURVE_FILE
     if own is None or not curve.is_file():
         return None
-    lines = [json.loads(line) for line in curve.read_text().splitlines()]
+    lines = [json.loads(line) for line in curve.read_text().splitlines() if step_of(line)]
     lengths = {line["epoch"]: metric_of(line) or 0.0 for line in lines if line["split"] == "val"}
     best = max(lengths, key=lambda epoch: lengths[epoch], default=None)
     if best is None or lengths[best] - own < BETTER:

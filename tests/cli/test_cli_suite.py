@@ -169,6 +169,15 @@ def test_a_set_of_prompts_that_is_not_what_it_is_called_is_refused(data, said, v
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_two_files_of_one_name_are_refused(verifier, spec_bench, tmp_path, capsys):
+    """Their rows and cells would be taken for each other's."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(spec_bench.read_text())
+    words = ["evaluate", "--verifier", verifier, "--method", "none", *SHORT]
+    assert main([*words, "--data", f"spec-bench={spec_bench}", "--data", f"spec-bench={other}"]) == 2
+    assert "two data sets are named 'spec-bench'" in " ".join(capsys.readouterr().err.split())
+
+
 def test_ours_are_the_embedded_prompts(verifier, chats, toy_assets):
     [plain] = run(["evaluate", "--verifier", verifier, "--data", "ours", "--method", "none", *SHORT])["rows"]
     [same] = run(["evaluate", "--verifier", verifier, "--data", chats, "--method", "none", *SHORT])["rows"]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from speculators.checkpoint.findings import error, warning
 from speculators.cli.app import main
+from speculators.diagnosis import better_checkpoint
 from speculators.evaluation.diagnosis import FAULTY, FIT, Accuracy, Cause, causes_of_check, ranked
 from speculators.evaluation.diagnosis_drafter import temperature_cause
 from speculators.evaluation.diagnosis_server import collapsed, distance, expected_curve
 from speculators.evaluation.diagnosis_texts import Training, context_cause, fit_causes, offset_of, supervised_spans
 from speculators.evaluation.server_check import SampledLaw, Score
+from speculators.train.checkpointer import CURVE_FILE
+from speculators.train.events import DECODED
 
 
 def accuracy(first: float, second: float = 0.0, num_texts: int = 8, num: int = 100) -> Accuracy:
@@ -110,3 +115,10 @@ def test_neither_checkpoint_nor_server_is_an_error_of_the_command_line(capsys):
     assert main(["diagnose"]) == 2
     assert "nothing to diagnose" in capsys.readouterr().err
     assert main(["diagnose", "--plain-url", "http://x:1"]) == 2
+
+
+def test_a_better_epoch_is_found_beside_a_line_that_was_cut_off(tmp_path):
+    epochs = [{"step": step, "epoch": step, "split": "val", DECODED: length} for step, length in ((1, 2.4), (2, 2.0))]
+    lines = "".join(json.dumps(line) + "\n" for line in epochs)
+    (tmp_path / CURVE_FILE).write_text(lines + '{"step": 3, "epo')
+    assert better_checkpoint(tmp_path / "2", {DECODED: 2.0}) == ("epoch 1", 2.4, 2.0)

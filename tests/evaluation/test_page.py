@@ -182,6 +182,10 @@ def test_several_results_make_one_page_and_a_learning_curve():
         "v", "gsm8k", (row("none", 0, 1, 1, dataset="gsm8k"), row("ngram", 2, 1.2, 1.1, dataset="gsm8k"))
     )
     assert "gsm8k, greedy, 20 prompts" in Page(page_of([few, other])).text
+    eight = {"dataset": "gsm8k", "batch_size": 8}  # accepts as it would alone: positions of each data set are shown
+    batched = EvaluationReport("v", "gsm8k", (row("none", 0, 1, 1, **eight), row("eagle3", 2, 1.2, 1.1, **eight)))
+    pictures = [str(a.get("aria-label")) for _, a in Page(page_of([few, batched])).tags]
+    assert sum("share of rounds accepting it" in label for label in pictures) == 2
     plain = EvaluationReport("v", "ours", (row("none", 0, 1, 1),))
     assert "Results" in Page(page_of([plain])).text  # nothing drafts: a table all the same
     with pytest.raises(ValueError, match="no result"):

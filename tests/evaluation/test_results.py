@@ -15,7 +15,7 @@ from speculators.decoding.request import RequestOutput
 from speculators.decoding.stats import DecodeStats
 from speculators.evaluation import load_result, measure_interleaved, result_schema, summarise
 from speculators.evaluation.records import MethodRow
-from speculators.evaluation.report import EvaluationReport
+from speculators.evaluation.report import EvaluationReport, NotLosslessError
 from speculators.evaluation.statistics import Estimate
 
 NEW_KEYS = {"dataset", "task", "batch_size", "speculative_config", "training_rows", "time_shares", "groups", "answers"}
@@ -68,6 +68,13 @@ def test_a_made_up_speedup_above_the_acceptance_length_is_flagged_by_the_reader(
     assert [bool(row.doubts()) for row in read.rows] == [False, True, True, False]
     first, second = read.warnings()
     assert "cannot be true" in first and "noise alone" in second
+
+
+def test_an_answer_that_differs_is_counted_once_though_its_task_has_a_row_too():
+    report = EvaluationReport("v", "spec-bench", (ROW, replace(ROW, task="qa", num_prompts=3, num_identical=2)))
+    with pytest.raises(NotLosslessError) as caught:
+        report.raise_for_errors()
+    assert str(caught.value) == "not lossless: eagle3: 19 of 20 answers are identical"
 
 
 def test_the_schema_says_which_fields_a_result_has():

@@ -161,7 +161,7 @@ POSITIONS = (
 def position_panels(report: EvaluationReport, styles: dict[str, int]) -> list[Panel]:
     panels = []
     for rows in together(report.whole_rows):
-        if rows[0].batch_size != min(row.batch_size for row in report.rows):
+        if rows[0].batch_size != min(row.batch_size for row in report.rows if row.dataset == rows[0].dataset):
             continue  # batches do not change what is accepted
         series = []
         for method, style in styles.items():

@@ -85,7 +85,7 @@ class EvaluationReport(SavedReport):
     def raise_for_errors(self) -> None:
         """Raises `NotLosslessError` when a method that was checked does not give the verifier's text."""
         if self.lossless is False:
-            raise NotLosslessError(self.rows, str(self.settings.get("dtype", "float32")))
+            raise NotLosslessError(self.whole_rows, str(self.settings.get("dtype", "float32")))
 
     def warnings(self) -> list[str]:
         """Lists what makes a figure doubtful, by method."""

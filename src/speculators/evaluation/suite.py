@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -158,6 +159,9 @@ def planned_cells(
         name: load_prompt_set(name, source, target.tokenizer, limit=configs[0].num_prompts).fitting(most)
         for name, source in data.items()
     }
+    for name, number in Counter(of_set.name for of_set in prompts.values()).items():
+        if number > 1:
+            raise ValueError(f"two data sets are named {name!r}, so their rows look alike: measure one file per call")
     plan: list[PlannedCell] = []
     for config in configs:
         trees = {"speculative_token_tree": config.speculative_token_tree, "dynamic_tree": config.dynamic_tree}
