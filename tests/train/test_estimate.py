@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from speculators.cli.app import main
 from speculators.data_generation import LocalSource
+from speculators.train.__main__ import main as module_main
 from speculators.train.config import TrainConfig
 from speculators.train.distributed import Ranks
 from speculators.train.estimate import at_length, probe_lengths, records_near
@@ -94,6 +95,31 @@ def test_what_is_said_without_the_verifier_is_what_it_takes(verifier, data, tmp_
     assert found.disk_bytes == 2 * memory.checkpoint_bytes + found.stored_states_bytes
     assert [probe.num_tokens for probe in found.probes] == [512]
     assert "no record of eagle3 near 8,192 tokens" in found.sentence()
+
+
+@pytest.mark.parametrize(
+    ("keys", "num_checkpoints", "num_epochs"),
+    [
+        ({"epochs": 4, "checkpoint_freq": 0.25}, 4, 4),  # a later one of an epoch replaces the one before
+        ({"epochs": 6, "checkpoint_freq": 2}, 4, 6),  # 0, 2, 4 and the last
+        ({"epochs": 4, "max_steps": 5}, 2, 2),
+        ({"epochs": 4, "save_best": True, "train_data_ratio": 0.5}, 1, 4),
+    ],
+)
+def test_as_many_checkpoints_are_said_as_a_run_leaves(verifier, data, tmp_path, keys, num_checkpoints, num_epochs):
+    """Of four steps per epoch."""
+    config = config_of("medusa", verifier, data, tmp_path / "run", **keys, contract_check=False, parity_gate=False)
+    found = estimate(config)
+    assert (found.num_checkpoints, found.num_epochs) == (num_checkpoints, num_epochs)
+    train(config)
+    assert len([path for path in (tmp_path / "run").iterdir() if path.name.isdigit()]) == num_checkpoints
+
+
+def test_every_door_estimates_and_trains_nothing(verifier, data, tmp_path, capsys):
+    words = ["--estimate", "--verifier", str(verifier), "--data", str(data), "--output", str(tmp_path / "run")]
+    assert module_main([*words, "--speculator-type", "medusa", "--total-seq-len", "256"]) == 0
+    assert "memory of each rank" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_prints_tables_or_json(verifier, data, tmp_path, capsys):

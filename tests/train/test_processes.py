@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from training_toys import FIXTURES
 
 from speculators.train.__main__ import main
+from speculators.train.config import TrainConfig
+from speculators.train.run import estimate
+from speculators.utils.report import human_bytes
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SEARCHED = os.pathsep.join([str(FIXTURES), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -68,6 +71,25 @@ def test_the_line_of_the_readme_trains_on_two_ranks(tmp_path, verifier_path, dat
     state = json.loads((tmp_path / "run" / "checkpoint_best" / "config.json").read_text())
     assert state["speculators_model_type"] == "eagle3"
     assert len(curve(tmp_path / "run")) == 2
+
+
+def test_of_sharded_ranks_the_memory_of_one_is_estimated(tmp_path, verifier_path, data_path):
+    words = flags(verifier_path, data_path, tmp_path / "run")
+    alone = estimate(TrainConfig.resolve(words)).memory
+    command = [sys.executable, str(SCRIPT), *words, "--estimate", "--fsdp-shard"]
+    environment = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0] and told[1] == ""
+    shown = {cells[1].strip(): cells[2].strip() for line in told[0].splitlines() if len(cells := line.split("│")) == 4}
+    assert shown["weights"] == shown["gradients"] == human_bytes(alone.weights_bytes / 2)
+    assert shown["frozen"] == human_bytes(alone.frozen_bytes)
+    assert not (tmp_path / "run").exists()
 
 
 def test_wrong_flags_and_wrong_input_end_with_one_line_and_a_code(capsys):

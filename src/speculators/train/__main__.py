@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,8 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs = resolve_all(words)
         # here, not at the top: --help must not wait for torch
         from speculators.train.events import print_event, printing
-        from speculators.train.run import train_side_by_side
+        from speculators.train.run import estimate, train_side_by_side
 
+        if configs[0].estimate:
+            found = [estimate(config, print_event) for config in configs]
+            if os.environ.get("RANK", "0") == "0":  # all ranks have the same
+                print(*found, sep="\n")
+            return 0
         results = train_side_by_side(configs, listen=printing if len(configs) > 1 else lambda name: print_event)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)

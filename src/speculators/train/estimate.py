@@ -24,9 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from speculators.model import SpeculatorModel
+from speculators.train.checkpoint_files import is_saved_epoch
 from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset, CollateFn
-from speculators.train.optimizers import suits_muon
+from speculators.train.distributed import own_part
+from speculators.train.optimizers import num_steps_of, suits_muon
 from speculators.train.records import BYTES_FP32, checkpoint_bytes
 from speculators.train.sources import computes_in_process
 from speculators.train.trainer import Trainer
@@ -70,9 +72,6 @@ class MemoryEstimate:
         return f"about {human_bytes(self.total_bytes)} of memory: {uses}; {disk} of disk per checkpoint"
 
 
-# -- the probe ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Probe:
     """A step of the drafter alone, on a row of `num_tokens`."""
@@ -109,9 +108,11 @@ def probe(trainer: Trainer, config: TrainConfig, num_tokens: int, hidden_size: i
 
 def one_step(trainer: Trainer, inputs: Mapping[str, Any]) -> None:
     device, dtype = trainer.ranks.device, trainer.config.hidden_states_dtype
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        _, loss, metrics = trainer.model(**inputs, **trainer.config.train_call_kwargs)
-    (metrics["loss"] if loss is None else loss).backward()
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with trainer.parallel.row(is_last=True):
+        with autocast:
+            _, loss, metrics = trainer.model(**inputs, **trainer.config.train_call_kwargs)
+        (metrics["loss"] if loss is None else loss).backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -136,9 +137,6 @@ def random_row(
             }
         )
     return CollateFn(num_tokens, hidden_size, num_aux, dtype, model.align)(samples)
-
-
-# -- what a run needs --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -175,14 +173,13 @@ class RunEstimate(TableReport):
 
     def tables(self) -> list[Table]:
         measured = " and ".join(f"{probe.num_tokens:,}" for probe in self.probes)
-        hours = self.step_s * self.num_steps / 3600
         memory = {use: human_bytes(num_bytes) for use, num_bytes in self.memory.uses().items()}
         states = f", stored states {human_bytes(self.stored_states_bytes)}" if self.stored_states_bytes else ""
         checkpoints = f"{self.num_checkpoints} checkpoints of {human_bytes(self.memory.checkpoint_bytes)}"
         facts: dict[str, object] = {
             "memory of each rank": human_bytes(self.memory.total_bytes),
             **{f"  {use}": shown for use, shown in memory.items()},
-            "time": f"{hours:.2f} h: {self.num_steps:,} steps of {self.step_s:.3g} s",
+            "time": f"{self.step_s * self.num_steps / 3600:.2f} h: {self.num_steps:,} steps of {self.step_s:.3g} s",
             "  measured": f"a step of the drafter alone on {self.device}, on rows of {measured} tokens; computing or "
             "waiting for verifier states, validations and checkpoints come on top",
             "disk": f"{human_bytes(self.disk_bytes)}: {checkpoints}{states}",
@@ -214,12 +211,12 @@ def estimate_run(
     supervised, num_tokens = int(train_set.trained_per_row(train_set.max_len).sum()), sum(train_set.lengths)
     probes = probes_of(trainer, config, train_set, hidden_size)
     memory = estimate_memory(trainer, config, probes, hidden_size, verifier_bytes)
-    per_step = config.trainer.gradient_accumulation_steps
-    num_states = len(trainer.model.capture.aux_layer_ids) + 1
-    state_bytes = getattr(torch, config.data.hidden_states_dtype).itemsize
-    kept = config.data.cache_hidden_states * num_tokens * hidden_size * num_states * state_bytes
-    num_epochs = config.trainer.epochs
-    num_saved = 1 if config.trainer.save_best else max(1, math.floor(num_epochs / config.trainer.checkpoint_freq))
+    kept = config.data.cache_hidden_states * num_tokens * memory.states_bytes // config.data.total_seq_len
+    keys, times = config.trainer, [(probe.num_tokens, probe.time_s) for probe in probes]
+    num_epochs = math.ceil(
+        keys.epochs * trainer.num_steps / num_steps_of(trainer.train_loader, keys.epochs, trainer.rows_a_step)
+    )
+    saved = [n for n in range(num_epochs) if is_saved_epoch(keys.checkpoint_freq, n) or n == num_epochs - 1]
     return RunEstimate(
         speculator_type=config.speculator_type,
         device=str(trainer.ranks.device),
@@ -229,8 +226,8 @@ def estimate_run(
         supervised_per_epoch=supervised,
         num_epochs=num_epochs,
         num_steps=trainer.num_steps,
-        step_s=per_step * max(at_length([(p.num_tokens, p.time_s) for p in probes], config.data.total_seq_len), 0.0),
-        num_checkpoints=num_saved,
+        step_s=trainer.rows_a_step * max(at_length(times, config.data.total_seq_len), 0.0),
+        num_checkpoints=1 if keys.save_best else len(saved),  # a later one of an epoch replaces the one before
         stored_states_bytes=kept,
         records=tuple(records_near(config.speculator_type, supervised * num_epochs)),
     )
@@ -262,7 +259,7 @@ def estimate_memory(
     trainer: Trainer, config: TrainConfig, probes: Sequence[Probe], hidden_size: int, verifier_bytes: int
 ) -> MemoryEstimate:
     model, length = trainer.model, config.data.total_seq_len
-    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    trained = [(name, own_part(param)) for name, param in model.named_parameters() if param.requires_grad]
     num_trained = sum(param.numel() for _, param in trained)
     by_muon = config.optimizer.optimizer == "muon"
     moments = sum(param.numel() * (1 if by_muon and suits_muon(name, param) else 2) for name, param in trained)

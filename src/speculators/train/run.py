@@ -142,9 +142,9 @@ def build(config: TrainConfig, ranks: Ranks, on_event: Listener, verifier: PreTr
 def estimate(config: TrainConfig, on_event: Listener = ignore) -> RunEstimate:
     """Says what a run needs and what it may give. Trains nothing, writes nothing and does not load the verifier."""
     with ranks_from_environment(config.trainer.rank_timeout) as ranks:
-        drafter = build_drafter(config, ranks, on_event)
-    verifier_config = load_verifier_config(verifier_name(config), config.verifier.trust_remote_code)
-    return estimate_run(drafter.trainer, config, drafter.datasets[0], verifier_config, drafter.hidden_size)
+        drafter = build_drafter(config, ranks, on_event if ranks.is_main else ignore)
+        verifier_config = load_verifier_config(verifier_name(config), config.verifier.trust_remote_code)
+        return estimate_run(drafter.trainer, config, drafter.datasets[0], verifier_config, drafter.hidden_size)
 
 
 def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Drafter:
