@@ -259,10 +259,11 @@ def estimate_memory(
     trainer: Trainer, config: TrainConfig, probes: Sequence[Probe], hidden_size: int, verifier_bytes: int
 ) -> MemoryEstimate:
     model, length = trainer.model, config.data.total_seq_len
-    trained = [(name, own_part(param)) for name, param in model.named_parameters() if param.requires_grad]
-    num_trained = sum(param.numel() for _, param in trained)
+    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    num_trained = sum(own_part(param).numel() for _, param in trained)
     by_muon = config.optimizer.optimizer == "muon"
-    moments = sum(param.numel() * (1 if by_muon and suits_muon(name, param) else 2) for name, param in trained)
+    num_moments = [1 if by_muon and suits_muon(name, param) else 2 for name, param in trained]
+    moments = sum(own_part(param).numel() * num for (_, param), num in zip(trained, num_moments, strict=True))
     frozen = [param for param in model.parameters() if not param.requires_grad]
     num_states = len(model.capture.aux_layer_ids) + 1
     peak = round(at_length([(probe.num_tokens, probe.peak_bytes) for probe in probes], length))
