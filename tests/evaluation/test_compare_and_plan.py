@@ -141,6 +141,26 @@ def test_results_of_one_method_each_are_compared_whatever_its_name():
     assert found.methods == ("eagle3", "dflash") and found.name == "eagle3 / dflash"
 
 
+def test_what_is_left_out_or_not_whole_is_said():
+    """A method is left out of a cell where one result alone measured it, though both did in another cell."""
+    first, second = result(2.6), result(2.6)
+    dflash, of_two = replace(second.rows[1], method="dflash"), {"num_speculative_tokens": 2}
+    first = replace(first, rows=(*first.rows, *(replace(row, **of_two) for row in (first.rows[1], dflash))))
+    second = replace(second, rows=(*second.rows, dflash, *first.rows[2:]), interrupted="stopped early")
+    report = compare_results(first, second, names=("a.json", "b.json"))
+    assert [(row.name, row.num_speculative_tokens) for row in report.rows] == [
+        ("eagle3", 4),
+        ("eagle3", 2),
+        ("dflash", 2),
+    ]
+    assert report.notes == (
+        "methods that one result alone measured in a cell are left out there: dflash",
+        "b.json is not whole: stopped early",
+    )
+    assert make_plan([second]).warnings == ("not whole: stopped early",)
+    assert compare_results(result(2.6), result(2.6)).notes == make_plan([result(2.6)]).warnings == ()
+
+
 # -- the plan
 
 

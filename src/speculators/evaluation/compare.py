@@ -145,10 +145,17 @@ def compare_results(
     left_out = len(rows[0].keys() ^ rows[1].keys())
     if left_out:
         notes.append(f"{left_out} combinations of data set, temperature, batch size and K are in one result alone")
-    found = []
+    found: list[Difference] = []
+    unpaired: set[str] = set()
     for place in shared:
-        for one, other in pairs(rows[0][place], rows[1][place], names):
-            found.append(differences(place, (first, one), (second, other), names))
+        paired = pairs(rows[0][place], rows[1][place], names)
+        found += [differences(place, (first, one), (second, other), names) for one, other in paired]
+        measured = {row.method for side in rows for row in side[place]}
+        unpaired |= measured - {row.method for pair in paired for row in pair}
+    if unpaired:
+        notes.append(f"methods that one result alone measured in a cell are left out there: {listed(unpaired)}")
+    of_each = zip(names, (first, second), strict=True)
+    notes += [f"{name} is not whole: {report.interrupted}" for name, report in of_each if report.interrupted]
     num_intervals = 2 * len(found)
     if num_intervals >= 20:
         notes.append(f"of {num_intervals} intervals of 95 %, {num_intervals / 20:.0f} miss a true 0 by chance")
@@ -284,4 +291,4 @@ def machine_notes(first: EvaluationReport, second: EvaluationReport) -> list[str
         if first.environment.get(name) != second.environment.get(name)
     ]
     told = [f"they were measured on other machines ({', '.join(differing)}): τ is the same on each, speed is not"]
-    return (told if differing else []) + [f"{warning}" for report in (first, second) for warning in report.warnings()]
+    return (told if differing else []) + [*first.warnings(), *second.warnings()]

@@ -168,8 +168,9 @@ def make_plan(results: Sequence[EvaluationReport], training_sizes: Sequence[int 
     if training_sizes:  # what has no weights was trained on nothing
         given = zip(results, training_sizes, strict=True)
         sized = [(r, n) for report, n in given for r in report.whole_rows if (r.speculative_config or {}).get("model")]
-    warnings = tuple(warning for report in results for warning in report.warnings())
-    return PlanReport(choices_of(drafting, curves), curves, learning_curves(sized), warnings)
+    notes = [f"not whole: {report.interrupted}" for report in results if report.interrupted]
+    notes += [warning for report in results for warning in report.warnings()]
+    return PlanReport(choices_of(drafting, curves), curves, learning_curves(sized), tuple(notes))
 
 
 # -- the cost model
@@ -260,15 +261,14 @@ def choices_of(rows: Sequence[MethodRow], curves: Sequence[Curve]) -> tuple[Choi
 
 def hint_of(reached: float, curves: Sequence[Curve]) -> str:
     """Names an unmeasured K that the model promises more for. Its curve is taken to the measured height."""
-    promising = []
-    for curve in curves:
-        height = curve.height
-        promising += [
-            (height * point.speedup, f"{curve.method} K={point.num_speculative_tokens}: {height * point.speedup:.2f}x")
-            for point in curve.points
-            if point.measured is None and height * point.speedup > reached * (1 + WORTH_MEASURING)
-        ]
-    return max(promising, default=(0.0, ""))[1]
+    promising = [
+        (curve.height * point.speedup, f"{curve.method} K={point.num_speculative_tokens}")
+        for curve in curves
+        for point in curve.points
+        if point.measured is None and curve.height * point.speedup > reached * (1 + WORTH_MEASURING)
+    ]
+    speedup, name = max(promising, default=(0.0, ""))
+    return f"{name}: {speedup:.2f}x" if name else ""
 
 
 # -- what more data is worth
