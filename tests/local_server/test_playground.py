@@ -94,6 +94,22 @@ def test_method_and_number_are_switched_and_a_conversation_goes_on(browser, serv
     page.close()
 
 
+def test_a_conversation_that_is_left_while_it_is_answered_is_forgotten(browser, server):
+    page, wrong = opened(browser, server.url)
+    expect(page.locator("#method option")).to_have_count(3, timeout=60_000)
+    page.get_by_label("longest answer").fill("400")
+    page.get_by_label("question").fill("Write all numbers.")
+    page.get_by_role("button", name="Send").click()
+    page.locator(".turn .text span").first.wait_for()
+    page.get_by_role("button", name="New").click()
+    page.get_by_role("button", name="Send").wait_for()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        asked(page)
+    assert [message["content"] for message in sent.value.post_data_json["messages"]] == [QUESTION]
+    assert wrong == []
+    page.close()
+
+
 def test_an_error_is_shown_and_a_long_answer_can_be_stopped(browser, server):
     page, _ = opened(browser, server.url)
     page.get_by_label("temperature").fill("-1")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -48,7 +50,16 @@ def until(holds, seconds: float = 30) -> None:
 # -- strangers
 
 
-@pytest.mark.parametrize("header", [{"host": "evil.example"}, {"origin": "http://evil.example"}, {"host": "10.0.0.1"}])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"host": "evil.example"},
+        {"origin": "http://evil.example"},
+        {"host": "10.0.0.1"},
+        {"host": "["},
+        {"origin": "http://["},
+    ],
+)
 def test_without_a_key_it_answers_to_names_of_this_machine_only(http, header):
     answer = http.get("/v1/models", headers=header)
     assert answer.status_code == 403 and "is no name of this machine" in answer.json()["error"]["message"]
@@ -63,6 +74,7 @@ def test_without_a_key_it_answers_to_names_of_this_machine_only(http, header):
         ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "the body is no JSON"),
         ({"content": b"[" * 15_000, "headers": {"content-type": "application/json"}}, 400, "the body is no JSON"),
         ({"content": b"\xff\xfe{", "headers": {"content-type": "application/json; charset=x"}}, 400, "no JSON"),
+        ({"content": rb'{"prompt": "\ud83d"}', "headers": {"content-type": "application/json"}}, 400, "no JSON"),
         ({"json": [1]}, 400, "valid dictionary"),
         ({"json": {}}, 400, "prompt is required"),
         ({"json": {"prompt": "a", "temperature": 1e999}}, 400, "temperature"),
@@ -140,24 +152,33 @@ def test_what_waits_is_bounded(http, server, monkeypatch):
     assert refused[0].json()["error"]["type"] == "overloaded_error"
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_ends_its_request(http, server, stream):
+@pytest.mark.parametrize(("stream", "has_begun"), [(True, True), (True, False), (False, False)])
+def test_a_client_that_hangs_up_ends_its_request(http, server, stream, has_begun):
     before = num_aborted(http)
     held = threading.Event()
-    if stream:
+    if has_begun:
         with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}) as answer:
             next(answer.iter_lines())
             server.api.thread.run(held.wait)  # so that it does not end by itself before we hang up
     else:
         server.api.thread.run(held.wait)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=0.5)
+            httpx.post(f"{server.url}/v1/completions", json={**LONG, "stream": stream}, timeout=0.5)
     time.sleep(0.2)
     held.set()
     until(lambda: metric(http, "vllm:num_requests_running") == 0)
     assert (
         metric(http, 'vllm:request_success_total{engine="0",model_name="tiny",finished_reason="abort"}') == before + 1
     )
+
+
+def test_no_number_of_one_request_ends_those_of_others(http):
+    asked = {"prompt": LISTED, "max_tokens": 4, "temperature": 1, "seed": 3}
+    expected = http.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+    large = http.post("/v1/completions", json={**asked, "top_k": 2**70})
+    assert large.json()["choices"][0]["text"] == expected  # more than there are: all tokens
+    small = http.post("/v1/completions", json={**asked, "top_p": 1e-60}).json()["choices"][0]["text"]
+    assert small == http.post("/v1/completions", json={**asked, "temperature": 0}).json()["choices"][0]["text"]
 
 
 def test_an_error_of_the_engine_ends_the_requests_that_run_and_no_others(http, engine, monkeypatch):
@@ -252,6 +273,8 @@ def assets_of_another(folder) -> str:
         (["serve-local", TINY, "-k", "3"], "nothing drafts"),
         (["serve-local", TINY, "--host", "0.0.0.0"], "no key is asked of them"),
         (["serve-local", TINY, "--api-key-env", "NO_SUCH_KEY"], "this environment variable is not set"),
+        (["serve-local", TINY, "--api-key", ""], "api_key must be text in ASCII that is not blank"),
+        (["serve-local", TINY, "--api-key", "k", "--api-key-env", "HOME"], "--api-key and --api-key-env"),
         (["playground", TINY, "--method", "ngrm"], "ngram"),
     ],
 )
@@ -274,7 +297,7 @@ def test_the_playground_opens_on_the_embedded_verifier(words, capsys, monkeypatc
         at = f"http://127.0.0.1:{server.url.rpartition(':')[2]}"
         until(lambda: answers(f"{at}/health"))
         seen.update({path: httpx.get(at + path) for path in ("/", "/v1/models")})
-        server.stop()
+        os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C
 
     def run_meanwhile(server: LocalServer) -> None:
         thread = threading.Thread(target=ask_and_stop, args=(server,))

@@ -79,10 +79,12 @@ def serve_local(
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Serve a verifier with its drafter from this process, over OpenAI's interface: without vLLM."""
+    if api_key is not None and api_key_env is not None:
+        raise typer.BadParameter("--api-key and --api-key-env both say the key: leave one out")
     config = ServeConfig(
         host=host,
         port=port,
-        api_key=api_key or key_of(api_key_env),
+        api_key=key_of(api_key_env) if api_key is None else api_key,
         model_name=served_model_name,
         max_waiting=max_waiting,
         max_tokens=max_tokens,

@@ -49,12 +49,15 @@ class BatchSampling:
     def _top_k_B11(self) -> Tensor | None:
         if all(p.top_k <= 0 for p in self.params):
             return None
-        top_k_B = self._column("top_k", torch.int64)
-        return torch.where(top_k_B <= 0, torch.iinfo(torch.int64).max, top_k_B)[:, None, None]
+        most = torch.iinfo(torch.int64).max
+        return to_device([p.top_k if 0 < p.top_k < most else most for p in self.params], self.device)[:, None, None]
 
     @cached_property
     def _top_p_B11(self) -> Tensor | None:
-        return self._column("top_p")[:, None, None] if any(p.top_p < 1 for p in self.params) else None
+        if all(p.top_p == 1 for p in self.params):
+            return None
+        # of a share that float32 has as 0, the most likely token is left, as of any small one
+        return self._column("top_p").clamp(min=torch.finfo(torch.float32).tiny)[:, None, None]
 
     @cached_property
     def _min_p_B11(self) -> Tensor | None:

@@ -199,7 +199,9 @@ class Api:
             if len(received) > self.config.max_body_bytes:
                 raise ApiError(413, f"the body is longer than {self.config.max_body_bytes} bytes, this server's limit")
         try:
-            return json.loads(received)
+            values = json.loads(received)
+            json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            return values
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is no JSON: {error}") from error
 
@@ -280,11 +282,9 @@ class LocalServer:
         self._thread = threading.Thread(target=self.run, name="speculators-server", daemon=True)
 
     def run(self) -> None:
-        """Serves until `stop`, SIGINT or SIGTERM: then nobody new is let in, and answers under way are ended."""
-        try:
+        """Serves until `stop`, SIGINT or SIGTERM: then nobody new is let in, and answers under way may end."""
+        with self._socket, suppress(KeyboardInterrupt):  # uvicorn raises it again once all has ended
             self._server.run(sockets=[self._socket])
-        finally:
-            self._socket.close()
 
     def stop(self) -> None:
         self._server.should_exit = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -21,16 +22,7 @@ from speculators.decoding.settings import SERVED_BIAS, SamplingParams, is_count,
 from speculators.utils.readable import ReadableModel
 
 NEEDS_EXTRA = "serve-local needs FastAPI and uvicorn: pip install 'speculators[serve-local]'"
-IGNORED = (
-    "user",
-    "store",
-    "metadata",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "request_id",
-    "priority",
-)
+IGNORED = set("user store metadata service_tier safety_identifier prompt_cache_key request_id priority".split())
 """Fields that change no text."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 ModelBody = TypeVar("ModelBody", bound=ReadableModel)
@@ -115,9 +107,14 @@ def refuse_stranger(config: ServeConfig, headers: Mapping[str, str]) -> None:
         return
     for header in ("host", "origin"):
         value = headers.get(header)
-        name = urlsplit(value if header == "origin" else f"//{value}").hostname if value else None
-        if value and name not in LOCAL_NAMES:
+        if value and host_of(value if header == "origin" else f"//{value}") not in LOCAL_NAMES:
             raise ApiError(403, f"{header}: {value!r} is no name of this machine; call it {LOCAL_NAMES[1]}")
+
+
+def host_of(url: str) -> str | None:
+    with suppress(ValueError):  # brackets that are not closed
+        return urlsplit(url).hostname
+    return None
 
 
 def parsed(kind: type[ModelBody], values: Any) -> ModelBody:
