@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -50,6 +51,23 @@ def test_drafts_of_token_0_are_scored():
     token_ids_BT, num_valid_B = to_score(batch, Proposal(torch.tensor([[0, 0, -1]])))
     # the empty slot repeats the last token
     assert token_ids_BT.tolist() == [[3, 0, 0, 3]] and num_valid_B.tolist() == [3]
+
+
+def test_states_that_no_request_waits_for_are_not_kept():
+    requests = [
+        ActiveRequest(i, SamplingParams(), 0, frozenset(), 64, RequestOutput([2], [3]), None, num_prefilled=1)
+        for i in range(2)
+    ]
+    batch = Batch(requests, 2, V, torch.device("cpu"))
+    batch.admit()
+    states_BTD = torch.ones(2, 1, 4)
+    kept = weakref.ref(states_BTD)
+    batch.publish({0: [3], 1: [3]}, states_BTD)  # a round of an engine that drafts nothing when it is busy
+    del states_BTD
+    batch.release(0)
+    assert kept() is not None
+    batch.release(1)
+    assert kept() is None
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])

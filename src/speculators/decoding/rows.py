@@ -79,7 +79,7 @@ class Batch:
         request.prompt_states = []
         self.rows[row] = None
         for outbox in self._outboxes:
-            outbox.unreported = [published.without(row) for published in outbox.unreported]
+            outbox.unreported = [rest for p in outbox.unreported if (rest := p.without(row)).token_ids_by_row]
         self._sampling.clear()
 
     def sampling(self, first: int, last: int) -> BatchSampling:
