@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
-from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
@@ -22,9 +21,19 @@ from speculators.decoding.settings import SERVED_BIAS, SamplingParams, is_count,
 from speculators.utils.readable import ReadableModel
 
 NEEDS_EXTRA = "serve-local needs FastAPI and uvicorn: pip install 'speculators[serve-local]'"
-IGNORED = set("user store metadata service_tier safety_identifier prompt_cache_key request_id priority".split())
+IGNORED = (
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "request_id",
+    "priority",
+)
 """Fields that change no text."""
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+LOCAL_NAME = re.compile(r"(https?://)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.ASCII | re.IGNORECASE)
+"""This machine, as the headers Host and Origin say it."""
 ModelBody = TypeVar("ModelBody", bound=ReadableModel)
 MOST_TEXTS = 64
 """Stop strings, or bad words, of one request: each costs time at every token of everybody."""
@@ -107,14 +116,8 @@ def refuse_stranger(config: ServeConfig, headers: Mapping[str, str]) -> None:
         return
     for header in ("host", "origin"):
         value = headers.get(header)
-        if value and host_of(value if header == "origin" else f"//{value}") not in LOCAL_NAMES:
-            raise ApiError(403, f"{header}: {value!r} is no name of this machine; call it {LOCAL_NAMES[1]}")
-
-
-def host_of(url: str) -> str | None:
-    with suppress(ValueError):  # brackets that are not closed
-        return urlsplit(url).hostname
-    return None
+        if value and LOCAL_NAME.fullmatch(value) is None:
+            raise ApiError(403, f"{header}: {value!r} is no name of this machine; call it 127.0.0.1")
 
 
 def parsed(kind: type[ModelBody], values: Any) -> ModelBody:
