@@ -146,7 +146,7 @@ def test_tokens_say_who_wrote_them():
     spans = [attributes for tag, attributes in page.tags if tag == "span" and "data-told" in attributes]
     classes = [attributes["class"] for attributes in spans]
     assert classes == ["verifier", "draft", "draft", "recovered", "draft", "bonus"]
-    assert spans[2]["data-told"].startswith("' ': draft, position 2 of the draft. The verifier gives it 70.0%.")
+    assert spans[2]["data-told"].startswith("' ': draft, position 2. The verifier gives it 70.0%.")
     assert "6 tokens: 3 draft, 1 recovered, 1 bonus, 1 verifier" in page.text
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from browser_pages import DESK, IN_A_BROWSER, PHONE, chromium, opened
+from playwright.sync_api import Browser, Page, expect
 
 from speculators import assets
 from speculators.decoding import Engine
@@ -15,29 +15,14 @@ from speculators.local_server.app import LocalServer
 from speculators.local_server.protocol import ServeConfig
 from speculators.verifier import load_verifier
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")]
+pytestmark = IN_A_BROWSER
 QUESTION = "1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2,"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-def opened(browser: Browser, url: str, width: int = 1280, scheme: str = "light") -> tuple[Page, list[str]]:
-    """A page, and what it complains about or asks of other hosts."""
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
-    page.set_default_timeout(60_000)
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(url) else wrong.append(request.url))
-    page.goto(url)
-    return page, wrong
+    with chromium() as running:
+        yield running
 
 
 def asked(page: Page) -> None:
@@ -47,7 +32,7 @@ def asked(page: Page) -> None:
     page.get_by_role("button", name="Send").wait_for()
 
 
-@pytest.mark.parametrize(("width", "scheme", "num_columns"), [(390, "dark", 1), (1280, "light", 2)])
+@pytest.mark.parametrize(("width", "scheme", "num_columns"), [(PHONE, "dark", 1), (DESK, "light", 2)])
 def test_an_answer_is_coloured_by_origin_beside_plain_decoding(browser, server, plain, width, scheme, num_columns):
     page, wrong = opened(browser, server.url, width, scheme)
     expect(page.locator("#method option")).to_have_text(["ngram", "suffix", "none (plain decoding)"], timeout=60_000)

@@ -182,6 +182,6 @@ def stacked_bar(label: str, shares: Mapping[str, float], styles: Mapping[str, in
         start += width
     told = f"{label}: " + ", ".join(f"{name} {shares.get(name, 0.0):.0%}" for name in styles)
     return (
-        f'<p class="note">{text(label)}</p><svg class="shares" viewBox="0 0 100 6" preserveAspectRatio="none" '
-        f'role="img" aria-label="{text(told)}">{"".join(parts)}</svg>'
+        f'<p class="note share-label">{text(label)}</p><svg class="shares" viewBox="0 0 100 6" '
+        f'preserveAspectRatio="none" role="img" aria-label="{text(told)}">{"".join(parts)}</svg>'
     )

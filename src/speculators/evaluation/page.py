@@ -24,11 +24,13 @@ from speculators.utils.files import atomic_write
 SHARES = {"prefill": 7, "draft": 1, "verify": 0, "overhead": 4, "outside": 3}
 """Part of the time -> its style."""
 ORIGINS = {
-    "draft": "accepted draft (darker: later in the draft)",
-    "recovered": "the verifier's, in the place of a rejected draft",
-    "bonus": "the verifier's, after all drafts were accepted",
-    "verifier": "the verifier's, with no draft before it",
+    "draft": "proposed by the drafter and accepted (stronger: later in the draft)",
+    "recovered": "the verifier's choice in place of a rejected draft",
+    "bonus": "the verifier's choice after all drafts were accepted",
+    "verifier": "the verifier's choice with no draft before it",
 }
+UNFINISHED = "\N{MIDDLE DOT}"
+"""Stands for a token that ends inside a character."""
 DEEPEST = 8
 """Positions of a draft that are told apart by colour."""
 
@@ -109,7 +111,7 @@ def section(title: str, words: str, panels: Sequence[Panel]) -> str:
     return f'<section><h2>{title}</h2><p>{words}</p><div class="panels">{"".join(map(draw, panels))}</div></section>'
 
 
-def place_of(row: MethodRow) -> str:
+def place_of(row: MethodRow | Curve) -> str:
     """What a panel or table is about, beside the method."""
     words = [row.dataset or "prompts", f"temperature {row.temperature:g}" if row.temperature else "greedy"]
     return ", ".join(words + ([f"{row.batch_size} together"] if row.batch_size > 1 else []))
@@ -186,8 +188,7 @@ def curve_panels(curves: Sequence[Curve], styles: dict[str, int]) -> list[Panel]
     panels = []
     for place in dict.fromkeys((curve.dataset, curve.temperature, curve.batch_size) for curve in curves):
         here = [curve for curve in curves if (curve.dataset, curve.temperature, curve.batch_size) == place]
-        words = [place[0] or "prompts", f"temperature {place[1]:g}" if place[1] else "greedy"]
-        title = ", ".join(words + ([f"{place[2]} together"] if place[2] > 1 else []))
+        title = place_of(here[0])
         lengths: list[Series] = []
         speeds: list[Series] = []
         for curve in here:
@@ -291,8 +292,9 @@ def answer_of(row: MethodRow, answer: KeptAnswer) -> str:
 
 
 def span(token: KeptToken) -> str:
-    place = "" if token.position is None else f", position {token.position} of the draft"
+    who = f"draft, position {token.position}" if token.position else f"{token.origin}, {ORIGINS[token.origin]}"
     others = "; ".join(f"{word!r} {probability:.1%}" for word, probability in token.alternatives)
-    told = f"{token.text!r}: {token.origin}{place}. The verifier gives it {token.probability:.1%}. Likeliest: {others}"
+    told = f"{token.text!r}: {who}. The verifier gives it {token.probability:.1%}. Likeliest: {others}"
     depth = f' style="--depth:{0.16 + 0.5 * min(token.position, DEEPEST) / DEEPEST:.2f}"' if token.position else ""
-    return f'<span class="{token.origin}"{depth} data-told="{text(told)}">{text(token.text) or "&#8203;"}</span>'
+    shown = text(token.text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n") or UNFINISHED)
+    return f'<span class="{token.origin}"{depth} data-told="{text(told)}">{shown}</span>'
