@@ -64,7 +64,7 @@ test-newest: | $(NEWEST_VENV)/bin/python  ## tests and types with the newest tra
 
 test-vllm: install-dev $(VLLM_VENV)/.installed  ## the real vLLM, on CPU, serves what we train (its environment: 2.5 GB, made once)
 	$(VLLM_PYTEST) -m vllm $(VLLM_TESTS)
-	PYTHONPATH=src $(VLLM_VENV)/bin/python -m pytest -m vllm tests/speculative_config
+	PYTHONPATH=src $(VLLM_VENV)/bin/python -m pytest -m vllm tests/speculative_config tests/local_server/test_metrics.py
 
 test-vllm-smallest: install-dev $(VLLM_VENV)/.installed  ## the same with each method once
 	$(VLLM_PYTEST) -m "vllm and not slow" $(VLLM_TESTS)

@@ -23,7 +23,7 @@ from speculators.decoding import DecodeStats, Engine, SamplingParams
 from speculators.evaluation.server_check import server_findings
 from speculators.evaluation.server_client import MeasuredServer, parse_metrics
 from speculators.local_server.app import LocalServer
-from speculators.local_server.engine_thread import Counts, prometheus_text
+from speculators.local_server.metrics import Counts, prometheus_text
 from speculators.local_server.protocol import ServeConfig
 
 TINY = str(assets.tiny_verifier_path())

@@ -29,7 +29,8 @@ from speculators.decoding.chat import refuse_other_than_variables
 from speculators.decoding.engine import Engine
 from speculators.decoding.settings import SamplingParams
 from speculators.local_server.answers import DONE, Answers, Asked, event_of, unless_disconnected
-from speculators.local_server.engine_thread import Call, Delta, EngineThread, ServerBusyError, prometheus_text
+from speculators.local_server.engine_thread import Call, Delta, EngineThread, ServerBusyError
+from speculators.local_server.metrics import prometheus_text
 from speculators.local_server.protocol import (
     ApiError,
     ChatBody,

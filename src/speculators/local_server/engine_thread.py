@@ -1,5 +1,5 @@
 """One thread that owns the engine: the requests of all connections become one running batch, and nobody else touches
-the engine, its tokenizer or its numbers. What it counted is written as Prometheus reads it, under vLLM's names.
+the engine, its tokenizer or its numbers.
 
     connections  --submit, cancel, run-->  tasks  --between rounds-->  engine.serve  --Delta-->  each call's sink
 """
@@ -15,12 +15,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from speculators.decoding.engine import Engine
 from speculators.decoding.request import ActiveRequest, RequestOutput, StreamEvent
 from speculators.decoding.settings import SamplingParams
-from speculators.decoding.stats import DecodeStats
+from speculators.local_server.metrics import Counts, RequestTimes
 
 logger = logging.getLogger(__name__)
 Returned = TypeVar("Returned")
@@ -59,18 +59,8 @@ class Call:
     """Index in the engine -> number of the prompt."""
     num_open: dict[int, int] = field(default_factory=dict)
     """Index in the engine -> samples whose end was not delivered."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What an engine did since it began to serve."""
-
-    stats: DecodeStats
-    num_prompt_tokens: int
-    num_finished: Counter[str]
-    """By reason."""
-    num_running: int
-    num_waiting: int
+    arrived_s: float = field(default_factory=time.perf_counter)
+    """When, by a clock of no particular beginning."""
 
 
 class EngineThread:
@@ -86,6 +76,7 @@ class EngineThread:
         self._calls: dict[int, Call] = {}
         self._num_prompt_tokens = 0
         self._num_finished: Counter[str] = Counter()
+        self._times = RequestTimes(engine.max_length)
 
     @property
     def most_samples(self) -> int:
@@ -155,6 +146,8 @@ class EngineThread:
         for index, samples in requests.items():
             self._calls[index] = call
             self._arrived += samples
+            for sample in samples:
+                self._times.arrived(sample, call.arrived_s, time.perf_counter())
         self._num_prompt_tokens += sum(map(len, prompts))
 
     def _abandon(self, call: Call) -> None:
@@ -167,7 +160,12 @@ class EngineThread:
         num_unfinished = sum(request.output.finish_reason is None for request in live)
         num_waiting = max(0, num_unfinished - self.engine.max_batch_size)
         return Counts(
-            stats, self._num_prompt_tokens, Counter(self._num_finished), num_unfinished - num_waiting, num_waiting
+            stats,
+            self._num_prompt_tokens,
+            Counter(self._num_finished),
+            num_unfinished - num_waiting,
+            num_waiting,
+            {name: histogram.copy() for name, histogram in self._times.histograms.items()},
         )
 
     def _arrivals(self, is_idle: bool) -> list[ActiveRequest] | None:
@@ -176,6 +174,7 @@ class EngineThread:
                 task = self._tasks.get(block=is_idle and not self._arrived)
             except Empty:
                 arrived, self._arrived = self._arrived, []
+                self._times.round_begins(time.perf_counter())
                 return arrived
             if task is None:
                 return None
@@ -199,8 +198,9 @@ class EngineThread:
         call = self._calls[index]
         samples = call.requests[index]
         choice = call.number_of[index] * len(samples) + event.sample_index
-        output = samples[event.sample_index].output
-        call.sink(Delta(choice, event, output, time.perf_counter()))
+        request, now_s = samples[event.sample_index], time.perf_counter()
+        self._times.gained(request, event, now_s)
+        call.sink(Delta(choice, event, request.output, now_s))
         if event.finish_reason is None:  # one that follows may have ended the request already: both are of one round
             return
         self._num_finished[event.finish_reason] += 1
@@ -213,49 +213,5 @@ class EngineThread:
             call.requests.clear()
             call.sink(error)
         self._calls.clear()
+        self._times.forget()
         self._arrived.clear()
-
-
-# -- what Prometheus reads ---------------------------------------------------------------------------------------------
-
-REASON_OF_VLLM = {"cancelled": "abort"}
-
-
-def prometheus_text(counts: Counts, model_name: str, num_drafts: int) -> str:
-    """Counters and gauges under vLLM's names, in Prometheus' text format; those of drafts where something drafts
-    (`num_drafts`, the number of those that ask for no other, is above 0), which is how a client sees that it does."""
-    stats = counts.stats
-    drafts: dict[str, Any] = {
-        "vllm:spec_decode_num_drafts_total": stats.num_drafts,
-        "vllm:spec_decode_num_draft_tokens_total": stats.num_drafted,
-        "vllm:spec_decode_num_accepted_tokens_total": stats.num_accepted,
-    }
-    values = {
-        "vllm:num_requests_running": counts.num_running,
-        "vllm:num_requests_waiting": counts.num_waiting,
-        "vllm:prompt_tokens_total": counts.num_prompt_tokens,
-        "vllm:generation_tokens_total": stats.num_tokens,
-        **(drafts if num_drafts else {}),
-    }
-    label = f'engine="0",model_name="{escaped(model_name)}"'
-    lines = []
-    for name, value in values.items():
-        lines += [type_line(name), f"{name}{{{label}}} {value}"]
-    lines.append(type_line("vllm:request_success_total"))
-    for reason in ("stop", "length", "abort", "error"):
-        number = sum(n for own, n in counts.num_finished.items() if REASON_OF_VLLM.get(own, own) == reason)
-        lines.append(f'vllm:request_success_total{{{label},finished_reason="{reason}"}} {number}')
-    if num_drafts:
-        name, accepted = "vllm:spec_decode_num_accepted_tokens_per_pos_total", stats.accepted_per_position
-        lines.append(type_line(name))
-        for position, number in enumerate(accepted + [0] * (num_drafts - len(accepted))):
-            lines.append(f'{name}{{{label},position="{position}"}} {number}')
-    return "\n".join(lines) + "\n"
-
-
-def type_line(name: str) -> str:
-    return f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
-
-
-def escaped(label: str) -> str:
-    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
