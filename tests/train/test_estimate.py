@@ -1,21 +1,24 @@
 """What a run is said to need is what it takes."""
 
+import itertools
 import json
 from importlib.resources import files
 
 import pytest
 import torch
 from datasets import Dataset
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from speculators.cli.app import main
 from speculators.data_generation import LocalSource
 from speculators.train.__main__ import main as module_main
 from speculators.train.config import TrainConfig
-from speculators.train.distributed import Ranks
-from speculators.train.estimate import at_length, probe_lengths, records_near
+from speculators.train.distributed import Ranks, own_part, ranks_to_estimate
+from speculators.train.estimate import records_near
 from speculators.train.events import Note, ignore
-from speculators.train.run import build, estimate, train
+from speculators.train.memory import at_length, probe_lengths, random_row
+from speculators.train.run import build, build_drafter, estimate, train
 from speculators.utils.util import LiveBytes
 
 
@@ -62,7 +65,7 @@ def test_live_bytes_are_those_that_live_at_once():
 def test_the_peak_of_a_step_is_what_was_said(algorithm, verifier, data, tmp_path, monkeypatch):
     """On rows twice as long as the longer probe, in bf16: the tensors that two optimizer steps of the trainer make, and
     those that are there before. Closer than 1.15 either way."""
-    monkeypatch.setattr("speculators.train.estimate.PROBE_TOKENS", 256)
+    monkeypatch.setattr("speculators.train.memory.PROBE_TOKENS", 256)
     keys = {"total_seq_len": 1024} | ({"max_anchors": 64, "block_size": 4} if algorithm == "dflash" else {})
     drafter = build(config_of(algorithm, verifier, data, tmp_path / "run", **keys), Ranks(), ignore)
     trainer, said = drafter.trainer, drafter.memory()
@@ -78,6 +81,44 @@ def test_the_peak_of_a_step_is_what_was_said(algorithm, verifier, data, tmp_path
     measured = before + counted.peak + states + verifier_bytes
     assert measured / 1.15 < said.total_bytes < measured * 1.15
     assert said.states_bytes == states and said.verifier_bytes == verifier_bytes
+
+
+def allocated_at_most(run):
+    """Bytes that the allocator gave out at once, of those given inside."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize(("shards", "rows_a_step"), [(True, 1), (True, 2), (False, 1), (False, 2)])
+def test_what_each_of_several_ranks_holds_was_said(shards, rows_a_step, verifier, data, tmp_path):
+    """Of eagle3 in bf16: weights, moments and the allocator's peak in a later step of rank 0, by what FSDP2 and
+    DistributedDataParallel (whose buckets were there before the step) allocate themselves."""
+    keys = {"total_seq_len": 256, "gradient_accumulation_steps": rows_a_step, "fsdp_shard": shards}
+    config = config_of("eagle3", verifier, data, tmp_path / "run", **keys)
+    with ranks_to_estimate(2, 60.0) as ranks:
+        drafter = build_drafter(config, ranks, ignore)
+        trainer, said = drafter.trainer, drafter.memory()
+        row = random_row(trainer.model, config, 256, drafter.hidden_size, 0.5)
+
+        def step():
+            for number in range(rows_a_step):
+                trainer.backward(row, is_last=number + 1 == rows_a_step)
+            trainer.step()
+
+        step()
+        peak = allocated_at_most(step)
+        held = [own_part(param) for param in trainer.params]
+        kept = [state for optimizer in trainer.optimizers.optimizers for state in optimizer.state.values()]
+        moments = sum(own_part(value).nbytes for state in kept for value in state.values())
+    whole = sum(param.numel() for param in trainer.params) * 4
+    assert said.weights_bytes == sum(part.numel() for part in held) * 4 == (whole / 2 if shards else whole)
+    assert said.optimizer_bytes == pytest.approx(moments, rel=0.001)
+    buckets = 0 if shards else whole
+    told = said.gradients_bytes + said.activations_bytes
+    assert told / 1.05 < buckets + peak < told * 1.05
 
 
 def test_what_is_said_without_the_verifier_is_what_it_takes(verifier, data, tmp_path, monkeypatch):

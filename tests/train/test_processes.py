@@ -76,7 +76,9 @@ def test_the_line_of_the_readme_trains_on_two_ranks(tmp_path, verifier_path, dat
 def test_of_sharded_ranks_the_memory_of_one_is_estimated(tmp_path, verifier_path, data_path):
     words = flags(verifier_path, data_path, tmp_path / "run")
     alone = estimate(TrainConfig.resolve(words)).memory
-    command = [sys.executable, str(SCRIPT), *words, "--estimate", "--fsdp-shard"]
+    estimating = [*words, "--estimate", "--fsdp-shard"]
+    in_one_process = estimate(TrainConfig.resolve([*estimating, "--estimate-ranks", "2"])).memory
+    command = [sys.executable, str(SCRIPT), *estimating]
     environment = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [
         subprocess.Popen(
@@ -89,6 +91,9 @@ def test_of_sharded_ranks_the_memory_of_one_is_estimated(tmp_path, verifier_path
     shown = {cells[1].strip(): cells[2].strip() for line in told[0].splitlines() if len(cells := line.split("│")) == 4}
     assert shown["weights"] == shown["gradients"] == human_bytes(alone.weights_bytes / 2)
     assert shown["frozen"] == human_bytes(alone.frozen_bytes)
+    assert {use: shown[use] for use in in_one_process.uses()} == {
+        use: human_bytes(num_bytes) for use, num_bytes in in_one_process.uses().items()
+    }
     assert not (tmp_path / "run").exists()
 
 

@@ -31,7 +31,7 @@ KEYS = [*group_of(), *OWN]
 OUTSIDE = {
     *("verifier_name_or_path", "trust_remote_code", "data_path", "save_path", "speculator_type", "plugins"),
     *("rank_timeout", "dry_run", "estimate", "contract_check", "parity_gate", "logger", "log_dir", "run_name"),
-    *("verifier_device", "verifier_device_map"),
+    *("verifier_device", "verifier_device_map", "estimate_ranks"),
     *("loss_implementation", "gradient_checkpointing", "deterministic_cuda", "seed", "cache_hidden_states"),
 }
 """Read by `train` around what is built, or seen in numbers alone: their value is in the configuration."""
@@ -166,6 +166,7 @@ def needed_beside(key: str, place: SimpleNamespace) -> dict[str, Any]:
     return {
         "draft_vocab_size": {"token_freq_path": str(place.folder / "token_freq.pt")},
         "token_freq_path": {"draft_vocab_size": 11},
+        "estimate_ranks": {"estimate": True},
         "on_missing": {"hidden_states_path": str(place.folder / "states")},
     }.get(key, {})
 
@@ -368,6 +369,7 @@ ALONE = {  # what a key needs to mean something
     "muon_momentum": {"optimizer": "muon"},
     "scheduler_num_cosine_cycles": {"scheduler_type": "cosine"},
     "token_freq_path": {"draft_vocab_size": 11},
+    "estimate_ranks": {"estimate": True},
 }
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from speculators.train.keys import TrainerKeys
 from speculators.training_keys import default_of
@@ -23,6 +24,8 @@ from speculators.training_keys import default_of
 T = TypeVar("T")
 RandomState = dict[str, list[Tensor] | Tensor]
 """{"cpu": state, "cuda": [state of this rank's device] or []}"""
+ESTIMATING = "fake"
+"""PyTorch's backend of ranks that are not there."""
 
 
 class RankError(OSError):
@@ -137,6 +140,23 @@ class Ranks:
             {"cpu": cpu, "cuda": [states[rank] for states in on_device]}
             for rank, cpu in enumerate(self.gather(state["cpu"]))
         ]
+
+
+@contextmanager
+def ranks_to_estimate(num_ranks: int | None, timeout_s: float) -> Iterator[Ranks]:
+    """Runs this process as the first of so many ranks, of which the others are not there: collectives do nothing, so
+    it holds what a rank holds, and its numbers mean nothing. None: the ranks that torchrun started."""
+    if num_ranks is None or num_ranks == 1:
+        with ranks_from_environment(timeout_s) as ranks:
+            yield ranks
+        return
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError(f"--estimate-ranks {num_ranks}: torchrun's ranks are estimated as they are; leave it out")
+    dist.init_process_group(ESTIMATING, rank=0, world_size=num_ranks, store=FakeStore())
+    try:
+        yield Ranks(0, num_ranks, pick_device())
+    finally:
+        dist.destroy_process_group()
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -150,6 +150,9 @@ class RunKeys(Keys):
     estimate: bool = Field(
         False, description="Say what the run needs (memory, time, disk, tokens) and what such data gave, and stop."
     )
+    estimate_ranks: int | None = Field(
+        None, ge=1, description="Estimate what each of so many ranks needs, in one process. None: those of torchrun."
+    )
     seed: int = Field(42, ge=0, description="Seed of initial weights, shuffling and sampling.")
     deterministic_cuda: bool = Field(False, description="Only deterministic kernels on an accelerator.")
 
@@ -255,6 +258,7 @@ RULES = (
         "states are kept in files",
         IDLE,
     ),
+    Rule(("estimate_ranks",), lambda values: not values["estimate"], "nothing is estimated without --estimate"),
     Rule(("log_dir", "run_name"), lambda values: not values["logger"], "there is no --logger", IDLE),
 )
 """The first rule that applies counts; without one a key is used."""

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from speculators.model import SpeculatorModel
-from speculators.train.distributed import Ranks, hearing_others, own_part, whole_tensor
+from speculators.train.distributed import ESTIMATING, Ranks, hearing_others, own_part, whole_tensor
 from speculators.train.records import TrainerConfig
 
 RETURNS_VIEW = "FSDP2-wrapped module"
@@ -39,8 +40,18 @@ NO_BUFFERS: dict[str, Any] = next(
 )
 
 
+def own_bucket(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Answers for other ranks that are not there: a bucket's sum is what this rank has."""
+    answer: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    answer.set_result(bucket.buffer())
+    return answer
+
+
 class Alone:
     """Trains the model in one process."""
+
+    keeps_gradients = False
+    """Whether gradients have memory of their own all the time, not from their first backward pass to the step."""
 
     def __init__(self, model: SpeculatorModel, ranks: Ranks):
         self.model, self.ranks = model, ranks
@@ -73,6 +84,8 @@ class Alone:
 class Replicated(Alone):
     """Every rank holds the whole model."""
 
+    keeps_gradients = True  # the buckets
+
     def __init__(self, model: SpeculatorModel, ranks: Ranks):
         super().__init__(model, ranks)
         torch._dynamo.config.optimize_ddp = False  # it cuts graphs at buckets, and cannot cut flex attention
@@ -81,6 +94,8 @@ class Replicated(Alone):
                 model, find_unused_parameters=not model.uses_every_weight, gradient_as_bucket_view=True, **NO_BUFFERS
             )
         self.module = self.replicas
+        if dist.get_backend() == ESTIMATING:
+            self.replicas.register_comm_hook(None, lambda _, bucket: own_bucket(bucket))
 
     @contextmanager
     def row(self, is_last: bool) -> Iterator[None]:

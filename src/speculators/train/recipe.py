@@ -54,6 +54,7 @@ FREE_KEYS = frozenset(
         "deterministic_cuda",
         "dry_run",
         "estimate",
+        "estimate_ranks",
         "eval_prompts",
         "fsdp_shard",
         "generation_validation_retries",

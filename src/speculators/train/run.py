@@ -24,7 +24,7 @@ from speculators.provenance import as_json, output_lock
 from speculators.train.checkpointer import DRY_RUN
 from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset, CollateFn, PackedLoader
-from speculators.train.distributed import Ranks, ranks_from_environment
+from speculators.train.distributed import Ranks, ranks_from_environment, ranks_to_estimate
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.draft_shape import build_model, check_heads, load_verifier_config
 from speculators.train.estimate import RunEstimate, estimate_run
@@ -107,7 +107,9 @@ def train_side_by_side(
 
 
 def dry_run(drafter: Drafter) -> TrainResult:
-    drafter.on_event(Note(str(drafter.memory())))
+    num_ranks = drafter.trainer.ranks.world_size
+    which = f"each of {num_ranks} ranks: " if num_ranks > 1 else ""
+    drafter.on_event(Note(which + str(drafter.memory())))
     drafter.trainer.save(name=DRY_RUN)
     return TrainResult(Path(drafter.config.trainer.save_path) / DRY_RUN, {}, None, 0)
 
@@ -141,7 +143,7 @@ def build(config: TrainConfig, ranks: Ranks, on_event: Listener, verifier: PreTr
 
 def estimate(config: TrainConfig, on_event: Listener = ignore) -> RunEstimate:
     """Says what a run needs and what it may give. Trains nothing, writes nothing and does not load the verifier."""
-    with ranks_from_environment(config.trainer.rank_timeout) as ranks:
+    with ranks_to_estimate(config.estimate_ranks, config.trainer.rank_timeout) as ranks:
         drafter = build_drafter(config, ranks, on_event if ranks.is_main else ignore)
         verifier_config = load_verifier_config(verifier_name(config), config.verifier.trust_remote_code)
         return estimate_run(drafter.trainer, config, drafter.datasets[0], verifier_config, drafter.hidden_size)

@@ -29,9 +29,9 @@ from speculators.interfaces import CaptureSpec, HiddenStateSource, VerifierState
 from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset
 from speculators.train.distributed import RandomState, Ranks
-from speculators.train.estimate import MemoryEstimate, estimate_memory, probes_of
 from speculators.train.events import Listener
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
+from speculators.train.memory import MemoryEstimate, estimate_memory, probes_of
 from speculators.train.records import TrainResult
 from speculators.train.trainer import RowsDone, Trainer
 from speculators.train.validation import PromptDecoder
