@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from training_toys import FIXTURES
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from training_toys import FIXTURES, HIDDEN_SIZE, VOCAB_SIZE
 
+from speculators.interfaces import VerifierStates
+from speculators.model import SpeculatorModel
 from speculators.train.__main__ import main
 from speculators.train.config import TrainConfig
 from speculators.train.run import estimate
@@ -104,36 +107,88 @@ def test_wrong_flags_and_wrong_input_end_with_one_line_and_a_code(capsys):
     assert capsys.readouterr().err.startswith("error: no verifier at '/no/such/model': it does not exist")
 
 
-def curve(run: Path) -> list[float]:
+def curve(run: Path) -> list[tuple[int, float]]:
+    """Step and loss."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["split"] == "train"]
+    return [(line["step"], line["loss"]) for line in lines if line["split"] == "train"]
 
 
-def test_two_ranks_learn_what_one_learns_from_two_rows_a_step(tmp_path, verifier_path, data_path):
-    """The rows of a step count by their supervised tokens, whoever computes them."""
-    code = (
-        "import sys, torch\n"
-        "from speculators.train.__main__ import main\n"
-        "torch.set_num_threads(1)\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    common = ["--max-steps", "8", "--scheduler-type", "none", "--no-parity-gate", "--no-contract-check"]
-    common += ["--optimizer", "adamw", "--log-freq", "1", "--total-seq-len", "64", "--hidden-states-dtype", "float32"]
-    common += ["--verifier", str(verifier_path), "--data", str(data_path), "--epochs", "2", "--draft-arch", "llama"]
+def test_two_ranks_then_one_then_two_again_train_as_one_that_nobody_stopped(tmp_path, verifier_path, data_path):
+    """The rows of a step count by their supervised tokens, whoever computes them, and each part of a run reads what the
+    one before it left: by DistributedDataParallel, and by FSDP2, whose parts one process reads and replaces."""
+    common = [*FIXED, "--verifier", str(verifier_path), "--data", str(data_path)]
+    runs = {"ddp": [], "fsdp": ["--fsdp-shard"]}
 
-    def start(name: str, *more: str, **environment: str) -> subprocess.Popen[bytes]:
-        argv = [sys.executable, "-c", code, "--output", str(tmp_path / name), *common, *more]
-        return subprocess.Popen(argv, env={**ENVIRONMENT, **environment}, stdout=subprocess.DEVNULL)
+    def until(num_steps: int, name: str, *more: str) -> list[str]:
+        return [*common, *runs.get(name, []), "--output", str(tmp_path / name), "--max-steps", str(num_steps), *more]
 
-    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = [start("two", **both, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    processes.append(start("one", "--gradient-accumulation-steps", "2"))
-    assert [process.wait(120) for process in processes] == [0, 0, 0]
-    two, one = curve(tmp_path / "two"), curve(tmp_path / "one")
-    assert len(two) == len(one) == 8
-    assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 1e-5
-    weights = [load_file(tmp_path / name / "checkpoint_best" / "master_weights.fp32") for name in ("two", "one")]
-    assert all((weights[0][name] - tensor).abs().max() < 1e-5 for name, tensor in weights[1].items())
+    assert main(until(6, "whole", "--gradient-accumulation-steps", "2")) == 0
+    on_two_ranks(tmp_path, [until(2, name) for name in runs])
+    assert all((tmp_path / name / "0" / "sharded_state").is_dir() == (name == "fsdp") for name in runs)
+    assert [main(until(4, name)) for name in runs] == [0, 0]
+    assert not any((tmp_path / name / "0" / "sharded_state").exists() for name in runs)
+    on_two_ranks(tmp_path, [until(6, name) for name in runs])
+
+    whole, drafted = trained(tmp_path / "whole"), drafts(tmp_path / "whole")
+    assert len(set(map(tuple, drafted))) > 4
+    for name in runs:
+        assert [step for step, _ in curve(tmp_path / name)] == [1, 2, 3, 4, 5, 6]
+        pairs = zip(curve(tmp_path / name), curve(tmp_path / "whole"), strict=True)
+        assert max(abs(loss - of_whole) for (_, loss), (_, of_whole) in pairs) < 1e-5
+        left = trained(tmp_path / name)
+        assert left.keys() == whole.keys() and all((left[key] - whole[key]).abs().max() < 1e-5 for key in whole)
+        assert drafts(tmp_path / name) == drafted
+
+
+FIXED = ["--scheduler-type", "none", "--scheduler-warmup-steps", "0", "--optimizer", "adamw", "--log-freq", "1"]
+FIXED += ["--total-seq-len", "64", "--hidden-states-dtype", "float32", "--epochs", "2", "--draft-arch", "llama"]
+FIXED += ["--no-parity-gate", "--no-contract-check"]
+COMMANDS = """
+import json, os, sys
+from speculators.train.__main__ import main
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each command is a run of its own: it meets at a port of its own
+for port, words in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = port
+    if code := main(words):
+        sys.exit(code)
+"""
+
+
+def on_two_ranks(folder: Path, commands: list[list[str]]) -> None:
+    """Runs one command after the other on the same two ranks of torchrun: starting them takes longer than the runs."""
+    script = folder / "commands.py"
+    script.write_text(COMMANDS)
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    argv.append(json.dumps([(free_port(), words) for words in commands]))
+    done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    """The trained weights that the last steps left, as torch's own converter reads parts of several ranks."""
+    newest = max(run.glob("[0-9]"))
+    if not (newest / "sharded_state").is_dir():
+        return load_file(newest / "master_weights.fp32")
+    whole = run / "whole.pt"
+    dcp_to_torch_save(newest / "sharded_state", whole)
+    read = torch.load(whole)
+    return {name.removeprefix("weights/"): tensor for name, tensor in read.items() if name.startswith("weights/")}
+
+
+def drafts(run: Path) -> list[list[int]]:
+    """What the checkpoint for serving drafts after random states and tokens."""
+    model = SpeculatorModel.from_pretrained(max(run.glob("[0-9]")), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(7)
+    drafted = []
+    for length in range(4, 20):
+        states = VerifierStates(
+            torch.randint(0, VOCAB_SIZE, (length,), generator=generator),
+            torch.randn(length, len(model.capture.aux_layer_ids) * HIDDEN_SIZE, generator=generator),
+            torch.randn(length, HIDDEN_SIZE, generator=generator),
+        )
+        with torch.no_grad():
+            drafted.append(model.draft_logits(states, 2).argmax(-1).flatten().tolist())
+    return drafted
 
 
 def free_port() -> str:
