@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from killed_runs import ENDED_BY_ANOTHER_RANK, ERROR, KILLED, STOPPED_BY_SIGNAL, Ended, Run, RunServer
+from torch.distributed.checkpoint import FileSystemReader
 
 from speculators.train.events import PACE
 
@@ -33,8 +34,8 @@ MATRIX = [
     for algorithm in ALGORITHMS
     for optimizer in ("adamw", "muon")
 ]
-IN_TESTS = [("eagle3", "muon", 1, 1), ("dflash", "adamw", 1, 1), ("dflash", "muon", 2, 5)]
-"""With the share of places: every one, or every fifth."""
+IN_TESTS = [("eagle3", "muon", 1, 1), ("dflash", "adamw", 1, 2), ("dflash", "muon", 2, 5)]
+"""With the share of places: every one, every second or every fifth."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ def content(entry: Path) -> Any:
     if entry.name == "metrics.jsonl":
         lines = [json.loads(line) for line in entry.read_text().splitlines()]
         return [{name: value for name, value in line.items() if name not in PACE} for line in lines]
+    if entry.name == ".metadata":  # of parts; each has a random number of its own
+        metadata = FileSystemReader(entry.parent).read_metadata()
+        return metadata.state_dict_metadata, metadata.storage_data
     return entry.read_bytes()
 
 
@@ -139,6 +143,10 @@ def assert_continues_to_the_same_end(
     """Runs the command to its end. `beside`: directories that it may leave beside those of the undisturbed run."""
     ended = serve(whole.run)
     assert ended.codes == [0] * whole.run.num_ranks, f"{at}: {ended.output}"
+    assert_is_the_same_end(whole, at, beside)
+
+
+def assert_is_the_same_end(whole: Whole, at: str, beside: Sequence[str] = ()) -> None:
     for name in beside:
         shutil.rmtree(whole.root / name)
     left = contents(whole.root)
@@ -239,12 +247,53 @@ def test_a_rank_that_dies_before_it_met_the_others_ends_them_with_one_error(serv
     assert_continues_to_the_same_end(serve, whole, "before the ranks met")
 
 
+# -- parts of several ranks (--fsdp-shard) -----------------------------------------------------------------------------
+
+PARTS = ".N.partial/sharded_state"
+IN_SHARDED = [
+    (0, "open .N.partial/.training_record.json.partial"),  # the consolidated file is there, no part is
+    (1, f"open {PARTS}/__N_N.distcp"),
+    (0, f"open {PARTS}/.metadata.tmp"),  # every part is there
+    (0, "open .N.partial/training_state.json"),
+    (1, "Muon.step"),
+]
+
+
+def test_killed_while_the_parts_of_ranks_are_written_a_run_ends_as_if_nothing_had_happened(serve, make_whole):
+    """Each of the runs, one after the other, dies at the first such place; the others hear of it and say so."""
+    whole = make_whole("dflash", "muon", 2, fsdp_shard=True)
+    begin_anew(whole)
+    for who, place in IN_SHARDED:
+        ended = kill(serve, replace(whole.run, event="kill half-written", place=place, who=who))
+        assert ended.codes[who] == KILLED and ended.codes[1 - who] == ENDED_BY_ANOTHER_RANK, f"{place}: {ended}"
+        assert f"rank {1 - who}: another rank ended or did not answer within --rank-timeout" in ended.output, place
+    assert_continues_to_the_same_end(serve, whole, f"killed at {IN_SHARDED}")
+
+
+@pytest.mark.parametrize("damage", [(".metadata", 0.9), ("__1_0.distcp", 0.9)])
+def test_a_part_that_cannot_be_read_falls_back_to_the_checkpoint_before_on_all_ranks(serve, make_whole, damage):
+    """`damage`: which file, and which share of it is left, before zeros. A part of rank 1 is read by rank 1 alone."""
+    whole, (name, share) = make_whole("dflash", "muon", 2, fsdp_shard=True), damage
+    if contents(whole.root).keys() != whole.contents.keys():
+        assert_continues_to_the_same_end(serve, whole, "before the damage")
+    part = whole.root / "1" / "sharded_state" / name
+    num_bytes = part.stat().st_size
+    content = bytearray(part.read_bytes()[: int(share * num_bytes)])
+    part.write_bytes(content + bytes(num_bytes - len(content)))
+    ended = serve(whole.run)
+    assert ended.codes == [0, 0], ended.output
+    assert f"checkpoint {whole.root}/1 cannot be read" in ended.output
+    assert "It is now 1.damaged, and the run continues from the one before" in ended.output
+    assert f"continuing from {whole.root}/0 at step" in ended.output
+    assert_is_the_same_end(whole, f"{damage}", beside=("1.damaged",))
+
+
 # -- other ends --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_signal_to_one_of_two_ranks_saves_in_the_middle_of_an_epoch_and_ends_both(serve, make_whole, who):
-    whole = make_whole("dflash", "muon", 2)
+@pytest.mark.parametrize(("who", "changes"), [(0, {}), (1, {"fsdp_shard": True})])
+def test_a_signal_to_one_of_two_ranks_saves_in_the_middle_of_an_epoch_and_ends_both(serve, make_whole, who, changes):
+    whole = make_whole("dflash", "muon", 2, **changes)
     begin_anew(whole)
     ended = serve(replace(whole.run, event="SIGTERM", place=whole.number_of("Tensor.backward", 1, rank=who), who=who))
     assert ended.codes == [STOPPED_BY_SIGNAL] * 2 and ended.time_s < SOON_S, ended
@@ -254,15 +303,26 @@ def test_a_signal_to_one_of_two_ranks_saves_in_the_middle_of_an_epoch_and_ends_b
     assert_continues_to_the_same_end(serve, whole, "SIGTERM", beside=("interrupted",))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize(("event", "reason"), [("full disk", "File too large"), ("read-only", "Permission denied")])
+@pytest.mark.parametrize(
+    ("num_ranks", "event", "reason", "who"),
+    [
+        (1, "full disk", "File too large", 0),
+        (1, "read-only", "Permission denied", 0),
+        (2, "full disk", "File too large", 0),
+        (2, "read-only", "Permission denied", 0),
+        (2, "full disk", "rank 1: .*File too large", 1),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_loses_nothing(
-    serve, make_whole, event, reason, num_ranks
+    serve, make_whole, event, reason, num_ranks, who
 ):
-    whole = make_whole("dflash", "muon", 2) if num_ranks == 2 else make_whole("eagle3", "muon", 1)
+    """Rank 1 writes a part of its own with --fsdp-shard."""
+    whole = make_whole("dflash", "muon", 2, **({"fsdp_shard": True} if who else {}))
+    whole = whole if num_ranks == 2 else make_whole("eagle3", "muon", 1)
     begin_anew(whole)
-    number = whole.number_of("os.mkdir .N.partial", 3)  # of the second epoch
-    ended = serve(replace(whole.run, event=event, place=number))
+    place = f"open {PARTS}/__N_N.distcp" if who else "os.mkdir .N.partial"
+    number = whole.number_of(place, 3, rank=who)  # of the second epoch
+    ended = serve(replace(whole.run, event=event, place=number, who=who))
     whole.root.chmod(0o755)
     assert ended.codes[0] == ERROR and set(ended.codes[1:]) <= {ERROR, ENDED_BY_ANOTHER_RANK}, ended
     assert ended.time_s < SOON_S

@@ -127,7 +127,7 @@ def write_shards(path: Path, weights: dict[str, Tensor], optimizers: Optimizers)
             tensors |= {f"{kind}/{index}/{name}": value for name, value in values.items()}
     try:
         with hearing_others(beside_work=True):
-            dcp.save(tensors, checkpoint_id=path / SHARDS)
+            dcp.save(dict(sorted(tensors.items())), checkpoint_id=path / SHARDS)  # equal state, equal bytes
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise OSError(f"rank {rank}: {cause}") from error
@@ -227,7 +227,11 @@ def read_position(path: Path) -> Position:
         ) from error
 
 
-UNREADABLE = (OSError, CheckpointException, SafetensorError, pickle.UnpicklingError, EOFError, *WRONG_VALUE)
+UNREADABLE = (
+    *(OSError, CheckpointException, SafetensorError, pickle.UnpicklingError, EOFError),
+    *(ValueError, ImportError),  # of pickles whose names are damaged
+    *WRONG_VALUE,
+)
 
 
 def damaged(path: Path, error: BaseException) -> DamagedCheckpointError:

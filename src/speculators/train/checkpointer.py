@@ -14,6 +14,7 @@ random state of every rank. Links and the best checkpoint follow from the direct
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,8 @@ class Checkpointer(RunDirectory):
     def rows_a_step(self, config: TrainerConfig, num_ranks: int, tell: Callable[[str], None]) -> int:
         """Returns the rows of each rank per step: as configured, or as keep the rows of a step in a run that is
         continued. Raises `ValueError` when this number of ranks cannot share them equally."""
-        asked, newest = config.gradient_accumulation_steps, self.newest()
-        if newest is None or not config.resume_from_checkpoint or config.allow_changed_settings:
-            return asked
-        try:
-            before = Shares.load(newest)
-        except UNREADABLE:  # told when it is loaded
+        asked, before = config.gradient_accumulation_steps, self.shares_before()
+        if before is None or not config.resume_from_checkpoint or config.allow_changed_settings:
             return asked
         total = before.num_ranks * (before.rows_a_step or asked)
         if total % num_ranks:
@@ -145,6 +142,13 @@ class Checkpointer(RunDirectory):
         if before.num_ranks != num_ranks:
             tell(OTHER_RANKS.format(before.num_ranks, num_ranks))
         return chosen
+
+    def shares_before(self) -> Shares | None:
+        """Returns those of the newest checkpoint that says them: damaged ones are told of when they are loaded."""
+        for path in self.newest_first():
+            with suppress(*UNREADABLE):
+                return Shares.load(path)
+        return None
 
     def load(
         self,
@@ -161,10 +165,10 @@ class Checkpointer(RunDirectory):
         Raises `DamagedCheckpointError`, and `ValueError` for a checkpoint of another drafter or optimizer, or inside an
         epoch of other rows.
         """
+        position = read_position(path)
         try:
             weights, state = read_masters(path, model, optimizers)
             before = Shares.load(path)
-            position = read_position(path)
         except UNREADABLE as error:
             raise damaged(path, error) from error
         position = position_of(ranks.world_size, num_rows, before, position, path)

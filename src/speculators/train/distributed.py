@@ -101,6 +101,15 @@ class Ranks:
             raise error or ValueError("the main rank does not start; its own output says why")
         return result
 
+    def first_error(self, error: ValueError | None) -> ValueError | None:
+        """Returns, on every rank, the error of the first rank that has one."""
+        if self.world_size == 1:
+            return error
+        errors: list[ValueError | None] = [None] * self.world_size
+        with hearing_others():
+            dist.all_gather_object(errors, error)
+        return next((of_rank for of_rank in errors if of_rank is not None), None)
+
     def told_by_main(self, value: T | None) -> T:
         """Returns the main rank's value on every rank."""
         values = [value]
@@ -204,6 +213,7 @@ def ranks_from_environment(timeout_s: float = default_of(TrainerKeys, "rank_time
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     KEPT_GROUPS.append(dist.group.WORLD)
     try:
-        yield Ranks(dist.get_rank(), world_size, device)
+        with hearing_others(beside_work=True):  # collectives of PyTorch's own parts too, e.g. of an optimizer
+            yield Ranks(dist.get_rank(), world_size, device)
     finally:
         dist.destroy_process_group()

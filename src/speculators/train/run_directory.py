@@ -45,7 +45,10 @@ class RunDirectory:
 
     def newest(self) -> Path | None:
         """Returns the checkpoint to continue from: the highest epoch, or `interrupted` if that went further."""
-        return max(self.candidates(), key=progress, default=None)
+        return next(iter(self.newest_first()), None)
+
+    def newest_first(self) -> list[Path]:
+        return sorted(self.candidates(), key=progress, reverse=True)
 
     def candidates(self) -> list[Path]:
         """Lists what a run can continue from."""
@@ -144,22 +147,13 @@ class RunDirectory:
         file = self.root / FINISHED_FILE
         return json.loads(file.read_text())["num_steps"] if file.is_file() else None
 
-    def load_newest(self, load: Callable[[Path], None], tell: Callable[[str], None]) -> Path | None:
-        """Loads the newest checkpoint that can be read and returns its path; sets damaged ones aside, with a line.
-
-        Raises `DamagedCheckpointError` when there is no other.
-        """
-        while (path := self.newest()) is not None:
-            try:
-                load(path)
-            except DamagedCheckpointError as error:
-                if len(self.candidates()) == 1:
-                    raise
-                aside = self.set_aside(path)
-                tell(f"{error}. It is now {aside.name}, and the run continues from the one before")
-            else:
-                return path
-        return None
+    def pass_over(self, path: Path, error: DamagedCheckpointError, tell: Callable[[str], None]) -> None:
+        """Sets the newest checkpoint aside, with a line. Raises `error`, which loading it raised, when there is no
+        other."""
+        if len(self.candidates()) == 1:
+            raise error
+        aside = self.set_aside(path)
+        tell(f"{error}. It is now {aside.name}, and the run continues from the one before")
 
 
 def progress(path: Path) -> float:

@@ -19,7 +19,13 @@ from torch import nn
 from speculators.data_generation import InvalidResponseError, ServerUnavailableError
 from speculators.losses.metrics import MetricSums, expected_acceptance_length
 from speculators.model import SpeculatorModel
-from speculators.train.checkpoint_files import Position, is_saved_epoch, mid_epoch_saves, read_position
+from speculators.train.checkpoint_files import (
+    DamagedCheckpointError,
+    Position,
+    is_saved_epoch,
+    mid_epoch_saves,
+    read_position,
+)
 from speculators.train.checkpointer import INTERRUPTED, checkpointer_of
 from speculators.train.data import Batch, BatchLoader, as_loader
 from speculators.train.distributed import Ranks, pick_device
@@ -97,9 +103,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Continues from the newest checkpoint that can be read; damaged ones are set aside, with a line."""
-        path = self.ranks.main_first(lambda: self.checkpointer.load_newest(self.load, self.tell))
-        if not self.ranks.is_main and (path := self.checkpointer.newest()) is not None:
-            self.load(path)
+        path = self.load_newest()
         if path is None:
             return
         position = self.position
@@ -111,6 +115,22 @@ class Trainer:
             self.position = Position(self.config.num_epochs, 0, self.num_steps)
         if not self.is_finished():
             self.tell(f"continuing from {path} at step {position.global_step}")
+
+    def load_newest(self) -> Path | None:
+        """Loads the newest checkpoint that every rank can read: each reads parts of its own."""
+        while name := self.ranks.told_by_main(str(self.checkpointer.newest() or "")):
+            path, error = Path(name), None
+            try:
+                self.load(path)
+            except ValueError as raised:
+                error = raised
+            error = self.ranks.first_error(error)
+            if error is None:
+                return path
+            if not isinstance(error, DamagedCheckpointError):
+                raise error
+            self.ranks.main_first(partial(self.checkpointer.pass_over, path, error, self.tell))
+        return None
 
     def load(self, path: Path) -> None:
         self.train_loader.set_epoch(read_position(path).epoch)
