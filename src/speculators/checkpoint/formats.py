@@ -1,8 +1,8 @@
 """Declares an algorithm's checkpoints: `CheckpointContract`, and `CheckpointFormat` for each directory format of
 another project that it reads or writes.
 
-A format is an object in `CheckpointContract.formats`. Reading gives a config and tensors under our names; writing
-takes them. Our own format ("speculators") needs no object: every algorithm has it.
+A format is an object in `CheckpointContract.formats`. `read` gives a config and tensors under our names, `contents`
+takes them and says what to write. Our own format ("speculators") needs no object: every algorithm has it.
 
 An algorithm's folder subclasses the contract where the defaults are not enough, and its model class names the object
 (`SpeculatorModel.contract`). `speculators.deploy` and `speculators.convert` ask it; they know no algorithm.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from speculators.checkpoint.engine_profile import OUR_FORMAT, Serving, drafts_per_round
 from speculators.checkpoint.findings import Finding
-from speculators.checkpoint.tensors import stored_tensors
+from speculators.checkpoint.tensors import stored_tensors, write_tensors
 from speculators.utils.files import atomic_write, read_json_object
 from speculators.utils.loading import list_checkpoint_keys
 from speculators.utils.util import bounded_build, reading
@@ -106,6 +106,21 @@ class Converted:
     """Tensors that the drafter takes from the verifier instead, by their names there: conversion proves them equal."""
 
 
+@dataclass(frozen=True)
+class DirectoryContents:
+    """What a directory is to hold, in any format. Nothing is read or written before `write`."""
+
+    tensors: Mapping[str, Tensor]
+    """By their names on disk."""
+    values: Mapping[str, Any]
+    """Of config.json."""
+
+    def write(self, directory: Path) -> None:
+        """Writes the files into an empty directory."""
+        write_tensors(directory, self.tensors)
+        write_config(directory, self.values)
+
+
 class CheckpointFormat:
     """One directory format of one algorithm. Subclasses define what they support; the rest raises `ValueError`."""
 
@@ -131,8 +146,8 @@ class CheckpointFormat:
         """Reads the directory for `verifier`; `options` are those of `CheckpointFormat.options`."""
         raise ValueError(f"format '{self.name}' is only written, not read")
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
-        """Writes the checkpoint into an empty directory."""
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
+        """Says what the checkpoint's directory holds. Raises `ValueError` for one that the format cannot describe."""
         raise ValueError(f"format '{self.name}' is only read, not written")
 
     def refusal(self, config: Any) -> str | None:

@@ -20,13 +20,12 @@ from speculators.checkpoint.formats import (
     SPECULATORS,
     CheckpointFormat,
     Converted,
+    DirectoryContents,
     ForeignCheckpoint,
     OurCheckpoint,
     dtype_name,
-    write_config,
 )
 from speculators.checkpoint.record import LAYERS, RECORD_FILE, read_training_record
-from speculators.checkpoint.tensors import write_tensors
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
 from speculators.nn.rope import with_older_rope
@@ -179,26 +178,18 @@ def recognise(
     raise ValueError(f"{source.path} could be {' or '.join(several)}; say which with --algorithm")
 
 
-def write_ours(ours: OurCheckpoint, model_class: type[SpeculatorModel], folder: Path) -> None:
-    """Writes the directory that `from_pretrained` reads, and vLLM for the types it serves.
+def our_contents(ours: OurCheckpoint, model_class: type[SpeculatorModel]) -> DirectoryContents:
+    """Returns the directory that `from_pretrained` reads, and vLLM for the types it serves.
 
     Raises `ValueError` when a tensor is missing or has another shape than its config says.
     """
     kept = fitting_tensors(ours, model_class)
-    write_tensors(folder, kept)
-    write_config(folder, written_values(ours, model_class, kept))
-
-
-def written_values(
-    ours: OurCheckpoint, model_class: type[SpeculatorModel], kept: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Returns the config.json of our format."""
     floating = next(tensor.dtype for tensor in kept.values() if tensor.is_floating_point())
     ours.config.architectures = [model_class.__name__]
     values = json.loads(ours.config.to_json_string())
     if isinstance(values.get(LAYERS), dict):
         values[LAYERS] = with_older_rope(values[LAYERS])
-    return {**values, "dtype": dtype_name(floating), "tie_word_embeddings": False}
+    return DirectoryContents(kept, {**values, "dtype": dtype_name(floating), "tie_word_embeddings": False})
 
 
 def fitting_tensors(ours: OurCheckpoint, model_class: type[SpeculatorModel]) -> dict[str, Tensor]:

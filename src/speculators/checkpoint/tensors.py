@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,13 +182,8 @@ def stored_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes the safetensors file of a directory as `safetensors.torch.save_file` does, to the byte, and holds one
-    tensor at a time. Raises `ValueError` for a type that such a file has no name for."""
-    unknown = sorted(name for name, tensor in tensors.items() if tensor.dtype not in WRITTEN_TYPES)
-    if unknown:
-        raise ValueError(f"{unknown[0]} is {tensors[unknown[0]].dtype}, for which a safetensors file has no name")
-    if (planned := PLANNED.get()) is not None:
-        planned.update(tensors)
-        return
+    tensor at a time. Raises `ValueError` as `refuse_nameless_types` does."""
+    refuse_nameless_types(tensors)
     names = sorted(tensors, key=lambda name: (list(WRITTEN_TYPES).index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -207,6 +200,13 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
                 file.write(block)
 
 
+def refuse_nameless_types(tensors: Mapping[str, Tensor]) -> None:
+    """Raises `ValueError` for a type that a safetensors file has no name for."""
+    unknown = sorted(name for name, tensor in tensors.items() if tensor.dtype not in WRITTEN_TYPES)
+    if unknown:
+        raise ValueError(f"{unknown[0]} is {tensors[unknown[0]].dtype}, for which a safetensors file has no name")
+
+
 def bytes_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[memoryview]:
     """The values of a tensor as they stand in a file, in blocks; converted to `dtype` where that is given."""
     flat = values_of(tensor).detach().cpu().reshape(-1)
@@ -215,20 +215,6 @@ def bytes_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[memor
 
 
 # -- what would be written ---------------------------------------------------------------------------------------------
-
-PLANNED: ContextVar[dict[str, Tensor] | None] = ContextVar("PLANNED", default=None)
-"""Inside `planned_writes`: what `write_tensors` was given, in place of a file."""
-
-
-@contextmanager
-def planned_writes() -> Iterator[dict[str, Tensor]]:
-    """Collects the tensors that the block would write, under the names in the file; no file is written."""
-    collected: dict[str, Tensor] = {}
-    token = PLANNED.set(collected)
-    try:
-        yield collected
-    finally:
-        PLANNED.reset(token)
 
 
 @dataclass(frozen=True)
@@ -289,7 +275,9 @@ class CheckpointPlan(TableReport):
 def plan_of(
     written: Mapping[str, Tensor], source: Mapping[str, Tensor], path: Path, left_out: Mapping[Tensor, str]
 ) -> tuple[PlannedTensor, ...]:
-    """Says what becomes of each tensor; `left_out` gives the reasons that are known."""
+    """Says what becomes of each tensor; `left_out` gives the reasons that are known. Raises `ValueError` for a tensor
+    that cannot be written."""
+    refuse_nameless_types(written)
     planned = [PlannedTensor.of(name, tensor, path) for name, tensor in sorted(written.items())]
     used = {name for entry in planned for name in entry.source}
     reasons = {name: why for t, why in left_out.items() if isinstance(t, StoredTensor) for name in t.origin.names}

@@ -25,13 +25,11 @@ from speculators.checkpoint.findings import CONVERTED
 from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint, OurCheckpoint
 from speculators.checkpoint.io import (
     OpenedCheckpoint,
-    fitting_tensors,
     local_directory,
     open_checkpoint,
+    our_contents,
     recognise,
     refuse_unknown_options,
-    write_ours,
-    written_values,
 )
 from speculators.checkpoint.record import computed_config, write_training_record
 from speculators.checkpoint.tensors import CheckpointPlan, plan_of
@@ -124,7 +122,7 @@ def write_converted(
     if left_out:
         notes = (*notes, f"left out, because they are the verifier's own or follow from config.json: {list(left_out)}")
     with atomic_directory(output) as folder:
-        write_ours(ours, opened.model_class, folder)
+        our_contents(ours, opened.model_class).write(folder)
         write_training_record(folder, opened.model_class.contract.training_keys, origin="conversion")
         notes = (*notes, *refuse_wrong(check_checkpoint(folder, verifier=verifier), opened))
         if validate_device is not None:
@@ -149,8 +147,8 @@ def plan_conversion(
     with work():
         opened = open_checkpoint(path, verifier=verifier, algorithm=None if algorithm == AUTO else algorithm, **options)
         ours, notes, left_out = converted(opened, verifier, options)
-        kept = fitting_tensors(ours, opened.model_class)
-        values = written_values(ours, opened.model_class, kept)
+        contents = our_contents(ours, opened.model_class)
+        values, kept = dict(contents.values), dict(contents.tensors)
         with tempfile.TemporaryDirectory() as empty:
             report = CheckReport(Path(empty), choose_engine(), format=SPECULATORS)
             report.add("config.json", structure_findings(values))

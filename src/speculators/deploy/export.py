@@ -15,19 +15,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from speculators.checkpoint.engine_profile import EngineProfile, Serving, profile_names, way_out
-from speculators.checkpoint.formats import CONFIG_FILE, SPECULATORS, OurCheckpoint
-from speculators.checkpoint.io import OpenedCheckpoint, fitting_tensors, open_checkpoint, write_ours
+from speculators.checkpoint.formats import CONFIG_FILE, SPECULATORS, DirectoryContents, OurCheckpoint
+from speculators.checkpoint.io import OpenedCheckpoint, fitting_tensors, open_checkpoint, our_contents
 from speculators.checkpoint.record import RECORD_FILE
-from speculators.checkpoint.tensors import CheckpointPlan, plan_of, planned_writes
+from speculators.checkpoint.tensors import CheckpointPlan, plan_of
 from speculators.config import SpeculatorModelConfig, VerifierConfig
 from speculators.deploy.card import CARD_FILE, find_report, model_card
 from speculators.deploy.check import check_checkpoint, check_opened
@@ -35,13 +33,7 @@ from speculators.deploy.config_check import structure_findings
 from speculators.deploy.engine import Engine, choose_engine, unserved
 from speculators.deploy.report import CheckReport
 from speculators.model import SpeculatorModel
-from speculators.utils.files import (
-    absolute_if_directory,
-    atomic_directory,
-    read_json_object,
-    record_files,
-    refuse_to_replace,
-)
+from speculators.utils.files import absolute_if_directory, atomic_directory, record_files, refuse_to_replace
 from speculators.utils.names import NamedModel, did_you_mean, model_name, refuse_missing_verifier
 from speculators.utils.report import PathReport, facts_table
 
@@ -101,7 +93,8 @@ def export_checkpoint(
     chosen, format_name = engine_and_format(engine, profile, python)
     export = open_export(os.fspath(checkpoint), Path(output), chosen, format_name, verifier, dtype)
     with atomic_directory(Path(output)) as folder:
-        export.write(folder, report)
+        export.contents().write(folder)
+        export.write_notes(folder, report)
         algorithm = export.ours.config.speculators_model_type
         found = check_checkpoint(folder, verifier=export.verifier, algorithm=algorithm, engine=chosen.profile.name)
         replace(found, path=Path(checkpoint)).raise_for_errors(NOTHING)  # an export corrects what it can
@@ -124,12 +117,12 @@ def plan_export(
     what is wrong in the checkpoint."""
     chosen, format_name = engine_and_format(engine, profile, python)
     export = open_export(os.fspath(checkpoint), Path(output), chosen, format_name, verifier, dtype)
+    contents = export.contents()
     with tempfile.TemporaryDirectory() as folder:
-        with planned_writes() as planned:
-            export.write(Path(folder), report)
-        replace(export.check_planned(Path(folder), planned), path=Path(checkpoint)).raise_for_errors(NOTHING)
+        export.write_notes(Path(folder), report)
+        replace(export.check_planned(Path(folder), contents), path=Path(checkpoint)).raise_for_errors(NOTHING)
     opened, kind = export.opened, export.ours.config.speculators_model_type
-    tensors = plan_of(planned, opened.source.tensors(), opened.path, {})
+    tensors = plan_of(contents.tensors, opened.source.tensors(), opened.path, {})
     return CheckpointPlan(opened.path, kind, opened.format, export.format, tensors, opened.notes)
 
 
@@ -155,12 +148,13 @@ class Export:
     verifier: str
     serving: Serving | None
 
-    def write(self, folder: Path, report: Path | None) -> None:
-        """Writes the directory's files into `folder`."""
+    def contents(self) -> DirectoryContents:
         if self.format == SPECULATORS:
-            write_ours(self.ours, self.opened.model_class, folder)
-        else:
-            self.opened.model_class.contract.format_named(self.format).write(self.ours, folder, self.verifier)
+            return our_contents(self.ours, self.opened.model_class)
+        return self.opened.model_class.contract.format_named(self.format).contents(self.ours, self.verifier)
+
+    def write_notes(self, folder: Path, report: Path | None) -> None:
+        """Writes the record of training and the model card."""
         if (self.opened.path / RECORD_FILE).is_file():
             shutil.copy(self.opened.path / RECORD_FILE, folder / RECORD_FILE)
         card = model_card(
@@ -174,17 +168,17 @@ class Export:
         )
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
-    def check_planned(self, folder: Path, planned: Mapping[str, Tensor]) -> CheckReport:
-        """Checks what was written into `folder`, all but the tensors, and the tensors that would be beside it."""
+    def check_planned(self, folder: Path, contents: DirectoryContents) -> CheckReport:
+        """Checks the notes in `folder` and what would be written beside them."""
         report = CheckReport(folder, self.engine, format=self.format)
         if self.format == SPECULATORS:
-            values, tensors = read_json_object(folder / CONFIG_FILE), dict(planned)
+            values, tensors = dict(contents.values), dict(contents.tensors)
             report.add(CONFIG_FILE, structure_findings(values))
         else:
             values = json.loads(self.ours.config.to_json_string())
             tensors = fitting_tensors(self.ours, self.opened.model_class)
         written = replace(self.opened, path=folder, format=self.format, values=values, config=self.ours.config)
-        check_opened(replace(written, tensors=tensors, planned=frozenset(planned)), report, self.verifier)
+        check_opened(replace(written, tensors=tensors, planned=frozenset(contents.tensors)), report, self.verifier)
         return report
 
 

@@ -25,14 +25,13 @@ from speculators.checkpoint.formats import (
     CheckpointContract,
     CheckpointFormat,
     Converted,
+    DirectoryContents,
     ForeignCheckpoint,
     OurCheckpoint,
     count_in,
     dtype_name,
     ids_in,
-    write_config,
 )
-from speculators.checkpoint.tensors import write_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.config import DFlashSpeculatorConfig, is_sliding
 from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values, read_window
@@ -148,13 +147,12 @@ class ZLabFormat(CheckpointFormat):
         check_names(set(tensors), set(SpeculatorModel.expected_tensors(config)), source.path)
         return Converted(config, tensors, conversion_notes(ids, verifier))
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
         config: Any = checkpoint.config
         if config.sample_from_anchor:
             raise ValueError("sample_from_anchor=True: the format has no such drafters, and vLLM refuses them")
         tensors = {name: checkpoint.tensors[name] for name in SpeculatorModel.expected_tensors(config)}
-        write_tensors(directory, tensors)
-        write_config(directory, zlab_values(config, verifier, tensors["fc.weight"].dtype))
+        return DirectoryContents(tensors, zlab_values(config, verifier, tensors["fc.weight"].dtype))
 
 
 class DFlashContract(CheckpointContract):

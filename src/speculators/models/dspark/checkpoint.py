@@ -8,7 +8,7 @@ The dense format has our tensors; its config is the draft layers' with the draft
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -17,14 +17,13 @@ from speculators.checkpoint.findings import Finding, error
 from speculators.checkpoint.formats import (
     CheckpointFormat,
     Converted,
+    DirectoryContents,
     ForeignCheckpoint,
     OurCheckpoint,
     count_in,
     dtype_name,
     ids_in,
-    write_config,
 )
-from speculators.checkpoint.tensors import write_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.dflash.checkpoint import (
     NOT_LAYER_KEYS,
@@ -119,15 +118,14 @@ class DenseFormat(CheckpointFormat):
         check_names(set(tensors), set(SpeculatorModel.expected_tensors(config)), source.path)
         return Converted(config, tensors, copies=copies)
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
         config: Any = checkpoint.config
         tensors = {name: checkpoint.tensors[name] for name in SpeculatorModel.expected_tensors(config)}
         values = layer_values(config.transformer_layer_config)
         if config.trained_causal != config.served_causal:
             values["is_causal"] = config.trained_causal[0]
-        write_tensors(directory, tensors)
-        write_config(
-            directory,
+        return DirectoryContents(
+            tensors,
             {
                 **values,
                 **{key: getattr(config, key) for key in OWN_KEYS},
@@ -148,16 +146,16 @@ class SpecForgeFormat(DenseFormat):
     method = None  # vLLM's class of this name is another drafter
     architecture = OTHER_CLASS
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
         config: Any = checkpoint.config
         if not config.sample_from_anchor:
             raise ValueError("sample_from_anchor=False: SpecForge has no such drafters; use --engine dspark")
-        super().write(checkpoint, directory, verifier)
-        values = ForeignCheckpoint(directory).values
+        dense = super().contents(checkpoint, verifier)
+        values = dict(dense.values)
         inside = {key: values.pop(key) for key in INSIDE}
         for key in ("sample_from_anchor", "dspark_bonus_anchor"):
             del values[key]
-        write_config(directory, {**values, "dflash_config": {**FIXED, **inside}})
+        return replace(dense, values={**values, "dflash_config": {**FIXED, **inside}})
 
 
 class DSparkContract(DFlashContract):

@@ -11,6 +11,8 @@ embed_tokens.weight                 -                       (the verifier's)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,13 +24,13 @@ from speculators.checkpoint.formats import (
     CheckpointContract,
     CheckpointFormat,
     Converted,
+    DirectoryContents,
     ForeignCheckpoint,
     OurCheckpoint,
     dtype_name,
     refuse_missing,
-    write_config,
 )
-from speculators.checkpoint.tensors import stored_tensors, write_tensors
+from speculators.checkpoint.tensors import stored_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values, with_biases
 from speculators.models.eagle.config import NUM_TOKENS, EagleSpeculatorConfig, layer_architecture
@@ -79,7 +81,7 @@ def native_to_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def ours_to_native(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def ours_to_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     norms = {ours: native for native, ours in EXTRA_NORMS.items()}
     native = {}
     for name, tensor in tensors.items():
@@ -119,11 +121,14 @@ def save_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path:
     why = EagleFormat().refusal(config)
     if why is not None:
         raise ValueError(f"vLLM cannot run this drafter: {why}")
-    return write_native(config, tensors, path)
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    native_contents(config, tensors).write(path)
+    return path
 
 
-def write_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path: str | Path) -> Path:
-    """Writes the EAGLE repository's layout, which has a place for a bias of `fc` and for HASS's norms; vLLM has not.
+def native_contents(config: EagleSpeculatorConfig, tensors: Mapping[str, Tensor]) -> DirectoryContents:
+    """Returns the EAGLE repository's layout, which has a place for a bias of `fc` and for HASS's norms; vLLM has not.
 
     Raises `ValueError` for a layer that the layout cannot describe.
     """
@@ -132,12 +137,8 @@ def write_native(config: EagleSpeculatorConfig, tensors: dict[str, Tensor], path
         raise ValueError(why)
     names = SpeculatorModel.expected_tensors(config).keys()
     refuse_missing(names - tensors.keys())
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     native = ours_to_native({name: tensors[name] for name in names})
-    write_tensors(path, native)
-    write_config(path, native_config(config, native["fc.weight"].dtype))
-    return path
+    return DirectoryContents(native, native_config(config, native["fc.weight"].dtype))
 
 
 def read_native(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -217,8 +218,8 @@ class EagleFormat(CheckpointFormat):
         copies = {name: tensor for name, tensor in source.tensors().items() if name in VERIFIERS_OWN}
         return Converted(config, tensors, copies=copies)
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
-        write_native(checkpoint.config, dict(checkpoint.tensors), directory)  # type: ignore[arg-type]
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
+        return native_contents(checkpoint.config, checkpoint.tensors)  # type: ignore[arg-type]
 
     def refusal(self, config: Any) -> str | None:
         if config.fusion_bias and not self.holds_bias:
@@ -240,13 +241,12 @@ class SGLangFormat(EagleFormat):
     reader = "SGLang"
     holds_bias = has_sglang_class = True
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
         why = self.refusal(checkpoint.config)
         if why is not None:
             raise ValueError(why)
-        super().write(checkpoint, directory, verifier)
-        values = ForeignCheckpoint(directory).values
-        write_config(directory, {**values, "architectures": [SGLANG_CLASS]})
+        served = super().contents(checkpoint, verifier)
+        return replace(served, values={**served.values, "architectures": [SGLANG_CLASS]})
 
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         return []  # those of the base say what vLLM reads

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -24,13 +23,13 @@ from speculators.checkpoint.formats import (
     CheckpointContract,
     CheckpointFormat,
     Converted,
+    DirectoryContents,
     ForeignCheckpoint,
     OurCheckpoint,
     dtype_name,
     ids_in,
-    write_config,
 )
-from speculators.checkpoint.tensors import stored_tensors, write_tensors
+from speculators.checkpoint.tensors import stored_tensors
 from speculators.models.draft_model import complete_layer_config, layer_config_of, layer_values, with_biases
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX, Eagle3SpeculatorConfig
 from speculators.utils.names import did_you_mean
@@ -143,13 +142,12 @@ class Eagle3Format(CheckpointFormat):
     def config_of(self, values: Mapping[str, Any], **fields: Any) -> Eagle3SpeculatorConfig:
         return Eagle3SpeculatorConfig(**fields)
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
         config: Any = checkpoint.config
         nested = config.transformer_layer_config
         tensors = {name.replace(OUR_LAYER, THEIR_LAYER): tensor for name, tensor in checkpoint.tensors.items()}
-        write_tensors(directory, tensors)
-        write_config(
-            directory,
+        return DirectoryContents(
+            tensors,
             {
                 **layer_values(nested),
                 **{flag: getattr(config, flag) for flag in FLAGS},

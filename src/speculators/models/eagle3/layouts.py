@@ -13,11 +13,11 @@ reader would draft something else.
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from speculators.checkpoint.findings import Finding
-from speculators.checkpoint.formats import ForeignCheckpoint, OurCheckpoint, write_config
+from speculators.checkpoint.formats import DirectoryContents, ForeignCheckpoint, OurCheckpoint
 from speculators.models.eagle3.checkpoint import FLAGS, IDS, LAYER_IDS_ARE, OUTPUTS, Eagle3Contract, Eagle3Format
 from speculators.models.eagle3.config import DEFAULT_NUM_AUX
 from speculators.nn.attention import layer_window
@@ -40,13 +40,14 @@ class SpecForgeFormat(Eagle3Format):
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         return []  # those of the base say what vLLM reads
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
         why = self.refusal(checkpoint.config)
         if why is not None:
             raise ValueError(why)
-        super().write(checkpoint, directory, verifier)
-        values = ForeignCheckpoint(directory).values
-        write_config(directory, values | self.layer_values(checkpoint.config, values, verifier))
+        served = super().contents(checkpoint, verifier)
+        values = dict(served.values)
+        layers = self.layer_values(checkpoint.config, values, verifier)
+        return replace(served, values={**values, **layers})
 
     def layer_values(self, config: Any, values: dict[str, Any], verifier: str | None) -> dict[str, Any]:
         """Takes from `values` what the layout does not have; returns how it names the layers to read."""

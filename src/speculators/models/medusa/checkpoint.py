@@ -9,6 +9,7 @@ lm_heads.{i}.weight              {i}.{num_layers}.weight
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from speculators.checkpoint.formats import (
     CheckpointContract,
     CheckpointFormat,
     Converted,
+    DirectoryContents,
     ForeignCheckpoint,
     OurCheckpoint,
     Serving,
     dtype_name,
-    write_config,
 )
-from speculators.checkpoint.tensors import stored_tensors, write_tensors
+from speculators.checkpoint.tensors import stored_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.medusa.config import MedusaSpeculatorConfig
 from speculators.verifier.config import get_verifier_config, make_speculators_config, norm_kind
@@ -54,10 +55,13 @@ def save_native(config: MedusaSpeculatorConfig, tensors: dict[str, Tensor], path
     """Writes the directory to serve with `{"method": "medusa", "model": path}` and at most `num_heads` draft tokens."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    native = {name: tensors[name] for name in SpeculatorModel.expected_tensors(config)}
-    write_tensors(path, native)
-    write_config(path, native_config(config, native["lm_heads.0.weight"].dtype))
+    native_contents(config, tensors).write(path)
     return path
+
+
+def native_contents(config: MedusaSpeculatorConfig, tensors: Mapping[str, Tensor]) -> DirectoryContents:
+    native = {name: tensors[name] for name in SpeculatorModel.expected_tensors(config)}
+    return DirectoryContents(native, native_config(config, native["lm_heads.0.weight"].dtype))
 
 
 def to_our_name(name: str) -> str:
@@ -130,8 +134,8 @@ class MedusaFormat(CheckpointFormat):
             fields["speculators_config"] = make_speculators_config("medusa", fields["num_heads"], verifier)
         return Converted(MedusaSpeculatorConfig(**fields), tensors)
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
-        save_native(checkpoint.config, dict(checkpoint.tensors), directory)  # type: ignore[arg-type]
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
+        return native_contents(checkpoint.config, checkpoint.tensors)  # type: ignore[arg-type]
 
     def serving(self, config: Any, directory: str, verifier: str) -> Serving:
         # vLLM takes as many heads as this says: more than there are fails, fewer drops the last ones

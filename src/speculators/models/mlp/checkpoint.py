@@ -10,7 +10,6 @@ tie_weights, scale_input    the same          false where the key is missing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +19,12 @@ from speculators.checkpoint.formats import (
     CheckpointContract,
     CheckpointFormat,
     Converted,
+    DirectoryContents,
     ForeignCheckpoint,
     OurCheckpoint,
     count_in,
     dtype_name,
-    write_config,
 )
-from speculators.checkpoint.tensors import write_tensors
 from speculators.models.mlp.config import OLD_NAMES, MLPSpeculatorConfig
 from speculators.verifier.config import get_verifier_config, make_speculators_config, norm_kind
 
@@ -54,11 +52,13 @@ class FmsFormat(CheckpointFormat):
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in source.tensors().items()}
         return Converted(config, without_tied_copies(tensors) if config.tie_weights else tensors)
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
         config: Any = checkpoint.config
-        write_tensors(directory, {PREFIX + name: tensor for name, tensor in checkpoint.tensors.items()})
         dtype = checkpoint.tensors["head.0.weight"].dtype
-        write_config(directory, {**native_config(config), "torch_dtype": dtype_name(dtype)})
+        return DirectoryContents(
+            {PREFIX + name: tensor for name, tensor in checkpoint.tensors.items()},
+            {**native_config(config), "torch_dtype": dtype_name(dtype)},
+        )
 
 
 def native_config(config: MLPSpeculatorConfig) -> dict[str, Any]:

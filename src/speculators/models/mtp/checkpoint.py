@@ -24,12 +24,13 @@ from speculators.checkpoint.formats import (
     CheckpointContract,
     CheckpointFormat,
     Converted,
+    DirectoryContents,
     ForeignCheckpoint,
     OurCheckpoint,
     Serving,
     num_speculative_tokens,
 )
-from speculators.checkpoint.tensors import PLANNED, SIZE_BYTES, WRITTEN_TYPES, bytes_of, stored_tensors
+from speculators.checkpoint.tensors import SIZE_BYTES, WRITTEN_TYPES, bytes_of, stored_tensors
 from speculators.model import SpeculatorModel
 from speculators.models.mtp.config import MTPSpeculatorConfig, MTPTrainingArgs
 from speculators.models.mtp.families import GATE_UP, LAYER, export_native, family_of, native_keys, read_native
@@ -95,15 +96,10 @@ class StitchedFormat(CheckpointFormat):
             raise ValueError(f"the MTP layer of '{source.path}' is not of its family: {odd} do not belong or lack")
         return Converted(config, tensors)
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
         if verifier is None:
             raise ValueError("the layer is written into a copy of its verifier: name it with --verifier")
-        stitched = stitch(checkpoint.path, verifier, directory / "stitched")
-        if not stitched.path.exists():  # only planned
-            return
-        for file in stitched.path.iterdir():  # `stitch` makes its directory itself
-            shutil.move(str(file), directory / file.name)
-        stitched.path.rmdir()
+        return stitched_contents(*read_layer(checkpoint.path), local_directory(verifier))
 
     def serving(self, config: Any, directory: str, verifier: str) -> Serving:
         return Serving(directory, {"method": "mtp", "num_speculative_tokens": num_speculative_tokens(config)})
@@ -126,6 +122,21 @@ class MTPContract(CheckpointContract):
 
 
 @dataclass(frozen=True)
+class StitchedContents(DirectoryContents):
+    """A verifier's directory, with the layer's tensors over its own."""
+
+    source: Path
+    """The verifier's directory."""
+    places: Mapping[str, tuple[dict[str, Any], int]]
+    """Of each file with tensors of the layer: their entries, and the byte where data start."""
+
+    def write(self, directory: Path) -> None:
+        shutil.copytree(self.source, directory, dirs_exist_ok=True)
+        for name, (entries, start) in self.places.items():
+            overwrite(directory / name, self.tensors, entries, start)
+
+
+@dataclass(frozen=True)
 class Stitched:
     """The written directory."""
 
@@ -141,33 +152,37 @@ def stitch(
 ) -> Stitched:
     """Copies the directory of `verifier` to `output_path` (default: `<verifier's name>-stitched` here) and writes the
     layer of the MTP checkpoint `finetuned` into it."""
-    config = MTPSpeculatorConfig.from_pretrained(finetuned)
-    if not isinstance(config, MTPSpeculatorConfig):
-        raise ValueError(f"'{finetuned}' is a speculator of another kind; only an MTP layer is part of a verifier")
-    layer = {key: tensor for key, tensor in stored_tensors(finetuned).items() if key.startswith(LAYER)}
+    config, layer = read_layer(finetuned)
     source = local_directory(verifier)
     output = Path(output_path) if output_path is not None else Path(f"{source.name}-stitched")
     if output.exists():
         raise ValueError(f"output path {output} exists already; name a new directory")
+    contents = stitched_contents(config, layer, source)
+    with atomic_directory(output) as folder:
+        contents.write(folder)
+    return Stitched(output, tuple(sorted(contents.tensors)), tuple(contents.places))
+
+
+def read_layer(finetuned: str | os.PathLike) -> tuple[MTPSpeculatorConfig, dict[str, Tensor]]:
+    config = MTPSpeculatorConfig.from_pretrained(finetuned)
+    if not isinstance(config, MTPSpeculatorConfig):
+        raise ValueError(f"'{finetuned}' is a speculator of another kind; only an MTP layer is part of a verifier")
+    return config, {key: tensor for key, tensor in stored_tensors(finetuned).items() if key.startswith(LAYER)}
+
+
+def stitched_contents(config: MTPSpeculatorConfig, layer: Mapping[str, Tensor], source: Path) -> StitchedContents:
+    """Puts a layer into the verifier of the directory `source`, under its names and in its types. Raises `ValueError`
+    unless the verifier has a place for each tensor."""
     file_of = weight_map(source)
     native = native_layer(layer, config, source, set(file_of))
-    entries = {name: read_header(source / name) for name in sorted({file_of[key] for key in native})}
-    absent = sorted(key for key in native if key not in entries[file_of[key]][0])
+    headers = {name: read_header(source / name) for name in sorted({file_of[key] for key in native})}
+    absent = sorted(key for key in native if key not in headers[file_of[key]][0])
     if absent:
         raise ValueError(f"the index of verifier '{source}' names files that lack {absent}: fetch the verifier again")
-    for key, tensor in native.items():
-        check_fits(key, tensor, entries[file_of[key]][0][key])
-    stitched = Stitched(output, tuple(sorted(native)), tuple(entries))
-    if (planned := PLANNED.get()) is not None:
-        dtype_of = {key: DTYPES[entries[file_of[key]][0][key]["dtype"]] for key in native}
-        planned.update({key: tensor.to(dtype_of[key]) for key, tensor in native.items()})
-        return stitched
-    with atomic_directory(output) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-        for name, (header, start) in entries.items():
-            here = {key: tensor for key, tensor in native.items() if file_of[key] == name}
-            overwrite(folder / name, here, header, start)
-    return stitched
+    entries = {key: headers[file_of[key]][0][key] for key in native}
+    tensors = {key: fitted(key, tensor, entries[key]) for key, tensor in native.items()}
+    places = {name: ({k: e for k, e in entries.items() if file_of[k] == name}, headers[name][1]) for name in headers}
+    return StitchedContents(tensors, ForeignCheckpoint(source).values, source, places)
 
 
 def local_directory(verifier: str | os.PathLike) -> Path:
@@ -223,7 +238,9 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     return header, SIZE_BYTES + size
 
 
-def check_fits(key: str, tensor: Tensor, entry: dict[str, Any]) -> None:
+def fitted(key: str, tensor: Tensor, entry: dict[str, Any]) -> Tensor:
+    """Returns a tensor in the type of its place. Raises `ValueError` for one of another shape, or a place for scaled
+    values."""
     if list(tensor.shape) != entry["shape"]:
         raise ValueError(
             f"{key} is {entry['shape']} in the verifier and {list(tensor.shape)} in the trained layer; stitch it into "
@@ -231,12 +248,13 @@ def check_fits(key: str, tensor: Tensor, entry: dict[str, Any]) -> None:
         )
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{key} is stored as {entry['dtype']}; only {sorted(DTYPES)} can be written (not quantised)")
+    return tensor.to(DTYPES[entry["dtype"]])
 
 
-def overwrite(file: Path, tensors: Mapping[str, Tensor], header: dict[str, Any], start: int) -> None:
+def overwrite(file: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Any], start: int) -> None:
     with file.open("r+b") as writer:
-        for key, tensor in tensors.items():
-            begin, end = header[key]["data_offsets"]
+        for key, entry in entries.items():
+            begin, end = entry["data_offsets"]
             writer.seek(start + begin)
-            num_bytes = sum(writer.write(block) for block in bytes_of(tensor, DTYPES[header[key]["dtype"]]))
+            num_bytes = sum(writer.write(block) for block in bytes_of(tensors[key]))
             assert num_bytes == end - begin

@@ -4,11 +4,11 @@ what it misreads."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from speculators.checkpoint.findings import Finding, error, mask_token_findings, warning
-from speculators.checkpoint.formats import ForeignCheckpoint, OurCheckpoint, Serving, drafts_per_round, write_config
+from speculators.checkpoint.formats import DirectoryContents, OurCheckpoint, Serving, drafts_per_round
 from speculators.models.eagle3.checkpoint import CONVENTIONS, Eagle3Contract, Eagle3Format
 from speculators.models.peagle.config import PEagleSpeculatorConfig
 
@@ -42,12 +42,10 @@ class PEagleFormat(Eagle3Format):
         write_fc_norm(fields["transformer_layer_config"], fields["fc_norm"])
         return PEagleSpeculatorConfig(mask_token_id=token, **fields)
 
-    def write(self, checkpoint: OurCheckpoint, directory: Path, verifier: str | None) -> None:
-        super().write(checkpoint, directory, verifier)
+    def contents(self, checkpoint: OurCheckpoint, verifier: str | None) -> DirectoryContents:
         # the class names of EAGLE-3: with method "eagle3" vLLM puts Eagle3 before any other
-        values = ForeignCheckpoint(directory).values
-        token = checkpoint.config.mask_token_id
-        write_config(directory, {**values, "mask_token_id": token, "pard_token": token})
+        eagle3, token = super().contents(checkpoint, verifier), checkpoint.config.mask_token_id
+        return replace(eagle3, values={**eagle3.values, "mask_token_id": token, "pard_token": token})
 
     def serving(self, config: Any, directory: str, verifier: str) -> Serving:
         chain = super().serving(config, directory, verifier)
