@@ -1,4 +1,4 @@
-"""What importing costs, which names the packages offer, and the small helpers of `speculators.models`."""
+"""What importing loads, which names the packages offer, and the small helpers of `speculators.models`."""
 
 import importlib
 import pkgutil
@@ -26,27 +26,36 @@ from speculators.nn.norms import RMSNorm, RMSNormPlusOne
 from speculators.utils import util
 
 
-def modules_after(code: str) -> set[str]:
-    script = f"import sys; {code}; print(*sys.modules)"
+def modules_after(*steps: str) -> list[set[str]]:
+    """Runs the lines one after the other in a process of their own; returns which modules were loaded after each."""
+    script = "\n".join(["import sys", *(f"{step}\nprint(*sys.modules)" for step in steps)])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_importing_speculators_imports_nothing_heavy():
-    loaded = modules_after("import speculators")
-    assert not {"torch", "transformers", "pydantic", "numpy"} & loaded
+def algorithms_in(modules: set[str]) -> set[str]:
+    folders = {name.split(".")[2] for name in modules if name.startswith("speculators.models.")}
+    return folders & set(speculators.SpeculatorModelConfig.available_names())
 
 
-def test_importing_the_config_imports_no_modelling_code_and_no_algorithm():
-    loaded = modules_after("from speculators import SpeculatorModelConfig, SpeculatorModel, reload_schemas")
-    assert not {name for name in loaded if name.startswith("transformers.models.") and ".modeling_" in name}
-    assert not {name for name in loaded if name.startswith("speculators.models.")}
-
-
-def test_finding_one_algorithm_does_not_import_the_others():
-    loaded = modules_after("from speculators import SpeculatorModelConfig as C; C.find('eagle3')")
-    algorithms = {name.split(".")[2] for name in loaded if name.startswith("speculators.models.")}
-    assert algorithms & set(speculators.SpeculatorModelConfig.available_names()) == {"eagle3"}
+def test_what_is_asked_for_is_imported_and_nothing_heavier():
+    package, config, found, training, *_ = modules_after(
+        "import speculators",
+        "from speculators import SpeculatorModelConfig, SpeculatorModel, reload_schemas",
+        "SpeculatorModelConfig.find('eagle3')",
+        "from speculators.train.config import TrainConfig; TrainConfig.resolve("
+        "['--speculator-type', 'mlp', '--verifier-name-or-path', 'm', '--n-predict', '2'])",
+        "import speculators.convert, speculators.verifier, speculators.train, speculators.evaluation as rooms",
+        "from speculators import check, evaluate, load_verifier\n"
+        "assert speculators.verifier.load_verifier is load_verifier and speculators.evaluate is evaluate\n"
+        "assert rooms is speculators.evaluation and callable(check)",
+    )
+    assert not {"torch", "transformers", "pydantic", "numpy"} & package
+    assert "torch" in config and not {name for name in config if name.startswith("speculators.models.")}
+    assert not {name for name in config if name.startswith("transformers.models.") and ".modeling_" in name}
+    assert "torch._inductor.compile_fx" not in config  # a second of every command
+    assert algorithms_in(found) == {"eagle3"}
+    assert algorithms_in(training) == {"eagle3", "mlp"}
 
 
 def test_the_top_level_offers_its_names():

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -105,8 +106,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ranges, blocks: BlockLists
 
 
 def compiled(backend: str | Callable = "inductor") -> Kernel:
-    """`attend`, compiled when it is first called."""
-    return torch.compile(attend, backend=backend)
+    """`attend`, compiled when it is first called. So is `torch.compile`: it imports the compiler, a second of every
+    command, and only training on a GPU needs it."""
+
+    @cache
+    def kernel() -> Kernel:
+        return torch.compile(attend, backend=backend)
+
+    return lambda *inputs: kernel()(*inputs)
 
 
 def flex(
