@@ -32,7 +32,7 @@ from typing import Any
 from results_real_page import ALGORITHMS, Page
 from safetensors.torch import load_file
 
-from speculators.cli.build_plan import best_checkpoint, parse_budget
+from speculators.building.plan import best_checkpoint, parse_budget
 from speculators.utils.files import atomic_write
 
 STATE = "state.json"

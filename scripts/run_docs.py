@@ -38,7 +38,7 @@ STANDS_FOR = {
     r"--nproc-per-node 8": "--nproc-per-node 2",
     r"\bscripts/train.py": str(ROOT / "scripts" / "train.py"),
     r"\bCHECKPOINT\b": "run/checkpoint_best",
-    r"\bquickstart-output/run\b": "run",
+    r"\bquickstart-output/eagle3\b": "run",
 }
 SMALLER = {
     "regenerate-responses": ["--limit", "40", "--max-tokens", "32"],

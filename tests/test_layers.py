@@ -24,6 +24,7 @@ ROWS: tuple[set[str], ...] = (
     {"data_generation", "decoding", "convert", "deploy", "assets"},
     {"train", "evaluation", "local_server"},
     {"api", "diagnosis"},
+    {"building"},
     {"cli"},
     {"__main__"},
 )

@@ -12,6 +12,7 @@ from speculators import compat as compat  # serves the module paths of earlier r
 
 if TYPE_CHECKING:
     from speculators.api import evaluate, regenerate, train_drafter, verify
+    from speculators.building.run import build
     from speculators.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig, reload_schemas
     from speculators.convert.entrypoints import convert_model
     from speculators.data_generation.prepare import prepare_data
@@ -36,6 +37,7 @@ __all__ = [
     "TokenProposalConfig",
     "TrainConfig",
     "VerifierConfig",
+    "build",
     "check",
     "convert_model",
     "diagnose",
@@ -64,6 +66,7 @@ HOME = {
     "Engine": "speculators.decoding.engine:Engine",
     "SamplingParams": "speculators.decoding.sampling:SamplingParams",
     "SpeculativeConfig": "speculators.decoding.config:SpeculativeConfig",
+    "build": "speculators.building.run:build",
     "evaluate": "speculators.api:evaluate",
     "verify": "speculators.api:verify",
     "check": "speculators.deploy.check:check_checkpoint",

@@ -17,10 +17,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from speculators.utils.files import atomic_write, lock_if_free
+from speculators.utils.files import atomic_write, lock_if_free, read_json_object
 
 __all__ = [
     "TRACKED_PACKAGES",
+    "DoneSteps",
     "as_json",
     "atomic_write",
     "changed_settings",
@@ -141,6 +142,28 @@ def refuse_changes(changes: Mapping[str, str], what: str, ways_out: str) -> None
     """Raises `ValueError` with two columns when a setting that shapes the result has changed."""
     if changes:
         raise ValueError(f"{what} was made with other settings:\n{columns(changes)}\n{ways_out}")
+
+
+class DoneSteps:
+    """What was done for a result, by name, in a file beside it: whatever ended the process, each step is done once."""
+
+    def __init__(self, file: Path, settings: Mapping[str, Any], ways_out: str) -> None:
+        """Opens the file, or begins it. Raises `ValueError`, with the `ways_out`, where it is of other settings."""
+        self.file, self.settings = file, dict(settings)
+        self.done: dict[str, Any] = {}
+        if file.exists():
+            state = read_json_object(file, ways_out)
+            refuse_changes(changed_settings(state["settings"], settings), str(file.parent), ways_out)
+            self.done = state["done"]
+
+    def once(self, name: str, do: Callable[[], Any]) -> Any:
+        """Returns what `do` returned when it was called, now or in an earlier process."""
+        if name not in self.done:
+            text = json.dumps({"settings": self.settings, "done": {**self.done, name: do()}}, indent=1, default=str)
+            with atomic_write(self.file) as writer:
+                writer.write(text + "\n")
+            self.done = json.loads(text)["done"]
+        return self.done[name]
 
 
 @contextmanager

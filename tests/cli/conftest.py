@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from speculators import assets
-from speculators.cli import quickstart
+from speculators.cli import train
 from speculators.cli.app import main
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -132,9 +132,11 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 
 @pytest.fixture
-def toy_assets(verifier, chats, monkeypatch):
+def toy_assets(verifier, chats, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(assets, "tiny_verifier_path", lambda: Path(verifier))
-    monkeypatch.setattr(assets, "prompts_path", lambda split: Path(chats))
-    monkeypatch.setattr(quickstart, "REGENERATION", ("--limit", "10", "--max-tokens", "12"))
-    monkeypatch.setattr(quickstart, "RECIPE", ("--epochs", "1", "--target-layer-ids", "1", "3", "5"))
-    monkeypatch.setattr(quickstart, "EVALUATION", ("--num-prompts", "3", "--max-tokens", "12"))
+    held_out = tmp_path_factory.mktemp("held_out") / "heldout.jsonl"
+    rows = [{"prompt": f"held {number}"} for number in range(3)] + [{"prompt": "say 0"}]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(assets, "prompts_path", lambda split: Path(chats) if split == "train" else held_out)
+    small = {"budget": "answers=10,epochs=1,prompts=3", "num_speculative_tokens": 4, "max_tokens": 12}
+    monkeypatch.setattr(train, "QUICKSTART", {**small, "train_flags": "--target-layer-ids 1 3 5"})

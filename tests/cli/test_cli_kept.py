@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from speculators.cli import quickstart
 from speculators.cli.app import main
 from speculators.decoding import Engine
 from speculators.train.events import Started, StepDone, Validated
@@ -54,23 +53,19 @@ def test_a_regeneration_that_is_stopped_goes_on_with_resume(verifier, chats, tmp
 
 def test_a_quickstart_that_is_stopped_goes_on(toy_assets, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
+
+    def stop(*args, **settings):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(quickstart, "EVALUATION", ("--num-prompts", "3", "--max-tokens", "6", "--num-warmup", "0"))
-        whole = quickstart.perform
-
-        def perform(command):
-            if command[0] == "generate":
-                raise KeyboardInterrupt
-            return whole(command)
-
-        patch.setattr(quickstart, "perform", perform)
+        patch.setattr("speculators.api.evaluate", stop)
         assert main(["quickstart", "--output", str(output)]) == 130
     assert "stopped in step 4" in capsys.readouterr().err
-    weights = next(output.glob("run/*/model.safetensors"))
+    weights = next(output.glob("eagle3/*/model.safetensors"))
     written_ns = weights.stat().st_mtime_ns
     assert main(["quickstart", "--output", str(output)]) == 0
     printed = capsys.readouterr()
-    assert "going on with the unfinished quickstart" in printed.err.replace("\n", " ")
+    assert "going on with the build" in printed.err.replace("\n", " ")
     assert weights.stat().st_mtime_ns == written_ns  # nothing was trained again
     assert json.loads(printed.out.splitlines()[-1])["evaluation"]["lossless"] is True
 

@@ -1,46 +1,62 @@
-"""quickstart on a toy verifier: every step runs, the commands shown are complete, and nobody's files are replaced."""
+"""quickstart on a toy verifier: it is `build` with fixed work, and nobody's files are replaced."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
-from speculators.assets import tiny_verifier_path
+import pytest
+
 from speculators.cli.app import main
-from speculators.cli.quickstart import DEMO_PROMPT
-from speculators.decoding import Engine
 
 
 def test_quickstart_ends_with_a_measured_lossless_drafter(toy_assets, tmp_path, capsys):
     output = tmp_path / "out"
-    for _ in range(2):  # the second run replaces the first
-        assert main(["quickstart", "--output", str(output)]) == 0
-        printed = capsys.readouterr().out
-        result = json.loads(printed.splitlines()[-1])
-        rows = {row["method"]: row for row in result["evaluation"]["rows"]}
-        assert set(rows) == {"none", "eagle3"}
-        assert rows["eagle3"]["num_identical"] == rows["eagle3"]["num_prompts"] == 3
-        assert Path(result["checkpoint"], "model.safetensors").is_file()
-        assert result["parity"]["passed"] is True
-        assert result["parity"]["checks"]["drafts: training = engine"].startswith("pass: ")
-        assert result["serve"].startswith("vllm serve ") and result["checkpoint"] in result["serve"]
-        assert printed.count("$ speculators ") == 5
+    assert main(["quickstart", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    rows = {row["method"]: row for row in result["evaluation"]["rows"]}
+    assert set(rows) == {"none", "ngram", "suffix", "eagle3"}
+    assert rows["eagle3"]["num_identical"] == rows["eagle3"]["num_prompts"] == 3
+    assert Path(result["checkpoint"], "model.safetensors").is_file()
+    assert result["parity"]["passed"] is True
+    assert result["parity"]["checks"]["drafts: training = engine"].startswith("pass: ")
+    assert result["served_by"].startswith("vllm serve ") and result["checkpoint"] in result["served_by"]
+    assert list(result["step_s"]) == ["answers", "rows", "training", "evaluation", "check", "verify"]
+    assert printed.count("$ speculators ") == len(result["step_s"])
+    asked = {path: (output / "prompts" / f"{path}.jsonl").read_text() for path in ("train", "held-out")}
+    assert len(asked["held-out"].splitlines()) == 4 and "held 2" in asked["held-out"]
+    assert len(asked["train"].splitlines()) == 11 and "say 0" not in asked["train"]  # no prompt of both
+
+    # what is finished is replaced, but not with files of others beside it
+    (output / "thesis.tex").write_text("years of work")
+    assert main(["quickstart", "--output", str(output)]) == 2
+    assert "holds ['thesis.tex'] and is not an earlier quickstart's" in capsys.readouterr().err.replace("\n", " ")
+    assert (output / "thesis.tex").read_text() == "years of work" and Path(result["checkpoint"]).is_dir()
+    (output / "thesis.tex").unlink()
+
+    def stop(*args, **settings):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("speculators.api.regenerate", stop)
+        assert main(["quickstart", "--output", str(output)]) == 130
+    assert "stopped in step 1" in capsys.readouterr().err
+    assert not Path(result["checkpoint"]).exists()
 
 
 def test_quickstart_replaces_nothing_of_others(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["quickstart", "--output", str(tmp_path)]) == 2
     assert "--output" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    for written in ("made-by-quickstart", "report.json"):
-        (tmp_path / written).touch()
+    state = {"settings": {"verifier": "my-model", "speculator_type": ["eagle3"]}, "done": {"end": True}}
+    (tmp_path / "build.json").write_text(json.dumps(state))
+    (tmp_path / "eagle3").mkdir()
     assert main(["quickstart", "--output", str(tmp_path)]) == 2
     assert "thesis.tex" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-def test_the_answer_that_is_shown_ends():
-    engine = Engine.from_pretrained(str(tiny_verifier_path()), drafter="none")
-    reply = engine.chat(DEMO_PROMPT, max_tokens=64)
-    assert reply.finish_reason == "stop"
-    assert reply.text.endswith("Return the path of the path.")
+    (tmp_path / "thesis.tex").unlink()
+    assert main(["quickstart", "--output", str(tmp_path)]) == 2
+    assert "is of a build for my-model" in capsys.readouterr().err
+    assert (tmp_path / "eagle3").is_dir()
+    shutil.rmtree(tmp_path / "eagle3")

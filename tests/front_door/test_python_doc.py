@@ -21,6 +21,8 @@ TINY = {
     'dtype="bfloat16", device="cuda"': 'dtype="float32", device="cpu"',
     "draft_vocab_size=32_000": "draft_vocab_size=256, max_steps=2, total_seq_len=256",
     "epochs=4": "epochs=1",
+    'budget="20m"': 'budget="answers=8,epochs=1,prompts=2", max_tokens=16, num_speculative_tokens=2, '
+    'train_flags="--max-steps 2 --total-seq-len 256"',
     "run.checkpoint])": "run.checkpoint], num_prompts=2, max_tokens=16, num_warmup=0)",
     "max_tokens=64": "max_tokens=16",
 }
@@ -39,7 +41,7 @@ def is_python(block: str) -> bool:
         ast.parse(block)
     except SyntaxError:
         return False
-    return "speculators" in block or "engine" in block
+    return any(word in block for word in ("speculators", "engine", "sp."))
 
 
 def as_it_runs(block: str) -> str:
@@ -59,7 +61,7 @@ def chats(tmp_path, monkeypatch) -> Path:
 
 def test_the_lines_of_the_document_run_and_are_silent(chats):
     """In one process, as someone types them: nothing but what they print is printed, and no bar is drawn."""
-    [main, loaded, chat] = code_of("python.md")
+    [main, whole, loaded, chat] = code_of("python.md")
     check = (
         "assert reply.token_ids and reply.finish_reason in ('stop', 'length')\n"
         "assert 1 <= reply.stats.acceptance_length <= 5\n"
@@ -67,7 +69,7 @@ def test_the_lines_of_the_document_run_and_are_silent(chats):
         "assert run.parity.passed and 'Trained' in str(run) and '<pre' in table._repr_html_()\n"
         "assert sp.verify(run, num_prompts=1, max_tokens=8).passed\n"
     )
-    script = "\n".join([as_it_runs(main), check, as_it_runs(loaded), as_it_runs(chat)])
+    script = "\n".join([as_it_runs(main), check, as_it_runs(whole), as_it_runs(loaded), as_it_runs(chat)])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=chats)
     assert done.returncode == 0, done.stderr
     assert not re.search(r"\d+%|it/s|━|█|Loading", done.stderr), done.stderr

@@ -1,7 +1,7 @@
 """The command line: one thin file per verb. Nothing imports this package."""
 
 VERBS: dict[str, str] = {
-    "quickstart": "Train a drafter for the embedded verifier, decode with it and measure it: the whole path.",
+    "quickstart": "Build a drafter for the embedded verifier, measure and prove it: the whole path.",
     "build": "Make a drafter for one's own model: answers, training, measurement, proof, report.",
     "prepare-data": "Turn conversations into tokenised training rows with loss masks.",
     "inspect-mask": "Show which tokens of prepared rows are trained on.",
@@ -31,6 +31,7 @@ FILES = {
     **dict.fromkeys(("check", "export", "convert", "stitch-mtp", "verify", "diagnose"), "checkpoints"),
     **dict.fromkeys(("prepare-data", "inspect-mask", "generate-offline-data", "store"), "data"),
     **dict.fromkeys(("compare", "plan", "report"), "results"),
+    **dict.fromkeys(("build", "quickstart"), "train"),
     "playground": "serve_local",
 }
 """Verb -> the file of its function, where it has another name."""

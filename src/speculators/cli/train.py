@@ -1,20 +1,38 @@
-"""`speculators train`: the configuration reads its own flags; here are only the progress bar and the summary."""
+"""`speculators train`, whose configuration reads its own flags, and the verbs that end with a trained drafter: `build`,
+and `quickstart`, which is `build` with the embedded verifier."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from speculators import building
+from speculators.building import AUTO, DEFAULT_BUDGET, DEFAULT_DRAFT_TOKENS
 from speculators.cli.flags import choosing_threads
-from speculators.cli.shared import Result, error_of, say
+from speculators.cli.shared import Result, TrustRemoteCode, Verifier, error_of, out, say
+from speculators.data_generation.configs import DEFAULT_ANSWER_TOKENS
 from speculators.train.config import TrainConfig, refuse_missing_paths
 from speculators.train.drafters import help_parser_of, resolve_all
+from speculators.utils.files import read_json_object
 
 if TYPE_CHECKING:
+    from speculators.building.report import StepBegun, StepEnded
+    from speculators.train.events import Note
     from speculators.train.records import TrainResult
+
+QUICKSTART: dict[str, Any] = {
+    "budget": "answers=600,epochs=4,prompts=20",
+    "num_speculative_tokens": 4,
+    "max_tokens": 128,
+    "train_flags": "--draft-vocab-size 2048 --total-seq-len 512 --lr 3e-3",
+}
+"""Sized for about two minutes on two cores, whatever the clock says: the same drafter on every machine of a kind. A
+narrow drafter takes a larger learning rate than the default, and short packed rows give it more steps per epoch."""
 
 
 def help_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -61,3 +79,104 @@ def record_of(config: TrainConfig, result: TrainResult) -> dict[str, Any]:
         "check": None if check is None else check.as_dict(),
         "parity": None if parity is None else {"passed": parity.passed, "checks": parity.facts()},
     }
+
+
+# -- the whole path, step by step
+
+
+def build(
+    verifier: Verifier,
+    data: Annotated[str, typer.Option(help="Prompts: file, directory, hf:<id> or preset; chats or columns of text.")],
+    output: Annotated[Path, typer.Option(help="Where everything is written.")],
+    budget: Annotated[
+        str, typer.Option(help="Time to spend in all, about: 20m, 1h30m; or work: answers=600,epochs=4,prompts=20.")
+    ] = DEFAULT_BUDGET,
+    speculator_type: Annotated[
+        str, typer.Option(help="Drafters to train side by side: auto, or names with commas.")
+    ] = AUTO,
+    num_speculative_tokens: Annotated[
+        str, typer.Option("-k", "--num-speculative-tokens", help="Draft tokens per round to try, with commas.")
+    ] = ",".join(map(str, DEFAULT_DRAFT_TOKENS)),
+    held_out: Annotated[str | None, typer.Option(help="Prompts to measure on. Default: a tenth of --data.")] = None,
+    prompt_field: Annotated[str | None, typer.Option(help="Column of the prompts. Default: recognised.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest answer, in tokens.")] = DEFAULT_ANSWER_TOKENS,
+    train_flags: Annotated[str | None, typer.Option(help="Further flags of train: '--lr 3e-3 --num-layers 2'.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> Result:
+    """Answer prompts with the verifier, train drafters on that, measure and prove them, and say what to serve."""
+    return built(
+        "build",
+        verifier=verifier,
+        data=data,
+        output=output,
+        budget=budget,
+        speculator_type=speculator_type,
+        num_speculative_tokens=num_speculative_tokens,
+        held_out=held_out,
+        prompt_field=prompt_field,
+        max_tokens=max_tokens,
+        train_flags=train_flags or "",
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Where everything is written; replaced when it exists.")] = Path(
+        "quickstart-output"
+    ),
+) -> Result:
+    """Build an EAGLE-3 drafter for a small verifier that comes with the package: answer, train, measure, prove."""
+    from speculators import assets
+
+    verifier = str(assets.tiny_verifier_path())
+    clear_finished(output, verifier)
+    data, held_out = (str(assets.prompts_path(split)) for split in ("train", "heldout"))
+    return built("quickstart", verifier=verifier, data=data, held_out=held_out, output=output, **QUICKSTART)
+
+
+def built(verb: str, *, output: Path, **settings: Any) -> Result:
+    """`settings`: what `speculators.build` takes."""
+    from speculators.building.run import build
+
+    begun = (begun_build(output) or {"done": {}})["done"].get("num_threads")
+    with choosing_threads(begun):
+        result = build(output=output, **settings, progress=True, on_event=show_step)
+    next_command = result.serve if result.pays else []
+    return Result({"verb": verb, **result.to_dict()}, [result], result.sentence(), next_command)
+
+
+def show_step(event: StepBegun | StepEnded | Note) -> None:
+    """Prints a step and its command when it begins, and its tables when it ends."""
+    from speculators.building.report import StepBegun, StepEnded
+
+    match event:
+        case StepBegun():
+            out().rule(f"[bold]{event.number} {event.title}", align="left")
+            out().print(f"$ {event.command}", style="cyan", markup=False, soft_wrap=True)
+        case StepEnded():
+            for report in event.reports:
+                out().print(report)
+        case _:
+            say(event.text)
+
+
+def clear_finished(output: Path, verifier: str) -> None:
+    """Deletes what a finished quickstart wrote. Raises `ValueError` where anything else is there."""
+    if not output.exists():
+        return
+    state = begun_build(output) or {"settings": {"verifier": verifier, "speculator_type": []}, "done": {}}
+    ours = {*building.WRITTEN, *state["settings"]["speculator_type"]}
+    ours |= {path.name for path in output.glob(f"{Path(building.ANSWERS).stem}.*")}
+    others = sorted({path.name for path in output.iterdir()} - ours)
+    built_for = state["settings"]["verifier"]
+    if others or built_for != verifier:
+        found = f"holds {others[:5]}" if others else f"is of a build for {built_for}"
+        raise ValueError(f"{output} {found} and is not an earlier quickstart's; name another directory with --output")
+    if building.END in state["done"]:
+        shutil.rmtree(output)
+
+
+def begun_build(output: Path) -> dict[str, Any] | None:
+    """What a build wrote of itself: its settings, and what is done; None where none was begun."""
+    file = output / building.STATE
+    return read_json_object(file, "delete it") if file.is_file() else None

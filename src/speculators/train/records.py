@@ -115,19 +115,24 @@ class TrainResult(TableReport, os.PathLike[str]):
         """With what speaks against the drafter: an accuracy that validation does not confirm, a short acceptance."""
         if self.acceptance_length is None:
             return f"trained for {self.num_steps} steps"
-        told = f"expected acceptance length {self.acceptance_length:.2f}"
-        seen, held_out = (metrics.get(FIRST_ACCURACY) for metrics in (self.train_metrics, self.metrics))
-        if seen is not None and held_out is not None and seen - held_out > OVERFITTED:
-            told += f"; overfitted: accuracy {seen:.2f} in training, {held_out:.2f} in validation: too few data"
-        elif self.acceptance_length < WEAK:
-            told += "; a weak drafter, which may well be slower than plain decoding: train on more data"
-        return told
+        against = weakness(self.train_metrics, self.metrics, self.acceptance_length)
+        return f"expected acceptance length {self.acceptance_length:.2f}" + (f"; {against}" if against else "")
 
     def raise_for_errors(self) -> None:
         """Raises `ParityError` or `CheckError` when the gate or the check at the end of the run failed."""
         for report in (self.parity, self.check):
             if report is not None:
                 report.raise_for_errors()
+
+
+def weakness(trained: Mapping[str, float], validated: Mapping[str, float], acceptance_length: float | None) -> str:
+    """Says what speaks against a drafter, by its metrics in training and validation; empty where nothing does."""
+    seen, held_out = (metrics.get(FIRST_ACCURACY) for metrics in (trained, validated))
+    if seen is not None and held_out is not None and seen - held_out > OVERFITTED:
+        return f"overfitted: accuracy {seen:.2f} in training, {held_out:.2f} in validation: too few data"
+    if acceptance_length is not None and acceptance_length < WEAK:
+        return "a weak drafter, which may well be slower than plain decoding: train on more data"
+    return ""
 
 
 class StepReports(RecentSteps):
