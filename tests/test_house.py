@@ -33,10 +33,11 @@ FEED_FORWARD = "the feed-forward part of a decoder layer, as Hugging Face's modu
 ALLOWED: dict[str, tuple[str, str]] = {
     # file or folder -> (which names it may use, why)
     "cli/": ("stitch[_-]mtp|mtp|MTP_TYPE_NAMES|eagle|medusa", "the command `stitch-mtp`; in `serve`, methods of vLLM"),
-    "compat.py": ("models.*|dflash_loss_decay|shift_batch_mtp", CONTRACT),
-    "convert/dflash.py": ("dflash|DFlashConverter", CONTRACT),
-    "convert/eagle/": ("eagle3|Eagle3Converter|speculators.convert.eagle.*", CONTRACT),
-    "convert/mtp.py": ("MTPConverter|MTP_EXACT_REMAP|MTP_PREFIX_REMAP|mtp|mtp(_layers)?[.].*", CONTRACT),
+    "compat.py": ("(models|convert)[.].*|.*Converter|MTP_.*_REMAP|dflash_loss_decay|shift_batch_mtp", CONTRACT),
+    "convert/earlier.py": (
+        "dflash|DFlashConverter|eagle3|Eagle3Converter|MTPConverter|MTP_(EXACT|PREFIX)_REMAP|mtp|mtp(_layers)?[.].*",
+        CONTRACT,
+    ),
     "decoding/config/": (".*", VLLM),
     "decoding/trees/": ("EAGLE_25|MEDUSA_63", "trees that were published under these names"),
     "decoding/verifiers/": ("mlp", FEED_FORWARD),

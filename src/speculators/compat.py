@@ -19,7 +19,24 @@ PACKAGE = "speculators"
 VERIFIER_CONFIG = "verifier.config"
 ATTENTION = ("ALL_ATTENTION_FUNCTIONS", "block_mask_to_dense_attention_mask", "flex_attention_forward")
 LOSSES = ("ce_loss", "compound_loss", "dflash_loss_decay", "dpace_loss_decay", "exp_loss_decay", "kl_div_loss")
+EARLIER = "convert.earlier"
 NAMES_OF: dict[str, dict[str, str]] = {
+    "convert.dflash": {"DFlashConverter": EARLIER},
+    "convert.eagle": {"Eagle3Converter": EARLIER},
+    "convert.eagle.utils": dict.fromkeys(
+        ("Eagle3Converter", "detect_fusion_bias_and_layernorms", "find_vocab_size"), EARLIER
+    ),
+    "convert.mtp": dict.fromkeys(("MTPConverter", "MTP_EXACT_REMAP", "MTP_PREFIX_REMAP"), EARLIER),
+    "convert.utils": dict.fromkeys(
+        (
+            "Converter",
+            "download_checkpoint_from_hub",
+            "ensure_checkpoint_is_local",
+            "load_checkpoint_config",
+            "load_checkpoint_weights",
+        ),
+        EARLIER,
+    ),
     "models.base_components": dict.fromkeys(
         ("ModelComponents", "model_classes", "override_components"), "models.attention"
     ),
@@ -62,8 +79,10 @@ class EarlierPaths(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        is_known = fullname.removeprefix(f"{PACKAGE}.") in NAMES_OF and fullname.startswith(f"{PACKAGE}.")
-        return spec_from_loader(fullname, self) if is_known else None
+        name = fullname.removeprefix(f"{PACKAGE}.")
+        if name not in NAMES_OF or name == fullname:
+            return None
+        return spec_from_loader(fullname, self, is_package=any(other.startswith(f"{name}.") for other in NAMES_OF))
 
     def exec_module(self, module: ModuleType) -> None:
         path = module.__name__.removeprefix(f"{PACKAGE}.")

@@ -16,7 +16,7 @@ from fake_server import HIDDEN_SIZE, states_of
 from safetensors.torch import save_file
 
 from speculators.data_generation import VllmSource
-from speculators.data_generation.sources.vllm import DamagedStatesError, read_and_delete
+from speculators.data_generation.sources.served_files import DamagedStatesError, read_and_delete
 from speculators.data_generation.vllm_client import (
     InvalidResponseError,
     ServerUnavailableError,

@@ -1,5 +1,5 @@
 """Converts checkpoints of other projects. Each algorithm's folder reads its own formats; nothing here names an
-algorithm except the modules that keep the public names of earlier releases (`eagle`, `mtp`, `dflash`)."""
+algorithm except the file that keeps the public names of earlier releases."""
 
 from speculators.convert.entrypoints import (
     ConvertedCheckpoint,

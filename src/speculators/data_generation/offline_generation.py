@@ -30,6 +30,7 @@ from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.utils.files import absolute_if_directory
 from speculators.utils.progress import Progress, reporting
 from speculators.utils.report import TableReport, facts_table, human_bytes
+from speculators.utils.util import chosen_device
 from speculators.verifier import check_reproduces_logits, load_verifier
 from speculators.verifier.config import get_verifier_config, resolve_target_layer_ids
 
@@ -183,10 +184,8 @@ def extract_in_process(
         note(f"at most {kept} are kept at a time (--max-disk): the oldest shards make room for new ones")
 
     def extracted(todo: Sequence[int]) -> Iterator[Extracted]:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        )
-        model = load_verifier(name, dtype=source_dtype, device=device, trust_remote_code=config.trust_remote_code)
+        device, trust = chosen_device(config.device), config.trust_remote_code
+        model = load_verifier(name, dtype=source_dtype, device=device, trust_remote_code=trust)
         check_reproduces_logits(model)
         rows = prepared.dataset()["input_ids"]
         for row, states in compute_in_order(model, capture, rows, todo, config.batch_tokens):

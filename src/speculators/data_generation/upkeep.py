@@ -40,6 +40,7 @@ from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.utils.files import flush, locked_if_dead
 from speculators.utils.progress import Progress, reporting
 from speculators.utils.report import TableReport, facts_table, human_bytes
+from speculators.utils.util import chosen_device
 from speculators.verifier import load_verifier
 
 MAX_STORED_DIFFERENCE = 0.15
@@ -158,9 +159,8 @@ def verify_store(
             f"{report.directory / MANIFEST} holds states of {recorded.verifier!r} (weights "
             f"{recorded.verifier_fingerprint}), not of {name!r}: give the verifier that made them, or write them anew"
         )
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = chosen[0].dtype
-    model = load_verifier(name, dtype=dtype, device=torch.device(kind), trust_remote_code=trust_remote_code)
+    model = load_verifier(name, dtype=dtype, device=chosen_device(device), trust_remote_code=trust_remote_code)
     mappings, differences = Mappings(report.directory), []
     for sample in chosen:
         stored = sample.states(mappings, report.facts)

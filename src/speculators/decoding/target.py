@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, refuse_unknown_dtype
 from speculators.utils.progress import no_progress_bars
 from speculators.utils.quantized import tokenizer_source
+from speculators.utils.util import chosen_device
 from speculators.verifier import load_verifier
 
 VerifierSource = str | os.PathLike[str] | PreTrainedModel
@@ -52,10 +53,7 @@ def open_target(
         dtype = dtype or DEFAULT_DTYPE
         refuse_unknown_dtype(dtype)
         model = load_verifier(
-            name,
-            dtype=getattr(torch, dtype),
-            device=default_device() if device in (None, DEFAULT_DEVICE) else device,
-            trust_remote_code=trust_remote_code,
+            name, dtype=getattr(torch, dtype), device=chosen_device(device), trust_remote_code=trust_remote_code
         )
     if tokenizer is None:
         tokenizer = load_tokenizer(name, trust_remote_code)
@@ -66,7 +64,3 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     if not name:
         raise ValueError("the verifier was not loaded from a directory or hub id: give its tokenizer too (tokenizer=)")
     return AutoTokenizer.from_pretrained(**tokenizer_source(name), trust_remote_code=trust_remote_code)
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,8 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from speculators.data_generation.rollout import load_prompts
 from speculators.data_generation.sources import LocalSource
 from speculators.decoding import Engine, RequestOutput, SamplingParams
-from speculators.decoding.settings import DEFAULT_DEVICE
-from speculators.decoding.target import default_device, load_tokenizer
+from speculators.decoding.target import load_tokenizer
 from speculators.evaluation.config import ParityConfig, VllmTarget
 from speculators.evaluation.parity_checks import (
     Check,
@@ -47,6 +46,7 @@ from speculators.interfaces import CaptureSpec, Proposer
 from speculators.model import SpeculatorModel
 from speculators.utils.progress import Progress, doing, reporting
 from speculators.utils.report import facts_table
+from speculators.utils.util import chosen_device
 from speculators.verifier import load_verifier, verifier_parts
 
 REPORT_NAME = "parity.json"
@@ -150,7 +150,7 @@ def check_parity(
         verifier = load_verifier(
             verifier_path,
             dtype=getattr(torch, config.dtype),
-            device=default_device() if config.device == DEFAULT_DEVICE else config.device,
+            device=chosen_device(config.device),
             trust_remote_code=config.trust_remote_code,
         )
     model.to(verifier.device)  # type: ignore[arg-type]

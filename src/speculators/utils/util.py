@@ -37,6 +37,13 @@ def _kind() -> str:
     return "npu" if is_npu_available() else "cpu"
 
 
+def chosen_device(name: str | None) -> str:
+    """Returns the name of a device; for None and "auto" that of the first CUDA device, else the CPU's."""
+    if name is not None and name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def get_current_device() -> torch.device:
     """Returns the accelerator that this process uses, else the CPU."""
     kind = _kind()

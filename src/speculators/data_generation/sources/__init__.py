@@ -9,14 +9,10 @@ CachedSource, MemoryCachedSource, StoredOrComputedSource    keep what another so
 """
 
 from speculators.data_generation.offline import CorruptHiddenStatesError, estimate_bytes
-from speculators.data_generation.sources.cached import (
-    BalancedSource,
-    CachedSource,
-    MemoryCachedSource,
-    StoredOrComputedSource,
-)
+from speculators.data_generation.sources.cached import CachedSource, MemoryCachedSource, StoredOrComputedSource
 from speculators.data_generation.sources.local import LocalSource
 from speculators.data_generation.sources.samples import origin_of
+from speculators.data_generation.sources.servers import BalancedSource
 from speculators.data_generation.sources.shard_writer import WriteOptions
 from speculators.data_generation.sources.sharded import ShardedStore
 from speculators.data_generation.sources.store import HiddenStateStore, MissingStatesError, StoragePlan

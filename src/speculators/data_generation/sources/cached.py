@@ -3,18 +3,13 @@
 CachedSource              computes each row once, by any source, and reads it from disk afterwards
 MemoryCachedSource        keeps rows in memory, so that later epochs of a small dataset cost no verifier forwards
 StoredOrComputedSource    reads the rows that are stored, computes the others, writes nothing
-BalancedSource            shares rows out among servers, and asks another one where one fails
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
-import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,9 +17,7 @@ from torch import Tensor
 from speculators.data_generation.offline import CorruptHiddenStatesError
 from speculators.data_generation.sources.sharded import ShardedStore
 from speculators.data_generation.sources.store import HiddenStateStore
-from speculators.data_generation.sources.vllm import VllmSource
-from speculators.data_generation.vllm_client import ServedModel, ServerUnavailableError, retry_wait_s
-from speculators.interfaces import CaptureSpec, HiddenStateSource, VerifierStates
+from speculators.interfaces import HiddenStateSource, VerifierStates
 
 logger = logging.getLogger(__name__)
 
@@ -92,121 +85,6 @@ class StoredOrComputedSource:
         computed = iter(self.inner.read([ids for ids, stored in zip(token_ids, is_stored, strict=True) if not stored]))
         stored = iter(self.store.read([ids for ids, stored in zip(token_ids, is_stored, strict=True) if stored]))
         return [next(stored) if from_store else next(computed) for from_store in is_stored]
-
-
-REST_S = 30.0
-"""A server that failed is asked again after this, or when all others failed too."""
-
-
-@dataclass
-class StatesServer:
-    connect: Callable[[], VllmSource]
-    """Raises `ServerUnavailableError` when it does not answer."""
-    source: VllmSource | None = None
-    """None: it has not answered yet."""
-    num_in_flight: int = 0
-    rests_until_s: float = 0.0
-
-
-class BalancedSource:
-    """A `HiddenStateSource` over servers of one model. Threads may share it.
-
-    A row goes to the server with the fewest of them. One that fails rests while the others take its rows; with all of
-    them failing, a row waits by `retry_wait_s` and asks again, `max_retries` times.
-    """
-
-    def __init__(
-        self, servers: Sequence[Callable[[], VllmSource]], capture: CaptureSpec, *, concurrency: int, max_retries: int
-    ) -> None:
-        """Connects; goes on without a server that does not answer until it does.
-
-        Raises `ServerUnavailableError` when none answers, `ValueError` when they serve different models.
-        """
-        self.servers, self.capture, self.max_retries = (
-            [StatesServer(connect) for connect in servers],
-            capture,
-            max_retries,
-        )
-        self.lock = threading.Lock()
-        self.pool = ThreadPoolExecutor(concurrency * len(servers), thread_name_prefix="balance")
-        self._finalizer = weakref.finalize(self, self.pool.shutdown, wait=False, cancel_futures=True)
-        errors = [error for server in self.servers if (error := self.failure_of(server)) is not None]
-        if len(errors) == len(servers):
-            raise errors[0]
-        for error in errors:
-            logger.warning("%s; going on without this server until it answers", error)
-
-    def failure_of(self, server: StatesServer) -> ServerUnavailableError | None:
-        try:
-            self.connected(server)
-        except ServerUnavailableError as error:
-            server.rests_until_s = time.monotonic() + REST_S
-            return error
-        return None
-
-    def connected(self, server: StatesServer) -> VllmSource:
-        if server.source is None:
-            source = server.connect()
-            names = {other.source.served.root for other in self.servers if other.source is not None}
-            if names - {source.served.root}:
-                raise ValueError(f"the endpoints serve different models: {sorted({*names, source.served.root})}")
-            server.source = source
-        return server.source
-
-    @property
-    def served(self) -> ServedModel:
-        """The model, and the longest sequence that every server takes."""
-        known = [server.source.served for server in self.servers if server.source is not None]
-        lengths = [model.max_model_len for model in known if model.max_model_len is not None]
-        return replace(known[0], max_model_len=min(lengths, default=None))
-
-    def close(self) -> None:
-        self._finalizer()
-        for server in self.servers:
-            if server.source is not None:
-                server.source.close()
-
-    def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
-        if any(len(ids) == 0 for ids in token_ids):
-            raise ValueError("a sequence without tokens has no states; leave it out")
-        futures = [self.pool.submit(self.read_one, ids) for ids in token_ids]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-
-    def read_one(self, token_ids: Tensor) -> VerifierStates:
-        """Raises `ServerUnavailableError` after the last attempt, `InvalidResponseError` for a wrong answer."""
-        for attempt in range(self.max_retries + 1):
-            tried: list[StatesServer] = []
-            while len(tried) < len(self.servers):
-                server = self.take(tried)
-                tried.append(server)
-                try:
-                    return self.connected(server).read_one(token_ids)
-                except ServerUnavailableError as failed:
-                    error = failed
-                    server.rests_until_s = time.monotonic() + REST_S
-                    if len(tried) < len(self.servers):
-                        logger.warning("%s; asking another server", error)
-                finally:
-                    with self.lock:
-                        server.num_in_flight -= 1
-            if attempt < self.max_retries:
-                wait_s = retry_wait_s(error, attempt)
-                logger.warning("%s; trying all servers again in %.0f s", error, wait_s)
-                time.sleep(wait_s)
-        raise error
-
-    def take(self, tried: Sequence[StatesServer]) -> StatesServer:
-        """Chooses a server: of those that do not rest the one with the fewest rows."""
-        with self.lock:
-            left, now_s = [server for server in self.servers if server not in tried], time.monotonic()
-            server = min(left, key=lambda server: (server.rests_until_s > now_s, server.num_in_flight))
-            server.num_in_flight += 1
-            return server
 
 
 class MemoryCachedSource:
