@@ -22,7 +22,7 @@ from speculators.checkpoint.formats import SPECULATORS, ForeignCheckpoint, build
 from speculators.checkpoint.io import OpenedCheckpoint, local_directory, read_foreign, recognise
 from speculators.checkpoint.record import LAYERS, RECORD_FILE, hidden_size_of, read_training_record, verifier_facts
 from speculators.config import SpeculatorModelConfig
-from speculators.deploy import config_check, tensor_check, verifier_check
+from speculators.deploy import config_check, deep_check, tensor_check, verifier_check
 from speculators.deploy.engine import choose_engine, drafter_findings, notes_on_serving, position_findings, unserved
 from speculators.deploy.report import RECORD, CheckReport
 from speculators.model import SpeculatorModel
@@ -68,7 +68,7 @@ def check_deeply(report: CheckReport) -> None:
         report.skip(FORWARDS, "no verifier is known; give it with --verifier")
         return
     try:
-        report.add(FORWARDS, verifier_check.deep_findings(report.path, report.verifier))
+        report.add(FORWARDS, deep_check.deep_findings(report.path, report.verifier))
     except ValueError as problem:
         rule, fix = "verifier and drafter must load and run together", "correct the errors above, or name the verifier"
         report.add(FORWARDS, [error("cannot-run", str(report.path), str(problem), rule, fix)])

@@ -23,8 +23,6 @@ ROUNDING = 0.05
 """Sketches nearer than this are of the same weights: rounding moves them by some 0.002, fp8 by 0.03."""
 NORM_ROUNDING = 0.01
 """Norms nearer than this share are of the same weights."""
-OTHER_PRECISION, OTHER_PRECISION_NORM = 1.0, 0.2
-"""The same for weights that were quantised: two bits move a sketch by some 0.3."""
 Likeness = Literal["same", "rounded", "near", "other"]
 """Of a tensor and a fingerprint. same: equal, or equal after one rounding. rounded: as near as rounding leaves it, and
 no hash tells more. near: as near, but edited. other: other values."""
@@ -220,46 +218,6 @@ def likeness(trained: Mapping[str, Any], tensor: Tensor) -> Likeness:
         return "near"
     shorter = [t for name, t in PLAIN_TYPES.items() if name not in (own, "float32")]
     return "rounded" if own != trained["dtype"] or any(holds(tensor, t) for t in shorter) else "near"
-
-
-def is_rerounded(trained: Mapping[str, Any], tensor: Tensor) -> bool:
-    """Says whether a tensor may be the trained one at another precision: as large, and in its direction."""
-    norm = trained.get("norm")
-    is_as_large = norm is None or abs(norm_of(tensor) - norm) <= OTHER_PRECISION_NORM * norm
-    pairs = zip(trained.get("sketch") or (), sketch(as_matrix(tensor)), strict=False)
-    return is_as_large and all(abs(x - y) < OTHER_PRECISION for x, y in pairs)
-
-
-def compared_rows(ours_RH: Tensor, theirs_RH: Tensor) -> tuple[Tensor, float]:
-    """Returns the cosine of each pair of rows (1 where both are zero), and how many times larger ours are."""
-    ours_RH, theirs_RH = ours_RH.float(), theirs_RH.float()
-    ours_R, theirs_R = ours_RH.norm(dim=1), theirs_RH.norm(dim=1)
-    cosine_R = torch.cosine_similarity(ours_RH, theirs_RH, dim=1).where((ours_R > 0) | (theirs_R > 0), 1.0)
-    return cosine_R, float((ours_R / theirs_R.clamp_min(1e-30)).median())
-
-
-def precision_finding(trained: Mapping[str, Any], now: Mapping[str, Any], verifier: str) -> Finding | None:
-    """Compares how the verifier's weights are quantised with how they were; None where that is the same or unknown."""
-    if "quantization" not in now:
-        return None
-    if "quantization" in trained:
-        old = trained["quantization"]
-    else:  # a record of an earlier release, which has the types of some matrices
-        layers = [found for name, found in (trained.get("tensors") or {}).items() if found and "layers." in name]
-        if not layers or any(found["dtype"] not in PLAIN_TYPES for found in layers):
-            return None
-        old = None
-    if old == now["quantization"]:
-        return None
-    old, new = (kind or "not quantised" for kind in (old, now["quantization"]))
-    return warning(
-        "verifier-precision",
-        verifier,
-        f"its weights are: {new}",
-        f"the drafter learned from states of the same model with weights: {old}. Text stays exact; fewer drafts may be "
-        "accepted",
-        "measure it with this verifier (speculators evaluate); train on states of this verifier where that is too few",
-    )
 
 
 def holds(tensor: Tensor, dtype: torch.dtype) -> bool:

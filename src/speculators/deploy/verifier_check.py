@@ -1,7 +1,7 @@
 """The drafter and its verifier: is it there, does it fit, and are the weights that were copied from it still its own.
 
-Nothing of the verifier is loaded but config.json, some rows of its embedding and head, and its tokenizer, unless the
-deep check is asked for.
+Nothing of the verifier is loaded but config.json, some rows of its embedding and head, and its tokenizer
+(`deep_check` loads it).
 Shapes: V verifier vocabulary, D draft vocabulary, H hidden size, R sampled rows.
 """
 
@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from speculators.checkpoint.findings import Finding, error, warning
-from speculators.checkpoint.record import VERIFIER_TENSORS, verifier_facts
+from speculators.checkpoint.record import PLAIN_TYPES, VERIFIER_TENSORS, as_matrix, norm_of, sketch, verifier_facts
 from speculators.config import SpeculatorModelConfig
-from speculators.deploy.tensor_check import MAP, compared_rows, is_rerounded, likeness, precision_finding
-from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.model import SpeculatorModel
+from speculators.deploy.tensor_check import MAP, likeness
 from speculators.utils.loading import Rows, spaced
 from speculators.utils.names import has_model, looks_like_a_path
-from speculators.verifier import capture_states, load_verifier, verifier_parts
 from speculators.verifier.config import open_config, text_config
 from speculators.verifier.loading import EMBEDDING, verifier_rows
 
@@ -33,8 +30,12 @@ SAME_DIRECTION, SURELY_COPIED = 0.9, 0.999
 """Least cosine between copied rows and the verifier's (1 up to rounding; about 0 for other rows), and a median that
 heads which were trained by themselves do not have."""
 SAME_SCALE = 0.02
+OTHER_PRECISION, OTHER_PRECISION_NORM = 1.0, 0.2
+"""Sketches nearer than this, and norms nearer than this share, may be of the same weights: two bits move a sketch by
+some 0.3."""
 SHIFTS = (-1, 1, -2, 2)
 """Rows beside, which are looked at where a head's rows are not the verifier's."""
+DAMAGED = "take the weights from where they were made; start a training run that diverged again, with a smaller --lr"
 
 
 def verifier_config(name: str) -> tuple[PretrainedConfig | None, list[Finding]]:
@@ -135,6 +136,14 @@ def copy_findings(
             yield warning(code, name, what, rule, "nothing, if the head was trained by itself")
 
 
+def compared_rows(ours_RH: Tensor, theirs_RH: Tensor) -> tuple[Tensor, float]:
+    """Returns the cosine of each pair of rows (1 where both are zero), and how many times larger ours are."""
+    ours_RH, theirs_RH = ours_RH.float(), theirs_RH.float()
+    ours_R, theirs_R = ours_RH.norm(dim=1), theirs_RH.norm(dim=1)
+    cosine_R = torch.cosine_similarity(ours_RH, theirs_RH, dim=1).where((ours_R > 0) | (theirs_R > 0), 1.0)
+    return cosine_R, float((ours_R / theirs_R.clamp_min(1e-30)).median())
+
+
 def shift_of(tensors: Mapping[str, Tensor], name: str, theirs: str, verifier: str) -> str | None:
     """Says which tokens a head's rows stand for, when they are the verifier's rows of tokens beside."""
     rows = spaced(len(tensors[name]))
@@ -232,59 +241,33 @@ def changed_verifier_findings(record: Mapping[str, Any], verifier: str) -> Itera
         yield other_precision
 
 
-# -- the deep check: both models are loaded and run on a few tokens; every weight and score must be a number
-
-NUM_RUN_TOKENS = 24
-"""Of each text that is tried."""
-NUM_DRAFTS = 3
-TOKEN_ID_STEPS = (1, 7, 31)
-"""Three texts, of neighbouring and of distant token ids."""
-DAMAGED = "take the weights from where they were made; start a training run that diverged again, with a smaller --lr"
-
-
-def deep_findings(checkpoint: str | os.PathLike[str], verifier: str) -> list[Finding]:
-    """Reports weights and scores of either model that are not finite; in float32, so that no range is too narrow.
-
-    Raises `ValueError` for a model that cannot be loaded."""
-    model = load_verifier(verifier, dtype=torch.float32)
-    found = [*weight_findings(model)]
-    drafter = SpeculatorModel.from_pretrained(str(checkpoint), verifier=verifier, dtype=torch.float32)
-    vocab_size = verifier_parts(model).config.vocab_size
-    for step in TOKEN_ID_STEPS:
-        token_ids_T = torch.arange(0, vocab_size, step)[:NUM_RUN_TOKENS]
-        found += score_findings(model, drafter, token_ids_T)
-    return list(dict.fromkeys(found))
-
-
-def weight_findings(model: nn.Module) -> Iterator[Finding]:
-    """Of the verifier; the drafter's are read by every check."""
-    for name, weight in model.named_parameters():
-        num_bad = int((~weight.isfinite()).sum())
-        if num_bad:
-            rule = "every weight must be a number"
-            yield error(
-                "weight-not-finite", f"the verifier's {name}", f"{num_bad} of {weight.numel()} values", rule, DAMAGED
-            )
+def precision_finding(trained: Mapping[str, Any], now: Mapping[str, Any], verifier: str) -> Finding | None:
+    """Compares how the verifier's weights are quantised with how they were; None where that is the same or unknown."""
+    if "quantization" not in now:
+        return None
+    if "quantization" in trained:
+        old = trained["quantization"]
+    else:  # a record of an earlier release, which has the types of some matrices
+        layers = [found for name, found in (trained.get("tensors") or {}).items() if found and "layers." in name]
+        if not layers or any(found["dtype"] not in PLAIN_TYPES for found in layers):
+            return None
+        old = None
+    if old == now["quantization"]:
+        return None
+    old, new = (kind or "not quantised" for kind in (old, now["quantization"]))
+    return warning(
+        "verifier-precision",
+        verifier,
+        f"its weights are: {new}",
+        f"the drafter learned from states of the same model with weights: {old}. Text stays exact; fewer drafts may be "
+        "accepted",
+        "measure it with this verifier (speculators evaluate); train on states of this verifier where that is too few",
+    )
 
 
-@torch.no_grad()
-def score_findings(model: PreTrainedModel, drafter: SpeculatorModel, token_ids_T: Tensor) -> Iterator[Finding]:
-    """A forward of the verifier over one text, and of the drafter over the states that it gave."""
-    spec = CaptureSpec(drafter.capture.aux_layer_ids, last_hidden=True)
-    with capture_states(model, spec) as states:
-        logits_TV = model(input_ids=token_ids_T[None], use_cache=False).logits[0]
-    found = f"NaN, infinite or all -inf for tokens {token_ids_T[0]}..{token_ids_T[-1]}"
-    rule = "every position must have a largest score"
-    if not logits_TV.amax(-1).isfinite().all():
-        yield error("scores-not-finite", "the verifier's scores", found, rule, DAMAGED)
-        return
-    assert states.last_hidden is not None
-    num_known = len(token_ids_T) - NUM_DRAFTS - 1  # states of the last known token and of drafts: nobody has them
-    aux_TD = None if states.aux is None else states.aux[0].clone()
-    last_TH = states.last_hidden[0].clone()
-    for rows in (aux_TD, last_TH):
-        if rows is not None:
-            rows[num_known:] = 0
-    logits_KV = drafter.draft_logits(VerifierStates(token_ids_T, aux_TD, last_TH), NUM_DRAFTS)
-    if logits_KV is not None and not logits_KV.amax(-1).isfinite().all():
-        yield error("drafts-not-finite", "the drafter's scores", found, rule, DAMAGED)
+def is_rerounded(trained: Mapping[str, Any], tensor: Tensor) -> bool:
+    """Says whether a tensor may be the trained one at another precision: as large, and in its direction."""
+    norm = trained.get("norm")
+    is_as_large = norm is None or abs(norm_of(tensor) - norm) <= OTHER_PRECISION_NORM * norm
+    pairs = zip(trained.get("sketch") or (), sketch(as_matrix(tensor)), strict=False)
+    return is_as_large and all(abs(x - y) < OTHER_PRECISION for x, y in pairs)
