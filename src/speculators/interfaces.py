@@ -157,6 +157,8 @@ class DraftSampling:
     """True: draw from softmax(draft logits / temperature) and return `probs_BKV`. False: argmax, a point mass."""
     wants_confidence: bool = False
     """True: return `Proposal.confidence_BK` if the drafter has one."""
+    own_probs: list[Tensor] | None = None
+    """A list: drafters of chains add their probability of each draft, before temperature, as [B] per slot or [B, K]."""
 
 
 @runtime_checkable
@@ -238,7 +240,6 @@ class Verifier(Protocol):
     def keep(self, columns_BT: Tensor, num_kept_B: Tensor) -> None:
         """Of the columns scored last, keep the first `num_kept_B` entries of `columns_BT` in the cache, drop the rest.
         Both are on the host."""
-        ...
 
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's tokens from `length` on; 0 frees the row."""
@@ -249,7 +250,6 @@ class Verifier(Protocol):
     def clear_unused(self) -> None:
         """Overwrite what the cache holds behind each row's tokens. Called after scores that were not finite: slots
         behind a row may be read with weight 0, and 0 times NaN is NaN."""
-        ...
 
     def __enter__(self) -> object: ...
 

@@ -184,17 +184,20 @@ def committed(token_ids, states_TD, num_seen=0):
 
 
 def test_training_and_proposer_give_the_same_logits(name, wandering, wandering_path, data_path, tmp_path):
-    """Round by round: what is drawn from is the softmax of what training answers in the same places."""
+    """Round by round: what is drawn from is the softmax of what training answers in the same places, and a drafter's
+    own probabilities are that without a temperature."""
     model = untrained(name, wandering_path, data_path, tmp_path)
     proposer = model.make_proposer(wandering, max_batch_size=1, max_length=64)
     num_drafts = num_drafts_of(model)
     source = LocalSource(wandering, CaptureSpec(model.capture.aux_layer_ids, last_hidden=True))
     own_source = LocalSource(wandering, proposer.capture)
-    sampling = DraftSampling(torch.ones(1), torch.Generator().manual_seed(0), probabilistic=True)
+    own_probs: list[torch.Tensor] = []
+    sampling = DraftSampling(torch.tensor([0.7]), torch.Generator().manual_seed(0), True, own_probs=own_probs)
     text, num_seen = [3, 9, 4, 1, 12], 0
     for _ in range(4):
         [mine] = own_source.read([torch.tensor(text)])
         states_TD = mine.aux_TD if proposer.capture.aux_layer_ids else mine.last_hidden_TH
+        own_probs.clear()
         proposal = proposer.propose(committed(text, states_TD, num_seen), num_drafts, sampling)
         drafts = [token for token in proposal.token_ids_BK[0].tolist() if token >= 0]
         assert drafts
@@ -207,8 +210,12 @@ def test_training_and_proposer_give_the_same_logits(name, wandering, wandering_p
         if proposal.probs_BKV is None:
             assert drafts == logits_KV.argmax(-1).tolist()
         else:
-            torch.testing.assert_close(proposal.probs_BKV[0], logits_KV.softmax(-1), atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(proposal.probs_BKV[0], (logits_KV / 0.7).softmax(-1), atol=1e-5, rtol=1e-3)
             assert all(proposal.probs_BKV[0, k, token] > 0 for k, token in enumerate(drafts))
+        if own_probs or name in BUILT_IN:  # one that was written from the guide alone need not know of them
+            own_K = torch.cat([probs.view(1, -1) for probs in own_probs], 1)[0, : len(drafts)]
+            expected_K = logits_KV.softmax(-1).gather(1, torch.tensor(drafts)[:, None])[:, 0]
+            torch.testing.assert_close(own_K, expected_K, atol=1e-5, rtol=1e-3)
         num_seen, text = len(text), [*text, drafts[0], 7]
 
 

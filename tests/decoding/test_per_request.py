@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 import toys
 
 from speculators.decoding import Engine, SamplingParams
+from speculators.decoding.proposers.draft_model import first_layers
+from speculators.decoding.request import StreamEvent
 from speculators.evaluation.config import EvaluateConfig
 from speculators.interfaces import CaptureSpec
 
@@ -264,3 +267,34 @@ def test_requests_that_are_running_when_serving_ends_are_cancelled():
     assert {event.request_index for event in events} == {7}
     assert request.output.finish_reason == "cancelled" and request.output.token_ids
     assert engine.generate([[5]], SamplingParams(max_tokens=2))[0].token_ids == toys.generated(MODEL, [5], 2)
+
+
+@pytest.mark.parametrize("sampled", [{"temperature": 0.0}, {"temperature": 1.5, "seed": 3}])
+def test_a_round_tells_drafts_with_the_drafters_own_probabilities_where_they_are_asked_for(sampled):
+    """Compared with the drafter alone: what it makes of the text up to each draft, without a temperature."""
+    model = toys.tiny_model("llama")
+    early = first_layers(model, 1)
+    early_exit = {"method": "early_exit", "early_exit_layer": 1, "num_speculative_tokens": 3}
+    engine = Engine(model, early_exit, other_methods={"ngram": NGRAM}, max_batch_size=3)
+    asking = SamplingParams(max_tokens=16, logprobs=1, **sampled)
+    params = [asking, replace(asking, logprobs=None), replace(asking, method="ngram")]
+    events: list[StreamEvent] = []
+    outputs = engine.generate(PROMPTS[:3], params, on_token=events.append)
+    texts, num_compared, num_rejected = [list(prompt) for prompt in PROMPTS[:3]], 0, 0
+    for event in events:
+        text, drafted = texts[event.request_index], event.drafted
+        assert event.token_ids[: event.num_accepted] == list(drafted.token_ids[: event.num_accepted])
+        assert len(drafted.token_ids) == drafted.depth
+        if event.request_index != 0 or not drafted.token_ids:
+            assert drafted.own_probs is None
+        else:
+            whole = torch.tensor([[*text, *drafted.token_ids]])
+            probs_TV = early(whole).logits[0].softmax(-1)
+            own = [float(probs_TV[len(text) + k - 1, token]) for k, token in enumerate(drafted.token_ids)]
+            assert drafted.own_probs == pytest.approx(own, rel=1e-4)
+            num_compared += len(own)
+            num_rejected += event.num_accepted < drafted.depth
+        text += event.token_ids
+    assert [text[len(p) :] for text, p in zip(texts, PROMPTS[:3], strict=True)] == [o.token_ids for o in outputs]
+    assert num_compared >= 10 and num_rejected >= 2
+    assert any(event.request_index == 2 and event.drafted.token_ids for event in events)

@@ -60,6 +60,8 @@ def answer(text: str = "It is 42.") -> KeptAnswer:
             position=position,
             probability=0.9 - 0.1 * number,
             alternatives=((word, 0.8), ("other", 0.1)),
+            draft_probability=0.55 if number == 2 else None,
+            rejected=("no", 0.25) if origin == "recovered" else None,
         )
         for number, ((origin, position), word) in enumerate(zip(origins, [*"It is", text], strict=True))
     )
@@ -146,7 +148,10 @@ def test_tokens_say_who_wrote_them():
     spans = [attributes for tag, attributes in page.tags if tag == "span" and "data-told" in attributes]
     classes = [attributes["class"] for attributes in spans]
     assert classes == ["verifier", "draft", "draft", "recovered", "draft", "bonus"]
-    assert spans[2]["data-told"].startswith("' ': draft, position 2. The verifier gives it 70.0%.")
+    told = [str(attributes["data-told"]) for attributes in spans]
+    assert told[1].startswith("'t': draft, position 1. Probability: verifier 80.0%, drafter: none. The verifier's")
+    assert told[2].startswith("' ': draft, position 2. Probability: verifier 70.0%, drafter 55.0%. The verifier's")
+    assert "a rejected draft ('no', drafter 25.0%). Probability: verifier 60.0%. The" in told[3]
     assert "6 tokens: 3 draft, 1 recovered, 1 bonus, 1 verifier" in page.text
 
 

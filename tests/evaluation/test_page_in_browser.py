@@ -69,13 +69,18 @@ def test_every_section_shows_and_a_token_tells_its_probabilities(browser, report
     answer = page.locator(".answer", has_text="early_exit K=2, ours").first
     kept = next(row for row in report.rows if row.method == "early_exit").answers[0].tokens
     tokens = answer.locator(".tokens span")
-    assert tokens.count() == len(kept)
+    assert tokens.count() == len(kept) and {"draft", "recovered"} <= {token.origin for token in kept}
     for place, token in enumerate(kept):
         box = tokens.nth(place).bounding_box()
         assert box["width"] >= 4 and box["height"] >= 10, token.text  # a line break, too, can be pointed at
         tokens.nth(place).tap() if width == PHONE else tokens.nth(place).hover()
-        expect(answer.get_by_role("status")).to_contain_text(f"{token.probability:.1%}")
-        expect(answer.get_by_role("status")).to_contain_text(token.origin)
+        told = answer.get_by_role("status")
+        expect(told).to_contain_text(f"verifier {token.probability:.1%}")
+        expect(told).to_contain_text(token.origin)
+        if token.origin == "draft":
+            expect(told).to_contain_text(f", drafter {token.draft_probability:.1%}")
+        if token.origin == "recovered":
+            expect(told).to_contain_text(f"{token.rejected[0]!r}, drafter {token.rejected[1]:.1%}")
     answer.locator(".tokens").press("ArrowLeft")
     expect(answer.locator(".on")).to_have_count(1)
     expect(answer.get_by_role("status")).to_contain_text(f"{kept[-2].probability:.1%}")

@@ -64,6 +64,9 @@ class Drafters:
         self._captures = [as_aux_layers(method.proposer.capture, verifier, len(methods)) for method in methods]
         self.capture = union(self._captures)
         """What the verifier captures: each proposer gets the layers that it reads."""
+        self.own_probs_by_row: dict[int, list[float | None]] = {}
+        """Of the last round's chains, the drafter's own probability of each draft: in rows of requests that ask for
+        log-probabilities, and of methods that have them."""
 
     @property
     def most_tokens(self) -> dict[str, int]:
@@ -113,6 +116,7 @@ class Drafters:
         Raises ValueError for a tree beside another method: a tree is shared by all rows."""
         learns = self.learning(requests) is not None
         parts: list[Proposal] = []
+        self.own_probs_by_row.clear()
         sampling = batch.sampling(0, batch.width)
         for index, method in enumerate(self.methods):
             own = {row: request for row, request in requests.items() if request.drafter == index}
@@ -128,11 +132,16 @@ class Drafters:
                 part.probs_BKV is None for part in parts
             ):  # once per round: not the same draws again
                 seed_drafts(self._generator, sampling.host_seed_B, batch.lengths(0, batch.width))
-            draft_sampling = DraftSampling(sampling.temperature_B, self._generator, probabilistic, learns)
+            asking = [row for row, request in own.items() if request.params.logprobs is not None]
+            own_probs: list[Tensor] | None = [] if asking else None
+            draft_sampling = DraftSampling(sampling.temperature_B, self._generator, probabilistic, learns, own_probs)
             proposal = method.propose(self._read_by(index, batch.committed(index)), num_tokens, draft_sampling)
             if len(own) < len(requests) or len(set(numbers.values())) > 1:
                 proposal = limited(proposal, numbers)
             parts.append(proposal)
+            if own_probs and proposal.parents_K is None:
+                probs_BK = torch.cat([probs.view(len(probs), -1) for probs in own_probs], 1).tolist()
+                self.own_probs_by_row |= {row: [p if p == p else None for p in probs_BK[row]] for row in asking}
         return merged(parts, batch.vocab_size) if parts else None
 
     def _read_by(self, index: int, committed: Committed) -> Committed:

@@ -244,8 +244,8 @@ class Engine(ChatEngine):
             if row in accepted.failed_column_by_row:
                 logits_V = logits_BTV[row - first_row, accepted.failed_column_by_row[row]]
                 error = failure(logits_V, f"after {request.length + len(token_ids)} tokens")
-            num_accepted, depth = accepted.num_accepted(row), accepted.offered_by_row[row][1]
-            events.append(request.append(token_ids, logprobs, error, num_accepted, depth))
+            drafted = accepted.drafted(row, self.drafters.own_probs_by_row if num_top is not None else {})
+            events.append(request.append(token_ids, logprobs, error, drafted))
             if events[-1].finish_reason is not None:
                 self._release(batch, row)
         if accepted.is_finite_BT is not None:

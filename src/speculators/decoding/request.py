@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,23 @@ PromptLogprobs = list[TokenLogprobs | None] | None
 """One entry per token of the prompt; the first is None: nothing precedes it. None: not asked for."""
 
 
+class Drafted(NamedTuple):
+    """What a round drafted for one request."""
+
+    num_accepted: int = 0
+    """How many of the round's tokens, from the first, are accepted drafts. The one after them is the verifier's own."""
+    depth: int = 0
+    """Most drafts that the round could accept. All accepted: the verifier's token is a bonus; fewer: recovered."""
+    token_ids: Sequence[int] = ()
+    """Of a chain: the drafts; the one after those accepted is the rejected one. Empty for trees."""
+    own_probs: Sequence[float | None] | None = None
+    """The drafter's own probability of each, before temperature, where the request asks for log-probabilities. None:
+    n-gram and suffix drafts have none."""
+
+
+NOTHING_DRAFTED = Drafted()
+
+
 @dataclass(frozen=True)
 class StreamEvent:
     """Tokens that a request gained in one round."""
@@ -58,10 +75,15 @@ class StreamEvent:
     """Which of the prompt's `n` samples."""
     prompt_logprobs: PromptLogprobs = None
     """Of the first event of a prompt, where they were asked for."""
-    num_accepted: int = 0
-    """How many of the tokens, from the first, are accepted drafts. The one after them is the verifier's own."""
-    draft_depth: int = 0
-    """Most drafts that the round could accept. All accepted: the verifier's token is a bonus; fewer: recovered."""
+    drafted: Drafted = NOTHING_DRAFTED
+
+    @property
+    def num_accepted(self) -> int:
+        return min(self.drafted.num_accepted, len(self.token_ids))
+
+    @property
+    def draft_depth(self) -> int:
+        return self.drafted.depth
 
     @property
     def authors(self) -> list[str]:
@@ -192,11 +214,9 @@ class ActiveRequest:
         token_ids: list[int],
         logprobs: list[TokenLogprobs] | None,
         error: str | None = None,
-        num_accepted: int = 0,
-        draft_depth: int = 0,
+        drafted: Drafted = NOTHING_DRAFTED,
     ) -> StreamEvent:
-        """Append an accepted run, cut after the first token that ends the request; an error ends it after the run.
-        Its first `num_accepted` tokens are drafts."""
+        """Append an accepted run, cut after the first token that ends the request; an error ends it after the run."""
         num_appended = 0
         finish_reason: FinishReason | None = None
         for token_id in token_ids:
@@ -223,8 +243,7 @@ class ActiveRequest:
             self.output.error,
             self.sample_index,
             self.output.prompt_logprobs if len(self.output.token_ids) == num_appended else None,
-            min(num_accepted, num_appended),
-            draft_depth,
+            drafted,
         )
 
     def _ends_with(self, token_id: int) -> FinishReason | None:

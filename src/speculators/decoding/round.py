@@ -5,7 +5,7 @@ Shapes: B rows, K draft slots, K1 = K + 1 columns (column 0 = the last committed
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from speculators.decoding.adaptive import AdaptiveLength
-from speculators.decoding.request import ActiveRequest
+from speculators.decoding.request import ActiveRequest, Drafted
 from speculators.decoding.rows import Batch
 from speculators.decoding.sampling import DraftedTokens
 from speculators.decoding.trees.token_tree import ancestor_mask, depths
@@ -43,6 +43,8 @@ class Accepted:
     """The scored columns that predicted these tokens; they are also the columns to keep: [0, path + 1 ...]."""
     offered_by_row: dict[int, tuple[int, int]] = field(default_factory=dict)
     """(drafts, deepest draft) of each row."""
+    drafts_by_row: dict[int, list[int]] = field(default_factory=dict)
+    """Of chains: each row's drafts."""
     num_dropped_by_row: dict[int, int] = field(default_factory=dict)
     failed_column_by_row: dict[int, int] = field(default_factory=dict)
     """The column that ends a row's request: what follows it cannot be told."""
@@ -56,6 +58,11 @@ class Accepted:
 
     def num_accepted(self, row: int) -> int:
         return len(self.token_ids_by_row[row]) - (row not in self.failed_column_by_row)
+
+    def drafted(self, row: int, own_probs_by_row: Mapping[int, list[float | None]]) -> Drafted:
+        drafts = self.drafts_by_row[row]
+        own_probs = own_probs_by_row.get(row, [])[: len(drafts)] or None
+        return Drafted(self.num_accepted(row), self.offered_by_row[row][1], drafts, own_probs)
 
     def to_keep(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """`columns_BT` and `num_kept_B` of `Verifier.keep`."""
@@ -185,19 +192,17 @@ def on_host(verified: Verified, proposal: Proposal, rows: Iterable[int], first_r
         path = path[:num_accepted]
         token_ids, columns = [drafts[slot] for slot in path] + [next_token], [0] + [slot + 1 for slot in path]
         if not is_all_finite:
-            num_finite = num_leading(values[2 * K + 3 + column] for column in columns)
+            finite = takewhile(bool, (values[2 * K + 3 + column] for column in columns))
+            num_finite = sum(1 for _ in finite)
             if num_finite < len(columns):
                 accepted.failed_column_by_row[row] = columns[num_finite]
                 token_ids, columns = token_ids[:num_finite], columns[:num_finite]
         accepted.token_ids_by_row[row], accepted.columns_by_row[row] = token_ids, columns
         offered = [slot_depths[slot] for slot, token_id in enumerate(drafts) if token_id >= 0]
         accepted.offered_by_row[row] = (len(offered), max(offered, default=0))
+        accepted.drafts_by_row[row] = drafts[: len(offered)] if accepted.is_chain else []
         accepted.num_dropped_by_row[row] = values[2 * K + 2]
     return accepted
-
-
-def num_leading(flags: Iterable[int]) -> int:
-    return sum(1 for _ in takewhile(bool, flags))
 
 
 def drafted_tokens(proposal: Proposal) -> DraftedTokens | None:

@@ -68,12 +68,13 @@ def page_of(results: Sequence[EvaluationReport], training_sizes: Sequence[int | 
     facts = {"verifier": report.verifier, "settings": report.settings, "environment": report.environment}
     names = {"device": "{}", "num_cpus": "{} CPUs", "num_threads": "{} thread(s)"}
     where = [words.format(report.environment[name]) for name, words in names.items() if name in report.environment]
+    best = [told_choice(choice) for choice in plan.choices] if len(plan.choices) > 1 else [report.sentence()]
     warnings = [*([report.interrupted] if report.interrupted else []), *report.warnings()]
     template = Template(files("speculators.evaluation").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=text(f"Speculative decoding of {Path(report.verifier).name or report.verifier}"),
         subtitle=text("; ".join([report.dataset, ", ".join(where)])),
-        verdict="<br>".join(map(text, sentences_of(report, plan))),
+        verdict="<br>".join(map(text, best)),
         warnings=warnings_box(warnings),
         body="\n".join(filter(None, sections)),
         settings=text(json.dumps(facts, indent=1, default=str)),
@@ -93,11 +94,6 @@ def merged(results: Sequence[EvaluationReport]) -> EvaluationReport:
 
 def key_of(row: MethodRow) -> tuple[object, ...]:
     return row.method, row.num_speculative_tokens, row.dataset, row.task, row.temperature, row.batch_size
-
-
-def sentences_of(report: EvaluationReport, plan: PlanReport) -> list[str]:
-    """The best of each data set and batch size where there are several, else the result's own sentence."""
-    return [told_choice(choice) for choice in plan.choices] if len(plan.choices) > 1 else [report.sentence()]
 
 
 def warnings_box(warnings: Sequence[str]) -> str:
@@ -147,17 +143,12 @@ def cells(row: MethodRow) -> list[str]:
 
 def estimate(row: MethodRow, found: Estimate, unit: str) -> str:
     """With its interval, which one measurement has none of."""
-    interval = (
-        ""
-        if row.num_prompts <= row.batch_size
-        else f" ({found.low:.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{found.high:.2f})"
-    )
-    return f"{found.value:.2f}{unit}{interval}"
+    if row.num_prompts <= row.batch_size:
+        return f"{found.value:.2f}{unit}"
+    return f"{found.value:.2f}{unit} ({found.low:.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{found.high:.2f})"
 
 
-POSITIONS = (
-    "Share of rounds that accept the first draft, the first two, and so on: the longest drafts that were measured."
-)
+POSITIONS = "Share of rounds that accept the first draft, the first two, and so on, of the longest measured drafts."
 
 
 def position_panels(report: EvaluationReport, styles: dict[str, int]) -> list[Panel]:
@@ -273,7 +264,8 @@ def tokens_section(report: EvaluationReport) -> str:
     )
     answers = "".join(answer_of(row, answer) for row in rows for answer in row.answers)
     return (
-        "<section><h2>Who wrote each token</h2><p>Point at a token, tap it, or use the arrow keys.</p>"
+        "<section><h2>Who wrote each token</h2><p>Point at a token, tap it, or use the arrow keys: probabilities are "
+        "those before temperature. N-gram and suffix drafts have none; those of draft trees are not kept.</p>"
         f'<ul class="legend" aria-label="origins of tokens">{samples}</ul>{answers}</section>'
     )
 
@@ -293,8 +285,16 @@ def answer_of(row: MethodRow, answer: KeptAnswer) -> str:
 
 def span(token: KeptToken) -> str:
     who = f"draft, position {token.position}" if token.position else f"{token.origin}, {ORIGINS[token.origin]}"
+    if token.rejected is not None:
+        who += f" ({token.rejected[0]!r}, {by_drafter(token.rejected[1])})"
+    gave = f"verifier {token.probability:.1%}"
+    gave += f", {by_drafter(token.draft_probability)}" if token.position else ""
     others = "; ".join(f"{word!r} {probability:.1%}" for word, probability in token.alternatives)
-    told = f"{token.text!r}: {who}. The verifier gives it {token.probability:.1%}. Likeliest: {others}"
+    told = f"{token.text!r}: {who}. Probability: {gave}. The verifier's likeliest: {others}"
     depth = f' style="--depth:{0.16 + 0.5 * min(token.position, DEEPEST) / DEEPEST:.2f}"' if token.position else ""
     shown = text(token.text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n") or UNFINISHED)
     return f'<span class="{token.origin}"{depth} data-told="{text(told)}">{shown}</span>'
+
+
+def by_drafter(probability: float | None) -> str:
+    return "drafter: none" if probability is None else f"drafter {probability:.1%}"

@@ -61,6 +61,10 @@ class KeptToken:
     """The verifier's, before temperature and penalties."""
     alternatives: tuple[tuple[str, float], ...] = ()
     """The verifier's likeliest tokens, with their probabilities."""
+    draft_probability: Share | None = None
+    """Of an accepted draft: the drafter's own, before temperature; None: it has none, or the draft is of a tree."""
+    rejected: tuple[str, Share | None] | None = None
+    """Of a recovered token: the draft that stood there, and the drafter's probability of it; None for trees."""
 
 
 @dataclass(frozen=True, kw_only=True)

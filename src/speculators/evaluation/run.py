@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 from speculators.decoding import Engine, RequestOutput, SamplingParams
 from speculators.decoding.method import PLAIN, Method
@@ -26,7 +27,7 @@ from speculators.evaluation.measurement import (
     summarise,
 )
 from speculators.evaluation.prompts import NamedPrompts
-from speculators.evaluation.records import KeptAnswer, KeptToken, MethodRow, Origin
+from speculators.evaluation.records import KeptAnswer, KeptToken, MethodRow
 from speculators.evaluation.statistics import two_sample_p_value
 from speculators.utils.progress import HasTokens, Progress
 
@@ -194,7 +195,7 @@ def kept_answers(
 
 
 def kept_tokens(events: Sequence[StreamEvent], target: DecodingTarget) -> tuple[KeptToken, ...]:
-    origins = [origin_of(event, place) for event in events for place in range(len(event.token_ids))]
+    placed = [(event, place) for event in events for place in range(len(event.token_ids))]
     token_ids = [token_id for event in events for token_id in event.token_ids]
     logprobs = [found for event in events for found in event.logprobs or ()]
     texts = pieces(token_ids, target)
@@ -202,22 +203,28 @@ def kept_tokens(events: Sequence[StreamEvent], target: DecodingTarget) -> tuple[
         KeptToken(
             token_id=token_id,
             text=text,
-            origin=origin,
-            position=position,
+            **origin_of(event, place, target),
             probability=probability(found.logprob),
             alternatives=likeliest(found, target),
         )
-        for token_id, text, (origin, position), found in zip(token_ids, texts, origins, logprobs, strict=True)
+        for token_id, text, (event, place), found in zip(token_ids, texts, placed, logprobs, strict=True)
     )
 
 
-def origin_of(event: StreamEvent, place: int) -> tuple[Origin, int | None]:
-    """Who wrote the token at `place` of a round's tokens, and its position in the draft."""
-    if place < event.num_accepted:
-        return "draft", place + 1
-    if event.draft_depth == 0:
-        return "verifier", None
-    return ("bonus" if event.num_accepted == event.draft_depth else "recovered"), None
+def origin_of(event: StreamEvent, place: int, target: DecodingTarget) -> dict[str, Any]:
+    """Says who wrote the token at `place` of a round's tokens, and what the drafter made of that place: fields of
+    `KeptToken`."""
+    drafted = event.drafted
+    own_prob = drafted.own_probs[place] if drafted.own_probs is not None and place < len(drafted.own_probs) else None
+    if place < drafted.num_accepted:
+        return {"origin": "draft", "position": place + 1, "draft_probability": own_prob}
+    if drafted.depth == 0:
+        return {"origin": "verifier"}
+    if drafted.num_accepted == drafted.depth:
+        return {"origin": "bonus"}
+    is_known = place < len(drafted.token_ids)
+    rejected = (str(target.tokenizer.decode([drafted.token_ids[place]])), own_prob) if is_known else None
+    return {"origin": "recovered", "rejected": rejected}
 
 
 def pieces(token_ids: Sequence[int], target: DecodingTarget) -> list[str]:

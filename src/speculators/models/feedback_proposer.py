@@ -22,7 +22,7 @@ from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Propos
 from speculators.nn.attention import AttentionFunction
 from speculators.nn.cache import INITIAL_CAPACITY, DraftCache, Span
 from speculators.nn.device import read_on_host, to_device
-from speculators.nn.draft_tokens import NO_DRAFT, draft_probs, draw, scatter_to_verifier, verifier_ids
+from speculators.nn.draft_tokens import NO_DRAFT, add_own_probs, draft_probs, draw, scatter_to_verifier, verifier_ids
 from speculators.nn.prepacked_linear import PrepackedLinears
 from speculators.nn.rope import Rope, RopeTables
 
@@ -206,6 +206,7 @@ class FeedbackProposer:
                 probs.append(scatter_to_verifier(probs_BV, self.d2t, self.verifier_vocab_size))
             else:
                 draft_ids_B = logits_BV.argmax(-1)
+            add_own_probs(sampling, logits_BV, draft_ids_B)
             tokens.append(draft_ids_B if self.verifier_id_D is None else self.verifier_id_D[draft_ids_B])
             if k == num_tokens - 1:
                 break

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
-from speculators.nn.draft_tokens import NO_DRAFT, draft_probs, draw
+from speculators.nn.draft_tokens import NO_DRAFT, add_own_probs, draft_probs, draw
 from speculators.nn.prepacked_linear import PrepackedLinears
 
 
@@ -67,6 +67,7 @@ class LastStateProposer:
                     token_ids_B = draw(probs[-1], sampling.generator)
                 else:
                     token_ids_B = logits_BV.argmax(-1)
+                add_own_probs(sampling, logits_BV, token_ids_B)
                 draft_ids_BK[:, k] = token_ids_B
         draft_ids_BK.masked_fill_(~drafts_B[:, None], NO_DRAFT)
         if not probs:

@@ -75,13 +75,22 @@ def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     return (probs / noise).argmax(-1)
 
 
+def add_own_probs(sampling: DraftSampling, logits: Tensor, draft_ids: Tensor) -> None:
+    """Adds the drafter's probability of its drafts, where it is asked for; [..., D] logits, [...] draft ids."""
+    if sampling.own_probs is not None:
+        sampling.own_probs.append(logits.float().softmax(-1).gather(-1, draft_ids[..., None])[..., 0])
+
+
 def draft_slots(
     logits_BKV: Tensor, sampling: DraftSampling, d2t: Tensor | None, verifier_vocab_size: int
 ) -> tuple[Tensor, Tensor | None]:
     """Drafts slots that do not see each other's tokens. Returns verifier ids [B, K] and, if they were drawn, q over the
     verifier's vocabulary: q of a slot does not depend on the other drafts, so their product is a proposal."""
     if not sampling.probabilistic:
-        return draft_to_verifier_ids(logits_BKV.argmax(-1), d2t), None
+        draft_ids_BK = logits_BKV.argmax(-1)
+        add_own_probs(sampling, logits_BKV, draft_ids_BK)
+        return draft_to_verifier_ids(draft_ids_BK, d2t), None
     probs_BKV = draft_probs(logits_BKV, sampling.temperature_B[:, None])
-    draft_ids_BK = draft_to_verifier_ids(draw(probs_BKV, sampling.generator), d2t)
-    return draft_ids_BK, scatter_to_verifier(probs_BKV, d2t, verifier_vocab_size)
+    draft_ids_BK = draw(probs_BKV, sampling.generator)
+    add_own_probs(sampling, logits_BKV, draft_ids_BK)
+    return draft_to_verifier_ids(draft_ids_BK, d2t), scatter_to_verifier(probs_BKV, d2t, verifier_vocab_size)

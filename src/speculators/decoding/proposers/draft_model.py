@@ -55,6 +55,8 @@ class DraftModelProposer:
                 token_B, probs_BV = self._draw(logits_BV, sampling)
                 if sampling.wants_confidence:
                     confidence.append(logits_BV.float().softmax(-1).amax(-1))
+                own_id_B = token_B if self.intersection is None else self.intersection.to_draft(token_B)
+                draft_tokens.add_own_probs(sampling, logits_BV, own_id_B)
                 tokens.append(token_B)
                 probs.append(probs_BV)
                 if step < num_tokens - 1:

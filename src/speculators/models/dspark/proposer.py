@@ -26,7 +26,14 @@ from speculators.interfaces import Committed, DraftSampling, Proposal
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.models.dflash.proposer import DFlashProposer, Drafts, last_column
 from speculators.models.dspark.network import ConfidenceHead, MarkovHead
-from speculators.nn.draft_tokens import NO_DRAFT, draft_probs, draft_to_verifier_ids, draw, scatter_to_verifier
+from speculators.nn.draft_tokens import (
+    NO_DRAFT,
+    add_own_probs,
+    draft_probs,
+    draft_to_verifier_ids,
+    draw,
+    scatter_to_verifier,
+)
 from speculators.nn.prepacked_linear import PrepackedLinears
 
 
@@ -90,6 +97,7 @@ class DSparkProposer(DFlashProposer):
                 draft_ids_B = draw(probs[-1], sampling.generator)
             else:
                 draft_ids_B = logits_BV.argmax(-1)
+            add_own_probs(sampling, logits_BV, draft_ids_B)
             previous_B = draft_to_verifier_ids(draft_ids_B, self.d2t)
             tokens.append(previous_B)
         self.estimate(hidden_BKH, torch.stack(embedded, 1))
