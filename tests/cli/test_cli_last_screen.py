@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -49,7 +50,8 @@ def test_an_evaluation_ends_with_one_sentence_within_80_columns(verifier, chats,
 
 
 def measured(*times_s: float, token: int = 5) -> list[Measurement]:
-    return [Measurement(((token, 6),), time_s, DecodeStats()) for time_s in times_s]
+    """Each of one round that accepts two drafts: τ is 3."""
+    return [Measurement(((token, 6),), time_s, DecodeStats(Counter({(4, 4, 2): 1}))) for time_s in times_s]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,7 @@ def measured(*times_s: float, token: int = 5) -> list[Measurement]:
         ((0.5, 1.0, 1.9), 5, "0.88x, no evidence of a difference from plain decoding, same text, 3 of 3"),
         ((0.5, 0.5, 0.4), 7, "2.14x faster, ANOTHER text, 0 of 3"),
         ((0.5,), 5, "2.00x, no evidence of a difference from plain decoding, same text, 1 of 1"),
+        ((0.2, 0.2, 0.3), 5, "4.29x cannot be true, it is above the acceptance length 3.00, same text, 3 of 3"),
     ],
 )
 def test_the_sentence_of_an_evaluation_says_whether_drafting_pays(times_s, token, sentence):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from speculators import assets
 from speculators.cli.app import main, run
 from speculators.evaluation.compare import compare_results
 from speculators.evaluation.plan import acceptance_lengths, make_plan
@@ -289,3 +290,28 @@ def test_the_commands_print_tables_a_sentence_and_json(tmp_path, capsys):
     assert main(["plan", *paths]) == 0
     printed = capsys.readouterr().out
     assert "What to serve on heldout" in printed and "Cost model" in printed
+
+
+# -- what cannot be true
+
+
+def test_a_made_up_speedup_is_flagged_wherever_it_is_shown(tmp_path, capsys, monkeypatch):
+    true = result(2.6)
+    fast = replace(true.rows[1], speedup=sure(4.0))
+    made_up = replace(true, rows=(true.rows[0], fast), settings={"max_tokens": 128, "data": "heldout"})
+    named = "eagle3: speedup 4.00 exceeds the acceptance length 2.50: this cannot be true"
+    a, b = (str(report.save(tmp_path / f"{name}.json")) for name, report in (("a", true), ("b", made_up)))
+    monkeypatch.setattr("speculators.api.evaluate", lambda **settings: made_up)
+    evaluated = ["evaluate", "--verifier", str(assets.tiny_verifier_path()), "--data", "ours", "--method", "ngram"]
+    for words in (["compare", a, b], ["plan", b], ["report", b, "-o", str(tmp_path / "page.html")], evaluated):
+        assert main(words) == 0
+        printed = capsys.readouterr()
+        said = " ".join(f"{printed.err} {printed.out}".split())
+        assert (f"{b}: {named}" if words[0] == "compare" else named) in said
+        assert "speculators serve" not in said
+    assert "4.00x cannot be true, it is above the acceptance length 2.50" in said  # evaluate's last line
+    page = (tmp_path / "page.html").read_text()
+    assert named in page and "4.00x faster" not in page
+    [choice] = make_plan([made_up]).choices
+    assert (choice.method, choice.num_speculative_tokens) == ("none", 0)
+    assert main(["plan", a]) == 0 and "cannot be true" not in capsys.readouterr().err

@@ -120,7 +120,7 @@ class BuildResult(TableReport, os.PathLike[str]):
     @property
     def pays(self) -> bool:
         """Whether the fastest method is surely faster than plain decoding."""
-        return self.best.speedup.is_above(1)
+        return self.best.speedup.is_above(1) and self.best.is_possible
 
     @property
     def step_s(self) -> dict[str, float]:
@@ -136,11 +136,13 @@ class BuildResult(TableReport, os.PathLike[str]):
     def sentence(self) -> str:
         """What is fastest, whether it pays, and what speaks against the drafter where that is not the answer."""
         best, drafter = self.best, self.drafter
-        told = f"{best.method} with {best.num_speculative_tokens} draft tokens: {gain(best.speedup)}, {sameness(best)}"
+        gained = gain(best.speedup, best.acceptance_length)
+        told = f"{best.method} with {best.num_speculative_tokens} draft tokens: {gained}, {sameness(best)}"
         if best == drafter and self.pays:
             return f"{told}; {self.weakness}" if self.weakness else told
         of_drafter = f"the drafter {drafter.method}, trained on {self.num_answers:,} conversations"
-        parts = [of_drafter + ("" if best == drafter else f": {gain(drafter.speedup)}"), self.weakness]
+        of_drafter += "" if best == drafter else f": {gain(drafter.speedup, drafter.acceptance_length)}"
+        parts = [of_drafter, self.weakness]
         if self.pays:
             return "; ".join(filter(None, [f"use {told}", *parts]))
         parts.append("more prompts and a longer --budget make a better drafter")

@@ -175,8 +175,10 @@ def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) ->
 
 
 def next_after(report: EvaluationReport) -> list[str]:
-    """Serve what pays; where nothing does, try what needs no training."""
+    """Serve what pays; where nothing does, try what needs no training. A speedup that cannot be true says neither."""
     best = report.best
+    if best is not None and not best.is_possible:
+        return []
     if best is None or best.speedup.high < 1:
         measured = {row.method for row in report.rows}
         data = report.settings["data"]

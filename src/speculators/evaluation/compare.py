@@ -154,8 +154,9 @@ def compare_results(
         unpaired |= measured - {row.method for pair in paired for row in pair}
     if unpaired:
         notes.append(f"methods that one result alone measured in a cell are left out there: {listed(unpaired)}")
-    of_each = zip(names, (first, second), strict=True)
-    notes += [f"{name} is not whole: {report.interrupted}" for name, report in of_each if report.interrupted]
+    for name, report in zip(names, (first, second), strict=True):
+        notes += [f"{name} is not whole: {report.interrupted}"] if report.interrupted else []
+        notes += [f"{name}: {warning}" for warning in report.warnings()]
     num_intervals = 2 * len(found)
     if num_intervals >= 20:
         notes.append(f"of {num_intervals} intervals of 95 %, {num_intervals / 20:.0f} miss a true 0 by chance")
@@ -291,4 +292,4 @@ def machine_notes(first: EvaluationReport, second: EvaluationReport) -> list[str
         if first.environment.get(name) != second.environment.get(name)
     ]
     told = [f"they were measured on other machines ({', '.join(differing)}): τ is the same on each, speed is not"]
-    return (told if differing else []) + [*first.warnings(), *second.warnings()]
+    return told if differing else []

@@ -112,7 +112,7 @@ class EvaluationReport(SavedReport):
         best = self.best
         if best is None:
             return f"plain decoding makes {self.rows[0].tokens_per_s:.1f} tokens per second"
-        parts = [gain(best.speedup), "" if best.lossless is None else sameness(best)]
+        parts = [gain(best.speedup, best.acceptance_length), "" if best.lossless is None else sameness(best)]
         name_of = (lambda row: row.place) if len(self.cells) > 1 else (lambda row: row.method)
         lossy = [row for row in self.whole_rows if row is not best and row.lossless is False]
         parts += [f"{name_of(row)} is not lossless" for row in lossy]
@@ -172,8 +172,11 @@ def cell_of_task(row: MethodRow | None) -> str:
     return f"τ {with_interval(row.acceptance_length)}\n{with_interval(row.speedup)}x"
 
 
-def gain(speedup: Estimate) -> str:
-    """Says whether drafting pays: only an interval on one side of 1 is evidence."""
+def gain(speedup: Estimate, length: Estimate) -> str:
+    """Says whether drafting pays: only an interval on one side of 1 is evidence, and none above the acceptance length
+    can be true."""
+    if speedup.low > length.high:
+        return f"{speedup.value:.2f}x cannot be true, it is above the acceptance length {length.value:.2f}"
     if speedup.is_above(1):
         return f"{speedup.value:.2f}x faster"
     if speedup.is_below(1):

@@ -99,7 +99,7 @@ class ServerReport(SavedReport):
 def compared(row: ServerRow) -> list[str]:
     """What a plain server adds to a row's sentence."""
     same = [] if row.num_identical is None else [f"same text, {row.num_identical} of {row.num_prompts}"]
-    return ([] if row.speedup is None else [gain(row.speedup)]) + same
+    return ([] if row.speedup is None else [gain(row.speedup, row.acceptance_length)]) + same
 
 
 def cells(row: ServerRow) -> list[str]:
