@@ -151,7 +151,9 @@ def test_build_replaces_nothing_of_others(command, tmp_path, capsys):
 def test_a_wrong_flag_of_train_is_refused_before_an_hour_of_answers(verifier, chats, tmp_path):
     with pytest.raises(ValueError, match="epochz"):
         sp.build(verifier, chats, output=tmp_path / "out", train_flags="--epochz 3")
-    assert not (tmp_path / "out" / "prompts").exists()
+    with pytest.raises(ValueError, match="does not exist"):
+        sp.build(verifier, chats, output=tmp_path / "out", held_out="held_out.jsonl")
+    assert not (tmp_path / "out").exists()  # the corrected call begins anew
 
 
 # -- kills: a process that has everything imported forks one that builds, and kills it
@@ -397,9 +399,13 @@ def test_the_plan_follows_from_what_the_pilots_took(tmp_path):
     assert plan.num_measured(pilot, 1000.0, 50, 5) == 10  # 200 s, 5 decodings of 4 s each
     lines = [{"split": "train", "tokens_per_s": speed} for speed in (10.0, 100.0, 100.0)] + [{"split": "val"}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert plan.num_epochs([tmp_path], 10_000, 1000.0) == 4  # 450 s, 100 s an epoch
-    assert plan.num_epochs([tmp_path], 10_000, 100.0) == 1
+    quick = {"time_s": 0.0, "num_conversations": 32, "num_tokens": 32 * 128}
+    assert plan.num_epochs([tmp_path], 10_000, 1000.0, quick) == 4  # 450 s, 100 s an epoch
+    assert plan.num_epochs([tmp_path], 10_000, 100.0, quick) == 1
+    slow = quick | {"time_s": 32.0}  # 24 s more: half of an answer of 4 s, of 12 prompts
+    assert plan.num_epochs([tmp_path], 10_000, 1000.0, slow) == 3
     slower = tmp_path / "slower"  # beside the first: a step of both takes what a step of each waited
     slower.mkdir()
     (slower / "metrics.jsonl").write_text(json.dumps({**lines[0], "tokens_per_s": 50.0}))
-    assert plan.num_epochs([tmp_path, slower], 10_000, 1000.0) == 2
+    assert plan.num_epochs([tmp_path, slower], 10_000, 1000.0, quick) == 2
+    assert plan.num_epochs([tmp_path, slower], 10_000, 1000.0, slow) == 1  # 200 s and 48 s an epoch

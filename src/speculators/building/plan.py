@@ -27,6 +27,7 @@ from speculators.train.events import DECODED
 from speculators.train.keys import RunKeys
 from speculators.train.logger import step_of
 from speculators.train.records import weakness
+from speculators.train.validation import MAX_TOKENS
 from speculators.training_keys import default_of
 from speculators.utils.files import atomic_write
 from speculators.verifier.config import open_verifier_config, text_config
@@ -35,6 +36,8 @@ ANSWERING, TRAINING, MEASURING = 0.35, 0.45, 0.2
 """Shares of the budget. Text is what a drafter lacks first, so answering gets nearly as much as training."""
 MOST_HELD_OUT, SHARE_HELD_OUT, FEWEST_PROMPTS = 50, 0.1, 8
 PILOT_ANSWERS, PILOT_STEPS = 32, 3
+PROMPTS_OF_VALIDATION = 12
+"""Decoded after each epoch."""
 MOST_EPOCHS = 10
 """Beyond it acceptance on held-out text no longer rises, whatever the training loss says."""
 ALONE = 4.0
@@ -217,16 +220,20 @@ def num_measured(pilot: Mapping[str, Any], budget_s: float, num_prompts: int, nu
     return min(num_prompts, max(fewest, min(most, int(budget_s * MEASURING / (per_prompt_s * num_decodings)))))
 
 
-def num_epochs(pilots: Sequence[Path], num_tokens: int, budget_s: float) -> int:
-    """Epochs that fit the time, by the speed of the pilot's last steps. Drafters that are trained side by side take
-    turns: the speed of each is that of all together."""
-    speeds = [speed_of(pilot) for pilot in pilots]
-    return max(1, min(MOST_EPOCHS, int(budget_s * TRAINING * min(speeds) / num_tokens)))
+def num_epochs(runs: Sequence[Path], num_tokens: int, budget_s: float, pilot: Mapping[str, Any]) -> int:
+    """Epochs that fit the time, by the speed of the last steps of short `runs`, and by what the `pilot` of the answers
+    says of decoding prompts after each. Drafters that are trained side by side take turns: the speed of each is that
+    of all together."""
+    per_prompt_s = ALONE * pilot["time_s"] / max(pilot["num_conversations"], 1)
+    share = min(1.0, MAX_TOKENS * pilot["num_conversations"] / max(pilot["num_tokens"], 1))
+    decoding_s = len(runs) * PROMPTS_OF_VALIDATION * share * per_prompt_s
+    epoch_s = num_tokens / min(map(speed_of, runs)) + decoding_s
+    return max(1, min(MOST_EPOCHS, int(budget_s * TRAINING / epoch_s)))
 
 
-def speed_of(pilot: Path) -> float:
+def speed_of(run: Path) -> float:
     """Tokens per second."""
-    lines = [json.loads(line) for line in (pilot / CURVE_FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / CURVE_FILE).read_text().splitlines()]
     speeds = [line["tokens_per_s"] for line in lines if line["split"] == "train"]
     return statistics.median(speeds[1:] or speeds)
 

@@ -39,7 +39,6 @@ from speculators.utils.progress import no_progress_bars
 from speculators.utils.report import TableReport
 
 UNTRAINED = ("ngram", "suffix")
-PROMPTS_OF_VALIDATION = 12
 TIMING = ("--no-parity-gate", "--no-contract-check", "--log-freq", "1", "--hidden-states-memory-gb", "0")
 """Flags of a pilot: without a cache that would compute the states of many rows ahead, a step takes what it takes."""
 PILOTING = "The verifier answers a few prompts: how long does it take?"
@@ -114,8 +113,8 @@ class Build:
 
     def to_the_end(self) -> BuildResult:
         resolve_all(training_of(self.settings, self.output, building.PILOT, [], []))  # refuses flags before any work
-        self.steps.once("num_threads", torch.get_num_threads)
         prompts = self.steps.once("split", self.split)
+        self.steps.once("num_threads", torch.get_num_threads)
         limit = self.answer(prompts)
         rows = self.prepare()
         epochs = self.train(rows)
@@ -200,7 +199,8 @@ class Build:
                     file.unlink()
             answered = api.regenerate(**settings, progress=self.progress)
             answered.raise_for_errors()
-            return [answered], {"num_conversations": answered.num_conversations + answered.num_already_done}
+            num_conversations = answered.num_conversations + answered.num_already_done
+            return [answered], {"num_conversations": num_conversations, "num_tokens": answered.num_tokens}
 
         return self.step(name, title, command_of("regenerate-responses", settings), act)
 
@@ -228,10 +228,10 @@ class Build:
             few = ["--max-steps", str(plan.PILOT_STEPS), *TIMING]
             self.trained("training-pilot", title, training_of(self.settings, self.output, building.PILOT, length, few))
             pilots = [self.output / building.PILOT / name for name in names]
-            asked = (pilots, rows["num_tokens"], self.budget.seconds)
+            asked = (pilots, rows["num_tokens"], self.budget.seconds, self.steps.done["pilot"])
             epochs = self.steps.once("num_epochs", lambda: plan.num_epochs(*asked))
         title = f"Train {', '.join(names)} for {epochs} epochs; held-out rows are decoded after each"
-        decoding = ["--epochs", str(epochs), "--eval-prompts", str(PROMPTS_OF_VALIDATION)]
+        decoding = ["--epochs", str(epochs), "--eval-prompts", str(plan.PROMPTS_OF_VALIDATION)]
         self.trained("training", title, training_of(self.settings, self.output, "", length, decoding))
         return epochs
 
