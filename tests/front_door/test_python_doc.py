@@ -21,8 +21,8 @@ TINY = {
     'dtype="bfloat16", device="cuda"': 'dtype="float32", device="cpu"',
     "draft_vocab_size=32_000": "draft_vocab_size=256, max_steps=2, total_seq_len=256",
     "epochs=4": "epochs=1",
-    'budget="20m"': 'budget="answers=8,epochs=1,prompts=2", max_tokens=16, num_speculative_tokens=2, '
-    'train_flags="--max-steps 2 --total-seq-len 256"',
+    'budget="20m"': 'budget="answers=4,epochs=1,prompts=1", max_tokens=8, num_speculative_tokens=2, '
+    'train_flags="--max-steps 1 --total-seq-len 256 --draft-vocab-size 256 --no-parity-gate"',
     "run.checkpoint])": "run.checkpoint], num_prompts=2, max_tokens=16, num_warmup=0)",
     "max_tokens=64": "max_tokens=16",
 }

@@ -31,7 +31,7 @@ QUICKSTART: dict[str, Any] = {
     "max_tokens": 128,
     "train_flags": "--draft-vocab-size 2048 --total-seq-len 512 --lr 3e-3",
 }
-"""Sized for about two minutes on two cores, whatever the clock says: the same drafter on every machine of a kind. A
+"""Less than three minutes of one core, and the same drafter on every machine of a kind, as the clock decides nothing. A
 narrow drafter takes a larger learning rate than the default, and short packed rows give it more steps per epoch."""
 
 
