@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import openai
 import pytest
 
 from speculators.decoding import Engine, SamplingParams
+from speculators.decoding.chat import openai_messages
 from speculators.decoding.request import RequestOutput, TokenLogprobs
 from speculators.local_server.answers import Answers
 from speculators.local_server.app import LocalServer
@@ -20,6 +22,9 @@ from speculators.utils.chat_template import chat_prompt
 QUESTION = "Write the numbers from one to ten, and again from one to ten."
 MESSAGES = [{"role": "user", "content": QUESTION}]
 LISTED = "1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3,"
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TRANSPORT = {"messages", "model", "prompt", "stream", "timeout", "extra_headers", "extra_query", "extra_body"}
 
 
 @pytest.fixture
@@ -227,7 +232,11 @@ def test_what_is_wrong_is_named_with_its_rule_as_openai_names_errors(client, req
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a content part of type 'image_url'"),
         ({"response_format": {"type": "json_object"}}, "answers are free text here"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported: tools are not called"),
+        (
+            {"messages": [*MESSAGES, CALLED]},
+            "messages have tool_calls, which this model's chat template does not render",
+        ),
         ({"top_logprobs": 3}, "only with logprobs=true"),
         ({"messages": [{"role": "user"}]}, "a message of the role 'user' needs content"),
         ({"extra_body": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}}, "'chat_template' is no variable"),
@@ -265,3 +274,68 @@ def test_fields_that_change_no_text_are_ignored_and_null_is_the_default(client, 
         metadata={"a": "b"},
     )
     assert answer.choices[0].message.content == answer_of(plain, max_tokens=6)
+
+
+TAKEN = {
+    "max_tokens": 3,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "n": 2,
+    "seed": 3,
+    "stop": ["x"],
+    "logit_bias": {"5": 1},
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "user": "somebody",
+}
+TAKEN_IN_CHATS = {
+    "max_completion_tokens": 3,
+    "logprobs": True,
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "function_call": "none",
+    "parallel_tool_calls": False,
+    "metadata": {"a": "b"},
+    "store": False,
+    "service_tier": "auto",
+    "safety_identifier": "a",
+    "prediction": {"type": "content", "content": "a"},
+    "prompt_cache_key": "a",
+    "prompt_cache_retention": "24h",
+    "prompt_cache_options": {"mode": "implicit"},
+}
+NEEDS_MORE = {"top_logprobs": 2, "stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_every_setting_of_the_client_is_followed_or_refused_by_its_name(client, kind):
+    create = client.chat.completions.create if kind == "chat" else client.completions.create
+    asked = {"model": "tiny", **({"messages": MESSAGES} if kind == "chat" else {"prompt": LISTED})}
+    taken = {**TAKEN, **(TAKEN_IN_CHATS if kind == "chat" else {"best_of": 1, "logprobs": 2, "echo": False})}
+    known = set(inspect.signature(create).parameters) - TRANSPORT
+    assert {"seed", "stop", "n", "logprobs", "stream_options"} <= known
+    for name in sorted(known):
+        if name in taken:
+            assert create(**{**asked, "max_tokens": 2, name: taken[name]}).choices, name
+            continue
+        with pytest.raises(openai.BadRequestError) as raised:
+            create(**asked, **{name: NEEDS_MORE.get(name, "x")})
+        assert raised.value.param == name and name in raised.value.message
+
+
+def test_tool_calls_reach_the_template_as_objects_and_parts_as_texts():
+    template = "{% for message in messages %}{{ message.tool_calls }}{% endfor %}"
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    result = {"role": "tool", "tool_call_id": "1", "content": parts}
+    called, answered, plain = openai_messages([CALLED, result, {**CALLED, "tool_calls": []}], template)
+    assert called["tool_calls"] == [{**CALL, "function": {"name": "add", "arguments": {"a": 1}}}]
+    assert called["content"] == "" and answered == {**result, "content": "a\nb"} and "tool_calls" not in plain
+    for arguments in ("{", "[1]", "[" * 100_000):
+        call = {**CALL, "function": {"name": "add", "arguments": arguments}}
+        with pytest.raises(ValueError, match="are no JSON object"):
+            openai_messages([{**CALLED, "tool_calls": [call]}], template)
+    with pytest.raises(ValueError, match="is no call of a function"):
+        openai_messages([{**CALLED, "tool_calls": ["add"]}], template)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -169,3 +170,46 @@ def refuse_other_than_variables(template_kwargs: Mapping[str, Any]) -> None:
     ever, and `tokenize` would change what is returned."""
     for name in signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() & template_kwargs.keys():
         raise ValueError(f"chat_template_kwargs: {name!r} is no variable of a template, and not for a client to say")
+
+
+def openai_messages(messages: Sequence[Message], template: str) -> list[dict[str, Any]]:
+    """Messages of OpenAI's interface as the chat template takes them: texts for parts, objects for the arguments of
+    tool calls. Raises ValueError for parts that are no text, and for calls that the template would leave out."""
+    taken = []
+    for message in messages:
+        values = {**message, "content": text_of(message)}
+        if calls := values.pop("tool_calls", None):
+            if "tool_calls" not in template:
+                raise ValueError("messages have tool_calls, which this model's chat template does not render")
+            values["tool_calls"] = [parsed_call(call) for call in calls]
+        taken.append(values)
+    return taken
+
+
+def text_of(message: Message) -> str:
+    content = message.get("content")
+    if content is None and message["role"] in ("user", "system"):
+        raise ValueError(f"a message of the role {message['role']!r} needs content")
+    if not isinstance(content, list):
+        return content or ""  # of an assistant that called tools
+    for part in content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type")
+            raise ValueError(f"a content part of type {kind!r}: only {{'type': 'text', 'text': ...}} is decoded")
+    return "\n".join(part["text"] for part in content)
+
+
+def parsed_call(call: Any) -> dict[str, Any]:
+    """A tool call with its arguments as an object; clients send them as JSON text. Raises ValueError for what is no
+    call of a function."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise ValueError(f"tool_calls: {call!r} is no call of a function: {{'function': {{'name', 'arguments'}}}}")
+    given = function.get("arguments") or {}
+    try:
+        arguments = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"tool_calls: the arguments {str(given)[:200]!r} are no JSON object")
+    return {**call, "function": {**function, "arguments": arguments}}

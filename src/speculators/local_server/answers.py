@@ -26,7 +26,7 @@ from speculators.decoding.request import AuthoredText, RequestOutput, StreamEven
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.stats import DecodeStats
 from speculators.local_server.engine_thread import Call, Delta, ServerClosingError
-from speculators.local_server.protocol import ApiError, Body, ChatBody
+from speculators.local_server.protocol import ApiError, Body, ChatBody, CompletionBody
 
 
 @dataclass
@@ -246,6 +246,21 @@ def counts_of(stats: DecodeStats) -> dict[str, Any]:
         "accepted_per_position": stats.accepted_per_position,
         "acceptance_length": stats.acceptance_length,
     }
+
+
+def limit_of(
+    body: CompletionBody | ChatBody, prompts: Sequence[Sequence[int]], max_length: int, most: int | None
+) -> int:
+    """The tokens that an answer may have. Raises ValueError where prompt and answer do not fit together."""
+    longest = max(map(len, prompts))
+    asked = (body.max_completion_tokens if isinstance(body, ChatBody) else None) or body.max_tokens
+    if asked is not None and most is not None and asked > most:
+        raise ValueError(f"max_tokens={asked} must be at most {most}, this server's limit")
+    if longest >= max_length:
+        raise ValueError(f"the prompt has {longest} tokens; prompt and answer together have at most {max_length}")
+    if asked is not None and longest + asked > max_length:
+        raise ValueError(f"max_tokens={asked} with a prompt of {longest} tokens: together at most {max_length}")
+    return min(most or max_length, max_length - longest) if asked is None else asked
 
 
 DONE = "data: [DONE]\n\n"

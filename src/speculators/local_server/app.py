@@ -25,10 +25,10 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from starlette.exceptions import HTTPException
 from typing_extensions import Self
 
-from speculators.decoding.chat import refuse_other_than_variables
+from speculators.decoding.chat import openai_messages, refuse_other_than_variables
 from speculators.decoding.engine import Engine
 from speculators.decoding.settings import SamplingParams
-from speculators.local_server.answers import DONE, Answers, Asked, event_of, unless_disconnected
+from speculators.local_server.answers import DONE, Answers, Asked, event_of, limit_of, unless_disconnected
 from speculators.local_server.engine_thread import Call, Delta, EngineThread, ServerBusyError
 from speculators.local_server.metrics import prometheus_text
 from speculators.local_server.protocol import (
@@ -37,11 +37,10 @@ from speculators.local_server.protocol import (
     CompletionBody,
     ServeConfig,
     TokenizeBody,
-    limit_of,
     parsed,
     refuse_stranger,
 )
-from speculators.utils.chat_template import chat_prompt
+from speculators.utils.chat_template import chat_prompt, chat_template_of
 
 
 class Api:
@@ -105,10 +104,11 @@ class Api:
         body = parsed(ChatBody, await self._json(request))
 
         def tokens() -> list[list[int]]:
-            assert self.engine.tokenizer is not None
-            messages, options = body.rendered_messages(), body.chat_template_kwargs
+            tokenizer: Any = self.engine.tokenizer
+            given = [message.model_dump(exclude_unset=True) for message in body.messages]
+            messages, options = openai_messages(given, chat_template_of(tokenizer)), body.chat_template_kwargs
             refuse_other_than_variables(options or {})
-            return [chat_prompt(self.engine.tokenizer, messages, template_kwargs=options)]
+            return [chat_prompt(tokenizer, messages, template_kwargs=options)]
 
         return await self._answer(request, body, tokens, (body.top_logprobs or 0) if body.logprobs else None)
 

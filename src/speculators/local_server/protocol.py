@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -21,17 +21,19 @@ from speculators.decoding.settings import SERVED_BIAS, SamplingParams, is_count,
 from speculators.utils.readable import ReadableModel
 
 NEEDS_EXTRA = "serve-local needs FastAPI and uvicorn: pip install 'speculators[serve-local]'"
-IGNORED = (
-    "user",
-    "store",
-    "metadata",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "request_id",
-    "priority",
-)
+IGNORED = {
+    *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options"),
+    *("prompt_cache_retention", "prediction", "parallel_tool_calls", "request_id", "priority"),
+}
 """Fields that change no text."""
+WITHOUT_EFFECT = {"tools": [], "tool_choice": "none", "functions": [], "function_call": "none", "modalities": ["text"]}
+"""Values that ask for what is done anyway."""
+REFUSED = {
+    **dict.fromkeys(("tools", "tool_choice", "functions", "function_call"), "tools are not called"),
+    **dict.fromkeys(("audio", "modalities", "moderation", "web_search_options"), "answers are the model's text alone"),
+    **dict.fromkeys(("reasoning_effort", "verbosity"), "say it to the chat template, in chat_template_kwargs"),
+}
+"""Fields of OpenAI's interface that are not followed here."""
 LOCAL_NAME = re.compile(r"(https?://)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.ASCII | re.IGNORECASE)
 """This machine, as the headers Host and Origin say it."""
 ModelBody = TypeVar("ModelBody", bound=ReadableModel)
@@ -126,7 +128,8 @@ def parsed(kind: type[ModelBody], values: Any) -> ModelBody:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]["loc"]
-        raise ApiError(400, str(error), str(first[0]) if first else None) from error
+        named = re.match(r"[a-z_]+", str(error))  # rules about several fields begin with the name of one
+        raise ApiError(400, str(error), str(first[0]) if first else named and named[0]) from error
 
 
 class StreamOptions(ReadableModel):
@@ -176,7 +179,12 @@ class Body(ReadableModel):
         """Without the fields that change no text, and those that are null: these have their defaults."""
         if not isinstance(values, Mapping):
             return values
-        return {name: value for name, value in values.items() if value is not None and name not in IGNORED}
+        given = {name: value for name, value in values.items() if value is not None and name not in IGNORED}
+        given = {name: value for name, value in given.items() if value != WITHOUT_EFFECT.get(name, ())}
+        refused = [f"{name} is not supported: {reason}" for name, reason in REFUSED.items() if name in given]
+        if refused:
+            raise ValueError("; ".join(refused))
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -255,26 +263,6 @@ class ChatBody(Body):
             raise ValueError(f"response_format={self.response_format}: answers are free text here, {{'type': 'text'}}")
         return self
 
-    def rendered_messages(self) -> list[dict[str, Any]]:
-        """Messages as templates take them. Raises ValueError for parts that are no text."""
-        return [{**message.model_dump(exclude_unset=True), "content": text_of(message)} for message in self.messages]
-
-
-def text_of(message: ChatMessage) -> str | None:
-    if message.content is None and message.role in ("user", "system"):
-        raise ValueError(f"a message of the role {message.role!r} needs content")
-    if not isinstance(message.content, list):
-        return message.content
-    return "\n".join(text_of_part(part) for part in message.content)
-
-
-def text_of_part(part: Mapping[str, Any]) -> str:
-    if part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(
-            f"a content part of type {part.get('type')!r}: only {{'type': 'text', 'text': ...}} is decoded"
-        )
-    return str(part["text"])
-
 
 class TokenizeBody(ReadableModel):
     """`POST /tokenize`, as vLLM has it."""
@@ -283,18 +271,3 @@ class TokenizeBody(ReadableModel):
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
-
-
-def limit_of(
-    body: CompletionBody | ChatBody, prompts: Sequence[Sequence[int]], max_length: int, most: int | None
-) -> int:
-    """The tokens that an answer may have. Raises ValueError where prompt and answer do not fit together."""
-    longest = max(map(len, prompts))
-    asked = (body.max_completion_tokens if isinstance(body, ChatBody) else None) or body.max_tokens
-    if asked is not None and most is not None and asked > most:
-        raise ValueError(f"max_tokens={asked} must be at most {most}, this server's limit")
-    if longest >= max_length:
-        raise ValueError(f"the prompt has {longest} tokens; prompt and answer together have at most {max_length}")
-    if asked is not None and longest + asked > max_length:
-        raise ValueError(f"max_tokens={asked} with a prompt of {longest} tokens: together at most {max_length}")
-    return min(most or max_length, max_length - longest) if asked is None else asked
