@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from speculators import evaluation
+from speculators import assets, evaluation
 from speculators.cli.app import main, run
 from speculators.evaluation import load_result, suite
 
@@ -178,10 +178,11 @@ def test_two_files_of_one_name_are_refused(verifier, spec_bench, tmp_path, capsy
     assert "two data sets are named 'spec-bench'" in " ".join(capsys.readouterr().err.split())
 
 
-def test_ours_are_the_embedded_prompts(verifier, chats, toy_assets):
+def test_ours_are_the_embedded_prompts(verifier, toy_assets):
+    held_out = str(assets.prompts_path("heldout"))
     [plain] = run(["evaluate", "--verifier", verifier, "--data", "ours", "--method", "none", *SHORT])["rows"]
-    [same] = run(["evaluate", "--verifier", verifier, "--data", chats, "--method", "none", *SHORT])["rows"]
-    assert plain["dataset"] == "ours" and same["dataset"] == chats
+    [same] = run(["evaluate", "--verifier", verifier, "--data", held_out, "--method", "none", *SHORT])["rows"]
+    assert plain["dataset"] == "ours" and same["dataset"] == held_out
     prompts = [[group["prompts"] for group in row["groups"]] for row in (plain, same)]
     assert prompts[0] == prompts[1] and len(prompts[0]) == 3
 

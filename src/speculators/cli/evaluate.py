@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from speculators.cli.shared import (
     error_of,
     parse_json_object,
     say,
+    with_flags_of,
     with_sampling_flags,
 )
 from speculators.decoding.settings import DEFAULT_DTYPE
@@ -30,19 +32,6 @@ if TYPE_CHECKING:
     from speculators.evaluation.server import ServerReport
 
 OptionalVerifier = Annotated[str | None, typer.Option(help="Verifier: hub id or directory. Default: the server's.")]
-LOCAL_FLAGS = (
-    "num_speculative_tokens",
-    "speculative_token_tree",
-    "dynamic_tree",
-    "batch_size",
-    "num_repeats",
-    "keep_tokens",
-    "overwrite",
-    "dtype",
-    "device",
-)
-"""Flags of a measurement in this process: a server was told them when it was started, or has no use for them."""
-SERVER_FLAGS = ("baseline_server", "concurrency", "request_timeout", "max_retries")
 DATA_HELP = (
     "Held-out prompts: file, directory, hf:<id>, preset, ours (embedded), spec-bench=FILE, humaneval=FILE or "
     "gsm8k=FILE. Repeatable."
@@ -51,23 +40,10 @@ SEVERAL = "with commas, every combination is measured"
 METHOD_HELP = 'none, ngram, a speculator\'s directory, or JSON such as {"method": "ngram"}. Repeatable.'
 
 
-@with_sampling_flags(EvaluateConfig, leave_out=("temperature",))
-def evaluate(
-    context: typer.Context,
-    data: Annotated[list[str], typer.Option(help=DATA_HELP)],
-    verifier: OptionalVerifier = None,
-    method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP)] = None,
-    server: Annotated[str | None, typer.Option(help="Measure a running vLLM server instead, by its counters.")] = None,
-    baseline_server: Annotated[str | None, typer.Option(help="Plain server to compare that one with.")] = None,
-    concurrency: Annotated[str, typer.Option(help="With --server: numbers of clients, such as 1,4,8.")] = ",".join(
-        map(str, ServerConfig.num_clients)
-    ),
-    request_timeout: Annotated[
-        float, typer.Option(min=1, help="With --server: seconds an answer may take.")
-    ] = ServerConfig.timeout_s,
-    max_retries: Annotated[
-        int, typer.Option(min=0, help="With --server: tries after a failed request.")
-    ] = ServerConfig.max_retries,
+@dataclass(frozen=True, kw_only=True)
+class LocalFlags:
+    """Flags of a measurement in this process: a server was told them when it was started, or has no use for them."""
+
     num_speculative_tokens: Annotated[
         str | None,
         typer.Option(
@@ -75,84 +51,96 @@ def evaluate(
             "--num-speculative-tokens",
             help=f"Draft tokens per round (K), such as 2,4: {SEVERAL}. Default: the method's own.",
         ),
-    ] = None,
-    speculative_token_tree: TokenTree = None,
-    dynamic_tree: DynamicTree = None,
+    ] = None
+    speculative_token_tree: TokenTree = None
+    dynamic_tree: DynamicTree = None
+    batch_size: Annotated[str, typer.Option(help=f"Prompts decoded together, such as 1,8: {SEVERAL}.")] = str(
+        EvaluateConfig.batch_size
+    )
+    num_repeats: Annotated[int, typer.Option(min=1, help="Timings of each batch; the fastest counts.")] = (
+        EvaluateConfig.num_repeats
+    )
+    keep_tokens: Annotated[
+        int, typer.Option(min=0, help="Answers per method whose tokens are kept, with who wrote each, for `report`.")
+    ] = EvaluateConfig.keep_tokens
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure again what the output file holds.")] = False
+    dtype: Dtype = DEFAULT_DTYPE
+    device: Device = EvaluateConfig.device
+
+    def settings(self) -> dict[str, Any]:
+        """As `api.evaluate` takes them."""
+        number = self.num_speculative_tokens
+        return {
+            **vars(self),
+            "num_speculative_tokens": None if number is None else numbers("--num-speculative-tokens", number, int),
+            "dynamic_tree": parse_json_object("--dynamic-tree", self.dynamic_tree),
+            "batch_size": numbers("--batch-size", self.batch_size, int),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFlags:
+    """Flags of a measurement of a running server."""
+
+    baseline_server: Annotated[str | None, typer.Option(help="Plain server to compare that one with.")] = None
+    concurrency: Annotated[str, typer.Option(help="With --server: numbers of clients, such as 1,4,8.")] = ",".join(
+        map(str, ServerConfig.num_clients)
+    )
+    request_timeout: Annotated[float, typer.Option(min=1, help="With --server: seconds an answer may take.")] = (
+        ServerConfig.timeout_s
+    )
+    max_retries: Annotated[int, typer.Option(min=0, help="With --server: tries after a failed request.")] = (
+        ServerConfig.max_retries
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of `ServerConfig`."""
+        return {
+            "baseline": self.baseline_server,
+            "num_clients": tuple(numbers("--concurrency", self.concurrency, int)),
+            "timeout_s": self.request_timeout,
+            "max_retries": self.max_retries,
+        }
+
+
+@with_sampling_flags(EvaluateConfig, leave_out=("temperature",))
+@with_flags_of("of_server", ServerFlags)
+@with_flags_of("local", LocalFlags)
+def evaluate(
+    context: typer.Context,
+    data: Annotated[list[str], typer.Option(help=DATA_HELP)],
+    verifier: OptionalVerifier = None,
+    method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP)] = None,
+    server: Annotated[str | None, typer.Option(help="Measure a running vLLM server instead, by its counters.")] = None,
+    of_server: ServerFlags = BY_FLAGS,
+    local: LocalFlags = BY_FLAGS,
     limit: Annotated[int, typer.Option(min=1, help="Prompts of each set to decode.")] = EvaluateConfig.num_prompts,
     max_tokens: MaxTokens = EvaluateConfig.max_tokens,
     temperature: Annotated[str, typer.Option(help=f"0: greedy. Such as 0,0.7: {SEVERAL}.")] = str(
         EvaluateConfig.temperature
     ),
     sampling: Mapping[str, Any] = BY_FLAGS,
-    batch_size: Annotated[str, typer.Option(help=f"Prompts decoded together, such as 1,8: {SEVERAL}.")] = str(
-        EvaluateConfig.batch_size
-    ),
     num_warmup: Annotated[int, typer.Option(min=0, help="Batches decoded before timing.")] = EvaluateConfig.num_warmup,
-    num_repeats: Annotated[
-        int, typer.Option(min=1, help="Timings of each batch; the fastest counts.")
-    ] = EvaluateConfig.num_repeats,
-    dtype: Dtype = DEFAULT_DTYPE,
-    device: Device = EvaluateConfig.device,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = EvaluateConfig.seed,
-    keep_tokens: Annotated[
-        int, typer.Option(min=0, help="Answers per method whose tokens are kept, with who wrote each, for `report`.")
-    ] = EvaluateConfig.keep_tokens,
     output: Annotated[
         Path | None,
         typer.Option(help="JSON file of the whole report, written as it grows: the same command goes on with it."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure again what the output file holds.")] = False,
     lossless: Annotated[bool, typer.Option("--lossless", help="Fail unless the output is plain decoding's.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Measure drafting methods against plain decoding on held-out prompts: paired, interleaved, in one process."""
-    asked: dict[str, Any] = {
-        "num_prompts": limit,
-        "max_tokens": max_tokens,
-        **sampling,
-        "num_warmup": num_warmup,
-        "seed": seed,
-        "trust_remote_code": trust_remote_code,
-    }
+    asked = {"num_prompts": limit, "max_tokens": max_tokens, **sampling, "num_warmup": num_warmup, "seed": seed}
+    asked |= {"trust_remote_code": trust_remote_code, "verifier": verifier, "output": output, "lossless": lossless}
+    temperatures = numbers("--temperature", temperature, float)
     if server is not None:
-        refuse_flags(context, LOCAL_FLAGS, "does not go with --server: it holds for measurements in this process")
-        return evaluate_running_server(
-            **asked,
-            data=only(data, "--data"),
-            temperature=only(numbers("--temperature", temperature, float), "--temperature"),
-            server=server,
-            baseline=baseline_server,
-            verifier=verifier,
-            **label_of(method),
-            num_clients=tuple(numbers("--concurrency", concurrency, int)),
-            timeout_s=request_timeout,
-            max_retries=max_retries,
-            output=output,
-            lossless=lossless,
-        )
-    refuse_flags(context, SERVER_FLAGS, "needs --server")
+        refuse_flags(context, LocalFlags, "does not go with --server: it holds for measurements in this process")
+        asked |= {"data": only(data, "--data"), "temperature": only(temperatures, "--temperature"), **label_of(method)}
+        return evaluate_running_server(**asked, server=server, **of_server.settings())
+    refuse_flags(context, ServerFlags, "needs --server")
     if verifier is None or not method:
         raise typer.BadParameter("--verifier and --method are needed, or --server with a running server")
-    return evaluate_methods(
-        **asked,
-        verifier=verifier,
-        methods=tuple(method),
-        data=data,
-        temperature=numbers("--temperature", temperature, float),
-        num_speculative_tokens=(
-            None if num_speculative_tokens is None else numbers("--num-speculative-tokens", num_speculative_tokens, int)
-        ),
-        speculative_token_tree=speculative_token_tree,
-        dynamic_tree=parse_json_object("--dynamic-tree", dynamic_tree),
-        batch_size=numbers("--batch-size", batch_size, int),
-        keep_tokens=keep_tokens,
-        overwrite=overwrite,
-        num_repeats=num_repeats,
-        dtype=dtype,
-        device=device,
-        output=output,
-        lossless=lossless,
-    )
+    return evaluate_methods(**asked, methods=tuple(method), data=data, temperature=temperatures, **local.settings())
 
 
 def evaluate_methods(*, output: Path | None, lossless: bool, **settings: Any) -> Result:
@@ -188,9 +176,9 @@ def next_after(report: EvaluationReport) -> list[str]:
     return ["speculators", "serve", *([drafter] if drafter else [report.verifier, "--method", best.method])]
 
 
-def refuse_flags(context: typer.Context, names: tuple[str, ...], reason: str) -> None:
+def refuse_flags(context: typer.Context, flags: type[Any], reason: str) -> None:
     """A flag that would be ignored is an error."""
-    for name in names:
+    for name in (field.name for field in fields(flags)):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")

@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from speculators.cli.shared import Device, Dtype, NumSpeculativeTokens, Result, TrustRemoteCode, say
+from speculators.cli.shared import Device, Dtype, NumSpeculativeTokens, Result, TrustRemoteCode, say, with_flags_of
 from speculators.decoding.method import PLAIN, Drafter
 from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE
 from speculators.local_server.protocol import NEEDS_EXTRA, ServeConfig
@@ -52,11 +52,24 @@ class Served:
     """The first one drafts for requests that choose none; empty: nothing drafts."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags:
+    """Flags of both commands: what is served, and how it is opened."""
+
+    model: Model = None
+    verifier: VerifierName = None
+    method: Methods = None
+    num_speculative_tokens: NumSpeculativeTokens = None
+    max_batch_size: Rows = DEFAULT_ROWS
+    max_length: Length = None
+    dtype: Dtype = DEFAULT_DTYPE
+    device: Device = DEFAULT_DEVICE
+    trust_remote_code: TrustRemoteCode = False
+
+
+@with_flags_of("engine", EngineFlags)
 def serve_local(
-    model: Model = None,
-    verifier: VerifierName = None,
-    method: Methods = None,
-    num_speculative_tokens: NumSpeculativeTokens = None,
+    engine: EngineFlags,
     host: Host = ServeConfig.host,
     port: Port = ServeConfig.port,
     api_key: Annotated[
@@ -66,17 +79,12 @@ def serve_local(
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: the verifier's name.")
     ] = None,
-    max_batch_size: Rows = DEFAULT_ROWS,
-    max_length: Length = None,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Requests that may wait for a row; further ones are answered 503.")
     ] = ServeConfig.max_waiting,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer that a request may ask for. Default: what fits.")
     ] = None,
-    dtype: Dtype = DEFAULT_DTYPE,
-    device: Device = DEFAULT_DEVICE,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Serve a verifier with its drafter from this process, over OpenAI's interface: without vLLM."""
     if api_key is not None and api_key_env is not None:
@@ -89,39 +97,37 @@ def serve_local(
         max_waiting=max_waiting,
         max_tokens=max_tokens,
     )
-    served = what_to_serve(model, verifier, method or [])
-    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "max_length": max_length}
-    engine = open_engine(served, num_speculative_tokens, max_batch_size=max_batch_size, **options)
-    return serve_until_stopped("serve-local", engine, config, served)
+    return serve("serve-local", engine, config)
 
 
+@with_flags_of("engine", EngineFlags)
 def playground(
-    model: Model = None,
-    verifier: VerifierName = None,
-    method: Methods = None,
-    num_speculative_tokens: NumSpeculativeTokens = None,
-    host: Host = ServeConfig.host,
-    port: Port = ServeConfig.port,
-    api_key_env: KeyVariable = None,
-    max_batch_size: Rows = DEFAULT_ROWS,
-    max_length: Length = None,
-    dtype: Dtype = DEFAULT_DTYPE,
-    device: Device = DEFAULT_DEVICE,
-    trust_remote_code: TrustRemoteCode = False,
+    engine: EngineFlags, host: Host = ServeConfig.host, port: Port = ServeConfig.port, api_key_env: KeyVariable = None
 ) -> Result:
     """Open a page on this machine: chat with drafts beside plain decoding, every token coloured by who wrote it."""
     key = key_of(api_key_env)
     if key is None and not ServeConfig(host=host, port=port, api_key="any").is_loopback:
         key = secrets.token_urlsafe(24)
     config = ServeConfig(host=host, port=port, api_key=key, playground=True)
-    if model is None and verifier is None:
+    if engine.model is None and engine.verifier is None:
         from speculators import assets
 
-        verifier, method = str(assets.tiny_verifier_path()), method or ["ngram"]
-    served = what_to_serve(model, verifier, method or [])
-    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "max_length": max_length}
-    engine = open_engine(served, num_speculative_tokens, max_batch_size=max_batch_size, **options)
-    return serve_until_stopped("playground", engine, config, served)
+        engine = replace(engine, verifier=str(assets.tiny_verifier_path()), method=engine.method or ["ngram"])
+    return serve("playground", engine, config)
+
+
+def serve(verb: str, flags: EngineFlags, config: ServeConfig) -> Result:
+    served = what_to_serve(flags.model, flags.verifier, flags.method or [])
+    engine = open_engine(
+        served,
+        flags.num_speculative_tokens,
+        max_batch_size=flags.max_batch_size,
+        max_length=flags.max_length,
+        dtype=flags.dtype,
+        device=flags.device,
+        trust_remote_code=flags.trust_remote_code,
+    )
+    return serve_until_stopped(verb, engine, config, served)
 
 
 def key_of(variable: str | None) -> str | None:

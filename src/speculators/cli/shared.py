@@ -10,7 +10,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -211,45 +211,61 @@ SAMPLING_FLAGS = {
 """Flags of the verbs that decode: fields of `SamplingParams`, and their types."""
 TEXTS_OF_FLAGS = ("stop", "bad_words")
 """Fields that are given text by text."""
-BY_FLAGS: Mapping[str, Any] = MappingProxyType({})
-"""Default of a verb's argument `sampling`, which its flags fill."""
+BY_FLAGS: Any = MappingProxyType({})
+"""Default of an argument of a verb that its flags fill."""
+Decorator = Callable[[Callable[..., Result]], Callable[..., Result]]
 
 
-def with_sampling_flags(
-    defaults: Any, leave_out: Sequence[str] = ()
-) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Returns a decorator that gives a verb, in place of its argument `sampling`, those of `SAMPLING_FLAGS` that are
-    fields of `defaults`, which holds their default values, and hands it what they say, by field, there. `leave_out`:
-    fields that would mean nothing to this verb."""
-    names = {field.name for field in fields(defaults)}.difference(leave_out)
+def with_flags(argument: str, flags: Iterable[inspect.Parameter], read: Callable[..., Any]) -> Decorator:
+    """Returns a decorator that gives a verb `flags` in place of one argument, and hands it there what `read` makes of
+    their values, by name."""
+    own_flags = list(flags)
 
     def decorate(verb: Callable[..., Result]) -> Callable[..., Result]:
-        flags = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=None if name in TEXTS_OF_FLAGS else getattr(defaults, name),
-                annotation=annotation,
-            )
-            for name, annotation in SAMPLING_FLAGS.items()
-            if name in names
-        ]
-
         @functools.wraps(verb)
-        def with_flags(*args: Any, **flags_said: Any) -> Result:
-            sampling = {flag.name: flags_said.pop(flag.name, flag.default) for flag in flags}
-            texts = {name: tuple(sampling[name] or ()) for name in TEXTS_OF_FLAGS}
-            biases = parse_json_object("--logit-bias", sampling["logit_bias"], example='{"42": -100}')
-            return verb(*args, sampling={**sampling, **texts, "logit_bias": biases}, **flags_said)
+        def with_own(*args: Any, **said: Any) -> Result:
+            values = {flag.name: said.pop(flag.name, flag.default) for flag in own_flags}
+            return verb(*args, **{argument: read(**values)}, **said)
 
         own = inspect.signature(verb, eval_str=True)
-        place = list(own.parameters).index("sampling")
-        parameters = [*list(own.parameters.values())[:place], *flags, *list(own.parameters.values())[place + 1 :]]
-        with_flags.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        with_flags.__annotations__ = {flag.name: flag.annotation for flag in parameters}
-        return with_flags
+        others = list(own.parameters.values())
+        place = list(own.parameters).index(argument)
+        parameters = [*others[:place], *own_flags, *others[place + 1 :]]
+        with_own.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        with_own.__annotations__ = {flag.name: flag.annotation for flag in parameters}
+        return with_own
 
     return decorate
+
+
+def with_flags_of(argument: str, record: type[Any]) -> Decorator:
+    """Gives a verb the fields of a dataclass as flags in place of one argument, which gets the record."""
+    own = inspect.signature(record, eval_str=True).parameters.values()
+    return with_flags(argument, [f.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for f in own], record)
+
+
+def with_sampling_flags(defaults: Any, leave_out: Sequence[str] = ()) -> Decorator:
+    """Gives a verb, in place of its argument `sampling`, those of `SAMPLING_FLAGS` that are fields of `defaults`, which
+    holds their default values; the argument gets what they say, by field. `leave_out`: fields that would mean nothing
+    to this verb."""
+    names = {field.name for field in fields(defaults)}.difference(leave_out)
+    flags = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=None if name in TEXTS_OF_FLAGS else getattr(defaults, name),
+            annotation=annotation,
+        )
+        for name, annotation in SAMPLING_FLAGS.items()
+        if name in names
+    ]
+
+    def read(**sampling: Any) -> dict[str, Any]:
+        texts = {name: tuple(sampling[name] or ()) for name in TEXTS_OF_FLAGS}
+        biases = parse_json_object("--logit-bias", sampling["logit_bias"], example='{"42": -100}')
+        return {**sampling, **texts, "logit_bias": biases}
+
+    return with_flags("sampling", flags, read)
 
 
 Dtype = Annotated[
