@@ -1,6 +1,7 @@
 """How often a round of decoding makes the host wait for its device, by a device that counts (`second_device`)."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ CONFIGS = {
 }
 LAST_STATE = {"medusa": {"num_heads": K}, "mlp": {}}
 SAMPLED = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.8, top_k=20, top_p=0.95, seed=3)
-GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,22 @@ def drafting(method, model, drafter, num_rows):
     return drafter.make_proposer(model, **sizes)
 
 
-def decode(method, path, num_rows, sampling, device=None):
+def one_launch(device):
+    """Records what is one launch when it is replayed: it may not read, nor copy from the host."""
+
+    def record(run):
+        run()  # makes what is made once
+
+        def replay():
+            with device.as_one_launch():
+                return run()
+
+        return replay
+
+    return record
+
+
+def decode(method, path, num_rows, sampling, device=None, record=None):
     """(texts, [(counts, where the host waited) of each round]); `device` None: the host."""
     model = LlamaForCausalLM.from_pretrained(path).eval().requires_grad_(False)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
@@ -80,6 +96,9 @@ def decode(method, path, num_rows, sampling, device=None):
         assert verifier.is_lean
         sizes = {"max_batch_size": num_rows, "max_length": 128}
         engine = Engine(verifier, proposer, num_speculative_tokens=K if is_ready else None, **sizes)
+        if record is not None:
+            verifier.use_graphs(record)
+            proposer.use_graphs(record)
         keep = verifier.keep
 
         def counted(*args):
@@ -105,7 +124,7 @@ MOST_LAUNCHES = {
     "dflash": (430, 660),
     "dspark": (480, 720),
     "medusa": (310, 600),
-    "medusa tree": (430, 900),
+    "medusa tree": (380, 860),
     "mlp": (320, 600),
 }
 """Launches of the costliest round, (greedy, sampled), of eight rows and six layers. These numbers only go down."""
@@ -126,3 +145,44 @@ def test_a_round_waits_for_the_device_once(method, sampling, verifier_path):
         assert counts.get("waits", 0) == 0, where
     assert len(steady) > 1
     assert max(counts["launches"] for counts, _ in steady) <= MOST_LAUNCHES[method][sampling is SAMPLED]
+
+
+def most_of(method, path, num_rows, sampling, device, record=None):
+    """(launches, reads) of the costliest round in which all rows take part."""
+    _, rounds = decode(method, path, num_rows, sampling, device, record)
+    steady = [counts for counts, _ in rounds[len(rounds) // 2 : -1]]
+    assert len(steady) > 1 and all(counts.get("waits", 0) == 0 for counts in steady)
+    return max(counts["launches"] for counts in steady), max(counts["reads"] for counts in steady)
+
+
+ENDED = 12
+"""More launches of a round in which some row has ended, or some tree's path moves."""
+
+
+@pytest.mark.parametrize("method", ["plain", "draft_model tree"])
+def test_launches_and_reads_do_not_grow_with_the_batch(method, verifier_path):
+    """Also those of log-probabilities, which are read beside the tokens, and of a tree's path that moves."""
+    sampling = dataclasses.replace(SAMPLED, logprobs=2)
+    few, many = (most_of(method, verifier_path, num_rows, sampling, SecondDevice()) for num_rows in (2, 8))
+    assert few[1] == many[1] == 2
+    assert many[0] <= few[0] + ENDED
+
+
+LAUNCHES_OF_TWO_ROWS = {
+    "eagle3": 256,
+    "peagle": 244,
+    "dflash": 244,
+    "dspark": 262,
+    "medusa": 272,
+    "mlp": 268,
+    "draft_model": 421,
+}
+"""In a round of sampled rows whose verifier and drafter are recorded. These numbers only go down."""
+
+
+@pytest.mark.parametrize("method", LAUNCHES_OF_TWO_ROWS)
+def test_a_recorded_round_is_one_wait_and_as_many_launches_as_of_two_rows(method, verifier_path):
+    device = SecondDevice()
+    launches, reads = most_of(method, verifier_path, 8, SAMPLED, device, one_launch(device))
+    assert reads == 1
+    assert launches <= LAUNCHES_OF_TWO_ROWS[method] + ENDED

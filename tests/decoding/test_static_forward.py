@@ -7,6 +7,7 @@ from second_device import DEVICE, SecondDevice
 
 from speculators.decoding import Engine, HFVerifier, SamplingParams
 from speculators.decoding.proposers.draft_model import DraftModelProposer, first_layers
+from speculators.nn.graphs import launch_by_launch
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
 PROMPTS = toys.prompts(5, longest=30)
@@ -36,7 +37,7 @@ def test_logits_and_states_are_those_of_the_dynamic_forward_also_after_the_cache
     model = toys.tiny_model("llama", max_position_embeddings=1024)
     capture = toys.CaptureSpec(aux_layer_ids=(1, 4))
     dynamic, static = (HFVerifier(model, 3, capture) for _ in range(2))
-    static.use_graphs("static")
+    static.use_graphs(launch_by_launch)
     generator = torch.Generator().manual_seed(0)
     with dynamic, static:
         for num_tokens, kept in [(3, [3, 1, 2]), (1, [1, 1, 1]), (4, [0, 2, 4]), (300, [300, 20, 290]), (2, [2, 1, 1])]:

@@ -48,14 +48,14 @@ def chain_along(path, checkpoint, verifier, name, monkeypatch, states):
     """The chain's drafts when its draws are told to be the path's ranks."""
     step = iter(path)
 
-    def ranked(probs, generator):
+    def ranked(probs, sampling):
         if probs.ndim == 3:  # all slots at once
             order = probs.sort(-1, descending=True).indices
             return torch.stack([order[:, k, rank] for k, rank in enumerate(path)], 1)
         return probs.sort(-1, descending=True).indices[:, next(step)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"{DRAWS[name]}.draw", ranked)
+        patch.setattr(f"{DRAWS[name]}.draw_as", ranked)
         proposer = SpeculatorModel.from_pretrained(checkpoint).make_proposer(verifier, **SIZES)
         return proposer.propose(states, len(path), DraftSampling(torch.ones(2), None, True))
 

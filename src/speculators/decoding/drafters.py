@@ -35,6 +35,8 @@ from speculators.interfaces import (
     Verifier,
 )
 from speculators.nn.device import to_device
+from speculators.nn.draft_tokens import own_probs_of
+from speculators.nn.graphs import HasFixedShapes, Record
 from speculators.utils.names import did_you_mean
 from speculators.verifier import verifier_parts
 
@@ -48,7 +50,8 @@ class Drafters:
     Raises ValueError for names that cannot be told apart, and for acceptance rules that differ: rows of one forward are
     verified by one rule."""
 
-    def __init__(self, methods: Sequence[Drafting], verifier: PreTrainedModel | Verifier):
+    def __init__(self, methods: Sequence[Drafting], verifier: PreTrainedModel | Verifier, record: Record | None = None):
+        """`record`: of fixed shapes, where a proposer has them (`nn.graphs`)."""
         names = [method.name for method in methods]
         if len(set(names)) < len(names) or PLAIN in names:
             raise ValueError(f"methods {names}: each needs a name of its own, other than {PLAIN!r} (plain decoding)")
@@ -58,6 +61,9 @@ class Drafters:
                 f"the methods of one engine need one acceptance rule, and have {rules}; give rule=, or the same "
                 "rejection_sample_method"
             )
+        for method in methods:
+            if isinstance(method.proposer, HasFixedShapes):
+                method.proposer.use_graphs(record)
         self.methods = tuple(methods)
         self.rule: AcceptanceRule = methods[0].rule if methods else PLAIN_RULE
         self._generator = torch.Generator(device=verifier.device)
@@ -139,8 +145,9 @@ class Drafters:
             if len(own) < len(requests) or len(set(numbers.values())) > 1:
                 proposal = limited(proposal, numbers)
             parts.append(proposal)
-            if own_probs and proposal.parents_K is None:
-                probs_BK = torch.cat([probs.view(len(probs), -1) for probs in own_probs], 1).tolist()
+            own_probs_BK = own_probs_of(draft_sampling)
+            if own_probs_BK is not None and proposal.parents_K is None:
+                probs_BK = own_probs_BK.tolist()
                 self.own_probs_by_row |= {row: [p if p == p else None for p in probs_BK[row]] for row in asking}
         return merged(parts, batch.vocab_size) if parts else None
 

@@ -35,12 +35,13 @@ from speculators.decoding.round import (
     verify,
 )
 from speculators.decoding.rows import Batch, score_chunk, share_prompt_prefix
-from speculators.decoding.sampling import logprobs_of
+from speculators.decoding.sampling import logprobs_by_row, to_report
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.stats import DecodeStats
 from speculators.decoding.verifiers.cache import neighbours
 from speculators.decoding.verifiers.recurrent_verifier import make_verifier
 from speculators.interfaces import AcceptanceRule, Proposal, Verifier
+from speculators.nn.graphs import choose_record
 from speculators.utils.progress import doing
 
 PREFILL_CHUNK = 512
@@ -59,8 +60,8 @@ class Engine(ChatEngine):
     `speculative_config`: a SpeculativeConfig or vLLM's JSON as a dict, or a ready `Proposer` (then say
     `num_speculative_tokens`); None: plain decoding. `other_methods`: name -> a further way of drafting, that requests
     choose by `SamplingParams.method`. `rule`: an acceptance rule, or its name, in place of the config's.
-    `max_length`: prompt plus output in tokens. `prefill_chunk`: prompt tokens per forward. `graphs`: "auto" records the
-    verifier's rounds as CUDA graphs on a CUDA device, "static" runs their fixed shapes anywhere.
+    `max_length`: prompt plus output in tokens. `prefill_chunk`: prompt tokens per forward. `graphs`: "auto" records
+    rounds as CUDA graphs on a CUDA device, "static" runs their fixed shapes anywhere (`nn.graphs`).
     Raises ValueError for settings that contradict one another or that cannot be followed."""
 
     def __init__(
@@ -92,9 +93,10 @@ class Engine(ChatEngine):
             rule=rule,
             others=other_methods,
         )
-        self.drafters = Drafters(methods, verifier)
+        record = choose_record(graphs, verifier.device)
+        self.drafters = Drafters(methods, verifier, record)
         with doing("proving that the verifier decodes in batches as by itself"):
-            self.verifier = make_verifier(verifier, max_batch_size, self.drafters.capture, graphs)
+            self.verifier = make_verifier(verifier, max_batch_size, self.drafters.capture, record)
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
         self.stats = DecodeStats()
         eos_ids, vocab_size = end_of_sequence_ids(verifier, tokenizer), self.verifier.vocab_size
@@ -119,7 +121,6 @@ class Engine(ChatEngine):
         progress: Callable[[int, int], object] | None = None,
     ) -> list[RequestOutput]:
         """Decode all prompts (texts or token ids) and return their outputs in order; `outputs` of one are its samples.
-
         `on_token` sees every event and cancels its sample by returning False; `progress(done, total)` counts samples.
         Raises ValueError for a prompt or parameters that the verifier cannot decode.
         """
@@ -232,20 +233,16 @@ class Engine(ChatEngine):
         refuse_outside(accepted.token_ids_by_row, logits_BTV.shape[-1])
         if batch.seen is not None:
             batch.seen.add(accepted.token_ids_by_row)
+        decoding = batch.decoding()
+        asked = to_report(decoding, accepted.token_ids_by_row, accepted.columns_by_row, first_row)
+        logprobs = logprobs_by_row(asked, logits_BTV)
         for row, token_ids in accepted.token_ids_by_row.items():
-            request = batch.rows[row]
-            assert request is not None
-            columns = accepted.columns_by_row[row]
-            num_top = request.params.logprobs
-            logprobs = (
-                logprobs_of(num_top, logits_BTV[row - first_row, columns], token_ids) if num_top is not None else None
-            )
-            error = None
+            request, error = decoding[row], None
             if row in accepted.failed_column_by_row:
                 logits_V = logits_BTV[row - first_row, accepted.failed_column_by_row[row]]
                 error = failure(logits_V, f"after {request.length + len(token_ids)} tokens")
-            drafted = accepted.drafted(row, self.drafters.own_probs_by_row if num_top is not None else {})
-            events.append(request.append(token_ids, logprobs, error, drafted))
+            drafted = accepted.drafted(row, self.drafters.own_probs_by_row if row - first_row in asked else {})
+            events.append(request.append(token_ids, logprobs.get(row - first_row), error, drafted))
             if events[-1].finish_reason is not None:
                 self._release(batch, row)
         if accepted.is_finite_BT is not None:

@@ -71,15 +71,16 @@ class Accepted:
         padded = [self.columns_by_row.get(row, []) + [0] * (T - num_kept[row]) for row in range(num_rows)]
         return torch.tensor(padded), torch.tensor(num_kept)
 
-    def states(self, states_BTD: Tensor | None) -> dict[int, Tensor] | Tensor | None:
-        """States that predicted the emitted tokens: the leading columns of a chain, the path's of a tree."""
+    def states(self, states_BTD: Tensor | None) -> Tensor | None:
+        """States that predicted the emitted tokens, in the leading columns: a chain's are there, a tree's path is
+        moved there."""
         if states_BTD is not None and self.is_finite_BT is not None:
             # drafters run over padding too, and a NaN in their caches would be read with weight 0
             states_BTD = states_BTD.masked_fill(~self.is_finite_BT[..., None], 0.0)
         if states_BTD is None or self.is_chain:
             return states_BTD
-        device = states_BTD.device
-        return {row: states_BTD[row, to_device(columns, device)] for row, columns in self.columns_by_row.items()}
+        columns_BT = to_device(self.to_keep(len(states_BTD))[0], states_BTD.device)
+        return states_BTD.gather(1, columns_BT[..., None].expand(-1, -1, states_BTD.shape[-1]))
 
 
 class RoundTimes(NamedTuple):

@@ -7,15 +7,16 @@ Verification tests drafts against this distribution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from speculators.decoding.adjustments import Adjustment, BatchAdjustments
-from speculators.decoding.request import TokenLogprobs
+from speculators.decoding.request import ActiveRequest, TokenLogprobs
 from speculators.decoding.settings import SamplingParams
 from speculators.nn.device import to_device
 
@@ -168,10 +169,45 @@ class DraftedTokens:
 
 def logprobs_of(num_top: int, logits_TV: Tensor, token_ids: Sequence[int]) -> list[TokenLogprobs]:
     """Of the given tokens, and of the `num_top` likeliest (-1: all) of each of the T positions."""
-    logprobs_TV = logits_TV.float().log_softmax(-1)
-    top = logprobs_TV.topk(logits_TV.shape[-1] if num_top < 0 else num_top)
-    own = logprobs_TV.gather(-1, to_device(token_ids, logprobs_TV.device)[:, None])[:, 0].tolist()
-    return [
-        TokenLogprobs(logprob, dict(zip(ids, values, strict=True)))
-        for logprob, ids, values in zip(own, top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
+    return logprobs_by_row({0: (num_top, range(len(token_ids)), token_ids)}, logits_TV[None])[0]
+
+
+Reported = tuple[int, Sequence[int], Sequence[int]]
+"""How many likeliest tokens to report, and columns with the tokens that stand there."""
+
+
+def to_report(
+    requests: Mapping[int, ActiveRequest],
+    token_ids_by_row: Mapping[int, list[int]],
+    columns_by_row: Mapping[int, list[int]],
+    first_row: int,
+) -> dict[int, Reported]:
+    """What requests ask for of the tokens that they gained, by row of the forward."""
+    return {
+        row - first_row: (num_top, columns_by_row[row], token_ids)
+        for row, token_ids in token_ids_by_row.items()
+        if (num_top := requests[row].params.logprobs) is not None
+    }
+
+
+def logprobs_by_row(asked: Mapping[int, Reported], logits_BTV: Tensor) -> dict[int, list[TokenLogprobs]]:
+    """The same of several rows, with one copy to the host."""
+    places = [(top, row, *place) for row, (top, *reported) in asked.items() for place in zip(*reported, strict=True)]
+    groups = {num_top: [place[1:] for place in places if place[0] == num_top] for num_top, *_ in places}
+    if not groups:
+        return {row: [] for row in asked}
+    found = []
+    for num_top, group in groups.items():
+        row_M, column_M, token_M = to_device(group, logits_BTV.device).T
+        logprobs_MV = logits_BTV[row_M, column_M].float().log_softmax(-1)
+        top = logprobs_MV.topk(logits_BTV.shape[-1] if num_top < 0 else num_top)
+        parts = (logprobs_MV.gather(-1, token_M[:, None]), top.values, top.indices)
+        found.append(torch.cat([part.double() for part in parts], -1))  # float64 holds float32 and ids as they are
+    numbers = iter(torch.cat([part.flatten() for part in found]).tolist())
+    logprobs: dict[int, list[TokenLogprobs]] = {row: [] for row in asked}
+    for group, part in zip(groups.values(), found, strict=True):
+        k = part.shape[1] // 2
+        for row, *_ in group:
+            own, *tops = islice(numbers, 2 * k + 1)
+            logprobs[row].append(TokenLogprobs(own, dict(zip(map(int, tops[k:]), tops[:k], strict=True))))
+    return logprobs

@@ -8,6 +8,9 @@ vocabulary.
     drafts     (x4', h2) (x5', h3) ...      positions 3, 4, ...: fed back states; overwritten by the next commit
 
 Rejected drafts are never erased: the next commit writes true entries over them (see `nn.cache`).
+
+At fixed shapes (`nn.graphs`) long runs of entries, as those of a prompt, are read as they come, all but the last one;
+what is left of all rows, and the drafts, are one computation.
 """
 
 from __future__ import annotations
@@ -20,14 +23,19 @@ from torch import Tensor, nn
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.nn.attention import AttentionFunction
-from speculators.nn.cache import INITIAL_CAPACITY, DraftCache, Span
+from speculators.nn.cache import ALONE_FROM, INITIAL_CAPACITY, DraftCache, Span
 from speculators.nn.device import read_on_host, to_device
-from speculators.nn.draft_tokens import NO_DRAFT, add_own_probs, draft_probs, draw, scatter_to_verifier, verifier_ids
+from speculators.nn.draft_tokens import (
+    add_own_probs,
+    draft_probs,
+    draw_as,
+    scatter_to_verifier,
+    verifier_ids,
+    without_idle,
+)
+from speculators.nn.graphs import Drafts, Entries, FixedRounds, FixedShapes
 from speculators.nn.prepacked_linear import PrepackedLinears
 from speculators.nn.rope import Rope, RopeTables
-
-ALONE_FROM = 32
-"""A row with this many new entries is read alone when others have other counts: padding those would cost more."""
 
 
 class StepOutput(NamedTuple):
@@ -71,7 +79,7 @@ class FeedbackNetwork(Protocol):
     ) -> StepOutput: ...
 
 
-class FeedbackProposer:
+class FeedbackProposer(FixedRounds):
     """Snapshot of a drafter, made to draft. `network` should be fused."""
 
     def __init__(
@@ -110,40 +118,46 @@ class FeedbackProposer:
         known = read_on_host(committed)
         num_new, num_committed = known.num_new, known.num_committed
         with self.prepacked:
-            output = self.commit(committed, num_new, num_committed)
-            draft_ids_BK, probs_BKV, confidence_BK = self.draft(output, num_tokens, sampling)
+            if self.shapes is not None and num_tokens > 0:
+                drafts = self.draft_at_fixed_shapes(self.shapes, committed, num_tokens, sampling)
+            else:
+                drafts = self.draft_as_shapes_come(committed, num_tokens, sampling)
+        draft_ids_BK, probs_BKV, confidence_BK = drafts
         drafts_B = [new > 0 and total > 1 for new, total in zip(num_new, num_committed, strict=True)]
-        if not all(drafts_B):
-            idle_B1 = ~to_device(drafts_B, self.device, torch.bool)[:, None]
-            draft_ids_BK = draft_ids_BK.masked_fill(idle_B1, NO_DRAFT)
-        return Proposal(draft_ids_BK, probs_BKV, confidence_BK=confidence_BK)
+        return Proposal(without_idle(draft_ids_BK, drafts_B), probs_BKV, confidence_BK=confidence_BK)
+
+    def draft_as_shapes_come(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Drafts:
+        known = read_on_host(committed)
+        output = self.commit(committed, known.num_new, known.num_committed)
+        return self.draft(output, self.spans_behind(len(known.num_new), num_tokens), num_tokens, sampling)
 
     # -- reading what was committed ----------------------------------------------------------------------------------
 
     def commit(self, committed: Committed, num_new: list[int], num_committed: list[int]) -> StepOutput:
         """Writes true entries over the drafted ones; returns the output at each row's last token, [B, 1, H]."""
-        assert committed.states_BTD is not None
-        is_new = [new == total for new, total in zip(num_new, num_committed, strict=True)]
-        starts = [
-            length if new == 0 else max(total - new - 1, 0)
-            for length, new, total in zip(self.cache.lengths, num_new, num_committed, strict=False)
-        ]
-        # Column 0 of a new request has no state, hence no entry.
-        counts = [new - int(fresh) if new else 0 for new, fresh in zip(num_new, is_new, strict=True)]
-        self.cache.reserve(max(start + count for start, count in zip(starts, counts, strict=True)) + 1)
+        starts, counts, skips = self.new_entries(num_new, num_committed)
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        if counts[0] > 0 and len(set(zip(starts, counts, strict=True))) == len(set(is_new)) == 1:
+        self.cache.reserve(max(ends) + 1)
+        if counts[0] > 0 and len(set(zip(starts, counts, skips, strict=True))) == 1:
             span = Span(slice(0, len(counts)), counts[0], end=ends[0], start=starts[0])
-            output = self.read(committed, span, int(is_new[0]))
+            output = self.read(committed, span, skips[0])
         else:
-            output = self.commit_ragged(committed, starts, counts, is_new)
+            output = self.commit_ragged(committed, starts, counts, skips)
         self.cache.lengths[: len(ends)] = ends
         return output
 
-    def commit_ragged(
-        self, committed: Committed, starts: list[int], counts: list[int], is_new: list[bool]
-    ) -> StepOutput:
-        alone = {b for b, count in enumerate(counts) if count and (is_new[b] or count >= ALONE_FROM)}
+    def new_entries(self, num_new: list[int], num_committed: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Returns, per row: position of its first new entry, number of new entries, and columns before them."""
+        starts, counts, skips = [], [], []
+        for length, new, total in zip(self.cache.lengths, num_new, num_committed, strict=False):
+            is_new = 0 < new == total
+            starts.append(length if new == 0 else max(total - new - 1, 0))
+            counts.append(new - int(is_new))  # column 0 of a new request has no state, hence no entry
+            skips.append(int(is_new))
+        return starts, counts, skips
+
+    def commit_ragged(self, committed: Committed, starts: list[int], counts: list[int], skips: list[int]) -> StepOutput:
+        alone = {b for b, count in enumerate(counts) if count and (skips[b] or count >= ALONE_FROM)}
         together = [0 if b in alone else count for b, count in enumerate(counts)]
         outputs: list[StepOutput] = []
         if any(together):
@@ -159,7 +173,7 @@ class FeedbackProposer:
         normed, fed_back = normed.clone(), fed_back.clone()
         for b in alone:
             span = Span(slice(b, b + 1), counts[b], end=starts[b] + counts[b], start=starts[b])
-            normed[b : b + 1], fed_back[b : b + 1] = self.read(committed, span, int(is_new[b]))
+            normed[b : b + 1], fed_back[b : b + 1] = self.read(committed, span, skips[b])
         return StepOutput(normed, fed_back)
 
     def read(self, committed: Committed, span: Span, skip: int) -> StepOutput:
@@ -185,14 +199,18 @@ class FeedbackProposer:
 
     # -- drafting ----------------------------------------------------------------------------------------------------
 
-    def draft(
-        self, output: StepOutput, num_tokens: int, sampling: DraftSampling
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns drafts [B, K], the distributions they were drawn from, and the largest probability of each."""
-        lengths = self.cache.lengths[: output.normed_BRH.shape[0]]
-        longest, same_length = max(lengths), len(set(lengths)) == 1
+    def spans_behind(self, num_rows: int, num_tokens: int) -> list[Span]:
+        """Where the tokens go that are fed back: one column behind each row's entries, then one behind that, ..."""
+        lengths = self.cache.lengths[:num_rows]
+        longest, rows = max(lengths), slice(0, num_rows)
         self.cache.reserve(longest + num_tokens)
-        lengths_B = None if same_length else self.tensor(lengths)
+        if len(set(lengths)) == 1:
+            return [Span(rows, 1, end=longest + k + 1, start=longest + k) for k in range(num_tokens - 1)]
+        lengths_B = self.tensor(lengths)
+        return [Span(rows, 1, end=longest + k + 1, starts_B=lengths_B + k) for k in range(num_tokens - 1)]
+
+    def draft(self, output: StepOutput, spans: Sequence[Span], num_tokens: int, sampling: DraftSampling) -> Drafts:
+        """Returns drafts [B, K], the distributions they were drawn from, and the largest probability of each."""
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
         confidence: list[Tensor] = []
@@ -202,21 +220,51 @@ class FeedbackProposer:
                 confidence.append(logits_BV.float().softmax(-1).amax(-1))
             if sampling.probabilistic:
                 probs_BV = draft_probs(logits_BV, sampling.temperature_B)
-                draft_ids_B = draw(probs_BV, sampling.generator)
+                draft_ids_B = draw_as(probs_BV, sampling)
                 probs.append(scatter_to_verifier(probs_BV, self.d2t, self.verifier_vocab_size))
             else:
                 draft_ids_B = logits_BV.argmax(-1)
             add_own_probs(sampling, logits_BV, draft_ids_B)
             tokens.append(draft_ids_B if self.verifier_id_D is None else self.verifier_id_D[draft_ids_B])
-            if k == num_tokens - 1:
-                break
-            span = Span(slice(0, len(lengths)), 1, end=longest + k + 1)
-            if lengths_B is None:
-                span.start = longest + k
-            else:
-                span.starts_B = lengths_B + k
-            output = self.step(tokens[-1][:, None], output.fed_back_BRH, span)
+            if k < num_tokens - 1:
+                output = self.step(tokens[-1][:, None], output.fed_back_BRH, spans[k])
         if not tokens:
-            return torch.empty(len(lengths), 0, dtype=torch.int64, device=self.device), None, None
+            return torch.empty(len(output.normed_BRH), 0, dtype=torch.int64, device=self.device), None, None
         probs_BKV = torch.stack(probs, 1) if probs else None
         return torch.stack(tokens, 1), probs_BKV, torch.stack(confidence, 1) if confidence else None
+
+    # -- at fixed shapes ---------------------------------------------------------------------------------------------
+
+    def draft_at_fixed_shapes(
+        self, shapes: FixedShapes, committed: Committed, num_tokens: int, sampling: DraftSampling
+    ) -> Drafts:
+        known = read_on_host(committed)
+        starts, counts, skips = self.new_entries(known.num_new, known.num_committed)
+        long = [b for b, count in enumerate(counts) if count and (skips[b] or count >= ALONE_FROM)]
+        self.read_all_but_last(committed, long, starts, counts, skips)
+        return self.draft_round(shapes, committed, starts, counts, num_tokens, sampling)
+
+    def read_all_but_last(
+        self, committed: Committed, rows: list[int], starts: list[int], counts: list[int], skips: list[int]
+    ) -> None:
+        """Reads new entries of these rows, each by itself, and leaves the last one of each."""
+        for b in rows:
+            num_read = counts[b] - 1
+            end = starts[b] + num_read
+            if num_read:
+                self.cache.reserve(end)
+                self.read(committed, Span(slice(b, b + 1), num_read, end=end, start=starts[b]), skips[b])
+            starts[b], skips[b], counts[b] = end, skips[b] + num_read, 1
+
+    def noise_shapes(self, num_rows: int, num_tokens: int) -> list[tuple[int, ...]]:
+        return [(num_rows, self.network.lm_head.out_features)] * num_tokens
+
+    def compute_drafts(self, entries: Entries, num_slots: int, num_tokens: int, sampling: DraftSampling) -> Drafts:
+        rows, num_columns = slice(0, len(entries.count_R)), entries.tokens_RT.shape[1]
+        span = Span(rows, num_columns, end=num_slots, starts_B=entries.start_R)
+        span.first_query_B = (entries.count_R - 1).clamp_min(0)
+        hidden_RTH = self.network.combine(entries.states_RTD.to(self.dtype))
+        output = self.step(entries.tokens_RT, hidden_RTH, span)
+        ends_R = entries.start_R + entries.count_R
+        spans = [Span(rows, 1, end=num_slots, starts_B=ends_R + k) for k in range(num_tokens - 1)]
+        return self.draft(output, spans, num_tokens, sampling)

@@ -17,9 +17,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
-from speculators.nn.draft_tokens import NO_DRAFT, add_own_probs, draft_probs, draw
+from speculators.nn.draft_tokens import (
+    NO_DRAFT,
+    add_own_probs,
+    draft_probs,
+    draw_as,
+    own_probs_of,
+    recorded_sampling,
+    sampling_inputs,
+)
+from speculators.nn.graphs import FixedShapes, Outputs, Record, rounded_up
 from speculators.nn.prepacked_linear import PrepackedLinears
 
 
@@ -50,30 +60,66 @@ class LastStateProposer:
         weight = network.heads[0].weight
         self.dtype, self.device = weight.dtype, weight.device
         self.prepacked = PrepackedLinears(*modules)
+        self.shapes: FixedShapes | None = None
+
+    def use_graphs(self, record: Record | None) -> None:
+        """See `nn.graphs.HasFixedShapes`."""
+        self.shapes = FixedShapes(record) if record is not None else None
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
         states_BH, token_ids_B, drafts_B = self.last_of(committed)
+        with self.prepacked:
+            if self.shapes is not None and num_tokens > 0:
+                draft_ids_BK, probs_BKV = self.draft_round(self.shapes, states_BH, token_ids_B, num_tokens, sampling)
+            else:
+                draft_ids_BK, probs_BKV = self.draft(states_BH, token_ids_B, num_tokens, sampling)
+        return Proposal(draft_ids_BK.masked_fill(~drafts_B[:, None], NO_DRAFT), probs_BKV)
+
+    def draft(
+        self, states_BH: Tensor, token_ids_B: Tensor, num_tokens: int, sampling: DraftSampling
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns drafts [B, K] and the distributions they were drawn from."""
         shape = (len(token_ids_B), num_tokens)
         draft_ids_BK = torch.full(shape, NO_DRAFT, dtype=torch.int64, device=self.device)
         probs: list[Tensor] = []
-        with self.prepacked:
-            carried = self.network.start(states_BH)
-            for k in range(min(num_tokens, len(self.network.heads))):
-                features, carried = self.network.step(k, carried, token_ids_B)
-                logits_BV = self.network.heads[k](features)
-                if sampling.probabilistic:
-                    probs.append(draft_probs(logits_BV, sampling.temperature_B))
-                    token_ids_B = draw(probs[-1], sampling.generator)
-                else:
-                    token_ids_B = logits_BV.argmax(-1)
-                add_own_probs(sampling, logits_BV, token_ids_B)
-                draft_ids_BK[:, k] = token_ids_B
-        draft_ids_BK.masked_fill_(~drafts_B[:, None], NO_DRAFT)
+        carried = self.network.start(states_BH)
+        for k in range(min(num_tokens, len(self.network.heads))):
+            features, carried = self.network.step(k, carried, token_ids_B)
+            logits_BV = self.network.heads[k](features)
+            if sampling.probabilistic:
+                probs.append(draft_probs(logits_BV, sampling.temperature_B))
+                token_ids_B = draw_as(probs[-1], sampling)
+            else:
+                token_ids_B = logits_BV.argmax(-1)
+            add_own_probs(sampling, logits_BV, token_ids_B)
+            draft_ids_BK[:, k] = token_ids_B
         if not probs:
-            return Proposal(draft_ids_BK)
+            return draft_ids_BK, None
         probs += [torch.zeros_like(probs[0])] * (num_tokens - len(probs))
-        return Proposal(draft_ids_BK, torch.stack(probs, 1))
+        return draft_ids_BK, torch.stack(probs, 1)
+
+    def draft_round(
+        self, shapes: FixedShapes, states_BH: Tensor, token_ids_B: Tensor, num_tokens: int, sampling: DraftSampling
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same at a fixed shape (`nn.graphs`)."""
+        B, R, heads = len(token_ids_B), rounded_up(len(token_ids_B)), self.network.heads
+        noise_shapes = [(B, heads[0].out_features)] * min(num_tokens, len(heads))
+
+        def compute(states_RH: Tensor, token_ids_R: Tensor, *numbers: Tensor) -> Outputs:
+            recorded = recorded_sampling(sampling, *numbers)
+            return *self.draft(states_RH, token_ids_R, num_tokens, recorded), own_probs_of(recorded)
+
+        states_RH, token_ids_R = pad(states_BH, (0, 0, 0, R - B)), pad(token_ids_B, (0, R - B))
+        draft_ids_RK, probs_RKV, own_probs_RK = shapes.run(
+            (R, num_tokens, sampling.probabilistic, sampling.own_probs is not None),
+            (states_RH, token_ids_R, *sampling_inputs(sampling, noise_shapes, R)),
+            compute,
+        )
+        assert draft_ids_RK is not None
+        if sampling.own_probs is not None and own_probs_RK is not None:
+            sampling.own_probs.append(own_probs_RK[:B])
+        return draft_ids_RK[:B], None if probs_RKV is None else probs_RKV[:B]
 
     @torch.inference_mode()
     def head_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:

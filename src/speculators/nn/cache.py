@@ -34,6 +34,8 @@ from speculators.nn.packed_row import additive_mask
 MIN_CAPACITY = 256
 INITIAL_CAPACITY = 1024
 """Positions per row that a proposer reserves before the cache first grows."""
+ALONE_FROM = 32
+"""A row with this many new entries is read alone when others have other counts: padding those would cost more."""
 
 
 @dataclass

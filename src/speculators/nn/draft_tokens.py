@@ -12,10 +12,15 @@ Full vocabulary: both are None and ids are equal.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from speculators.interfaces import DraftSampling
+from speculators.nn.device import to_device
 
 NO_DRAFT = -1
 """In place of a token id: this slot has no draft."""
@@ -71,7 +76,16 @@ def draft_probs(logits: Tensor, temperature: Tensor) -> Tensor:
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draws one token per row by the exponential race: no transfer to the host, and probability 0 cannot win."""
-    noise = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(MIN_NOISE)
+    return winners(probs, draw_noise(probs.shape, probs, generator))
+
+
+def draw_noise(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What `draw` draws for probabilities of this shape."""
+    noise = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return noise.exponential_(generator=generator).clamp_min_(MIN_NOISE)
+
+
+def winners(probs: Tensor, noise: Tensor) -> Tensor:
     return (probs / noise).argmax(-1)
 
 
@@ -79,6 +93,57 @@ def add_own_probs(sampling: DraftSampling, logits: Tensor, draft_ids: Tensor) ->
     """Adds the drafter's probability of its drafts, where it is asked for; [..., D] logits, [...] draft ids."""
     if sampling.own_probs is not None:
         sampling.own_probs.append(logits.float().softmax(-1).gather(-1, draft_ids[..., None])[..., 0])
+
+
+def own_probs_of(sampling: DraftSampling) -> Tensor | None:
+    """What was added, [B, K]; None: nothing."""
+    if not sampling.own_probs:
+        return None
+    return torch.cat([probs.view(len(probs), -1) for probs in sampling.own_probs], 1)
+
+
+def draw_as(probs: Tensor, sampling: DraftSampling) -> Tensor:
+    """Draws with the randomness of `sampling`."""
+    if isinstance(sampling, RecordedSampling):
+        return winners(probs, next(sampling.noise))
+    return draw(probs, sampling.generator)
+
+
+# -- drafting at fixed shapes (`nn.graphs`): a recorded computation draws nothing itself
+
+
+@dataclass(frozen=True)
+class RecordedSampling(DraftSampling):
+    """A sampling whose randomness was drawn before."""
+
+    noise: Iterator[Tensor] = field(kw_only=True)
+    """Of one draw after the other."""
+
+
+def sampling_inputs(sampling: DraftSampling, shapes: Sequence[Sequence[int]], num_rows: int) -> tuple[Tensor, ...]:
+    """Temperatures of `num_rows` rows, and the noise of the draws (of the given shapes) that follow: what a recorded
+    computation reads of a `DraftSampling`. The draws are those of the same rows without fixed shapes."""
+    temperature_B = sampling.temperature_B
+    num_more = num_rows - len(temperature_B)
+    noise = [draw_noise(shape, temperature_B, sampling.generator) for shape in shapes] if sampling.probabilistic else []
+    padded = [pad(part, (0, 0) * (part.dim() - 1) + (0, num_more), value=1.0) for part in noise]
+    return pad(temperature_B, (0, num_more)), *padded
+
+
+def recorded_sampling(sampling: DraftSampling, temperature_R: Tensor, *noise: Tensor) -> DraftSampling:
+    """The same sampling with the numbers of `sampling_inputs`."""
+    own_probs: list[Tensor] | None = None if sampling.own_probs is None else []
+    return RecordedSampling(
+        temperature_R, None, sampling.probabilistic, sampling.wants_confidence, own_probs, noise=iter(noise)
+    )
+
+
+def without_idle(draft_ids_BK: Tensor, drafts_B: list[bool]) -> Tensor:
+    """No drafts in the rows that do not draft."""
+    if all(drafts_B):
+        return draft_ids_BK
+    idle_B1 = ~to_device(drafts_B, draft_ids_BK.device, torch.bool)[:, None]
+    return draft_ids_BK.masked_fill(idle_B1, NO_DRAFT)
 
 
 def draft_slots(
@@ -91,6 +156,6 @@ def draft_slots(
         add_own_probs(sampling, logits_BKV, draft_ids_BK)
         return draft_to_verifier_ids(draft_ids_BK, d2t), None
     probs_BKV = draft_probs(logits_BKV, sampling.temperature_B[:, None])
-    draft_ids_BK = draw(probs_BKV, sampling.generator)
+    draft_ids_BK = draw_as(probs_BKV, sampling)
     add_own_probs(sampling, logits_BKV, draft_ids_BK)
     return draft_to_verifier_ids(draft_ids_BK, d2t), scatter_to_verifier(probs_BKV, d2t, verifier_vocab_size)

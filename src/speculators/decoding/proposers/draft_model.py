@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from speculators.decoding.verifiers.hf_verifier import HFVerifier
 from speculators.decoding.verifiers.recurrent_verifier import make_verifier
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.nn import draft_tokens
 from speculators.nn.device import read_on_host, to_device
+from speculators.nn.graphs import Record
 from speculators.verifier import verifier_parts
 
 ALONE_FROM = 32
@@ -38,6 +40,11 @@ class DraftModelProposer:
         self.capture = CaptureSpec()
         self.lm: Any = make_verifier(model, max_batch_size)
         self.intersection = intersection
+
+    def use_graphs(self, record: Record | None) -> None:
+        """See `nn.graphs.HasFixedShapes`. A round is one recorded forward per token."""
+        if isinstance(self.lm, HFVerifier):
+            self.lm.use_graphs(record)
 
     def __enter__(self) -> DraftModelProposer:
         self.lm.__enter__()
@@ -85,11 +92,19 @@ class DraftModelProposer:
         logits_BV = torch.zeros(B, self.lm.vocab_size, device=token_ids_BT.device)
         if any(together):
             width, num_valid_B = max(together), torch.tensor(together)
-            logits_BV = self.lm.score(token_ids_BT[:, :width], num_valid_B, last_only=True).logits_BTV[:, 0].float()
+            logits_BV = self._last_logits(token_ids_BT, width, num_valid_B).float()
             self.lm.keep(torch.arange(width).expand(B, width), num_valid_B)
         for row in alone:
             logits_BV[row] = self._feed_alone(row, token_ids_BT[row : row + 1, : num_new[row]])
         return logits_BV, committed.num_new_B > 0
+
+    def _last_logits(self, token_ids_BT: Tensor, width: int, num_valid_B: Tensor) -> Tensor:
+        """Logits [B, V] after each row's last valid token. At a fixed shape, logits of all columns are computed."""
+        if not (isinstance(self.lm, HFVerifier) and self.lm.has_fixed_shapes):
+            return self.lm.score(token_ids_BT[:, :width], num_valid_B, last_only=True).logits_BTV[:, 0]
+        logits_BTV = self.lm.score(token_ids_BT[:, :width], num_valid_B).logits_BTV
+        last_B = to_device((num_valid_B - 1).clamp_min(0), logits_BTV.device)
+        return logits_BTV[torch.arange(len(last_B), device=last_B.device), last_B]
 
     def _feed_alone(self, row: int, token_ids_1T: Tensor) -> Tensor:
         for chunk_1T in token_ids_1T.split(MAX_FED_TOKENS, dim=1):

@@ -10,6 +10,7 @@ Storage is token-major, [R, S, N, D]: a row's new tokens are one block, and keep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from speculators.nn.device import to_device
 
+Move = tuple[int, int, int]
+"""(row, from slot, to slot)"""
 GROWTH_SLOTS = 256
 """Capacity is a multiple of this: growing copies, so it must be rare."""
 MAX_GROWTH_SLOTS = 4096
@@ -40,6 +43,11 @@ class WriteSpan:
     """Otherwise int64 [num_rows * num_tokens]: flat slots, row * capacity + position."""
     is_chain: bool = True
     """False: a tree, whose slots are not positions."""
+
+
+def path_moves(row: int, length: int, columns: Sequence[int]) -> list[Move]:
+    """What brings a kept tree path behind the `length` committed tokens, where the tree begins."""
+    return [(row, length + column, length + slot) for slot, column in enumerate(columns) if column != slot]
 
 
 def neighbours(rows: list[int]) -> list[list[int]]:
@@ -104,13 +112,13 @@ class RowCache(Cache):
         _, N, _, D = states_BNTD.shape
         return states_BNTD.new_zeros(self.num_rows, self.capacity, N, D)
 
-    def move(self, row: int, from_slots: list[int], to_slot: int) -> None:
-        """Copy the given slots of a row to consecutive ones (a kept tree path)."""
-        slots = to_device(from_slots, next(iter(self.keys_by_layer.values())).device)
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copy slots, all at once (kept tree paths)."""
+        index_3M = to_device(moves, next(iter(self.keys_by_layer.values())).device).T
         for store in (self.keys_by_layer, self.values_by_layer):
             for states_RSND in store.values():
-                row_SND = states_RSND[row]
-                row_SND[to_slot : to_slot + len(from_slots)] = row_SND[slots.to(row_SND.device)]
+                row_M, from_M, to_M = index_3M.to(states_RSND.device)
+                states_RSND[row_M, to_M] = states_RSND[row_M, from_M]
 
     def clear(self, row: int, from_slot: int) -> None:
         """Write zeros from a slot on."""

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speculators.decoding.verifiers.cache import WriteSpan
+from speculators.decoding.verifiers.cache import Move, WriteSpan, path_moves
 from speculators.decoding.verifiers.hf_forward import HFForward, MaskBuilder, Masks
 from speculators.decoding.verifiers.lean_forward import LeanForward, StaticForward
 from speculators.decoding.verifiers.lean_weights import LeanWeights, NotLlamaShaped
 from speculators.interfaces import CaptureSpec, VerifierOutput
-from speculators.nn.device import Record, choose_record, to_device
+from speculators.nn.device import to_device
+from speculators.nn.graphs import Record
 from speculators.utils.util import NestedContext
 from speculators.verifier import VerifierParts, capture_states, verifier_parts
 
@@ -94,9 +95,13 @@ class HFVerifier(NestedContext):
     def is_lean(self) -> bool:
         return isinstance(self._forward, LeanForward)
 
-    def use_graphs(self, route: str | Record) -> None:
-        """Score decoding's chains at fixed shapes (`nn.device.GRAPHS`), where the forward is lean."""
-        record = choose_record(route, self.device) if isinstance(route, str) else route
+    @property
+    def has_fixed_shapes(self) -> bool:
+        return self._static is not None
+
+    def use_graphs(self, record: Record | None) -> None:
+        """Score decoding's chains at fixed shapes (`nn.graphs`), where the forward is lean; None: no longer."""
+        self._static = None
         if record is not None and isinstance(self._forward, LeanForward) and self._masks is not None:
             self._static = StaticForward(self._forward, self._masks, self.num_rows, record)
 
@@ -149,13 +154,14 @@ class HFVerifier(NestedContext):
     def keep(self, columns_BT: Tensor, num_kept_B: Tensor) -> None:
         """See `interfaces.Verifier`. Give host tensors: lengths live on the host."""
         first_row, is_tree = self._last_rows
-        for i, num_kept in enumerate(num_kept_B.tolist()):
+        moves: list[Move] = []
+        for i, (num_kept, columns) in enumerate(zip(num_kept_B.tolist(), columns_BT.tolist(), strict=True)):
             row = first_row + i
-            if is_tree and num_kept:
-                length, columns = self.length_by_row[row], columns_BT[i, :num_kept].tolist()
-                if columns != list(range(num_kept)):
-                    self._cache.move(row, [length + column for column in columns], length)
+            length = self.length_by_row[row]
+            moves += path_moves(row, length, columns[:num_kept]) if is_tree else []
             self.length_by_row[row] += num_kept
+        if moves:
+            self._cache.move(moves)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's tokens from `length` on (0 = the row is free)."""

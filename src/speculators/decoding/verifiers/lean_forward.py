@@ -7,25 +7,25 @@ gate, up from another, rope tables are sliced once per forward, and attention re
 Models qualify by their parts (`lean_weights`) and then by their numbers: `hf_verifier` compares with the model's own
 forward. On entering it also notices hooks and modules that were put into the model later.
 
-`StaticForward` is the same at fixed shapes, which a GPU can record: rows (R) and slots are rounded up to powers of two,
-and lengths are numbers on the device, so that all rounds of one shape are the same launches on the same memory.
+`StaticForward` is the same at fixed shapes, which a GPU can record: rows (R), slots and many columns are rounded up to
+powers of two, and lengths are numbers on the device: all rounds of one shape are the same launches on the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from speculators.decoding.verifiers.cache import WriteSpan, grown_capacity
+from speculators.decoding.verifiers.cache import Move, WriteSpan, grown_capacity
 from speculators.decoding.verifiers.hf_forward import MaskBuilder
 from speculators.decoding.verifiers.lean_weights import LeanLayer, LeanWeights, Rotary
 from speculators.interfaces import CaptureSpec
-from speculators.nn.device import Outputs, Record, rounded_up, to_device
+from speculators.nn.device import to_device
+from speculators.nn.graphs import FixedShapes, Outputs, Record, rounded_up, rows_for, slots_for
 from speculators.verifier import CapturedStates
 
 Masks = Tensor | dict[str, Tensor] | None
@@ -206,10 +206,10 @@ class LeanCache:
     def open(self, span: WriteSpan) -> LayerSlots:
         return LayerSlots(self.storage, span)
 
-    def move(self, row: int, from_slots: list[int], to_slot: int) -> None:
-        """Copy the given slots of a row to consecutive ones (a kept tree path)."""
-        slots = to_device(from_slots, self.storage.device)
-        self.storage[:, row, to_slot : to_slot + len(from_slots)] = self.storage[:, row, slots]
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copy slots, all at once (kept tree paths)."""
+        row_M, from_M, to_M = to_device(moves, self.storage.device).T
+        self.storage[:, row_M, to_M] = self.storage[:, row_M, from_M]
 
     def clear(self, row: int, from_slot: int) -> None:
         """Write zeros from a slot on."""
@@ -236,48 +236,39 @@ class LeanCache:
 
 # -- fixed shapes
 
-MIN_SLOTS = 256
-
-
-class Recorded(NamedTuple):
-    """A forward of one shape, and the memory that it reads."""
-
-    tokens_RT: Tensor
-    length_R: Tensor
-    replay: Callable[[], Outputs]
-    tables: tuple[Tensor, ...]
-    """Held here, because longer ones take their place."""
+EXACT_COLUMNS = 8
+"""Up to here a shape has the columns that are scored, beyond a power of two."""
 
 
 class StaticForward:
-    """Recorded forwards by (R, T, S), dropped when the cache or the weights lie elsewhere. Rows that nobody asked for
-    score a token of the first row behind their own tokens, where nothing is kept."""
+    """Forwards of fixed shapes (R, T, S). Rows and columns that nobody asked for score a known token behind a row's own
+    tokens, where nothing is kept."""
 
     def __init__(self, forward: LeanForward, masks: MaskBuilder, num_rows: int, record: Record):
-        self.forward, self.masks, self.num_rows, self.record = forward, masks, num_rows, record
-        self._recorded: dict[tuple[int, int, int], Recorded] = {}
-        self._made_for: tuple[object, ...] = ()
+        self.forward, self.masks, self.num_rows = forward, masks, num_rows
+        self.shapes = FixedShapes(record)
 
-    def __call__(self, token_ids_BT: Tensor, length_by_row: list[int]) -> Outputs:
-        """Logits [B, T, V] and states of a chain behind each row's tokens. They are copies: a replay overwrites."""
-        B, T = token_ids_BT.shape
-        R = min(rounded_up(B), self.num_rows)
-        S = rounded_up(max(max(length_by_row[:R]) + T, MIN_SLOTS))
+    def __call__(self, token_ids_BT: Tensor, length_by_row: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, T, V] and states of a chain behind each row's tokens."""
+        B, num_columns = token_ids_BT.shape
+        R = rows_for(B, self.num_rows)
+        T = num_columns if num_columns <= EXACT_COLUMNS else rounded_up(num_columns)
+        S = slots_for(max(length_by_row[:R]) + T)
         self.forward.cache.reserve(S)
-        self._drop_outdated()
-        if (R, T, S) not in self._recorded:
-            tokens_RT = token_ids_BT[:1].repeat(R, 1)
-            length_R = torch.zeros(R, dtype=torch.int64, device=token_ids_BT.device)
-            self._fill(tokens_RT, length_R, token_ids_BT, length_by_row)
-            replay = self.record(lambda: self.run(tokens_RT, length_R, S))
-            tables = (*self.forward.rope_tables, *self.masks.edges.values())
-            self._recorded[R, T, S] = Recorded(tokens_RT, length_R, replay, tables)
-        recorded = self._recorded[R, T, S]
-        self._fill(recorded.tokens_RT, recorded.length_R, token_ids_BT, length_by_row)
-        logits_RTV, states_RTD = recorded.replay()
-        return logits_RTV[:B].clone(), None if states_RTD is None else states_RTD[:B].clone()
+        tokens_RT = token_ids_BT.new_empty(R, T)
+        tokens_RT.copy_(token_ids_BT[:1, :1].expand(R, T))
+        tokens_RT[:B, :num_columns].copy_(token_ids_BT)
+        logits_RTV, states_RTD = self.shapes.run(
+            (R, T, S),
+            (tokens_RT, to_device(length_by_row[:R], tokens_RT.device)),
+            lambda tokens_RT, length_R: self.compute(tokens_RT, length_R, S),
+            memory=(self.forward.cache.storage, self.forward.weights.layers),
+            tables=lambda: (*self.forward.rope_tables, *self.masks.edges.values()),
+        )
+        assert logits_RTV is not None
+        return logits_RTV[:B, :num_columns], None if states_RTD is None else states_RTD[:B, :num_columns]
 
-    def run(self, tokens_RT: Tensor, length_R: Tensor, num_slots: int) -> Outputs:
+    def compute(self, tokens_RT: Tensor, length_R: Tensor, num_slots: int) -> Outputs:
         """The forward on fixed memory: no size and no number of it comes from the host."""
         R, T = tokens_RT.shape
         position_RT = length_R[:, None] + torch.arange(T, device=tokens_RT.device)
@@ -286,14 +277,3 @@ class StaticForward:
         masks = self.masks.chain(position_RT, num_slots, self.forward.num_groups)
         span = WriteSpan(0, R, T, num_slots, None, slots_M)
         return self.forward(tokens_RT, position_RT, masks if len(masks) > 1 else next(iter(masks.values())), span, None)
-
-    def _fill(self, tokens_RT: Tensor, length_R: Tensor, token_ids_BT: Tensor, length_by_row: list[int]) -> None:
-        tokens_RT.copy_(token_ids_BT[:1].expand_as(tokens_RT))
-        tokens_RT[: len(token_ids_BT)].copy_(token_ids_BT)
-        length_R.copy_(to_device(length_by_row[: len(length_R)], length_R.device))
-
-    def _drop_outdated(self) -> None:
-        now = (self.forward.cache.storage, self.forward.weights.layers)
-        if not self._made_for or any(a is not b for a, b in zip(now, self._made_for, strict=True)):
-            self._recorded.clear()
-            self._made_for = now

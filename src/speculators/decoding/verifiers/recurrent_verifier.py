@@ -33,7 +33,7 @@ from speculators.decoding.verifiers.cache import STATELESS, HybridCache, States,
 from speculators.decoding.verifiers.hf_forward import MaskBuilder, cache_argument
 from speculators.decoding.verifiers.hf_verifier import HFVerifier, refuse_unknown_layers
 from speculators.interfaces import CaptureSpec, Verifier, VerifierOutput
-from speculators.nn.device import choose_record
+from speculators.nn.graphs import Record
 from speculators.utils.util import NestedContext
 from speculators.verifier import CapturedStates, capture_states, verifier_parts
 
@@ -51,18 +51,20 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def make_verifier(
-    verifier: PreTrainedModel | Verifier, num_rows: int, capture: CaptureSpec | None = None, graphs: str = "off"
+    verifier: PreTrainedModel | Verifier,
+    num_rows: int,
+    capture: CaptureSpec | None = None,
+    record: Record | None = None,
 ) -> Verifier:
-    """The verifier for a model, by how its layers keep the past; a ready verifier is returned as it is. `graphs`: see
-    `nn.device`."""
+    """The verifier for a model, by how its layers keep the past; a ready verifier is returned as it is. `record`: of
+    fixed shapes (`nn.graphs`)."""
     if not isinstance(verifier, nn.Module):
         return verifier
-    choose_record(graphs, next(verifier.parameters()).device)  # refuses an unknown route
     if not is_recurrent(verifier):
         refuse_unknown_layers(capture or CaptureSpec(), verifier_parts(verifier))
         proven = make_proven_verifier(verifier, num_rows, capture)
         if isinstance(proven, HFVerifier):
-            proven.use_graphs(graphs)
+            proven.use_graphs(record)
         return proven
     RecurrentVerifier(verifier, 1, capture)  # refuses what it cannot follow, with its own reason
     return make_proven_verifier(verifier, num_rows, capture, (Way(RecurrentVerifier, has_trees=False),))

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
 from speculators.models.dflash.block_attention import LayerMask
 from speculators.models.dflash.network import DFlashNetwork
-from speculators.nn.cache import INITIAL_CAPACITY, DraftCache, Span
+from speculators.nn.cache import ALONE_FROM, INITIAL_CAPACITY, DraftCache, Span
 from speculators.nn.device import read_on_host, to_device
-from speculators.nn.draft_tokens import NO_DRAFT, draft_slots
+from speculators.nn.draft_tokens import draft_slots, without_idle
+from speculators.nn.graphs import Drafts, Entries, FixedRounds, FixedShapes
 from speculators.nn.packed_row import additive_mask
 from speculators.nn.prepacked_linear import PrepackedLinears
 
@@ -37,26 +38,33 @@ from speculators.nn.prepacked_linear import PrepackedLinears
 class BlockPass:
     """One forward of one block per row: the positions of the blocks and the masks of the layers."""
 
-    lengths: list[int]
+    lengths_B: Tensor
     """Context entries of each row = position of its slot 0."""
     num_slots: int
-    device: torch.device
+    end: int
+    """Keys are read up to here."""
+    start: int | None = None
+    """The length of all rows, where it is known and the same."""
+    shortest: int = 0
+    """No row is known to be shorter."""
     masks: dict[LayerMask, Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.is_even = len(set(self.lengths)) == 1
-        self.end = max(self.lengths) + self.num_slots
-        self.lengths_B = to_device(self.lengths, self.device)
-        self.positions_BS = self.lengths_B[:, None] + torch.arange(self.num_slots, device=self.device)
+        self.positions_BS = self.lengths_B[:, None] + torch.arange(self.num_slots, device=self.lengths_B.device)
+
+    @classmethod
+    def behind(cls, lengths: list[int], num_slots: int, device: torch.device) -> BlockPass:
+        start = lengths[0] if len(set(lengths)) == 1 else None
+        return cls(to_device(lengths, device), num_slots, max(lengths) + num_slots, start, min(lengths))
 
     def span(self) -> Span:
-        rows = slice(len(self.lengths))
-        if self.is_even:
-            return Span(rows, self.num_slots, end=self.end, start=self.lengths[0])
+        rows = slice(len(self.lengths_B))
+        if self.start is not None:
+            return Span(rows, self.num_slots, end=self.end, start=self.start)
         return Span(rows, self.num_slots, end=self.end, starts_B=self.lengths_B)
 
     def first_key(self, layer_mask: LayerMask) -> int:
-        return 0 if layer_mask.window is None else max(0, min(self.lengths) - layer_mask.window + 1)
+        return 0 if layer_mask.window is None else max(0, self.shortest - layer_mask.window + 1)
 
     def mask(self, layer_mask: LayerMask, dtype: torch.dtype) -> Tensor | None:
         """Additive [B, 1, S, L]; None = all keys are visible. Made once per pass and kind of layer."""
@@ -65,14 +73,14 @@ class BlockPass:
         return self.masks[layer_mask]
 
     def make_mask(self, layer_mask: LayerMask, dtype: torch.dtype) -> Tensor | None:
-        if self.is_even and not layer_mask.causal and layer_mask.window is None:
+        if self.start is not None and not layer_mask.causal and layer_mask.window is None:
             return None
-        keys_L = torch.arange(self.first_key(layer_mask), self.end, device=self.device)
+        keys_L = torch.arange(self.first_key(layer_mask), self.end, device=self.lengths_B.device)
         slots_BS1 = self.positions_BS[..., None]
         seen = keys_L <= slots_BS1 if layer_mask.causal else (keys_L < self.lengths_B[:, None, None] + self.num_slots)
         if layer_mask.window is not None:
             seen = seen & ((keys_L - slots_BS1).abs() < layer_mask.window)
-        seen_BSL = seen.expand(len(self.lengths), self.num_slots, -1)
+        seen_BSL = seen.expand(len(self.lengths_B), self.num_slots, -1)
         return additive_mask(seen_BSL, dtype)[:, None]
 
 
@@ -82,7 +90,6 @@ class BlockCache(DraftCache):
     running: BlockPass | None = None
 
     def start(self, block_pass: BlockPass) -> None:
-        self.reserve(block_pass.end)
         self.running, self.span = block_pass, block_pass.span()
 
     def write_context(self, row_M: Tensor, position_M: Tensor, kv_M: Tensor) -> None:
@@ -107,7 +114,7 @@ class BlockCacheAttention:
         running = self.cache.running
         assert running is not None
         self.cache.write(self.layer, key_BSGd, value_BSGd)
-        first, num_rows = running.first_key(self.layer_mask), len(running.lengths)
+        first, num_rows = running.first_key(self.layer_mask), len(running.lengths_B)
         keys, values = self.cache.storage[self.layer, :, :num_rows, :, first : running.end]
         B, S, N, d = query_BSNd.shape
         G = keys.shape[1]
@@ -120,11 +127,7 @@ class BlockCacheAttention:
         return out.view(B, G, N // G, S, d).permute(0, 3, 1, 2, 4).reshape(B, S, N, d)
 
 
-Drafts = tuple[Tensor, Tensor | None]
-"""(verifier ids [B, K], q [B, K, V] or None)"""
-
-
-class DFlashProposer:
+class DFlashProposer(FixedRounds):
     """Snapshot of a drafter, made to draft."""
 
     def __init__(
@@ -159,16 +162,16 @@ class DFlashProposer:
         known = read_on_host(committed)
         num_new, num_committed = known.num_new, known.num_committed
         with self.prepacked:
-            anchor_B = self.ingest(committed, num_new, num_committed)
-            if num_tokens == 0:
-                return Proposal(anchor_B.new_empty(len(num_new), 0))
-            hidden_BKH = self.fill(anchor_B, num_tokens)
-            draft_ids_BK, probs_BKV = self.draft(hidden_BKH, anchor_B, sampling)
-        drafts_B = [new > 0 for new in num_new]
-        if not all(drafts_B):
-            idle_B1 = ~to_device(drafts_B, self.device, torch.bool)[:, None]
-            draft_ids_BK = draft_ids_BK.masked_fill(idle_B1, NO_DRAFT)
-        return Proposal(draft_ids_BK, probs_BKV)
+            if self.shapes is not None and num_tokens > 0:
+                drafts = self.draft_at_fixed_shapes(self.shapes, committed, num_tokens, sampling)
+            else:
+                anchor_B = self.ingest(committed, num_new, num_committed)
+                if num_tokens == 0:
+                    return Proposal(anchor_B.new_empty(len(num_new), 0))
+                drafts = self.draft(self.fill(anchor_B, self.blocks_behind(anchor_B, num_tokens)), anchor_B, sampling)
+        draft_ids_BK, probs_BKV, confidence_BK = drafts
+        draft_ids_BK = without_idle(draft_ids_BK, [new > 0 for new in num_new])
+        return Proposal(draft_ids_BK, probs_BKV, confidence_BK=confidence_BK)
 
     @torch.inference_mode()
     def slots_after(self, committed: Committed, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +179,8 @@ class DFlashProposer:
         known = read_on_host(committed)
         num_new, num_committed = known.num_new, known.num_committed
         with self.prepacked:
-            hidden_BKH = self.fill(self.ingest(committed, num_new, num_committed), num_tokens)
+            anchor_B = self.ingest(committed, num_new, num_committed)
+            hidden_BKH = self.fill(anchor_B, self.blocks_behind(anchor_B, num_tokens))
             return self.network.lm_head(hidden_BKH), hidden_BKH
 
     def slot_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
@@ -202,22 +206,61 @@ class DFlashProposer:
             for column in range(int(new == total), new)
         ]
         row_M, column_M, position_M = to_device(entries, self.device).view(-1, 3).unbind(1)
-        context_MH = self.network.context(committed.states_BTD[row_M, column_M].to(self.dtype))
-        rope = self.network.rope.tables(max(num_committed), self.device, self.dtype).at(position_M)
+        self.write_context(row_M, position_M, committed.states_BTD[row_M, column_M], max(num_committed))
+
+    def write_context(self, row_M: Tensor, position_M: Tensor, states_MD: Tensor, end: int) -> None:
+        """`end`: above all positions."""
+        rope = self.network.rope.tables(end, self.device, self.dtype).at(position_M)
+        context_MH = self.network.context(states_MD.to(self.dtype))
         self.cache.write_context(row_M, position_M, self.context_kv(context_MH, rope))
 
-    def fill(self, anchor_B: Tensor, num_tokens: int) -> Tensor:
+    def blocks_behind(self, anchor_B: Tensor, num_tokens: int) -> BlockPass:
+        lengths = self.cache.lengths[: len(anchor_B)]
+        self.cache.reserve(max(lengths) + num_tokens + self.network.first_slot)
+        return BlockPass.behind(lengths, num_tokens + self.network.first_slot, self.device)
+
+    def fill(self, anchor_B: Tensor, running: BlockPass) -> Tensor:
         """Runs the blocks; returns the hidden states of the slots that draft: [B, K, H]."""
-        first_slot = self.network.first_slot
-        running = BlockPass(self.cache.lengths[: len(anchor_B)], num_tokens + first_slot, self.device)
         self.cache.start(running)
         rope = self.network.rope.tables(running.end, self.device, self.dtype).at(running.positions_BS)
         token_ids_BS = self.network.blocks(anchor_B, running.num_slots)
-        return self.network.forward(token_ids_BS, rope, self.layer_attention)[:, first_slot:]
+        return self.network.forward(token_ids_BS, rope, self.layer_attention)[:, self.network.first_slot :]
 
     def draft(self, hidden_BKH: Tensor, anchor_B: Tensor, sampling: DraftSampling) -> Drafts:
         """Drafts each slot independently of the others."""
-        return draft_slots(self.network.lm_head(hidden_BKH), sampling, self.d2t, self.verifier_vocab_size)
+        logits_BKV = self.network.lm_head(hidden_BKH)
+        return *draft_slots(logits_BKV, sampling, self.d2t, self.verifier_vocab_size), None
+
+    # -- at fixed shapes ---------------------------------------------------------------------------------------------
+
+    def draft_at_fixed_shapes(
+        self, shapes: FixedShapes, committed: Committed, num_tokens: int, sampling: DraftSampling
+    ) -> Drafts:
+        """Entries of prompts, and other long runs, are written as they come."""
+        known = read_on_host(committed)
+        num_new, num_committed = known.num_new, known.num_committed
+        is_long = [0 < new == total or new >= ALONE_FROM for new, total in zip(num_new, num_committed, strict=True)]
+        if any(is_long):
+            long = [new if at_once else 0 for new, at_once in zip(num_new, is_long, strict=True)]
+            self.commit(committed, long, num_committed)
+        counts = [0 if at_once else new for new, at_once in zip(num_new, is_long, strict=True)]
+        starts = [
+            total - 1 - new if new else length
+            for length, new, total in zip(self.cache.lengths, counts, num_committed, strict=False)
+        ]
+        return self.draft_round(shapes, committed, starts, counts, num_tokens, sampling)
+
+    def noise_shapes(self, num_rows: int, num_tokens: int) -> list[tuple[int, ...]]:
+        return [(num_rows, num_tokens, self.network.lm_head.out_features)]
+
+    def compute_drafts(self, entries: Entries, num_slots: int, num_tokens: int, sampling: DraftSampling) -> Drafts:
+        R, T = entries.tokens_RT.shape
+        position_RT = entries.start_R[:, None] + torch.arange(T, device=self.device)
+        row_RT = torch.arange(R, device=self.device)[:, None].expand(R, T)
+        # what a row has no entries for is written behind its context, where its block comes next
+        self.write_context(row_RT.flatten(), position_RT.flatten(), entries.states_RTD.flatten(0, 1), num_slots)
+        running = BlockPass(entries.start_R + entries.count_R, num_tokens + self.network.first_slot, num_slots)
+        return self.draft(self.fill(entries.last_R, running), entries.last_R, sampling)
 
 
 def last_column(committed: Committed) -> Tensor:

@@ -24,16 +24,17 @@ from torch import Tensor, nn
 
 from speculators.interfaces import Committed, DraftSampling, Proposal
 from speculators.models.dflash.network import DFlashNetwork
-from speculators.models.dflash.proposer import DFlashProposer, Drafts, last_column
+from speculators.models.dflash.proposer import DFlashProposer, last_column
 from speculators.models.dspark.network import ConfidenceHead, MarkovHead
 from speculators.nn.draft_tokens import (
     NO_DRAFT,
     add_own_probs,
     draft_probs,
     draft_to_verifier_ids,
-    draw,
+    draw_as,
     scatter_to_verifier,
 )
+from speculators.nn.graphs import Drafts
 from speculators.nn.prepacked_linear import PrepackedLinears
 
 
@@ -69,8 +70,8 @@ class DSparkProposer(DFlashProposer):
 
     @torch.inference_mode()
     def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
-        self.confidence_BK = None
         proposal = super().propose(committed, num_tokens, sampling)
+        self.confidence_BK = proposal.confidence_BK
         if self.confidence_BK is None:
             return proposal
         too_unlikely_BK = self.confidence_BK.cumprod(-1) < self.min_survival
@@ -80,8 +81,7 @@ class DSparkProposer(DFlashProposer):
 
     def draft(self, hidden_BKH: Tensor, anchor_B: Tensor, sampling: DraftSampling) -> Drafts:
         if self.markov_head is None:
-            self.estimate(hidden_BKH, None)
-            return super().draft(hidden_BKH, anchor_B, sampling)
+            return *super().draft(hidden_BKH, anchor_B, sampling)[:2], self.confidence(hidden_BKH, None)
         head = self.markov_head
         base_logits_BKV = self.network.lm_head(hidden_BKH)
         state_BR, previous_B = head.start(hidden_BKH[:, 0]), anchor_B
@@ -94,20 +94,27 @@ class DSparkProposer(DFlashProposer):
             logits_BV = base_logits_BKV[:, k] + head.markov_w2(phi_BR)
             if sampling.probabilistic:
                 probs.append(draft_probs(logits_BV, sampling.temperature_B))
-                draft_ids_B = draw(probs[-1], sampling.generator)
+                draft_ids_B = draw_as(probs[-1], sampling)
             else:
                 draft_ids_B = logits_BV.argmax(-1)
             add_own_probs(sampling, logits_BV, draft_ids_B)
             previous_B = draft_to_verifier_ids(draft_ids_B, self.d2t)
             tokens.append(previous_B)
-        self.estimate(hidden_BKH, torch.stack(embedded, 1))
+        confidence_BK = self.confidence(hidden_BKH, torch.stack(embedded, 1))
         if not sampling.probabilistic:
-            return torch.stack(tokens, 1), None
-        return torch.stack(tokens, 1), scatter_to_verifier(torch.stack(probs, 1), self.d2t, self.verifier_vocab_size)
+            return torch.stack(tokens, 1), None, confidence_BK
+        probs_BKV = scatter_to_verifier(torch.stack(probs, 1), self.d2t, self.verifier_vocab_size)
+        return torch.stack(tokens, 1), probs_BKV, confidence_BK
 
-    def estimate(self, hidden_BKH: Tensor, embedded_BKR: Tensor | None) -> None:
-        if self.confidence_head is not None:
-            self.confidence_BK = self.confidence_head(hidden_BKH, embedded_BKR).float().sigmoid()
+    def noise_shapes(self, num_rows: int, num_tokens: int) -> list[tuple[int, ...]]:
+        if self.markov_head is None:
+            return super().noise_shapes(num_rows, num_tokens)
+        return [(num_rows, self.network.lm_head.out_features)] * num_tokens
+
+    def confidence(self, hidden_BKH: Tensor, embedded_BKR: Tensor | None) -> Tensor | None:
+        if self.confidence_head is None:
+            return None
+        return self.confidence_head(hidden_BKH, embedded_BKR).float().sigmoid()
 
 
 class DSparkTreeDrafter:

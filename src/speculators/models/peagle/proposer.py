@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
+from speculators.interfaces import CaptureSpec, Committed, DraftSampling
 from speculators.models.eagle3.network import Eagle3Network
-from speculators.models.feedback_proposer import ALONE_FROM, FeedbackProposer
-from speculators.nn.cache import Span
-from speculators.nn.device import read_on_host, to_device
-from speculators.nn.draft_tokens import NO_DRAFT, draft_slots
+from speculators.models.feedback_proposer import FeedbackProposer
+from speculators.nn.cache import ALONE_FROM, Span
+from speculators.nn.device import read_on_host
+from speculators.nn.draft_tokens import draft_slots
+from speculators.nn.graphs import Drafts, Entries, entries_of
 
 
 class PEagleProposer(FeedbackProposer):
@@ -45,19 +46,14 @@ class PEagleProposer(FeedbackProposer):
         with torch.inference_mode():
             self.slot_11H = network.combine(mask_hidden_11D.to(self.dtype))
 
-    @torch.inference_mode()
-    def propose(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Proposal:
+    def draft_as_shapes_come(self, committed: Committed, num_tokens: int, sampling: DraftSampling) -> Drafts:
         known = read_on_host(committed)
-        num_new, num_committed = known.num_new, known.num_committed
-        with self.prepacked:
-            normed_BKH = self.fill(committed, num_new, num_committed, max(num_tokens, 1))[:, :num_tokens]
-            logits_BKV = self.network.lm_head(normed_BKH)
-            draft_ids_BK, probs_BKV = draft_slots(logits_BKV, sampling, self.d2t, self.verifier_vocab_size)
-        drafts_B = [new > 0 and total > 1 for new, total in zip(num_new, num_committed, strict=True)]
-        if not all(drafts_B):
-            idle_B1 = ~to_device(drafts_B, self.device, torch.bool)[:, None]
-            draft_ids_BK = draft_ids_BK.masked_fill(idle_B1, NO_DRAFT)
-        return Proposal(draft_ids_BK, probs_BKV)
+        normed_BKH = self.fill(committed, known.num_new, known.num_committed, max(num_tokens, 1))[:, :num_tokens]
+        return self.draft_all(normed_BKH, sampling)
+
+    def draft_all(self, normed_BKH: Tensor, sampling: DraftSampling) -> Drafts:
+        logits_BKV = self.network.lm_head(normed_BKH)
+        return *draft_slots(logits_BKV, sampling, self.d2t, self.verifier_vocab_size), None
 
     @torch.inference_mode()
     def slot_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:
@@ -72,28 +68,15 @@ class PEagleProposer(FeedbackProposer):
         """Writes the new entries and the slots behind them; returns the hidden states of last entry and slots."""
         starts, counts, skips = self.new_entries(num_new, num_committed)
         if len(set(counts)) > 1:
-            for b in [b for b, count in enumerate(counts) if count >= ALONE_FROM]:
-                # padding the other rows to this one would cost more than a forward of its own
-                num_alone = counts[b] - 1
-                end = starts[b] + num_alone
-                self.cache.reserve(end)
-                self.read(committed, Span(slice(b, b + 1), num_alone, end=end, start=starts[b]), skips[b])
-                starts[b], skips[b], counts[b] = end, skips[b] + num_alone, 1
+            # padding the other rows to these would cost more than forwards of their own
+            long = [b for b, count in enumerate(counts) if count >= ALONE_FROM]
+            self.read_all_but_last(committed, long, starts, counts, skips)
         span = self.span_of(starts, counts, num_tokens)
-        tokens_BW, hidden_BWH = self.columns_of(committed, counts, skips, num_tokens)
+        entries = entries_of(committed, starts, counts, len(counts), max(1, *counts))
+        tokens_BW, hidden_BWH = self.columns_of(entries, num_tokens)
         self.cache.reserve(span.end)
         self.cache.lengths[: len(starts)] = [start + count for start, count in zip(starts, counts, strict=True)]
         return self.step(tokens_BW, hidden_BWH, span).normed_BRH
-
-    def new_entries(self, num_new: list[int], num_committed: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """Returns, per row: position of its first new entry, number of new entries, and columns before them."""
-        starts, counts, skips = [], [], []
-        for length, new, total in zip(self.cache.lengths, num_new, num_committed, strict=False):
-            is_new = 0 < new == total
-            starts.append(length if new == 0 else max(total - new - 1, 0))
-            counts.append(new - int(is_new))  # column 0 of a new request has no state, hence no entry
-            skips.append(int(is_new))
-        return starts, counts, skips
 
     def span_of(self, starts: list[int], counts: list[int], num_tokens: int) -> Span:
         rows, width = slice(0, len(starts)), max(1, *counts) + num_tokens - 1
@@ -104,20 +87,27 @@ class PEagleProposer(FeedbackProposer):
         span.first_query_B = (self.tensor(counts) - 1).clamp_min(0)
         return span
 
-    def columns_of(
-        self, committed: Committed, counts: list[int], skips: list[int], num_tokens: int
-    ) -> tuple[Tensor, Tensor]:
+    def columns_of(self, entries: Entries, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Returns tokens and states of the columns: each row's entries, then masked slots up to the common width."""
-        assert committed.states_BTD is not None
-        num_entries = max(1, *counts)
-        column_C = torch.arange(num_entries, device=self.device)
-        source_BC = (self.tensor(skips)[:, None] + column_C).clamp_max(committed.token_ids_BT.shape[1] - 1)
-        is_entry_BC = column_C < self.tensor(counts)[:, None]
-        row_B1 = torch.arange(len(counts), device=self.device)[:, None]
-        tokens_BC = committed.token_ids_BT[row_B1, source_BC].where(is_entry_BC, self.mask_token_id)
-        true_BCH = self.network.combine(committed.states_BTD[row_B1, source_BC].to(self.dtype))
+        B, num_entries = entries.tokens_RT.shape
+        is_entry_BC = torch.arange(num_entries, device=self.device) < entries.count_R[:, None]
+        tokens_BC = entries.tokens_RT.where(is_entry_BC, self.mask_token_id)
+        true_BCH = self.network.combine(entries.states_RTD.to(self.dtype))
         hidden_BCH = true_BCH.where(is_entry_BC[..., None], self.slot_11H)
         num_slots = num_tokens - 1
-        tokens_BS = tokens_BC.new_full((len(counts), num_slots), self.mask_token_id)
-        slots_BSH = self.slot_11H.expand(len(counts), num_slots, -1)
+        tokens_BS = tokens_BC.new_full((B, num_slots), self.mask_token_id)
+        slots_BSH = self.slot_11H.expand(B, num_slots, -1)
         return torch.cat((tokens_BC, tokens_BS), 1), torch.cat((hidden_BCH, slots_BSH), 1)
+
+    # -- at fixed shapes ---------------------------------------------------------------------------------------------
+
+    def noise_shapes(self, num_rows: int, num_tokens: int) -> list[tuple[int, ...]]:
+        return [(num_rows, num_tokens, self.network.lm_head.out_features)]
+
+    def compute_drafts(self, entries: Entries, num_slots: int, num_tokens: int, sampling: DraftSampling) -> Drafts:
+        R, num_columns = entries.tokens_RT.shape
+        width = num_columns + num_tokens - 1
+        span = Span(slice(0, R), width, end=num_slots, starts_B=entries.start_R, num_queries=num_tokens)
+        span.first_query_B = (entries.count_R - 1).clamp_min(0)
+        tokens_RW, hidden_RWH = self.columns_of(entries, num_tokens)
+        return self.draft_all(self.step(tokens_RW, hidden_RWH, span).normed_BRH, sampling)
