@@ -61,6 +61,7 @@ SKIPPED = {
     r"\b300\.json": "needs several trainings",
     r"--plugins": "runs in tests/conformance/test_ninth_algorithm.py",
     r"\bSMALL_MODEL\b": "needs a second model",
+    r"--verifier smollm2\b": "needs a real model",
 }
 
 

@@ -171,7 +171,7 @@ VERBS_COMPUTING = (
 )
 """Verbs that run a model in this process, with `--threads`."""
 CHOOSING_THEMSELVES = ("quickstart", "build", "train")
-"""When they know more: each step of the one, and what run the other continues."""
+"""When they know what they continue: with as many threads as it was begun with."""
 THREADS: ContextVar[int | None] = ContextVar("THREADS", default=None)
 """What `--threads` says."""
 OMP_VARIABLE = "OMP_NUM_THREADS"
