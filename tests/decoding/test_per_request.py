@@ -193,12 +193,18 @@ def test_methods_that_cannot_be_told_apart_or_verified_together_are_refused(othe
         Engine(MODEL, NGRAM, other_methods=others)
 
 
-def test_a_tree_beside_another_method_is_refused():
-    tree = toys.TreeProposer([[5, *toys.generated(MODEL, [5], 9)]], [-1, -1, 0, 1], [1, 3])
-    engine = Engine(MODEL, NGRAM, other_methods={"tree": tree}, num_speculative_tokens=2, rule="standard")
-    params = [SamplingParams(max_tokens=4), SamplingParams(max_tokens=4, method="tree")]
-    with pytest.raises(ValueError, match="a draft tree is shared by all rows"):
-        engine.generate([[5] * 8, [5]], params)
+def test_a_tree_beside_another_method_drafts_for_its_own_rows():
+    """In one round: the rows share the tree's shape with the chain's beside it."""
+    prompts = [[5] * 8, [5], [7, 3], [5]]
+    texts = [prompt + toys.generated(MODEL, prompt, 9) for prompt in prompts]
+    tree = toys.TreeProposer(texts, [-1, -1, 0, 1], [1, 3])
+    chain = toys.ScriptedProposer(toys.oracle(texts))
+    for first, second in ((chain, tree), (tree, chain)):
+        engine = Engine(MODEL, first, other_methods={"second": second}, num_speculative_tokens=2, rule="standard")
+        params = [SamplingParams(max_tokens=9, ignore_eos=True, method=["second", None][i % 2]) for i in range(4)]
+        outputs = engine.generate(prompts, params)
+        assert [prompt + output.token_ids for prompt, output in zip(prompts, outputs, strict=True)] == texts
+        assert all(output.stats.num_accepted > 3 for output in outputs)
 
 
 def test_names_open_an_engine_with_several_methods(tmp_path):

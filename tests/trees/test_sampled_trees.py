@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,22 @@ def test_trees_of_drawn_tokens(draft_seed):
 def test_dynamic_trees():
     proposer = DynamicTreeProposer(MarkovTreeDrafter(table(5)), DynamicTreeShape(6, 1, 3))
     assert p_value(sampled(proposer)) > FALSE_ALARM
+
+
+def test_a_drawn_tree_beside_a_drawn_chain():
+    """Both draft in every round, each for half of the rows."""
+    engine = Engine(
+        toys.MarkovVerifier(table(0)),
+        StaticTreeProposer(MarkovTreeDrafter(table(5)), TREE),
+        num_speculative_tokens=3,
+        other_methods={"chain": toys.MarkovDrafter(table(5))},
+        rule=resolve_rule("standard"),
+        max_batch_size=150,
+    )
+    hot = SamplingParams(max_tokens=NUM_TOKENS, temperature=TEMPERATURE)
+    outputs = engine.generate([PROMPT] * NUM_REQUESTS, [hot, replace(hot, method="chain")] * (NUM_REQUESTS // 2))
+    for half in (outputs[::2], outputs[1::2]):
+        assert p_value(half) > FALSE_ALARM and sum(output.stats.num_accepted for output in half) > 0
 
 
 def test_drawn_tokens_tested_best_first_are_caught():

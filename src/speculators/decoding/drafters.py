@@ -117,9 +117,7 @@ class Drafters:
                 method.proposer.reset()
 
     def propose(self, batch: Batch, requests: dict[int, ActiveRequest]) -> Proposal | None:
-        """The drafts of all rows; None where nothing is to be drafted.
-
-        Raises ValueError for a tree beside another method: a tree is shared by all rows."""
+        """The drafts of all rows; None where nothing is to be drafted."""
         learns = self.learning(requests) is not None
         parts: list[Proposal] = []
         self.own_probs_by_row.clear()
@@ -193,7 +191,7 @@ def merged(parts: Sequence[Proposal], vocab_size: int) -> Proposal:
     if len(parts) == 1:
         return parts[0]
     if any(part.parents_K is not None for part in parts):
-        raise ValueError("a draft tree is shared by all rows: an engine whose method drafts trees has no other_methods")
+        return side_by_side(parts, vocab_size)
     K = max(part.token_ids_BK.shape[1] for part in parts)
     token_ids = [pad(part.token_ids_BK, (0, K - part.token_ids_BK.shape[1]), value=-1) for part in parts]
     token_ids_BK = torch.stack(token_ids).amax(0)
@@ -201,6 +199,22 @@ def merged(parts: Sequence[Proposal], vocab_size: int) -> Proposal:
         return Proposal(token_ids_BK)
     laws = [law_of(part, vocab_size) for part in parts]
     return Proposal(token_ids_BK, torch.stack([pad(law, (0, 0, 0, K - law.shape[1])) for law in laws]).sum(0))
+
+
+def side_by_side(parts: Sequence[Proposal], vocab_size: int) -> Proposal:
+    """One tree, whose root has the trees and chains of all parts below it: all rows share a shape, and each has drafts
+    in the slots of its own method alone.
+
+        tree -1 -1 0   beside   chain -1 0   gives   -1 -1 0 -1 3"""
+    parents: list[int] = []
+    for part in parts:
+        K, first = part.token_ids_BK.shape[1], len(parents)
+        own = range(-1, K - 1) if part.parents_K is None else part.parents_K.tolist()
+        parents += [parent if parent < 0 else first + parent for parent in own]
+    token_ids_BK = torch.cat([part.token_ids_BK for part in parts], 1)
+    is_drawn = any(part.probs_BKV is not None for part in parts)
+    probs_BKV = torch.cat([law_of(part, vocab_size) for part in parts], 1) if is_drawn else None
+    return Proposal(token_ids_BK, probs_BKV, torch.tensor(parents, dtype=torch.int64))
 
 
 def law_of(proposal: Proposal, vocab_size: int) -> Tensor:
