@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 import toys
@@ -180,3 +182,30 @@ def texts_of(tokenizer: Tokens, token_ids: list[int], **settings) -> tuple[str, 
 )
 def test_text_by_hand(settings, text, pieces):
     assert texts_of(Tokens("a", "bc", "defg", "bx", "<end>"), [0, 1, 2, 4, 3], **settings) == (text, pieces)
+
+
+class Bytes:
+    """A token is a byte; counts the tokens that it decodes."""
+
+    num_decoded = 0
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        self.num_decoded += len(token_ids)
+        return bytes(token_ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bytes_that_are_no_text_are_streamed_and_keep_nobody_waiting(seed):
+    """Whole characters, starts of characters and stray bytes: the text is that of the whole, and grows as it comes."""
+    chosen, whole = random.Random(seed), b""
+    while len(whole) < 200:
+        text = chosen.choice("aé€😀").encode()
+        stray = bytes(chosen.randrange(0x80, 0x100) for _ in range(chosen.randrange(30)))
+        whole += chosen.choice([text, text[: chosen.randrange(1, 4)], stray])
+    tokenizer = Bytes()
+    text, pieces = texts_of(tokenizer, list(whole))
+    assert text == whole.decode(errors="replace") and "".join(pieces) == text[: len("".join(pieces))]
+    assert tokenizer.num_decoded < 40 * len(whole)
+    text, pieces = texts_of(tokenizer, [0xFF] * 2000)
+    assert len("".join(pieces)) > 1990 and len(text) == 2000
+    assert tokenizer.num_decoded < 40 * (len(whole) + 2000)

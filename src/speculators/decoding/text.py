@@ -9,6 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from speculators.decoding.settings import SamplingParams
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MOST_WAITING = 8
+"""Tokens that may wait for the rest of a character. Bytes that are no text would wait for ever, and be decoded again
+with each token that follows."""
+MOST_UNFINISHED = 3
+"""Tokens that an unfinished character may have: UTF-8 has at most four bytes, and a token at least one."""
 
 
 class IncrementalText:
@@ -32,11 +37,14 @@ class IncrementalText:
     def add(self, token_id: int) -> bool:
         """Append a token; True when a stop string became complete (the text is then cut before or after it)."""
         self._token_ids.append(token_id)
-        known = self._decode(self._token_ids[self._context_start : self._num_read])
+        end, known = len(self._token_ids), self._decode(self._token_ids[self._context_start : self._num_read])
         window = self._decode(self._token_ids[self._context_start :])
-        if window.endswith(REPLACEMENT) or len(window) <= len(known):
-            return False  # inside a character, or no new text
-        return self._append(window[len(known) :])
+        if window.endswith(REPLACEMENT) and end - self._num_read > MOST_WAITING:
+            end -= MOST_UNFINISHED
+            window = self._decode(self._token_ids[self._context_start : end])
+        elif window.endswith(REPLACEMENT):
+            return False  # inside a character
+        return len(window) > len(known) and self._append(window[len(known) :], end)
 
     def finish(self) -> None:
         """Add an unfinished character as it is: no token will follow."""
@@ -60,10 +68,10 @@ class IncrementalText:
                 return length
         return 0
 
-    def _append(self, piece: str) -> bool:
+    def _append(self, piece: str, num_read: int) -> bool:
         num_before = len(self.text)
         self.text += piece
-        self._context_start, self._num_read = self._num_read, len(self._token_ids)
+        self._context_start, self._num_read = self._num_read, num_read
         if len(self._token_ids) <= self.min_tokens:
             return False
         starts = [(self.text.find(s, max(0, num_before - len(s) + 1)), s) for s in self.stop]
