@@ -216,7 +216,9 @@ def described(name: str, arguments: tuple[Any, ...], roots: list[str]) -> str | 
     elif name in ("os.rename", "os.symlink"):
         names = list(arguments[:2])
     elif name == "os.mkdir":
-        names = [] if os.path.exists(arguments[0]) else [arguments[0]]
+        # every rank makes the directory of parts; which one is first is no place that a number could name
+        is_told = not os.path.exists(arguments[0]) and os.path.basename(arguments[0]) != "sharded_state"
+        names = [arguments[0]] if is_told else []
     elif name in ("os.remove", "os.rmdir"):
         if arguments[-1] != -1:  # relative to a directory that is being removed
             return f"{name} inside"
