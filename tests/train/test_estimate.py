@@ -7,17 +7,20 @@ from importlib.resources import files
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from speculators.cli.app import main
 from speculators.data_generation import LocalSource
+from speculators.nn.decoder import recompute_mlps, recomputes_mlps
 from speculators.train.__main__ import main as module_main
+from speculators.train.algorithm import ALGORITHMS
 from speculators.train.config import TrainConfig
 from speculators.train.distributed import Ranks, own_part, ranks_to_estimate
 from speculators.train.estimate import records_near
-from speculators.train.events import Note, ignore
-from speculators.train.memory import at_length, probe_lengths, random_row
+from speculators.train.events import ConfigError, Note, ignore
+from speculators.train.memory import LEAST_CHUNK, at_length, probe_lengths, random_row
 from speculators.train.run import build, build_drafter, estimate, train
 from speculators.utils.util import LiveBytes
 
@@ -119,6 +122,96 @@ def test_what_each_of_several_ranks_holds_was_said(shards, rows_a_step, verifier
     buckets = 0 if shards else whole
     told = said.gradients_bytes + said.activations_bytes
     assert told / 1.05 < buckets + peak < told * 1.05
+
+
+def gradients(trainer, row):
+    trainer.parallel.module.train()
+    torch.manual_seed(0)
+    loss, _ = trainer.forward(trainer.parallel.module, row, trainer.config.train_call_kwargs)
+    loss.backward()
+    found = [param.grad for param in trainer.params if param.grad is not None]
+    trainer.optimizers.zero_grad()
+    return loss.detach(), *found
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_chunks_change_the_last_bits_and_recomputing_changes_none(algorithm, verifier, data, tmp_path):
+    """Of loss and gradients in fp32, for chunks of one row (16), some and the device's own choice."""
+    keys = {"total_seq_len": 128, "hidden_states_dtype": "float32"}
+    config = config_of(algorithm, verifier, data, tmp_path / "run", **keys)
+    trainer = build_drafter(config, Ranks(), ignore).trainer
+    row = random_row(trainer.model, config, 128, 64, 0.5)
+    whole = gradients(trainer, row)
+    for trainer.chunk_elements in (1, 40 * 1024):
+        torch.testing.assert_close(gradients(trainer, row), whole, rtol=2e-5, atol=2e-6)
+    trainer.chunk_elements = None
+    if recompute_mlps(trainer.model):
+        again = gradients(trainer, row)
+        assert all(torch.equal(*pair) for pair in zip(again, whole, strict=True))
+    else:
+        assert algorithm in ("medusa", "mlp")
+
+
+def test_a_drafter_recomputes_where_it_was_asked_to_or_refuses(verifier, data, tmp_path):
+    keys = {"total_seq_len": 128, "gradient_checkpointing": True}
+    drafter = build_drafter(config_of("mtp", verifier, data, tmp_path / "run", **keys), Ranks(), ignore)
+    assert recomputes_mlps(drafter.trainer.model)
+    with pytest.raises(ValueError, match="MedusaDraftModel has no feed-forward layer to recompute; leave it out"):
+        build_drafter(config_of("medusa", verifier, data, tmp_path / "other", **keys), Ranks(), ignore)
+
+
+def test_a_limit_picks_what_fits_and_refuses_what_cannot(verifier, data, tmp_path):
+    """First the chunks shrink, then feed-forward layers recompute; a step of the trainer stays under the limit."""
+    keys = {"total_seq_len": 256, "vllm_endpoint": "http://localhost:1/v1"}
+
+    def limited(limit_bytes):
+        config = config_of("eagle3", verifier, data, tmp_path / "run", **keys, max_memory=f"{limit_bytes}")
+        heard = []
+        drafter = build_drafter(config, Ranks(), heard.append)
+        [said] = [event.text for event in heard if isinstance(event, Note) and "--max-memory" in event.text]
+        return drafter, drafter.memory(), said
+
+    free = build_drafter(config_of("eagle3", verifier, data, tmp_path / "run", **keys), Ranks(), ignore).memory()
+    drafter, fitted, said = limited(free.total_bytes)
+    assert fitted == free and drafter.trainer.chunk_elements is None and "chunks as without it" in said
+
+    drafter, fitted, said = limited(free.total_bytes - 1)
+    chosen = drafter.trainer.chunk_elements
+    assert fitted.total_bytes < free.total_bytes and chosen < 1 << 22 and f"chunks of {chosen:,} logits" in said
+    assert not recomputes_mlps(drafter.trainer.model)
+
+    drafter.trainer.chunk_elements = LEAST_CHUNK
+    smallest = drafter.memory().total_bytes
+    drafter, fitted, said = limited(smallest - 1)
+    assert fitted.total_bytes < smallest and recomputes_mlps(drafter.trainer.model) and "recomputed" in said
+    trainer = drafter.trainer
+    row = random_row(trainer.model, drafter.config, 256, 64, 0.5)
+    there = [*trainer.model.parameters(), *trainer.model.buffers(), *row.values()]
+    with LiveBytes(there) as counted:
+        for _ in range(2):
+            trainer.backward(row, is_last=True)
+            trainer.step()
+    before = sum(tensor.nbytes for tensor in there)
+    assert before + counted.peak < 1.05 * smallest
+
+    with pytest.raises(ValueError, match=r"total-seq-len 256 takes .* Ways out: a smaller --total-seq-len, --fsdp"):
+        limited(smallest // 2)
+    with pytest.raises(ValueError, match=r"What stays between .* Ways out: --fsdp-shard .* --draft-vocab-size"):
+        limited(1000)
+    with pytest.raises(ConfigError, match="--max-memory much: 'much' is no number of bytes"):
+        limited("much")
+
+
+def test_a_limited_run_continues_with_the_same_bits(verifier, data, tmp_path):
+    keys = {"total_seq_len": 256, "contract_check": False, "parity_gate": False, "scheduler_type": "none"}
+    keys |= {"allow_changed_settings": True, "train_data_ratio": 0.5}
+    free = estimate(config_of("eagle3", verifier, data, tmp_path / "run", **keys)).memory.total_bytes
+    keys["max_memory"] = f"{free - 1}"
+    train(config_of("eagle3", verifier, data, tmp_path / "whole", **keys, max_steps=4))
+    for max_steps in (2, 4):
+        train(config_of("eagle3", verifier, data, tmp_path / "parts", **keys, max_steps=max_steps))
+    whole, parts = (load_file(tmp_path / name / "0" / "model.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_what_is_said_without_the_verifier_is_what_it_takes(verifier, data, tmp_path, monkeypatch):

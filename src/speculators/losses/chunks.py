@@ -7,6 +7,8 @@ of a row, V draft vocabulary, O verifier tokens outside it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculators.losses.closed_form import KernelOutput, LogitRows, LossKernel, TargetRows, TokenRows
+from speculators.losses.closed_form import AutogradKernel, LogitRows, LossKernel, TargetRows, TokenRows
 from speculators.losses.registry import KERNELS, LossFunction
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits per chunk, by device: on a CPU they fit its cache, on a GPU products are worth launching."""
+CHOSEN_ELEMENTS: ContextVar[int | None] = ContextVar("CHOSEN_ELEMENTS", default=None)
+"""See `chunks_of`."""
+FEWEST_ROWS = 16
 MIN_FILL = 0.5
 """A column of the table that fills at least this share of a chunk is padded; sparser ones are gathered."""
 
@@ -56,9 +61,24 @@ class OutsideHead(NamedTuple):
     """Verifier ids of the draft vocabulary, ascending."""
 
 
+def elements_per_chunk(device: torch.device) -> int:
+    return CHOSEN_ELEMENTS.get() or CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+
+
+@contextmanager
+def chunks_of(elements: int | None) -> Iterator[None]:
+    """Losses inside are computed in chunks of so many logits (at least 16 rows); None: as the device likes them. Their
+    sums are rounded otherwise, and nothing else changes."""
+    token = CHOSEN_ELEMENTS.set(elements)
+    try:
+        yield
+    finally:
+        CHOSEN_ELEMENTS.reset(token)
+
+
 def rows_per_chunk(device: torch.device, width: int, elements: int | None = None) -> int:
     """Rows of a chunk of logits over `width` tokens."""
-    return max(16, (elements or CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])) // width)
+    return max(FEWEST_ROWS, (elements or elements_per_chunk(device)) // width)
 
 
 @dataclass(frozen=True)
@@ -274,19 +294,3 @@ def kernel_of(function: LossFunction | WholeVocabulary) -> LossKernel | WholeVoc
     if isinstance(function, WholeVocabulary):
         return function
     return KERNELS[function] if function in KERNELS else AutogradKernel(function)
-
-
-@dataclass(frozen=True)
-class AutogradKernel:
-    function: LossFunction
-
-    def __call__(self, draft: LogitRows, target: TargetRows, wants_grad: bool) -> KernelOutput:
-        if isinstance(target, TokenRows):
-            raise ValueError(f"loss {self.function!r} needs target distributions, but the targets are tokens; use 'ce'")
-        if not wants_grad:
-            return self.function(draft.logits_NV, target.logits_NV), None
-        with torch.enable_grad():
-            logits_NV = draft.logits_NV.detach().requires_grad_()
-            loss_N = self.function(logits_NV, target.logits_NV)
-            (grad_NV,) = torch.autograd.grad(loss_N.sum(), logits_NV)
-        return loss_N.detach(), grad_NV

@@ -11,6 +11,7 @@ Shapes: N rows, V draft vocabulary. All tensors fp32 (or fp64). With p, q and th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -183,3 +184,21 @@ class ClosedForm(torch.autograd.Function):
         (grad_NV,) = ctx.saved_tensors
         shape, dtype = ctx.like
         return None, (grad_NV * grad_loss.reshape(-1, 1)).view(shape).to(dtype), None
+
+
+@dataclass(frozen=True)
+class AutogradKernel:
+    """Any other function of draft and target logits, differentiated by autograd."""
+
+    function: Callable[..., Tensor]
+
+    def __call__(self, draft: LogitRows, target: TargetRows, wants_grad: bool) -> KernelOutput:
+        if isinstance(target, TokenRows):
+            raise ValueError(f"loss {self.function!r} needs target distributions, but the targets are tokens; use 'ce'")
+        if not wants_grad:
+            return self.function(draft.logits_NV, target.logits_NV), None
+        with torch.enable_grad():
+            logits_NV = draft.logits_NV.detach().requires_grad_()
+            loss_N = self.function(logits_NV, target.logits_NV)
+            (grad_NV,) = torch.autograd.grad(loss_N.sum(), logits_NV)
+        return loss_N.detach(), grad_NV

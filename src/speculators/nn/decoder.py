@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from speculators.nn.attention import Attention, AttentionFunction, FusedAttention, concatenated
 from speculators.nn.norms import RMSNorm
@@ -37,6 +38,9 @@ def activation(name: str):
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x))"""
 
+    recomputes = False
+    """Whether training keeps the input alone, and computes the rest a second time in the backward pass."""
+
     def __init__(self, config: Any):
         super().__init__()
         bias = bool(getattr(config, "mlp_bias", False))
@@ -46,10 +50,27 @@ class MLP(nn.Module):
         self.act = activation(config.hidden_act)
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self.product, hidden_BTH, use_reentrant=False, preserve_rng_state=False)
+        return self.product(hidden_BTH)
+
+    def product(self, hidden_BTH: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(hidden_BTH)) * self.up_proj(hidden_BTH))
 
     def fused(self) -> FusedMLP:
         return FusedMLP(self)
+
+
+def recompute_mlps(model: nn.Module) -> bool:
+    """Makes all feed-forward parts of a model recompute (`MLP.recomputes`). Returns whether it has any."""
+    mlps = [module for module in model.modules() if isinstance(module, MLP)]
+    for mlp in mlps:
+        mlp.recomputes = True
+    return bool(mlps)
+
+
+def recomputes_mlps(model: nn.Module) -> bool:
+    return any(isinstance(module, MLP) and module.recomputes for module in model.modules())
 
 
 class FusedMLP(nn.Module):

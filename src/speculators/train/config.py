@@ -32,7 +32,6 @@ from speculators.train.keys import (
     SchedulerKeys,
     TrainerKeys,
     VerifierKeys,
-    check_together,
     group_of,
 )
 from speculators.utils.files import atomic_write
@@ -258,3 +257,21 @@ def read_yaml(path: str | Path, given: Mapping[str, Any] | None = None) -> tuple
                 raise ConfigError(f"--config {path} gives {name} twice")
             flat[name] = item
     return flat, headings
+
+
+def check_together(values: dict[str, Any]) -> str | None:
+    """Returns what is wrong between keys that are each valid alone, in one sentence; None where they agree."""
+    freq = values["checkpoint_freq"]
+    if freq > 1 and freq != int(freq):
+        return f"checkpoint_freq={freq}: above 1 it counts whole epochs, so it must be an integer"
+    if (values["d2t_path"] is None) != (values["t2d_path"] is None):
+        return "d2t_path and t2d_path describe one mapping: give both, or neither"
+    if values["save_best"] and values["train_data_ratio"] == 1.0:
+        return "save_best needs validation rows, but train_data_ratio=1.0 leaves none; use e.g. 0.9"
+    if values["verifier_device_map"] and values["verifier_device"]:
+        return "verifier_device_map says where every layer is: leave out verifier_device"
+    if values["verifier_device_map"] and values["eval_prompts"]:
+        return "eval_prompts are decoded on one device: leave them out beside verifier_device_map"
+    if values["eval_prompts"] and values["train_data_ratio"] == 1.0:
+        return "eval_prompts are held-out rows, but train_data_ratio=1.0 leaves none; use e.g. 0.9"
+    return None

@@ -122,6 +122,8 @@ def configs_of(
         if len(reasons) == len(configs):
             raise ConfigError(f"{'; '.join(dict.fromkeys(reasons.values()))}: leave out {flag_of(key)}")
     refuse_different(configs)
+    if len(configs) > 1 and any(config.trainer.max_memory for config in configs):
+        raise ConfigError("--max-memory measures one drafter: leave it out beside several, or train them apart")
     return configs
 
 

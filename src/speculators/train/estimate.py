@@ -8,18 +8,13 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
-import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from speculators.train.checkpoint_files import is_saved_epoch
-from speculators.train.config import TrainConfig
-from speculators.train.data import ArrowDataset
-from speculators.train.memory import MemoryEstimate, Probe, at_length, estimate_memory, probes_of
+from speculators.train.memory import MemoryEstimate, Probe, at_length
 from speculators.train.optimizers import num_steps_of
 from speculators.train.parallel import Sharded
-from speculators.train.sources import computes_in_process
-from speculators.train.trainer import Trainer
+from speculators.train.side_by_side import Drafter
 from speculators.utils.report import TableReport, facts_table, human_bytes
 
 NEAR = 4.0
@@ -93,15 +88,11 @@ class RunEstimate(TableReport):
         return f"about {human_bytes(self.memory.total_bytes)} of memory for each rank{near}"
 
 
-def estimate_run(
-    trainer: Trainer, config: TrainConfig, train_set: ArrowDataset, verifier_config: PretrainedConfig, hidden_size: int
-) -> RunEstimate:
+def estimate_run(drafter: Drafter) -> RunEstimate:
     """Estimates without training and without the verifier's weights; of those the drafter reads its own copies."""
-    is_here = computes_in_process(config.data) or config.trainer.eval_prompts
-    verifier_bytes = weights_of(verifier_config, config.data.hidden_states_dtype) if is_here else 0
+    trainer, config, train_set = drafter.trainer, drafter.config, drafter.datasets[0]
     supervised, num_tokens = int(train_set.trained_per_row(train_set.max_len).sum()), sum(train_set.lengths)
-    probes = probes_of(trainer, config, train_set, hidden_size)
-    memory = estimate_memory(trainer, config, probes, hidden_size, verifier_bytes)
+    probes, memory = drafter.measure()
     kept = config.data.cache_hidden_states * num_tokens * memory.states_bytes // config.data.total_seq_len
     keys, times = config.trainer, [(probe.num_tokens, probe.time_s) for probe in probes]
     num_epochs = math.ceil(
@@ -124,13 +115,6 @@ def estimate_run(
         stored_states_bytes=kept,
         records=tuple(records_near(config.speculator_type, supervised * num_epochs)),
     )
-
-
-def weights_of(config: PretrainedConfig, dtype: str) -> int:
-    """Bytes of a verifier, without its weights."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return sum(param.numel() for param in model.parameters()) * getattr(torch, dtype).itemsize
 
 
 def records_near(speculator_type: str, num_trained_tokens: int) -> list[dict[str, Any]]:

@@ -8,11 +8,11 @@ heading) and the keyword an algorithm's `from_training_args` receives. What one 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY
+from speculators.data_generation.configs import DEFAULT_STATES_DIRECTORY, parse_bytes
 from speculators.training_keys import (
     EQUAL,
     IDLE,
@@ -114,7 +114,15 @@ class TrainerKeys(Keys):
         False, description="Continue even if settings that shape the result differ from those the run began with."
     )
     rank_timeout: float = Field(600.0, gt=0.0, description="Seconds without an answer of another rank that end a run.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    max_memory: str | None = Field(
+        None,
+        description="Most memory of each rank, e.g. 20GB, as --estimate measures it. Where a step takes more, its "
+        "losses are computed in smaller chunks of logits and then with --gradient-checkpointing: time and the last "
+        "bits of sums change, nothing else. What still takes more is refused before the run.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute what feed-forward layers keep: less memory, more time, the same bits."
+    )
     fsdp_shard: bool = Field(
         False, description="Split trained weights, gradients and optimizer state over the ranks of torchrun (FSDP2)."
     )
@@ -129,6 +137,13 @@ class TrainerKeys(Keys):
     save_path: str = Field("./output/checkpoints", description="Run directory.")
     contract_check: bool = Field(True, description="At the end, check that vLLM would serve the checkpoint as trained.")
     parity_gate: bool = Field(True, description="At the end, check that the checkpoint drafts what it was trained to.")
+
+    @field_validator("max_memory")
+    @classmethod
+    def is_number_of_bytes(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
 
 
 class LoggingKeys(Keys):
@@ -268,21 +283,3 @@ def group_of() -> dict[str, str]:
     """Generic key -> the group it belongs to; keys of the run itself belong to ''."""
     keys = dict.fromkeys(RunKeys.model_fields, "")
     return keys | {name: group for group, model in GROUPS.items() for name in model.model_fields}
-
-
-def check_together(values: dict[str, Any]) -> str | None:
-    """Returns what is wrong between keys that are each valid alone, in one sentence; None where they agree."""
-    freq = values["checkpoint_freq"]
-    if freq > 1 and freq != int(freq):
-        return f"checkpoint_freq={freq}: above 1 it counts whole epochs, so it must be an integer"
-    if (values["d2t_path"] is None) != (values["t2d_path"] is None):
-        return "d2t_path and t2d_path describe one mapping: give both, or neither"
-    if values["save_best"] and values["train_data_ratio"] == 1.0:
-        return "save_best needs validation rows, but train_data_ratio=1.0 leaves none; use e.g. 0.9"
-    if values["verifier_device_map"] and values["verifier_device"]:
-        return "verifier_device_map says where every layer is: leave out verifier_device"
-    if values["verifier_device_map"] and values["eval_prompts"]:
-        return "eval_prompts are decoded on one device: leave them out beside verifier_device_map"
-    if values["eval_prompts"] and values["train_data_ratio"] == 1.0:
-        return "eval_prompts are held-out rows, but train_data_ratio=1.0 leaves none; use e.g. 0.9"
-    return None

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from speculators.data_generation.configs import parse_bytes
+from speculators.losses.chunks import elements_per_chunk, rows_per_chunk
 from speculators.model import SpeculatorModel
+from speculators.nn.decoder import recompute_mlps
 from speculators.train.config import TrainConfig
-from speculators.train.data import ArrowDataset, CollateFn
+from speculators.train.data import ArrowDataset, Batch, CollateFn
 from speculators.train.distributed import own_part
 from speculators.train.optimizers import suits_muon
 from speculators.train.records import BYTES_FP32, checkpoint_bytes
@@ -29,6 +32,8 @@ from speculators.utils.util import LiveBytes
 
 PROBE_TOKENS = 512
 """Shorter row of the probe; the other is twice as long. A row of the run that is no longer is measured itself."""
+LEAST_CHUNK = 1 << 16
+"""Logits of the smallest chunks that --max-memory chooses: 4 MB at most of what a loss keeps of them."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def probe(trainer: Trainer, config: TrainConfig, num_tokens: int, hidden_size: i
     return Probe(num_tokens, peak, time_s)
 
 
-def row_of_step(trainer: Trainer, inputs: Mapping[str, Any]) -> float:
+def row_of_step(trainer: Trainer, inputs: Batch) -> float:
     """Takes a row, beside the gradients of the rows before it where a step has several, and returns its seconds."""
     if trainer.rows_a_step > 1:
         one_row(trainer, inputs, is_last=False)
@@ -103,15 +108,12 @@ def row_of_step(trainer: Trainer, inputs: Mapping[str, Any]) -> float:
     return time.perf_counter() - start
 
 
-def one_row(trainer: Trainer, inputs: Mapping[str, Any], *, is_last: bool) -> None:
-    device, dtype = trainer.ranks.device, trainer.config.hidden_states_dtype
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+def one_row(trainer: Trainer, inputs: Batch, *, is_last: bool) -> None:
     with trainer.parallel.row(is_last):
-        with autocast:
-            _, loss, metrics = trainer.model(**inputs, **trainer.config.train_call_kwargs)
-        (metrics["loss"] if loss is None else loss).backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        loss, _ = trainer.forward(trainer.parallel.module, inputs, trainer.config.train_call_kwargs)
+        loss.backward()
+    if trainer.ranks.device.type == "cuda":
+        torch.cuda.synchronize(trainer.ranks.device)
 
 
 def random_row(
@@ -139,14 +141,19 @@ def random_row(
 def probes_of(trainer: Trainer, config: TrainConfig, train_set: ArrowDataset, hidden_size: int) -> list[Probe]:
     """With the share of supervised tokens that the data have."""
     supervised = float(train_set.trained_per_row(train_set.max_len).sum() / sum(train_set.lengths))
-    num_anchors = trainer.config.train_call_kwargs.get("max_anchors") or 0
-    lengths = probe_lengths(config.data.total_seq_len, num_anchors, supervised)
+    length, num_anchors = config.data.total_seq_len, trainer.config.train_call_kwargs.get("max_anchors") or 0
+    widest = max(param.shape[0] for param in trainer.model.parameters() if param.ndim == 2)
+    vocab_size = getattr(trainer.model, "draft_vocab_size", None) or widest
+    chunk_rows = rows_per_chunk(trainer.ranks.device, vocab_size, trainer.chunk_elements)
+    fills_a_chunk = chunk_rows < supervised * length
+    lengths = probe_lengths(length, max(num_anchors, chunk_rows if fills_a_chunk else 0), supervised)
     return [probe(trainer, config, num_tokens, hidden_size, supervised) for num_tokens in lengths]
 
 
-def probe_lengths(length: int, num_anchors: int, supervised: float) -> list[int]:
-    """Both rows have all the anchors that are sampled: with more of them a step grows faster than with tokens."""
-    short = max(PROBE_TOKENS, math.ceil(1.25 * num_anchors / supervised))
+def probe_lengths(length: int, num_asked: int, supervised: float) -> list[int]:
+    """Both rows have all the anchors that are sampled and fill a chunk of logits: until then a step grows faster with
+    the row than after. `num_asked`: supervised tokens that this takes."""
+    short = max(PROBE_TOKENS, math.ceil(1.25 * num_asked / supervised))
     return [length] if length <= 2 * short else [short, 2 * short]
 
 
@@ -181,3 +188,72 @@ def estimate_memory(
         activations_bytes=max(0, peak),
         checkpoint_bytes=checkpoint_bytes(model),
     )
+
+
+def measure_memory(
+    trainer: Trainer, config: TrainConfig, train_set: ArrowDataset, hidden_size: int, verifier_bytes: int
+) -> tuple[list[Probe], MemoryEstimate]:
+    """Measures what a rank needs. With --max-memory the trainer's steps take less from here on, if they have to: the
+    largest chunks of logits that fit, without recomputing where that is enough. Raises `ValueError` where it is not.
+    """
+
+    def measure(chunk_elements: int | None) -> tuple[list[Probe], MemoryEstimate]:
+        trainer.chunk_elements = chunk_elements
+        probes = probes_of(trainer, config, train_set, hidden_size)
+        return probes, estimate_memory(trainer, config, probes, hidden_size, verifier_bytes)
+
+    if config.trainer.max_memory is None:
+        return measure(trainer.chunk_elements)
+    limit_bytes = parse_bytes(config.trainer.max_memory)
+    sizes = chunk_sizes(trainer.chunk_elements or elements_per_chunk(trainer.ranks.device))
+
+    def fits(found: tuple[list[Probe], MemoryEstimate]) -> bool:  # on every rank, as probes are taken together
+        return not trainer.ranks.any(found[1].total_bytes > limit_bytes)
+
+    if fits(found := measure(trainer.chunk_elements)):
+        return found
+    if not fits(smallest := measure(sizes[-1])):
+        if not recompute_mlps(trainer.model):
+            raise ValueError(too_large(*smallest, config))
+        if fits(found := measure(None)):
+            return found
+        if not fits(smallest := measure(sizes[-1])):
+            raise ValueError(too_large(*smallest, config))
+    best, low, high = smallest, 0, len(sizes) - 1  # sizes[low] is too large, sizes[high] fits
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = measure(sizes[middle])
+        best, low, high = (found, low, middle) if fits(found) else (best, middle, high)
+    trainer.chunk_elements = sizes[high]
+    return best
+
+
+def chunk_sizes(largest: int) -> list[int]:
+    """Logits of a chunk that are tried: halves, down to `LEAST_CHUNK`."""
+    return [largest >> n for n in range(largest.bit_length()) if n == 0 or largest >> n >= LEAST_CHUNK]
+
+
+def too_large(probes: Sequence[Probe], found: MemoryEstimate, config: TrainConfig) -> str:
+    """Says what does not fit, by use, and what would."""
+    limit_bytes, length = parse_bytes(str(config.trainer.max_memory)), config.data.total_seq_len
+    with_row = found.states_bytes + found.activations_bytes
+    kept = found.total_bytes - with_row
+    if kept > limit_bytes:
+        what = f"what stays between steps takes {human_bytes(kept)} alone, whatever the length of a row"
+        ways = []
+    else:
+        what = f"a row of --total-seq-len {length} takes {human_bytes(with_row)} beside {human_bytes(kept)} that stay"
+        ways = ["a smaller --total-seq-len"]
+    ways += ["--fsdp-shard over the ranks of torchrun", "a smaller --draft-vocab-size"]
+    ways += ["the verifier on a server (--vllm-endpoint)"] if found.verifier_bytes else []
+    return (
+        f"--max-memory {config.trainer.max_memory}: with the smallest chunks of logits, and what can be recomputed "
+        f"recomputed, each rank needs {found}. {what[0].upper()}{what[1:]}. Ways out: {', '.join(ways)}"
+    )
+
+
+def weights_of(config: PretrainedConfig, dtype: str) -> int:
+    """Bytes of a verifier, without its weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return sum(param.numel() for param in model.parameters()) * getattr(torch, dtype).itemsize

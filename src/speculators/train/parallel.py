@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from speculators.model import SpeculatorModel
+from speculators.nn.decoder import recompute_mlps
 from speculators.train.distributed import ESTIMATING, Ranks, hearing_others, own_part, whole_tensor
 from speculators.train.records import TrainerConfig
 
@@ -175,7 +176,14 @@ class Sharded(Alone):
 
 
 def parallelise(model: SpeculatorModel, ranks: Ranks, config: TrainerConfig, tell: Callable[[str], None]) -> Alone:
-    """Makes the way in which the ranks train `model`. Raises `RankError` when a rank does not answer."""
+    """Makes the way in which the ranks train `model`. Raises `RankError` when a rank does not answer, and `ValueError`
+    where nothing of the model can be recomputed as --gradient-checkpointing asks."""
+    if config.gradient_checkpointing and not recompute_mlps(model):
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(
+                f"--gradient-checkpointing: {type(model).__name__} has no feed-forward layer to recompute; leave it out"
+            )
+        model.gradient_checkpointing_enable()  # of its own kind
     if ranks.world_size > 1:
         return Sharded(model, ranks, config.hidden_states_dtype) if config.fsdp_shard else Replicated(model, ranks)
     if config.fsdp_shard:

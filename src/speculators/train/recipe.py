@@ -65,6 +65,7 @@ FREE_KEYS = frozenset(
         "log_every",
         "log_freq",
         "logger",
+        "max_memory",
         "max_retries",
         "num_workers",
         "on_missing",

@@ -144,9 +144,7 @@ def build(config: TrainConfig, ranks: Ranks, on_event: Listener, verifier: PreTr
 def estimate(config: TrainConfig, on_event: Listener = ignore) -> RunEstimate:
     """Says what a run needs and what it may give. Trains nothing, writes nothing and does not load the verifier."""
     with ranks_to_estimate(config.estimate_ranks, config.trainer.rank_timeout) as ranks:
-        drafter = build_drafter(config, ranks, on_event if ranks.is_main else ignore)
-        verifier_config = load_verifier_config(verifier_name(config), config.verifier.trust_remote_code)
-        return estimate_run(drafter.trainer, config, drafter.datasets[0], verifier_config, drafter.hidden_size)
+        return estimate_run(build_drafter(config, ranks, on_event if ranks.is_main else ignore))
 
 
 def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Drafter:
@@ -193,7 +191,7 @@ def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Draf
         num_tokens=sum(train_set.lengths),
     )
     closed = trainer.is_finished() and not config.dry_run and is_closed(config, trainer.result())
-    return Drafter(
+    drafter = Drafter(
         config=config,
         trainer=trainer,
         datasets=datasets,
@@ -204,7 +202,10 @@ def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Draf
         is_closed=closed,
         random_state=ranks.random_state(),
         hidden_size=hidden_size,
+        verifier_config=verifier_config,
     )
+    drafter.fit_into_memory()
+    return drafter
 
 
 def give_states(drafters: Sequence[Drafter], ranks: Ranks, verifier: PreTrainedModel | None) -> None:
@@ -215,7 +216,6 @@ def give_states(drafters: Sequence[Drafter], ranks: Ranks, verifier: PreTrainedM
     first, config = going[0], going[0].config
     data, name, note = config.data, verifier_name(config), as_notes(first.on_event)
     capture = union_of([drafter.trainer.model.capture for drafter in going])
-    hidden_size = text_config(load_verifier_config(name, config.verifier.trust_remote_code)).hidden_size
     store = first.store if len(going) == 1 else open_store(data, capture, name, note)
     dtype = getattr(torch, data.hidden_states_dtype)
     verifier_model, computing = None, None
@@ -223,14 +223,14 @@ def give_states(drafters: Sequence[Drafter], ranks: Ranks, verifier: PreTrainedM
         verifier_model = checked_verifier(config, ranks, dtype, verifier)
         computing = LocalSource(verifier_model, capture)
     elif not first.reads_files_alone:
-        computing = ask_server(data, capture, name, hidden_size, note)
+        computing = ask_server(data, capture, name, first.hidden_size, note)
     for drafter in going:
         if drafter.config.trainer.eval_prompts:
             if verifier_model is None:
                 note("the verifier is loaded to decode --eval-prompts; its states come from elsewhere")
                 verifier_model = checked_verifier(config, ranks, dtype, verifier)
             drafter.decode_prompts(verifier_model)
-    source = make_source(data, store, computing, hidden_size)
+    source = make_source(data, store, computing, first.hidden_size)
     for drafter, readable in zip(going, shared(source, going), strict=True):
         for dataset in drafter.datasets:
             dataset.source = readable

@@ -20,19 +20,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from speculators.data_generation import InvalidResponseError, ServerUnavailableError, ShardedStore
 from speculators.data_generation.offline import columns_of
 from speculators.data_generation.sources.cached import key_of
 from speculators.interfaces import CaptureSpec, HiddenStateSource, VerifierStates
+from speculators.nn.decoder import recomputes_mlps
 from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset
 from speculators.train.distributed import RandomState, Ranks
-from speculators.train.events import Listener
+from speculators.train.events import Listener, Note
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
-from speculators.train.memory import MemoryEstimate, estimate_memory, probes_of
+from speculators.train.memory import MemoryEstimate, Probe, measure_memory, weights_of
 from speculators.train.records import TrainResult
+from speculators.train.sources import computes_in_process
 from speculators.train.trainer import RowsDone, Trainer
 from speculators.train.validation import PromptDecoder
 
@@ -55,6 +57,7 @@ class Drafter:
     """With which its next step begins."""
     hidden_size: int
     """Of the verifier."""
+    verifier_config: PretrainedConfig
     verifier: PreTrainedModel | None = None
     """Where it is in this process."""
 
@@ -63,11 +66,26 @@ class Drafter:
         return self.config.speculator_type
 
     def memory(self) -> MemoryEstimate:
-        """What the run needs, measured on short rows."""
-        params = [] if self.verifier is None else list(self.verifier.parameters())
-        num_bytes = sum(param.numel() * param.element_size() for param in params)
-        probes = probes_of(self.trainer, self.config, self.datasets[0], self.hidden_size)
-        return estimate_memory(self.trainer, self.config, probes, self.hidden_size, num_bytes)
+        """What the run needs, measured on short rows; within --max-memory, or refused."""
+        return self.measure()[1]
+
+    def measure(self) -> tuple[list[Probe], MemoryEstimate]:
+        data, num_bytes = self.config.data, 0
+        if self.verifier is not None:
+            num_bytes = sum(param.numel() * param.element_size() for param in self.verifier.parameters())
+        elif computes_in_process(data) or self.config.trainer.eval_prompts:
+            num_bytes = weights_of(self.verifier_config, data.hidden_states_dtype)
+        return measure_memory(self.trainer, self.config, self.datasets[0], self.hidden_size, num_bytes)
+
+    def fit_into_memory(self) -> None:
+        """Makes its steps take less than --max-memory, where that is given. Raises `ValueError` where they cannot."""
+        limit, keys = self.config.trainer.max_memory, self.trainer
+        if limit is None or self.is_closed or keys.is_finished():
+            return
+        found = self.memory()
+        chunks = f"chunks of {keys.chunk_elements:,} logits" if keys.chunk_elements else "chunks as without it"
+        recomputed = ", feed-forward layers recomputed" if recomputes_mlps(keys.model) else ""
+        self.on_event(Note(f"--max-memory {limit}: {chunks}{recomputed}; {found}"))
 
     def decode_prompts(self, verifier: PreTrainedModel) -> None:
         rows, num_prompts = self.datasets[-1].rows, self.config.trainer.eval_prompts

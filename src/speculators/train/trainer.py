@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from speculators.data_generation import InvalidResponseError, ServerUnavailableError
+from speculators.losses.chunks import chunks_of
 from speculators.losses.metrics import MetricSums, expected_acceptance_length
 from speculators.model import SpeculatorModel
 from speculators.train.checkpoint_files import (
@@ -65,8 +66,7 @@ class Trainer:
         if len(self.train_loader) == 0:
             raise ValueError("not one packed row to train on: add documents, or use fewer processes")
         self.model = model.to(self.ranks.device)  # type: ignore[arg-type]
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+        self.chunk_elements: int | None = None  # logits of a chunk of the losses; None: the device's own choice
         self.parallel = parallelise(model, self.ranks, config, self.tell)
         self.params = [param for param in model.parameters() if param.requires_grad]
         self.optimizers = make_optimizers(model, config)
@@ -224,7 +224,7 @@ class Trainer:
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         device, dtype = self.ranks.device, self.config.hidden_states_dtype
         inputs = self.ranks.moved(batch, left_out=("error_records",), on_host=self.model.columns_on_host)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32), chunks_of(self.chunk_elements):
             _, loss, metrics = module(**inputs, **call_kwargs)
         return (metrics["loss"] if loss is None else loss), metrics
 
