@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.optim import AdamW
 from training_toys import trainer_config
 
-from speculators.train.optimizers import Schedule, make_optimizers, make_schedule
+from speculators.train.optimizers import FUSED_ON, Schedule, make_optimizers, make_schedule
 
 
 class Toy(nn.Module):
@@ -101,3 +102,53 @@ def test_what_was_allowed_to_change_is_used_when_a_run_continues(make_model):
     before, now = (make_optimizers(make_model(), trainer_config(weight_decay=decay)) for decay in (0.01, 0.5))
     now.load_state_dict(before.state_dict())
     assert [group["weight_decay"] for part in now.optimizers for group in part.param_groups] == [0.5]
+
+
+def stepped(optimizers, model, num_steps):
+    """Takes steps with the same gradients for every model of this shape."""
+    params = [param for param in model.parameters() if param.requires_grad]
+    for step in range(num_steps):
+        generator = torch.Generator().manual_seed(step)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizers.clipped_step(params, 0.5)
+    return [param.detach() for param in params]
+
+
+def toys():
+    """Two models with the same weights."""
+    first, second = Toy(), Toy()
+    second.load_state_dict(first.state_dict())
+    return first, second
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_fused_step_is_the_step_of_the_loop(optimizer):
+    """The twin on a CPU of what GPUs run; rounding of fp32 alone."""
+    loop, fused = toys()
+    config = trainer_config(optimizer=optimizer, weight_decay=0.1, lr=0.1)
+    plain, together = make_optimizers(loop, config), make_optimizers(fused, config, fused=True)
+    assert [part.param_groups[0].get("fused") for part in together.optimizers if type(part) is AdamW] == [True]
+    torch.testing.assert_close(stepped(together, fused, 5), stepped(plain, loop, 5), rtol=1e-5, atol=1e-6)
+
+
+def test_the_route_of_the_parameters_chooses_the_fused_step():
+    """Not what the machine has: on a CPU it is the loop, whose bits are those of earlier releases."""
+    [on_cpu] = make_optimizers(Toy(), trainer_config(optimizer="adamw")).optimizers
+    assert on_cpu.param_groups[0]["fused"] is None
+    assert FUSED_ON == ("cuda",)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, True), (True, None)])
+def test_a_run_continues_from_a_loop_into_a_fused_step_and_back(before, after):
+    """As from a CPU to a GPU: the moments go on, and the step is the one that this run chose."""
+    model, reference = toys()
+    config = trainer_config(optimizer="adamw", lr=0.1)
+    plain = make_optimizers(reference, config)
+    stepped(plain, reference, 2)
+    first = make_optimizers(model, config, fused=before)
+    stepped(first, model, 2)
+    second = make_optimizers(model, config, fused=after)
+    second.load_state_dict(first.state_dict())
+    assert second.optimizers[0].param_groups[0]["fused"] is after
+    torch.testing.assert_close(stepped(second, model, 3), stepped(plain, reference, 3), rtol=1e-5, atol=1e-6)

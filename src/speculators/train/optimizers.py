@@ -24,6 +24,8 @@ from speculators.train.records import TrainerConfig
 
 NOT_FOR_MUON = ("embed_tokens", "lm_head", "codebook", "markov_w1", "markov_w2")
 MAX_GRAD_NORM = 1.0
+FUSED_ON = ("cuda",)
+"""Devices of parameters that one kernel updates together. On a CPU the loop's bits are those of earlier releases."""
 
 
 class ShardedMuon(Muon):
@@ -101,9 +103,9 @@ class Optimizers:
                 index: {key: split_like(params[index], value) for key, value in values.items()}
                 for index, values in state[name]["state"].items()
             }
-            optimizer.load_state_dict({**state[name], "state": of_params})
-            for group, settings in zip(optimizer.param_groups, own, strict=True):
-                group.update(settings)  # torch takes over the checkpoint's, whatever this run was told
+            # this run's settings: torch would take over the checkpoint's, and place what a fused step reads by them
+            groups = [{**old, **new} for old, new in zip(state[name]["param_groups"], own, strict=True)]
+            optimizer.load_state_dict({"state": of_params, "param_groups": groups})
 
 
 def name_of(optimizer: Optimizer) -> str:
@@ -111,13 +113,16 @@ def name_of(optimizer: Optimizer) -> str:
     return "Muon" if isinstance(optimizer, Muon) else type(optimizer).__name__
 
 
-def make_optimizers(model: nn.Module, config: TrainerConfig) -> Optimizers:
-    """Assigns every trainable parameter to an optimizer. Raises `ValueError` when the model has none to train."""
+def make_optimizers(model: nn.Module, config: TrainerConfig, *, fused: bool | None = None) -> Optimizers:
+    """Assigns every trainable parameter to an optimizer. Raises `ValueError` when the model has none to train.
+
+    `fused`: one kernel updates many parameters of AdamW. None: where they are on a GPU (`FUSED_ON`).
+    """
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no trainable parameter: nothing to train")
     if config.optimizer == "adamw":
-        return Optimizers([adamw([param for _, param in trainable], config)])
+        return Optimizers([adamw([param for _, param in trainable], config, fused)])
     matrices = [param for name, param in trainable if suits_muon(name, param)]
     rest = [param for name, param in trainable if not suits_muon(name, param)]
     parts: list[Optimizer] = []
@@ -134,13 +139,15 @@ def make_optimizers(model: nn.Module, config: TrainerConfig) -> Optimizers:
             )
         )
     if rest:
-        parts.append(adamw(rest, config))
+        parts.append(adamw(rest, config, fused))
     return Optimizers(parts)
 
 
-def adamw(params: list[torch.nn.Parameter], config: TrainerConfig) -> AdamW:
-    # torch chooses foreach or fused per device; both give the same bits in every run on one machine
-    return AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+def adamw(params: list[torch.nn.Parameter], config: TrainerConfig, fused: bool | None) -> AdamW:
+    if fused is None:
+        fused = all(param.device.type in FUSED_ON for param in params)
+    # None: torch's own choice of a loop, which gives the same bits in every run on one machine
+    return AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=fused or None)
 
 
 def suits_muon(name: str, param: torch.nn.Parameter) -> bool:
