@@ -9,15 +9,15 @@ import torch
 from deploy_toys import DRAFT_VOCAB, HIDDEN, VERIFIER, VOCAB, WIDTH, edit_config, edit_tensors, save
 from quantised_toys import compressed, config_values, plain_tensors, quantised_fp8, write_directory, write_gguf
 from safetensors.torch import load_file, save_file
-
-from speculators import SpeculatorModel, SpeculatorModelConfig
-from speculators.cli.app import run
-from speculators.convert import convert_checkpoint, convert_model, maybe_convert_external_checkpoint
 from speculators.convert.dflash import DFlashConverter
 from speculators.convert.eagle import Eagle3Converter
 from speculators.convert.eagle.utils import detect_fusion_bias_and_layernorms, find_vocab_size
 from speculators.convert.mtp import MTPConverter
 from speculators.convert.utils import ensure_checkpoint_is_local, load_checkpoint_config, load_checkpoint_weights
+
+from speculators import SpeculatorModel, SpeculatorModelConfig
+from speculators.cli.app import run
+from speculators.convert import convert_checkpoint, convert_model, maybe_convert_external_checkpoint
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.export import export_checkpoint
 from speculators.utils.loading import load_model_layers
