@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ from speculators.decoding.request_builder import usable_length
 from speculators.decoding.target import DecodingTarget, VerifierSource, open_target
 from speculators.deploy.check import check_checkpoint
 from speculators.evaluation.config import DiagnoseConfig
-from speculators.evaluation.diagnosis import INACTIVE, Cause, Diagnosis, causes_of_check, ranked
+from speculators.evaluation.diagnosis import FAULTY, INACTIVE, Diagnosis, causes_of_check, ranked
 from speculators.evaluation.diagnosis_drafter import Examination
 from speculators.evaluation.diagnosis_probes import Rebuild
 from speculators.evaluation.diagnosis_server import diagnose_server
 from speculators.evaluation.diagnosis_texts import Row, Training
 from speculators.evaluation.parity import recorded_num_tokens
+from speculators.evaluation.server_check import inactive_causes
 from speculators.losses.metrics import expected_acceptance_length
 from speculators.model import SpeculatorModel
 from speculators.train.checkpoint_files import METRICS_FILE
@@ -111,7 +112,14 @@ def diagnose_running(
     model = None if path is None else SpeculatorModel.from_pretrained(path, verifier=name, dtype=torch.float32)
     prompts = prompts_of(data, find_training(path, data), target, config)
     rebuilt = None if model is None else rebuilding(model, target)
-    return diagnose_server(server, plain_url, path, model, target, prompts.token_ids, rebuilt, config, show)
+    found = diagnose_server(server, plain_url, path, model, target, prompts.token_ids, rebuilt, config, show)
+    if path is None or model is None or any(cause.rank <= FAULTY for cause in found.causes):
+        return found
+    # it drafts as our engine does with this checkpoint, so what is wrong with the checkpoint is wrong with the server
+    examination = begin(path, model, target, data, config)
+    own = [*causes_of_check(check_checkpoint(path, verifier=name).findings), *examination.causes(show)]
+    measured, not_examined = examination.measured | found.measured, examination.not_examined | found.not_examined
+    return replace(found, causes=ranked([*found.causes, *own]), measured=measured, not_examined=not_examined)
 
 
 def recorded_verifier(path: Path | None, verifier: VerifierSource | None) -> str | None:
@@ -189,23 +197,6 @@ def rebuilding(model: SpeculatorModel, target: DecodingTarget) -> Rebuild:
         return other.to(target.model.device)  # type: ignore[arg-type]
 
     return rebuilt
-
-
-def inactive_causes(path: Path, engine_config: Mapping[str, Any], config: DiagnoseConfig) -> Iterator[Cause]:
-    """Settings with which an engine drafts nothing, or not with this checkpoint."""
-    num_drafts = engine_config.get("num_speculative_tokens", config.num_speculative_tokens)
-    fix = f"serve it as `speculators serve {path}` does"
-    if num_drafts == 0:
-        sentence = "num_speculative_tokens is 0: nothing is drafted, every token is the verifier's own"
-        yield Cause("inactive", sentence, {"num_speculative_tokens": 0}, fix, INACTIVE)
-    drafts_with = engine_config.get("model")
-    method = engine_config.get("method")
-    if drafts_with is not None and os.path.realpath(drafts_with) != str(path.resolve()):
-        sentence = f"the engine drafts with {drafts_with}, not with this checkpoint"
-        yield Cause("inactive", sentence, {"model": drafts_with}, fix, INACTIVE)
-    elif drafts_with is None and method is not None:
-        sentence = f"the engine drafts by method {method!r}; its config names no checkpoint"
-        yield Cause("inactive", sentence, {"method": method}, fix, INACTIVE)
 
 
 @dataclass(frozen=True)

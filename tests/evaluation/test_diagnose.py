@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
 from diagnosis_toys import (
     LAYERS,
     VERIFIER,
@@ -24,9 +25,11 @@ from diagnosis_toys import (
     with_masks,
 )
 from engine_server import EngineServer, running
+from quantised_toys import WRITERS, write_directory
 from transformers import AutoTokenizer
 
 import speculators as sp
+from speculators import assets
 from speculators.cli.app import main
 from speculators.data_generation.prepared import PreparedData
 from speculators.evaluation.diagnosis import Diagnosis
@@ -79,6 +82,29 @@ SEEDED_CONDITIONS = {
 def test_a_fault_of_the_conditions_is_found(toys, tmp_path, cause):
     found = toys.diagnose(toys.healthy, **SEEDED_CONDITIONS[cause](toys, tmp_path))
     assert found.first == cause.split()[0]
+
+
+def test_the_verifier_of_training_at_another_precision_is_named(toys, tmp_path):
+    tensors, values = WRITERS["INT4"]()
+    found = toys.diagnose(toys.healthy, verifier=str(write_directory(tmp_path / "int4", tensors, **values)))
+    assert found.first == "quantised-target"
+
+
+def test_prompts_unlike_the_training_text_are_found(toys):
+    found = toys.diagnose(toys.healthy, data=[assets.prompts_path("heldout"), toys.data])
+    assert found.first == "other-domain"
+    share = next(cause for cause in found.causes if cause.name == "other-domain").evidence
+    assert share["first draft right, validation"] > share["first draft right, new answers"] + 0.25
+
+
+def damage(weights: dict[str, torch.Tensor]) -> None:
+    """No setting brings this back."""
+    weights["layers.0.mlp.down_proj.weight"].copy_(weights["layers.0.mlp.down_proj.weight"].flip(0))
+
+
+def test_weights_that_were_damaged_since_are_told_by_what_validation_recorded(toys, tmp_path):
+    found = toys.diagnose(copy_of(toys, tmp_path / "copy", tensors=damage))
+    assert found.first == "changed-since-training"
 
 
 def test_holes_of_the_draft_vocabulary_are_found(toys, tmp_path):
@@ -138,6 +164,8 @@ def greedy_when_sampling(token_ids: list[int], request: dict) -> list[int]:
 
 
 SEEDED_SERVERS = {
+    "aux-layers": {"copy": {"config": lambda values: values.update({LAYERS: [i + 1 for i in values[LAYERS]]})}},
+    "vocabulary-map": {"copy": {"tensors": shift_map}},
     "aux-order": {"copy": {"tensors": roll_fc}},
     "other-drafter": {"copy": {"tensors": lambda w: w["fc.weight"].normal_(0.0, 0.05)}},
     "draft-tokens": {"num_drafts": 2},
@@ -156,6 +184,14 @@ def test_a_fault_of_a_server_is_found(toys, tmp_path, cause):
     with serving(toys, drafter, **faults) as url:
         found = of_server(toys, url)
     assert found.first == cause
+
+
+def test_a_fault_of_the_checkpoint_that_is_served_is_found(toys, tmp_path):
+    """Server and our engine accept the same drafts then: few."""
+    copy = copy_of(toys, tmp_path / "copy", tensors=shift_map)
+    with serving(toys, copy) as url:
+        found = toys.diagnose(copy, server=url, data=[toys.prompts], num_samples=16)
+    assert found.first == "vocabulary-map"
 
 
 def test_a_server_that_drafts_nothing_is_inactive(toys):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from speculators.checkpoint.findings import error, warning
 from speculators.cli.app import main
+from speculators.data_generation.masks import offset_of, supervised_spans
+from speculators.decoding.request import RequestOutput
+from speculators.decoding.stats import DecodeStats
 from speculators.diagnosis import better_checkpoint
 from speculators.evaluation.diagnosis import FAULTY, FIT, Accuracy, Cause, causes_of_check, ranked
-from speculators.evaluation.diagnosis_drafter import temperature_cause
+from speculators.evaluation.diagnosis_drafter import Decoded
 from speculators.evaluation.diagnosis_server import collapsed, distance, expected_curve
-from speculators.evaluation.diagnosis_texts import Training, context_cause, fit_causes, offset_of, supervised_spans
+from speculators.evaluation.diagnosis_texts import Training, context_cause, fit_causes, temperature_cause
 from speculators.evaluation.server_check import SampledLaw, Score
+from speculators.evaluation.server_client import Served
 from speculators.train.checkpointer import CURVE_FILE
 from speculators.train.events import DECODED
 
@@ -107,8 +112,28 @@ def test_the_law_of_sampled_tokens_has_the_stated_false_alarms_and_power():
 def test_curves_are_compared_position_by_position():
     half, full = accuracy(0.4, 0.1), accuracy(0.8, 0.4)
     assert expected_curve([0.6, 0.4], full, half) == pytest.approx([0.3, 0.1])
-    assert distance([0.6, 0.4], [0.5, 0.1]) == pytest.approx(0.3)
     assert collapsed([0.8, 0.1], [0.8, 0.6]) and not collapsed([0.8, 0.5], [0.8, 0.6])
+
+
+def counted(token_ids: list[int], *accepted: int) -> RequestOutput:
+    """An answer whose rounds drafted two tokens and accepted so many."""
+    stats = DecodeStats(Counter((2, 2, number) for number in accepted), len(token_ids))
+    return RequestOutput([], token_ids, stats=stats)
+
+
+def test_counts_of_a_server_are_compared_prompt_by_prompt():
+    """Sums that are equal hide drafts that are not; answers that part ways at a tie have other rounds."""
+    decoded = Decoded([counted([1, 2], 2, 0), counted([3, 4], 1, 1)], None)
+
+    def served(answers: list[list[int]], accepted: list[tuple[int, ...]]) -> Served:
+        return Served(answers, DecodeStats(), 4, accepted, True)
+
+    assert decoded.accepted_by_prompt == [[1, 1], [2, 0]]
+    answers = decoded.answers
+    assert distance(decoded, served(answers, [(1, 1), (2, 0)])) == 0
+    assert distance(decoded, served(answers, [(2, 0), (1, 1)])) == 2 / 4  # position by position the sums are 3 and 1
+    assert distance(decoded, served([[1, 2], [3, 5]], [(1, 1), (0, 0)])) == 0
+    assert distance(decoded, served([[1, 9], [3, 5]], [(1, 1), (0, 0)])) == 1 / 2  # none is the same: the curves
 
 
 def test_neither_checkpoint_nor_server_is_an_error_of_the_command_line(capsys):

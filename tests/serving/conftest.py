@@ -13,6 +13,10 @@ from fakes import FakeServer, launch
 from speculators import assets
 from speculators.data_generation import vllm_client
 
+SHARED = str(Path(__file__).parents[1] / "evaluation")
+if SHARED not in sys.path:  # the drafter of the tests of `diagnose`
+    sys.path.append(SHARED)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():

@@ -64,3 +64,37 @@ def missing_keys(values: Mapping[str, Any], meaning_of_absence: Mapping[str, str
             yield error(
                 "key-missing", key, "not in config.json", f"without it vLLM {meaning}", f"write {key} into config.json"
             )
+
+
+# -- the fault of a drafter behind a finding, by the names of `diagnose`
+
+NAME_OF_CODE = {
+    "verifier-precision": "quantised-target",
+    "embedding-differs": "embedding",
+    "head-rows-differ": "head",
+    "head-rows-shifted": "vocabulary-map",
+    "aux-ids-order": "aux-order",
+    "aux-ids-range": "aux-layers",
+}
+NAME_OF_PLACE = {
+    "rope": "rope",
+    "layer_ids": "aux-layers",
+    "norm": "norms",
+    "d2t": "vocabulary-map",
+    "t2d": "vocabulary-map",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+    "window": "context",
+}
+"""Part of the name of a key or tensor -> cause."""
+SUSPECT_WARNINGS = ("verifier-precision", "verifier-edited", "tensor-edited")
+
+
+def fault_of(found: Finding) -> str:
+    """Returns the name of the cause of low acceptance that a finding is; "checkpoint" where it has no other."""
+    if found.code in NAME_OF_CODE:
+        return NAME_OF_CODE[found.code]
+    if found.code.startswith("verifier-"):
+        return "verifier"
+    places = (name for part, name in NAME_OF_PLACE.items() if part in found.where)
+    return next(places, "checkpoint")

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -244,3 +245,32 @@ def mask_spans(
             spans.append(MaskSpan(start, stop, mask[start], text))
             start = stop
     return spans
+
+
+# -- where supervised spans begin
+
+
+def opening_of(renderer: ChatRenderer) -> list[int]:
+    """Returns the tokens with which the template opens an answer; empty where it has none."""
+    messages = [{"role": "user", "content": "x"}]
+    asked = renderer.token_ids(messages, add_generation_prompt=True)
+    plain = renderer.token_ids(messages, add_generation_prompt=False)
+    return asked[len(plain) :] if asked[: len(plain)] == plain else []
+
+
+def places_after(opening: Sequence[int], ids: Sequence[int]) -> set[int]:
+    """Returns where an answer may begin: behind each occurrence of `opening`."""
+    ids, size = list(ids), len(opening)
+    return {at + size for at in range(len(ids) - size + 1) if ids[at : at + size] == list(opening)}
+
+
+def supervised_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
+    padded = [False, *map(bool, mask), False]
+    edges = [at for at, (before, here) in enumerate(pairwise(padded)) if before != here]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def offset_of(start: int, starts: Collection[int]) -> str:
+    """Returns "0", "+1" (a token late), "-2", ...; "none" where no answer begins near."""
+    nearest = min((start - place for place in starts), key=abs, default=None)
+    return "none" if nearest is None or abs(nearest) > 9 else f"{nearest:+d}" if nearest else "0"

@@ -64,3 +64,9 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     if not name:
         raise ValueError("the verifier was not loaded from a directory or hub id: give its tokenizer too (tokenizer=)")
     return AutoTokenizer.from_pretrained(**tokenizer_source(name), trust_remote_code=trust_remote_code)
+
+
+def served_temperature(target: DecodingTarget) -> float:
+    """What vLLM samples with where a request says nothing: the verifier's generation_config.json."""
+    config = getattr(target.model, "generation_config", None)
+    return float(getattr(config, "temperature", None) or 1.0) if getattr(config, "do_sample", False) else 0.0

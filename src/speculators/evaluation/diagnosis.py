@@ -7,7 +7,8 @@ Shapes: N texts, K draft positions, T tokens, H hidden size, A aux layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speculators.checkpoint.findings import Finding
+from speculators.checkpoint.findings import SUSPECT_WARNINGS, Finding, fault_of
 from speculators.evaluation.records import environment
 from speculators.evaluation.report import SavedReport
 from speculators.evaluation.statistics import Estimate, bootstrap
@@ -155,11 +156,12 @@ def read_texts(
 ) -> list[Text]:
     """Runs the verifier over (token ids, loss mask) pairs and keeps the given layers."""
     spec = CaptureSpec(tuple(sorted(set(layer_ids))), last_hidden=True)
+    decoder: Any = verifier.get_decoder() if hasattr(verifier, "get_decoder") else verifier  # nobody reads the logits
     texts = []
     for token_ids, mask in rows:
         token_ids_T = torch.tensor(list(token_ids), device=verifier.device)
         with capture_states(verifier, spec) as states:
-            verifier(input_ids=token_ids_T[None], use_cache=False)
+            decoder(input_ids=token_ids_T[None], use_cache=False)
         assert states.last_hidden is not None
         streams = {i: states.stream_by_id[i][0].float() for i in spec.aux_layer_ids}
         supervised_T = torch.tensor(list(mask), device=verifier.device).bool()
@@ -200,6 +202,20 @@ class Accuracy:
         return bootstrap(sums, lambda sums: 1 - sums["own"] / np.maximum(sums["other"], 1e-9))
 
 
+@contextmanager
+def replaced(model: SpeculatorModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the model has other tensors."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {name: own[name].data for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            own[name].data = tensor.to(own[name])
+        yield
+    finally:
+        for name, data in before.items():
+            own[name].data = data
+
+
 @torch.no_grad()
 def measure(model: SpeculatorModel, texts: Sequence[Text], layer_ids: Sequence[int]) -> Accuracy | None:
     """Runs the training forward over each text. None: the algorithm reports no accuracy by position."""
@@ -228,28 +244,43 @@ def measure_together(model: SpeculatorModel, texts: Sequence[Text], layer_ids: S
     return Accuracy(right_NK, judged_NK, np.array([float(loss)]))
 
 
+def changed_cause(
+    on_known: Accuracy, validation: Mapping[str, float], excess: Estimate, repaired: Iterable[Accuracy | None]
+) -> Cause | None:
+    """Whether the drafter is right less often on its own training text than validation once recorded of text that it
+    had never seen: weights, settings or verifier were changed since. `repaired`: with each probe that helps."""
+    recorded = [validation.get(f"full_acc_{k}") for k in range(len(on_known.by_position))]
+    once = sum(share for share in recorded if share is not None)
+    if None in recorded or fewer_right(on_known, once) is None:
+        return None
+    if any(found is not None and fewer_right(found, once) is None for found in repaired):
+        return None  # that setting brings it back
+    now, fix = fewer_right(on_known, once), "take weights and config.json from where it was trained"
+    evidence: dict[str, Any] = {
+        "drafts right per round, training text": f"{now}",
+        "drafts right per round, validation, as recorded": once,
+        "surprise of the training text beyond the verifier's entropy": str(excess),
+    }
+    if excess.low > 0:  # a text of its own has none
+        name, fix = "verifier", "use the verifier of training, or train a drafter for this one"
+        why = "and the training text is not this verifier's: it was another one, or has other weights since"
+    else:
+        name, why = "changed-since-training", "weights or settings were changed since, which no probe brings back"
+    sentence = f"{now} drafts right per round on its own training text, {once:.2f} in validation when it was saved"
+    return Cause(name, f"{sentence}: {why}", evidence, fix, FAULTY, CERTAIN)
+
+
+def fewer_right(found: Accuracy, once: float) -> Estimate | None:
+    """Drafts right per round, where that is surely less than it once was."""
+    counts = {"right": found.right_NK.sum(1), "judged": found.judged_NK[:, 0]}
+    now = bootstrap(counts, lambda sums: sums["right"] / np.maximum(sums["judged"], 1))
+    return now if now.high < SURELY_FEWER * once else None
+
+
 # -- what the check of the checkpoint found, as causes
 
-NAME_OF_CODE = {
-    "verifier-precision": "quantised-target",
-    "embedding-differs": "embedding",
-    "head-rows-differ": "head",
-    "head-rows-shifted": "vocabulary-map",
-    "aux-ids-order": "aux-order",
-    "aux-ids-range": "aux-layers",
-}
-NAME_OF_PLACE = {
-    "rope": "rope",
-    "layer_ids": "aux-layers",
-    "norm": "norms",
-    "d2t": "vocabulary-map",
-    "t2d": "vocabulary-map",
-    "embed_tokens": "embedding",
-    "lm_head": "head",
-    "window": "context",
-}
-"""Part of the name of a key or tensor -> cause."""
-SUSPECT_WARNINGS = ("verifier-precision", "verifier-edited", "tensor-edited")
+SURELY_FEWER = 0.97
+"""Known text is easier than new text, so less than this share of the drafts that were right on new text is a change."""
 CERTAIN = 10.0
 """Strength of an error of the check: it needs no measurement."""
 
@@ -261,14 +292,5 @@ def causes_of_check(findings: Iterable[Finding]) -> list[Cause]:
         if found.severity == "error" or found.code in SUSPECT_WARNINGS:
             evidence = {f"check {found.code}": f"{found.where}: {found.found}; {found.rule}"}
             sentence = f"{found.where}: {found.found}; {found.rule}"
-            causes.append(Cause(name_of(found), sentence, evidence, found.fix, FAULTY, CERTAIN))
+            causes.append(Cause(fault_of(found), sentence, evidence, found.fix, FAULTY, CERTAIN))
     return causes
-
-
-def name_of(found: Finding) -> str:
-    if found.code in NAME_OF_CODE:
-        return NAME_OF_CODE[found.code]
-    if found.code.startswith("verifier-"):
-        return "verifier"
-    places = (name for part, name in NAME_OF_PLACE.items() if part in found.where)
-    return next(places, "checkpoint")

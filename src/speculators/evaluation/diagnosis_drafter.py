@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import Any
 
@@ -20,14 +20,24 @@ from speculators.decoding.engine import Engine
 from speculators.decoding.request import RequestOutput
 from speculators.decoding.settings import SamplingParams
 from speculators.decoding.stats import DecodeStats
-from speculators.decoding.target import DecodingTarget
+from speculators.decoding.target import DecodingTarget, served_temperature
 from speculators.draft_vocab import DraftVocabMixin
 from speculators.evaluation.config import DiagnoseConfig
-from speculators.evaluation.diagnosis import FAULTY, FIT, INACTIVE, MISMATCH, Accuracy, Cause, Text, measure
-from speculators.evaluation.diagnosis_probes import Rebuild, probed, read_around
+from speculators.evaluation.diagnosis import (
+    DATA,
+    FAULTY,
+    FIT,
+    INACTIVE,
+    MISMATCH,
+    Accuracy,
+    Cause,
+    Text,
+    changed_cause,
+    measure,
+)
+from speculators.evaluation.diagnosis_probes import Rebuild, Texts, probed, read_around
 from speculators.evaluation.diagnosis_texts import (
-    FALLS,
-    GREEDY,
+    FEW_ROWS,
     Judged,
     Row,
     Training,
@@ -36,6 +46,7 @@ from speculators.evaluation.diagnosis_texts import (
     judge,
     mask_cause,
     policy_cause,
+    temperature_cause,
     vocabulary_cause,
 )
 from speculators.evaluation.parity_checks import (
@@ -63,9 +74,22 @@ BATCH = 4
 class Decoded:
     """What the engine did with the drafter, and how its drafts compare with the training forward's."""
 
-    stats: DecodeStats
+    outputs: list[RequestOutput]
     check: Check | None
     """None: not compared."""
+
+    @cached_property
+    def stats(self) -> DecodeStats:
+        return reduce(add, (output.stats for output in self.outputs))
+
+    @property
+    def answers(self) -> list[list[int]]:
+        return [output.token_ids for output in self.outputs]
+
+    @property
+    def accepted_by_prompt(self) -> list[list[int]]:
+        """Prompt -> rounds that accepted at least i + 1 drafts."""
+        return [output.stats.accepted_per_position for output in self.outputs]
 
     @property
     def by_position(self) -> list[float]:
@@ -89,25 +113,24 @@ def decode(
     proposer = model.make_proposer(verifier, max_batch_size=batch, max_length=size)
     recorder = RecordingProposer(proposer, verifier_parts(verifier).config.vocab_size)
     engine = Engine(verifier, recorder, num_speculative_tokens=num_drafts, max_batch_size=batch, max_length=size)
-    outputs = engine.generate([list(prompt) for prompt in prompts], sampling)
-    stats = reduce(add, (output.stats for output in outputs))
+    outputs = list(engine.generate([list(prompt) for prompt in prompts], sampling))
     if not compared:
-        return Decoded(stats, None)
+        return Decoded(outputs, None)
     source = LocalSource(verifier, CaptureSpec(model.capture.aux_layer_ids, last_hidden=True))
     states = source.read([torch.tensor(text.token_ids, device=verifier.device) for text in recorder.texts])
-    return Decoded(stats, drafts_check(compare_rounds(model, recorder.texts, states, verifier.dtype)))
+    return Decoded(outputs, drafts_check(compare_rounds(model, recorder.texts, states, verifier.dtype)))
 
 
-def answer(target: DecodingTarget, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[RequestOutput]:
+def answer(target: DecodingTarget, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """The verifier's greedy answers."""
     size = max(map(len, prompts)) + max_tokens
     engine = Engine(target.model, max_batch_size=min(BATCH, len(prompts)), max_length=size)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    return list(engine.generate([list(prompt) for prompt in prompts], sampling))
+    return [output.token_ids for output in engine.generate([list(prompt) for prompt in prompts], sampling)]
 
 
-def as_row(prompt: Sequence[int], output: RequestOutput) -> Row:
-    return [*prompt, *output.token_ids], [0] * len(prompt) + [1] * len(output.token_ids)
+def as_row(prompt: Sequence[int], answered: Sequence[int]) -> Row:
+    return [*prompt, *answered], [0] * len(prompt) + [1] * len(answered)
 
 
 @dataclass
@@ -127,26 +150,48 @@ class Examination:
 
     def causes(self, show: Progress) -> list[Cause]:
         """Raises `ValueError` where verifier and drafter do not run together."""
-        show("answering the prompts", 0, None)
-        outputs = answer(self.target, self.prompts, self.config.max_tokens)
-        answered = [as_row(*pair) for pair in zip(self.prompts, outputs, strict=True) if len(pair[1].token_ids) > 1]
-        new, known = self.read(answered), self.read(self.training_rows)
         decoded, found = self.drafting_causes(show)
+        show("reading the answers and the training text", 0, None)
+        # the engine's text is the verifier's, whatever is drafted
+        answers = answer(self.target, self.prompts, self.config.max_tokens) if decoded is None else decoded.answers
+        answered = [as_row(*pair) for pair in zip(self.prompts, answers, strict=True) if len(pair[1]) > 1]
+        new, known = self.read(answered), self.read(self.training_rows)
         own_ids = self.model.capture.aux_layer_ids
         base = measure(self.model, new, own_ids) if new else None
         if base is None:
             self.not_examined["training forward"] = "it reports no accuracy by position, so nothing can be probed"
-            return found + self.text_causes(new, known, None, has_room=True)
+            return found + self.text_causes(new, known, None, None, has_room=True)
         self.measured["right by position after true states"] = base.by_position
+        on_known = measure(self.model, known, own_ids) if known else None
         show("probing neighbouring settings", 0, None)
-        found += probed(self.model, self.target.model, new, base, self.rebuilt)
+        texts = Texts(new, known if on_known is not None else [], base, on_known)
+        repairs = list(probed(self.model, self.target.model, texts, self.rebuilt))
+        found += [repair.cause for repair in repairs]
         most = self.num_drafts if decoded is None else decoded.stats.num_drafted / max(decoded.stats.num_rounds, 1)
         length = base.acceptance_length if decoded is None else decoded.stats.acceptance_length
-        show("reading the training text", 0, None)
-        explained = any(cause.rank <= FAULTY for cause in found)  # how well it fits new text then says nothing
-        causes = self.text_causes(new, known, base, has_room=length - 1 < ROOM * most)
-        found += [cause for cause in causes if not (explained and cause.rank == FIT)]
+        causes = self.text_causes(new, known, base, on_known, has_room=length - 1 < ROOM * most)
+        # with other masks or another vocabulary other tokens are judged than in validation
+        if not any(cause.rank == DATA and cause.name in ("mask", "vocabulary-holes") for cause in causes):
+            found += self.changed_causes(known, on_known, [repair.on_known for repair in repairs])
+        # what is wrong with drafter or verifier explains how well they fit a text
+        explained = any(cause.rank <= FAULTY for cause in found)
+        is_other = any(cause.name in ("verifier", "quantised-target") for cause in found)
+        found += [
+            cause
+            for cause in causes
+            if not (explained and cause.rank == FIT) and not (is_other and cause.name == "off-policy")
+        ]
         return found + self.temperature_causes(known, new, decoded)
+
+    def changed_causes(
+        self, known: Sequence[Text], on_known: Accuracy | None, repaired: Sequence[Accuracy | None]
+    ) -> list[Cause]:
+        """Compares with what validation recorded beside the weights."""
+        if on_known is None or self.training.validation is None or self.training.num_validated < FEW_ROWS:
+            return []
+        excess = judge(self.target.model, known, None).excess()
+        cause = changed_cause(on_known, self.training.validation, excess, repaired)
+        return [] if cause is None else [cause]
 
     def read(self, rows: Sequence[Row]) -> list[Text]:
         return read_around(self.target.model, rows, self.model.capture.aux_layer_ids)
@@ -183,7 +228,13 @@ class Examination:
         return decoded, found
 
     def text_causes(
-        self, new: Sequence[Text], known: Sequence[Text], base: Accuracy | None, *, has_room: bool
+        self,
+        new: Sequence[Text],
+        known: Sequence[Text],
+        base: Accuracy | None,
+        on_known: Accuracy | None,
+        *,
+        has_room: bool,
     ) -> list[Cause]:
         """Judges the training text, and the drafter on it against new text."""
         verifier, model = self.target.model, self.model
@@ -204,12 +255,10 @@ class Examination:
             found += [self.mask_cause(), policy_cause(judged["the training text"])]
         if base is None:
             return [cause for cause in found if cause is not None]
-        found.append(vocabulary_cause(judged, base))
-        on_known = measure(model, known, model.capture.aux_layer_ids) if known else None
         if on_known is not None:
             self.measured["right by position, training text"] = on_known.by_position
-        found.append(self.context_cause(new))
-        found += fit_causes(on_known, base, self.training)
+        fit = fit_causes(on_known, base, self.training)
+        found += [vocabulary_cause(judged, base, fit), self.context_cause(new), *fit]
         return [cause for cause in found if cause is not None]
 
     def mask_cause(self) -> Cause | None:
@@ -248,30 +297,3 @@ class Examination:
         self.measured["acceptance length at the temperature of serving"] = lengths[1]
         cause = temperature_cause(temperature, *lengths, ceiling, trained)
         return [] if cause is None else [cause]
-
-
-def served_temperature(target: DecodingTarget) -> float:
-    """What vLLM samples with where a request says nothing: the verifier's generation_config.json."""
-    config = getattr(target.model, "generation_config", None)
-    return float(getattr(config, "temperature", None) or 1.0) if getattr(config, "do_sample", False) else 0.0
-
-
-def temperature_cause(
-    temperature: float, greedy: float, sampled: float, ceiling: float, trained: Judged | None
-) -> Cause | None:
-    """Whether the drafter loses at the serving temperature. `greedy`, `sampled`: tokens per round; `ceiling`: mean
-    probability of the verifier's likeliest token there."""
-    if not temperature or greedy <= 1 or (sampled - 1) >= FALLS * (greedy - 1):
-        return None
-    agreement = None if trained is None else trained.mean("likeliest")
-    learnt = "" if agreement is None or agreement < GREEDY else ", and was trained on greedy answers"
-    sentence = f"it accepts {sampled:.2f} tokens per round at temperature {temperature:g}, {greedy:.2f} at 0{learnt}"
-    evidence = {
-        "acceptance length at temperature 0": greedy,
-        f"acceptance length at temperature {temperature:g}": sampled,
-        "probability of the verifier's likeliest token": ceiling,
-        "training tokens that are its likeliest": agreement,
-    }
-    fix = f"train on answers drawn at the serving temperature (regenerate-responses --temperature {temperature:g})"
-    kept = {name: value for name, value in evidence.items() if value is not None}
-    return Cause("temperature", sentence, kept, fix, MISMATCH, 1 - (sampled - 1) / (greedy - 1))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,10 +18,19 @@ from transformers import PreTrainedModel
 
 from speculators.checkpoint.formats import build_without_data
 from speculators.config import SpeculatorModelConfig
-from speculators.evaluation.diagnosis import FAULTY, Accuracy, Cause, Text, measure, measure_together, read_texts
+from speculators.evaluation.diagnosis import (
+    FAULTY,
+    Accuracy,
+    Cause,
+    Text,
+    measure,
+    measure_together,
+    read_texts,
+    replaced,
+)
 from speculators.evaluation.statistics import Estimate
 from speculators.model import SpeculatorModel
-from speculators.nn.draft_tokens import select_rows
+from speculators.nn.draft_tokens import select_rows, stand_for_others
 from speculators.nn.rope import rope_parameters
 from speculators.verifier import verifier_parts
 
@@ -30,8 +38,9 @@ THETAS = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)
 """Of rope, as published models have them."""
 NUM_SCREENED = 2
 """Texts on which every probe is tried; those that help are tried on all."""
-LEAST_SAVED = 0.1
-"""Share of the loss that a probe must save, surely. Training leaves little to be saved by a setting beside its own."""
+LEAST_SAVED, LEAST_SAVED_ON_KNOWN = 0.1, 0.05
+"""Share of the loss that a probe must save, surely: on new text, and on the training text, where the loss is as low as
+training could make it with its own settings."""
 LEAST_GAIN = 0.1
 """Tokens per round that other norm weights must win too: a factor on them sharpens the law, which saves loss alone."""
 LESS_LIKELY = 0.5
@@ -52,44 +61,81 @@ class Probe:
     """Changes a copy of the config."""
 
 
-def probed(
-    model: SpeculatorModel, verifier: PreTrainedModel, texts: Sequence[Text], base: Accuracy, rebuilt: Rebuild
-) -> Iterator[Cause]:
+@dataclass(frozen=True)
+class Texts:
+    """Texts that every probe is tried on, and what the drafter is right on as it is."""
+
+    new: Sequence[Text]
+    known: Sequence[Text]
+    """Of its training; empty: not known. There its loss is lowest with the settings of training."""
+    on_new: Accuracy
+    on_known: Accuracy | None
+
+    @property
+    def few(self) -> list[Text]:
+        return [*self.known[: NUM_SCREENED - 1], *self.new][:NUM_SCREENED]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A probe that is clearly better than the drafter as it is."""
+
+    cause: Cause
+    on_known: Accuracy | None
+
+
+def probed(model: SpeculatorModel, verifier: PreTrainedModel, texts: Texts, rebuilt: Rebuild) -> Iterator[Repair]:
     """Tries every probe; yields those that are clearly better than the drafter as it is, the best of each cause."""
     own_ids = tuple(model.capture.aux_layer_ids)
-    few = texts[:NUM_SCREENED]
-    screened = measure_together(model, few, own_ids)
-    assert screened is not None  # `base` is its sum
+    screened = measure_together(model, texts.few, own_ids)
+    assert screened is not None  # `on_new` was measured
+    least = LEAST_SAVED if texts.on_known is None else LEAST_SAVED_ON_KNOWN
     helpful = []
     for probe in probes_of(model, verifier):
-        found = tried(probe, model, few, own_ids, rebuilt, measure_together)
-        if found is not None and found.loss < (1 - LEAST_SAVED / 2) * screened.loss:
+        found = tried(probe, model, texts.few, own_ids, rebuilt, measure_together)
+        if found is not None and found.loss < (1 - least / 2) * screened.loss:
             helpful.append((found.loss, probe))
-    best: dict[str, Cause] = {}
+    best: dict[str, Repair] = {}
     for _, probe in sorted(helpful, key=lambda pair: pair[0]):
-        if probe.cause in best:
-            continue
-        found = tried(probe, model, texts, own_ids, rebuilt, measure)
-        if found is None:
-            continue
-        saved = found.saved_from(base)
-        gain = found.acceptance_length - base.acceptance_length
-        if saved.low > 0 and saved.value > LEAST_SAVED and gain >= (LEAST_GAIN if probe.cause == "norms" else 0):
-            best[probe.cause] = as_cause(probe, base, found, saved)
-    most = max((cause.strength for cause in best.values()), default=0.0)
-    yield from (cause for cause in best.values() if cause.strength >= LESS_LIKELY * most)
+        if probe.cause not in best and (repair := judged(probe, model, texts, own_ids, rebuilt)) is not None:
+            best[probe.cause] = repair
+    most = max((repair.cause.strength for repair in best.values()), default=0.0)
+    yield from (repair for repair in best.values() if repair.cause.strength >= LESS_LIKELY * most)
 
 
-def as_cause(probe: Probe, base: Accuracy, found: Accuracy, saved: Estimate) -> Cause:
+def judged(
+    probe: Probe, model: SpeculatorModel, texts: Texts, own_ids: tuple[int, ...], rebuilt: Rebuild
+) -> Repair | None:
+    """Measures a probe on all texts. On the training text, where it is known, it must save loss surely, and some of it
+    on new text too: what a drafter has not learnt can be bettered by many a change."""
+    found = tried(probe, model, texts.new, own_ids, rebuilt, measure)
+    if found is None:
+        return None
+    base, saved, on_known = texts.on_new, found.saved_from(texts.on_new), None
+    gain = found.acceptance_length - base.acceptance_length
+    if saved.value <= 0 or gain < (LEAST_GAIN if probe.cause == "norms" else 0):
+        return None
+    least, where = LEAST_SAVED, ""
+    if texts.on_known is not None:
+        on_known = tried(probe, model, texts.known, own_ids, rebuilt, measure)
+        if on_known is None:
+            return None
+        least, where, saved = LEAST_SAVED_ON_KNOWN, " on its training text", on_known.saved_from(texts.on_known)
+    if saved.low <= 0 or saved.value <= least:
+        return None
+    return Repair(as_cause(probe, base, found, saved, where), on_known)
+
+
+def as_cause(probe: Probe, base: Accuracy, found: Accuracy, saved: Estimate, where: str) -> Cause:
     before, after = base.acceptance_length, found.acceptance_length
     sentence = (
-        f"with {probe.words} its loss is {saved.value:.0%} lower and {after:.2f} tokens per round are accepted in "
-        f"place of {before:.2f}"
+        f"with {probe.words} its loss{where} is {saved.value:.0%} lower and {after:.2f} tokens per round are accepted "
+        f"in place of {before:.2f}"
     )
     evidence = {
         "teacher-forced acceptance length": before,
         f"with {probe.words}": after,
-        "loss saved": f"{saved.value:.0%} ({saved.low:.0%} to {saved.high:.0%})",
+        f"loss saved{where}": f"{saved.value:.0%} ({saved.low:.0%} to {saved.high:.0%})",
         "first draft right": f"{base.by_position[0]:.0%}, then {found.by_position[0]:.0%}",
     }
     return Cause(probe.cause, sentence, evidence, probe.fix, FAULTY, saved.value)
@@ -122,20 +168,6 @@ def tried(
     except ValueError:
         return None
     return measuring(other, texts, ids)
-
-
-@contextmanager
-def replaced(model: SpeculatorModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the model has other tensors."""
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    before = {name: own[name].data for name in tensors}
-    try:
-        for name, tensor in tensors.items():
-            own[name].data = tensor.to(own[name])
-        yield
-    finally:
-        for name, data in before.items():
-            own[name].data = data
 
 
 def probes_of(model: SpeculatorModel, verifier: PreTrainedModel) -> Iterator[Probe]:
@@ -182,7 +214,10 @@ def config_probes(model: SpeculatorModel, verifier: PreTrainedModel) -> Iterator
     if nested is not None:
         own = rope_parameters(nested)
         theirs = rope_parameters(verifier_parts(verifier).config)
-        others = [theirs, *({**own, "rope_theta": theta} for theta in (*THETAS, *times(own["rope_theta"])))]
+        others = [
+            theirs,
+            *({**own, "rope_theta": theta} for theta in (*THETAS, own["rope_theta"] * 10, own["rope_theta"] / 10)),
+        ]
         for other in others:
             if other != own:
                 words = f"rope {other['rope_type']} of theta {other['rope_theta']:g} in place of {own['rope_theta']:g}"
@@ -198,10 +233,6 @@ def config_probes(model: SpeculatorModel, verifier: PreTrainedModel) -> Iterator
         if isinstance(value, bool):
             words, fix = f"{name} {not value}", f"write {name}: {str(not value).lower()} into config.json"
             yield Probe("options", words, fix, change=turned(name))
-
-
-def times(theta: float) -> tuple[float, ...]:
-    return theta * 10, theta / 10
 
 
 def turned(name: str) -> Callable[[Any], None]:
@@ -255,8 +286,9 @@ def verifier_weight_probes(model: SpeculatorModel, verifier: PreTrainedModel) ->
     head_VH = cast("Tensor", output.weight).data.float()
     rows_DH = select_rows(head_VH, getattr(model, "t2d", None))
     if rows_DH.shape == head.shape:
-        fix = "take the head from where the drafter was trained"
-        yield Probe("head", "the verifier's head", fix, tensors={"lm_head.weight": rows_DH})
+        fix = "take head, d2t and t2d from where the drafter was trained"
+        cause = "vocabulary-map" if stand_for_others(head.data, head_VH, rows_DH) else "head"
+        yield Probe(cause, "the verifier's head", fix, tensors={"lm_head.weight": rows_DH})
     fix = "take d2t, t2d and the head from where the drafter was trained"
     for by in (-1, 1):
         shifted = {"lm_head.weight": head.data.roll(by, 0)}

@@ -2,8 +2,8 @@
 
     greedy text       token for token against a plain server's, else against the verifier's own, near ties aside
     sampled tokens    their law is known: the verifier's. Two statistics of it, with false alarms and power stated
-    counts            /metrics before and after, against our engine's on the same prompts, position by position
-    which fault       the curve that the server's is nearest to, of our drafter with one setting changed
+    counts            /metrics before and after each answer, against our engine's for the same prompt
+    which fault       our drafter with one setting changed accepts what the server does
 
 Shapes: K draft positions, S sampled tokens, V vocabulary.
 """
@@ -11,10 +11,16 @@ Shapes: K draft positions, S sampled tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import zip_longest
+from operator import sub
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from speculators.checkpoint.findings import Finding
 from speculators.decoding.settings import SamplingParams
@@ -30,22 +36,26 @@ from speculators.evaluation.diagnosis import (
     Diagnosis,
     measure_together,
     ranked,
+    replaced,
 )
-from speculators.evaluation.diagnosis_drafter import answer, decode
-from speculators.evaluation.diagnosis_probes import Probe, Rebuild, probes_of, read_around, replaced, tried
+from speculators.evaluation.diagnosis_drafter import Decoded, answer, decode
+from speculators.evaluation.diagnosis_probes import Probe, Rebuild, probes_of, read_around, tried
 from speculators.evaluation.parity import recorded_num_tokens
+from speculators.evaluation.parity_checks import ACCEPTED_TOLERANCE
 from speculators.evaluation.server_check import (
+    connect,
     counter_findings,
-    differences,
+    law_causes,
     model_findings,
-    sampled_law,
+    text_causes,
     tokenizer_findings,
 )
-from speculators.evaluation.server_client import MeasuredServer, Served, ask
+from speculators.evaluation.server_client import Served, ask
 from speculators.model import SpeculatorModel
+from speculators.nn.draft_tokens import verifier_ids
 from speculators.utils.progress import Progress
+from speculators.verifier import verifier_parts
 
-TIMEOUT_S, MAX_RETRIES = 300.0, 1
 FEWER = 0.1
 """A position accepts less than in our engine when it lacks more than this share of the rounds."""
 HARDLY = 0.1
@@ -55,9 +65,9 @@ COLLAPSED = 0.5
 NUM_DECODED = 6
 """Changed settings with which our engine decodes: those that the training forward finds nearest to the server."""
 AS_SERVED = 0.05
-"""Distance of two curves that are the same but for ties."""
-EXPLAINS = 0.5
-"""A changed setting explains the curve when it leaves less than this share of the distance."""
+"""Distance of counts that are the same but for ties."""
+EXPLAINS = 0.25
+"""A changed setting explains the counts when it leaves less than this share of the distance."""
 NAME_OF_FINDING = {
     "server-drafts-nothing": "inactive",
     "server-other-model": "verifier",
@@ -92,7 +102,8 @@ def diagnose_server(
         served = ask(server, prompts, SamplingParams(max_tokens=config.max_tokens, temperature=0.0))
         measured |= served.facts()
         show("comparing the text", 0, None)
-        causes += text_causes(served, prompts, plain_url, target, config, measured)
+        ours = answer(target, prompts, config.max_tokens)
+        causes += text_causes(served, prompts, ours, plain_url, target, config, measured)
         show("sampling", 0, None)
         causes += law_causes(server, prompts, target, config, measured)
         if served.speculates and not served.stats.num_drafted:
@@ -108,10 +119,6 @@ def diagnose_server(
     return Diagnosis(checkpoint, target.name or None, server.base_url, ranked(causes), measured, not_examined)
 
 
-def connect(url: str) -> MeasuredServer:
-    return MeasuredServer(url, timeout_s=TIMEOUT_S, max_retries=MAX_RETRIES, max_clients=1)
-
-
 def causes_of_findings(findings: Iterable[Finding]) -> Iterator[Cause]:
     for found in findings:
         if found.severity == "error" and found.code in NAME_OF_FINDING:
@@ -119,58 +126,6 @@ def causes_of_findings(findings: Iterable[Finding]) -> Iterator[Cause]:
             evidence = {found.code: f"{found.where}: {found.found}"}
             rank = INACTIVE if name == "inactive" else FAULTY
             yield Cause(name, f"{found.found}: {found.rule}", evidence, found.fix, rank, 100.0)
-
-
-# -- the text
-
-
-def text_causes(
-    served: Served,
-    prompts: Sequence[list[int]],
-    plain_url: str | None,
-    target: DecodingTarget,
-    config: DiagnoseConfig,
-    measured: dict[str, Any],
-) -> Iterator[Cause]:
-    """Compares greedy answers: with a plain server's, and with the verifier's own as it is here."""
-    ours = [output.token_ids for output in answer(target, prompts, config.max_tokens)]
-    differing = differences(target.model, prompts, ours, served.answers)
-    measured["greedy answers as the verifier's"] = f"{len(prompts) - len(differing)} of {len(prompts)}"
-    if plain_url is not None:
-        with closing(connect(plain_url)) as plain:
-            theirs = ask(plain, prompts, SamplingParams(max_tokens=config.max_tokens, temperature=0.0)).answers
-        apart = differences(target.model, prompts, theirs, served.answers)
-        measured["greedy answers as the plain server's"] = f"{len(prompts) - len(apart)} of {len(prompts)}"
-        if differing and not apart:
-            sentence = f"without drafts too it writes another text than {target.name}: it serves another verifier"
-            fix = f"serve {target.name}, or name the verifier that is served with --verifier"
-            yield Cause("verifier", sentence, {"first difference": next(iter(differing.values()))}, fix, FAULTY, 90.0)
-            return
-        differing = apart
-    if differing:
-        number, where = next(iter(differing.items()))
-        sentence = f"its greedy text is not the verifier's, in {len(differing)} of {len(prompts)} answers"
-        evidence = {"first difference": f"prompt {number}: {where}", "differing answers": len(differing)}
-        fix = "serve the verifier that the drafter was trained for; if it is that one, report the engine: it must not"
-        yield Cause("text-not-lossless", sentence, evidence, f"{fix} change the text", FAULTY, 50.0)
-
-
-def law_causes(
-    server: MeasuredServer,
-    prompts: Sequence[list[int]],
-    target: DecodingTarget,
-    config: DiagnoseConfig,
-    measured: dict[str, Any],
-) -> Iterator[Cause]:
-    """Tests whether sampled tokens have the verifier's law."""
-    temperature = config.temperature or 1.0
-    law = sampled_law(server, target.model, prompts, temperature, config.num_samples)
-    measured[f"sampled law at temperature {temperature:g}"] = str(law)
-    if not law.passed:
-        more = "more" if law.likeliest.z > 0 else "less"
-        sentence = f"its sampled text is not drawn from the verifier's law: likeliest tokens come {more} often"
-        fix = "report the engine's rejection sampler; typical and synthetic acceptance are not lossless: leave them out"
-        yield Cause("sampling-not-lossless", sentence, {"test": str(law)}, fix, FAULTY, 40.0)
 
 
 # -- the counts
@@ -195,30 +150,68 @@ def count_causes(
         yield Cause("draft-tokens", sentence, {"served": served_k, "checkpoint": wanted}, fix, MISMATCH, 1.0)
     num_drafts = min(served_k, most or served_k)
     greedy = SamplingParams(max_tokens=config.max_tokens, temperature=0.0)
-    ours = decode(model, target, prompts, num_drafts, greedy).by_position
-    theirs = served.by_position[: len(ours)]
+    decoded = decode(model, target, prompts, num_drafts, greedy)
+    ours, theirs = decoded.by_position, served.by_position[: len(decoded.by_position)]
+    off = distance(decoded, served)
     measured["accepted by position, our engine"] = ours
-    apart = [a - b for a, b in zip(ours, theirs, strict=False)]
-    evidence: dict[str, Any] = {"accepted by position, server": theirs, "accepted by position, our engine": ours}
-    if not apart or max(map(abs, apart)) <= FEWER:
+    measured["rounds in which another number of drafts was accepted, at least"] = off
+    if not ours or off <= ACCEPTED_TOLERANCE:
         return
+    evidence: dict[str, Any] = {"accepted by position, server": theirs, "accepted by position, our engine": ours}
+    apart = [a - b for a, b in zip(ours, theirs, strict=False)]
     # where hardly anything is accepted, every fault looks alike
     accepts = theirs[0] > HARDLY
-    named = fitting_probe(theirs, ours, prompts, served, model, target, rebuilt, greedy) if accepts else None
+    named = fitting_probe(off, ours, prompts, served, model, target, rebuilt, greedy) if accepts else None
     if named is not None:
         probe, curve = named
         evidence[f"our engine with {probe.words}"] = curve
         sentence = f"its accepted drafts are those of this drafter with {probe.words}"
         yield Cause(probe.cause, sentence, evidence, reversed_fix(probe), FAULTY, 20.0)
+    elif off <= FEWER:
+        return  # so few may be ties, in the low precision of an engine
     elif apart[0] <= FEWER and collapsed(theirs, ours):
         sentence = "position 1 is accepted as in our engine, later positions collapse: the engine feeds the drafter's "
         fix = "compare positions, masks and the state that the engine feeds back; another release of it may be right"
         yield Cause("later-positions", sentence + "own states back otherwise", evidence, fix, FAULTY, 20.0)
     else:
-        how = "fewer" if apart[0] > 0 else "more"
-        sentence = f"it accepts {how} drafts than this checkpoint does in our engine, from position 1 on: "
+        sentence = f"it drafts other tokens than this checkpoint does in our engine: {off:.0%} of the rounds, or more, "
         fix = "look at the path in its --speculative-config and at the warnings of its loader"
-        yield Cause("other-drafter", sentence + "it drafts with other weights", evidence, fix, FAULTY, 10.0)
+        yield Cause("other-drafter", sentence + "accept another number of them", evidence, fix, FAULTY, 10.0)
+
+
+def distance(decoded: Decoded, served: Served) -> float:
+    """Share of the rounds, at the worst position, that surely accepted another number of drafts, prompt by prompt.
+    Answers that part ways at a tie have other rounds and are not compared; where all do, the curves are."""
+    apart, num_rounds, depth = Counter[int](), 0, len(decoded.by_position)
+    rows = zip(decoded.outputs, decoded.accepted_by_prompt, served.answers, served.accepted_by_prompt, strict=True)
+    for output, ours, answered, theirs in rows:
+        if output.token_ids == answered:
+            num_rounds += output.stats.num_drafts
+            both = zip_longest(ours, theirs[:depth], fillvalue=0)
+            apart.update({k: abs(a - b) for k, (a, b) in enumerate(both)})
+    if not num_rounds:
+        return max(map(abs, map(sub, decoded.by_position, served.by_position)), default=0.0)
+    return max(apart.values(), default=0) / num_rounds
+
+
+def map_probes(model: SpeculatorModel, verifier: PreTrainedModel) -> Iterator[Probe]:
+    """What an engine may make of the map from draft ids to tokens. The training forward does not read it."""
+    d2t_D = dict(model.named_buffers()).get("d2t")
+    if d2t_D is None:
+        return
+    rows_D = torch.arange(len(d2t_D), device=d2t_D.device)
+    others = {
+        "draft ids taken for tokens": torch.zeros_like(d2t_D),
+        "offsets of d2t taken for tokens": d2t_D - rows_D,
+        "tokens of d2t taken for offsets": d2t_D + rows_D,
+        "d2t moved by +1": d2t_D.roll(1),
+        "d2t moved by -1": d2t_D.roll(-1),
+    }
+    fix = "serve d2t of the checkpoint, as offsets"
+    for words, other_D in others.items():
+        ids_D = verifier_ids(other_D)
+        if int(ids_D.min()) >= 0 and int(ids_D.max()) < verifier_parts(verifier).config.vocab_size:
+            yield Probe("vocabulary-map", words, fix, tensors={"d2t": other_D})
 
 
 def collapsed(theirs: Sequence[float], ours: Sequence[float]) -> bool:
@@ -239,7 +232,7 @@ def reversed_fix(probe: Probe) -> str:
 
 
 def fitting_probe(
-    theirs: Sequence[float],
+    apart: float,
     ours: Sequence[float],
     prompts: Sequence[list[int]],
     served: Served,
@@ -248,8 +241,8 @@ def fitting_probe(
     rebuilt: Rebuild,
     greedy: SamplingParams,
 ) -> tuple[Probe, list[float]] | None:
-    """Finds the changed setting with which our drafter accepts what the server does. Both draft greedily, so that the
-    right one gives the same counts; the training forward chooses which ones are worth decoding."""
+    """Finds the changed setting with which our drafter accepts what the server does, prompt by prompt. Both draft
+    greedily, so that the right one gives the same counts; the training forward chooses which are worth decoding."""
     rows = [
         ([*prompt, *ids], [0] * len(prompt) + [1] * len(ids))
         for prompt, ids in zip(prompts, served.answers, strict=True)
@@ -263,14 +256,16 @@ def fitting_probe(
     for probe in probes_of(model, target.model):
         found = tried(probe, model, texts, own_ids, rebuilt, measure_together)
         if found is not None:
-            likely.append((distance(expected_curve(ours, base, found), theirs), probe))
-    curves = []
-    for _, probe in sorted(likely, key=lambda pair: pair[0])[:NUM_DECODED]:
+            expected = expected_curve(ours, base, found)
+            likely.append((max(map(abs, map(sub, expected, served.by_position)), default=0.0), probe))
+    found_by_distance = []
+    nearest_ones = [probe for _, probe in sorted(likely, key=lambda pair: pair[0])[:NUM_DECODED]]
+    for probe in [*map_probes(model, target.model), *nearest_ones]:
         with changed(probe, model, rebuilt) as other:
-            curve = decode(other, target, prompts, len(ours), greedy).by_position
-        curves.append((distance(curve, theirs), probe, curve))
-    off, nearest, curve = min(curves, key=lambda found: found[0])
-    return (nearest, curve) if off <= min(AS_SERVED, EXPLAINS * distance(ours, theirs)) else None
+            decoded = decode(other, target, prompts, len(ours), greedy)
+        found_by_distance.append((distance(decoded, served), probe, decoded.by_position))
+    off, nearest, curve = min(found_by_distance, key=lambda found: found[0])
+    return (nearest, curve) if off <= min(AS_SERVED, EXPLAINS * apart) else None
 
 
 @contextmanager
@@ -293,7 +288,3 @@ def expected_curve(ours: Sequence[float], base: Accuracy, found: Accuracy) -> li
     """Our engine's curve, changed as the training forward's is: rounds begin at other places than all tokens."""
     factors = [b / max(a, 1e-9) for a, b in zip(base.by_position, found.by_position, strict=True)]
     return [rate * min(factors[min(k, len(factors) - 1)], 2.0) for k, rate in enumerate(ours)]
-
-
-def distance(curve: Sequence[float], theirs: Sequence[float]) -> float:
-    return max((abs(a - b) for a, b in zip(curve, theirs, strict=False)), default=0.0)

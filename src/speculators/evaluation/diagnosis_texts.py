@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speculators.evaluation.diagnosis import DATA, FIT, Accuracy, Cause, Text
+from speculators.data_generation.masks import offset_of, opening_of, places_after, supervised_spans
+from speculators.evaluation.diagnosis import DATA, FIT, MISMATCH, Accuracy, Cause, Text
 from speculators.evaluation.statistics import Estimate, bootstrap
 from speculators.utils.chat_template import ChatRenderer
 from speculators.verifier.capture import logits_from_last_hidden
@@ -79,31 +80,6 @@ def mask_cause(rows: Sequence[Row], renderer: ChatRenderer, end_ids: Collection[
         return None
     fix = "look at the rows with inspect-mask, then prepare the data again with the verifier's own chat template"
     return Cause("mask", sentence, evidence, fix, DATA, 10.0)
-
-
-def opening_of(renderer: ChatRenderer) -> list[int]:
-    """Returns the tokens with which the template opens an answer; empty where it has none."""
-    messages = [{"role": "user", "content": "x"}]
-    asked = renderer.token_ids(messages, add_generation_prompt=True)
-    plain = renderer.token_ids(messages, add_generation_prompt=False)
-    return asked[len(plain) :] if asked[: len(plain)] == plain else []
-
-
-def places_after(opening: Sequence[int], ids: Sequence[int]) -> set[int]:
-    """Returns where an answer may begin: behind each occurrence of `opening`."""
-    ids, size = list(ids), len(opening)
-    return {at + size for at in range(len(ids) - size + 1) if ids[at : at + size] == list(opening)}
-
-
-def supervised_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff([0, *map(int, map(bool, mask)), 0]))
-    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def offset_of(start: int, starts: Collection[int]) -> str:
-    """Returns "0", "+1" (a token late), "-2", ...; "none" where no answer begins near."""
-    nearest = min((start - place for place in starts), key=abs, default=None)
-    return "none" if nearest is None or abs(nearest) > 9 else f"{nearest:+d}" if nearest else "0"
 
 
 # -- what the verifier says to a text
@@ -179,8 +155,9 @@ def policy_cause(judged: Judged) -> Cause | None:
     return Cause("off-policy", sentence, evidence, fix, DATA, excess.value / OFF_POLICY_NATS)
 
 
-def vocabulary_cause(judged: Mapping[str, Judged], held_out: Accuracy) -> Cause | None:
-    """Whether the draft vocabulary lacks tokens that the verifier often chooses, by data set."""
+def vocabulary_cause(judged: Mapping[str, Judged], held_out: Accuracy, fitting: Sequence[Cause]) -> Cause | None:
+    """Whether the draft vocabulary lacks tokens that the verifier often chooses, by data set. `fitting`: other causes
+    of wrong first drafts; where one explains more of them than the holes do, the holes come after it."""
     shares = {name: found.mean("likeliest_outside") for name, found in judged.items() if found.num_N.sum()}
     worst = max(shares, key=lambda name: shares[name], default=None)
     if worst is None or shares[worst] <= HOLES:
@@ -194,6 +171,9 @@ def vocabulary_cause(judged: Mapping[str, Judged], held_out: Accuracy) -> Cause 
         "at most": 1 - shares[worst],
     }
     fix = "train with a larger --draft-vocab-size, or on text of this domain: the vocabulary is its frequent tokens"
+    others = max((cause.strength * GAP - shares[worst] for cause in fitting), default=0.0)
+    if others > shares[worst]:
+        return Cause("vocabulary-holes", sentence, evidence, fix, FIT, shares[worst] / GAP)
     return Cause("vocabulary-holes", sentence, evidence, fix, DATA, shares[worst] / HOLES)
 
 
@@ -289,3 +269,24 @@ def context_cause(inside: Accuracy, beyond: Accuracy, limit: int, what: str) -> 
     }
     fix = "train on conversations as long as those that it serves (--seq-length, --total-seq-len)"
     return Cause("context", sentence, evidence, fix, FIT, 10.0 * (1 - after / before))
+
+
+def temperature_cause(
+    temperature: float, greedy: float, sampled: float, ceiling: float, trained: Judged | None
+) -> Cause | None:
+    """Whether the drafter loses at the serving temperature. `greedy`, `sampled`: tokens per round; `ceiling`: mean
+    probability of the verifier's likeliest token there."""
+    if not temperature or greedy <= 1 or (sampled - 1) >= FALLS * (greedy - 1):
+        return None
+    agreement = None if trained is None else trained.mean("likeliest")
+    learnt = "" if agreement is None or agreement < GREEDY else ", and was trained on greedy answers"
+    sentence = f"it accepts {sampled:.2f} tokens per round at temperature {temperature:g}, {greedy:.2f} at 0{learnt}"
+    evidence = {
+        "acceptance length at temperature 0": greedy,
+        f"acceptance length at temperature {temperature:g}": sampled,
+        "probability of the verifier's likeliest token": ceiling,
+        "training tokens that are its likeliest": agreement,
+    }
+    fix = f"train on answers drawn at the serving temperature (regenerate-responses --temperature {temperature:g})"
+    kept = {name: value for name, value in evidence.items() if value is not None}
+    return Cause("temperature", sentence, kept, fix, MISMATCH, 1 - (sampled - 1) / (greedy - 1))

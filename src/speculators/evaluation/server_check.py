@@ -10,10 +10,12 @@ known. Shapes: S sampled tokens, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,14 +24,19 @@ from speculators.checkpoint.findings import Finding, error, warning
 from speculators.data_generation.preprocessing import load_tokenizer
 from speculators.data_generation.vllm_client import InvalidResponseError, TransientError, checked_json
 from speculators.decoding.settings import SamplingParams
+from speculators.decoding.target import DecodingTarget
+from speculators.evaluation.config import DiagnoseConfig
+from speculators.evaluation.diagnosis import FAULTY, INACTIVE, Cause
 from speculators.evaluation.parity_checks import LOW_PRECISION_TIE_TOLERANCE
-from speculators.evaluation.server_client import MeasuredServer
+from speculators.evaluation.server_client import MeasuredServer, Served, ask
 from speculators.evaluation.statistics import first_difference
 from speculators.utils.files import is_same_model
 
 PROBE = "Hello, Wörld!  12345 <|im_start|>\n\tdef f(x): return x**2  # 你好"
 """Words, spaces, digits, code, a marker and other scripts: two tokenizers rarely agree on all of it."""
 TIMEOUT_S = 30.0
+"""Of a check; a diagnosis, which asks for answers, waits longer."""
+ANSWER_TIMEOUT_S, MAX_RETRIES = 300.0, 1
 
 
 def server_findings(url: str, checkpoint: str, verifier: str | None) -> Iterable[Finding]:
@@ -200,3 +207,76 @@ def sampled_law(
         law.surprise.add((log_p_SV.gather(1, drawn_S[:, None])[:, 0] - mean_S).sum(), variance_S.sum())
         law.num_tokens += len(drawn_S)
     return law
+
+
+# -- what a difference means
+
+
+def connect(url: str) -> MeasuredServer:
+    return MeasuredServer(url, timeout_s=ANSWER_TIMEOUT_S, max_retries=MAX_RETRIES, max_clients=1)
+
+
+def text_causes(
+    served: Served,
+    prompts: Sequence[list[int]],
+    ours: Sequence[list[int]],
+    plain_url: str | None,
+    target: DecodingTarget,
+    config: DiagnoseConfig,
+    measured: dict[str, Any],
+) -> Iterator[Cause]:
+    """Compares greedy answers: with a plain server's, and with the verifier's own as it is here."""
+    differing = differences(target.model, prompts, ours, served.answers)
+    measured["greedy answers as the verifier's"] = f"{len(prompts) - len(differing)} of {len(prompts)}"
+    if plain_url is not None:
+        with closing(connect(plain_url)) as plain:
+            theirs = ask(plain, prompts, SamplingParams(max_tokens=config.max_tokens, temperature=0.0)).answers
+        apart = differences(target.model, prompts, theirs, served.answers)
+        measured["greedy answers as the plain server's"] = f"{len(prompts) - len(apart)} of {len(prompts)}"
+        if differing and not apart:
+            sentence = f"without drafts too it writes another text than {target.name}: it serves another verifier"
+            fix = f"serve {target.name}, or name the verifier that is served with --verifier"
+            yield Cause("verifier", sentence, {"first difference": next(iter(differing.values()))}, fix, FAULTY, 90.0)
+            return
+        differing = apart
+    if differing:
+        number, where = next(iter(differing.items()))
+        sentence = f"its greedy text is not the verifier's, in {len(differing)} of {len(prompts)} answers"
+        evidence = {"first difference": f"prompt {number}: {where}", "differing answers": len(differing)}
+        fix = "serve the verifier that the drafter was trained for; if it is that one, report the engine: it must not"
+        yield Cause("text-not-lossless", sentence, evidence, f"{fix} change the text", FAULTY, 50.0)
+
+
+def law_causes(
+    server: MeasuredServer,
+    prompts: Sequence[list[int]],
+    target: DecodingTarget,
+    config: DiagnoseConfig,
+    measured: dict[str, Any],
+) -> Iterator[Cause]:
+    """Tests whether sampled tokens have the verifier's law."""
+    temperature = config.temperature or 1.0
+    law = sampled_law(server, target.model, prompts, temperature, config.num_samples)
+    measured[f"sampled law at temperature {temperature:g}"] = str(law)
+    if not law.passed:
+        more = "more" if law.likeliest.z > 0 else "less"
+        sentence = f"its sampled text is not drawn from the verifier's law: likeliest tokens come {more} often"
+        fix = "report the engine's rejection sampler; typical and synthetic acceptance are not lossless: leave them out"
+        yield Cause("sampling-not-lossless", sentence, {"test": str(law)}, fix, FAULTY, 40.0)
+
+
+def inactive_causes(path: Path, engine_config: Mapping[str, Any], config: DiagnoseConfig) -> Iterator[Cause]:
+    """Settings with which an engine drafts nothing, or not with this checkpoint."""
+    num_drafts = engine_config.get("num_speculative_tokens", config.num_speculative_tokens)
+    fix = f"serve it as `speculators serve {path}` does"
+    if num_drafts == 0:
+        sentence = "num_speculative_tokens is 0: nothing is drafted, every token is the verifier's own"
+        yield Cause("inactive", sentence, {"num_speculative_tokens": 0}, fix, INACTIVE)
+    drafts_with = engine_config.get("model")
+    method = engine_config.get("method")
+    if drafts_with is not None and os.path.realpath(drafts_with) != str(path.resolve()):
+        sentence = f"the engine drafts with {drafts_with}, not with this checkpoint"
+        yield Cause("inactive", sentence, {"model": drafts_with}, fix, INACTIVE)
+    elif drafts_with is None and method is not None:
+        sentence = f"the engine drafts by method {method!r}; its config names no checkpoint"
+        yield Cause("inactive", sentence, {"method": method}, fix, INACTIVE)

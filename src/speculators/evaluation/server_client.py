@@ -236,8 +236,13 @@ class Served:
     stats: DecodeStats
     num_drafts: int
     """Rounds in which something was drafted."""
-    accepted_per_position: tuple[int, ...]
+    accepted_by_prompt: list[tuple[int, ...]]
+    """Prompt -> rounds that accepted at least i + 1 drafts."""
     speculates: bool
+
+    @property
+    def accepted_per_position(self) -> list[int]:
+        return [sum(column) for column in zip_longest(*self.accepted_by_prompt, fillvalue=0)]
 
     @property
     def by_position(self) -> list[float]:
@@ -261,15 +266,10 @@ class Served:
 def ask(server: MeasuredServer, prompts: Sequence[list[int]], sampling: SamplingParams) -> Served:
     """Asks prompt by prompt: batches would change the order of sums."""
     found = [server.measure([prompt], sampling) for prompt in prompts]
-    depth = max(len(counted.accepted_per_position) for _, counted in found)
-    positions = [
-        sum(counted.accepted_per_position[k] for _, counted in found if k < len(counted.accepted_per_position))
-        for k in range(depth)
-    ]
     return Served(
         [list(measurement.token_ids[0]) for measurement, _ in found],
         reduce(add, (measurement.stats for measurement, _ in found)),
         sum(counted.num_drafts for _, counted in found),
-        tuple(positions),
+        [counted.accepted_per_position for _, counted in found],
         any(counted.speculates for _, counted in found),
     )

@@ -17,15 +17,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from speculators.interfaces import DraftSampling
 from speculators.nn.device import to_device
+from speculators.utils.loading import spaced
 
 NO_DRAFT = -1
 """In place of a token id: this slot has no draft."""
 MIN_TEMPERATURE = 1e-5
 MIN_NOISE = 1e-30
+ALIKE, NOT_ALIKE = 0.8, 0.2
+"""Cosine from which on two rows of a head, trained on or not, are of one token, and how far below it others are."""
 
 
 def draft_to_verifier_ids(draft_ids: Tensor, d2t: Tensor | None) -> Tensor:
@@ -159,3 +162,12 @@ def draft_slots(
     draft_ids_BK = draw_as(probs_BKV, sampling)
     add_own_probs(sampling, logits_BKV, draft_ids_BK)
     return draft_to_verifier_ids(draft_ids_BK, d2t), scatter_to_verifier(probs_BKV, d2t, verifier_vocab_size)
+
+
+def stand_for_others(head_DH: Tensor, theirs_VH: Tensor, mapped_DH: Tensor) -> bool:
+    """Says whether most rows of a head are like the verifier's rows of other tokens than those of the map."""
+    rows = spaced(len(head_DH))
+    own_RH, mapped_RH = (normalize(head[rows].float(), dim=-1) for head in (head_DH, mapped_DH))
+    likest_R = (own_RH @ normalize(theirs_VH, dim=-1).T).amax(-1)
+    is_other_R = (likest_R > ALIKE) & ((own_RH * mapped_RH).sum(-1) < likest_R - NOT_ALIKE)
+    return bool(is_other_R.float().mean() > 0.5)
