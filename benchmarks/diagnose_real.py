@@ -30,7 +30,7 @@ from speculators.evaluation.diagnosis import Diagnosis
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LAYERS = "eagle_aux_hidden_state_layer_ids"
-SMALL = {"num_prompts": 8, "max_tokens": 32, "num_rows": 6}
+SMALL = {"num_prompts": 5, "max_tokens": 32, "num_rows": 5}
 Weights = dict[str, torch.Tensor]
 
 

@@ -99,7 +99,7 @@ def test_prompts_unlike_the_training_text_are_found(toys):
 
 def damage(weights: dict[str, torch.Tensor]) -> None:
     """No setting brings this back."""
-    weights["layers.0.mlp.down_proj.weight"].copy_(weights["layers.0.mlp.down_proj.weight"].flip(0))
+    weights["layers.0.self_attn.v_proj.weight"].copy_(weights["layers.0.self_attn.v_proj.weight"].flip(0))
 
 
 def test_weights_that_were_damaged_since_are_told_by_what_validation_recorded(toys, tmp_path):

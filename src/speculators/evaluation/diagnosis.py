@@ -251,22 +251,25 @@ def changed_cause(
     had never seen: weights, settings or verifier were changed since. `repaired`: with each probe that helps."""
     recorded = [validation.get(f"full_acc_{k}") for k in range(len(on_known.by_position))]
     once = sum(share for share in recorded if share is not None)
-    if None in recorded or fewer_right(on_known, once) is None:
+    now = None if None in recorded else fewer_right(on_known, once)
+    if now is None:
         return None
     if any(found is not None and fewer_right(found, once) is None for found in repaired):
         return None  # that setting brings it back
-    now, fix = fewer_right(on_known, once), "take weights and config.json from where it was trained"
+    fix = "take weights and config.json from where it was trained"
     evidence: dict[str, Any] = {
-        "drafts right per round, training text": f"{now}",
+        "drafts right per round, training text": f"{now.value:.2f} ({now.low:.2f} to {now.high:.2f})",
         "drafts right per round, validation, as recorded": once,
-        "surprise of the training text beyond the verifier's entropy": str(excess),
+        "surprise of the training text beyond the verifier's entropy": f"{excess.value:.2f} nats per token",
     }
     if excess.low > 0:  # a text of its own has none
         name, fix = "verifier", "use the verifier of training, or train a drafter for this one"
         why = "and the training text is not this verifier's: it was another one, or has other weights since"
     else:
         name, why = "changed-since-training", "weights or settings were changed since, which no probe brings back"
-    sentence = f"{now} drafts right per round on its own training text, {once:.2f} in validation when it was saved"
+    sentence = (
+        f"{now.value:.2f} drafts right per round on its own training text, {once:.2f} in validation when it was saved"
+    )
     return Cause(name, f"{sentence}: {why}", evidence, fix, FAULTY, CERTAIN)
 
 
