@@ -1,7 +1,7 @@
 """Seeds faults in copies of a trained EAGLE-3 drafter and asks `diagnose` about each: docs/diagnose.md's table.
 
     python benchmarks/diagnose_real.py --verifier MODEL --checkpoint run/3 --data data --prompts held-out.jsonl
-        [--answers answers.jsonl] [--few few-run/3 --few-data few-data] [--other other.jsonl]
+        [--few few-run/3 --few-data few-data] [--other other.jsonl]
         [--given-run given-run/2 --given-data given-data] [--only 'rope theta 500;K is 0'] [--work DIR]
 
 The copies lack the record of training, which would say what was changed. Verifiers are spoiled in copies too. Nothing
@@ -23,6 +23,7 @@ from typing import Any
 import datasets
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import speculators as sp
 from speculators.checkpoint.record import RECORD_FILE
@@ -40,6 +41,7 @@ class Bench:
 
     given: argparse.Namespace
     work: Path
+    loaded: PreTrainedModel
 
     def copy(
         self,
@@ -85,14 +87,23 @@ class Bench:
         return path
 
     def long_prompts(self) -> Path:
-        """Returns the prompts, each behind six answered ones of the training."""
-        answered = [json.loads(line)["messages"] for line in Path(self.given.answers).read_text().splitlines()[:6]]
+        """Returns the prompts, each behind six others and the verifier's answers to them."""
+        rows = [json.loads(line) for line in Path(self.given.prompts).read_text().splitlines()]
+        file = self.work / "answers.jsonl"
+        file.unlink(missing_ok=True)
+        earlier = [{"messages": [{"role": "user", "content": row["question"]}]} for row in rows[-6:]]
+        sp.regenerate(self.loaded, earlier, output=file, max_tokens=256, batch_size=6)
+        texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+        turns = [
+            turn
+            for row, text in zip(earlier, texts, strict=True)
+            for turn in (*row["messages"], {"role": "assistant", "content": text})
+        ]
         path = self.work / "long.jsonl"
         with path.open("w") as file:
-            for line in Path(self.given.prompts).read_text().splitlines()[: SMALL["num_prompts"]]:
-                asked = {"role": "user", "content": json.loads(line)["question"]}
-                messages = [message for history in answered for message in history]
-                file.write(json.dumps({"messages": [*messages, asked]}) + "\n")
+            for row in rows[: SMALL["num_prompts"]]:
+                asked = {"role": "user", "content": row["question"]}
+                file.write(json.dumps({"messages": [*turns, asked]}) + "\n")
         return path
 
 
@@ -282,7 +293,7 @@ def main() -> None:
     print("| seeded | acceptance length | named first | further | right | s |\n|---|---|---|---|---|---|")
     healthy = given.healthy
     with tempfile.TemporaryDirectory(dir=given.work) as folder:
-        bench = Bench(given, Path(folder))
+        bench = Bench(given, Path(folder), verifier)
         for name in wanted:
             expected, seed = FAULTS[name]
             if name in NEEDS and getattr(given, NEEDS[name]) is None:
@@ -319,7 +330,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", required=True, help="directory of prepare-data that it was trained on")
     parser.add_argument("--prompts", required=True, help="held-out prompts of the same kind")
-    parser.add_argument("--answers", help="conversations of the training, as they were answered")
     parser.add_argument("--healthy", type=float, help="acceptance length of the healthy drafter, where --only skips it")
     parser.add_argument("--few", help="a drafter of few conversations")
     parser.add_argument("--few-data")

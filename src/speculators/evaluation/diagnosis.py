@@ -245,10 +245,11 @@ def measure_together(model: SpeculatorModel, texts: Sequence[Text], layer_ids: S
 
 
 def changed_cause(
-    on_known: Accuracy, validation: Mapping[str, float], excess: Estimate, repaired: Iterable[Accuracy | None]
+    on_known: Accuracy, validation: Mapping[str, float], repaired: Iterable[Accuracy | None], not_its: str | None
 ) -> Cause | None:
     """Whether the drafter is right less often on its own training text than validation once recorded of text that it
-    had never seen: weights, settings or verifier were changed since. `repaired`: with each probe that helps."""
+    had never seen: weights, settings or verifier were changed since. `repaired`: with each probe that helps.
+    `not_its`: what is not this verifier's."""
     recorded = [validation.get(f"full_acc_{k}") for k in range(len(on_known.by_position))]
     once = sum(share for share in recorded if share is not None)
     now = None if None in recorded else fewer_right(on_known, once)
@@ -260,11 +261,10 @@ def changed_cause(
     evidence: dict[str, Any] = {
         "drafts right per round, training text": f"{now.value:.2f} ({now.low:.2f} to {now.high:.2f})",
         "drafts right per round, validation, as recorded": once,
-        "surprise of the training text beyond the verifier's entropy": f"{excess.value:.2f} nats per token",
     }
-    if excess.low > 0:  # a text of its own has none
+    if not_its is not None:
         name, fix = "verifier", "use the verifier of training, or train a drafter for this one"
-        why = "and the training text is not this verifier's: it was another one, or has other weights since"
+        why = f"and {not_its} is not this verifier's: it was another one, or has other weights since"
     else:
         name, why = "changed-since-training", "weights or settings were changed since, which no probe brings back"
     sentence = (

@@ -24,7 +24,6 @@ from speculators.decoding.target import DecodingTarget, served_temperature
 from speculators.draft_vocab import DraftVocabMixin
 from speculators.evaluation.config import DiagnoseConfig
 from speculators.evaluation.diagnosis import (
-    DATA,
     FAULTY,
     FIT,
     INACTIVE,
@@ -38,6 +37,8 @@ from speculators.evaluation.diagnosis import (
 from speculators.evaluation.diagnosis_probes import Rebuild, Texts, probed, read_around
 from speculators.evaluation.diagnosis_texts import (
     FEW_ROWS,
+    HOLES,
+    TRAINING_TEXT,
     Judged,
     Row,
     Training,
@@ -45,6 +46,7 @@ from speculators.evaluation.diagnosis_texts import (
     fit_causes,
     judge,
     mask_cause,
+    outside_of_training,
     policy_cause,
     temperature_cause,
     vocabulary_cause,
@@ -55,6 +57,7 @@ from speculators.evaluation.parity_checks import (
     compare_rounds,
     drafts_check,
     drafts_tokens,
+    is_other_embedding,
     vocabulary_check,
 )
 from speculators.interfaces import CaptureSpec
@@ -170,17 +173,13 @@ class Examination:
         most = self.num_drafts if decoded is None else decoded.stats.num_drafted / max(decoded.stats.num_rounds, 1)
         length = base.acceptance_length if decoded is None else decoded.stats.acceptance_length
         causes = self.text_causes(new, known, base, on_known, has_room=length - 1 < ROOM * most)
-        # with other masks or another vocabulary other tokens are judged than in validation
-        if not any(cause.rank == DATA and cause.name in ("mask", "vocabulary-holes") for cause in causes):
+        # with other masks, or holes in the training text itself, other tokens are judged than in validation
+        if not any(cause.name == "mask" or outside_of_training(cause) > HOLES for cause in causes):
             found += self.changed_causes(known, on_known, [repair.on_known for repair in repairs])
         # what is wrong with drafter or verifier explains how well they fit a text
         explained = any(cause.rank <= FAULTY for cause in found)
         is_other = any(cause.name in ("verifier", "quantised-target") for cause in found)
-        found += [
-            cause
-            for cause in causes
-            if not (explained and cause.rank == FIT) and not (is_other and cause.name == "off-policy")
-        ]
+        found += [c for c in causes if not ((explained and c.rank == FIT) or (is_other and c.name == "off-policy"))]
         return found + self.temperature_causes(known, new, decoded)
 
     def changed_causes(
@@ -189,8 +188,10 @@ class Examination:
         """Compares with what validation recorded beside the weights."""
         if on_known is None or self.training.validation is None or self.training.num_validated < FEW_ROWS:
             return []
-        excess = judge(self.target.model, known, None).excess()
-        cause = changed_cause(on_known, self.training.validation, excess, repaired)
+        is_surprised = judge(self.target.model, known, None).excess().low > 0  # a text of its own does not surprise it
+        is_other = is_other_embedding(self.model, self.target.model)
+        not_its = "the copied embedding" if is_other else "the training text" if is_surprised else None
+        cause = changed_cause(on_known, self.training.validation, repaired, not_its)
         return [] if cause is None else [cause]
 
     def read(self, rows: Sequence[Row]) -> list[Text]:
@@ -241,7 +242,7 @@ class Examination:
         kept_V = model.t2d if isinstance(model, DraftVocabMixin) else None
         judged: dict[str, Judged] = {"the answers to the prompts": judge(verifier, new, kept_V)} if new else {}
         if known:
-            judged["the training text"] = own = judge(verifier, known, kept_V)
+            judged[TRAINING_TEXT] = own = judge(verifier, known, kept_V)
             self.measured |= {
                 "training tokens that are the verifier's likeliest": own.mean("likeliest"),
                 "surprise of the training text beyond its entropy": own.excess().value,
@@ -252,7 +253,7 @@ class Examination:
             return []
         found: list[Cause | None] = []
         if known:
-            found += [self.mask_cause(), policy_cause(judged["the training text"])]
+            found += [self.mask_cause(), policy_cause(judged[TRAINING_TEXT])]
         if base is None:
             return [cause for cause in found if cause is not None]
         if on_known is not None:

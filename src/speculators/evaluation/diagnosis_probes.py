@@ -264,7 +264,10 @@ def norm_probes(model: SpeculatorModel) -> Iterator[Probe]:
     }
     fix = "take the weights from where the drafter was trained"
     for name, weight in norms.items():
-        for other, words in ((torch.ones_like(weight), "1"), (weight + 1, "w + 1"), (weight - 1, "w - 1")):
+        # w - 1 of a weight near 1 would switch its layer off, which betters a damaged one
+        mean = float(weight.mean())
+        offsets = [(weight + by, f"w {by:+d}") for by in (1, -1) if abs(mean + by - 1) < abs(mean - 1)]
+        for other, words in ((torch.ones_like(weight), "1"), *offsets):
             yield Probe("norms", f"{name} as {words}", fix, tensors={name: other})
     for one, two in itertools.combinations(norms, 2):
         if norms[one].shape == norms[two].shape:

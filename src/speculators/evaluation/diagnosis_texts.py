@@ -35,6 +35,7 @@ OFF_POLICY_NATS = 0.2
 """Surprise per token beyond the verifier's entropy from which on a text is taken for somebody else's."""
 GREEDY = 0.95
 """Share of tokens that are the verifier's likeliest, from which on a text is taken for its greedy one."""
+TRAINING_TEXT, OUTSIDE = "the training text", "likeliest tokens outside"
 HOLES = 0.05
 """Share of the verifier's likeliest tokens that may be outside the draft vocabulary."""
 GAP = 0.25
@@ -165,7 +166,7 @@ def vocabulary_cause(judged: Mapping[str, Judged], held_out: Accuracy, fitting: 
     masses = {name: judged[name].mean("mass_outside") for name in shares}
     sentence = f"{shares[worst]:.0%} of what the verifier says in {worst} is outside the draft vocabulary"
     evidence = {
-        "likeliest tokens outside": shares,
+        OUTSIDE: shares,
         "probability outside": masses,
         "first drafts right": held_out.by_position[0],
         "at most": 1 - shares[worst],
@@ -175,6 +176,11 @@ def vocabulary_cause(judged: Mapping[str, Judged], held_out: Accuracy, fitting: 
     if others > shares[worst]:
         return Cause("vocabulary-holes", sentence, evidence, fix, FIT, shares[worst] / GAP)
     return Cause("vocabulary-holes", sentence, evidence, fix, DATA, shares[worst] / HOLES)
+
+
+def outside_of_training(cause: Cause) -> float:
+    """Share of the verifier's likeliest tokens in the training text for which a cause has holes."""
+    return float(cause.evidence.get(OUTSIDE, {}).get(TRAINING_TEXT, 0.0))
 
 
 # -- known text and new text
