@@ -212,11 +212,12 @@ def packed_row(options: argparse.Namespace, model: Any) -> dict[str, Any]:
     import torch
 
     length, half = options.length, options.length // 2
+    states_dtype = getattr(torch, options.dtype)
     index = torch.arange(length)[None]
     num_aux = len(model.target_layer_ids) if model.capture.aux_layer_ids else 1
     return {
-        "hidden_states": torch.randn(1, length, num_aux * options.hidden).bfloat16(),
-        "verifier_last_hidden_states": torch.randn(1, length, options.hidden).bfloat16(),
+        "hidden_states": torch.randn(1, length, num_aux * options.hidden).to(states_dtype),
+        "verifier_last_hidden_states": torch.randn(1, length, options.hidden).to(states_dtype),
         "input_ids": torch.randint(0, options.vocab, (1, length)),
         "loss_mask": (index // TURN) % 2,
         "document_ids": index // half,
@@ -258,7 +259,7 @@ def peak_mib() -> float:
 
 def measure(options: argparse.Namespace, algorithm: str) -> dict[str, dict[str, float]]:
     """Both routes of a drafter in turns."""
-    shown = [f"--{key}={value}" for key, value in vars(options).items() if key not in ("one", "algorithms")]
+    shown = command_words(options)
     workers = {
         route: subprocess.Popen(
             [sys.executable, __file__, *shown, "--one", algorithm, route],
@@ -283,6 +284,12 @@ def measure(options: argparse.Namespace, algorithm: str) -> dict[str, dict[str, 
     rows = {route: summary(of_route[1:]) for route, of_route in steps.items()}
     rows["ratio"] = {key: rows["fast"][key] / rows["reference"][key] for key in MEASURED}
     return rows
+
+
+def command_words(options: argparse.Namespace) -> list[str]:
+    """The options of a worker, as the command line takes them."""
+    left_out = ("one", "algorithms")
+    return [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items() if key not in left_out]
 
 
 def answer_of(worker: subprocess.Popen) -> str:
