@@ -254,7 +254,6 @@ IN_SHARDED = [
     (0, "open .N.partial/.training_record.json.partial"),  # the consolidated file is there, no part is
     (1, f"open {PARTS}/__N_N.distcp"),
     (0, f"open {PARTS}/.metadata.tmp"),  # every part is there
-    (0, "open .N.partial/training_state.json"),
     (1, "Muon.step"),
 ]
 

@@ -195,27 +195,3 @@ def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
-
-
-def test_two_ranks_see_different_rows_and_end_with_the_same_weights(tmp_path, verifier_path, data_path):
-    distributed = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    code = (
-        "import sys, torch\n"
-        "from speculators.train import run\n"
-        "from speculators.train.config import TrainConfig\n"
-        "from speculators.train.distributed import ranks_from_environment\n"
-        "torch.set_num_threads(1)\n"
-        "with ranks_from_environment() as ranks:\n"
-        "    trainer = run.build(TrainConfig.resolve(sys.argv[2:]), ranks, lambda event: None).trainer\n"
-        "    trainer.run_training()\n"
-        "    seen = trainer.train_loader.sampler.rows()\n"
-        "    torch.save((seen, trainer.model.state_dict()), f'{sys.argv[1]}/{ranks.rank}')\n"
-    )
-    argv = [sys.executable, "-c", code, str(tmp_path), *flags(verifier_path, data_path, tmp_path / "run")]
-    ranks = [subprocess.Popen(argv, env={**distributed, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
-    (rows0, weights0), (rows1, weights1) = (torch.load(tmp_path / str(rank)) for rank in range(2))
-    assert not {index for row in rows0 for index in row} & {index for row in rows1 for index in row}
-    assert all(torch.equal(weights0[name], weights1[name]) for name in weights0)
-    saved = load_file(tmp_path / "run" / "1" / "master_weights.fp32")
-    assert all(torch.equal(saved[name], weights0[name]) for name in saved)

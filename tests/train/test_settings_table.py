@@ -31,7 +31,7 @@ KEYS = [*group_of(), *OWN]
 OUTSIDE = {
     *("verifier_name_or_path", "trust_remote_code", "data_path", "save_path", "speculator_type", "plugins"),
     *("rank_timeout", "dry_run", "estimate", "contract_check", "parity_gate", "logger", "log_dir", "run_name"),
-    *("verifier_device", "verifier_device_map", "estimate_ranks", "max_memory"),
+    *("verifier_device", "verifier_device_map", "verifier_tp", "estimate_ranks", "max_memory"),
     *("loss_implementation", "gradient_checkpointing", "deterministic_cuda", "seed", "cache_hidden_states"),
 }
 """Read by `train` around what is built, or seen in numbers alone: their value is in the configuration."""

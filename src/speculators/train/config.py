@@ -272,6 +272,9 @@ def check_together(values: dict[str, Any]) -> str | None:
         return "verifier_device_map says where every layer is: leave out verifier_device"
     if values["verifier_device_map"] and values["eval_prompts"]:
         return "eval_prompts are decoded on one device: leave them out beside verifier_device_map"
+    beside = ("verifier_device", "verifier_device_map", "cache_hidden_states", "eval_prompts", "prefetch_in_process")
+    if values["verifier_tp"] and (others := [key for key in beside if values[key]]):
+        return f"verifier_tp lets all ranks compute each row together, in the thread that trains: leave out {others[0]}"
     if values["eval_prompts"] and values["train_data_ratio"] == 1.0:
         return "eval_prompts are held-out rows, but train_data_ratio=1.0 leaves none; use e.g. 0.9"
     return None

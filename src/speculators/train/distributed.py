@@ -103,12 +103,15 @@ class Ranks:
 
     def first_error(self, error: ValueError | None) -> ValueError | None:
         """Returns, on every rank, the error of the first rank that has one."""
-        if self.world_size == 1:
-            return error
-        errors: list[ValueError | None] = [None] * self.world_size
-        with hearing_others():
-            dist.all_gather_object(errors, error)
-        return next((of_rank for of_rank in errors if of_rank is not None), None)
+        return next((of_rank for of_rank in self.gather_objects(error) if of_rank is not None), None)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Returns the value of every rank, by pickle."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            with hearing_others():
+                dist.all_gather_object(values, value)
+        return values
 
     def told_by_main(self, value: T | None) -> T:
         """Returns the main rank's value on every rank."""

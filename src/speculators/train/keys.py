@@ -56,6 +56,11 @@ class DataKeys(AnchorKeys):
     verifier_device_map: str | None = Field(
         None, description="Spread a verifier larger than a card over devices: auto, or a JSON file (module: device)."
     )
+    verifier_tp: bool = Field(
+        False,
+        description="Split a verifier larger than a card over the ranks of torchrun: each holds a slice of every layer "
+        "(transformers' tensor-parallel plan), and all compute the states of each rank's rows together.",
+    )
     server_states_path: str = Field(
         str(DEFAULT_STATES_DIRECTORY),
         description="Directory that this server writes to: its --hidden-states-path (of several servers: one for each, "
@@ -252,7 +257,7 @@ RULES = (
         "with --on-missing skip, warn or raise all states are read from files and none are asked of a server",
     ),
     Rule(
-        ("verifier_device", "verifier_device_map"),
+        ("verifier_device", "verifier_device_map", "verifier_tp"),
         lambda values: not computes_in_process(values) and not values["eval_prompts"],
         "the verifier is not loaded: its states come from elsewhere",
     ),

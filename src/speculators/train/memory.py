@@ -252,8 +252,10 @@ def too_large(probes: Sequence[Probe], found: MemoryEstimate, config: TrainConfi
     )
 
 
-def weights_of(config: PretrainedConfig, dtype: str) -> int:
-    """Bytes of a verifier, without its weights."""
+def weights_of(config: PretrainedConfig, dtype: str, num_ranks: int = 1) -> int:
+    """Bytes of a verifier, without its weights, on each of the ranks that split it: all have the embedding whole."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return sum(param.numel() for param in model.parameters()) * getattr(torch, dtype).itemsize
+    embedding = sum(param.numel() for param in model.get_input_embeddings().parameters())
+    split = sum(param.numel() for param in model.parameters()) - embedding
+    return (embedding + split // num_ranks) * getattr(torch, dtype).itemsize

@@ -82,6 +82,7 @@ FREE_KEYS = frozenset(
         "trust_remote_code",
         "verifier_device",
         "verifier_device_map",
+        "verifier_tp",
         "vllm_endpoint",
     ]
 )
@@ -221,7 +222,7 @@ def write_provenance(config: TrainConfig, recipe: dict[str, Any]) -> None:
 def loads_verifier(config: TrainConfig) -> bool:
     """Says whether the run has the verifier, on one device: to compute states, or to decode `--eval-prompts`."""
     has_it = computes_in_process(config.data) or bool(config.trainer.eval_prompts)
-    return has_it and config.data.verifier_device_map is None
+    return has_it and config.data.verifier_device_map is None and not config.data.verifier_tp
 
 
 def is_closed(config: TrainConfig, result: TrainResult) -> bool:

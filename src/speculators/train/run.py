@@ -155,7 +155,7 @@ def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Draf
     data, name, note = config.data, verifier_name(config), as_notes(on_event)
     verifier_config = load_verifier_config(name, config.verifier.trust_remote_code)
     check_heads(config, verifier_config)
-    placement_of(data, ranks)  # refuses what cannot be, before weights are read
+    placement_of(data, ranks, verifier_config)  # refuses what cannot be, before weights are read
     dtype = getattr(torch, data.hidden_states_dtype)
     train_set, val_set = open_splits(data, dtype, text_config(verifier_config).vocab_size)
     datasets = [train_set] if val_set is None else [train_set, val_set]
@@ -230,7 +230,7 @@ def give_states(drafters: Sequence[Drafter], ranks: Ranks, verifier: PreTrainedM
                 note("the verifier is loaded to decode --eval-prompts; its states come from elsewhere")
                 verifier_model = checked_verifier(config, ranks, dtype, verifier)
             drafter.decode_prompts(verifier_model)
-    source = make_source(data, store, computing, first.hidden_size)
+    source = make_source(data, store, computing, first.hidden_size, ranks)
     for drafter, readable in zip(going, shared(source, going), strict=True):
         for dataset in drafter.datasets:
             dataset.source = readable

@@ -29,7 +29,7 @@ from speculators.interfaces import CaptureSpec, HiddenStateSource, VerifierState
 from speculators.nn.decoder import recomputes_mlps
 from speculators.train.config import TrainConfig
 from speculators.train.data import ArrowDataset
-from speculators.train.distributed import RandomState, Ranks
+from speculators.train.distributed import RandomState, Ranks, own_part
 from speculators.train.events import Listener, Note
 from speculators.train.graceful_shutdown import GracefulShutdown, TrainingInterrupted
 from speculators.train.memory import MemoryEstimate, Probe, measure_memory, weights_of
@@ -72,9 +72,11 @@ class Drafter:
     def measure(self) -> tuple[list[Probe], MemoryEstimate]:
         data, num_bytes = self.config.data, 0
         if self.verifier is not None:
-            num_bytes = sum(param.numel() * param.element_size() for param in self.verifier.parameters())
+            parts = [own_part(param) for param in self.verifier.parameters()]
+            num_bytes = sum(part.numel() * part.element_size() for part in parts)
         elif computes_in_process(data) or self.config.trainer.eval_prompts:
-            num_bytes = weights_of(self.verifier_config, data.hidden_states_dtype)
+            num_ranks = self.trainer.ranks.world_size if data.verifier_tp else 1
+            num_bytes = weights_of(self.verifier_config, data.hidden_states_dtype, num_ranks)
         return measure_memory(self.trainer, self.config, self.datasets[0], self.hidden_size, num_bytes)
 
     def fit_into_memory(self) -> None:

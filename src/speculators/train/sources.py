@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
+from transformers import PreTrainedConfig
 
 from speculators.data_generation import (
     BalancedSource,
@@ -30,11 +31,12 @@ from speculators.data_generation import (
 from speculators.data_generation.configs import DEFAULT_CONCURRENCY
 from speculators.data_generation.upkeep import MAX_STORED_DIFFERENCE, difference_of
 from speculators.interfaces import CaptureSpec, HiddenStateSource
+from speculators.train.by_all_ranks import ByAllRanks
 from speculators.train.data import ArrowDataset
 from speculators.train.distributed import Ranks
 from speculators.train.keys import DataKeys
 from speculators.utils.files import is_same_model
-from speculators.verifier.placement import read_device_map, refuse_missing_device
+from speculators.verifier.placement import read_device_map, refuse_missing_device, refuse_unsplittable
 
 HIDDEN_STATES_NAME = "hidden_states"
 SERVER_ITEMSIZE = 4
@@ -51,18 +53,29 @@ def computes_in_process(keys: DataKeys) -> bool:
 
 
 def reading_ahead(keys: DataKeys, device: torch.device) -> tuple[int, int]:
-    """Returns how many threads read, and how many rows ahead. In process there is one verifier, so one thread."""
+    """Returns how many threads read, and how many rows ahead. In process there is one verifier, so one thread; none for
+    one that is split over ranks, whose collective operations have one order with those of training."""
     if not computes_in_process(keys):
         return keys.num_workers, keys.prefetch_factor
-    in_process = keys.prefetch_in_process
+    in_process = False if keys.verifier_tp else keys.prefetch_in_process
     return (1, 1) if (device.type != "cpu" if in_process is None else in_process) else (0, 0)
 
 
-def placement_of(keys: DataKeys, ranks: Ranks) -> dict[str, Any]:
+def placement_of(keys: DataKeys, ranks: Ranks, verifier_config: PreTrainedConfig | None = None) -> dict[str, Any]:
     """Where the verifier is loaded, as arguments of `load_verifier`.
 
-    Raises `ValueError` for a device that is not there, a wrong map, and for several ranks that would share one place.
+    Raises `ValueError` for a device that is not there, a wrong map, several ranks that would share one place, and a
+    verifier, where its config is given, that they cannot split.
     """
+    if keys.verifier_tp and ranks.world_size == 1:
+        raise ValueError(
+            "--verifier-tp splits the verifier over the ranks of torchrun, and this process is the only one: start "
+            "several, or spread its layers with --verifier-device-map"
+        )
+    if keys.verifier_tp and verifier_config is not None:
+        refuse_unsplittable(verifier_config, ranks.world_size)
+    if keys.verifier_tp:
+        return {"tp_size": ranks.world_size}
     own = keys.verifier_device_map or keys.verifier_device
     if own is not None and ranks.world_size > 1:
         raise ValueError(
@@ -186,9 +199,12 @@ def leave_out_untrained(dataset: ArrowDataset) -> str | None:
 
 
 def make_source(
-    keys: DataKeys, store: ShardedStore | None, computing: HiddenStateSource | None, hidden_size: int
+    keys: DataKeys, store: ShardedStore | None, computing: HiddenStateSource | None, hidden_size: int, ranks: Ranks
 ) -> HiddenStateSource:
     """Combines the store and the computing source; `computing=None`: every row that is used has a file."""
+    if keys.verifier_tp:
+        whole = keys.model_copy(update={"verifier_tp": False})
+        return ByAllRanks(make_source(whole, store, computing, hidden_size, ranks), ranks)
     if computing is None:
         assert store is not None
         return store

@@ -36,7 +36,7 @@ from speculators.verifier.config import (
     open_verifier_config,
     text_config,
 )
-from speculators.verifier.placement import DeviceMap, refuse_missing_device
+from speculators.verifier.placement import DeviceMap, refuse_missing_device, refuse_unsplittable, spread_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,11 +55,13 @@ def load_verifier(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: DeviceMap | None = None,
+    tp_size: int = 1,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
     """Loads a causal LM in eval mode, without gradients; `dtype=None` keeps the checkpoint's own dtype.
-    `device_map`, in place of `device`: spreads its layers over several (`placement.read_device_map`).
+    In place of `device`, `device_map` spreads its layers over several (`placement.read_device_map`); `tp_size` gives
+    each of so many ranks a slice of every layer, and all of them call this, and every forward, together.
 
     The weights of a quantised model are dequantised, once, to `dtype`; activations are not rounded, whatever its scheme
     says: rounded ones have no equal texts with and without drafts.
@@ -78,9 +80,12 @@ def load_verifier(
     where, settings = source(name), settings_of(config)
     method = method_of(settings) if settings else ""
     refuse_missing_packages(method, name)
-    if device_map is not None and (method or device is not None):
+    spreads = device_map is not None or tp_size > 1
+    if spreads and (method or device is not None):
         what = f"{name!r} is quantised ({method})" if method else f"device={str(device)!r} names one"
-        raise ValueError(f"a device map spreads plain weights over devices, and {what}: give one of the two")
+        raise ValueError(f"a device map or ranks spread plain weights over devices, and {what}: give one of the two")
+    if tp_size > 1:
+        refuse_unsplittable(config, tp_size)
     # sdpa has no soft cap and transformers drops it silently there: the eager path is the trained model
     is_capped = getattr(text_config(config), "attn_logit_softcapping", None)
     try:
@@ -92,7 +97,7 @@ def load_verifier(
                 trust_remote_code=trust_remote_code,
                 revision=revision,
                 use_safetensors=True,
-                device_map=device_map,
+                **spread_by(device_map, tp_size),
                 **({"attn_implementation": "eager"} if is_capped else {}),
                 **dequantize_when_loading(config, is_gguf="gguf_file" in where),
             )

@@ -1,5 +1,6 @@
-"""Where a verifier lies: on one device, or with its layers on several by a device map, carried out by transformers and
-accelerate. Layers on "disk" are read from their files at each forward.
+"""Where a verifier lies: on one device, with its layers on several by a device map, carried out by transformers and
+accelerate (layers on "disk" are read from their files at each forward), or with a slice of each layer on every rank of
+torchrun, by the tensor-parallel plan that transformers has for it.
 """
 
 from __future__ import annotations
@@ -7,10 +8,15 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from speculators.verifier.config import text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 AUTO, DISK = "auto", "disk"
 DeviceMap = str | dict[str, str | int]
@@ -53,6 +59,37 @@ def map_in_file(given: str) -> DeviceMap:
         if place != DISK:
             refuse_missing_device(f"cuda:{place}" if isinstance(place, int) else place)
     return dict(found)
+
+
+SPLIT_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "vocab_size")
+"""Of a config: every rank takes an equal share of them."""
+
+
+def refuse_unsplittable(config: PreTrainedConfig, num_ranks: int) -> None:
+    """Raises `ValueError` for a verifier without a tensor-parallel plan, or whose heads the ranks cannot share equally.
+    No weight is read."""
+    language_model = text_config(config)
+    other_ways = "spread its layers with --verifier-device-map on one rank, or ask a server with --vllm-endpoint"
+    if not getattr(language_model, "base_model_tp_plan", None):
+        raise ValueError(
+            f"--verifier-tp: transformers has no tensor-parallel plan for {config.model_type}: {other_ways}"
+        )
+    sizes = {name: size for name in SPLIT_SIZES if type(size := getattr(language_model, name, None)) is int}
+    odd = next((f"{name}={size}" for name, size in sizes.items() if size % num_ranks), None)
+    if odd is not None:
+        raise ValueError(
+            f"--verifier-tp: {num_ranks} ranks cannot share {odd} of the verifier equally: start a number of ranks "
+            f"that divides it, {other_ways}"
+        )
+
+
+def spread_by(device_map: DeviceMap | None, tp_size: int) -> dict[str, Any]:
+    """Returns the arguments of `from_pretrained` that say it."""
+    if tp_size == 1:
+        return {"device_map": device_map}
+    from transformers.distributed.configuration_utils import DistributedConfig  # only who splits a model pays for it
+
+    return {"distributed_config": DistributedConfig(tp_size=tp_size)}
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -1,0 +1,91 @@
+"""A verifier of which each of two ranks holds a slice (--verifier-tp) gives states and run of the whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import split_runs
+from drafter_toys import save_llama
+from split_runs import ALGORITHM, FAMILIES, NUM_STEPS
+from transformers import LlamaConfig, MambaConfig
+
+from speculators.train.config import ConfigError, TrainConfig
+from speculators.train.distributed import Ranks
+from speculators.train.keys import DataKeys
+from speculators.train.sources import placement_of, reading_ahead
+from speculators.verifier import load_verifier
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, data_path) -> dict:
+    """What two processes computed with a split verifier, and this one with the whole one."""
+    folder = tmp_path_factory.mktemp("split")
+    split_runs.save_verifiers(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    paths = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, split_runs.__file__, str(folder), str(data_path)]
+    logs = [(folder / f"log{rank}").open("w+") for rank in range(2)]
+    processes = [
+        subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log, stderr=log)
+        for r, log in enumerate(logs)
+    ]
+    codes = [process.wait(300) for process in processes]
+    for log in logs:
+        log.close()
+    assert codes == [0, 0], (folder / "log0").read_text()[-3000:]
+    found = json.loads((folder / "found.json").read_text())
+    found["whole"] = split_runs.losses(folder / "llama", data_path, folder / "whole", Ranks())
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_states_of_two_ranks_rows_are_those_of_the_whole_verifier(found, family):
+    """Rows of unequal lengths and numbers of documents; the largest difference on either rank, of values below 1."""
+    states = found["states"][family]
+    assert states["slice"] * 2 == states["whole"]
+    assert states["largest"] > 0.0 and states["difference"] < 1e-5 * states["largest"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_with_a_split_verifier_have_the_losses_of_one_with_the_whole(found, kind):
+    """Steps of two epochs, the second partly from memory, and validation rows of which there is one for both ranks."""
+    split, whole = found[kind], found["whole"]
+    assert [name for name, _ in split] == [name for name, _ in whole]
+    assert [name for name, _ in split].count("Validated") == 2 and len(split) == 2 + NUM_STEPS
+    assert max(abs(ours - theirs) for (_, ours), (_, theirs) in zip(split, whole, strict=True)) < 1e-5
+
+
+def test_what_the_ranks_cannot_split_is_refused_before_weights_are_read(tmp_path):
+    keys = DataKeys(verifier_tp=True)
+    three = LlamaConfig(num_attention_heads=6, num_key_value_heads=3, hidden_size=24, vocab_size=64)
+    with pytest.raises(ValueError, match="2 ranks cannot share num_key_value_heads=3 of the verifier equally"):
+        placement_of(keys, Ranks(world_size=2), three)
+    with pytest.raises(ValueError, match="no tensor-parallel plan for mamba: spread its layers with"):
+        placement_of(keys, Ranks(world_size=2), MambaConfig())
+    with pytest.raises(ValueError, match="this process is the only one: start several"):
+        placement_of(keys, Ranks())
+    save_llama(tmp_path, num_layers=1)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="3 ranks cannot share num_attention_heads"):
+        load_verifier(tmp_path, tp_size=3)
+    with pytest.raises(ValueError, match="ranks spread plain weights over devices"):
+        load_verifier(tmp_path, tp_size=2, device="cpu")
+
+
+def test_no_thread_reads_ahead_and_settings_of_one_process_are_refused():
+    assert reading_ahead(DataKeys(verifier_tp=True), Ranks().device) == (0, 0)
+    for key, value in {"verifier_device": "cpu", "cache_hidden_states": True, "prefetch_in_process": True}.items():
+        with pytest.raises(ConfigError, match=f"in the thread that trains: leave out {key}"):
+            TrainConfig.from_sources(cli={"verifier_name_or_path": "m", "verifier_tp": True, key: value})
+    config = TrainConfig.from_sources(cli={"verifier_name_or_path": "m", "speculator_type": ALGORITHM})
+    assert not config.data.verifier_tp
