@@ -51,9 +51,10 @@ fuzz: install-dev  ## 20,000 damaged configs, files, rows and answers, and 5,000
 	OMP_NUM_THREADS=1 SPECULATORS_FUZZ_CASES=1000 $(BIN)/python -m pytest -n 2 tests/fuzz
 
 # Other packages keep their versions of constraints.txt. Left out: kills, several ranks, documents, seeded faults, counts of
-# device reads, in which transformers has no part, and which take minutes.
+# device reads, estimates, pages in a browser, in which transformers has no part, and which take minutes.
 NOT_OF_TRANSFORMERS := $(addprefix --ignore=tests/,train/test_kills.py train/test_processes.py train/test_many_ranks.py \
-	front_door/test_documents.py results evaluation/test_diagnose.py decoding/test_device_rounds.py)
+	train/test_estimate.py front_door/test_documents.py results evaluation/test_diagnose.py \
+	evaluation/test_page_in_browser.py decoding/test_device_rounds.py)
 test-newest: | $(NEWEST_VENV)/bin/python  ## tests and types with the newest transformers that pyproject.toml admits
 	grep -v "^transformers" constraints.txt > $(NEWEST_VENV)/constraints.txt
 	$(NEWEST_PIP) --constraint $(NEWEST_VENV)/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
@@ -64,7 +65,7 @@ test-newest: | $(NEWEST_VENV)/bin/python  ## tests and types with the newest tra
 
 test-vllm: install-dev $(VLLM_VENV)/.installed  ## the real vLLM, on CPU, serves what we train (its environment: 2.5 GB, made once)
 	$(VLLM_PYTEST) -m vllm $(VLLM_TESTS)
-	PYTHONPATH=src $(VLLM_VENV)/bin/python -m pytest -m vllm tests/speculative_config tests/local_server/test_metrics.py
+	PYTHONPATH=src $(VLLM_VENV)/bin/python -m pytest -m vllm tests/speculative_config tests/local_server/test_prometheus.py
 
 test-vllm-smallest: install-dev $(VLLM_VENV)/.installed  ## the same with each method once
 	$(VLLM_PYTEST) -m "vllm and not slow" $(VLLM_TESTS)
@@ -72,8 +73,9 @@ test-vllm-smallest: install-dev $(VLLM_VENV)/.installed  ## the same with each m
 test-vllm-v2: install-dev $(VLLM_VENV)/.installed $(VLLM_TRITON)/.installed  ## DSpark in vLLM's model runner V2, interpreted on CPU (1 GB more, slow)
 	SPECULATORS_VLLM_TRITON=$(abspath $(VLLM_TRITON)) $(VLLM_PYTEST) -m vllm tests/integration/test_vllm_dspark.py
 
-soak: install-dev  ## 2,000 random requests per drafting method through one engine (ten minutes)
+soak: install-dev  ## 2,000 random requests per drafting method through one engine, and a drafter that trains too long (eleven minutes)
 	SPECULATORS_SOAK_REQUESTS=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/decoding/test_soak.py
+	SPECULATORS_OVERTRAIN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/evaluation/test_checkpoint_choice.py
 
 kills: install-dev  ## kill regeneration and extraction 20 times, training before every change that it makes and 20 times at random, and continue (half an hour)
 	SPECULATORS_NUM_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "killed_runs" tests/data/test_regenerate_responses.py tests/serving/test_regenerate_server.py tests/train/test_stored_states.py

@@ -159,7 +159,7 @@ def test_every_request_is_timed_once_and_its_times_add_up(http, server, monkeypa
 
 @pytest.mark.vllm
 def test_names_labels_and_bounds_are_those_of_vllms_own_logger():
-    """Runs in an environment that has vLLM: `pytest -m vllm tests/local_server/test_metrics.py`."""
+    """Runs in an environment that has vLLM: `pytest -m vllm tests/local_server/test_prometheus.py`."""
     from prometheus_client import generate_latest
     from prometheus_client.parser import text_string_to_metric_families
     from vllm.v1.metrics.loggers import PrometheusStatLogger
