@@ -31,7 +31,7 @@ from speculators.evaluation.diagnosis import Diagnosis
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LAYERS = "eagle_aux_hidden_state_layer_ids"
-SMALL = {"num_prompts": 5, "max_tokens": 32, "num_rows": 5}
+SMALL = {"num_prompts": 8, "max_tokens": 48, "num_rows": 10}
 Weights = dict[str, torch.Tensor]
 
 
@@ -236,7 +236,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Seed]] = {
         files(tensors=lambda w: w.update({"embed_tokens.weight": w["embed_tokens.weight"].flip(0)})),
     ),
     "damaged layer": (
-        ("changed-weights",),
+        ("changed-since-training",),
         files(tensors=lambda w: w["layers.0.mlp.down_proj.weight"].copy_(w["layers.0.mlp.down_proj.weight"].flip(0))),
     ),
     "weights are not numbers": (("inactive",), files(tensors=lambda w: w["fc.weight"].fill_(float("nan")))),

@@ -30,7 +30,7 @@ from speculators.decoding.request_builder import usable_length
 from speculators.decoding.target import DecodingTarget, VerifierSource, open_target
 from speculators.deploy.check import check_checkpoint
 from speculators.evaluation.config import DiagnoseConfig
-from speculators.evaluation.diagnosis import FAULTY, INACTIVE, Diagnosis, causes_of_check, ranked
+from speculators.evaluation.diagnosis import INACTIVE, MISMATCH, Diagnosis, causes_of_check, ranked
 from speculators.evaluation.diagnosis_drafter import Examination
 from speculators.evaluation.diagnosis_probes import Rebuild
 from speculators.evaluation.diagnosis_server import diagnose_server
@@ -113,7 +113,7 @@ def diagnose_running(
     prompts = prompts_of(data, find_training(path, data), target, config)
     rebuilt = None if model is None else rebuilding(model, target)
     found = diagnose_server(server, plain_url, path, model, target, prompts.token_ids, rebuilt, config, show)
-    if path is None or model is None or any(cause.rank <= FAULTY for cause in found.causes):
+    if path is None or model is None or any(cause.rank <= MISMATCH for cause in found.causes):
         return found
     # it drafts as our engine does with this checkpoint, so what is wrong with the checkpoint is wrong with the server
     examination = begin(path, model, target, data, config)

@@ -128,12 +128,13 @@ def test_counts_of_a_server_are_compared_prompt_by_prompt():
     def served(answers: list[list[int]], accepted: list[tuple[int, ...]]) -> Served:
         return Served(answers, DecodeStats(), 4, accepted, True)
 
-    assert decoded.accepted_by_prompt == [[1, 1], [2, 0]]
+    assert decoded.rounds_by_prompt == [(2, 1, 1), (2, 2, 0)]
     answers = decoded.answers
-    assert distance(decoded, served(answers, [(1, 1), (2, 0)])) == 0
-    assert distance(decoded, served(answers, [(2, 0), (1, 1)])) == 2 / 4  # position by position the sums are 3 and 1
-    assert distance(decoded, served([[1, 2], [3, 5]], [(1, 1), (0, 0)])) == 0
-    assert distance(decoded, served([[1, 9], [3, 5]], [(1, 1), (0, 0)])) == 1 / 2  # none is the same: the curves
+    assert distance(decoded, served(answers, [(2, 1, 1), (2, 2, 0)])) == 0
+    assert distance(decoded, served(answers, [(2, 2, 0), (2, 1, 1)])) == 2 / 4  # the sums are 4, 3 and 1 both times
+    assert distance(decoded, served(answers, [(2, 1, 1), (3, 2, 0)])) == 1 / 4  # a round more, and as many accepted
+    assert distance(decoded, served([[1, 2], [3, 5]], [(2, 1, 1), (2, 0, 0)])) == 0
+    assert distance(decoded, served([[1, 9], [3, 5]], [(2, 1, 1), (2, 0, 0)])) == 1 / 2  # none is the same: the curves
 
 
 def test_neither_checkpoint_nor_server_is_an_error_of_the_command_line(capsys):

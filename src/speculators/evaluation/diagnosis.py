@@ -244,12 +244,15 @@ def measure_together(model: SpeculatorModel, texts: Sequence[Text], layer_ids: S
     return Accuracy(right_NK, judged_NK, np.array([float(loss)]))
 
 
+SURELY_FEWER = 0.97
+"""Known text is easier than new text, so less than this share of the drafts that were right on new text is a change."""
+
+
 def changed_cause(
     on_known: Accuracy, validation: Mapping[str, float], repaired: Iterable[Accuracy | None], not_its: str | None
 ) -> Cause | None:
     """Whether the drafter is right less often on its own training text than validation once recorded of text that it
-    had never seen: weights, settings or verifier were changed since. `repaired`: with each probe that helps.
-    `not_its`: what is not this verifier's."""
+    had never seen. `repaired`: with each probe that helps. `not_its`: what is not this verifier's."""
     recorded = [validation.get(f"full_acc_{k}") for k in range(len(on_known.by_position))]
     once = sum(share for share in recorded if share is not None)
     now = None if None in recorded else fewer_right(on_known, once)
@@ -263,14 +266,14 @@ def changed_cause(
         "drafts right per round, validation, as recorded": once,
     }
     if not_its is not None:
-        name, fix = "verifier", "use the verifier of training, or train a drafter for this one"
+        name, strength = "verifier", 2 * CERTAIN  # copies that differ are a sign of it
+        fix = "use the verifier of training, or train a drafter for this one"
         why = f"and {not_its} is not this verifier's: it was another one, or has other weights since"
     else:
-        name, why = "changed-since-training", "weights or settings were changed since, which no probe brings back"
-    sentence = (
-        f"{now.value:.2f} drafts right per round on its own training text, {once:.2f} in validation when it was saved"
-    )
-    return Cause(name, f"{sentence}: {why}", evidence, fix, FAULTY, CERTAIN)
+        name, strength = "changed-since-training", CERTAIN / 2
+        why = "weights or settings were changed since, which no probe brings back"
+    sentence = f"{now.value:.2f} drafts right per round on its own training text, {once:.2f} in validation when saved"
+    return Cause(name, f"{sentence}: {why}", evidence, fix, FAULTY, strength)
 
 
 def fewer_right(found: Accuracy, once: float) -> Estimate | None:
@@ -282,8 +285,6 @@ def fewer_right(found: Accuracy, once: float) -> Estimate | None:
 
 # -- what the check of the checkpoint found, as causes
 
-SURELY_FEWER = 0.97
-"""Known text is easier than new text, so less than this share of the drafts that were right on new text is a change."""
 CERTAIN = 10.0
 """Strength of an error of the check: it needs no measurement."""
 

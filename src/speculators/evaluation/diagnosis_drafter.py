@@ -90,9 +90,9 @@ class Decoded:
         return [output.token_ids for output in self.outputs]
 
     @property
-    def accepted_by_prompt(self) -> list[list[int]]:
-        """Prompt -> rounds that accepted at least i + 1 drafts."""
-        return [output.stats.accepted_per_position for output in self.outputs]
+    def rounds_by_prompt(self) -> list[tuple[int, ...]]:
+        """Prompt -> rounds that accepted at least i drafts, of those in which something was drafted."""
+        return [(output.stats.num_drafts, *output.stats.accepted_per_position) for output in self.outputs]
 
     @property
     def by_position(self) -> list[float]:

@@ -180,14 +180,15 @@ def count_causes(
 
 
 def distance(decoded: Decoded, served: Served) -> float:
-    """Share of the rounds, at the worst position, that surely accepted another number of drafts, prompt by prompt.
-    Answers that part ways at a tie have other rounds and are not compared; where all do, the curves are."""
+    """Share of the rounds, at the worst position, that surely accepted another number of drafts, prompt by prompt;
+    position 0: the rounds themselves. Answers that part ways at a tie have others and are not compared; where all do,
+    the curves are."""
     apart, num_rounds, depth = Counter[int](), 0, len(decoded.by_position)
-    rows = zip(decoded.outputs, decoded.accepted_by_prompt, served.answers, served.accepted_by_prompt, strict=True)
-    for output, ours, answered, theirs in rows:
-        if output.token_ids == answered:
-            num_rounds += output.stats.num_drafts
-            both = zip_longest(ours, theirs[:depth], fillvalue=0)
+    rows = zip(decoded.answers, decoded.rounds_by_prompt, served.answers, served.rounds_by_prompt, strict=True)
+    for own, ours, answered, theirs in rows:
+        if own == answered:
+            num_rounds += ours[0]
+            both = zip_longest(ours, theirs[: depth + 1], fillvalue=0)
             apart.update({k: abs(a - b) for k, (a, b) in enumerate(both)})
     if not num_rounds:
         return max(map(abs, map(sub, decoded.by_position, served.by_position)), default=0.0)
@@ -264,6 +265,8 @@ def fitting_probe(
         with changed(probe, model, rebuilt) as other:
             decoded = decode(other, target, prompts, len(ours), greedy)
         found_by_distance.append((distance(decoded, served), probe, decoded.by_position))
+        if not found_by_distance[-1][0]:
+            break  # nothing is nearer
     off, nearest, curve = min(found_by_distance, key=lambda found: found[0])
     return (nearest, curve) if off <= min(AS_SERVED, EXPLAINS * apart) else None
 

@@ -236,13 +236,13 @@ class Served:
     stats: DecodeStats
     num_drafts: int
     """Rounds in which something was drafted."""
-    accepted_by_prompt: list[tuple[int, ...]]
-    """Prompt -> rounds that accepted at least i + 1 drafts."""
+    rounds_by_prompt: list[tuple[int, ...]]
+    """Prompt -> rounds that accepted at least i drafts, of those in which something was drafted."""
     speculates: bool
 
     @property
     def accepted_per_position(self) -> list[int]:
-        return [sum(column) for column in zip_longest(*self.accepted_by_prompt, fillvalue=0)]
+        return [sum(column) for column in zip_longest(*self.rounds_by_prompt, fillvalue=0)][1:]
 
     @property
     def by_position(self) -> list[float]:
@@ -270,6 +270,6 @@ def ask(server: MeasuredServer, prompts: Sequence[list[int]], sampling: Sampling
         [list(measurement.token_ids[0]) for measurement, _ in found],
         reduce(add, (measurement.stats for measurement, _ in found)),
         sum(counted.num_drafts for _, counted in found),
-        [counted.accepted_per_position for _, counted in found],
+        [(counted.num_drafts, *counted.accepted_per_position) for _, counted in found],
         any(counted.speculates for _, counted in found),
     )
