@@ -278,12 +278,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Seed]] = {
         lambda b: {"checkpoint": b.given.given_run, "data": b.given.given_data},
     ),
 }
-NEEDS = {
-    "behind the longest training row": "answers",
-    "few conversations": "few",
-    "somebody else's answers": "given_run",
-    "prompts of another domain": "other",
-}
+NEEDS = {"few conversations": "few", "somebody else's answers": "given_run", "prompts of another domain": "other"}
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ class Toys:
             "max_tokens": 24,
             **given,
         }
-        return sp.diagnose(checkpoint, num_rows=8, **given)
+        return sp.diagnose(checkpoint, num_rows=5, **given)
 
 
 def train(folder: Path, verifier: PreTrainedModel, data: Path, **settings: Any) -> Path:

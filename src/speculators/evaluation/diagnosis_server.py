@@ -261,7 +261,7 @@ def fitting_probe(
             likely.append((max(map(abs, map(sub, expected, served.by_position)), default=0.0), probe))
     found_by_distance = []
     nearest_ones = [probe for _, probe in sorted(likely, key=lambda pair: pair[0])[:NUM_DECODED]]
-    for probe in [*map_probes(model, target.model), *nearest_ones]:
+    for probe in [*nearest_ones, *map_probes(model, target.model)]:
         with changed(probe, model, rebuilt) as other:
             decoded = decode(other, target, prompts, len(ours), greedy)
         found_by_distance.append((distance(decoded, served), probe, decoded.by_position))
