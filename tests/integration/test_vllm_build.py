@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 import speculators as sp
 from speculators import assets
 
-pytestmark = mark.vllm
+pytestmark = [mark.vllm, mark.slow]
 
 
 def save_random_qwen3(path) -> str:
