@@ -25,7 +25,7 @@ def report(methods, length=2.7, speedup=1.8, identical=20):
     rows = [
         {
             "method": "eagle3" if "/" in method else method,
-            "speculative_config": {"model": f"/elsewhere/work/{method}"} if "/" in method else None,
+            "speculative_config": {"model": f"/elsewhere/{method}"} if "/" in method else None,
             "num_speculative_tokens": 4,
             "batch_size": 1,
             "dataset": "gsm8k",
