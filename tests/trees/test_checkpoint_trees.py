@@ -20,15 +20,6 @@ DYNAMIC = {"total_token": 14, "depth": 2, "top_k": 4}
 PROMPTS = [[5, 9, 3], [7] * 12, [1, 2], [4, 4, 8, 1, 0, 30, 2], [11, 3], [8, 8, 1], [20, 21, 22, 23], [2, 9]]
 GREEDY = SamplingParams(max_tokens=18)
 SIZES = {"max_batch_size": 2, "max_length": 64}
-DRAWS = {
-    "eagle": "speculators.models.feedback_proposer",
-    "eagle3": "speculators.models.feedback_proposer",
-    "mtp": "speculators.models.feedback_proposer",
-    "peagle": "speculators.nn.draft_tokens",
-    "medusa": "speculators.models.last_state_proposer",
-    "mlp": "speculators.models.last_state_proposer",
-}
-"""Where each chain draws its tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +46,7 @@ def chain_along(path, checkpoint, verifier, name, monkeypatch, states):
         return probs.sort(-1, descending=True).indices[:, next(step)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"{DRAWS[name]}.draw_as", ranked)
+        patch.setattr("speculators.nn.draft_tokens.draw_as", ranked)
         proposer = SpeculatorModel.from_pretrained(checkpoint).make_proposer(verifier, **SIZES)
         return proposer.propose(states, len(path), DraftSampling(torch.ones(2), None, True))
 

@@ -25,14 +25,7 @@ from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Propos
 from speculators.nn.attention import AttentionFunction
 from speculators.nn.cache import ALONE_FROM, INITIAL_CAPACITY, DraftCache, Span
 from speculators.nn.device import read_on_host, to_device
-from speculators.nn.draft_tokens import (
-    add_own_probs,
-    draft_probs,
-    draw_as,
-    scatter_to_verifier,
-    verifier_ids,
-    without_idle,
-)
+from speculators.nn.draft_tokens import draft_from, scatter_to_verifier, verifier_ids, without_idle
 from speculators.nn.graphs import Drafts, Entries, FixedRounds, FixedShapes
 from speculators.nn.prepacked_linear import PrepackedLinears
 from speculators.nn.rope import Rope, RopeTables
@@ -218,13 +211,9 @@ class FeedbackProposer(FixedRounds):
             logits_BV = self.network.lm_head(output.normed_BRH[:, -1])
             if sampling.wants_confidence:
                 confidence.append(logits_BV.float().softmax(-1).amax(-1))
-            if sampling.probabilistic:
-                probs_BV = draft_probs(logits_BV, sampling.temperature_B)
-                draft_ids_B = draw_as(probs_BV, sampling)
+            draft_ids_B, probs_BV = draft_from(logits_BV, sampling)
+            if probs_BV is not None:
                 probs.append(scatter_to_verifier(probs_BV, self.d2t, self.verifier_vocab_size))
-            else:
-                draft_ids_B = logits_BV.argmax(-1)
-            add_own_probs(sampling, logits_BV, draft_ids_B)
             tokens.append(draft_ids_B if self.verifier_id_D is None else self.verifier_id_D[draft_ids_B])
             if k < num_tokens - 1:
                 output = self.step(tokens[-1][:, None], output.fed_back_BRH, spans[k])

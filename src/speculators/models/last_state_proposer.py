@@ -20,15 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
-from speculators.nn.draft_tokens import (
-    NO_DRAFT,
-    add_own_probs,
-    draft_probs,
-    draw_as,
-    own_probs_of,
-    recorded_sampling,
-    sampling_inputs,
-)
+from speculators.nn.draft_tokens import NO_DRAFT, draft_from, own_probs_of, recorded_sampling, sampling_inputs
 from speculators.nn.graphs import FixedShapes, Outputs, Record, rounded_up
 from speculators.nn.prepacked_linear import PrepackedLinears
 
@@ -86,13 +78,8 @@ class LastStateProposer:
         carried = self.network.start(states_BH)
         for k in range(min(num_tokens, len(self.network.heads))):
             features, carried = self.network.step(k, carried, token_ids_B)
-            logits_BV = self.network.heads[k](features)
-            if sampling.probabilistic:
-                probs.append(draft_probs(logits_BV, sampling.temperature_B))
-                token_ids_B = draw_as(probs[-1], sampling)
-            else:
-                token_ids_B = logits_BV.argmax(-1)
-            add_own_probs(sampling, logits_BV, token_ids_B)
+            token_ids_B, probs_BV = draft_from(self.network.heads[k](features), sampling)
+            probs += [] if probs_BV is None else [probs_BV]
             draft_ids_BK[:, k] = token_ids_B
         if not probs:
             return draft_ids_BK, None

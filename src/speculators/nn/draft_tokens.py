@@ -112,6 +112,17 @@ def draw_as(probs: Tensor, sampling: DraftSampling) -> Tensor:
     return draw(probs, sampling.generator)
 
 
+def draft_from(logits: Tensor, sampling: DraftSampling) -> tuple[Tensor, Tensor | None]:
+    """Drafts one token from each of [B, D] or [B, K, D] logits. Returns draft ids and, if they were drawn, the
+    distributions q that they were drawn from; adds the drafter's own probabilities where they are asked for."""
+    probs = None
+    if sampling.probabilistic:
+        probs = draft_probs(logits, sampling.temperature_B.view(-1, *[1] * (logits.dim() - 2)))
+    draft_ids = logits.argmax(-1) if probs is None else draw_as(probs, sampling)
+    add_own_probs(sampling, logits, draft_ids)
+    return draft_ids, probs
+
+
 # -- drafting at fixed shapes (`nn.graphs`): a recorded computation draws nothing itself
 
 
@@ -154,14 +165,10 @@ def draft_slots(
 ) -> tuple[Tensor, Tensor | None]:
     """Drafts slots that do not see each other's tokens. Returns verifier ids [B, K] and, if they were drawn, q over the
     verifier's vocabulary: q of a slot does not depend on the other drafts, so their product is a proposal."""
-    if not sampling.probabilistic:
-        draft_ids_BK = logits_BKV.argmax(-1)
-        add_own_probs(sampling, logits_BKV, draft_ids_BK)
-        return draft_to_verifier_ids(draft_ids_BK, d2t), None
-    probs_BKV = draft_probs(logits_BKV, sampling.temperature_B[:, None])
-    draft_ids_BK = draw_as(probs_BKV, sampling)
-    add_own_probs(sampling, logits_BKV, draft_ids_BK)
-    return draft_to_verifier_ids(draft_ids_BK, d2t), scatter_to_verifier(probs_BKV, d2t, verifier_vocab_size)
+    draft_ids_BK, probs_BKV = draft_from(logits_BKV, sampling)
+    if probs_BKV is not None:
+        probs_BKV = scatter_to_verifier(probs_BKV, d2t, verifier_vocab_size)
+    return draft_to_verifier_ids(draft_ids_BK, d2t), probs_BKV
 
 
 def stand_for_others(head_DH: Tensor, theirs_VH: Tensor, mapped_DH: Tensor) -> bool:

@@ -26,14 +26,7 @@ from speculators.interfaces import Committed, DraftSampling, Proposal
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.models.dflash.proposer import DFlashProposer, last_column
 from speculators.models.dspark.network import ConfidenceHead, MarkovHead
-from speculators.nn.draft_tokens import (
-    NO_DRAFT,
-    add_own_probs,
-    draft_probs,
-    draft_to_verifier_ids,
-    draw_as,
-    scatter_to_verifier,
-)
+from speculators.nn.draft_tokens import NO_DRAFT, draft_from, draft_to_verifier_ids, scatter_to_verifier
 from speculators.nn.graphs import Drafts
 from speculators.nn.prepacked_linear import PrepackedLinears
 
@@ -92,12 +85,8 @@ class DSparkProposer(DFlashProposer):
             embedded.append(head.markov_w1(previous_B))
             phi_BR, state_BR = head.step(state_BR, embedded[-1], hidden_BKH[:, k])
             logits_BV = base_logits_BKV[:, k] + head.markov_w2(phi_BR)
-            if sampling.probabilistic:
-                probs.append(draft_probs(logits_BV, sampling.temperature_B))
-                draft_ids_B = draw_as(probs[-1], sampling)
-            else:
-                draft_ids_B = logits_BV.argmax(-1)
-            add_own_probs(sampling, logits_BV, draft_ids_B)
+            draft_ids_B, probs_BV = draft_from(logits_BV, sampling)
+            probs += [] if probs_BV is None else [probs_BV]
             previous_B = draft_to_verifier_ids(draft_ids_B, self.d2t)
             tokens.append(previous_B)
         confidence_BK = self.confidence(hidden_BKH, torch.stack(embedded, 1))
