@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import ranked_runs
 import torch
 from drafter_toys import HIDDEN, VOCAB, save_llama
+from training_toys import run_on_two_ranks
 
 from speculators.interfaces import VerifierStates
 from speculators.model import SpeculatorModel
@@ -28,24 +24,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     save_llama(folder / "verifier", num_layers=6, head_dim=16)
     save_llama(folder / "wide", num_layers=1, vocab_size=20_000, head_dim=16)  # heads larger than a bucket
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    paths = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, ranked_runs.__file__, str(folder)]
-    logs = [(folder / f"log{rank}").open("w+") for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log
-        )
-        for rank, log in enumerate(logs)
-    ]
-    codes = [process.wait(500) for process in processes]
-    for log in logs:
-        log.close()
-    assert codes == [0, 0], (folder / "log0").read_text()[-3000:]
+    run_on_two_ranks(ranked_runs.__file__, folder, folder=folder, timeout_s=500)
     found = json.loads((folder / "ranks.json").read_text())
     found["one"] = ranked_runs.curves(folder, "one", Ranks())
     (folder / "ranks.json").write_text(json.dumps(found))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import split_runs
 from drafter_toys import save_llama
 from split_runs import ALGORITHM, FAMILIES, NUM_STEPS
+from training_toys import run_on_two_ranks
 from transformers import LlamaConfig, MambaConfig
 
 from speculators.train.config import ConfigError, TrainConfig
@@ -27,22 +23,7 @@ def found(tmp_path_factory, data_path) -> dict:
     """What two processes computed with a split verifier, and this one with the whole one."""
     folder = tmp_path_factory.mktemp("split")
     split_runs.save_verifiers(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    paths = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, split_runs.__file__, str(folder), str(data_path)]
-    logs = [(folder / f"log{rank}").open("w+") for rank in range(2)]
-    processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log, stderr=log)
-        for r, log in enumerate(logs)
-    ]
-    codes = [process.wait(300) for process in processes]
-    for log in logs:
-        log.close()
-    assert codes == [0, 0], (folder / "log0").read_text()[-3000:]
+    run_on_two_ranks(split_runs.__file__, folder, data_path, folder=folder, timeout_s=300)
     found = json.loads((folder / "found.json").read_text())
     found["whole"] = split_runs.losses(folder / "llama", data_path, folder / "whole", Ranks())
     return found
