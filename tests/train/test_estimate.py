@@ -22,6 +22,7 @@ from speculators.train.estimate import records_near
 from speculators.train.events import ConfigError, Note, ignore
 from speculators.train.memory import LEAST_CHUNK, at_length, probe_lengths, random_row
 from speculators.train.run import build, build_drafter, estimate, train
+from speculators.train.trainer import Trainer
 from speculators.utils.util import LiveBytes
 
 
@@ -200,6 +201,25 @@ def test_a_limit_picks_what_fits_and_refuses_what_cannot(verifier, data, tmp_pat
         limited(1000)
     with pytest.raises(ConfigError, match="--max-memory much: 'much' is no number of bytes"):
         limited("much")
+
+
+def test_under_a_limit_a_step_that_the_card_cannot_hold_is_one_that_does_not_fit(verifier, data, tmp_path, monkeypatch):
+    """The allocator refuses chunks above 2^18 logits; what the failed steps left is gone."""
+    forward = Trainer.forward
+
+    def forward_on_a_small_card(self, *args):
+        found = forward(self, *args)
+        if (self.chunk_elements or 1 << 22) > 1 << 18:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    keys = {"total_seq_len": 256, "max_memory": "1TB"}
+    free = build_drafter(config_of("eagle3", verifier, data, tmp_path / "run", **keys), Ranks(), ignore)
+    monkeypatch.setattr(Trainer, "forward", forward_on_a_small_card)
+    drafter = build_drafter(config_of("eagle3", verifier, data, tmp_path / "run", **keys), Ranks(), ignore)
+    assert drafter.trainer.chunk_elements == 1 << 18
+    assert torch.equal(drafter.trainer.ranks.random_state()["cpu"], free.random_state["cpu"])
+    assert all(param.grad is None for param in drafter.trainer.params)
 
 
 def test_a_limited_run_continues_with_the_same_bits(verifier, data, tmp_path):

@@ -33,7 +33,7 @@ from speculators.utils.util import LiveBytes
 PROBE_TOKENS = 512
 """Shorter row of the probe; the other is twice as long. A row of the run that is no longer is measured itself."""
 LEAST_CHUNK = 1 << 16
-"""Logits of the smallest chunks that --max-memory chooses: 4 MB at most of what a loss keeps of them."""
+"""Logits of the smallest chunks that --max-memory tries; the rows of a chunk are 16 at least, however wide they are."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,19 @@ def probe(trainer: Trainer, config: TrainConfig, num_tokens: int, hidden_size: i
     inputs = trainer.ranks.moved(batch, left_out=("error_records",), on_host=trainer.model.columns_on_host)
     before = [*trainer.model.parameters(), *trainer.model.buffers(), *inputs.values()]
     counted = LiveBytes(before)
-    with counted if device.type == "cpu" else nullcontext():  # and on a GPU the step that compiles
-        row_of_step(trainer, inputs)
-    trainer.optimizers.zero_grad()
-    base = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        base = torch.cuda.memory_allocated(device)
-    time_s = row_of_step(trainer, inputs)
-    peak = counted.peak if device.type == "cpu" else torch.cuda.max_memory_allocated(device) - base
-    trainer.optimizers.zero_grad()
-    trainer.ranks.set_random_state(kept)
+    try:
+        with counted if device.type == "cpu" else nullcontext():  # and on a GPU the step that compiles
+            row_of_step(trainer, inputs)
+        trainer.optimizers.zero_grad()
+        base = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            base = torch.cuda.memory_allocated(device)
+        time_s = row_of_step(trainer, inputs)
+        peak = counted.peak if device.type == "cpu" else torch.cuda.max_memory_allocated(device) - base
+    finally:
+        trainer.optimizers.zero_grad()
+        trainer.ranks.set_random_state(kept)
     return Probe(num_tokens, peak, time_s)
 
 
@@ -207,23 +209,30 @@ def measure_memory(
     limit_bytes = parse_bytes(config.trainer.max_memory)
     sizes = chunk_sizes(trainer.chunk_elements or elements_per_chunk(trainer.ranks.device))
 
-    def fits(found: tuple[list[Probe], MemoryEstimate]) -> bool:  # on every rank, as probes are taken together
-        return not trainer.ranks.any(found[1].total_bytes > limit_bytes)
+    def fitting(chunk_elements: int | None) -> tuple[list[Probe], MemoryEstimate] | None:
+        """None where it does not fit on every rank: probes are taken together."""
+        try:
+            found = measure(chunk_elements)
+        except torch.OutOfMemoryError:
+            if trainer.ranks.world_size > 1:  # others may wait for this one inside the step
+                raise
+            return None
+        return None if trainer.ranks.any(found[1].total_bytes > limit_bytes) else found
 
-    if fits(found := measure(trainer.chunk_elements)):
+    if (found := fitting(trainer.chunk_elements)) is not None:
         return found
-    if not fits(smallest := measure(sizes[-1])):
-        if not recompute_mlps(trainer.model):
-            raise ValueError(too_large(*smallest, config))
-        if fits(found := measure(None)):
+    best = fitting(sizes[-1])
+    if best is None and recompute_mlps(trainer.model):
+        if (found := fitting(None)) is not None:
             return found
-        if not fits(smallest := measure(sizes[-1])):
-            raise ValueError(too_large(*smallest, config))
-    best, low, high = smallest, 0, len(sizes) - 1  # sizes[low] is too large, sizes[high] fits
+        best = fitting(sizes[-1])
+    if best is None:
+        raise ValueError(too_large(*measure(sizes[-1]), config))
+    low, high = 0, len(sizes) - 1  # sizes[low] is too large, sizes[high] fits
     while high - low > 1:
         middle = (low + high) // 2
-        found = measure(sizes[middle])
-        best, low, high = (found, low, middle) if fits(found) else (best, middle, high)
+        found = fitting(sizes[middle])
+        best, low, high = (best, middle, high) if found is None else (found, low, middle)
     trainer.chunk_elements = sizes[high]
     return best
 
