@@ -158,12 +158,12 @@ class Ranks:
 def ranks_to_estimate(num_ranks: int | None, timeout_s: float) -> Iterator[Ranks]:
     """Runs this process as the first of so many ranks, of which the others are not there: collectives do nothing, so
     it holds what a rank holds, and its numbers mean nothing. None: the ranks that torchrun started."""
+    if num_ranks is not None and "WORLD_SIZE" in os.environ:
+        raise ValueError(f"--estimate-ranks {num_ranks}: torchrun's ranks are estimated as they are; leave it out")
     if num_ranks is None or num_ranks == 1:
         with ranks_from_environment(timeout_s) as ranks:
             yield ranks
         return
-    if "WORLD_SIZE" in os.environ:
-        raise ValueError(f"--estimate-ranks {num_ranks}: torchrun's ranks are estimated as they are; leave it out")
     dist.init_process_group(ESTIMATING, rank=0, world_size=num_ranks, store=FakeStore())
     try:
         yield Ranks(0, num_ranks, pick_device())
