@@ -81,12 +81,12 @@ class Drafter:
 
     def fit_into_memory(self) -> None:
         """Makes its steps take less than --max-memory, where that is given. Raises `ValueError` where they cannot."""
-        limit, keys = self.config.trainer.max_memory, self.trainer
-        if limit is None or self.is_closed or keys.is_finished():
+        limit, trainer = self.config.trainer.max_memory, self.trainer
+        if limit is None or self.is_closed or trainer.is_finished():
             return
         found = self.memory()
-        chunks = f"chunks of {keys.chunk_elements:,} logits" if keys.chunk_elements else "chunks as without it"
-        recomputed = ", feed-forward layers recomputed" if recomputes_mlps(keys.model) else ""
+        chunks = f"chunks of {trainer.chunk_elements:,} logits" if trainer.chunk_elements else "chunks as without it"
+        recomputed = ", feed-forward layers recomputed" if recomputes_mlps(trainer.model) else ""
         self.on_event(Note(f"--max-memory {limit}: {chunks}{recomputed}; {found}"))
 
     def decode_prompts(self, verifier: PreTrainedModel) -> None:
