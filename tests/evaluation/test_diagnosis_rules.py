@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from transformers import GenerationConfig
 
 from speculators.checkpoint.findings import error, warning
 from speculators.cli.app import main
 from speculators.data_generation.masks import offset_of, supervised_spans
 from speculators.decoding.request import RequestOutput
 from speculators.decoding.stats import DecodeStats
+from speculators.decoding.target import served_temperature
 from speculators.diagnosis import better_checkpoint
 from speculators.evaluation.diagnosis import FAULTY, FIT, Accuracy, Cause, causes_of_check, ranked
 from speculators.evaluation.diagnosis_drafter import Decoded
@@ -56,6 +59,21 @@ def test_a_temperature_is_a_cause_from_a_quarter_of_the_drafts_on():
     assert temperature_cause(1.0, 3.0, 2.4, 0.7, None).name == "temperature"
     assert temperature_cause(1.0, 3.0, 2.6, 0.7, None) is None
     assert temperature_cause(0.0, 3.0, 3.0, 0.7, None) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "temperature"),
+    [
+        ({}, 0.0),
+        ({"temperature": 0.6}, 0.6),
+        ({"do_sample": True, "temperature": 0.6}, 0.6),
+        ({"do_sample": True, "temperature": 0.0}, 0.0),
+        ({"do_sample": True}, 1.0),
+    ],
+)
+def test_the_temperature_of_serving_is_that_of_the_generation_config_with_or_without_do_sample(values, temperature):
+    target = SimpleNamespace(model=SimpleNamespace(generation_config=GenerationConfig(**values)))
+    assert served_temperature(target) == temperature
 
 
 def test_spans_and_their_distance_from_an_answer():

@@ -193,7 +193,7 @@ def to_report(
 def logprobs_by_row(asked: Mapping[int, Reported], logits_BTV: Tensor) -> dict[int, list[TokenLogprobs]]:
     """The same of several rows, with one copy to the host."""
     places = [(top, row, *place) for row, (top, *reported) in asked.items() for place in zip(*reported, strict=True)]
-    groups = {num_top: [place[1:] for place in places if place[0] == num_top] for num_top, *_ in places}
+    groups = {top: [place[1:] for place in places if place[0] == top] for top in {place[0] for place in places}}
     if not groups:
         return {row: [] for row in asked}
     found = []

@@ -67,6 +67,10 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
 
 
 def served_temperature(target: DecodingTarget) -> float:
-    """What vLLM samples with where a request says nothing: the verifier's generation_config.json."""
+    """The verifier's generation_config.json says what vLLM samples with where a request does not: `temperature`, with
+    or without `do_sample`. 0 where it says neither (vLLM: 1)."""
     config = getattr(target.model, "generation_config", None)
-    return float(getattr(config, "temperature", None) or 1.0) if getattr(config, "do_sample", False) else 0.0
+    temperature = None if config is None else config.to_diff_dict().get("temperature")
+    if temperature is None:
+        return 1.0 if getattr(config, "do_sample", False) else 0.0
+    return float(temperature)
