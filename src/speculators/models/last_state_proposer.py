@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from speculators.interfaces import CaptureSpec, Committed, DraftSampling, Proposal
-from speculators.nn.draft_tokens import NO_DRAFT, draft_from, own_probs_of, recorded_sampling, sampling_inputs
-from speculators.nn.graphs import FixedShapes, Outputs, Record, rounded_up
+from speculators.nn.draft_tokens import NO_DRAFT, draft_from
+from speculators.nn.graphs import Drafts, FixedShapes, Record, draft_at, rounded_up
 from speculators.nn.prepacked_linear import PrepackedLinears
 
 
@@ -93,20 +93,11 @@ class LastStateProposer:
         B, R, heads = len(token_ids_B), rounded_up(len(token_ids_B)), self.network.heads
         noise_shapes = [(B, heads[0].out_features)] * min(num_tokens, len(heads))
 
-        def compute(states_RH: Tensor, token_ids_R: Tensor, *numbers: Tensor) -> Outputs:
-            recorded = recorded_sampling(sampling, *numbers)
-            return *self.draft(states_RH, token_ids_R, num_tokens, recorded), own_probs_of(recorded)
+        def draft(states_RH: Tensor, token_ids_R: Tensor, recorded: DraftSampling) -> Drafts:
+            return *self.draft(states_RH, token_ids_R, num_tokens, recorded), None
 
-        states_RH, token_ids_R = pad(states_BH, (0, 0, 0, R - B)), pad(token_ids_B, (0, R - B))
-        draft_ids_RK, probs_RKV, own_probs_RK = shapes.run(
-            (R, num_tokens, sampling.probabilistic, sampling.own_probs is not None),
-            (states_RH, token_ids_R, *sampling_inputs(sampling, noise_shapes, R)),
-            compute,
-        )
-        assert draft_ids_RK is not None
-        if sampling.own_probs is not None and own_probs_RK is not None:
-            sampling.own_probs.append(own_probs_RK[:B])
-        return draft_ids_RK[:B], None if probs_RKV is None else probs_RKV[:B]
+        inputs = pad(states_BH, (0, 0, 0, R - B)), pad(token_ids_B, (0, R - B))
+        return draft_at(shapes, (num_tokens,), draft, inputs, sampling, noise_shapes)[:2]
 
     @torch.inference_mode()
     def head_log_probs(self, committed: Committed, num_tokens: int) -> Tensor:

@@ -129,7 +129,7 @@ class FixedShapes:
 # -- sizes and numbers of a round
 #
 # R rows, T columns, S cache slots: the smallest fixed shape that holds a round. Rows beyond it, and columns beyond a
-# row's own, write behind what the row keeps, where nobody reads before it was written anew.
+# row's own, write where nobody reads before it was written anew: behind what the row keeps, or in rows of no request.
 
 
 def rounded_up(number: int) -> int:
@@ -187,6 +187,34 @@ Drafts = tuple[Tensor, Tensor | None, Tensor | None]
 """(verifier ids [B, K], q [B, K, V] or None, the drafter's own chance of each draft to be accepted [B, K] or None)"""
 
 
+def draft_at(
+    shapes: FixedShapes,
+    shape: tuple[int, ...],
+    draft: Callable[..., Drafts],
+    inputs: Sequence[Tensor],
+    sampling: DraftSampling,
+    noise_shapes: Sequence[tuple[int, ...]],
+    **reads: Any,
+) -> Drafts:
+    """Runs `draft(*inputs, sampling)` as the recorded computation of this shape, and returns the rows that draft: those
+    of `sampling`, the first of the inputs'. `noise_shapes`: of what it draws, in order. `reads`: see `FixedShapes.run`.
+    """
+    B, R = len(sampling.temperature_B), len(inputs[0])
+
+    def compute(*numbers: Tensor) -> Outputs:
+        recorded = recorded_sampling(sampling, *numbers[len(inputs) :])
+        return *draft(*numbers[: len(inputs)], recorded), own_probs_of(recorded)
+
+    asked = (sampling.probabilistic, sampling.wants_confidence, sampling.own_probs is not None)
+    numbers = (*inputs, *sampling_inputs(sampling, noise_shapes, R))
+    draft_ids_RK, probs_RKV, confidence_RK, own_probs_RK = shapes.run((*shape, R, *asked), numbers, compute, **reads)
+    assert draft_ids_RK is not None
+    if sampling.own_probs is not None and own_probs_RK is not None:
+        sampling.own_probs.append(own_probs_RK[:B])
+    probs_BKV, confidence_BK = (None if part is None else part[:B] for part in (probs_RKV, confidence_RK))
+    return draft_ids_RK[:B], probs_BKV, confidence_BK
+
+
 class FixedRounds:
     """Base of proposers that have a cache: a round's entries and drafts as one computation of fixed shape."""
 
@@ -227,21 +255,12 @@ class FixedRounds:
         self.cache.lengths[:B] = [start + count for start, count in zip(starts, counts, strict=True)]
         entries = entries_of(committed, starts, counts, R, T)
 
-        def compute(*numbers: Tensor) -> Outputs:
-            recorded = recorded_sampling(sampling, *numbers[len(entries) :])
-            drafts = self.compute_drafts(Entries(*numbers[: len(entries)]), S, num_tokens, recorded)
-            return *drafts, own_probs_of(recorded)
+        def draft(*numbers: Any) -> Drafts:
+            *new, recorded = numbers
+            return self.compute_drafts(Entries(*new), S, num_tokens, recorded)
 
-        asked = (sampling.probabilistic, sampling.wants_confidence, sampling.own_probs is not None)
-        draft_ids_RK, probs_RKV, confidence_RK, own_probs_RK = shapes.run(
-            (R, T, S, num_tokens, *asked),
-            (*entries, *sampling_inputs(sampling, self.noise_shapes(B, num_tokens), R)),
-            compute,
+        return draft_at(
+            *(shapes, (T, S, num_tokens), draft, entries, sampling, self.noise_shapes(B, num_tokens)),
             memory=(self.cache.storage,),
             tables=lambda: self.network.rope.tables(S, self.device, self.dtype),
         )
-        assert draft_ids_RK is not None
-        if sampling.own_probs is not None and own_probs_RK is not None:
-            sampling.own_probs.append(own_probs_RK[:B])
-        probs_BKV, confidence_BK = (None if part is None else part[:B] for part in (probs_RKV, confidence_RK))
-        return draft_ids_RK[:B], probs_BKV, confidence_BK
