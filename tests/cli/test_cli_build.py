@@ -27,7 +27,7 @@ from speculators.cli.app import main
 from speculators.decoding.stats import DecodeStats
 from speculators.evaluation.measurement import Measurement, summarise
 from speculators.evaluation.report import EvaluationReport
-from speculators.train.checkpoint_files import METRICS_FILE
+from speculators.train.checkpoint_files import METRICS_FILE, STATE_FILE
 from speculators.train.events import PACE
 
 
@@ -346,11 +346,13 @@ def test_too_few_prompts_are_refused_with_the_reasons(tmp_path):
 
 
 def test_the_checkpoint_is_chosen_by_decoding_not_by_loss(tmp_path):
-    """An overtrained run: the loss falls on while the drafts are accepted less and less."""
-    for epoch, (loss, decoded) in enumerate([(3.0, 1.5), (2.5, 2.1), (2.2, 1.9), (2.0, 1.8)]):
-        (tmp_path / str(epoch)).mkdir()
+    """An overtrained run: the loss falls on while the drafts are accepted less and less. Training set one aside."""
+    losses_and_lengths = [(3.0, 1.5), (2.5, 2.1), (2.2, 1.9), (2.0, 1.8), (2.1, 2.5)]
+    for name, (loss, decoded) in zip(("0", "1", "2", "3", "3.damaged"), losses_and_lengths, strict=True):
+        (tmp_path / name).mkdir()
         values = {"loss": loss, "decoded_acceptance_length": decoded}
-        (tmp_path / str(epoch) / METRICS_FILE).write_text(json.dumps(values))
+        (tmp_path / name / METRICS_FILE).write_text(json.dumps(values))
+        (tmp_path / name / STATE_FILE).write_text("{}")
     (tmp_path / "checkpoint_best").symlink_to("3")
     assert plan.best_checkpoint(tmp_path) == (tmp_path / "1", 2.1)
 

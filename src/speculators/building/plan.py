@@ -27,6 +27,7 @@ from speculators.train.events import DECODED
 from speculators.train.keys import RunKeys
 from speculators.train.logger import step_of
 from speculators.train.records import weakness
+from speculators.train.run_directory import RunDirectory
 from speculators.train.validation import MAX_TOKENS
 from speculators.training_keys import default_of
 from speculators.utils.files import atomic_write
@@ -270,10 +271,11 @@ def best_checkpoint(run: Path) -> tuple[Path, float]:
     The validation loss falls on after acceptance has had its peak: it is not asked.
     """
     measured = {}
-    for file in sorted(run.glob(f"[0-9]*/{METRICS_FILE}"), key=lambda file: int(file.parent.name)):
-        length = json.loads(file.read_text()).get(DECODED)
+    for checkpoint in RunDirectory(run).epochs():
+        file = checkpoint / METRICS_FILE
+        length = json.loads(file.read_text()).get(DECODED) if file.is_file() else None
         if length is not None:
-            measured[file.parent] = float(length)
+            measured[checkpoint] = float(length)
     if not measured:
         raise ValueError(f"no checkpoint in {run} has a decoded acceptance length: answers were too short to measure")
     best = max(measured, key=lambda path: measured[path])
