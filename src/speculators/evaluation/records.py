@@ -150,7 +150,7 @@ class MethodRow(ResultRow):
     @property
     def is_possible(self) -> bool:
         """Whether the speedup is not surely above the acceptance length. What is not possible is not recommended."""
-        return self.speedup.low <= self.acceptance_length.high
+        return not cannot_be_true(self.speedup, self.acceptance_length)
 
     def doubts(self) -> tuple[str, ...]:
         """What makes the figures doubtful: what was noted when they were measured, and what they say themselves."""
@@ -212,12 +212,17 @@ class LearningCurve:
         return f"{name}: each doubling of the data adds {gain} tokens per round; expected with {ahead}"
 
 
+def cannot_be_true(speedup: Estimate, length: Estimate) -> bool:
+    """Whether a speedup is surely above the acceptance length."""
+    return speedup.low > length.high
+
+
 def speedup_warnings(speedup: Estimate, length: Estimate, batch_size: int = 1) -> tuple[str, ...]:
     """A round costs at least one verifier step, so no method gains more than the tokens that it emits per round.
 
     A batch lasts as long as its longest answer: where that one is the easiest, the gain may be a little above the mean.
     """
-    if speedup.low > length.high:
+    if cannot_be_true(speedup, length):
         return (
             f"speedup {speedup.value:.2f} exceeds the acceptance length {length.value:.2f}: this cannot be true, "
             "the plain baseline was slowed down by something else; measure again on an idle machine",

@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from speculators.evaluation.records import SCHEMA_VERSION, Cell, MethodRow
+from speculators.evaluation.records import SCHEMA_VERSION, Cell, MethodRow, cannot_be_true
 from speculators.evaluation.statistics import Estimate
 from speculators.utils.files import atomic_write, read_json_object
 from speculators.utils.report import TableReport
@@ -175,7 +175,7 @@ def cell_of_task(row: MethodRow | None) -> str:
 def gain(speedup: Estimate, length: Estimate) -> str:
     """Says whether drafting pays: only an interval on one side of 1 is evidence, and none above the acceptance length
     can be true."""
-    if speedup.low > length.high:
+    if cannot_be_true(speedup, length):
         return f"{speedup.value:.2f}x cannot be true, it is above the acceptance length {length.value:.2f}"
     if speedup.is_above(1):
         return f"{speedup.value:.2f}x faster"
