@@ -2,7 +2,7 @@
 
     python benchmarks/diagnose_real.py --verifier MODEL --checkpoint run/3 --data data --prompts held-out.jsonl
         [--few few-run/3 --few-data few-data] [--other other.jsonl]
-        [--given-run given-run/2 --given-data given-data] [--only 'rope theta 500;K is 0'] [--work DIR]
+        [--given-run given-run/2 --given-data given-data] [--only 'a 200th of rope theta;K is 0'] [--work DIR]
 
 The copies lack the record of training, which would say what was changed. Verifiers are spoiled in copies too. Nothing
 is written beside what is given.
@@ -114,12 +114,26 @@ def nested(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda config: config["transformer_layer_config"].update(values)
 
 
-def theta(value: float) -> Callable[[dict[str, Any]], None]:
-    return lambda config: config["transformer_layer_config"]["rope_parameters"].update(rope_theta=value)
+def theta_by(factor: float) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        rope = config["transformer_layer_config"]["rope_parameters"]
+        rope["rope_theta"] *= factor
+
+    return change
 
 
-def layers(*ids: int) -> Callable[[dict[str, Any]], None]:
-    return lambda config: config.update({LAYERS: list(ids)})
+def layers(change: Callable[[list[int]], list[int]]) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.update({LAYERS: change(config[LAYERS])})
+
+
+def turn_residual(config: dict[str, Any]) -> None:
+    config["norm_before_residual"] = not config["norm_before_residual"]
+
+
+def far_away(ids: list[int]) -> list[int]:
+    """Others between the first and the last."""
+    low, *_, high = ids
+    return [low + (high - low) * share // 24 for share in (2, 8, 17)]
 
 
 def reset_norms(weights: Weights) -> None:
@@ -216,16 +230,16 @@ NOTHING, HARMLESS = "nothing", 0.95
 FAULTS: dict[str, tuple[tuple[str, ...], Seed]] = {
     "healthy": ((NOTHING,), lambda bench: {}),
     "healthy, without its record": ((NOTHING,), files()),
-    "layers counted from 1": (("aux-layers",), files(config=layers(3, 16, 28))),
-    "layers counted from the states behind": (("aux-layers",), files(config=layers(1, 14, 26))),
-    "last layer one too far": (("aux-layers",), files(config=layers(2, 15, 28))),
-    "layers far away": (("aux-layers",), files(config=layers(4, 10, 20))),
+    "layers counted from 1": (("aux-layers",), files(config=layers(lambda ids: [i + 1 for i in ids]))),
+    "layers counted from the states behind": (("aux-layers",), files(config=layers(lambda ids: [i - 1 for i in ids]))),
+    "last layer one too far": (("aux-layers",), files(config=layers(lambda ids: [*ids[:-1], ids[-1] + 1]))),
+    "layers far away": (("aux-layers",), files(config=layers(far_away))),
     "chunks of fc permuted": (("aux-order",), files(tensors=roll_fc)),
-    "rope theta 10,000": (("rope",), files(config=theta(10_000.0))),
-    "rope theta 500": (("rope",), files(config=theta(500.0))),
+    "a tenth of rope theta": (("rope",), files(config=theta_by(1 / 10))),
+    "a 200th of rope theta": (("rope",), files(config=theta_by(1 / 200))),
     "all norms are 1": (("norms",), files(tensors=reset_norms)),
     "last norm stored as w - 1": (("norms",), files(tensors=lambda w: w["norm.weight"].sub_(1))),
-    "norm_before_residual turned": (("options",), files(config=lambda c: c.update(norm_before_residual=False))),
+    "norm_before_residual turned": (("options",), files(config=turn_residual)),
     "d2t rolled by one": (("vocabulary-map",), files(tensors=lambda w: w.update(d2t=w["d2t"].roll(1)))),
     "d2t holds token ids": (("vocabulary-map",), files(tensors=absolute_map)),
     "head rows of the tokens beside": (("vocabulary-map",), files(tensors=shift_head)),
