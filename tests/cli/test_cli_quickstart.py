@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -59,4 +58,3 @@ def test_quickstart_replaces_nothing_of_others(tmp_path, capsys):
     assert main(["quickstart", "--output", str(tmp_path)]) == 2
     assert "is of a build for my-model" in capsys.readouterr().err
     assert (tmp_path / "eagle3").is_dir()
-    shutil.rmtree(tmp_path / "eagle3")

@@ -77,7 +77,7 @@ def export(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: as stored.")] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Evaluation to quote in the card. Default: report.json beside the run.")
+        Path | None, typer.Option(help="Evaluation to quote in the card. Default: the one beside the run.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
     python: Python = None,
