@@ -34,6 +34,7 @@ __all__ = [
     "package_versions",
     "pkg_version",
     "read_recipe",
+    "read_steps",
     "refuse_changes",
     "run_git",
     "write_recipe",
@@ -144,6 +145,14 @@ def refuse_changes(changes: Mapping[str, str], what: str, ways_out: str) -> None
         raise ValueError(f"{what} was made with other settings:\n{columns(changes)}\n{ways_out}")
 
 
+def read_steps(file: Path, ways_out: str) -> dict[str, Any]:
+    """Reads what `DoneSteps` wrote: `settings` and `done`. Raises `ValueError` for a file of something else."""
+    state = read_json_object(file, ways_out)
+    if not all(isinstance(state.get(name), dict) for name in ("settings", "done")):
+        raise ValueError(f"{file} holds no settings and steps: it is of something else; {ways_out}")
+    return state
+
+
 class DoneSteps:
     """What was done for a result, by name, in a file beside it: whatever ended the process, each step is done once."""
 
@@ -152,7 +161,7 @@ class DoneSteps:
         self.file, self.settings = file, dict(settings)
         self.done: dict[str, Any] = {}
         if file.exists():
-            state = read_json_object(file, ways_out)
+            state = read_steps(file, ways_out)
             refuse_changes(changed_settings(state["settings"], settings), str(file.parent), ways_out)
             self.done = state["done"]
 

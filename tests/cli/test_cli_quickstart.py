@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from speculators import assets
 from speculators.cli.app import main
 
 
@@ -56,5 +57,18 @@ def test_quickstart_replaces_nothing_of_others(tmp_path, capsys):
     assert "thesis.tex" in capsys.readouterr().err
     (tmp_path / "thesis.tex").unlink()
     assert main(["quickstart", "--output", str(tmp_path)]) == 2
-    assert "is of a build for my-model" in capsys.readouterr().err
+    assert "is of a build with {'verifier': 'my-model'" in capsys.readouterr().err.replace("\n", " ")
+    assert (tmp_path / "eagle3").is_dir()
+
+
+def test_quickstart_replaces_no_build_that_somebody_else_began(tmp_path, capsys):
+    """Of the embedded verifier, but with other prompts; and a build.json of another program."""
+    settings = {"verifier": str(assets.tiny_verifier_path()), "data": "mine.jsonl", "speculator_type": ["eagle3"]}
+    (tmp_path / "eagle3").mkdir()
+    (tmp_path / "build.json").write_text(json.dumps({"settings": settings, "done": {"end": True}}))
+    assert main(["quickstart", "--output", str(tmp_path)]) == 2
+    assert "mine.jsonl" in capsys.readouterr().err.replace("\n", " ")
+    (tmp_path / "build.json").write_text('{"target": "es6"}')
+    assert main(["quickstart", "--output", str(tmp_path)]) == 2
+    assert "it is of something else" in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "eagle3").is_dir()

@@ -16,9 +16,9 @@ from speculators.building import AUTO, DEFAULT_BUDGET, DEFAULT_DRAFT_TOKENS
 from speculators.cli.flags import choosing_threads
 from speculators.cli.shared import Result, TrustRemoteCode, Verifier, error_of, out, say
 from speculators.data_generation.configs import DEFAULT_ANSWER_TOKENS
+from speculators.provenance import read_steps
 from speculators.train.config import TrainConfig, refuse_missing_paths
 from speculators.train.drafters import help_parser_of, resolve_all
-from speculators.utils.files import read_json_object
 
 if TYPE_CHECKING:
     from speculators.building.report import StepBegun, StepEnded
@@ -129,9 +129,10 @@ def quickstart(
     from speculators import assets
 
     verifier = str(assets.tiny_verifier_path())
-    clear_finished(output, verifier)
     data, held_out = (str(assets.prompts_path(split)) for split in ("train", "heldout"))
-    return built("quickstart", verifier=verifier, data=data, held_out=held_out, output=output, **QUICKSTART)
+    sources = {"verifier": verifier, "data": data, "held_out": held_out}
+    clear_finished(output, sources)
+    return built("quickstart", output=output, **sources, **QUICKSTART)
 
 
 def built(verb: str, *, output: Path, **settings: Any) -> Result:
@@ -160,17 +161,17 @@ def show_step(event: StepBegun | StepEnded | Note) -> None:
             say(event.text)
 
 
-def clear_finished(output: Path, verifier: str) -> None:
+def clear_finished(output: Path, sources: dict[str, str]) -> None:
     """Deletes what a finished quickstart wrote. Raises `ValueError` where anything else is there."""
     if not output.exists():
         return
-    state = begun_build(output) or {"settings": {"verifier": verifier, "speculator_type": []}, "done": {}}
-    ours = {*building.WRITTEN, *state["settings"]["speculator_type"]}
+    state = begun_build(output) or {"settings": sources, "done": {}}
+    ours = {*building.WRITTEN, *state["settings"].get("speculator_type", [])}
     ours |= {path.name for path in output.glob(f"{Path(building.ANSWERS).stem}.*")}
     others = sorted({path.name for path in output.iterdir()} - ours)
-    built_for = state["settings"]["verifier"]
-    if others or built_for != verifier:
-        found = f"holds {others[:5]}" if others else f"is of a build for {built_for}"
+    built_from = {name: state["settings"].get(name) for name in sources}
+    if others or built_from != sources:
+        found = f"holds {others[:5]}" if others else f"is of a build with {built_from}"
         raise ValueError(f"{output} {found} and is not an earlier quickstart's; name another directory with --output")
     if building.END in state["done"]:
         shutil.rmtree(output)
@@ -179,4 +180,4 @@ def clear_finished(output: Path, verifier: str) -> None:
 def begun_build(output: Path) -> dict[str, Any] | None:
     """What a build wrote of itself: its settings, and what is done; None where none was begun."""
     file = output / building.STATE
-    return read_json_object(file, "delete it") if file.is_file() else None
+    return read_steps(file, "delete it") if file.is_file() else None
