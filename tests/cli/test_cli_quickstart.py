@@ -23,6 +23,7 @@ def test_quickstart_ends_with_a_measured_lossless_drafter(toy_assets, tmp_path, 
     assert result["parity"]["passed"] is True
     assert result["parity"]["checks"]["drafts: training = engine"].startswith("pass: ")
     assert result["served_by"].startswith("vllm serve ") and result["checkpoint"] in result["served_by"]
+    assert '"num_speculative_tokens": 4' in result["served_by"] and rows["eagle3"]["num_speculative_tokens"] == 4
     assert list(result["step_s"]) == ["answers", "rows", "training", "evaluation", "check", "verify"]
     assert printed.count("$ speculators ") == len(result["step_s"])
     asked = {path: (output / "prompts" / f"{path}.jsonl").read_text() for path in ("train", "held-out")}

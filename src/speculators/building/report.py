@@ -82,7 +82,7 @@ class BuildResult(TableReport, os.PathLike[str]):
     """HTML, as `speculators report` writes it."""
     verifier: str
     served_by: str | None
-    """The command by which vLLM serves the checkpoint; None where it serves no such drafter."""
+    """The command by which vLLM serves the checkpoint, with the draft tokens that were fastest, or why none does."""
     num_answers: int
     """Conversations that the drafters were trained on."""
     steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -121,8 +121,8 @@ class Build:
         chosen = {name: plan.best_checkpoint(self.output / name)[0] for name in self.settings.speculator_type}
         num_prompts = self.evaluate(prompts, [PLAIN, *UNTRAINED, *map(str, chosen.values())])
         evaluation = load_result(self.output / building.RESULT)
-        checkpoint = Path(str(report.drafting_path(report.fastest(evaluation, list(chosen.values())))))
-        check, parity = self.check(checkpoint), self.verify(checkpoint)
+        checkpoint = Path(str(report.drafting_path(drafter := report.fastest(evaluation, list(chosen.values())))))
+        check, parity = self.check(checkpoint, drafter.num_speculative_tokens), self.verify(checkpoint)
         result = BuildResult(
             checkpoint=checkpoint,
             evaluation=evaluation,
@@ -281,9 +281,9 @@ class Build:
         self.step("evaluation", title, command_of("evaluate", settings), act)
         return num_prompts
 
-    def check(self, checkpoint: Path) -> Any:
+    def check(self, checkpoint: Path, num_k: int) -> Any:
         def act() -> Done:
-            found = check_checkpoint(checkpoint, verifier=self.settings.verifier)
+            found = check_checkpoint(checkpoint, verifier=self.settings.verifier).told(num_speculative_tokens=num_k)
             found.raise_for_errors()
             return [found], {"served_by": found.served_by}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,10 @@ class CheckReport(TableReport):
         if self.notes:
             facts["note"] = "\n".join(self.notes)
         return [*self.findings_tables(), facts_table(self.verdict, {**facts, "serve with": self.served_by})]
+
+    def told(self, **settings: Any) -> CheckReport:
+        """The same checkpoint, served with these settings of the engine's speculative config."""
+        return self if self.serving is None else replace(self, serving=self.serving.told(settings))
 
     @property
     def command(self) -> str | None:
