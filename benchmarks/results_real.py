@@ -237,7 +237,8 @@ class Results:
         own = [word for name, flags in OWN.items() for word in prefixed(name, flags)]
         self.train(run, ",".join(ALGORITHMS), rows, [*SHORT, *own])
         trained = [self.chosen(f"{run}/{name}") for name in ALGORITHMS]
-        self.evaluate("measure-drafters", trained, 20, "-k", NUM_DRAFTS, *SHORTER)
+        both = ("--max-tokens", "64", "--batch-size", "1,8")
+        self.evaluate("measure-drafters", trained, 16, "-k", NUM_DRAFTS, *both, num_cells=2, threads=2)
 
     def eagle3(self, name: str, rows: Path, flags: Sequence[str] = SHORT, vocabulary: int | None = None) -> Path | None:
         own = OWN["eagle3"] if vocabulary is None else ("--draft-vocab-size", str(vocabulary), *OWN["eagle3"][2:])
@@ -248,7 +249,7 @@ class Results:
         """Text that the drafter never saw the like of."""
         bench = (f"spec-bench={self.options.spec_bench}",)
         two = ("--max-tokens", "64", "--batch-size", "2")  # a task has 4 prompts, and an interval needs several groups
-        self.evaluate("measure-tasks", methods, 24, "-k", NUM_DRAFTS, *two, data=bench)
+        self.evaluate("measure-tasks", methods, 24, "-k", "2,4,6", *two, data=bench, num_cells=3)
         turns = [name for name in map(self.conversations, (1, 2)) if name is not None]
         if turns:
             self.evaluate("measure-turns", methods, 8, "-k", NUM_DRAFTS, *SHORTER, data=turns, num_cells=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,28 +139,42 @@ class Page:
     def tasks(self) -> str:
         report = self.report("measure-tasks") or {"rows": []}
         tasks = dict.fromkeys(row.get("task") for row in report["rows"])
+        rows = [row for task in tasks for row in self.rows("measure-tasks", task=task)]
+        counts = sorted({row["num_speculative_tokens"] for row in rows})
         lines = [
-            ("all" if task is None else task, method_of(row), interval(row["acceptance_length"]), same_text(row))
-            for task in tasks
-            for row in self.rows("measure-tasks", task=task)
+            (
+                "all" if task is None else task,
+                method,
+                *across(found, "num_speculative_tokens", counts),
+                same_text(*found),
+            )
+            for (task, method), found in grouped(rows, lambda row: (row["task"], method_of(row))).items()
         ]
-        told = "The drafter saw grade-school mathematics alone: other tasks are foreign to it. K = 4."
-        return self.section("Spec-Bench, by task", "measure-tasks", told, ("task", "method", *FIGURES), lines)
+        told = "The drafter saw grade-school mathematics alone: other tasks are foreign to it. Acceptance lengths."
+        names = ("task", "method", *(f"K = {count}" for count in counts), "same text")
+        return self.section("Spec-Bench, by task", "measure-tasks", told, names, lines)
 
     def drafters(self) -> str:
         run = next((name for name in self.state if name.startswith("drafters-")), "drafters")
-        measured = {method_of(row): row for row in self.rows("measure-drafters")}
+        measured = grouped(self.rows("measure-drafters"), method_of)
+        sizes = sorted({row["batch_size"] for rows in measured.values() for row in rows})
         lines = [
-            (name, interval(measured[name]["acceptance_length"]), same_text(measured[name]))
-            if name in measured
-            else (name, self.why(run, "measure-drafters"), "")
+            (
+                name,
+                interval(rows[0]["acceptance_length"]),
+                *across(rows, "batch_size", sizes, "speedup"),
+                same_text(*rows),
+            )
+            if (rows := measured.get(name))
+            else (name, self.why(run, "measure-drafters"), *[""] * (1 + len(sizes)))
             for name in ALGORITHMS
         ]
         told = "Every algorithm on the same conversations for as long; checkpoints are chosen by decoding. K = 4.\n"
         told += "".join(f"{text}\n" for text in [self.trained(run)] if text)
         told += "`draft_model` is not measured: no smaller model has this vocabulary."
         title = "All drafters after the same small training"
-        return self.section(title, "measure-drafters", told, ("drafter", *FIGURES), lines)
+        names = ("drafter", "acceptance length", *(f"speedup, batch {size}" for size in sizes), "same text")
+        return self.section(title, "measure-drafters", told, names, lines)
 
     def trained(self, run: str) -> str:
         """What a run learned from, and how long it took."""
@@ -265,12 +279,27 @@ def interval(estimate: Mapping[str, float]) -> str:
     return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
 
+def grouped(rows: Iterable[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> dict[Any, list[dict[str, Any]]]:
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def across(
+    rows: Iterable[Mapping[str, Any]], field: str, values: Iterable[Any], figure: str = "acceptance_length"
+) -> list[str]:
+    """A cell per value of a field: what was measured at it, or nothing."""
+    measured = {row[field]: interval(row[figure]) for row in rows}
+    return [measured.get(value, "") for value in values]
+
+
 def told_of(row: Mapping[str, Any], figure: str) -> str:
     return f"{method_of(row)}: {interval(row[figure])}"
 
 
-def same_text(row: Mapping[str, Any]) -> str:
-    return f"{row['num_identical']} of {row['num_prompts']}"
+def same_text(*rows: Mapping[str, Any]) -> str:
+    return f"{sum(row['num_identical'] for row in rows)} of {sum(row['num_prompts'] for row in rows)}"
 
 
 def figures(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -21,13 +21,13 @@ def estimate(value):
     return {"value": value, "low": value - 0.1, "high": value + 0.1}
 
 
-def report(methods, length=2.7, speedup=1.8, identical=20):
+def report(methods, length=2.7, speedup=1.8, identical=20, counts=(4,), batch_sizes=(1,)):
     rows = [
         {
             "method": "eagle3" if "/" in method else method,
             "speculative_config": {"model": f"/elsewhere/{method}"} if "/" in method else None,
-            "num_speculative_tokens": 4,
-            "batch_size": 1,
+            "num_speculative_tokens": count,
+            "batch_size": batch_size,
             "dataset": "gsm8k",
             "task": task,
             "acceptance_length": estimate(1.0 if method == "none" else length),
@@ -38,6 +38,8 @@ def report(methods, length=2.7, speedup=1.8, identical=20):
             "num_prompts": 20,
         }
         for method in methods
+        for count in counts
+        for batch_size in batch_sizes
         for task in (None, "translation")
     ]
     facts = {"versions": dict.fromkeys(("python", "torch", "transformers"), "1"), "uncommitted_changes": False}
@@ -79,6 +81,17 @@ def test_what_was_not_measured_says_why_and_has_no_figure(tmp_path):
         section = text[text.index(f"## {heading}") :]
         assert "not measured" in section[: section.index("\n## ", 3)]
     assert "/elsewhere" not in text  # the reader's places are others
+
+
+def test_figures_of_several_k_and_batch_sizes_stand_beside_one_another(tmp_path):
+    drafters = ["none", "drafters-100/mtp/2"]
+    measured = {"measure-tasks": (["none", "ngram", DRAFTER], {"length": 1.25, "counts": (2, 4)})}
+    text = page_of(tmp_path, measured | {"measure-drafters": (drafters, {"speedup": 1.3, "batch_sizes": (1, 8)})})
+    assert "| task | method | K = 2 | K = 4 | same text |" in text
+    assert "| translation | ngram | 1.25 (1.15 to 1.35) | 1.25 (1.15 to 1.35) | 40 of 40 |" in text
+    assert "| drafter | acceptance length | speedup, batch 1 | speedup, batch 8 | same text |" in text
+    assert "| mtp | 2.70 (2.60 to 2.80) | 1.30 (1.20 to 1.40) | 1.30 (1.20 to 1.40) | 40 of 40 |" in text
+    assert "| eagle3 | not measured: the run ended before its turn |  |  |  |" in text
 
 
 def test_a_step_runs_once_and_one_beyond_the_budget_is_left_out_until_it_fits(tmp_path, monkeypatch):
