@@ -2,7 +2,8 @@
 nothing else; its curve has no gap.
 
 `make kills` kills eight kinds of run before every change that they make to their directory, before every step of their
-optimizers, and 20 times at random each (half an hour); the tests kill before one change of each kind.
+optimizers, and 20 times at random each (half an hour); the tests kill before one change of each kind. Random kills are
+drawn anew each time there: SPECULATORS_KILLS_SEED, which they print, draws the same again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,8 @@ from speculators.train.events import PACE
 
 EVERYTHING = os.environ.get("SPECULATORS_KILLS") == "all"
 NUM_RANDOM = 20 if EVERYTHING else 2
+SEED = int(os.environ.get("SPECULATORS_KILLS_SEED", random.randrange(10**6) if EVERYTHING else 0))
+WRITING, TRAINING, ELSEWHERE = "inside the write of a checkpoint", "between two steps", "elsewhere"
 SOON_S = 10.0
 """Between the event and the end of the last rank; it is a tenth of a second on an idle machine."""
 ALGORITHMS: dict[str, dict[str, Any]] = {"eagle3": {}, "dflash": {"block_size": 4}}
@@ -212,16 +216,26 @@ def test_killed_at_random_times_a_run_ends_as_if_nothing_had_happened(
     serve, make_whole, algorithm, optimizer, num_ranks
 ):
     whole = make_whole(algorithm, optimizer, num_ranks)
-    draw = random.Random(f"{algorithm} {optimizer} {num_ranks}")
-    num_killed = 0
-    while num_killed < NUM_RANDOM:
+    draw = random.Random(f"{SEED} {algorithm} {optimizer} {num_ranks}")
+    died: Counter[str] = Counter()
+    while died.total() < NUM_RANDOM:
         begin_anew(whole)
-        times = [draw.uniform(0.2, 1.0) * whole.time_s for _ in range(draw.randint(1, 3))]
-        for after_s in times:
-            ended = kill(serve, replace(whole.run, event="kill", after_s=after_s, who=draw.randrange(num_ranks)))
-            num_killed += KILLED in ended.codes
-        assert_continues_to_the_same_end(serve, whole, f"killed after {times} s")
-    print(f"{algorithm} {optimizer} {num_ranks} ranks: killed {num_killed} times at random")
+        told = f"SPECULATORS_KILLS_SEED={SEED}: killed"
+        for _ in range(draw.randint(1, 3)):
+            after_s, who = draw.uniform(0.2, 1.0) * whole.time_s, draw.randrange(num_ranks)
+            if KILLED in kill(serve, replace(whole.run, event="kill", after_s=after_s, who=who)).codes:
+                places = Path(whole.run.notes, f"places{who}.txt").read_text().splitlines()
+                told += f"; rank {who} after {after_s:.3f} s, before its place {len(places) + 1}"
+                died[where(whole.root, places)] += 1
+        assert_continues_to_the_same_end(serve, whole, told)
+    print(f"{algorithm} {optimizer} {num_ranks} ranks: killed at random {dict(died)}, SPECULATORS_KILLS_SEED={SEED}")
+
+
+def where(root: Path, places: Sequence[str]) -> str:
+    """Says where a run died that had passed these places, and left `root` so."""
+    if [*root.glob(".*.partial*")]:
+        return WRITING
+    return TRAINING if places and re.fullmatch(r"(Tensor|AdamW|Muon)\.\w+", places[-1]) else ELSEWHERE
 
 
 def test_killed_while_it_stores_verifier_states_a_run_ends_as_if_nothing_had_happened(serve, make_whole, tmp_path):
