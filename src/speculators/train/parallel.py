@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,8 @@ from speculators.nn.decoder import recompute_mlps
 from speculators.train.distributed import ESTIMATING, Ranks, hearing_others, own_part, whole_tensor
 from speculators.train.records import TrainerConfig
 
+MIXED_TENSORS = "mixed torch.Tensor and DTensor"
+"""What torch says of a product with a weight that is split over the ranks."""
 RETURNS_VIEW = "FSDP2-wrapped module"
 """Begins the warning that a view is returned, which matters to operations in place alone."""
 
@@ -136,7 +139,12 @@ class Sharded(Alone):
             shard.set_requires_gradient_sync(is_last, recurse=False)
         with hearing_others(beside_work=True), warnings.catch_warnings():
             warnings.filterwarnings("ignore", RETURNS_VIEW, UserWarning)
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if MIXED_TENSORS not in str(error):
+                    raise
+                raise self.used_outside(f"{self.called(error)} needs weights that are split over ranks") from error
         if is_last:
             self.refuse_lost_gradients()
             for shard in self.shards:
@@ -150,10 +158,22 @@ class Sharded(Alone):
             if param.grad is not None and not isinstance(param, DTensor)
         ]
         if lost:
-            raise ValueError(
-                f"--fsdp-shard: {lost[0]} is used outside of its layer's forward, so its gradient would be lost: name "
-                f"the method that uses it in `layer_methods` of {type(self.model).__name__}, or leave --fsdp-shard out"
-            )
+            raise self.used_outside(f"the gradient of {lost[0]} would be lost")
+
+    def used_outside(self, what: str) -> ValueError:
+        return ValueError(
+            f"--fsdp-shard: {what}, as it is used outside of its layer's forward: name the layer's method that uses it "
+            f"in `layer_methods` of {type(self.twin).__name__}, or leave --fsdp-shard out"
+        )
+
+    def called(self, error: BaseException) -> str:
+        """Names the method of a layer in which an error was raised."""
+        layers = {id(layer): number for number, layer in enumerate(cast("Sequence[nn.Module]", self.model.layers))}
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            number = layers.get(id(frame.f_locals.get("self")))
+            if number is not None:
+                return f"layers.{number}.{frame.f_code.co_name}"
+        return "a layer"
 
     @contextmanager
     def whole(self, device: torch.device | None = None, *, on_main_alone: bool = False) -> Iterator[SpeculatorModel]:
