@@ -204,7 +204,7 @@ FAULTS = {
         "dflash",
         config_fault("aux_hidden_state_layer_ids", [6, 2, 9]),
         ("aux-ids-order", "aux layer ids"),
-        "sorts them",
+        "sort them",
     ),
     "no verifier": (
         "eagle3",
@@ -228,7 +228,7 @@ FAULTS = {
         "dflash",
         tensor_fault(lambda tensors: tensors.update(mask_hidden=torch.ones(3))),
         ("tensor-unexpected", "mask_hidden"),
-        "refuses names",
+        "refuse names",
     ),
     "wrong width": (
         "eagle3",
@@ -296,6 +296,7 @@ def test_a_seeded_fault_is_caught_by_name(fault, copy_of):
     assert named, [str(found) for found in report.findings]
     assert any(words in f"{found.found}; {found.rule}" for found in named), str(named[0])
     assert all(found.fix for found in report.findings)
+    assert all(found.rule.count("vLLM") == found.rule.count(report.profile.title) for found in report.findings)
     assert not report.ok
 
 
@@ -419,6 +420,42 @@ def test_each_release_is_said_what_it_makes_of_a_checkpoint(trained, tmp_path, c
     assert other.served_by.endswith("decode here with `speculators generate`, or serve it by vllm-0.32 or vllm-0.33")
     with pytest.raises(ValueError, match=r"sglang-0\.5 cannot serve it: the layout"):
         export_checkpoint(path, tmp_path / "out", engine="sglang-0.5")
+
+
+OF_VLLM_ALONE = {
+    "eagle3": (["norm_before_residual", "transformer_layer_config.hidden_act"], "key-missing"),
+    "dflash": (["aux_hidden_state_layer_ids", "sliding_window_non_causal"], "key-missing"),
+    "dspark": (["markov_rank"], "key-missing"),
+}
+"""Case: keys without which vLLM drafts otherwise, and the code of their findings."""
+
+
+@pytest.mark.parametrize("case", OF_VLLM_ALONE)
+def test_findings_name_the_engine_that_was_asked_about(case, copy_of):
+    path, (keys, code) = copy_of(case), OF_VLLM_ALONE[case]
+    for key in keys:
+        config_fault(key.split(".")[-1], remove=True, layers="." in key)(path)
+    for name, title in (("vllm-0.32", "vLLM 0.32"), ("vllm-0.33", "vLLM 0.33")):
+        report = check_checkpoint(path, engine=name)
+        rules = {found.where: found.rule for found in report.findings if found.code == code}
+        assert {key for key, rule in rules.items() if title in rule} == set(keys)
+        assert f"what {title} makes of the options" in report.done
+        assert not [row for row in map(str, report.tables()[-1].columns[0].cells) if "serve with" in row]
+    other = check_checkpoint(path, engine="sglang-0.5")
+    assert "what SGLang 0.5 makes of the options" in other.done
+    assert not [found.rule for found in other.findings if "vLLM" in found.rule or "{" in found.rule]
+
+
+def test_the_verdict_of_a_check_is_said_once(trained, capsys):
+    assert main(["check", str(trained("dflash"))]) == 0
+    assert capsys.readouterr().out.count("ready to serve") == 1
+    assert str(check_checkpoint(trained("dflash"))).count("ready to serve") == 1
+
+
+def test_the_next_command_serves_what_was_checked(trained, capsys):
+    path = str(trained("dflash"))
+    assert main(["check", path, "--engine", "vllm-0.32", "--verifier", VERIFIER]) == 0
+    assert f"next: speculators serve {path} --verifier {VERIFIER} --engine vllm-0.32" in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_a_number_of_drafts_is_not_called_of_another_type(trained, tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from speculators import SpeculatorModel
 from speculators.checkpoint.formats import SPECULATORS
 from speculators.checkpoint.record import RECORD_FILE, computed_config
+from speculators.cli.app import main
 from speculators.convert import convert_checkpoint
 from speculators.deploy.check import check_checkpoint
 from speculators.deploy.export import export_checkpoint
@@ -156,6 +157,14 @@ def test_each_engine_is_asked_whether_it_serves_a_bias(drafter, tmp_path):
     assert not report.findings and report.verdict.startswith("ready to serve") and report.command == exported.command
     normed = check_checkpoint(drafter("eagle-hass"), engine="sglang-0.5")
     assert "layernorms=True" in normed.verdict and normed.served_by.endswith("`speculators generate`")
+
+
+def test_no_command_starts_vllm_with_what_is_written_for_another_engine(drafter, tmp_path, capsys):
+    path, options = str(tmp_path / "out"), ["--engine", "sglang-0.5"]
+    assert main(["export", str(drafter("eagle-bias")), "--output", path, *options]) == 0
+    assert main(["check", path, "--verifier", VERIFIER, *options]) == 0
+    shown = capsys.readouterr().out
+    assert "next: speculators serve" not in shown and "sglang.launch_server" in shown
 
 
 ROPES = {

@@ -7,7 +7,7 @@ The check itself is `speculators.deploy.check_checkpoint`; algorithms add what o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 CONVERTED = "converted"
@@ -15,6 +15,9 @@ CONVERTED = "converted"
 
 Severity = Literal["error", "warning"]
 """error: the served drafter would fail, or would not be the one that was trained. warning: worth a look."""
+VLLM_HERE = "{vLLM}"
+"""In a rule: the release of vLLM that a check is asked about. Such a rule is vLLM's alone: a check for another engine
+leaves its finding out."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Finding:
     rule: str
     fix: str
     """What to do about it."""
+
+    @property
+    def is_of_vllm_alone(self) -> bool:
+        return VLLM_HERE in self.rule
+
+    def naming(self, release: str) -> Finding:
+        """The same finding with the name of the release, "vLLM 0.33", in its rule."""
+        return replace(self, rule=self.rule.replace(VLLM_HERE, release))
 
     def as_dict(self) -> dict[str, str]:
         return asdict(self)
@@ -58,12 +69,11 @@ def mask_token_findings(values: Mapping[str, Any], vocab_size: int) -> Iterable[
 
 
 def missing_keys(values: Mapping[str, Any], meaning_of_absence: Mapping[str, str]) -> Iterable[Finding]:
-    """Reports keys that config.json lacks; `meaning_of_absence` says what an engine does without each."""
+    """Reports keys that config.json lacks; `meaning_of_absence` says what vLLM does without each."""
     for key, meaning in meaning_of_absence.items():
         if key not in values:
-            yield error(
-                "key-missing", key, "not in config.json", f"without it vLLM {meaning}", f"write {key} into config.json"
-            )
+            rule, fix = f"without it {VLLM_HERE} {meaning}", f"write {key} into config.json"
+            yield error("key-missing", key, "not in config.json", rule, fix)
 
 
 # -- the fault of a drafter behind a finding, by the names of `diagnose`

@@ -214,8 +214,9 @@ class CheckpointContract:
         """Logs what engines will serve otherwise than it was trained."""
 
     def findings(self, values: Mapping[str, Any], config: Any, format_name: str) -> list[Finding]:
-        """Reports what vLLM would drop, misread or refuse of a directory of that format. `values` is config.json as it
-        is, `config` our reading. What an engine serves in no directory: `CheckpointFormat.refusal`."""
+        """Reports what engines would drop, misread or refuse of a directory of that format; a rule of vLLM alone has
+        `VLLM_HERE`. `values` is config.json as it is, `config` our reading. What an engine serves in no directory:
+        `CheckpointFormat.refusal`."""
         return []
 
     def most_drafts(self, config: Any) -> int | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from speculators.checkpoint.engine_profile import VLLM, EngineProfile
 from speculators.checkpoint.findings import CONVERTED
 from speculators.cli.shared import (
     Device,
@@ -26,7 +28,19 @@ from speculators.evaluation.config import DiagnoseConfig, ParityConfig
 from speculators.utils.report import facts_table
 
 SPECULATIVE_CONFIG = '{"model": "run/checkpoint_best", "num_speculative_tokens": 4}'
+SERVE = ("speculators", "serve")
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what becomes of each tensor, and write nothing.")]
+
+
+def serve_command(
+    checkpoint: str, profile: EngineProfile, verifier: str | None = None, engine: str | None = None
+) -> Sequence[str]:
+    """The `serve` command for a checkpoint, with what its verb was given; none for an engine that `serve` does not
+    start: its own command is in the table."""
+    if profile.engine != VLLM:
+        return ()
+    given = {"--verifier": verifier, "--engine": engine}
+    return [*SERVE, checkpoint, *(word for flag, value in given.items() if value for word in (flag, value))]
 
 
 def check(
@@ -57,9 +71,10 @@ def check(
         from speculators.evaluation.server_check import server_findings
 
         report.add(f"server {server}", server_findings(server, str(report.path), verifier or report.verifier))
-    serving = ["speculators", "serve", checkpoint] if report.serving is not None and report.ok else ()
+    is_served = report.serving is not None and report.ok
+    serving = serve_command(checkpoint, report.profile, verifier, engine) if is_served else ()
     record = {"verb": "check", **report.as_dict()}
-    return Result(record, [report], report.verdict, serving, exit_code=0 if report.ok else 1)
+    return Result(record, report.tables(), report.sentence(), serving, exit_code=0 if report.ok else 1)
 
 
 def export(
@@ -101,7 +116,7 @@ def export(
         "model": serving.model if serving is not None else None,
         "speculative_config": serving.speculative_config if serving is not None else None,
     }
-    next_command = ["speculators", "serve", str(exported.path)] if serving is not None else ()
+    next_command = serve_command(str(exported.path), exported.engine.profile) if serving is not None else ()
     return Result(record, [exported], f"written to {exported.path}", next_command)
 
 
@@ -207,7 +222,7 @@ def verify(
         {"verb": "verify", **report.to_dict()},
         [report],
         report.sentence(),
-        ["speculators", "serve", checkpoint] if report.passed else (),
+        [*SERVE, checkpoint, *(["--verifier", verifier] if verifier else [])] if report.passed else (),
         error_of(report.raise_for_errors),
     )
 

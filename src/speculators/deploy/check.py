@@ -1,6 +1,6 @@
-"""Checks in seconds, before anyone serves a checkpoint, that it is the one that was trained and that vLLM serves it so.
+"""Checks in seconds, before anyone serves a checkpoint, that it is the one that was trained, and served as such.
 
-    config.json -> what vLLM makes of the options -> tensors -> vocabulary map -> verifier -> record of training
+    config.json -> what the engine makes of the options -> tensors -> vocabulary map -> verifier -> record of training
 
 vLLM's loaders do not report missing tensors, and its readers fill missing options with their own defaults: it serves a
 wrong checkpoint without a message, and the drafter drafts badly. So every rule is checked here.
@@ -109,18 +109,18 @@ def open_ours(values: dict[str, Any], report: CheckReport) -> OpenedCheckpoint |
     if any(found.code == "type-unknown" for found in report.findings):
         return None
     config, invalid = config_check.read_config(report.path)
-    report.findings += invalid
+    report.note(invalid)
     if config is None:
         return None
     model_class = SpeculatorModel.registered_model_class_from_config(config)
     if report.profile.format_of(config.speculators_model_type, model_class.contract) == SPECULATORS:
         report.add("draft layers", config_check.layer_findings(values))
     if isinstance(values.get(LAYERS), Mapping):
-        report.findings += config_check.rope_findings(values[LAYERS], LAYERS + ".")
+        report.note(config_check.rope_findings(values[LAYERS], LAYERS + "."))
     tensors = read_weights(report)
     if tensors is None:
         return None
-    report.findings += tensor_check.dtype_findings(values, tensors)
+    report.note(tensor_check.dtype_findings(values, tensors))
     return OpenedCheckpoint(report.path, SPECULATORS, values, model_class, config, tensors)
 
 
@@ -137,7 +137,7 @@ def open_foreign(
         return None
     report.format = known.name
     report.add("config.json", known.findings(source))
-    report.findings += config_check.rope_findings(source.values, "")
+    report.note(config_check.rope_findings(source.values, ""))
     try:
         with reading("the checkpoint"):
             converted = read_foreign(source, known, verifier)
@@ -177,8 +177,8 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
     is_served = report.profile.format_of(config.speculators_model_type, contract) == opened.format
     try:
         with reading("config.json"):
-            report.add("what vLLM makes of the options", contract.findings(opened.values, config, opened.format))
-            report.findings += config_check.count_findings(config, contract.most_drafts(config))
+            report.add(report.options_step, contract.findings(opened.values, config, opened.format))
+            report.note(config_check.count_findings(config, contract.most_drafts(config)))
             expected = contract.expected_tensors(opened.model_class, config)
             layer_ids = read_layers(opened)
     except ValueError as problem:
@@ -188,9 +188,9 @@ def check_opened(opened: OpenedCheckpoint, report: CheckReport, verifier: str | 
         return
     shared = contract.shared_tensors(config)
     report.add("tensors", tensor_check.tensor_findings(tensors, expected, shared, is_served=is_served))
-    report.findings += tensor_check.file_findings(report.path)
+    report.note(tensor_check.file_findings(report.path))
     stored = list(tensors) if opened.format == SPECULATORS else opened.names_on_disk
-    report.findings += drafter_findings(report.profile, contract, config, opened.format, stored)
+    report.note(drafter_findings(report.profile, contract, config, opened.format, stored))
     if {tensor_check.MAP, tensor_check.KEPT} <= tensors.keys() & expected.keys():
         report.add(MAP, tensor_check.map_findings(tensors, config.target_vocab_size))
     record = record_of(report)
@@ -270,12 +270,12 @@ def check_verifier(
     report.add(
         FIT, verifier_check.fit_findings(verifier_config, opened.config, layer_ids, same_tokenizer=same_tokenizer)
     )
-    report.findings += position_findings(report.profile, opened.config, report.serving, verifier_config)
+    report.note(position_findings(report.profile, opened.config, report.serving, verifier_config))
     if not verifier_check.weights_are_here(name):
         why = "they are not on this machine; download them into the cache, or name a directory with --verifier"
         report.skip("the verifier's weights", why)
     else:
-        report.findings += verifier_check.rows_not_finite(name)
+        report.note(verifier_check.rows_not_finite(name))
         copies = {k: v for k, v in contract.verifier_copies(opened.config).items() if k in opened.tensors}
         origin = None if record is None else record.get("origin", "training")
         if copies:

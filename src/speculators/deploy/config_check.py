@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from speculators.checkpoint.engine_profile import drafts_per_round
-from speculators.checkpoint.findings import Finding, error, warning
+from speculators.checkpoint.findings import VLLM_HERE, Finding, error, warning
 from speculators.checkpoint.record import LAYERS, ROPE_KEYS, computed_config, recorded_rope
 from speculators.config import SpeculatorModelConfig
 from speculators.model import SpeculatorModel
@@ -44,14 +44,14 @@ def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
     if not isinstance(name, str) or name not in known:
         yield error("type-unknown", "speculators_model_type", repr(name), f"known are {known}", "correct the name")
     if not isinstance(values.get(SETTINGS), Mapping):
-        yield missing_key(SETTINGS, "vLLM recognises a speculator by it")
+        yield missing_key(SETTINGS, "readers recognise a speculator by it")
         return
     if at(values, SETTINGS, "proposal_methods", 0, "speculative_tokens") is None:
         yield missing_key(
-            f"{SETTINGS}.proposal_methods[0].speculative_tokens", "vLLM drafts this many tokens per round"
+            f"{SETTINGS}.proposal_methods[0].speculative_tokens", "engines draft this many tokens per round"
         )
     if at(values, SETTINGS, "verifier", "name_or_path") is None:
-        yield missing_key(f"{SETTINGS}.verifier.name_or_path", "vLLM serves this model, with its tokenizer")
+        yield missing_key(f"{SETTINGS}.verifier.name_or_path", "engines serve this model, with its tokenizer")
     default = at(values, SETTINGS, "default_proposal_method")
     first = at(values, SETTINGS, "proposal_methods", 0, "proposal_type")
     if default != first:
@@ -59,7 +59,7 @@ def structure_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
             "proposal-not-first",
             f"{SETTINGS}.default_proposal_method",
             f"{default!r}, and the first method is {first!r}",
-            "vLLM reads the first method only",
+            "readers take the first method only",
             f"put {default!r} first in proposal_methods",
         )
     if at(values, SETTINGS, "algorithm") != name:
@@ -86,14 +86,14 @@ def layer_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
     """Checks the draft layers' config of a drafter that vLLM builds from it."""
     layers = values.get(LAYERS)
     if not isinstance(layers, Mapping):
-        yield missing_key(LAYERS, "vLLM builds the draft layers from it")
+        yield missing_key(LAYERS, f"{VLLM_HERE} builds the draft layers from it")
         return
     for key in LAYER_KEYS:
         if layers.get(key) is None:
-            yield missing_key(f"{LAYERS}.{key}", "vLLM has no default for it")
+            yield missing_key(f"{LAYERS}.{key}", f"{VLLM_HERE} has no default for it")
     if not any(layers.get(key) for key in ROPE_KEYS[:3]):
         yield missing_key(
-            f"{LAYERS}.rope_parameters", "vLLM then takes a theta of its own, which differs by drafter type"
+            f"{LAYERS}.rope_parameters", f"{VLLM_HERE} then takes a theta of its own, which differs by drafter type"
         )
     rope = layers.get("rope_parameters")
     if isinstance(rope, Mapping) and any(isinstance(value, Mapping) for value in rope.values()):

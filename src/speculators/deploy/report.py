@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from speculators.checkpoint.engine_profile import EngineProfile, Serving
+from speculators.checkpoint.engine_profile import VLLM, EngineProfile, Serving
 from speculators.checkpoint.findings import Finding
 from speculators.deploy.engine import Engine, Unserved
 from speculators.utils.report import TableReport, WorkFailedError, facts_table
@@ -20,7 +21,7 @@ RECORD = "as it was trained"
 
 
 class CheckError(WorkFailedError):
-    """The checkpoint would fail in vLLM, or draft there otherwise than it was trained to."""
+    """The checkpoint would fail in the engine, or draft there otherwise than it was trained to."""
 
     def __init__(self, report: CheckReport, hint: str = "") -> None:
         lines = [f"  {found.where}: {found.found}; {found.rule}. Fix: {found.fix}" for found in report.errors]
@@ -49,7 +50,12 @@ class CheckReport(TableReport):
     def add(self, what: str, found: Iterable[Finding]) -> None:
         """Records that `what` was checked, and its findings."""
         self.done.append(what)
-        self.findings += list(found)
+        self.note(found)
+
+    def note(self, found: Iterable[Finding]) -> None:
+        """Records findings, with the release's name; not those of vLLM alone when another engine is asked about."""
+        is_vllm = self.profile.engine == VLLM
+        self.findings += [each.naming(self.profile.title) for each in found if is_vllm or not each.is_of_vllm_alone]
 
     def skip(self, what: str, why: str) -> None:
         """Records that `what` could not be checked."""
@@ -58,6 +64,10 @@ class CheckReport(TableReport):
     @property
     def profile(self) -> EngineProfile:
         return self.engine.profile
+
+    @property
+    def options_step(self) -> str:
+        return f"what {self.profile.title} makes of the options"
 
     @property
     def errors(self) -> list[Finding]:
@@ -120,7 +130,15 @@ class CheckReport(TableReport):
             facts[f"not checked: {what}"] = why
         if self.notes:
             facts["note"] = "\n".join(self.notes)
-        return [*self.findings_tables(), facts_table(self.verdict, {**facts, "serve with": self.served_by})]
+        if self.ok:
+            facts["serve with"] = self.served_by
+        return [*self.findings_tables(), facts_table("check", facts)]
+
+    def sentence(self) -> str:
+        return self.verdict
+
+    def __rich__(self) -> Group:
+        return Group(*self.tables(), self.verdict)
 
     def told(self, **settings: Any) -> CheckReport:
         """The same checkpoint, served with these settings of the engine's speculative config."""

@@ -34,7 +34,7 @@ def tensor_findings(
 ) -> Iterator[Finding]:
     """Compares tensors with those that config.json calls for; `shared` ones may be missing.
 
-    `is_served`: vLLM loads this very directory, and refuses names that it does not know.
+    `is_served`: the engine loads this very directory.
     """
     for name in sorted(expected.keys() - tensors.keys() - shared):
         served_as = "zeros: draft id i would stand for token i" if name == MAP else "whatever the memory holds"
@@ -42,7 +42,7 @@ def tensor_findings(
             "tensor-missing",
             name,
             "not in the checkpoint",
-            f"vLLM's loaders do not report it and serve {served_as}",
+            f"engines' loaders do not report it and serve {served_as}",
             "take the checkpoint from where it was saved, or export it again",
         )
     for name in sorted(tensors.keys() - expected.keys()):
@@ -51,7 +51,7 @@ def tensor_findings(
             "tensor-unexpected",
             name,
             f"{shape_of(tensors[name])}, which this drafter does not have",
-            "vLLM refuses names it does not know",
+            "engines refuse names they do not know, or leave them out",
             "correct the option in config.json it is for, or let `speculators convert` leave out the verifier's own",
         )
     for name in sorted(tensors.keys() & expected.keys()):
@@ -91,7 +91,7 @@ def single_tensor_findings(name: str, tensor: Tensor, expected: Tensor) -> Itera
 
 
 def file_findings(path: Path) -> Iterator[Finding]:
-    """Reports stray weight files: without an index, vLLM loads every safetensors file of a directory."""
+    """Reports stray weight files: without an index, engines load every safetensors file of a directory."""
     if (path / SAFETENSORS_INDEX).is_file():
         return
     for file in sorted(path.glob("*.safetensors")):
@@ -100,7 +100,7 @@ def file_findings(path: Path) -> Iterator[Finding]:
                 "stray-weights",
                 file.name,
                 f"is in the same directory as {SAFETENSORS}",
-                "vLLM loads every *.safetensors of the directory, in no certain order",
+                "engines load every *.safetensors of the directory, in no certain order",
                 "move the file away, or export",
             )
 

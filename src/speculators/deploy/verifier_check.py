@@ -43,7 +43,7 @@ def verifier_config(name: str) -> tuple[PretrainedConfig | None, list[Finding]]:
     where = f"{WHERE}.name_or_path"
     fix = "write a hub id, or an absolute path that exists on the serving machine; or check with --verifier"
     if looks_like_a_path(name) and not has_model(name):
-        rule = "vLLM serves this model; it is not a directory with a config.json here, nor a GGUF file"
+        rule = "engines serve this model; it is not a directory with a config.json here, nor a GGUF file"
         return None, [error("verifier-unreachable", where, repr(name), rule, fix)]
     try:
         config = open_config(name)
@@ -77,7 +77,7 @@ def fit_findings(
             "aux-ids-order",
             "aux layer ids",
             str(list(layer_ids)),
-            "vLLM sorts them and drops duplicates, and the columns of fc follow them",
+            "engines sort them and drop duplicates, and the columns of fc follow them",
             "write them in increasing order, as trained",
         )
     outside = [layer for layer in layer_ids if num_layers is not None and not 0 <= layer <= num_layers]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from speculators.checkpoint.findings import Finding, error, mask_token_findings, missing_keys
+from speculators.checkpoint.findings import VLLM_HERE, Finding, error, mask_token_findings, missing_keys
 from speculators.checkpoint.formats import (
     SPECULATORS,
     CheckpointContract,
@@ -115,9 +115,9 @@ class ZLabFormat(CheckpointFormat):
     def findings(self, source: ForeignCheckpoint) -> list[Finding]:
         values = source.values.get("dflash_config") or {}
         absent = [key for key in ("target_layer_ids", "mask_token_id") if values.get(key) is None]
+        rule = f"{VLLM_HERE} reads it"
         return [
-            error("key-missing", f"dflash_config.{key}", "not in config.json", "vLLM reads it", "write it there")
-            for key in absent
+            error("key-missing", f"dflash_config.{key}", "not in config.json", rule, "write it there") for key in absent
         ]
 
     def read(self, source: ForeignCheckpoint, verifier: str | None, **options: Any) -> Converted:
@@ -183,7 +183,7 @@ class DFlashContract(CheckpointContract):
                 "not-servable",
                 "sample_from_anchor",
                 "true",
-                "vLLM refuses it for this type",
+                f"{VLLM_HERE} refuses it for this type",
                 "train with --no-sample-from-anchor",
             )
         ]
@@ -207,7 +207,7 @@ def mask_finding(config: Any) -> Finding:
     trained, served = config.trained_causal, config.served_causal
     found = f"trained causal within a block: {trained}, served: {served} (per layer)"
     if len(set(trained)) > 1:
-        rule, fix = "vLLM has one mask for all layers of our layout", f"export --engine {ZLAB}, which says both"
+        rule, fix = f"{VLLM_HERE} has one mask for all layers of our layout", f"export --engine {ZLAB}, which says both"
         return error("not-servable", MASK_KEY, found, rule, fix)
     fix = "set is_causal inside transformer_layer_config to what was trained"
     return error("mask-differs", MASK_KEY, found, "both must agree", fix)

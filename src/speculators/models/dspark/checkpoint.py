@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from speculators.checkpoint.findings import Finding, error
+from speculators.checkpoint.findings import VLLM_HERE, Finding, error
 from speculators.checkpoint.formats import (
     CheckpointFormat,
     Converted,
@@ -180,7 +180,7 @@ class DSparkContract(DFlashContract):
                 "not-servable",
                 "markov_head_type",
                 f"{config.markov_head_type!r} of rank {config.markov_rank}",
-                f"vLLM loads a {SERVED_HEAD!r} head with a rank above 0, nothing else",
+                f"{VLLM_HERE} loads a {SERVED_HEAD!r} head with a rank above 0, nothing else",
                 f"train with --markov-head-type {SERVED_HEAD}, or decode here",
             )
         ]

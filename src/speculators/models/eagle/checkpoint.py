@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from speculators.checkpoint.findings import Finding, error
+from speculators.checkpoint.findings import VLLM_HERE, Finding, error
 from speculators.checkpoint.formats import (
     CheckpointContract,
     CheckpointFormat,
@@ -182,7 +182,7 @@ class EagleFormat(CheckpointFormat):
                 "name-unloadable",
                 name,
                 "is in the checkpoint",
-                "vLLM's EAGLE class has no such parameter and refuses to load",
+                f"the EAGLE class of {VLLM_HERE} has no such parameter and refuses to load",
                 "leave it out: the verifier's is used",
             )
             for name in UNLOADABLE
@@ -194,7 +194,7 @@ class EagleFormat(CheckpointFormat):
                     "architecture-unknown",
                     "architectures",
                     repr(source.values.get("architectures")),
-                    "vLLM puts Eagle before it, and has the class EagleLlamaForCausalLM alone",
+                    f"{VLLM_HERE} puts Eagle before it, and has the class EagleLlamaForCausalLM alone",
                     'write "architectures": ["LlamaForCausalLM"]',
                 )
             )
@@ -204,7 +204,7 @@ class EagleFormat(CheckpointFormat):
                     "layer-types-short",
                     "layer_types",
                     repr(source.values["layer_types"]),
-                    "vLLM's EAGLE layers count on from the verifier's, past the end of this list",
+                    f"EAGLE layers of {VLLM_HERE} count on from the verifier's, past the end of this list",
                     "leave it out",
                 )
             )

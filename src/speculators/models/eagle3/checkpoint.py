@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from speculators.checkpoint.findings import Finding, error, missing_keys
+from speculators.checkpoint.findings import VLLM_HERE, Finding, error, missing_keys
 from speculators.checkpoint.formats import (
     SPECULATORS,
     CheckpointContract,
@@ -205,7 +205,7 @@ def layer_findings(values: Mapping[str, Any], nested: Any, num_aux: int) -> Iter
             "not-servable",
             "transformer_layer_config.model_type",
             repr(nested.model_type),
-            f"vLLM has draft layers for {SERVED_FAMILIES}",
+            f"{VLLM_HERE} has draft layers for {SERVED_FAMILIES}",
             "train with --draft-arch llama or qwen3",
         )
     inside = (getattr(nested, "eagle_config", None) or values.get("eagle_config") or {}).get(IDS)
@@ -216,7 +216,7 @@ def layer_findings(values: Mapping[str, Any], nested: Any, num_aux: int) -> Iter
             "aux-ids-missing",
             IDS,
             repr(values.get(IDS)),
-            "vLLM then reads the layers 2, n // 2 and n - 3",
+            "engines then read the layers 2, n // 2 and n - 3",
             "write the ids that the drafter was trained with",
         )
     written = getattr(nested, "num_aux_hidden_states", None)
@@ -225,7 +225,7 @@ def layer_findings(values: Mapping[str, Any], nested: Any, num_aux: int) -> Iter
             "num-aux-missing",
             "transformer_layer_config.num_aux_hidden_states",
             repr(written),
-            f"vLLM's llama drafts size fc by this key alone, {DEFAULT_NUM_AUX} without it",
+            f"llama drafts of {VLLM_HERE} size fc by this key alone, {DEFAULT_NUM_AUX} without it",
             f"write {num_aux} there",
         )
 
@@ -265,7 +265,7 @@ def ids_nested(where: str, ids: Any) -> Finding:
         "aux-ids-nested",
         where,
         repr(ids),
-        "vLLM's newer model runner reads the top level only, and falls back to the layers 2, n // 2 and n - 3",
+        f"{VLLM_HERE}'s newer model runner reads the top level only, and falls back to the layers 2, n // 2 and n - 3",
         f"write {IDS} at the top level of config.json",
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.checkpoint.findings import Finding, error
+from speculators.checkpoint.findings import VLLM_HERE, Finding, error
 from speculators.checkpoint.formats import (
     CheckpointContract,
     CheckpointFormat,
@@ -111,7 +111,7 @@ class MedusaFormat(CheckpointFormat):
                     "option-dropped",
                     "medusa_fc_bias",
                     f"not true, but the checkpoint has {biased[0]}",
-                    "vLLM then leaves every bias out, silently",
+                    f"{VLLM_HERE} then leaves every bias out, silently",
                     'write "medusa_fc_bias": true',
                 )
             )
@@ -121,7 +121,7 @@ class MedusaFormat(CheckpointFormat):
                     "key-missing",
                     "model_type",
                     repr(source.values.get("model_type")),
-                    "vLLM finds its config class by it",
+                    f"{VLLM_HERE} finds its config class by it",
                     'write "model_type": "medusa"',
                 )
             )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from speculators.checkpoint.findings import Finding, error, mask_token_findings, warning
+from speculators.checkpoint.findings import VLLM_HERE, Finding, error, mask_token_findings, warning
 from speculators.checkpoint.formats import DirectoryContents, OurCheckpoint, Serving, drafts_per_round
 from speculators.models.eagle3.checkpoint import CONVENTIONS, Eagle3Contract, Eagle3Format
 from speculators.models.peagle.config import PEagleSpeculatorConfig
@@ -72,7 +72,7 @@ class PEagleContract(Eagle3Contract):
                     "option-dropped",
                     "fc_norm",
                     "true at the top level only",
-                    "vLLM does not pass it on for this type",
+                    f"{VLLM_HERE} does not pass it on for this type",
                     "write fc_norm inside transformer_layer_config too",
                 )
             )
