@@ -10,8 +10,10 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-# Two workers of one thread each: more threads than cores make tiny models several times slower.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# Two workers of one thread each: more threads than cores make tiny models several times slower. Each begins with one half
+# of the tests in their order, so that what the tests of a file share is made by one of them.
+WORKERS := -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 NEWEST_VENV ?= .venv-newest
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager
@@ -48,7 +50,7 @@ test: install-dev  ## install with the development tools, then run the tests
 	$(PYTEST)
 
 fuzz: install-dev  ## 20,000 damaged configs, files, rows and answers, and 5,000 rows through prepare-data (some minutes)
-	OMP_NUM_THREADS=1 SPECULATORS_FUZZ_CASES=1000 $(BIN)/python -m pytest -n 2 tests/fuzz
+	OMP_NUM_THREADS=1 SPECULATORS_FUZZ_CASES=1000 $(BIN)/python -m pytest $(WORKERS) tests/fuzz
 
 # Other packages keep their versions of constraints.txt. Left out: kills, several ranks, documents, seeded faults, counts of
 # device reads, estimates, pages in a browser, in which transformers has no part, and which take minutes.
@@ -60,7 +62,7 @@ test-newest: | $(NEWEST_VENV)/bin/python  ## tests and types with the newest tra
 	$(NEWEST_PIP) --constraint $(NEWEST_VENV)/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(NEWEST_PIP) --constraint $(NEWEST_VENV)/constraints.txt --editable ".[dev]"
 	@$(NEWEST_VENV)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
-	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n 2 $(NOT_OF_TRANSFORMERS)
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest $(WORKERS) $(NOT_OF_TRANSFORMERS)
 	$(NEWEST_VENV)/bin/mypy --cache-dir .mypy_cache/newest
 
 test-vllm: install-dev $(VLLM_VENV)/.installed  ## the real vLLM, on CPU, serves what we train (its environment: 2.5 GB, made once)
@@ -79,7 +81,7 @@ soak: install-dev  ## 2,000 random requests per drafting method through one engi
 
 kills: install-dev  ## kill regeneration and extraction 20 times, training before every change that it makes and 20 times at random, and continue (half an hour)
 	SPECULATORS_NUM_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "killed_runs" tests/data/test_regenerate_responses.py tests/serving/test_regenerate_server.py tests/train/test_stored_states.py
-	SPECULATORS_KILLS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rP tests/train/test_kills.py
+	SPECULATORS_KILLS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -rP tests/train/test_kills.py
 
 docs: install-dev  ## build the documentation site into site/, warnings as errors; show it with .venv/bin/mkdocs serve
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

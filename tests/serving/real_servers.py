@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from fakes import free_port
+from ports import free_port
 
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = os.environ.get("SPECULATORS_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes import free_port
+from ports import free_port
 
 from speculators.deploy.process import ServerFailedError, ServerProcess, group_members
 from speculators.deploy.serve import Launch, run_server

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from training_toys import FIXTURES, HIDDEN_SIZE, VOCAB_SIZE
+from training_toys import FIXTURES, HIDDEN_SIZE, VOCAB_SIZE, run_on_two_ranks
 
 from speculators.interfaces import VerifierStates
 from speculators.model import SpeculatorModel
@@ -54,11 +56,14 @@ def flags(verifier_path, data_path, save_path, *more: str) -> list[str]:
     ]
 
 
-def test_the_script_of_the_guide_trains_and_prints_the_checkpoint(tmp_path, verifier_path, data_path):
-    command = [sys.executable, str(SCRIPT), *flags(verifier_path, data_path, tmp_path / "run")]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).joinpath("config.json").exists()
+def test_the_script_of_the_guide_trains_and_prints_the_checkpoint(
+    tmp_path, verifier_path, data_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags(verifier_path, data_path, tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code == 0
+    assert Path(capsys.readouterr().out.strip()).joinpath("config.json").exists()
 
 
 def test_the_line_of_the_readme_trains_on_two_ranks(tmp_path, verifier_path, data_path):
@@ -81,16 +86,8 @@ def test_of_sharded_ranks_the_memory_of_one_is_estimated(tmp_path, verifier_path
     alone = estimate(TrainConfig.resolve(words)).memory
     estimating = [*words, "--estimate", "--fsdp-shard"]
     in_one_process = estimate(TrainConfig.resolve([*estimating, "--estimate-ranks", "2"])).memory
-    command = [sys.executable, str(SCRIPT), *estimating]
-    environment = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    told = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0] and told[1] == ""
+    told = run_on_two_ranks(SCRIPT, *estimating, folder=tmp_path, timeout_s=120)
+    assert told[1] == ""
     shown = {cells[1].strip(): cells[2].strip() for line in told[0].splitlines() if len(cells := line.split("│")) == 4}
     assert shown["weights"] == shown["gradients"] == human_bytes(alone.weights_bytes / 2)
     assert shown["frozen"] == human_bytes(alone.frozen_bytes)
@@ -146,22 +143,18 @@ FIXED += ["--no-parity-gate", "--no-contract-check"]
 COMMANDS = """
 import json, os, sys
 from speculators.train.__main__ import main
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each command is a run of its own: it meets at a port of its own
 for port, words in json.loads(sys.argv[1]):
-    os.environ["MASTER_PORT"] = port
+    os.environ["MASTER_PORT"] = str(port)  # each command is a run of its own
     if code := main(words):
         sys.exit(code)
 """
 
 
 def on_two_ranks(folder: Path, commands: list[list[str]]) -> None:
-    """Runs one command after the other on the same two ranks of torchrun: starting them takes longer than the runs."""
+    """Runs one command after the other on the same two ranks."""
     script = folder / "commands.py"
     script.write_text(COMMANDS)
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    argv.append(json.dumps([(free_port(), words) for words in commands]))
-    done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(script, json.dumps([(free_port(), words) for words in commands]), folder=folder, timeout_s=300)
 
 
 def trained(run: Path) -> dict[str, torch.Tensor]:
@@ -189,9 +182,3 @@ def drafts(run: Path) -> list[list[int]]:
         with torch.no_grad():
             drafted.append(model.draft_logits(states, 2).argmax(-1).flatten().tolist())
     return drafted
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import socket
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import torch
+from ports import free_port
 
 from speculators.train.records import TrainerConfig
 
@@ -35,21 +36,33 @@ def trainer_config(**changes) -> TrainerConfig:
     return TrainerConfig(**{"lr": 1e-3, "num_epochs": 1, "save_path": "unused", **changes})
 
 
-def run_on_two_ranks(script: str, *arguments: object, folder: Path, timeout_s: float) -> None:
-    """Runs a script as both ranks of a gloo run on CPUs; fails with what rank 0 wrote."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    paths = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, script, *map(str, arguments)]
-    logs = [(folder / f"log{rank}").open("w+") for rank in range(2)]
-    processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log, stderr=log)
-        for r, log in enumerate(logs)
-    ]
-    codes = [process.wait(timeout_s) for process in processes]
-    for log in logs:
-        log.close()
-    assert codes == [0, 0], (folder / "log0").read_text()[-3000:]
+def run_on_two_ranks(script: str | Path, *arguments: object, folder: Path, timeout_s: float) -> list[str]:
+    """Runs a script as both ranks of a gloo run on CPUs; returns what each wrote to stdout, fails with their stderr.
+
+    Both are forked from a server that has imported what takes longer than most of these runs; it ends with the tests.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["speculators.train.run"])
+    argv, port = [str(script), *map(str, arguments)], free_port()
+    ranks = [context.Process(target=run_as_rank, args=(rank, port, folder, argv)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout_s)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+        rank.close()
+    assert codes == [0, 0], [(folder / f"stderr{rank}").read_text()[-3000:] for rank in range(2)]
+    return [(folder / f"stdout{rank}").read_text() for rank in range(2)]
+
+
+def run_as_rank(rank: int, port: int, folder: Path, argv: list[str]) -> None:
+    """Runs the script in this process, which was forked for it."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
