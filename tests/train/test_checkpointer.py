@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import zlib
 
 import pytest
 import torch
@@ -10,7 +12,13 @@ from safetensors.torch import load_file
 from training_toys import trainer_config
 
 from speculators.model import SpeculatorModel
-from speculators.train.checkpointer import Checkpointer, Position, is_saved_epoch, mid_epoch_saves
+from speculators.train.checkpointer import (
+    Checkpointer,
+    DamagedCheckpointError,
+    Position,
+    is_saved_epoch,
+    mid_epoch_saves,
+)
 from speculators.train.optimizers import make_optimizers
 
 
@@ -52,6 +60,7 @@ def test_the_directory_is_a_bf16_speculator_with_exact_masters_beside_it(tmp_pat
         "training_state.json",
         "val_metrics.json",
         "train_command.txt",
+        "checksums.json",
     }
     assert json.loads((tmp_path / "0" / "training_state.json").read_text()) == {
         "epoch": 0,
@@ -135,6 +144,39 @@ def test_a_damaged_file_is_named_with_the_way_out(tmp_path, model, optimizers, n
     (tmp_path / "0" / name).write_bytes(b"garbage")
     with pytest.raises(ValueError, match="delete th"):
         checkpointer.load(tmp_path / "0", model, optimizers)
+
+
+def test_a_changed_bit_of_what_resuming_reads_is_noticed(tmp_path, model, optimizers):
+    """Neither safetensors nor torch notices one in the data of a tensor."""
+    checkpointer, draw = Checkpointer(tmp_path), random.Random(0)
+    checkpointer.save(tmp_path / "0", model, optimizers, Position(0, 3, 5), {"loss": 2.5})
+    recorded = json.loads((tmp_path / "0" / "checksums.json").read_text())["crc32"]
+    assert {name: int(crc, 16) for name, crc in recorded.items()} == {
+        name: zlib.crc32((tmp_path / "0" / name).read_bytes())
+        for name in (
+            "master_weights.fp32",
+            "optimizer_state_dict.pt",
+            "scheduler_state_dict.pt",
+            "training_state.json",
+            "val_metrics.json",
+        )
+    }
+    for name in (*recorded, "checksums.json"):
+        file = tmp_path / "0" / name
+        content = file.read_bytes()
+        for _ in range(8):
+            changed, place = bytearray(content), draw.randrange(len(content))
+            changed[place] ^= 1 << draw.randrange(8)
+            file.write_bytes(changed)
+            with pytest.raises(DamagedCheckpointError, match=f"{tmp_path}/0"):
+                checkpointer.load(tmp_path / "0", model, optimizers)
+        if name == "val_metrics.json":
+            assert checkpointer.val_losses() == {}
+            [line] = checkpointer.recover()
+            assert "val_metrics.json has changed since it was written" in line and "cannot be the best one" in line
+        file.write_bytes(content)
+    assert checkpointer.load(tmp_path / "0", model, optimizers) == Position(0, 3, 5)
+    assert checkpointer.val_losses() == {0: 2.5}
 
 
 def test_a_checkpoint_of_another_shape_or_optimizer_is_refused(tmp_path, make_model, model, optimizers):

@@ -239,13 +239,26 @@ def test_from_a_damaged_checkpoint_a_run_falls_back_to_the_one_before(tmp_path, 
     Trainer(make_model(), config(), BATCHES).run_training()
     whole = masters_of(tmp_path / "parts" / "2")
     damaged = tmp_path / "parts" / "2" / name
-    damaged.write_bytes(damaged.read_bytes()[:10])
+    content = bytearray(damaged.read_bytes())
+    content[-len(content) // 4] ^= 1
+    damaged.write_bytes(content)
     events = []
     Trainer(make_model(seed=3), config(resume_from_checkpoint=True), BATCHES, on_event=events.append).run_training()
     assert "It is now 2.damaged" in notes(events) and "continuing from " in notes(events)
     again = masters_of(tmp_path / "parts" / "2")
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     assert (tmp_path / "parts" / "epoch2_end").resolve() == tmp_path / "parts" / "2"
+
+
+def test_a_checkpoint_of_an_earlier_release_is_continued_and_said_to_be_unchecked(tmp_path, make_model):
+    def config(num_epochs):
+        return trainer_config(save_path=tmp_path / "run", num_epochs=num_epochs, resume_from_checkpoint=True)
+
+    Trainer(make_model(), config(1), BATCHES).run_training()
+    (tmp_path / "run" / "0" / "checksums.json").unlink()
+    events = []
+    Trainer(make_model(seed=3), config(2), BATCHES, on_event=events.append)
+    assert "/run/0 at step 5, an earlier release's: it has no checksums to compare" in notes(events)
 
 
 def test_with_only_a_damaged_checkpoint_the_run_ends_with_the_way_out(tmp_path, make_model):

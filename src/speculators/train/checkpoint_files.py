@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from speculators.checkpoint.record import write_training_record
 from speculators.model import SpeculatorModel
-from speculators.train.distributed import RandomState, hearing_others, split_like
+from speculators.train.distributed import RandomState, Ranks, hearing_others, split_like
 from speculators.train.optimizers import Optimizers
 from speculators.utils.util import WRONG_VALUE
 
@@ -31,6 +32,8 @@ MASTERS_FILE = "master_weights.fp32"
 OPTIMIZER_FILE = "optimizer_state_dict.pt"
 SCHEDULER_FILE = "scheduler_state_dict.pt"
 METRICS_FILE = "val_metrics.json"
+CHECKSUMS_FILE = "checksums.json"
+"""{"crc32": {file that resuming reads: its CRC-32}}; written last. Checkpoints of earlier releases have none."""
 SHARDS = "sharded_state"
 WEIGHTS = "weights"
 """Begins the names of the weights there; those of optimizer state begin with the name of the optimizer."""
@@ -71,6 +74,7 @@ class Shares:
 
     @classmethod
     def load(cls, path: Path) -> Shares:
+        check_bytes(path, [SCHEDULER_FILE])
         saved = torch.load(path / SCHEDULER_FILE, weights_only=True, map_location="cpu")
         states = saved.get("random_states") or [saved["random_state"]]
         return cls(list(states), saved.get("num_rows"), saved.get("rows_a_step"))
@@ -116,8 +120,9 @@ def masters(model: SpeculatorModel) -> dict[str, Tensor]:
 # -- by torch.distributed.checkpoint: any number of ranks reads the parts that it needs, without communication --------
 
 
-def write_shards(path: Path, weights: dict[str, Tensor], optimizers: Optimizers) -> None:
-    """Writes this rank's parts. All ranks call it with the same path, which all of them can write to.
+def write_shards(path: Path, weights: dict[str, Tensor], optimizers: Optimizers, ranks: Ranks) -> dict[str, str]:
+    """Writes this rank's parts. All ranks call it with the same path, which all of them can write to. Returns the
+    checksum of every part: each rank reads its own again.
 
     Raises `OSError` on every rank when one of them cannot write.
     """
@@ -131,6 +136,9 @@ def write_shards(path: Path, weights: dict[str, Tensor], optimizers: Optimizers)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise OSError(f"rank {rank}: {cause}") from error
+    parts = (path / SHARDS).glob(f"__{ranks.rank}_*.distcp")
+    own = checksums_of(path, [f"{SHARDS}/{part.name}" for part in parts])
+    return {name: checksum for of_rank in ranks.gather_objects(own) for name, checksum in of_rank.items()}
 
 
 def read_shards(path: Path, weights: dict[str, Tensor], optimizers: Optimizers) -> tuple[dict[str, Tensor], Any]:
@@ -138,6 +146,7 @@ def read_shards(path: Path, weights: dict[str, Tensor], optimizers: Optimizers) 
 
     Raises `CheckpointException` or one of what reading raises when files are damaged.
     """
+    check_bytes(path, [f"{SHARDS}/.metadata"])
     reader = FileSystemReader(path / SHARDS)
     metadata = reader.read_metadata()
     check_files(path / SHARDS, metadata.storage_data)
@@ -177,25 +186,44 @@ def check_files(path: Path, places: dict[Any, Any]) -> None:
             raise OSError(f"{file} is cut off")
 
 
+# -- checksums: neither safetensors nor torch notices a changed byte of a tensor ---------------------------------------
+
+
+def crc32_of(file: Path) -> str:
+    """For accidents, as disks and transfers make them; it takes a third of the time of SHA-256."""
+    crc, buffer = 0, bytearray(1 << 20)
+    with file.open("rb", buffering=0) as opened:
+        while num_bytes := opened.readinto(buffer):
+            crc = zlib.crc32(memoryview(buffer)[:num_bytes], crc)
+    return f"{crc:08x}"
+
+
+def checksums_of(path: Path, names: Iterable[str]) -> dict[str, str]:
+    return {name: crc32_of(path / name) for name in names if (path / name).exists()}
+
+
+def write_checksums(path: Path, parts: Mapping[str, str]) -> None:
+    """Completes a checkpoint. `parts`: checksums of what several ranks wrote."""
+    names = (MASTERS_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, METRICS_FILE, f"{SHARDS}/.metadata")
+    found = {**parts, **checksums_of(path, names)}
+    (path / CHECKSUMS_FILE).write_text(json.dumps({"crc32": dict(sorted(found.items()))}, indent=1) + "\n")
+
+
+def recorded_checksums(path: Path) -> dict[str, str]:
+    """Returns those of a checkpoint; none of an earlier release's."""
+    file = path / CHECKSUMS_FILE
+    return dict(json.loads(file.read_text())["crc32"]) if file.exists() else {}
+
+
+def check_bytes(path: Path, names: Iterable[str]) -> None:
+    """Raises `OSError` when a file does not hold the bytes that were written, or one of `UNREADABLE`."""
+    recorded = recorded_checksums(path)
+    for name in names if recorded else ():
+        if recorded[name] != (found := crc32_of(path / name)):
+            raise OSError(f"{name} has changed since it was written: CRC-32 {found}, not {recorded[name]}")
+
+
 # -- -------------------------------------------------------------------------------------------------------------------
-
-
-def position_of(num_ranks: int, num_rows: int | None, before: Shares, position: Position, path: Path) -> Position:
-    """Returns the position in the rows of each of `num_ranks`: ranks take turns on the same rows of an epoch.
-
-    Raises `ValueError` inside an epoch of other rows. `num_rows`: of each rank in it.
-    """
-    if position.local_step == 0 or num_rows is None or before.num_rows is None:
-        return position
-    # ranks leave out the rows at the end that not all of them get
-    least, most = before.num_rows * before.num_ranks, (before.num_rows + 1) * before.num_ranks - 1
-    if most < num_rows * num_ranks or (num_rows + 1) * num_ranks - 1 < least:
-        raise ValueError(
-            f"checkpoint {path} is inside an epoch, after {position.local_step} of {before.num_rows} rows, and "
-            f"this run packs {num_rows}: use the same data, lengths and seed, or name another --output"
-        )
-    local_step = -(-position.local_step * before.num_ranks // num_ranks)
-    return Position(position.epoch, min(local_step, num_rows), position.global_step)
 
 
 def restore_weights(model: SpeculatorModel, weights: dict[str, Tensor], path: Path) -> None:
@@ -217,11 +245,12 @@ def restore_weights(model: SpeculatorModel, weights: dict[str, Tensor], path: Pa
 
 def read_position(path: Path) -> Position:
     try:
+        check_bytes(path, [STATE_FILE])
         position = Position(**json.loads((path / STATE_FILE).read_text()))
         if wrong := [name for name, n in asdict(position).items() if type(n) is not int or n < 0]:
             raise ValueError(f"{wrong} are not counts")
         return position
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, *WRONG_VALUE) as error:
         raise DamagedCheckpointError(
             f"{path / STATE_FILE} is damaged ({error}): delete the directory {path}"
         ) from error

@@ -4,6 +4,7 @@
                              training_record.json                 what it was trained with: `speculators check`
                              master_weights.fp32                  the same weights as trained, fp32: only for resuming
                              optimizer_state_dict.pt scheduler_state_dict.pt training_state.json val_metrics.json
+                             checksums.json                       of what resuming reads
     <save_path>/epoch<N>_end, epoch<N>_step<K>, checkpoint_best   symlinks to <N>
     <save_path>/interrupted/                                      saved on SIGINT or SIGTERM
 
@@ -23,21 +24,24 @@ from safetensors import SafetensorError
 
 from speculators.model import SpeculatorModel
 from speculators.train.checkpoint_files import (
+    CHECKSUMS_FILE,
     UNREADABLE,
     DamagedCheckpointError,
     Position,
     Shares,
+    check_bytes,
     damaged,
     first_sentence,
     is_saved_epoch,
     link_name,
     masters,
     mid_epoch_saves,
-    position_of,
     read_masters,
     read_position,
+    recorded_checksums,
     restore_weights,
     save_speculator,
+    write_checksums,
     write_masters,
     write_position,
     write_shards,
@@ -100,11 +104,12 @@ class Checkpointer(RunDirectory):
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with atomic_directory(path) as directory:
-                self.write_model(directory, model, optimizers)
+                parts = self.write_model(directory, model, optimizers)
                 write_position(directory, position, val_metrics)
                 Shares(random_states or [Ranks().random_state()], num_rows, rows_a_step).save(directory, position)
                 if self.train_command:
                     (directory / "train_command.txt").write_text(self.train_command + "\n")
+                write_checksums(directory, parts)
         except RankError:
             raise
         # torch and safetensors wrap a full disk in errors of their own
@@ -116,9 +121,11 @@ class Checkpointer(RunDirectory):
         if path.name == str(position.epoch):
             self.link(link_name(position), path)
 
-    def write_model(self, directory: Path, model: SpeculatorModel, optimizers: Optimizers) -> None:
+    def write_model(self, directory: Path, model: SpeculatorModel, optimizers: Optimizers) -> dict[str, str]:
+        """Returns the checksums of what other ranks wrote there too."""
         save_speculator(model, directory)
         write_masters(directory, model, optimizers)
+        return {}
 
     def help_to_save(self, optimizers: Optimizers) -> None:
         """What other ranks do while the main one saves: nothing, as it has everything."""
@@ -143,6 +150,10 @@ class Checkpointer(RunDirectory):
             tell(OTHER_RANKS.format(before.num_ranks, num_ranks))
         return chosen
 
+    def continuing(self, path: Path, position: Position) -> str:
+        unchecked = "" if (path / CHECKSUMS_FILE).exists() else ", an earlier release's: it has no checksums to compare"
+        return f"continuing from {path} at step {position.global_step}{unchecked}"
+
     def shares_before(self) -> Shares | None:
         """Returns those of the newest checkpoint that says them: damaged ones are told of when they are loaded."""
         for path in self.newest_first():
@@ -160,13 +171,14 @@ class Checkpointer(RunDirectory):
         num_rows: int | None = None,
     ) -> Position:
         """Restores a run and returns its position, of as many ranks bit for bit. `num_rows`: the rank's rows in the
-        checkpoint's epoch.
+        checkpoint's epoch. Each rank compares a share of the files with their checksums.
 
         Raises `DamagedCheckpointError`, and `ValueError` for a checkpoint of another drafter or optimizer, or inside an
         epoch of other rows.
         """
         position = read_position(path)
         try:
+            check_bytes(path, sorted(recorded_checksums(path))[ranks.rank :: ranks.world_size])
             weights, state = read_masters(path, model, optimizers)
             before = Shares.load(path)
         except UNREADABLE as error:
@@ -184,6 +196,24 @@ class Checkpointer(RunDirectory):
         return position
 
 
+def position_of(num_ranks: int, num_rows: int | None, before: Shares, position: Position, path: Path) -> Position:
+    """Returns the position in the rows of each of `num_ranks`: ranks take turns on the same rows of an epoch.
+
+    Raises `ValueError` inside an epoch of other rows. `num_rows`: of each rank in it.
+    """
+    if position.local_step == 0 or num_rows is None or before.num_rows is None:
+        return position
+    # ranks leave out the rows at the end that not all of them get
+    least, most = before.num_rows * before.num_ranks, (before.num_rows + 1) * before.num_ranks - 1
+    if most < num_rows * num_ranks or (num_rows + 1) * num_ranks - 1 < least:
+        raise ValueError(
+            f"checkpoint {path} is inside an epoch, after {position.local_step} of {before.num_rows} rows, and "
+            f"this run packs {num_rows}: use the same data, lengths and seed, or name another --output"
+        )
+    local_step = -(-position.local_step * before.num_ranks // num_ranks)
+    return Position(position.epoch, min(local_step, num_rows), position.global_step)
+
+
 class DistributedCheckpointer(Checkpointer):
     """Of a draft model that is split over the ranks: each writes its part below `sharded_state/`, beside the whole
     speculator. The main rank calls `save` while the others call `help_to_save`."""
@@ -194,20 +224,20 @@ class DistributedCheckpointer(Checkpointer):
         super().__init__(save_path, save_best=save_best, train_command=train_command)
         self.sharded = sharded
 
-    def write_model(self, directory: Path, model: SpeculatorModel, optimizers: Optimizers) -> None:
+    def write_model(self, directory: Path, model: SpeculatorModel, optimizers: Optimizers) -> dict[str, str]:
         with self.sharded.whole(torch.device("cpu"), on_main_alone=True) as whole:
             save_speculator(whole, directory)
-        self.help_to_write(directory, optimizers)
+        return self.help_to_write(directory, optimizers)
 
     def help_to_save(self, optimizers: Optimizers) -> None:
         with self.sharded.whole(torch.device("cpu"), on_main_alone=True):
             pass
         self.help_to_write(None, optimizers)
 
-    def help_to_write(self, directory: Path | None, optimizers: Optimizers) -> None:
+    def help_to_write(self, directory: Path | None, optimizers: Optimizers) -> dict[str, str]:
         """`directory`: where the main rank writes, which the others do not know."""
-        directory = self.sharded.ranks.told_by_main(directory)
-        write_shards(directory, masters(self.sharded.model), optimizers)
+        ranks = self.sharded.ranks
+        return write_shards(ranks.told_by_main(directory), masters(self.sharded.model), optimizers, ranks)
 
 
 def checkpointer_of(parallel: Alone, save_path: str | Path, *, save_best: bool, train_command: str) -> Checkpointer:

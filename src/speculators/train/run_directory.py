@@ -10,13 +10,17 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from speculators.checkpoint.io import BEST
 from speculators.train.checkpoint_files import (
     METRICS_FILE,
     STATE_FILE,
+    UNREADABLE,
     DamagedCheckpointError,
+    check_bytes,
+    damaged,
     link_name,
     read_position,
 )
@@ -74,13 +78,24 @@ class RunDirectory:
 
     def val_losses(self) -> dict[int, float]:
         """Returns epoch -> validation loss of the epochs on disk that were validated."""
-        losses = {int(path.name): self.val_metrics(path).get("loss", math.inf) for path in self.epochs()}
+        losses = {}
+        for path in self.epochs():
+            with suppress(DamagedCheckpointError):  # `recover` tells of it
+                losses[int(path.name)] = self.val_metrics(path).get("loss", math.inf)
         return {epoch: loss for epoch, loss in losses.items() if math.isfinite(loss)}
 
     def val_metrics(self, path: Path) -> dict[str, float]:
-        """Returns the validation metrics saved with a checkpoint; empty when nothing was validated then."""
-        file = path / METRICS_FILE
-        return json.loads(file.read_text()) if file.exists() else {}
+        """Returns the validation metrics saved with a checkpoint; empty when nothing was validated then.
+
+        Raises `DamagedCheckpointError`.
+        """
+        if not (path / METRICS_FILE).exists():
+            return {}
+        try:
+            check_bytes(path, [METRICS_FILE])
+            return dict(json.loads((path / METRICS_FILE).read_text()))
+        except UNREADABLE as error:
+            raise damaged(path, error) from error
 
     def refuse_other_runs(self) -> None:
         """Raises `ValueError` if `root` holds an earlier run: a new run must not mix its checkpoints with those."""
@@ -116,6 +131,10 @@ class RunDirectory:
             if half_made.is_symlink() and LINK.fullmatch(half_made.name[1 : -len(".new")]):
                 half_made.unlink()
         for path in self.epochs():
+            try:
+                self.val_metrics(path)
+            except DamagedCheckpointError as error:
+                lines.append(f"{error}; it cannot be the best one")
             try:
                 name = link_name(read_position(path))
             except DamagedCheckpointError:  # told when it is loaded

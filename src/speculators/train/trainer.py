@@ -114,7 +114,7 @@ class Trainer:
         if self.checkpointer.finished_steps() == self.num_steps:
             self.position = Position(self.config.num_epochs, 0, self.num_steps)
         if not self.is_finished():
-            self.tell(f"continuing from {path} at step {position.global_step}")
+            self.tell(self.checkpointer.continuing(path, position))
 
     def load_newest(self) -> Path | None:
         """Loads the newest checkpoint that every rank can read: each reads parts of its own."""
