@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --shape tiny --device cpu          seconds: that it runs, and nothing more
 
 train     each drafter: a new row of documents of random length in every step, half of it supervised, bf16 autocast,
-          fp32 masters, AdamW. `floor` is the arithmetic of the step (`floor_flop`) at the speed of a product measured
-          beside it; optimizer, attention scores and tokens outside the draft vocabulary are not in it.
+          fp32 masters, AdamW. `floor` is the arithmetic of the step (model FLOPs: `speculators.nn.flops`, as in the log
+          of training) at the speed of a product measured beside it; `mfu` is their share of the card's peak in its
+          data sheet, where that is known.
 extract   what training and the store read, against plain forwards of the decoder (`extract.py`).
 decode    plain, ngram and an oracle that is right seven times in ten, against transformers' `generate` (`decode.py`).
 
@@ -34,20 +35,18 @@ from decode import generate
 from decode_efficiency import K, Oracle, decode, seconds
 from extract import PLAIN, best_times_s, extraction_ways, make_rows
 from torch._dynamo.utils import counters
-from train_step import BLOCK_LAYERS, BLOCK_SIZE, DRAFTERS, MASK_TOKEN
+from train_step import DRAFTERS, MASK_TOKEN
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from speculators.decoding import Engine
 from speculators.interfaces import CaptureSpec
-from speculators.models.peagle.config import PEagleTrainingArgs
+from speculators.train.flops import TERA, peak_flop_per_s
 from speculators.train.optimizers import make_optimizers
 from speculators.train.records import TrainerConfig
-from speculators.training_keys import default_of
 
 PARTS = ("train", "extract", "decode")
 ACCURACY = 0.7
 NGRAM = {"method": "ngram", "num_speculative_tokens": K, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
-MARKOV_RANK = 256
 
 
 @dataclass(frozen=True)
@@ -96,42 +95,7 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-# -- the arithmetic that a step cannot do without ----------------------------------------------------------------------
-
-
-def floor_flop(drafter: str, shape: Shape, num_columns: int, num_asked: int) -> float:
-    """Of one step, forward and backward; a multiply-add is 2. T columns, of which R ask for a prediction.
-
-    Trained products count three times (forward, gradient of the input, of the weight), a frozen head twice, targets
-    once.
-    """
-    H, D, V, S, T, R = shape.hidden, shape.draft_vocab, shape.vocab, shape.steps, num_columns, num_asked
-
-    def keys(width: int) -> int:
-        return 2 * width * 2 * shape.kv_heads * shape.head_dim
-
-    def layer(width: int) -> int:
-        """A column that asks: queries, keys, values, output, MLP."""
-        wide = shape.heads * shape.head_dim
-        return 2 * width * wide + keys(width) + 2 * wide * H + 2 * 3 * H * shape.intermediate
-
-    fc, head, targets = 2 * 3 * H * H * T, 2 * D * H, 2 * D * H * R
-    if drafter == "eagle3":
-        return 3 * (fc + layer(2 * H) * R * S) + 2 * head * R * S + targets
-    if drafter == "peagle":
-        ratio, least = (default_of(PEagleTrainingArgs, f"down_sample_ratio{end}") for end in ("", "_min"))
-        depths = default_of(PEagleTrainingArgs, "num_depths")
-        rows = R + shape.anchors * sum(max(ratio**depth, least) for depth in range(1, depths))
-        return 3 * (fc + keys(2 * H) * T + layer(2 * H) * rows) + 2 * head * rows + targets
-    if drafter in ("dflash", "dspark"):
-        rows, drafts = shape.anchors * BLOCK_SIZE, shape.anchors * (BLOCK_SIZE - 1)
-        trained = fc + BLOCK_LAYERS * (keys(H) * T + layer(H) * rows)
-        trained += 2 * MARKOV_RANK * D * drafts if drafter == "dspark" else 0
-        return 3 * trained + 2 * head * drafts + 2 * D * H * min(drafts, R)
-    if drafter in ("eagle", "mtp"):
-        trained = (2 * 2 * H * H + layer(H)) * R * S
-        return 3 * trained + 2 * 2 * V * H * R * S + (2 * V * H * R if drafter == "eagle" else 0)
-    return 3 * S * (2 * H * H + 2 * V * H) * R + 2 * V * H * R  # medusa, mlp: the heads are trained
+# -- training ----------------------------------------------------------------------------------------------------------
 
 
 def product_flop_per_s(shape: Shape, device: torch.device) -> float:
@@ -139,9 +103,6 @@ def product_flop_per_s(shape: Shape, device: torch.device) -> float:
     left, right = (torch.randn(shape.product, shape.product, device=device).bfloat16() for _ in range(2))
     times_s = [timed(lambda: left @ right, device) for _ in range(8)]
     return 2 * shape.product**3 / statistics.median(times_s[3:])
-
-
-# -- training ----------------------------------------------------------------------------------------------------------
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
@@ -208,7 +169,7 @@ def measure_training(drafter: str, shape: Shape, device: torch.device, flop_per_
     kwargs, _ = model.get_trainer_kwargs(**keywords)
     optimizers = make_optimizers(model, TrainerConfig(lr=1e-4, num_epochs=1, save_path=""))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    compiled_before, times_s, num_asked = counters["stats"]["unique_graphs"], [], 0.0
+    compiled_before, times_s, flops = counters["stats"]["unique_graphs"], [], []
     reset_peak(device)
     for step in range(shape.warm_up + shape.measured):
         row = packed_row(shape, model, step)
@@ -221,13 +182,15 @@ def measure_training(drafter: str, shape: Shape, device: torch.device, flop_per_
             optimizers.clipped_step(trained, 1.0)
 
         times_s.append(timed(one_step, device))
-        num_asked += float(row["loss_mask"].sum()) / (shape.warm_up + shape.measured)
-    step_s = statistics.median(times_s[shape.warm_up :])
-    floor_s = floor_flop(drafter, shape, shape.length, int(num_asked)) / flop_per_s
+        flops.append(model.row_flop)
+    step_s, step_flop = (statistics.median(values[shape.warm_up :]) for values in (times_s, flops))
+    floor_s, peak = step_flop / flop_per_s, peak_flop_per_s(device, torch.bfloat16)
     return {
+        "model_tflop": step_flop / TERA,
         "step_s": step_s,
         "floor_s": floor_s,
         "ratio": step_s / floor_s,
+        **({} if peak is None else {"mfu": step_flop / step_s / peak}),
         "tokens_per_s": shape.length / step_s,
         "peak_gib": peak_gib(device),
         "compilations": counters["stats"]["unique_graphs"] - compiled_before,

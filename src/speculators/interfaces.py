@@ -95,11 +95,11 @@ class Ratio:
 class LossOutput:
     """Result of one training forward."""
 
-    loss: Tensor
-    """Scalar, with its graph."""
+    loss: Tensor  # scalar, with its graph
     metrics: dict[str, Ratio]
     draft_ids: list[Tensor] | None = None
     """Of each step, int64 [T] over the draft vocabulary; -1 = no draft in this column."""
+    model_flop: int | None = None  # of the row, forward and backward (`nn.flops`); None = not counted
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------

@@ -106,6 +106,8 @@ class TrainingDoors:
     """Tensors of a batch that `packed_batch` takes, in the order in which `forward` takes them by position."""
     first_position: ClassVar[int] = 0
     """Position of the first column, where a batch says none."""
+    row_flop: int | None = None
+    """Model FLOPs of the newest row that `forward` trained on, backward included; None: the algorithm counts none."""
 
     # -- hooks of an algorithm ---------------------------------------------------------------------------------------
 
@@ -239,6 +241,7 @@ class TrainingDoors:
         if batch.last_hidden_TH is None:
             return self.forward_without_targets(batch, args)
         result = self.train_on(batch, args)
+        self.row_flop = result.model_flop
         pairs = as_pairs({"loss": ratio(result.loss), **result.metrics})
         metrics = {"loss": result.loss.detach(), **pairs}
         return self.forward_output(batch, args, result, given), result.loss, metrics

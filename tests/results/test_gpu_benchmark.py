@@ -21,8 +21,3 @@ def test_every_part_of_the_benchmark_has_figures(monkeypatch, capsys):
     for batch in ("1", "2"):
         row = found["decode"][batch]
         assert min(row[name] for name in ("generate", "plain", "ngram", "oracle")) > 0 and row["same"] == 1.0, row
-
-
-def test_the_floor_of_eagle3_is_the_sum_worked_out_by_hand():
-    """8B shape, 8,192 columns of which 4,549 ask, 3 steps: 0.8 + 6.6 + 3.6 + 1.2 TFLOP forward, 30.6 with backward."""
-    assert abs(gpu.floor_flop("eagle3", gpu.Shape(), 8192, 4549) / 1e12 - 30.6) < 0.3

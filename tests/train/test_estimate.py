@@ -238,7 +238,9 @@ def test_what_is_said_without_the_verifier_is_what_it_takes(verifier, data, tmp_
     """Nothing is trained, written or loaded."""
     monkeypatch.setattr("speculators.train.run.load_verifier", lambda *args, **keys: pytest.fail("loads the verifier"))
     monkeypatch.setattr(LocalSource, "read", lambda *args: pytest.fail("computes states"))
-    config = config_of("eagle3", verifier, data, tmp_path / "run", total_seq_len=512, cache_hidden_states=True)
+    config = config_of(
+        "eagle3", verifier, data, tmp_path / "run", total_seq_len=512, cache_hidden_states=True, peak_tflops=2.0
+    )
     found = estimate(config)
     assert not (tmp_path / "run").exists()
     assert (found.num_steps, found.tokens_per_epoch, found.supervised_per_epoch) == (32, 16 * 512, 16 * 256)
@@ -246,6 +248,8 @@ def test_what_is_said_without_the_verifier_is_what_it_takes(verifier, data, tmp_
     memory = found.memory
     assert memory.states_bytes == 512 * 4 * 64 * 2 and found.stored_states_bytes == 16 * memory.states_bytes
     assert memory.gradients_bytes == memory.weights_bytes and memory.verifier_bytes > 0 and found.step_s > 0
+    assert found.step_flop == found.probes[0].model_flop > 0 and found.floor_s == found.step_flop / 2e12
+    assert f"{found.step_flop / 1e12:.3g} TFLOP per step, {found.floor_s:.3g} s at the card's peak" in str(found)
     assert found.disk_bytes == 2 * memory.checkpoint_bytes + found.stored_states_bytes
     assert [probe.num_tokens for probe in found.probes] == [512]
     assert "no record of eagle3 near 8,192 tokens" in found.sentence()

@@ -23,6 +23,9 @@ def test_lines_say_what_matters():
     measured = {"waiting": 0.25, "left_s": 3725.4, "peak_bytes": 17_100_000_000}
     pace = "1,000 tokens/s, 25% waiting for states, 1:02:05 left, peak 17.1 GB"
     assert line(replace(STEP, **measured)).endswith(f" {pace}")
+    counted = replace(STEP, model_tflop_per_s=306.21, mfu=0.3095)
+    assert line(counted).endswith(" 1,000 tokens/s, 306 model TFLOP/s (MFU 30.9%), 0% waiting for states")
+    assert "0.0123 model TFLOP/s, 0%" in line(replace(STEP, model_tflop_per_s=0.01234))
     assert line(Validated(3, 0, {"loss": 2.0}, None)) == "validation after step 3: loss 2.0000"
     assert line(Saved(Path("run/0"), 3)) == "saved run/0"
 
@@ -38,7 +41,7 @@ def test_a_tracker_receives_metrics_of_training_and_validation(monkeypatch):
     module.init = lambda **options: Run()
     monkeypatch.setitem(sys.modules, "trackio", module)
     [tracker] = make_trackers("trackio", "./logs", None, {})
-    measured = {"waiting": 0.25, "left_s": 60.0, "peak_bytes": 17}
+    measured = {"waiting": 0.25, "left_s": 60.0, "peak_bytes": 17, "model_tflop_per_s": 306.0, "mfu": 0.31}
     for event in (Note("hello"), replace(STEP, **measured), Validated(4, 0, {"loss": 1.5}, 2.0)):
         tracker(event)
     learned = {"train/loss": 2.0, "train/acceptance_length": 1.75, "train/lr": 0.5, "train/tokens_per_s": 1000.0}

@@ -135,12 +135,15 @@ class RecentSteps:
     def restart(self) -> None:
         self.sums = MetricSums()
         self.num_tokens = 0
+        self.model_flop: int | None = 0
         self.waited_s = 0.0
         self.since = time.perf_counter()
 
-    def add(self, metrics: Mapping[str, Any], *, num_tokens: int) -> None:
+    def add(self, metrics: Mapping[str, Any], *, num_tokens: int, model_flop: int | None = None) -> None:
+        """`model_flop`: None where the algorithm counts none."""
         self.sums.add(metrics)
         self.num_tokens += num_tokens
+        self.model_flop = None if model_flop is None or self.model_flop is None else self.model_flop + model_flop
 
     def timed(self, batches: Iterator[Item]) -> Generator[Item]:
         """Yields the same batches, and counts how long each is waited for. Closes what it reads from."""

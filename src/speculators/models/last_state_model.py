@@ -33,6 +33,7 @@ from speculators.model import SpeculatorModel
 from speculators.model_training import LossArgs
 from speculators.models.last_state_proposer import LastStateNetwork
 from speculators.models.supervision import VerifierHead, step_accuracy
+from speculators.nn.flops import head_flop, targets_flop
 from speculators.nn.norms import RMSNorm
 from speculators.nn.packed_row import join_rows
 from speculators.training_keys import HeadLossArgs
@@ -77,13 +78,17 @@ def train_heads(
     supervised_on = on_device(supervised_KT)
     correct_KT, losses = torch.zeros_like(supervised_on), []
     metrics: dict[str, Ratio] = {}
+    flop, taught = 0, []
     for k in range(len(network.heads)):
         stays_N = is_needed_KT[k, column_N].nonzero().squeeze(1)
         column_N, carried = column_N[stays_N], carried[on_device(stays_N)]
+        flop += network.step_flop(k, len(column_N))
         features, carried = network.step(k, carried, batch.token_ids_T[on_device(column_N + 1 + k)])
         supervised_N = supervised_KT[k, column_N].nonzero().squeeze(1)
         judged_N = column_N[supervised_N]
         target_N = judged_N + TARGET_SHIFT + k - (0 if is_hard else 1)
+        flop += head_flop(network.heads[k].weight, len(judged_N))
+        taught.append(target_N)
         rows = row_losses(
             features[on_device(supervised_N)],
             network.heads[k].weight,
@@ -96,7 +101,9 @@ def train_heads(
         losses.append(args.own.head_weight_decay**k * (rows.total / max(len(judged_N), 1)))
         correct_KT[k, on_device(judged_N)] = rows.correct_N
         metrics[f"loss_{k}"] = ratio(rows.total, len(judged_N))
-    return LossOutput(torch.stack(losses).sum(), metrics | step_accuracy(supervised_on, correct_KT))
+    flop += 0 if is_hard else targets_flop(verifier.lm_head.weight, torch.cat(taught))
+    metrics |= step_accuracy(supervised_on, correct_KT)
+    return LossOutput(torch.stack(losses).sum(), metrics, model_flop=flop)
 
 
 def supervised_heads(batch: PackedBatch, num_heads: int) -> Tensor:

@@ -41,6 +41,10 @@ class LastStateNetwork(Protocol):
         """Returns (input of head k, state carried on). `token_ids` is the token before the one that head k predicts."""
         ...
 
+    def step_flop(self, k: int, num_rows: int, /) -> int:
+        """Model FLOPs of `step`; the verifier's state learns nothing."""
+        ...
+
 
 class LastStateProposer:
     """Snapshot of a drafter, made to draft. Drafts at most as many tokens as there are heads; further slots stay -1."""

@@ -60,6 +60,8 @@ class StepPairs(NamedTuple):
     row_N: Tensor
     target_N: Tensor
     """Column that each is compared with, on the host."""
+    asks_T: Tensor
+    """bool, on the host: columns with a supervised step."""
 
     @classmethod
     def of(cls, batch: PackedBatch, num_steps: int, route: Route) -> StepPairs:
@@ -70,7 +72,7 @@ class StepPairs(NamedTuple):
         device = batch.token_ids_T.device
         chosen = (columns_R, supervised_SR, step_N, row_N)
         columns_on, supervised_on, step_on, row_on = (part.to(device, non_blocking=True) for part in chosen)
-        return cls(columns_on, supervised_on, step_on, row_on, columns_R[row_N] + step_N)
+        return cls(columns_on, supervised_on, step_on, row_on, columns_R[row_N] + step_N, supervised_ST.any(0))
 
     def drafts(self, draft_ids_N: Tensor, num_columns: int) -> list[Tensor]:
         """[T] of each step; -1 where nothing is supervised."""

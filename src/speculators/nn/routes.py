@@ -47,6 +47,12 @@ class KeyRanges(NamedTuple):
     low_2R: Tensor
     high_2R: Tensor
 
+    @property
+    def num_visible(self) -> Tensor:
+        """int64 [R]: keys that each query sees; those in both ranges count once."""
+        in_both_R = self.high_2R.amin(0) - self.low_2R.amax(0)
+        return (self.high_2R - self.low_2R).clamp_min(0).sum(0) - in_both_R.clamp_min(0)
+
 
 class BlockLists(NamedTuple):
     """Blocks as the kernel reads them: for each block of queries the keys' blocks, and the other way round; those that

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from speculators.train.checkpoint_files import is_saved_epoch
+from speculators.train.flops import TERA
 from speculators.train.memory import MemoryEstimate, Probe, at_length
 from speculators.train.optimizers import num_steps_of
 from speculators.train.parallel import Sharded
@@ -37,6 +38,10 @@ class RunEstimate(TableReport):
     num_epochs: int
     num_steps: int
     step_s: float
+    step_flop: float | None
+    """Model FLOPs of each rank (`nn.flops`); None where the algorithm counts none."""
+    peak_flop_per_s: float | None
+    """Of a rank's card, where it is known."""
     num_checkpoints: int
     stored_states_bytes: int
     """0: states are computed and forgotten."""
@@ -48,13 +53,19 @@ class RunEstimate(TableReport):
         return self.supervised_per_epoch * self.num_epochs
 
     @property
+    def floor_s(self) -> float | None:
+        """Seconds of a step at the card's peak."""
+        return self.step_flop / self.peak_flop_per_s if self.step_flop and self.peak_flop_per_s else None
+
+    @property
     def disk_bytes(self) -> int:
         return self.num_checkpoints * self.memory.checkpoint_bytes + self.stored_states_bytes
 
     def as_dict(self) -> dict[str, Any]:
         values = asdict(self)
         values["memory"] |= {"total_bytes": self.memory.total_bytes}
-        return values | {"time_s": self.step_s * self.num_steps, "disk_bytes": self.disk_bytes}
+        made = {"time_s": self.step_s * self.num_steps, "disk_bytes": self.disk_bytes, "floor_s": self.floor_s}
+        return values | made
 
     def tables(self) -> list[Table]:
         measured = " and ".join(f"{probe.num_tokens:,}" for probe in self.probes)
@@ -68,11 +79,18 @@ class RunEstimate(TableReport):
             "time": f"{self.step_s * self.num_steps / 3600:.2f} h: {self.num_steps:,} steps of {self.step_s:.3g} s",
             "  measured": f"a step of the drafter alone on {self.device}, on rows of {measured} tokens; computing or "
             "waiting for verifier states, validations and checkpoints come on top",
+            **self.arithmetic(),
             "disk": f"{human_bytes(self.disk_bytes)}: {checkpoints}{states}",
             "tokens": f"{self.tokens_per_epoch:,} per epoch, {self.supervised_per_epoch:,} of them supervised; "
             f"{self.num_epochs} epochs",
         }
         return [facts_table(f"Estimate: {self.speculator_type}", facts), self.records_table()]
+
+    def arithmetic(self) -> dict[str, object]:
+        if self.step_flop is None:
+            return {}
+        floor = "" if self.floor_s is None else f", {self.floor_s:.3g} s at the card's peak"
+        return {"  arithmetic": f"{self.step_flop / TERA:.3g} TFLOP per step{floor}"}
 
     def records_table(self) -> Table:
         table = Table(title="Acceptance on record", title_justify="left")
@@ -95,6 +113,7 @@ def estimate_run(drafter: Drafter) -> RunEstimate:
     probes, memory = drafter.measure()
     kept = config.data.cache_hidden_states * num_tokens * memory.states_bytes // config.data.total_seq_len
     keys, times = config.trainer, [(probe.num_tokens, probe.time_s) for probe in probes]
+    flops = [(probe.num_tokens, probe.model_flop) for probe in probes if probe.model_flop is not None]
     num_epochs = math.ceil(
         keys.epochs * trainer.num_steps / num_steps_of(trainer.train_loader, keys.epochs, trainer.rows_a_step)
     )
@@ -111,6 +130,8 @@ def estimate_run(drafter: Drafter) -> RunEstimate:
         num_epochs=num_epochs,
         num_steps=trainer.num_steps,
         step_s=trainer.rows_a_step * max(at_length(times, config.data.total_seq_len), 0.0),
+        step_flop=trainer.rows_a_step * at_length(flops, config.data.total_seq_len) if flops else None,
+        peak_flop_per_s=trainer.recent.peak,
         num_checkpoints=1 if keys.save_best else len(saved),  # a later one of an epoch replaces the one before
         stored_states_bytes=kept,
         records=tuple(records_near(config.speculator_type, supervised * num_epochs)),

@@ -62,6 +62,10 @@ class StepDone:
     """Estimated time to the last step, validations and checkpoints included; None at the first report."""
     peak_bytes: int = 0
     """Most memory that this process had so far: of the GPU, or on a CPU of the whole process."""
+    model_tflop_per_s: float | None = None
+    """Model FLOPs per second of this rank (`nn.flops`), in 10^12; None where the algorithm counts none."""
+    mfu: float | None = None
+    """Their share of the card's peak; None where that is not known."""
     is_logged: bool = False
     """Whether `log_every` asks for a line where there is no terminal."""
 
@@ -152,16 +156,23 @@ def line(event: Event) -> str:
             return f"{signal_name}: saved {path}"
 
 
-PACE = ("tokens_per_s", "waiting", "left_s", "peak_bytes")
+PACE = ("tokens_per_s", "waiting", "left_s", "peak_bytes", "model_tflop_per_s", "mfu")
 """Fields of `StepDone` that say what steps cost, not what they learn: another run of the same bits has others."""
 
 
 def pace(event: StepDone) -> str:
-    """Returns speed, waiting, what is left and memory, as far as they are known, for a line."""
-    parts = [f"{event.tokens_per_s:,.0f} tokens/s", f"{event.waiting:.0%} waiting for states"]
+    """Returns speed, arithmetic, waiting, what is left and memory, as far as they are known, for a line."""
+    parts = [f"{event.tokens_per_s:,.0f} tokens/s"]
+    parts += [] if event.model_tflop_per_s is None else [arithmetic(event.model_tflop_per_s, event.mfu)]
+    parts.append(f"{event.waiting:.0%} waiting for states")
     parts += [] if event.left_s is None else [f"{timedelta(seconds=round(event.left_s))} left"]
     parts += [f"peak {human_bytes(event.peak_bytes)}"] if event.peak_bytes else []
     return ", ".join(parts)
+
+
+def arithmetic(model_tflop_per_s: float, mfu: float | None) -> str:
+    share = "" if mfu is None else f" (MFU {mfu:.1%})"
+    return f"{model_tflop_per_s:.3g} model TFLOP/s{share}"
 
 
 def pace_numbers(event: StepDone) -> dict[str, float]:

@@ -136,6 +136,12 @@ class TrainerKeys(Keys):
     log_every: int | None = Field(
         None, ge=1, description="Steps between lines where stderr is no terminal. None: a line every 30 seconds."
     )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0.0,
+        description="Peak TFLOP/s of a rank's card for the products of training, of which the log says the share that "
+        "was used (MFU). None: of a known card in bfloat16; of others no share is said.",
+    )
     eval_prompts: int = Field(
         0, ge=0, description="Held-out prompts decoded in each validation: the acceptance length that serving has."
     )

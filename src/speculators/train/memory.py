@@ -75,6 +75,8 @@ class Probe:
     peak_bytes: int
     """Of what the step makes, gradients included."""
     time_s: float
+    model_flop: int | None = None
+    """Of a row; None where the algorithm counts none."""
 
 
 def probe(trainer: Trainer, config: TrainConfig, num_tokens: int, hidden_size: int, supervised: float) -> Probe:
@@ -98,7 +100,7 @@ def probe(trainer: Trainer, config: TrainConfig, num_tokens: int, hidden_size: i
     finally:
         trainer.optimizers.zero_grad()
         trainer.ranks.set_random_state(kept)
-    return Probe(num_tokens, peak, time_s)
+    return Probe(num_tokens, peak, time_s, trainer.model.row_flop)
 
 
 def row_of_step(trainer: Trainer, inputs: Batch) -> float:
@@ -159,7 +161,7 @@ def probe_lengths(length: int, num_asked: int, supervised: float) -> list[int]:
     return [length] if length <= 2 * short else [short, 2 * short]
 
 
-def at_length(points: list[tuple[int, float]], length: int) -> float:
+def at_length(points: Sequence[tuple[int, float]], length: int) -> float:
     """The value at that length, on the line through the points."""
     if len(points) == 1:
         return points[0][1]

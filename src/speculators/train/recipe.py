@@ -70,6 +70,7 @@ FREE_KEYS = frozenset(
         "num_workers",
         "on_missing",
         "parity_gate",
+        "peak_tflops",
         "plugins",
         "prefetch_factor",
         "prefetch_in_process",

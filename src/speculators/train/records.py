@@ -19,7 +19,8 @@ from rich.table import Table
 from speculators.losses.metrics import RecentSteps, expected_acceptance_length
 from speculators.model import SpeculatorModel
 from speculators.train.distributed import Ranks
-from speculators.train.events import Listener, StepDone, describe
+from speculators.train.events import Listener, StepDone, arithmetic, describe
+from speculators.train.flops import TERA, peak_flop_per_s
 from speculators.train.keys import OptimizerKeys, SchedulerKeys, TrainerKeys
 from speculators.training_keys import default_of
 from speculators.utils.report import TableReport, facts_table, human_bytes
@@ -65,6 +66,8 @@ class TrainerConfig:
     allow_changed_settings: bool = default_of(TrainerKeys, "allow_changed_settings")
     log_freq: int = default_of(TrainerKeys, "log_freq")
     log_every: int | None = default_of(TrainerKeys, "log_every")
+    peak_tflops: float | None = default_of(TrainerKeys, "peak_tflops")
+    """Of a rank's card; None: as `train.flops` knows it."""
     gradient_checkpointing: bool = default_of(TrainerKeys, "gradient_checkpointing")
     fsdp_shard: bool = default_of(TrainerKeys, "fsdp_shard")
     gradient_accumulation_steps: int = default_of(TrainerKeys, "gradient_accumulation_steps")
@@ -97,6 +100,10 @@ class TrainResult(TableReport, os.PathLike[str]):
     """Of the last training steps of this process."""
     finished_before: bool = field(default=False, compare=False)
     """The run was over already: nothing was trained."""
+    model_tflop_per_s: float | None = field(default=None, compare=False)
+    """Of this process, from its second report on; None where the algorithm counts no model FLOPs."""
+    mfu: float | None = field(default=None, compare=False)
+    """The share of the card's peak; None where that is not known."""
 
     def __fspath__(self) -> str:
         return str(self.checkpoint)
@@ -105,6 +112,8 @@ class TrainResult(TableReport, os.PathLike[str]):
         facts: dict[str, object] = {"checkpoint": self.checkpoint, "steps": self.num_steps}
         if self.metrics:
             facts["metrics"] = describe(self.metrics, self.acceptance_length)
+        if self.model_tflop_per_s is not None:
+            facts["arithmetic"] = arithmetic(self.model_tflop_per_s, self.mfu)
         if self.check is not None:
             facts["check"] = self.check.verdict
         title = FINISHED.format(self.num_steps, self.num_steps) if self.finished_before else "Trained"
@@ -150,6 +159,10 @@ class StepReports(RecentSteps):
         self.untold: tuple[StepDone, Callable[[], dict[str, float]]] | None = None
         self.first: tuple[float, int] | None = None
         """When the first report was made, and of which step: before it things are compiled."""
+        self.peak = peak_flop_per_s(ranks.device, config.hidden_states_dtype, config.peak_tflops)
+        self.num_reports = 0
+        self.counted = 0.0, 0.0
+        """Model FLOPs of this rank, and their seconds: of all reports but the first, until there is another of that."""
 
     def step_done(self, step: int, epoch: int, lr_scale: float) -> None:
         """Reports every `log_freq` steps, every `log_every` steps and at the last one."""
@@ -158,6 +171,7 @@ class StepReports(RecentSteps):
         if step % self.config.log_freq and not is_logged and step != self.num_steps:
             return
         self.tell()
+        tflop_per_s = self.count()
         done = StepDone(
             step=step,
             num_steps=self.num_steps,
@@ -170,6 +184,8 @@ class StepReports(RecentSteps):
             left_s=self.left_s(step),
             peak_bytes=peak_bytes(self.ranks.device),
             is_logged=is_logged,
+            model_tflop_per_s=tflop_per_s,
+            mfu=self.share_of_peak(tflop_per_s),
         )
         self.untold = done, self.sums.reading(self.ranks.add_up)
         self.restart()
@@ -184,6 +200,25 @@ class StepReports(RecentSteps):
         self.metrics = read()
         refuse_lost(self.metrics, done.step, self.config.lr)
         self.on_event(replace(done, metrics=self.metrics, acceptance_length=expected_acceptance_length(self.metrics)))
+
+    def count(self) -> float | None:
+        """Counts what was computed since the report before; returns its model TFLOP/s, None where none are counted."""
+        if self.model_flop is None:
+            return None
+        flop, time_s = self.counted if self.num_reports > 1 else (0.0, 0.0)
+        self.num_reports += 1
+        self.counted = flop + self.model_flop, time_s + self.time_s
+        return self.model_flop / self.time_s / TERA
+
+    def of_run(self) -> dict[str, Any]:
+        """Returns what a `TrainResult` says of the steps of this process."""
+        flop, time_s = self.counted
+        tflop_per_s = flop / time_s / TERA if flop else None
+        speed = {"model_tflop_per_s": tflop_per_s, "mfu": self.share_of_peak(tflop_per_s)}
+        return {"train_metrics": self.metrics, **speed}
+
+    def share_of_peak(self, tflop_per_s: float | None) -> float | None:
+        return None if tflop_per_s is None or self.peak is None else tflop_per_s * TERA / self.peak
 
     def left_s(self, step: int) -> float | None:
         now = time.perf_counter()

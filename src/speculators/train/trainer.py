@@ -208,7 +208,7 @@ class Trainer:
                 self.step_weight += weight
                 loss = loss * weight
             loss.backward()
-        self.recent.add(metrics, num_tokens=int((batch["document_ids"] >= 0).sum()))
+        self.recent.add(metrics, num_tokens=int((batch["document_ids"] >= 0).sum()), model_flop=self.model.row_flop)
 
     def step(self) -> float:
         """One optimizer step; returns the scale of the learning rate it used."""
@@ -295,6 +295,6 @@ class Trainer:
         best = self.checkpointer.best
         path = best if best.exists() else (self.last_saved or (self.checkpointer.root, 0))[0]
         metrics = self.checkpointer.val_metrics(path) or self.recent.metrics
-        told: dict[str, Any] = {"train_metrics": self.recent.metrics, "finished_before": self.finished_before}
+        told: dict[str, Any] = {**self.recent.of_run(), "finished_before": self.finished_before}
         length = expected_acceptance_length(metrics)
         return TrainResult(path.resolve(), metrics, length, self.position.global_step, **told)

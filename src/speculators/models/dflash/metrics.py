@@ -61,7 +61,7 @@ def blocks_of(loss_mask: Tensor, block_size: int, first_slot: int) -> Blocks:
     columns_PS = torch.arange(num_slots, device=loss_mask.device).view_as(supervised_PS)
     layout = BlockLayout(columns_PS[:, 0], columns_PS[:, 0], block_size)
     place_N = supervised_PS.flatten().nonzero().squeeze(1)
-    return Blocks(layout, columns_PS, supervised_PS, first_slot, place_N, place_N)
+    return Blocks(layout, columns_PS, supervised_PS, first_slot, place_N, place_N, layout)
 
 
 def losses_of(logits: Tensor, targets: Tensor, blocks: Blocks, loss_config: LossConfig) -> RowLosses:

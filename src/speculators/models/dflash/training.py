@@ -29,6 +29,7 @@ from speculators.models.dflash.block_attention import BlockLayout, ContextKV, bl
 from speculators.models.dflash.config import DPACE, FIXED_DECAY, DFlashTrainingArgs
 from speculators.models.dflash.network import DFlashNetwork
 from speculators.models.supervision import VerifierHead, compute_accepted_length_counts
+from speculators.nn.flops import head_flop, layer_flop, product_flop, targets_flop
 from speculators.nn.packed_row import document_starts, drawn
 from speculators.nn.routes import Route
 
@@ -61,7 +62,19 @@ def train_blocks(
     losses = row_losses(
         output.hidden_NH, network.lm_head.weight, targets, output.blocks.target_index_N, args.loss_config
     )
-    return LossOutput(*reduce(losses, output.blocks, args))
+    flop = blocks_flop(network, batch, output.blocks, verifier) + head_flop(network.lm_head.weight, len(losses.loss_N))
+    return LossOutput(*reduce(losses, output.blocks, args), model_flop=flop)
+
+
+def blocks_flop(network: DFlashNetwork, batch: PackedBatch, blocks: Blocks, verifier: VerifierHead) -> int:
+    """Model FLOPs up to the head, and of the targets. Every column is context, and blocks are computed whole."""
+    num_columns, num_slots = int((batch.host_document_ids_T != -1).sum()), blocks.columns_PS.numel()
+    total = product_flop(network.fc.weight, num_columns, input_learns=False)
+    for layer, layer_mask in zip(network.layers, network.layer_masks, strict=True):
+        visible_R = blocks.host_layout.ranges(layer_mask, num_columns).num_visible
+        num_pairs, num_keys = int(visible_R.sum()), num_columns + num_slots
+        total += layer_flop(layer, num_queries=num_slots, num_keys=num_keys, num_pairs=num_pairs)
+    return total + targets_flop(verifier.lm_head.weight, blocks.target_index_N)
 
 
 @dataclass(frozen=True)
@@ -176,6 +189,7 @@ class Blocks:
     """Which of the P * S slots are supervised."""
     target_index_N: Tensor
     """Column whose last state made the distribution that each of them is taught; on the host."""
+    host_layout: BlockLayout
 
     @classmethod
     def at(
@@ -186,11 +200,12 @@ class Blocks:
         place_N = supervised_PS.flatten().nonzero().squeeze(1)
         target_index_N = (columns_PS.flatten()[place_N] - first_slot).clamp_min(0)
         starts_P = document_starts(batch.host_document_ids_T)[anchors_P]
+        host_layout = BlockLayout(anchors_P, starts_P, block_size)
         chosen = (anchors_P, starts_P, columns_PS, supervised_PS, place_N)
         anchors_P, starts_P, *others = (part.to(device, non_blocking=True) for part in chosen)
         columns_PS, supervised_PS, place_N = others
         layout = BlockLayout(anchors_P, starts_P, block_size)
-        return cls(layout, columns_PS, supervised_PS, first_slot, place_N, target_index_N)
+        return cls(layout, columns_PS, supervised_PS, first_slot, place_N, target_index_N, host_layout)
 
     def supervised(self, values_PS: Tensor) -> Tensor:
         """[N, ...]: those of the supervised slots."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.models.dflash.network import DFlashNetwork
+from speculators.nn.flops import product_flop
 
 W1_STD = 0.01
 
@@ -46,6 +47,11 @@ class MarkovHead(nn.Module):
     def features(self, embedded_KR: Tensor, hidden_KH: Tensor) -> Tensor:
         """phi of all slots, the tokens before them known: [.., K, R]."""
         return self.step(self.start(hidden_KH), embedded_KR, hidden_KH)[0]
+
+    def features_flop(self, num_slots: int) -> int:
+        """Model FLOPs of `features`: of the products of a slot, which W1 and W2 are not among."""
+        linears = [part for part in self.children() if isinstance(part, nn.Linear) and part is not self.markov_w2]
+        return sum(product_flop(linear.weight, num_slots) for linear in linears)
 
 
 class GatedMarkovHead(MarkovHead):

@@ -26,6 +26,7 @@ from speculators.models.dflash.training import (
     BlockArgs,
     BlockOutput,
     Blocks,
+    blocks_flop,
     fill_sampled_blocks,
     fixed_weights,
     mean_length,
@@ -35,6 +36,7 @@ from speculators.models.dflash.training import (
 from speculators.models.dspark.config import DSparkTrainingArgs
 from speculators.models.dspark.network import DSparkNetwork
 from speculators.models.supervision import VerifierHead
+from speculators.nn.flops import head_flop, modules_flop
 from speculators.training_keys import default_of, read_keys
 
 COUNT_EPSILON = 1e-8
@@ -61,7 +63,21 @@ def train_blocks_and_heads(
         kappa_PS = network.confidence_head(output.hidden_PSH, embedded_PSR)
         loss, confident = with_confidence(loss, kappa_PS, losses, output.blocks, args.own)
         metrics |= confident
-    return LossOutput(loss, metrics)
+    return LossOutput(loss, metrics, model_flop=model_flop(network, output, verifier))
+
+
+def model_flop(network: DSparkNetwork, output: BlockOutput, verifier: VerifierHead) -> int:
+    """The recurrence and its products are of the slots that draft, the confidence of all slots."""
+    blocks, num_supervised = output.blocks, len(output.blocks.target_index_N)
+    total = blocks_flop(network, output.batch, blocks, verifier)
+    total += head_flop(network.lm_head.weight, num_supervised)
+    if network.markov_head is not None:
+        num_drafts = blocks.columns_PS[:, blocks.first_slot :].numel()
+        total += network.markov_head.features_flop(num_drafts)
+        total += head_flop(network.markov_head.markov_w2.weight, num_supervised)
+    if network.confidence_head is not None:
+        total += modules_flop(network.confidence_head, blocks.columns_PS.numel())
+    return total
 
 
 def markov_features(network: DSparkNetwork, output: BlockOutput) -> tuple[Tensor | None, Tensor | None]:

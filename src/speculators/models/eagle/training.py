@@ -30,6 +30,7 @@ from speculators.model_training import LossArgs
 from speculators.models.eagle.config import EagleTrainingArgs
 from speculators.models.eagle.network import EagleNetwork
 from speculators.models.supervision import StepPairs, VerifierHead, step_accuracy, step_means
+from speculators.nn.flops import head_flop, product_flop, targets_flop, unrolled_flop
 from speculators.nn.packed_row import PackedRow
 from speculators.nn.routes import Route
 from speculators.nn.unrolled import unrolled_attention
@@ -74,7 +75,21 @@ def train_features(
     predicted_NH = torch.stack([step.features_RH for step in steps])[step_N, row_N]
     regression_N = F.smooth_l1_loss(predicted_NH.float(), targets_TH[target_N].float(), reduction="none").mean(-1)
     loss, metrics = reduce(losses, regression_N, own.regression_weight, pairs.supervised_SR, step_N, row_N)
-    return LossOutput(loss, metrics, pairs.drafts(losses.draft_ids_N, len(features_TH)))
+    flop = model_flop(network, batch, verifier, pairs, own)
+    return LossOutput(loss, metrics, pairs.drafts(losses.draft_ids_N, len(features_TH)), flop)
+
+
+def model_flop(
+    network: EagleNetwork, batch: PackedBatch, verifier: VerifierHead, pairs: StepPairs, own: EagleTrainingArgs
+) -> int:
+    documents_T, num_asking = batch.host_document_ids_T, int(pairs.asks_T.sum())
+    total = unrolled_flop(network.layers, network.windows, documents_T, pairs.asks_T, own.ttt_steps)
+    for step in range(own.ttt_steps):
+        num_rows = num_asking if step else int((documents_T != -1).sum())
+        learns = network.embedding_layernorm is not None or (step > 0 and not own.detach_steps)
+        total += product_flop(network.fusion_fc.weight, num_rows, input_learns=learns)
+    total += head_flop(network.lm_head.weight, len(pairs.target_N))
+    return total + targets_flop(verifier.lm_head.weight, pairs.target_N)
 
 
 def weighted_losses(loss_config: LossConfig, own: EagleTrainingArgs) -> LossConfig:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from speculators.models.feedback_proposer import StepOutput
 from speculators.nn.attention import AttentionFunction
 from speculators.nn.decoder import DecoderLayer
+from speculators.nn.flops import product_flop
 from speculators.nn.norms import FrozenRMSNorm, RMSNorm
 from speculators.nn.rope import Rope, RopeTables
 
@@ -51,6 +52,11 @@ class Eagle3Network:
             chunks = features_BTD.chunk(len(self.fc_norm), dim=-1)
             features_BTD = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
         return self.fc(features_BTD)
+
+    def combine_flop(self, num_rows: int) -> int:
+        """Model FLOPs of `combine`; norms before `fc` are trained."""
+        has_norm = self.input_norm is not None or self.fc_norm is not None
+        return product_flop(self.fc.weight, num_rows, input_learns=has_norm)
 
     def step(
         self, token_ids_BT: Tensor, hidden_BTH: Tensor, rope: RopeTables, layer_attention: Sequence[AttentionFunction]

@@ -25,6 +25,7 @@ from speculators.model_training import LossArgs
 from speculators.models.eagle3.keys import Eagle3TrainingArgs
 from speculators.models.eagle3.network import Eagle3Network
 from speculators.models.supervision import StepPairs, VerifierHead, step_accuracy, step_means
+from speculators.nn.flops import head_flop, targets_flop, unrolled_flop
 from speculators.nn.packed_row import PackedRow
 from speculators.nn.routes import Route
 from speculators.nn.unrolled import unrolled_attention
@@ -58,7 +59,20 @@ def train_unrolled(
         args.loss_config,
     )
     loss, metrics = reduce(losses, pairs.supervised_SR, pairs.step_N, pairs.row_N, args.own.ttt_step_loss_decay)
-    return LossOutput(loss, metrics, pairs.drafts(losses.draft_ids_N, len(batch.token_ids_T)))
+    drafts = pairs.drafts(losses.draft_ids_N, len(batch.token_ids_T))
+    return LossOutput(loss, metrics, drafts, model_flop(network, batch, verifier, pairs, num_steps))
+
+
+def model_flop(
+    network: Eagle3Network, batch: PackedBatch, verifier: VerifierHead, pairs: StepPairs, num_steps: int
+) -> int:
+    documents_T = batch.host_document_ids_T
+    return (
+        network.combine_flop(int((documents_T != -1).sum()))
+        + unrolled_flop(network.layers, network.windows, documents_T, pairs.asks_T, num_steps)
+        + head_flop(network.lm_head.weight, len(pairs.target_N))
+        + targets_flop(verifier.lm_head.weight, pairs.target_N)
+    )
 
 
 def reduce(

@@ -26,6 +26,7 @@ from speculators.models.last_state_proposer import LastStateProposer, snapshot
 from speculators.models.medusa.checkpoint import MedusaContract, save_native
 from speculators.models.medusa.config import TRAINING_DEFAULTS, MedusaSpeculatorConfig, MedusaTrainingArgs
 from speculators.models.tree_drafting import SlotTreeDrafter
+from speculators.nn.flops import product_flop
 from speculators.training_keys import NO_BLOCKS, NO_VOCABULARY_OF_ITS_OWN
 from speculators.verifier.capture import fitting_embedding, verifier_parts
 from speculators.verifier.config import get_verifier_config, norm_kind
@@ -58,6 +59,11 @@ class MedusaNetwork:
     def step(self, k: int, carried: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Heads do not see each other's tokens."""
         return self.blocks[k](carried), carried
+
+    def step_flop(self, k: int, num_rows: int) -> int:
+        first, *others = (layer.weight for layer in self.blocks[k].layers)  # type: ignore[union-attr]
+        total = product_flop(first, num_rows, input_learns=False)
+        return total + sum(product_flop(weight, num_rows) for weight in others)
 
 
 @SpeculatorModel.register("medusa")

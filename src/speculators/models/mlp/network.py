@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speculators.nn.flops import product_flop
+
 EPS = 1e-6
 
 
@@ -66,6 +68,9 @@ class MLPNetwork:
         embedded = self.token_weight * of_step(self.emb, k)(token_ids)
         state = F.gelu(of_step(self.ln, k)(of_step(self.proj, k)(carried) + embedded))
         return state, state
+
+    def step_flop(self, k: int, num_rows: int) -> int:
+        return product_flop(of_step(self.proj, k).weight, num_rows, input_learns=k > 0)
 
 
 def of_step(modules: Sequence[Any], k: int) -> Any:

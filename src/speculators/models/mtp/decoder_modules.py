@@ -142,6 +142,7 @@ class Experts(nn.Module):
     def __init__(self, config: Any, num_experts: int):
         super().__init__()
         width, size = config.moe_intermediate_size, config.hidden_size
+        self.visited_share = config.num_experts_per_tok / num_experts
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, size, width))
         for weight in (self.gate_up_proj, self.down_proj):

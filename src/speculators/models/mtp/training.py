@@ -29,6 +29,7 @@ from speculators.models.last_state_model import align, teaches_tokens
 from speculators.models.mtp.config import MTPTrainingArgs
 from speculators.models.mtp.network import MTPNetwork
 from speculators.models.supervision import VerifierHead, step_accuracy
+from speculators.nn.flops import head_flop, layer_flop, num_visible, product_flop, targets_flop
 from speculators.nn.packed_row import PackedRow
 from speculators.nn.routes import Route
 from speculators.nn.unrolled import unrolled_attention
@@ -70,7 +71,23 @@ def train_steps(network: MTPNetwork, batch: PackedBatch, verifier: VerifierHead,
     loss, metrics = reduce(losses, supervised_KR, step_N, row_N, args.step_weights)
     if len(pairs_N2) == 0:
         loss = loss + sum(step.sum() for step in steps) * 0.0  # keeps the graph
-    return LossOutput(loss, metrics)
+    flop = model_flop(network, columns, len(target_N))
+    flop += 0 if teaches_tokens(args.loss_config) else targets_flop(verifier.lm_head.weight, index_N)
+    return LossOutput(loss, metrics, model_flop=flop)
+
+
+def model_flop(network: MTPNetwork, columns: StepColumns, num_supervised: int) -> int:
+    """Of the drafter. Every column is context of the next step; what the last one makes of it is read by the loss
+    alone."""
+    documents_R = columns.batch.host_document_ids_T[columns.host_columns_R]
+    context_R, num_real = num_visible(documents_R), int((documents_R != -1).sum())
+    total = head_flop(network.lm_head.weight, num_supervised)
+    for step in range(columns.num_steps):
+        asks_R = columns.supervised(step) if step == columns.num_steps - 1 else documents_R != -1
+        num_pairs, num_queries = int(context_R[asks_R].sum()), int(asks_R.sum())
+        total += product_flop(network.layer.input_proj.weight, num_real)
+        total += layer_flop(network.layer, num_queries=num_queries, num_keys=num_real, num_pairs=num_pairs)
+    return total
 
 
 @dataclass(frozen=True)

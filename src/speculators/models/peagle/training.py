@@ -38,6 +38,7 @@ from speculators.model_training import LossArgs
 from speculators.models.peagle.config import PEagleTrainingArgs
 from speculators.models.peagle.network import ChainLayout, PEagleNetwork, chain_attention
 from speculators.models.supervision import VerifierHead
+from speculators.nn.flops import head_flop, layer_flop, product_flop, targets_flop
 from speculators.nn.packed_row import drawn
 from speculators.nn.routes import Route
 from speculators.training_keys import default_of, read_keys
@@ -55,7 +56,26 @@ def train_slots(
     targets, hidden_NH = verifier.targets(batch.last_hidden_TH), hidden_RH[on_device(place_N, hidden_RH)]
     losses = row_losses(hidden_NH, network.lm_head.weight, targets, target_N, args.loss_config)
     positions = ChainPositions.of(depth_N, target_N - depth_N, args.own.num_depths, hidden_RH)
-    return LossOutput(*reduce(losses, positions, args.loss_config))
+    flop = model_flop(network, batch, verifier, supervision, target_N)
+    return LossOutput(*reduce(losses, positions, args.loss_config), model_flop=flop)
+
+
+def model_flop(
+    network: PEagleNetwork, batch: PackedBatch, verifier: VerifierHead, supervision: Supervision, target_N: Tensor
+) -> int:
+    """Every column and slot is context of the layers before the last, which passes supervised columns and slots."""
+    documents_T, (anchors_M, depths_M) = batch.host_document_ids_T, supervision.chains
+    layout = ChainLayout(documents_T, anchors_M, depths_M, supervision.columns_C)
+    num_elements = len(documents_T) + len(anchors_M)
+    total = network.combine_flop(len(documents_T)) + product_flop(network.fc.weight, 1)  # the learned state of slots
+    for number, (layer, window) in enumerate(zip(network.layers, network.windows, strict=True)):
+        visible_E = layout.ranges(window).num_visible
+        if number == len(network.layers) - 1:
+            visible_E = visible_E[layout.query_elements_R]
+        num_pairs = int(visible_E.sum())
+        total += layer_flop(layer, num_queries=len(visible_E), num_keys=num_elements, num_pairs=num_pairs)
+    total += head_flop(network.lm_head.weight, len(target_N))
+    return total + targets_flop(verifier.lm_head.weight, target_N)
 
 
 @dataclass(frozen=True)
