@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 import speculators as sp
 from speculators.checkpoint.record import RECORD_FILE
+from speculators.data_generation.prepared import PreparedData
 from speculators.evaluation.diagnosis import Diagnosis
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -166,10 +167,10 @@ def shuffle_map(weights: Weights) -> None:
     weights["d2t"] = ids - torch.arange(len(ids))
 
 
-def holes(bench: Bench) -> Callable[[Weights], None]:
+def holes(bench: Bench, first: int = 20, num: int = 100) -> Callable[[Weights], None]:
     """Frequent tokens leave the draft vocabulary for tokens that no answer has, with the verifier's rows."""
-    counts = sp.PreparedData.open(bench.given.data).token_freq()
-    frequent = sorted(counts, key=lambda token: -counts[token])[20:120]
+    counts = PreparedData.open(bench.given.data).token_freq()
+    frequent = sorted(counts, key=lambda token: -counts[token])[first : first + num]
     [theirs] = [
         w for f in Path(bench.given.verifier).glob("*.safetensors") for n, w in load_file(f).items() if "embed" in n
     ]
@@ -259,9 +260,9 @@ FAULTS: dict[str, tuple[tuple[str, ...], Seed]] = {
         files(config=nested(sliding_window=8, use_sliding_window=True, layer_types=["sliding_attention"])),
     ),
     "verifier rounded to 8 bit": (("verifier",), lambda b: {"verifier": b.verifier(rounded(8, 64))}),
-    "verifier rounded to 4 bit": (("verifier",), lambda b: {"verifier": b.verifier(rounded(4, 64))}),
+    "verifier rounded to 4 bit": (("quantised-target",), lambda b: {"verifier": b.verifier(rounded(4, 64))}),
     "verifier rounded to 4 bit, no record": (
-        ("verifier",),
+        ("quantised-target",),
         lambda b: {"verifier": b.verifier(rounded(4, 64)), "checkpoint": b.copy()},
     ),
     "another revision (noise of 20 %)": (

@@ -7,10 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from deploy_toys import VERIFIER, make_checkpoint
-from quantised_toys import WRITERS, fp8_directory, write_directory, write_fp8, write_gguf
+from quantised_toys import (
+    WRITERS,
+    dequantised,
+    fp8_directory,
+    is_quantised,
+    plain_tensors,
+    write_dequantised,
+    write_directory,
+    write_fp8,
+    write_gguf,
+)
 
 from speculators.checkpoint.record import RECORD_FILE
 from speculators.deploy.check import check_checkpoint
+from speculators.utils.quantized import is_on_grid
 
 FP8 = "compressed-tensors float8 weights"
 
@@ -60,6 +71,26 @@ def test_a_drafter_of_the_plain_verifier_is_warned_of_a_gguf_file(trained, tmp_p
     shutil.copy(Path(VERIFIER) / "tokenizer.json", tmp_path)  # it is read before the one in the file
     [(severity, code, words)] = found(trained("eagle3"), write_gguf(tmp_path / "tiny.gguf", "Q4_0", tokenizer=False))
     assert (severity, code) == ("warning", "verifier-precision") and "its weights are: gguf Q4_0" in words
+
+
+@pytest.mark.parametrize("kind", ["INT4", "NVFP4"])
+def test_four_bits_are_seen_in_files_that_do_not_state_them(kind, trained, tmp_path):
+    [(severity, code, words)] = found(trained("eagle3"), write_dequantised(tmp_path / "rounded", kind))
+    assert (severity, code) == ("warning", "verifier-precision")
+    assert "rounded to 4 bits or fewer" in words and "with weights: not quantised" in words
+
+
+def test_another_model_is_no_rounding_even_where_it_is_rounded_too(trained, tmp_path):
+    tensors = {n: dequantised(w.flip(0), "INT4") if is_quantised(n) else w for n, w in plain_tensors().items()}
+    codes = {code for _, code, _ in found(trained("eagle3"), write_directory(tmp_path / "other", tensors))}
+    assert codes == {"verifier-differs"}
+
+
+def test_a_grid_is_told_by_equal_neighbours():
+    matrices = [weight for name, weight in plain_tensors().items() if is_quantised(name)]
+    assert not any(map(is_on_grid, matrices))  # bfloat16
+    assert [sum(is_on_grid(dequantised(w, kind)) for w in matrices) for kind in WRITERS] == [0, 0, *[len(matrices)] * 2]
+    assert not is_on_grid(torch.zeros(4, 32))  # not trained, not rounded
 
 
 def test_a_drafter_of_a_quantised_verifier_is_warned_of_the_plain_one(of_fp8):

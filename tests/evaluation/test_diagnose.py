@@ -25,7 +25,7 @@ from diagnosis_toys import (
     with_masks,
 )
 from engine_server import EngineServer, running
-from quantised_toys import WRITERS, write_directory
+from quantised_toys import WRITERS, write_dequantised, write_directory
 from transformers import AutoTokenizer
 
 import speculators as sp
@@ -87,6 +87,11 @@ def test_a_fault_of_the_conditions_is_found(toys, tmp_path, cause):
 def test_the_verifier_of_training_at_another_precision_is_named(toys, tmp_path):
     tensors, values = WRITERS["INT4"]()
     found = toys.diagnose(toys.healthy, verifier=str(write_directory(tmp_path / "int4", tensors, **values)))
+    assert found.first == "quantised-target"
+
+
+def test_a_verifier_rounded_to_4_bits_is_named_though_its_files_do_not_say_so(toys, tmp_path):
+    found = toys.diagnose(toys.healthy, verifier=str(write_dequantised(tmp_path / "rounded", "INT4")))
     assert found.first == "quantised-target"
 
 

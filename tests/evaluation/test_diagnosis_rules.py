@@ -17,7 +17,7 @@ from speculators.decoding.request import RequestOutput
 from speculators.decoding.stats import DecodeStats
 from speculators.decoding.target import served_temperature
 from speculators.diagnosis import better_checkpoint
-from speculators.evaluation.diagnosis import FAULTY, FIT, Accuracy, Cause, causes_of_check, ranked
+from speculators.evaluation.diagnosis import FAULTY, FIT, Accuracy, Cause, causes_of_check, changed_cause, ranked
 from speculators.evaluation.diagnosis_drafter import Decoded
 from speculators.evaluation.diagnosis_server import collapsed, distance, expected_curve
 from speculators.evaluation.diagnosis_texts import Training, context_cause, fit_causes, temperature_cause
@@ -55,6 +55,19 @@ def test_a_context_behind_the_trained_length_is_a_cause_only_where_drafts_get_wo
     assert context_cause(accuracy(0.8, 0.6), accuracy(0.3, 0.1, num=5), 64, "limit") is None  # hardly anything is there
 
 
+def test_fewer_right_drafts_than_in_validation_are_a_change_and_a_grid_of_weights_says_rounded():
+    validation = {"full_acc_0": 0.8, "full_acc_1": 0.6}
+
+    def cause(not_its: str | None, rounded: bool = False) -> Cause:
+        return changed_cause(accuracy(0.5, 0.2), validation, [], not_its, rounded=rounded)
+
+    assert cause(None).name == cause(None, rounded=True).name == "changed-since-training"
+    assert cause("the training text").name == "verifier"
+    rounded = cause("the training text", rounded=True)
+    assert rounded.name == "quantised-target" and "another model" in rounded.sentence  # both are said
+    assert changed_cause(accuracy(0.8, 0.6), validation, [], "the training text", rounded=True) is None
+
+
 def test_a_temperature_is_a_cause_from_a_quarter_of_the_drafts_on():
     assert temperature_cause(1.0, 3.0, 2.4, 0.7, None).name == "temperature"
     assert temperature_cause(1.0, 3.0, 2.6, 0.7, None) is None
@@ -64,7 +77,8 @@ def test_a_temperature_is_a_cause_from_a_quarter_of_the_drafts_on():
 @pytest.mark.parametrize(
     ("values", "temperature"),
     [
-        ({}, 0.0),
+        ({}, None),
+        ({"do_sample": False}, None),  # vLLM samples at 1 all the same
         ({"temperature": 0.6}, 0.6),
         ({"do_sample": True, "temperature": 0.6}, 0.6),
         ({"do_sample": True, "temperature": 0.0}, 0.0),

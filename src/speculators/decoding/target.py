@@ -66,11 +66,11 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     return AutoTokenizer.from_pretrained(**tokenizer_source(name), trust_remote_code=trust_remote_code)
 
 
-def served_temperature(target: DecodingTarget) -> float:
+def served_temperature(target: DecodingTarget) -> float | None:
     """The verifier's generation_config.json says what vLLM samples with where a request does not: `temperature`, with
-    or without `do_sample`. 0 where it says neither (vLLM: 1)."""
+    or without `do_sample`. None where it says neither: vLLM then samples at 1, and a client may ask for anything."""
     config = getattr(target.model, "generation_config", None)
     temperature = None if config is None else config.to_diff_dict().get("temperature")
     if temperature is None:
-        return 1.0 if getattr(config, "do_sample", False) else 0.0
+        return 1.0 if getattr(config, "do_sample", False) else None
     return float(temperature)

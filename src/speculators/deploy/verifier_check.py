@@ -22,6 +22,7 @@ from speculators.config import SpeculatorModelConfig
 from speculators.deploy.tensor_check import MAP, likeness
 from speculators.utils.loading import Rows, spaced
 from speculators.utils.names import has_model, looks_like_a_path
+from speculators.utils.quantized import is_on_grid
 from speculators.verifier.config import open_config, text_config
 from speculators.verifier.loading import EMBEDDING, verifier_rows
 
@@ -33,6 +34,7 @@ SAME_SCALE = 0.02
 OTHER_PRECISION, OTHER_PRECISION_NORM = 1.0, 0.2
 """Sketches nearer than this, and norms nearer than this share, may be of the same weights: two bits move a sketch by
 some 0.3."""
+UNSAID = "rounded to 4 bits or fewer (neighbours in a row are equal), which its files do not say"
 SHIFTS = (-1, 1, -2, 2)
 """Rows beside, which are looked at where a head's rows are not the verifier's."""
 DAMAGED = "take the weights from where they were made; start a training run that diverged again, with a smaller --lr"
@@ -219,7 +221,7 @@ def changed_verifier_findings(record: Mapping[str, Any], verifier: str) -> Itera
     for key in ("num_hidden_layers", "model_type"):
         if None not in (trained.get(key), now.get(key)) and trained[key] != now[key]:
             yield error("verifier-differs", f"{verifier}: {key}", repr(now[key]), f"it was {trained[key]!r}", fix)
-    other_precision, found_other = precision_finding(trained, now, verifier), False
+    other_precision, unsaid, found_other = precision_finding(trained, now, verifier), None, False
     for name, old in (trained.get("tensors") or {}).items():
         found = verifier_rows(name, verifier) if old else None
         is_fitting = found is not None and list(found.shape) == old["shape"]
@@ -231,14 +233,16 @@ def changed_verifier_findings(record: Mapping[str, Any], verifier: str) -> Itera
             like = "same" if is_fitting and is_rerounded(old, found.rows) else "other"
         else:
             like = likeness(old, found.rows) if is_fitting else "other"
+            if like == "other" and is_fitting and is_on_grid(found.rows) and is_rerounded(old, found.rows):
+                like, unsaid = "rounded", precision_warning(verifier, "not quantised", UNSAID)
         found_other = found_other or like == "other"
         rule = "the drafter learned from another verifier"
         if like == "other":
             yield error("verifier-differs", f"{verifier}: {name}", "not as in training", rule, fix)
         elif like == "near":
             yield warning("verifier-edited", f"{verifier}: {name}", "nearly, not exactly, as in training", rule, fix)
-    if other_precision and not found_other:
-        yield other_precision
+    if not found_other and (finding := other_precision or unsaid):
+        yield finding
 
 
 def precision_finding(trained: Mapping[str, Any], now: Mapping[str, Any], verifier: str) -> Finding | None:
@@ -255,6 +259,10 @@ def precision_finding(trained: Mapping[str, Any], now: Mapping[str, Any], verifi
     if old == now["quantization"]:
         return None
     old, new = (kind or "not quantised" for kind in (old, now["quantization"]))
+    return precision_warning(verifier, old, new)
+
+
+def precision_warning(verifier: str, old: str, new: str) -> Finding:
     return warning(
         "verifier-precision",
         verifier,

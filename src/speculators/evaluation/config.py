@@ -245,7 +245,8 @@ class DiagnoseConfig:
     num_speculative_tokens: int | None = None
     """Draft tokens per round; None: as the checkpoint says. 0: nothing is drafted, which is then the cause."""
     temperature: float | None = None
-    """At which the drafter serves; None: as the verifier's generation_config.json says, which vLLM follows, else 0."""
+    """At which the drafter serves; None: as the verifier's generation_config.json says, which vLLM follows. Where that
+    names none, drafts are judged at 0 alone and the report says so: a request says it then, or vLLM samples at 1."""
     num_samples: int = 64
     """Answers that are sampled of a server for each prompt, to test their law."""
     device: str = DEFAULT_DEVICE

@@ -7,10 +7,9 @@ Shapes: N texts, K draft positions, T tokens, H hidden size, A aux layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,8 +24,9 @@ from speculators.evaluation.report import SavedReport
 from speculators.evaluation.statistics import Estimate, bootstrap
 from speculators.interfaces import CaptureSpec, VerifierStates
 from speculators.model import SpeculatorModel
-from speculators.utils.report import facts_table, visible
-from speculators.verifier import capture_states
+from speculators.utils.quantized import is_on_grid
+from speculators.utils.report import facts_table, shown, visible
+from speculators.verifier import capture_states, decoder_of, verifier_parts
 
 Evidence = Mapping[str, Any]
 
@@ -96,17 +96,6 @@ class Diagnosis(SavedReport):
         return {**values, "environment": environment()}
 
 
-def shown(value: Any) -> str:
-    """Returns a number of the evidence as a table shows it."""
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return " ".join(map(shown, value))
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
 def ranked(causes: Iterable[Cause]) -> tuple[Cause, ...]:
     """Sorts causes, the likeliest first, and joins those of one name: their evidence is of one thing."""
     by_name: dict[str, Cause] = {}
@@ -156,7 +145,7 @@ def read_texts(
 ) -> list[Text]:
     """Runs the verifier over (token ids, loss mask) pairs and keeps the given layers."""
     spec = CaptureSpec(tuple(sorted(set(layer_ids))), last_hidden=True)
-    decoder: Any = verifier.get_decoder() if hasattr(verifier, "get_decoder") else verifier  # nobody reads the logits
+    decoder = decoder_of(verifier)
     texts = []
     for token_ids, mask in rows:
         token_ids_T = torch.tensor(list(token_ids), device=verifier.device)
@@ -202,20 +191,6 @@ class Accuracy:
         return bootstrap(sums, lambda sums: 1 - sums["own"] / np.maximum(sums["other"], 1e-9))
 
 
-@contextmanager
-def replaced(model: SpeculatorModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the model has other tensors."""
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    before = {name: own[name].data for name in tensors}
-    try:
-        for name, tensor in tensors.items():
-            own[name].data = tensor.to(own[name])
-        yield
-    finally:
-        for name, data in before.items():
-            own[name].data = data
-
-
 @torch.no_grad()
 def measure(model: SpeculatorModel, texts: Sequence[Text], layer_ids: Sequence[int]) -> Accuracy | None:
     """Runs the training forward over each text. None: the algorithm reports no accuracy by position."""
@@ -249,7 +224,12 @@ SURELY_FEWER = 0.97
 
 
 def changed_cause(
-    on_known: Accuracy, validation: Mapping[str, float], repaired: Iterable[Accuracy | None], not_its: str | None
+    on_known: Accuracy,
+    validation: Mapping[str, float],
+    repaired: Iterable[Accuracy | None],
+    not_its: str | None,
+    *,
+    rounded: bool,
 ) -> Cause | None:
     """Whether the drafter is right less often on its own training text than validation once recorded of text that it
     had never seen. `repaired`: with each probe that helps. `not_its`: what is not this verifier's."""
@@ -266,9 +246,10 @@ def changed_cause(
         "drafts right per round, validation, as recorded": once,
     }
     if not_its is not None:
-        name, strength = "verifier", 2 * CERTAIN  # copies that differ are a sign of it
+        name, strength = "quantised-target" if rounded else "verifier", 2 * CERTAIN  # copies that differ are a sign
         fix = "use the verifier of training, or train a drafter for this one"
-        why = f"and {not_its} is not this verifier's: it was another one, or has other weights since"
+        which = "its layers are rounded to 4 bits, which training's were not, or it is" if rounded else "it was"
+        why = f"and {not_its} is not this verifier's: {which} another model, or has other weights or precision since"
     else:
         name, strength = "changed-since-training", CERTAIN / 2
         why = "weights or settings were changed since, which no probe brings back"
@@ -281,6 +262,25 @@ def fewer_right(found: Accuracy, once: float) -> Estimate | None:
     counts = {"right": found.right_NK.sum(1), "judged": found.judged_NK[:, 0]}
     now = bootstrap(counts, lambda sums: sums["right"] / np.maximum(sums["judged"], 1))
     return now if now.high < SURELY_FEWER * once else None
+
+
+ROUNDED = 0.01
+"""Relative distance of a copied embedding that saving in bfloat16 does not leave."""
+
+
+def is_other_embedding(model: SpeculatorModel, verifier: PreTrainedModel) -> bool:
+    """Whether the drafter's embedding, where it is a copy, is another one than this verifier's."""
+    own_VH = dict(model.named_parameters()).get("embed_tokens.weight")
+    theirs_VH = cast("Tensor", verifier.get_input_embeddings().weight)
+    if own_VH is None or own_VH.shape != theirs_VH.shape or getattr(model.config, "embed_requires_grad", False):
+        return False
+    return float((own_VH - theirs_VH).norm() / theirs_VH.norm()) > ROUNDED
+
+
+def is_rounded(verifier: PreTrainedModel) -> bool:
+    """Whether most matrices of its layers hold values of a coarse grid, whatever its files say."""
+    matrices = [weight for weight in verifier_parts(verifier).layers.parameters() if weight.ndim > 1]
+    return sum(map(is_on_grid, matrices)) > len(matrices) / 2
 
 
 # -- what the check of the checkpoint found, as causes

@@ -32,6 +32,8 @@ from speculators.evaluation.diagnosis import (
     Cause,
     Text,
     changed_cause,
+    is_other_embedding,
+    is_rounded,
     measure,
 )
 from speculators.evaluation.diagnosis_probes import Rebuild, Texts, probed, read_around
@@ -57,7 +59,6 @@ from speculators.evaluation.parity_checks import (
     compare_rounds,
     drafts_check,
     drafts_tokens,
-    is_other_embedding,
     vocabulary_check,
 )
 from speculators.interfaces import CaptureSpec
@@ -69,6 +70,7 @@ from speculators.verifier.config import end_token_ids
 
 ROOM = 0.9
 """Where this share of all drafts is accepted, only faults that are proved are causes: little is left to be won."""
+UNTOLD_TEMPERATURE = "the verifier names none; vLLM samples at 1 unless a request says another: see --temperature 1"
 BATCH = 4
 """Prompts decoded together."""
 
@@ -132,10 +134,6 @@ def answer(target: DecodingTarget, prompts: Sequence[Sequence[int]], max_tokens:
     return [output.token_ids for output in engine.generate([list(prompt) for prompt in prompts], sampling)]
 
 
-def as_row(prompt: Sequence[int], answered: Sequence[int]) -> Row:
-    return [*prompt, *answered], [0] * len(prompt) + [1] * len(answered)
-
-
 @dataclass
 class Examination:
     """One drafter, its verifier, its training text and the prompts that it drafts for; `causes` fills the rest."""
@@ -157,7 +155,8 @@ class Examination:
         show("reading the answers and the training text", 0, None)
         # the engine's text is the verifier's, whatever is drafted
         answers = answer(self.target, self.prompts, self.config.max_tokens) if decoded is None else decoded.answers
-        answered = [as_row(*pair) for pair in zip(self.prompts, answers, strict=True) if len(pair[1]) > 1]
+        pairs = [(prompt, said) for prompt, said in zip(self.prompts, answers, strict=True) if len(said) > 1]
+        answered = [([*prompt, *said], [0] * len(prompt) + [1] * len(said)) for prompt, said in pairs]
         new, known = self.read(answered), self.read(self.training_rows)
         own_ids = self.model.capture.aux_layer_ids
         base = measure(self.model, new, own_ids) if new else None
@@ -188,10 +187,11 @@ class Examination:
         """Compares with what validation recorded beside the weights."""
         if on_known is None or self.training.validation is None or self.training.num_validated < FEW_ROWS:
             return []
-        is_surprised = judge(self.target.model, known, None).excess().low > 0  # a text of its own does not surprise it
-        is_other = is_other_embedding(self.model, self.target.model)
+        verifier = self.target.model
+        is_surprised = judge(verifier, known, None).excess().low > 0  # a text of its own does not surprise it
+        is_other = is_other_embedding(self.model, verifier)
         not_its = "the copied embedding" if is_other else "the training text" if is_surprised else None
-        cause = changed_cause(on_known, self.training.validation, repaired, not_its)
+        cause = changed_cause(on_known, self.training.validation, repaired, not_its, rounded=is_rounded(verifier))
         return [] if cause is None else [cause]
 
     def read(self, rows: Sequence[Row]) -> list[Text]:
@@ -254,12 +254,11 @@ class Examination:
         found: list[Cause | None] = []
         if known:
             found += [self.mask_cause(), policy_cause(judged[TRAINING_TEXT])]
-        if base is None:
-            return [cause for cause in found if cause is not None]
         if on_known is not None:
             self.measured["right by position, training text"] = on_known.by_position
-        fit = fit_causes(on_known, base, self.training)
-        found += [vocabulary_cause(judged, base, fit), self.context_cause(new), *fit]
+        if base is not None:
+            fit = fit_causes(on_known, base, self.training)
+            found += [vocabulary_cause(judged, base, fit), self.context_cause(new), *fit]
         return [cause for cause in found if cause is not None]
 
     def mask_cause(self) -> Cause | None:
@@ -284,9 +283,10 @@ class Examination:
 
     def temperature_causes(self, known: Sequence[Text], new: Sequence[Text], decoded: Decoded | None) -> list[Cause]:
         """Decodes again at the temperature of serving."""
-        temperature = self.config.temperature
+        temperature = served_temperature(self.target) if self.config.temperature is None else self.config.temperature
         if temperature is None:
-            temperature = served_temperature(self.target)
+            self.not_examined["temperature"] = UNTOLD_TEMPERATURE
+            return []
         self.measured["temperature of serving"] = temperature
         if not temperature or decoded is None:
             return []

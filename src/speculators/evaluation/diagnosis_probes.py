@@ -18,20 +18,12 @@ from transformers import PreTrainedModel
 
 from speculators.checkpoint.formats import build_without_data
 from speculators.config import SpeculatorModelConfig
-from speculators.evaluation.diagnosis import (
-    FAULTY,
-    Accuracy,
-    Cause,
-    Text,
-    measure,
-    measure_together,
-    read_texts,
-    replaced,
-)
+from speculators.evaluation.diagnosis import FAULTY, Accuracy, Cause, Text, measure, measure_together, read_texts
 from speculators.evaluation.statistics import Estimate
 from speculators.model import SpeculatorModel
 from speculators.nn.draft_tokens import select_rows, stand_for_others
 from speculators.nn.rope import rope_parameters
+from speculators.utils.util import replaced
 from speculators.verifier import verifier_parts
 
 THETAS = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)

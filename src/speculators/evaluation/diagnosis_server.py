@@ -36,7 +36,6 @@ from speculators.evaluation.diagnosis import (
     Diagnosis,
     measure_together,
     ranked,
-    replaced,
 )
 from speculators.evaluation.diagnosis_drafter import Decoded, answer, decode
 from speculators.evaluation.diagnosis_probes import Probe, Rebuild, probes_of, read_around, tried
@@ -54,6 +53,7 @@ from speculators.evaluation.server_client import Served, ask
 from speculators.model import SpeculatorModel
 from speculators.nn.draft_tokens import verifier_ids
 from speculators.utils.progress import Progress
+from speculators.utils.util import replaced
 from speculators.verifier import verifier_parts
 
 FEWER = 0.1

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from speculators.decoding.request import RequestOutput
 from speculators.draft_vocab import DraftVocabMixin
@@ -33,9 +31,6 @@ MAX_TIE_SHARE = 0.1
 """More ties than this among the drafts, and nothing can be told from them."""
 ACCEPTED_TOLERANCE = 0.03
 """Accepted drafts in vLLM and in our engine differ by ties alone: over a few hundred rounds by less than this share."""
-
-ROUNDED = 0.01
-"""Relative distance of a copied embedding that saving in bfloat16 does not leave."""
 
 IsTie = Callable[[int, int, int], bool]
 """(prompt, position, other token) -> whether the verifier cannot tell that token from plain decoding's."""
@@ -176,15 +171,6 @@ def vocabulary_check(model: SpeculatorModel) -> Check:
         "(draft id + d2t); d2t must hold offsets"
     )
     return Check(name, False, detail)
-
-
-def is_other_embedding(model: SpeculatorModel, verifier: PreTrainedModel) -> bool:
-    """Whether the drafter's embedding, where it is a copy, is another one than this verifier's."""
-    own_VH = dict(model.named_parameters()).get("embed_tokens.weight")
-    theirs_VH = cast("Tensor", verifier.get_input_embeddings().weight)
-    if own_VH is None or own_VH.shape != theirs_VH.shape or getattr(model.config, "embed_requires_grad", False):
-        return False
-    return float((own_VH - theirs_VH).norm() / theirs_VH.norm()) > ROUNDED
 
 
 def drafts_tokens(model: SpeculatorModel) -> bool:

@@ -187,6 +187,21 @@ def block_side(size: int, num_blocks: int) -> int:
     return BLOCK if usual else -(-size // num_blocks)
 
 
+# -- weights that were rounded and stored as plain floating point -----------------------------------------------------
+
+NEIGHBOURS, MOST_DISTINCT, ROWS_READ = 16, 12.0, 64
+"""Of 16 neighbours in a row, about 9 values differ on a grid of 4 bits, 15 to 16 on one of 8 bits and in bfloat16."""
+
+
+def is_on_grid(weight: Tensor) -> bool:
+    """Whether the values of a matrix were rounded to 4 bits or fewer, in groups of neighbours in a row: so many of them
+    are equal then. Groups of columns in another order (GPTQ's `desc_act`) are not seen."""
+    rows_RC = weight.detach().flatten(0, -2)[:ROWS_READ].float()
+    groups = rows_RC[:, : rows_RC.shape[1] // NEIGHBOURS * NEIGHBOURS].reshape(-1, NEIGHBOURS).sort(-1).values
+    num_distinct = 1 + (groups.diff(dim=-1) != 0).sum(-1).float()
+    return bool(len(groups)) and 1 < float(num_distinct.mean()) < MOST_DISTINCT
+
+
 # -- how a model is quantised ------------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,17 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def shown(value: Any) -> str:
+    """Returns a figure of a report as its table shows it: three digits, parts of several beside each other."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(shown, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
 class ReportConsole(Console):
     """A console that shows control characters of what it prints escaped, and takes `:smile:` for what it is."""
 

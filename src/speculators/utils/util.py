@@ -158,6 +158,20 @@ def load_transformer_config(value: Any, default_model_type: str) -> PretrainedCo
 # -- contexts
 
 
+@contextmanager
+def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the module has other parameters and buffers."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    before = {name: own[name].data for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            own[name].data = tensor.to(own[name])
+        yield
+    finally:
+        for name, data in before.items():
+            own[name].data = data
+
+
 class NestedContext:
     """A context manager that may be entered again inside itself: calls `set_up` on the first entry and undoes it after
     the last exit; entries in between are only counted."""

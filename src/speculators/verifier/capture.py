@@ -43,11 +43,16 @@ class VerifierParts:
     """The config (of a multimodal wrapper: its language model's part)."""
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Returns what a forward runs where nobody reads the logits: they are its largest tensor."""
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    return model if get_decoder is None else get_decoder()
+
+
 def verifier_parts(model: nn.Module) -> VerifierParts:
     """Find decoder layers, final norm and head by what they are, not by the architecture's name."""
     config = text_config(model.config)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    for parent in decoder.modules():
+    for parent in decoder_of(model).modules():
         for child in parent.children():
             if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
                 return VerifierParts(child, _final_norm(parent, model), _head(model), config)

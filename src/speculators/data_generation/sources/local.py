@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from speculators.interfaces import CaptureSpec, VerifierStates
-from speculators.verifier import capture_states, turn_of
+from speculators.verifier import capture_states, decoder_of, turn_of
 from speculators.verifier.placement import device_of
 
 
@@ -33,9 +32,7 @@ class LocalSource:
         self.capture = capture
         self.model = verifier_model
         self.max_batch_tokens = max_batch_tokens
-        # runs the decoder alone: training makes its own logits, and [B, T, V] is the largest tensor of a forward
-        get_decoder: Any = getattr(verifier_model, "get_decoder", None)
-        self.decoder: nn.Module = verifier_model if get_decoder is None else get_decoder()
+        self.decoder = decoder_of(verifier_model)  # training makes its own logits
 
     def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
         """Computes the states of each sequence, in order. Raises `ValueError` for an empty sequence or NaN states."""
