@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ from speculators.data_generation.configs import (
     DEFAULT_ANSWER_RETRIES,
     DEFAULT_ANSWER_TIMEOUT_S,
     DEFAULT_ANSWER_TOKENS,
-    DEFAULT_ANSWERED_TOGETHER,
-    DEFAULT_NUM_ANSWERS,
     DEFAULT_SEED,
+    RegenerateConfig,
 )
 from speculators.data_generation.endpoints import AnswerServers
 from speculators.data_generation.preprocessing import load_tokenizer
@@ -71,69 +71,45 @@ def regenerate(
     drafter: Drafter | None = None,
     num_speculative_tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    limit: int | None = None,
-    num_samples: int = DEFAULT_NUM_ANSWERS,
-    prompt_field: str | None = None,
-    batch_size: int = DEFAULT_ANSWERED_TOGETHER,
-    temperatures: Sequence[float] = (),
-    system_prompts: Sequence[str] = (),
-    drop_reasoning: bool = False,
     endpoints: str | Sequence[str] | None = None,
     request_timeout_s: float = DEFAULT_ANSWER_TIMEOUT_S,
     max_retries: int = DEFAULT_ANSWER_RETRIES,
     api_key: str | None = None,
-    resume: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     progress: bool | Progress = False,
-    **sampling: Any,
+    **settings: Any,
 ) -> RegenerationReport:
     """Replaces the answers of a data set by the verifier's own: the text that a drafter will see when it serves.
 
-    `output`: .jsonl file to write, for `prepare_data`. `drafter`: see `Engine.from_pretrained`. `limit`:
-    conversations to answer. `num_samples`: answers per prompt. `prompt_field`: column of the prompts, if not known.
-    `temperatures`, `system_prompts`: each conversation draws one. `drop_reasoning`: thoughts are not trained on.
-    `endpoints`: servers with OpenAI's interface that answer, `batch_size` conversations at a time; `max_retries`: waits
-    while none does. `sampling`: fields of `SamplingParams`; seeds of answers come from `seed`, conversation and turn.
+    `output`: .jsonl file to write, for `prepare_data`. `drafter`: see `Engine.from_pretrained`. `endpoints`: servers
+    with OpenAI's interface that answer, `batch_size` conversations at a time; `max_retries`: waits while none does.
+    `settings`: the fields of `RegenerateConfig` (`limit`, `num_samples`, `batch_size`, `resume`, ...) and of
+    `SamplingParams`; seeds of answers come from `seed`, conversation and turn.
     Raises `ValueError` for no prompt, and an `output` that exists (unless `resume`) or is another recipe's.
     """
-    if sampling.get("n", 1) != 1:
-        raise ValueError(f"n={sampling['n']}: say num_samples={sampling['n']}, which gives as many answers per prompt")
-    progress = WorkProgress() if progress is True else progress
+    of_rows, of_sampling = names_of(RegenerateConfig), names_of(SamplingParams)
+    refuse_unknown("setting of regenerate", settings, [*of_rows, *of_sampling])
+    if settings.get("n", 1) != 1:
+        raise ValueError(f"n={settings['n']}: say num_samples={settings['n']}, which gives as many answers per prompt")
+    rows = {name: value for name, value in settings.items() if name in of_rows}
+    sampling = {name: value for name, value in settings.items() if name in of_sampling}
+    config = RegenerateConfig(**rows)
     params = sampling_params(**{"max_tokens": DEFAULT_ANSWER_TOKENS, "seed": DEFAULT_SEED, **sampling})
-    settings: dict[str, Any] = {
-        "output": output,
-        "verifier": model_name(verifier),
-        "limit": limit,
-        "num_samples": num_samples,
-        "prompt_field": prompt_field,
-        "batch_size": batch_size,
-        "temperatures": temperatures,
-        "system_prompts": system_prompts,
-        "drop_reasoning": drop_reasoning,
-        "resume": resume,
-        "sampling_params": {
-            name: value
-            for name, value in asdict(params).items()
-            if name in NOTED or value != getattr(SamplingParams, name)
-        },
-        "chat_template_kwargs": chat_template_kwargs,
-        "progress": progress,
-    }
+    name, progress = model_name(verifier), WorkProgress() if progress is True else progress
+    written = {**rows, "output": output, "verifier": name, "sampling_params": noted(params), "progress": progress}
     if endpoints:
-        for name, value in {"drafter": drafter, "method": params.method}.items():
+        for setting, value in {"drafter": drafter, "method": params.method}.items():
             if value not in (None, PLAIN):
-                raise ValueError(f"{name}={value!r} with endpoints: a server drafts by itself; leave it out")
+                raise ValueError(f"{setting}={value!r} with endpoints: a server drafts by itself; leave it out")
         refuse_biases_of_servers(params)
-        name = model_name(verifier)
         tokenizer = tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code)
         stop_token_ids = {*end_token_ids(name, tokenizer, trust_remote_code), *params.stop_token_ids}
         urls = [endpoints] if isinstance(endpoints, str) else list(endpoints)
-        limits = (batch_size, request_timeout_s, max_retries)
+        limits = (config.batch_size, request_timeout_s, max_retries)
         with AnswerServers(
-            urls, tokenizer, asdict(params), stop_token_ids, *limits, api_key, chat_template_kwargs
+            urls, tokenizer, asdict(params), stop_token_ids, *limits, api_key, config.chat_template_kwargs
         ) as servers:
             servers.warn_about_other_model(name)
             return regenerate_responses(
@@ -144,33 +120,41 @@ def regenerate(
                 max_prompt_tokens=None if servers.max_model_len is None else servers.max_model_len - 1,
                 stop_token_ids=stop_token_ids,
                 endpoint=", ".join(urls),
-                **settings,
+                **written,
             )
     target = open_target(verifier, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if target.tokenizer is None:
-        raise ValueError(f"no tokenizer was found for the verifier {model_name(verifier)}; give one as tokenizer=")
+        raise ValueError(f"no tokenizer was found for the verifier {name}; give one as tokenizer=")
     engine = Engine.from_pretrained(
         target.model,
         drafter,
         num_speculative_tokens=num_speculative_tokens,
         tokenizer=target.tokenizer,
-        max_batch_size=batch_size,
+        max_batch_size=config.batch_size,
     )
-
-    def answer(questions: Sequence[Question]) -> list[Answer | Exception]:
-        requests = [replace(params, seed=question.seed, temperature=question.temperature) for question in questions]
-        prompts = [question.prompt for question in questions]
-        return list(map(answer_of, engine.generate(prompts, requests, on_token=token_counter(progress))))
-
     report = regenerate_responses(
         data,
         target.tokenizer,
-        answer,
+        partial(answer_questions, engine, params, progress),
         max_prompt_tokens=engine.max_length - 1,
         stop_token_ids={*end_of_sequence_ids(target.model, target.tokenizer), *params.stop_token_ids},
-        **settings,
+        **written,
     )
     return replace(report, num_non_finite=engine.stats.num_non_finite)
+
+
+def noted(params: SamplingParams) -> dict[str, Any]:
+    """Returns the settings that are written beside each answer."""
+    settings = asdict(params).items()
+    return {name: value for name, value in settings if name in NOTED or value != getattr(SamplingParams, name)}
+
+
+def answer_questions(
+    engine: Engine, params: SamplingParams, progress: bool | Progress, questions: Sequence[Question]
+) -> list[Answer | Exception]:
+    requests = [replace(params, seed=question.seed, temperature=question.temperature) for question in questions]
+    prompts = [question.prompt for question in questions]
+    return list(map(answer_of, engine.generate(prompts, requests, on_token=token_counter(progress))))
 
 
 def answer_of(output: RequestOutput) -> Answer | Exception:

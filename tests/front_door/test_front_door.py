@@ -119,6 +119,8 @@ def test_settings_that_do_not_exist_name_the_nearest(run, data, tmp_path):
         sp.Engine.from_pretrained(VERIFIER, max_batch=2)
     with pytest.raises(ValueError, match="Did you mean 'temperature'"):
         sp.regenerate(VERIFIER, "chat.jsonl", output=tmp_path / "a.jsonl", temprature=2)
+    with pytest.raises(ValueError, match="Did you mean 'num_samples'"):
+        sp.regenerate(VERIFIER, "chat.jsonl", output=tmp_path / "a.jsonl", num_sample=2)
 
 
 def test_a_model_without_a_name_is_refused_where_its_name_is_recorded(verifier, data, tmp_path):

@@ -25,9 +25,8 @@ from speculators.data_generation.configs import (
     DEFAULT_ANSWER_RETRIES,
     DEFAULT_ANSWER_TIMEOUT_S,
     DEFAULT_ANSWER_TOKENS,
-    DEFAULT_ANSWERED_TOGETHER,
-    DEFAULT_NUM_ANSWERS,
     DEFAULT_SEED,
+    RegenerateConfig,
 )
 from speculators.decoding.method import PLAIN
 from speculators.decoding.settings import DEFAULT_DEVICE, DEFAULT_DTYPE, SamplingParams
@@ -59,12 +58,12 @@ def regenerate_responses(
     data: Annotated[str, typer.Option(help="File, directory, hf:<id> or preset.")],
     output: Annotated[Path, typer.Option(help="JSONL file to write, for prepare-data.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Conversations to answer. Default: all.")] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = DEFAULT_NUM_ANSWERS,
+    num_samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = RegenerateConfig.num_samples,
     prompt_field: Annotated[
         str | None, typer.Option(help="Column of the prompts. Default: recognised (messages, prompt, question, ...).")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = DEFAULT_ANSWER_TOKENS,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answered together.")] = DEFAULT_ANSWERED_TOGETHER,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answered together.")] = RegenerateConfig.batch_size,
     endpoint: Annotated[
         list[str] | None,
         typer.Option(

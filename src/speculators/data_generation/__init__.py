@@ -24,6 +24,7 @@ EXPORTS = {
     "Manifest": "prepared",
     "PreparedData": "prepared",
     "prepare_data": "prepare",
+    "RegenerateConfig": "configs",
     "RegenerationReport": "regenerate",
     "regenerate_responses": "regenerate",
     "BalancedSource": "sources",

@@ -10,13 +10,13 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from speculators.data_generation.vllm_client import DEFAULT_ENDPOINT, DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S
-from speculators.utils.names import did_you_mean, did_you_mean_path, refuse_missing_path
+from speculators.utils.names import did_you_mean, did_you_mean_path, refuse_missing_path, refusing_unknown
 
 Row = dict[str, Any]
 ROWS_WORTH_A_WORKER = 2000
@@ -28,8 +28,6 @@ DEFAULT_SHOWN_ROWS = 3
 """Rows that `inspect-mask` shows."""
 DEFAULT_ANSWER_TOKENS = 1024
 """Longest regenerated answer."""
-DEFAULT_ANSWERED_TOGETHER = 32
-"""Conversations that one batch answers."""
 DEFAULT_ANSWER_TIMEOUT_S = 600.0
 """A server answers when the last token is there."""
 DEFAULT_ANSWER_RETRIES = 8
@@ -40,8 +38,6 @@ DEFAULT_CONCURRENCY = 32
 """Requests at a time to a server that extracts hidden states."""
 DEFAULT_RECOMPUTED = 8
 """Stored samples that `store verify` computes anew."""
-DEFAULT_NUM_ANSWERS = 1
-"""Regenerated answers per prompt."""
 DEFAULT_SEED = 0
 """Order of prepared rows; draws of regenerated answers."""
 
@@ -79,6 +75,31 @@ class TokenizeOptions:
             raise ValueError(f"seq_length={self.seq_length}; a row needs a context token and a supervised one: >= 2")
         if self.minimum_valid_tokens < 0:
             raise ValueError(f"minimum_valid_tokens={self.minimum_valid_tokens} is negative; 1 or more is useful")
+
+
+@refusing_unknown
+@dataclass(frozen=True, kw_only=True)
+class RegenerateConfig:
+    """Settings of `regenerate_responses`: which prompts are answered, how often, and what the rows of answers hold."""
+
+    limit: int | None = None
+    """Most conversations; None: all of the source."""
+    num_samples: int = 1
+    """Answers per prompt, each from a seed of its own."""
+    prompt_field: str | None = None
+    """Column of the prompts; None: it is recognised (messages, prompt, question, ...)."""
+    batch_size: int = 32
+    """Conversations answered together."""
+    temperatures: Sequence[float] = ()
+    """Each conversation (and sample) draws one; none: all have that of the sampling settings."""
+    system_prompts: Sequence[str] = ()
+    """Each conversation (and sample) without a system turn draws one."""
+    drop_reasoning: bool = False
+    """Thoughts stay in the rows as context and are not trained on."""
+    resume: bool = False
+    """Completes an output that exists and was made by the same recipe."""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """Variables of the chat template."""
 
 
 def question_and_answer(row: Row) -> Row:

@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from speculators.data_generation.answering import Ended, Mix, RolloutBatches, refuse_equal_samples
-from speculators.data_generation.configs import DEFAULT_ANSWERED_TOGETHER, DEFAULT_NUM_ANSWERS
+from speculators.data_generation.configs import RegenerateConfig
 from speculators.data_generation.conversations import FilteredRow, UnusableRow
 from speculators.data_generation.datasets import RawRows, load_raw_dataset
 from speculators.data_generation.records import (
@@ -115,73 +115,58 @@ def regenerate_responses(
     *,
     output: str | os.PathLike[str],
     verifier: str | None = None,
-    limit: int | None = None,
-    num_samples: int = DEFAULT_NUM_ANSWERS,
-    prompt_field: str | None = None,
-    batch_size: int = DEFAULT_ANSWERED_TOGETHER,
     threaded: bool = False,
-    temperatures: Sequence[float] = (),
-    system_prompts: Sequence[str] = (),
-    drop_reasoning: bool = False,
     max_prompt_tokens: int | None = None,
-    resume: bool = False,
     stop_token_ids: Collection[int] | None = None,
     endpoint: str = "in-process",
     sampling_params: Mapping[str, Any] | None = None,
     max_consecutive_errors: int = 8,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool | Progress | None = None,
+    **settings: Any,
 ) -> RegenerationReport:
     """Answers every user turn of `conversations` (rows, or a source for `load_raw_dataset`) with `generate`.
 
     Answers `batch_size` conversations together, turn by turn, or, `threaded`, calls `generate` from that many threads,
-    a conversation in each. `limit`: most conversations. `max_prompt_tokens`: conversations end before a longer prompt.
-    `num_samples`: answers per prompt, each from a seed of its own. `temperatures`, `system_prompts`: each conversation
-    (and sample) draws one; a system turn of its own stays. `drop_reasoning`: thoughts are context, not trained on.
-    `prompt_field`: column of the prompts, where it is not recognised. `resume` completes an existing `output` (.jsonl).
-    `verifier` (its name), `endpoint` and `sampling_params` are only recorded. Raises `ValueError` for a wrong or used
-    `output`, one of another recipe, or no answer; the error of `generate` after `max_consecutive_errors` in sequence.
+    a conversation in each. `max_prompt_tokens`: conversations end before a longer prompt. `verifier` (its name),
+    `endpoint` and `sampling_params` are only recorded. `settings`: the fields of `RegenerateConfig`.
+    Raises `ValueError` for a setting that does not exist, a wrong or used `output` (.jsonl), one of another recipe, or
+    no answer; the error of `generate` after `max_consecutive_errors` in sequence.
     """
-    mix = Mix(tuple(temperatures), tuple(system_prompts), (sampling_params or {}).get("seed"))
-    refuse_equal_samples(num_samples, mix, sampling_params or {})
-    path = Path(output)
-    if path.suffix != ".jsonl":
-        raise ValueError(f"output {str(path)!r} must end in .jsonl: it holds one row per line")
-    if path.exists() and not resume:
-        raise ValueError(f"{str(path)!r} exists; pass resume (--resume) to complete it, or choose another output")
+    config, path, sampling_params = RegenerateConfig(**settings), Path(output), dict(sampling_params or {})
+    mix = Mix(tuple(config.temperatures), tuple(config.system_prompts), sampling_params.get("seed"))
+    refuse_equal_samples(config.num_samples, mix, sampling_params)
+    refuse_output(path, config.resume)
     rows = load_raw_dataset(conversations)
     report = RegenerationReport(path, path.with_suffix(".errors.jsonl"))
     stop_ids = {tokenizer.eos_token_id} if stop_token_ids is None else set(stop_token_ids)
+    template_kwargs = config.chat_template_kwargs
     answering = RolloutBatches(
         tokenizer=tokenizer,
         generate=generate,
-        provenance=Provenance(endpoint, sampling_params or {}, stop_ids, drop_reasoning),
+        provenance=Provenance(endpoint, sampling_params, stop_ids, config.drop_reasoning),
         max_prompt_tokens=max_prompt_tokens,
         max_consecutive_errors=max_consecutive_errors,
-        renderer=ChatRenderer(tokenizer, chat_template_kwargs) if getattr(tokenizer, "chat_template", None) else None,
+        renderer=ChatRenderer(tokenizer, template_kwargs) if getattr(tokenizer, "chat_template", None) else None,
     )
-    open_recipe(
-        path,
-        {
-            "verifier": None if verifier is None else absolute_if_directory(verifier),
-            "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            "chat_template_sha256": template_sha256(tokenizer),
-            "chat_template_kwargs": dict(chat_template_kwargs or {}),
-            "template_date": template_date(tokenizer, chat_template_kwargs),
-            "sampling_params": dict(sampling_params or {}),
-            "temperatures": list(temperatures),
-            "system_prompts": list(system_prompts),
-            "drop_reasoning": drop_reasoning,
-            "stop_token_ids": sorted(stop_ids),
-            "max_prompt_tokens": max_prompt_tokens,
-        },
-    )
-    finished = finished_conversations(path)
+    recipe = {
+        "verifier": None if verifier is None else absolute_if_directory(verifier),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "chat_template_sha256": template_sha256(tokenizer),
+        "chat_template_kwargs": dict(template_kwargs or {}),
+        "template_date": template_date(tokenizer, template_kwargs),
+        "sampling_params": sampling_params,
+        "temperatures": list(config.temperatures),
+        "system_prompts": list(config.system_prompts),
+        "drop_reasoning": config.drop_reasoning,
+        "stop_token_ids": sorted(stop_ids),
+        "max_prompt_tokens": max_prompt_tokens,
+    }
+    open_recipe(path, recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
-    num_rows = len(rows) if limit is None else min(limit, len(rows))
-    unanswered = rollouts(rows, num_rows, num_samples, prompt_field, mix, finished, report)
+    num_rows = len(rows) if config.limit is None else min(config.limit, len(rows))
+    unanswered = rollouts(rows, num_rows, config, mix, finished_conversations(path), report)
     answered = answering.at_once if threaded else answering.in_batches
-    write_answers(report, answered(unanswered, batch_size), num_rows, progress)
+    write_answers(report, answered(unanswered, config.batch_size), num_rows, progress)
     if report.quarantine and path.exists():
         with atomic_write(path.with_suffix(".quarantine.jsonl")) as quarantine:
             quarantine.writelines(map(json_line, report.quarantine))
@@ -190,6 +175,14 @@ def regenerate_responses(
     if report.num_rows == 0 and report.num_already_done == 0:
         raise WorkFailedError(f"nothing was answered: {num_rows} rows in {rows.name}, {report.reasons()}")
     return report
+
+
+def refuse_output(path: Path, resume: bool) -> None:
+    """Raises `ValueError` for a file that cannot hold the rows, and for one that is to be kept."""
+    if path.suffix != ".jsonl":
+        raise ValueError(f"output {str(path)!r} must end in .jsonl: it holds one row per line")
+    if path.exists() and not resume:
+        raise ValueError(f"{str(path)!r} exists; pass resume (--resume) to complete it, or choose another output")
 
 
 def write_answers(
@@ -224,13 +217,7 @@ def write_answers(
 
 
 def rollouts(
-    rows: RawRows,
-    num_rows: int,
-    num_samples: int,
-    prompt_field: str | None,
-    mix: Mix,
-    finished: Finished,
-    report: RegenerationReport,
+    rows: RawRows, num_rows: int, config: RegenerateConfig, mix: Mix, finished: Finished, report: RegenerationReport
 ) -> Iterator[Rollout]:
     """Yields the conversations that still need answers; counts the others in the report.
 
@@ -241,7 +228,7 @@ def rollouts(
     for index in range(num_rows):
         row = rows[index]
         try:
-            first = make_rollout(index, row, "", prompt_field, preset_field)
+            first = make_rollout(index, row, "", config.prompt_field, preset_field)
         except UnusableRow as reason:
             report.num_read += 1
             report.num_filtered += isinstance(reason, FilteredRow)
@@ -253,13 +240,13 @@ def rollouts(
         if not report.prompts:
             report.prompts = first.example()
             logger.warning("%s: %s", rows.name, report.prompts)
-        report.num_read += num_samples
+        report.num_read += config.num_samples
         own_id = row.get("id") if isinstance(row, Mapping) else None
         primary_id = first.content_sha256[:16] if own_id is None else str(own_id)
         seen[primary_id] += 1
         if seen[primary_id] > 1:
             primary_id = f"{primary_id}-{seen[primary_id] - 1}"
-        for sample in range(num_samples):
+        for sample in range(config.num_samples):
             content = finished.get((primary_id, sample))
             if content is None:
                 yield mix.start(first, primary_id, sample)
