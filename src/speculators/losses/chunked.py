@@ -226,6 +226,7 @@ class ChunkedRows(torch.autograd.Function):
                     chunk.write(outside_N, chunk.outside.is_best_C)
                 if gradients is not None:
                     gradients.add(chunk)
+                del chunk  # its logits, before the next ones are made
         known = (None, None) if gradients is None else (gradients.grad_rows_NX, gradients.grad_trained_VR)
         again = (None, None, None) if weight_N is not None or trained_VR is None else (rows, head, trained_VR)
         ctx.save_for_backward(*known, *again)
@@ -252,5 +253,6 @@ class ChunkedRows(torch.autograd.Function):
             with torch.autocast(rows.device.type, enabled=False):
                 for chunk in iterate_chunks(rows, head, targets, pairing, terms, wants_grad=True, wants_outside=False):
                     gradients.add(chunk)
+                    del chunk
             grad_rows_NX, grad_trained_VR = gradients.grad_rows_NX, gradients.grad_trained_VR
         return grad_rows_NX.to(rows_dtype), None, grad_trained_VR, None, None, None, None

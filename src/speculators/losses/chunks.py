@@ -240,22 +240,23 @@ def iterate_chunks(
     wants_grad: bool,
     wants_outside: bool,
 ) -> Iterator[Chunk]:
-    """Computes target logits once per chunk, then scores the draft rows that share them, group by group."""
+    """Computes target logits once per chunk, then scores the draft rows that share them, group by group. Nothing of one
+    group is held while the next is computed: a caller that deletes its chunk too has the logits of one at a time."""
     for target_rows_C, groups in pairing.chunks():
         target = targets.at(target_rows_C, head_VX.dtype)
         outside_C = targets.outside(target_rows_C, target, head_VX.dtype) if wants_outside else None
         for group in groups:
-            draft = LogitRows(F.linear(rows_NX[group.draft_rows], head_VX))
-            chosen = target if group.target_index is None else target.take(group.target_index)
-            outside = (
-                outside_C if outside_C is None or group.target_index is None else outside_C.take(group.target_index)
-            )
-            yield score_group(group, draft, chosen, outside, terms, wants_grad)
+            yield score_group(group, F.linear(rows_NX[group.draft_rows], head_VX), target, outside_C, terms, wants_grad)
+        del target  # its logits, before those of the next chunk are made
 
 
 def score_group(
-    group: Group, draft: LogitRows, target: TargetRows, outside: OutsideRows | None, terms: Terms, wants_grad: bool
+    group: Group, logits_CV: Tensor, target: TargetRows, outside: OutsideRows | None, terms: Terms, wants_grad: bool
 ) -> Chunk:
+    draft = LogitRows(logits_CV)
+    if group.target_index is not None:
+        target = target.take(group.target_index)
+        outside = None if outside is None else outside.take(group.target_index)
     losses, grad_logits = [], None
     for kernel, weight in terms:
         if isinstance(kernel, WholeVocabulary):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from speculators.nn.norms import RMSNorm
+from speculators.nn.norms import RMSNorm, cast_once
 from speculators.nn.packed_row import additive_mask
 from speculators.nn.rope import RopeTables, head_dim
 
@@ -97,15 +97,20 @@ class Attention(nn.Module):
         return self.o_proj(attention(query_BTNd, key_BTGd, value_BTGd).flatten(-2))
 
     def project(self, hidden_BTW: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
-        query = self.q_proj(hidden_BTW).unflatten(-1, (self.num_heads, self.head_dim))
-        key, value = self.project_kv(hidden_BTW, rope)
+        for_query, for_key, for_value = cast_once(hidden_BTW, 3)
+        query = self.q_proj(for_query).unflatten(-1, (self.num_heads, self.head_dim))
+        key, value = self.keys_and_values(for_key, for_value, rope)
         if self.q_norm is not None:
             query = self.q_norm(query)
         return rope.rotate(query), key, value
 
     def project_kv(self, hidden_BTW: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor]:
-        key = self.k_proj(hidden_BTW).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        value = self.v_proj(hidden_BTW).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        for_key, for_value = cast_once(hidden_BTW, 2)
+        return self.keys_and_values(for_key, for_value, rope)
+
+    def keys_and_values(self, for_key_BTW: Tensor, for_value_BTW: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor]:
+        key = self.k_proj(for_key_BTW).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        value = self.v_proj(for_value_BTW).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.k_norm is not None:
             key = self.k_norm(key)
         return rope.rotate(key), value

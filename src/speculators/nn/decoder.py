@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from speculators.nn.attention import Attention, AttentionFunction, FusedAttention, concatenated
-from speculators.nn.norms import RMSNorm
+from speculators.nn.norms import RMSNorm, cast_once, recomputed
 from speculators.nn.rope import RopeTables
 
 ACTIVATIONS = {
@@ -52,10 +52,14 @@ class MLP(nn.Module):
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(self.product, hidden_BTH, use_reentrant=False, preserve_rng_state=False)
-        return self.product(hidden_BTH)
+        for_gate, for_up = cast_once(hidden_BTH, 2)
+        return recomputed(self.down, self.gate_proj(for_gate), self.up_proj(for_up))
 
     def product(self, hidden_BTH: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(hidden_BTH)) * self.up_proj(hidden_BTH))
+        return self.down(self.gate_proj(hidden_BTH), self.up_proj(hidden_BTH))
+
+    def down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(self.act(gate) * up)
 
     def fused(self) -> FusedMLP:
         return FusedMLP(self)

@@ -1,4 +1,6 @@
-"""RMSNorm with statistics in fp32, in the two gains found in the wild (`w` and `1 + w`), and LayerNorm beside it."""
+"""RMSNorm with statistics in fp32, in the two gains found in the wild (`w` and `1 + w`), and LayerNorm beside it; and
+what lets training keep less of such cheap parts: `recomputed` and `cast_once`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,41 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Returns `function(*inputs)`, of which training keeps the inputs alone: the backward pass computes the rest again,
+    except the last operation. The gradients are the same to the last bit. For cheap functions without random numbers.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides by itself what is kept
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def cast_once(x: Tensor, num_uses: int) -> tuple[Tensor, ...]:
+    """Returns what that many products under autocast make of the same fp32 input: one copy, which each of them keeps,
+    instead of one for each. Their gradients are added in fp32, the last use first, as autograd adds those of casts."""
+    kind = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(kind) or torch.compiler.is_compiling():
+        return (x,) * num_uses
+    return CastOnce.apply(x, torch.get_autocast_dtype(kind), num_uses)
+
+
+class CastOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype, num_uses: int) -> tuple[Tensor, ...]:
+        low = x.to(dtype)
+        return (low, *(low.detach() for _ in range(num_uses - 1)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        total = grads[-1].float()
+        for grad in reversed(grads[:-1]):
+            total += grad
+        return total, None, None
 
 
 class RMSNorm(nn.Module):
@@ -20,6 +57,9 @@ class RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        return recomputed(self.normed, hidden_states)
+
+    def normed(self, hidden_states: Tensor) -> Tensor:
         weight = self.weight
         if weight.dtype == hidden_states.dtype:
             return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
@@ -70,7 +110,7 @@ class RMSNormPlusOne(RMSNorm):
         super().__init__(hidden_size, eps)
         nn.init.zeros_(self.weight)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def normed(self, hidden_states: Tensor) -> Tensor:
         gain = 1.0 + self.weight.float()
         return F.rms_norm(hidden_states.float(), gain.shape, gain, self.variance_epsilon).to(hidden_states.dtype)
 
@@ -82,7 +122,7 @@ class LayerNorm(RMSNorm):
         super().__init__(hidden_size, eps)
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if has_bias else None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def normed(self, hidden_states: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
         wide = F.layer_norm(hidden_states.float(), self.weight.shape, self.weight.float(), bias, self.variance_epsilon)
         return wide.to(hidden_states.dtype)
