@@ -152,8 +152,13 @@ def test_a_dry_run_builds_estimates_and_saves_but_does_not_train(settings, tmp_p
 
 
 def rows(lengths, mask=1, token=3):
+    """`token`: of all rows, or of each."""
+    tokens = token if isinstance(token, list) else [token] * len(lengths)
     return Dataset.from_list(
-        [{"input_ids": [token] * length, "loss_mask": [mask] * length, "seq_len": length} for length in lengths]
+        [
+            {"input_ids": [id_] * length, "loss_mask": [mask] * length, "seq_len": length}
+            for length, id_ in zip(lengths, tokens, strict=True)
+        ]
     )
 
 
@@ -169,6 +174,10 @@ def supervised_late():
         ({"data_path": rows([9] * 5, mask=0)}, "every loss_mask is 0"),
         ({"data_path": supervised_late(), "total_seq_len": 32}, "within total_seq_len=32"),
         ({"data_path": rows([9] * 5, token=99)}, r"token 99 but the verifier knows 0\.\.63"),
+        (
+            {"data_path": rows([9] * 5, token=[3, 3, 3, 3, 99])},
+            r"token 99 but the verifier knows 0\.\.63",
+        ),  # of validation
         ({"data_path": rows([9])}, "train split is empty"),
         ({"draft_arch": "lama"}, "--draft-arch lama"),
         ({"full_attention_indices": [4]}, "the drafter has 1 layers"),

@@ -45,7 +45,6 @@ from speculators.train.side_by_side import Drafter, shared, take_turns, union_of
 from speculators.train.sources import (
     ask_server,
     computes_in_process,
-    leave_out_untrained,
     make_source,
     open_splits,
     open_store,
@@ -157,12 +156,8 @@ def build_drafter(config: TrainConfig, ranks: Ranks, on_event: Listener) -> Draf
     check_heads(config, verifier_config)
     placement_of(data, ranks, verifier_config)  # refuses what cannot be, before weights are read
     dtype = getattr(torch, data.hidden_states_dtype)
-    train_set, val_set = open_splits(data, dtype, text_config(verifier_config).vocab_size)
-    datasets = [train_set] if val_set is None else [train_set, val_set]
-    for dataset in datasets:
-        said = leave_out_untrained(dataset)
-        if said is not None:
-            note(said)
+    datasets = open_splits(data, dtype, text_config(verifier_config).vocab_size, note)
+    train_set = datasets[0]
     for key, because in config.idle.items():
         note(f"{flag_of(key)} has no effect: {because}")
     model = build_model(config, verifier_config)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.compute as pc
 import torch
@@ -142,22 +142,22 @@ def damage_of(store: ShardedStore | None) -> str:
     return "".join(f". {problem}" for problem in (store.problems if store is not None else ()))
 
 
-def open_splits(keys: DataKeys, dtype: torch.dtype, vocab_size: int) -> tuple[ArrowDataset, ArrowDataset | None]:
-    """Training and validation rows, checked: there are some, with something to learn, in the verifier's vocabulary."""
-    ratio = keys.train_data_ratio
+def open_splits(keys: DataKeys, dtype: torch.dtype, vocab_size: int, note: Callable[[str], None]) -> list[ArrowDataset]:
+    """Opens the rows of training and, unless all are trained on, of validation; notes what is left out of them.
 
-    def split(name: Any) -> ArrowDataset:
-        return ArrowDataset(
-            keys.total_seq_len, keys.data_path, train_ratio=ratio, split=name, hidden_states_dtype=dtype
-        )
-
-    train_set = split("train")
-    check_supervised(train_set, keys.data_path)
-    check_token_ids(train_set, keys.data_path, vocab_size)
-    val_set = split("val") if ratio < 1.0 else None
-    if val_set is not None:
-        check_supervised(val_set, keys.data_path)
-    return train_set, val_set
+    Raises `ValueError` for a split without a supervised token, and for tokens outside the verifier's vocabulary.
+    """
+    ratio, path = keys.train_data_ratio, keys.data_path
+    names: list[Literal["train", "val"]] = ["train", "val"] if ratio < 1.0 else ["train"]
+    datasets = []
+    for name in names:
+        dataset = ArrowDataset(keys.total_seq_len, path, train_ratio=ratio, split=name, hidden_states_dtype=dtype)
+        check_supervised(dataset, path)
+        check_token_ids(dataset, path, vocab_size)
+        datasets.append(dataset)
+    for told in filter(None, map(leave_out_untrained, datasets)):
+        note(told)
+    return datasets
 
 
 def check_supervised(dataset: ArrowDataset, datapath: str | Path) -> None:
