@@ -377,13 +377,18 @@ def test_a_budget_is_a_time_or_the_work_itself():
 
 
 def test_names_and_numbers_are_lists_or_texts():
-    assert plan.names_of("auto") == ["eagle3"] and plan.names_of(["dflash", "auto"]) == ["dflash", "eagle3"]
-    assert plan.numbers_of("4,2") == plan.numbers_of([2, 4]) == [2, 4] and plan.numbers_of(3) == [3]
+    assert plan.parse_algorithms("auto") == ["eagle3"] and plan.parse_algorithms(["dflash", "auto"]) == [
+        "dflash",
+        "eagle3",
+    ]
+    assert plan.parse_draft_tokens("4,2") == plan.parse_draft_tokens([2, 4]) == [2, 4] and plan.parse_draft_tokens(
+        3
+    ) == [3]
     with pytest.raises(ValueError, match="eagle9"):
-        plan.names_of("eagle9")
+        plan.parse_algorithms("eagle9")
     for wrong in ("", "0", "two", [0]):
         with pytest.raises(ValueError, match="numbers from 1"):
-            plan.numbers_of(wrong)
+            plan.parse_draft_tokens(wrong)
 
 
 def test_a_budget_is_a_time():

@@ -33,7 +33,7 @@ from speculators.training_keys import default_of
 from speculators.utils.files import atomic_write
 from speculators.verifier.config import open_verifier_config, text_config
 
-ANSWERING, TRAINING, MEASURING = 0.35, 0.45, 0.2
+ANSWERING_SHARE, TRAINING_SHARE, MEASURING_SHARE = 0.35, 0.45, 0.2
 """Shares of the budget. Text is what a drafter lacks first, so answering gets nearly as much as training."""
 MOST_HELD_OUT, SHARE_HELD_OUT, FEWEST_PROMPTS = 50, 0.1, 8
 PILOT_ANSWERS, PILOT_STEPS = 32, 3
@@ -41,13 +41,15 @@ PROMPTS_OF_VALIDATION = 12
 """Decoded after each epoch."""
 MOST_EPOCHS = 10
 """Beyond it acceptance on held-out text no longer rises, whatever the training loss says."""
-ALONE = 4.0
-"""A prompt decoded alone, as a measurement does, is taken to cost so much more than one in the pilot's batch."""
+COST_DECODED_ALONE = 4.0
+"""A prompt decoded alone, as a measurement does, is taken to need so many times what one in the pilot's batch needs."""
 MEASURED_PROMPTS = (5, 40)
 LARGE_VOCABULARY = 8192
 """Above it a drafter's own output layer over a quarter of the tokens is worth what it leaves out."""
 WORK = ("answers", "epochs", "prompts")
+"""What a budget that says the work has numbers of."""
 SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+"""Of the units of a budget that says the time."""
 
 
 def parse_budget(text: str) -> float:
@@ -93,7 +95,7 @@ class Budget:
         return cls(None, *numbers)
 
 
-def names_of(given: str | Sequence[str]) -> list[str]:
+def parse_algorithms(given: str | Sequence[str]) -> list[str]:
     """`eagle3,dflash`; `auto`: the default of `train`. Raises `ValueError` for a name that no algorithm has."""
     default = default_of(RunKeys, "speculator_type")
     words = given.split(",") if isinstance(given, str) else list(given)
@@ -103,7 +105,7 @@ def names_of(given: str | Sequence[str]) -> list[str]:
     return names
 
 
-def numbers_of(given: str | int | Sequence[int]) -> list[int]:
+def parse_draft_tokens(given: str | int | Sequence[int]) -> list[int]:
     """Returns the numbers of `2,4`, ascending. Raises `ValueError` for anything else, and below 1."""
     parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
     try:
@@ -159,7 +161,7 @@ def split_prompts(data: str, folder: Path, prompt_field: str | None, held_out: s
     files = {"train": trained, "held-out": measured}
     for name, prompts in files.items():
         with atomic_write(folder / f"{name}.jsonl", "w") as file:
-            file.writelines(as_line(sha, rollout) for sha, rollout in prompts.items())
+            file.writelines(prompt_line(sha, rollout) for sha, rollout in prompts.items())
     return Prompts(
         train=folder / "train.jsonl",
         held_out=folder / "held-out.jsonl",
@@ -200,7 +202,9 @@ def read_prompts(source: str, prompt_field: str | None, fewest: int) -> ReadProm
     return replace(read, num_read=num_read)
 
 
-def as_line(sha256: str, rollout: Rollout) -> str:
+def prompt_line(sha256: str, rollout: Rollout) -> str:
+    """Returns the row of a prompt, without any answer. One given as token ids has a supervised placeholder (token 0)
+    in place of the answer, by which the end of the prompt is known."""
     if rollout.prompt_ids is not None:
         row: dict[str, Any] = {"input_ids": [*rollout.prompt_ids, 0], "loss_mask": [0] * len(rollout.prompt_ids) + [1]}
     else:
@@ -211,25 +215,25 @@ def as_line(sha256: str, rollout: Rollout) -> str:
 def num_answers(pilot: Mapping[str, Any], budget_s: float, num_prompts: int) -> int:
     """Conversations to answer, from how long the pilot took."""
     per_conversation_s = pilot["time_s"] / max(pilot["num_conversations"], 1)
-    return max(min(num_prompts, int(budget_s * ANSWERING / per_conversation_s)), min(PILOT_ANSWERS, num_prompts))
+    return max(min(num_prompts, int(budget_s * ANSWERING_SHARE / per_conversation_s)), min(PILOT_ANSWERS, num_prompts))
 
 
 def num_measured(pilot: Mapping[str, Any], budget_s: float, num_prompts: int, num_decodings: int) -> int:
     """Held-out prompts that every method decodes. `num_decodings`: methods times numbers of draft tokens."""
-    per_prompt_s = ALONE * pilot["time_s"] / max(pilot["num_conversations"], 1)
+    per_prompt_s = COST_DECODED_ALONE * pilot["time_s"] / max(pilot["num_conversations"], 1)
     fewest, most = MEASURED_PROMPTS
-    return min(num_prompts, max(fewest, min(most, int(budget_s * MEASURING / (per_prompt_s * num_decodings)))))
+    return min(num_prompts, max(fewest, min(most, int(budget_s * MEASURING_SHARE / (per_prompt_s * num_decodings)))))
 
 
 def num_epochs(runs: Sequence[Path], num_tokens: int, budget_s: float, pilot: Mapping[str, Any]) -> int:
     """Epochs that fit the time, by the speed of the last steps of short `runs`, and by what the `pilot` of the answers
     says of decoding prompts after each. Drafters that are trained side by side take turns: the speed of each is that
     of all together."""
-    per_prompt_s = ALONE * pilot["time_s"] / max(pilot["num_conversations"], 1)
+    per_prompt_s = COST_DECODED_ALONE * pilot["time_s"] / max(pilot["num_conversations"], 1)
     share = min(1.0, MAX_TOKENS * pilot["num_conversations"] / max(pilot["num_tokens"], 1))
     decoding_s = len(runs) * PROMPTS_OF_VALIDATION * share * per_prompt_s
     epoch_s = num_tokens / min(map(speed_of, runs)) + decoding_s
-    return max(1, min(MOST_EPOCHS, int(budget_s * TRAINING / epoch_s)))
+    return max(1, min(MOST_EPOCHS, int(budget_s * TRAINING_SHARE / epoch_s)))
 
 
 def speed_of(run: Path) -> float:
