@@ -82,8 +82,17 @@ def marker(style: int, x: float, y: float) -> str:
     return shapes[style % len(shapes)]
 
 
-def draw(panel: Panel) -> str:
-    """The figure of a panel, with its text alternative."""
+@dataclass(frozen=True)
+class Axes:
+    """The ticks of a panel, and where values lie in it, in units of the figure from its left and upper edges."""
+
+    x_ticks: Sequence[float]
+    y_ticks: Sequence[float]
+    x_of: Callable[[float], float]
+    y_of: Callable[[float], float]
+
+
+def axes_of(panel: Panel) -> Axes:
     points = panel.points
     ends = [value for p in points for value in (p.y, p.low, p.high) if value is not None]
     ends += [] if panel.reference is None else [panel.reference]
@@ -93,41 +102,15 @@ def draw(panel: Panel) -> str:
     scale: Callable[[float], float] = math.log if panel.x_is_log else float
     first, last = scale(x_values[0]), scale(x_values[-1])
     margin = (last - first or 1.0) * 0.06
-    x_of, y_of = (
-        line(first - margin, last + margin, LEFT, WIDTH - RIGHT),
-        line(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP),
-    )
-    parts = []
-    for value in y_ticks:
-        y = y_of(value)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    free_from = 0.0
-    for value in x_ticks:
-        x, name = x_of(scale(value)), f"{value:,g}"
-        if x - LETTER * len(name) / 2 >= free_from:  # else it would run into the one before
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{name}</text>'
-            )
-            free_from = x + LETTER * (len(name) / 2 + 1)
-    parts.append(
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{text(panel.x_name)}</text>'
-    )
-    if panel.reference is not None:
-        parts.append(f'<path class="reference" d="M{LEFT} {y_of(panel.reference):.1f}H{WIDTH - RIGHT}"/>')
-    for series in panel.series:
-        places = [(x_of(scale(p.x)), y_of(p.y), p) for p in sorted(series.points, key=lambda p: p.x)]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places)
-        parts.append(
-            f'<g class="s{series.style % NUM_STYLES}"><path class="line{" model" * series.is_model}" d="{path}"/>'
-        )
-        for x, y, point in places:
-            if point.low is not None and point.high is not None:
-                parts.append(f'<path class="bar" d="M{x:.1f} {y_of(point.low):.1f}V{y_of(point.high):.1f}"/>')
-            if not series.is_model:
-                parts.append(marker(series.style, x, y))
-        parts += [f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="8"/>' for x, y, p in places if p.x == series.best]
-        parts.append("</g>")
+    scaled_x_of = line(first - margin, last + margin, LEFT, WIDTH - RIGHT)
+    y_of = line(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    return Axes(x_ticks, y_ticks, lambda value: scaled_x_of(scale(value)), y_of)
+
+
+def draw(panel: Panel) -> str:
+    """Draws the figure of a panel, with its text alternative."""
+    axes = axes_of(panel)
+    parts = [*drawn_axes(panel, axes), *(part for series in panel.series for part in drawn_series(series, axes))]
     told = f"{panel.y_name} against {panel.x_name}: " + "; ".join(f"{s.name} {spoken(s)}" for s in panel.series)
     rows = [[s.name, f"{p.x:,g}", figure(p)] for s in panel.series for p in s.points]
     return (
@@ -137,7 +120,45 @@ def draw(panel: Panel) -> str:
     )
 
 
+def drawn_axes(panel: Panel, axes: Axes) -> list[str]:
+    """Draws the grid, the names of ticks and of the x axis, and the line of reference."""
+    parts = []
+    for value in axes.y_ticks:
+        y = axes.y_of(value)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    free_from = 0.0
+    for value in axes.x_ticks:
+        x, name = axes.x_of(value), f"{value:,g}"
+        if x - LETTER * len(name) / 2 >= free_from:  # else it would run into the one before
+            parts.append(
+                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{name}</text>'
+            )
+            free_from = x + LETTER * (len(name) / 2 + 1)
+    parts.append(
+        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{text(panel.x_name)}</text>'
+    )
+    if panel.reference is not None:
+        parts.append(f'<path class="reference" d="M{LEFT} {axes.y_of(panel.reference):.1f}H{WIDTH - RIGHT}"/>')
+    return parts
+
+
+def drawn_series(series: Series, axes: Axes) -> list[str]:
+    """Draws the line, the intervals and marks of its points, and the ring round the best."""
+    places = [(axes.x_of(p.x), axes.y_of(p.y), p) for p in sorted(series.points, key=lambda p: p.x)]
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places)
+    parts = [f'<g class="s{series.style % NUM_STYLES}"><path class="line{" model" * series.is_model}" d="{path}"/>']
+    for x, y, point in places:
+        if point.low is not None and point.high is not None:
+            parts.append(f'<path class="bar" d="M{x:.1f} {axes.y_of(point.low):.1f}V{axes.y_of(point.high):.1f}"/>')
+        if not series.is_model:
+            parts.append(marker(series.style, x, y))
+    parts += [f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="8"/>' for x, y, p in places if p.x == series.best]
+    return [*parts, "</g>"]
+
+
 def line(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """Returns the straight line that takes `low` to `start` and `high` to `end`."""
     return lambda value: start + (value - low) / (high - low or 1.0) * (end - start)
 
 
