@@ -44,7 +44,7 @@ from speculators.utils.chat_template import chat_prompt, chat_template_of
 
 
 class Api:
-    """The answers of one server. `engine` needs a tokenizer."""
+    """Answers the requests to one server. Raises `ValueError` for an `engine` without a tokenizer."""
 
     def __init__(self, engine: Engine, config: ServeConfig, model: str):
         if engine.tokenizer is None:
@@ -207,6 +207,16 @@ class Api:
             raise ApiError(400, f"the body is no JSON: {error}") from error
 
 
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+"""The page loads nothing from anywhere, and no other page may frame it."""
+
+
 def make_app(api: Api) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -237,16 +247,6 @@ def make_app(api: Api) -> FastAPI:
         return JSONResponse(refusal.body, error.status_code, error.headers)
 
     return app
-
-
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
-"""The page loads nothing from anywhere, and no other page may frame it."""
 
 
 class LocalServer:

@@ -93,12 +93,12 @@ class EngineThread:
         return self._thread.is_alive()
 
     def close(self, timeout_s: float) -> None:
-        """End what is running with `ServerClosingError`, and the thread."""
+        """Ends what is running with `ServerClosingError`, and the thread, for which it waits `timeout_s` seconds."""
         self._tasks.put(None)
         self._thread.join(timeout_s)
 
     def run(self, function: Callable[[], Returned]) -> Future[Returned]:
-        """Call a function in the engine's thread, between two rounds."""
+        """Calls a function in the engine's thread, between two rounds; the future has what it returned or raised."""
         future: Future[Returned] = Future()
 
         def task() -> None:
@@ -113,15 +113,16 @@ class EngineThread:
         return future
 
     def submit(self, call: Call, prepare: Callable[[], tuple[Sequence[list[int]], SamplingParams]]) -> Future[None]:
-        """Begin a call; `prepare()` gives the prompts' tokens and how they are sampled, in the engine's thread. The
+        """Begins a call; `prepare()` gives the prompts' tokens and how they are sampled, in the engine's thread. The
         future raises ValueError for what the engine cannot decode, and `ServerBusyError`."""
         return self.run(lambda: self._begin(call, *prepare()))
 
     def cancel(self, call: Call) -> None:
-        """End what is left of a call. Nobody is told."""
+        """Ends what is left of a call, without a word to its sink."""
         self.run(lambda: self._abandon(call))
 
     def counts(self) -> Future[Counts]:
+        """Counts what the engine did since it began to serve, requests under way included."""
         return self.run(self._counts)
 
     # -- in the thread
@@ -169,6 +170,7 @@ class EngineThread:
         )
 
     def _arrivals(self, is_idle: bool) -> list[ActiveRequest] | None:
+        """Does all tasks and returns the requests that they brought; None: closed. Waits where nothing is running."""
         while True:
             try:
                 task = self._tasks.get(block=is_idle and not self._arrived)
@@ -194,6 +196,7 @@ class EngineThread:
                 return
 
     def _deliver(self, event: StreamEvent) -> None:
+        """Gives what a sample gained to the sink of its call."""
         index = event.request_index
         call = self._calls[index]
         samples = call.requests[index]
@@ -209,6 +212,7 @@ class EngineThread:
             del self._calls[index], call.requests[index]
 
     def _fail(self, error: Exception) -> None:
+        """Ends every call with this error."""
         for call in {id(call): call for call in self._calls.values()}.values():
             call.requests.clear()
             call.sink(error)

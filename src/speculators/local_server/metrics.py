@@ -55,6 +55,8 @@ REASON_OF_VLLM = {"cancelled": "abort"}
 
 @dataclass
 class Histogram:
+    """Counts values by the bound below which they lie, and adds them up."""
+
     bounds: Sequence[float]
     """Ascending; a value counts in the first bound that is not below it."""
     counts: list[int] = field(default_factory=list)
@@ -74,7 +76,7 @@ class Histogram:
 
 @dataclass
 class Times:
-    """Of one sample of a request."""
+    """When one sample of a request reached what the drawing above names, by one clock; None: not yet."""
 
     arrived_s: float
     queued_s: float
@@ -94,6 +96,7 @@ class RequestTimes:
         self._round_s = 0.0
 
     def arrived(self, request: ActiveRequest, arrived_s: float, now_s: float) -> None:
+        """Begins to time a sample: its connection asked at `arrived_s`, and it waits for a row from `now_s` on."""
         self._times[id(request)] = request, Times(arrived_s, now_s)
 
     def round_begins(self, now_s: float) -> None:
@@ -121,6 +124,7 @@ class RequestTimes:
                 self._ended(request, times, now_s)
 
     def _ended(self, request: ActiveRequest, times: Times, now_s: float) -> None:
+        """Observes the lengths of a sample that ended now; what it never reached it reaches now."""
         scheduled_s = now_s if times.scheduled_s is None else times.scheduled_s
         first_s = now_s if times.first_s is None else times.first_s
         last_s = now_s if times.last_s is None else times.last_s
