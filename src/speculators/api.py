@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,18 +48,18 @@ from speculators.evaluation.parity import ParityReport, check_parity
 from speculators.evaluation.prompts import Source, named_sources
 from speculators.evaluation.report import EvaluationReport
 from speculators.evaluation.suite import measure_methods
-from speculators.train.config import TrainConfig
-from speculators.train.events import Event, Listener
-from speculators.train.flags import as_flags
+from speculators.train.drafters import resolve_given
+from speculators.train.events import Listener, telling
 from speculators.train.logger import TrainingProgress
 from speculators.train.records import TrainResult
-from speculators.train.run import train
+from speculators.train.run import train_side_by_side
 from speculators.utils.names import model_name, refuse_unknown
 from speculators.utils.progress import Progress, WorkProgress, counting, no_progress_bars, token_counter
 from speculators.verifier.config import end_token_ids
 
 NOTED = ("max_tokens", "temperature", "top_k", "top_p", "seed")
 """Sampling settings that are written beside each regenerated answer; others where they were set."""
+AnyPath = str | os.PathLike[str]
 
 
 @no_progress_bars()
@@ -163,43 +163,50 @@ def answer_of(output: RequestOutput) -> Answer | Exception:
     return answer if output.error is None else NonFiniteScoresError(output.error)
 
 
+@overload
+def train_drafter(
+    algorithm: str, *, verifier: VerifierSource, data: AnyPath, output: AnyPath, **settings: Any
+) -> TrainResult: ...
+@overload
+def train_drafter(
+    algorithm: list[str] | tuple[str, ...], *, verifier: VerifierSource, data: AnyPath, output: AnyPath, **settings: Any
+) -> dict[str, TrainResult]: ...
+
+
 @no_progress_bars()
 def train_drafter(
-    algorithm: str,
+    algorithm: str | Sequence[str],
     *,
     verifier: VerifierSource,
-    data: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    data: AnyPath,
+    output: AnyPath,
     progress: bool = False,
-    on_event: Listener | None = None,
+    on_event: Callable[..., None] | None = None,
     **settings: Any,
-) -> TrainResult:
-    """Trains a drafter of a registered algorithm ("eagle3", "dflash", ...) for a verifier.
+) -> TrainResult | dict[str, TrainResult]:
+    """Trains a drafter of a registered algorithm ("eagle3", "dflash", ...) for a verifier; of a list of algorithms one
+    each, side by side on one pass over the verifier, into `output/<name>`: then it returns a result by name.
 
     `data`: what `prepare_data` wrote. `output`: run directory; a run that ended early is continued. `settings`: the
-    keys of `TrainConfig` and of the algorithm, named as the command's flags (`epochs`, `draft_vocab_size`, `lr`, ...).
-    `on_event` is called with every step, validation and checkpoint (`speculators.train.events`).
-    The result holds the check and the parity gate made at the end: `result.raise_for_errors()`.
-    Raises `ConfigError` for settings that are unknown or contradict each other, `ValueError` for data, verifier or
-    checkpoints that cannot be used.
+    keys of `TrainConfig` and of the algorithm, named as the command's flags (`epochs`, `draft_vocab_size`, `lr`, ...);
+    `dflash={"num_layers": 2}` is for one of several. `on_event(event)` is called with every step, validation and
+    checkpoint (`speculators.train.events`), of several drafters `on_event(event, name=...)`.
+    A result holds the check and the parity gate made at the end: `result.raise_for_errors()`. Raises `ConfigError` for
+    settings that are unknown or contradict each other, `ValueError` for data, verifier or checkpoints of no use.
     """
-    given = {
-        "speculator_type": algorithm,
-        "verifier_name_or_path": model_name(verifier),
-        "data_path": os.fspath(data),
-        "save_path": os.fspath(output),
-        **{key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in settings.items()},
-    }
-    config = TrainConfig.from_sources(cli=given, argv=as_flags(given))
+    paths = {"data_path": data, "save_path": output}
+    configs = resolve_given(algorithm, {"verifier_name_or_path": model_name(verifier), **paths, **settings})
     model = verifier if isinstance(verifier, PreTrainedModel) else None
     with TrainingProgress() if progress else nullcontext() as bar:
 
-        def publish(event: Event) -> None:
-            for listener in (bar, on_event):
-                if listener is not None:
-                    listener(event)
+        def listen(name: str) -> Listener:
+            own = on_event if on_event is None or isinstance(algorithm, str) else partial(on_event, name=name)
+            shown = None if bar is None else bar.of_each(len(configs))(name)
+            return telling([listener for listener in (shown, own) if listener is not None])
 
-        return train(config, verifier=model, on_event=publish)
+        results = train_side_by_side(configs, verifier=model, listen=listen)
+    names = [config.speculator_type for config in configs]
+    return results[0] if isinstance(algorithm, str) else dict(zip(names, results, strict=True))
 
 
 @no_progress_bars()

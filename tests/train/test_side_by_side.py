@@ -7,11 +7,14 @@ import os
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+import speculators as sp
 from speculators.data_generation import LocalSource, ServerUnavailableError
 from speculators.train import run as train_run
 from speculators.train.config import ConfigError, TrainConfig
@@ -112,11 +115,47 @@ def test_drafters_side_by_side_equal_runs_of_their_own_and_share_each_forward(co
     assert of_two == of_one
 
 
-def test_drafters_may_have_other_numbers_of_steps(common, tmp_path):
-    own = {"eagle3": {"max-steps": "3", "gradient-accumulation-steps": "2"}, "dflash": {"epochs": "1"}}
-    prefixed = [word for name, keys in own.items() for word in words(keys, f"{name}.")]
-    together(common, tmp_path / "together", *prefixed)
-    assert_same(tmp_path / "together", alone(common, tmp_path / "alone", own))
+def test_python_trains_a_list_of_drafters_as_the_commands_do_each_with_steps_of_its_own(
+    common, tmp_path, verifier_path, data_path
+):
+    more = {"eagle3": {"max-steps": "3", "gradient-accumulation-steps": "2"}, "dflash": {"epochs": "1"}}
+    heard = Counter()
+    results = sp.train_drafter(
+        list(OWN),
+        verifier=verifier_path,
+        data=data_path,
+        output=tmp_path / "together",
+        on_event=lambda event, name: heard.update([name] if isinstance(event, StepDone) else []),
+        parity_gate=False,
+        contract_check=False,
+        **keywords(ALL),
+        **{name: keywords(keys | more[name]) for name, keys in OWN.items()},
+    )
+    assert {name: result.checkpoint.parent for name, result in results.items()} == {
+        name: tmp_path / "together" / name for name in OWN
+    }
+    assert heard == {name: result.num_steps for name, result in results.items()} and heard["eagle3"] == 3
+    assert_same(tmp_path / "together", alone(common, tmp_path / "alone", more))
+
+
+def keywords(keys: dict[str, str]) -> dict[str, Any]:
+    """Flags as Python gives them."""
+    values = {key.replace("-", "_"): [yaml.safe_load(word) for word in value.split()] for key, value in keys.items()}
+    return {key: value if key == "target_layer_ids" else value[0] for key, value in values.items()}
+
+
+def test_python_names_several_drafters_in_a_list_and_what_they_cannot_read():
+    def of(algorithm, **settings):
+        return sp.train_drafter(algorithm, verifier="m", data="d", output="o", **settings)
+
+    with pytest.raises(ConfigError, match=r"name several drafters as a list, \['eagle3', 'dflash'\]"):
+        of("eagle3,dflash")
+    with pytest.raises(ConfigError, match="speculator_type is the first argument here"):
+        of("eagle3", speculator_type="dflash")
+    with pytest.raises(ConfigError, match=r"unknown flag --epoch\. Did you mean '--epochs'"):
+        of(["eagle3", "dflash"], epoch=2)
+    with pytest.raises(ConfigError, match=r"dflash: unknown flag --epoch\."):
+        of(["eagle3", "dflash"], dflash={"epoch": 2})
 
 
 class Killed(BaseException):

@@ -241,9 +241,8 @@ class Build:
                 remove_directory(self.output / building.PILOT)
             configs = resolve_all(words)
             with TrainingProgress() if self.progress else nullcontext() as bar:
-                told = ignore if bar is None else bar
-                named = bar.of if bar is not None and len(configs) > 1 else lambda name: told
-                results = train_side_by_side(configs, listen=named)
+                listen = (lambda name: ignore) if bar is None else bar.of_each(len(configs))
+                results = train_side_by_side(configs, listen=listen)
             for result in results:
                 result.raise_for_errors()
             return results, {"checkpoints": [str(result.checkpoint) for result in results]}

@@ -55,7 +55,7 @@ def train(context: typer.Context) -> Result:
         return Result(estimates, found, "; ".join(each.sentence() for each in found))
 
     with choosing_threads(begun_threads(configs)), TrainingProgress() as progress:
-        results = train_side_by_side(configs, listen=progress.of if len(configs) > 1 else lambda name: progress)
+        results = train_side_by_side(configs, listen=progress.of_each(len(configs)))
     records = [record_of(config, result) for config, result in zip(configs, results, strict=True)]
     sentences = [result.sentence() for result in results]
     methods = [word for result in results for word in ("--method", str(result.checkpoint))]

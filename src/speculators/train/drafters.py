@@ -9,6 +9,7 @@ What decides the rows and the verifier's states is the same for all. Each has th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 
 from speculators.train.algorithm import Algorithm, UnreadKeysError, names_in
 from speculators.train.config import ConfigError, TrainConfig, read_yaml
-from speculators.train.flags import Parser, build_parser, flag_of, parse
+from speculators.train.flags import Parser, as_flags, build_parser, flag_of, parse
 from speculators.train.keys import GROUPS, DataKeys, LoggingKeys, RunKeys, TrainerKeys, VerifierKeys
 from speculators.training_keys import AnchorKeys, default_of
 from speculators.utils.names import did_you_mean
@@ -63,6 +64,27 @@ def resolve_all(argv: Sequence[str]) -> list[TrainConfig]:
         print(dump_all(configs), end="")
         raise SystemExit(0)
     return configs
+
+
+def resolve_given(algorithm: str | Sequence[str], given: Given) -> list[TrainConfig]:
+    """Reads keys and values of one drafter or, where `algorithm` is a list, of those: as their command line is read.
+    What stands under a name, `{"dflash": {"num_layers": 2}}`, is of that one.
+
+    Raises `ConfigError` as `resolve_all` does.
+    """
+    if "speculator_type" in given:
+        raise ConfigError("speculator_type is the first argument here: give it once")
+    given = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in given.items()}
+    if isinstance(algorithm, str):
+        if "," in algorithm:
+            raise ConfigError(f"{algorithm!r}: name several drafters as a list, {algorithm.split(',')}")
+        given = {"speculator_type": algorithm, **given}
+        return [TrainConfig.from_sources(cli=given, argv=as_flags(given))]
+    words = as_flags({"speculator_type": ",".join(algorithm), **{k: v for k, v in given.items() if k not in algorithm}})
+    for name in algorithm:
+        own = as_flags(given.get(name, {}))
+        words += [f"--{name}.{word.removeprefix('--')}" if word.startswith("--") else word for word in own]
+    return resolve_all(words)
 
 
 def split_prefixed(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -64,9 +64,9 @@ class TrainingProgress(SlowStepBars):
         self.decoded: dict[str, str] = {}
         """Of the newest validation: shown on while training goes on."""
 
-    def of(self, name: str) -> Listener:
-        """The listener of one of several drafters."""
-        return partial(self, name=name)
+    def of_each(self, num_drafters: int) -> Callable[[str], Listener]:
+        """Returns what gives the listener of a drafter by its name, which is shown where there are several."""
+        return lambda name: partial(self, name=name if num_drafters > 1 else "")
 
     def stop(self) -> None:
         self.waiting.close()
