@@ -58,6 +58,7 @@ def test_train_says_where_the_checkpoint_is(verifier, data, tmp_path, capsys):
     assert Path(result["checkpoint"]).joinpath("config.json").is_file()
     assert result["speculator_type"] == "eagle3"
     assert result["num_steps"] > 0
+    assert result["model_tflop_per_s"] > 0 and result["mfu"] is None
 
 
 def test_generate_with_a_speculator_gives_the_tokens_of_plain_decoding(verifier, checkpoint, capsys):

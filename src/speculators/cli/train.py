@@ -76,6 +76,8 @@ def record_of(config: TrainConfig, result: TrainResult) -> dict[str, Any]:
         "num_steps": result.num_steps,
         "acceptance_length": result.acceptance_length,
         "metrics": result.metrics,
+        "model_tflop_per_s": result.model_tflop_per_s,
+        "mfu": result.mfu,
         "check": None if check is None else check.as_dict(),
         "parity": None if parity is None else {"passed": parity.passed, "checks": parity.facts()},
     }
