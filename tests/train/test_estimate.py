@@ -18,9 +18,9 @@ from speculators.train.__main__ import main as module_main
 from speculators.train.algorithm import ALGORITHMS
 from speculators.train.config import TrainConfig
 from speculators.train.distributed import Ranks, own_part, ranks_to_estimate
-from speculators.train.estimate import records_near
+from speculators.train.estimate import estimate_run, records_near
 from speculators.train.events import ConfigError, Note, ignore
-from speculators.train.memory import LEAST_CHUNK, at_length, probe_lengths, random_row
+from speculators.train.memory import LEAST_CHUNK, at_length, chunk_sizes, probe_lengths, random_row
 from speculators.train.run import build, build_drafter, estimate, train
 from speculators.train.trainer import Trainer
 from speculators.utils.util import LiveBytes
@@ -201,6 +201,32 @@ def test_a_limit_picks_what_fits_and_refuses_what_cannot(verifier, data, tmp_pat
         limited(1000)
     with pytest.raises(ConfigError, match="--max-memory much: 'much' is no number of bytes"):
         limited("much")
+
+
+def test_chunks_are_tried_until_they_cannot_shrink_and_each_size_once(verifier, data, tmp_path, monkeypatch):
+    """Chunks have 16 rows at least, here of 1,024 logits. And a device that cannot hold any step is said to be one."""
+    assert chunk_sizes(1 << 18, 100_000) == [1 << 18, 1 << 17, 100_000]
+    assert chunk_sizes(1 << 16, 1 << 16) == chunk_sizes(1 << 16, 1 << 20) == [1 << 16]
+    tried, forward = [], Trainer.forward
+
+    def forward_without_memory(self, *args):
+        tried.append(self.chunk_elements)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def counted_forward(self, *args):
+        tried.append(self.chunk_elements)
+        return forward(self, *args)
+
+    monkeypatch.setattr("speculators.train.memory.LEAST_CHUNK", 1)
+    monkeypatch.setattr(Trainer, "forward", counted_forward)
+    keys = {"total_seq_len": 256, "max_memory": "1TB", "vllm_endpoint": "http://localhost:1/v1"}
+    estimate_run(build_drafter(config_of("eagle3", verifier, data, tmp_path / "run", **keys), Ranks(), ignore))
+    assert tried == [None, None]  # to fit and to estimate: a step whose bytes are counted and one that is timed
+    tried.clear()
+    monkeypatch.setattr(Trainer, "forward", forward_without_memory)
+    with pytest.raises(ValueError, match=r"no memory left for a step on a row of --total-seq-len 256. Ways out: a sm"):
+        build_drafter(config_of("eagle3", verifier, data, tmp_path / "run", **keys), Ranks(), ignore)
+    assert tried == [None, 16 * 1024, None, 16 * 1024]  # without and with recomputing
 
 
 def test_under_a_limit_a_step_that_the_card_cannot_hold_is_one_that_does_not_fit(verifier, data, tmp_path, monkeypatch):

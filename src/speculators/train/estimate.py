@@ -110,7 +110,7 @@ def estimate_run(drafter: Drafter) -> RunEstimate:
     """Estimates without training and without the verifier's weights; of those the drafter reads its own copies."""
     trainer, config, train_set = drafter.trainer, drafter.config, drafter.datasets[0]
     supervised, num_tokens = int(train_set.trained_per_row(train_set.max_len).sum()), sum(train_set.lengths)
-    probes, memory = drafter.measure()
+    probes, memory = drafter.fitted or drafter.measure()
     kept = config.data.cache_hidden_states * num_tokens * memory.states_bytes // config.data.total_seq_len
     keys, times = config.trainer, [(probe.num_tokens, probe.time_s) for probe in probes]
     flops = [(probe.num_tokens, probe.model_flop) for probe in probes if probe.model_flop is not None]

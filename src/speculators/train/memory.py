@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from speculators.data_generation.configs import parse_bytes
-from speculators.losses.chunks import elements_per_chunk, rows_per_chunk
+from speculators.losses.chunks import FEWEST_ROWS, elements_per_chunk, rows_per_chunk
 from speculators.model import SpeculatorModel
 from speculators.nn.decoder import recompute_mlps
 from speculators.train.config import TrainConfig
@@ -33,7 +33,7 @@ from speculators.utils.util import LiveBytes
 PROBE_TOKENS = 512
 """Shorter row of the probe; the other is twice as long. A row of the run that is no longer is measured itself."""
 LEAST_CHUNK = 1 << 16
-"""Logits of the smallest chunks that --max-memory tries; the rows of a chunk are 16 at least, however wide they are."""
+"""Logits of the smallest chunks that --max-memory tries, where these are `FEWEST_ROWS` of them or more."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,15 @@ def probes_of(trainer: Trainer, config: TrainConfig, train_set: ArrowDataset, hi
     """With the share of supervised tokens that the data have."""
     supervised = float(train_set.trained_per_row(train_set.max_len).sum() / sum(train_set.lengths))
     length, num_anchors = config.data.total_seq_len, trainer.config.train_call_kwargs.get("max_anchors") or 0
-    widest = max(param.shape[0] for param in trainer.model.parameters() if param.ndim == 2)
-    vocab_size = getattr(trainer.model, "draft_vocab_size", None) or widest
-    chunk_rows = rows_per_chunk(trainer.ranks.device, vocab_size, trainer.chunk_elements)
+    chunk_rows = rows_per_chunk(trainer.ranks.device, logits_width(trainer.model), trainer.chunk_elements)
     fills_a_chunk = chunk_rows < supervised * length
     lengths = probe_lengths(length, max(num_anchors, chunk_rows if fills_a_chunk else 0), supervised)
     return [probe(trainer, config, num_tokens, hidden_size, supervised) for num_tokens in lengths]
+
+
+def logits_width(model: SpeculatorModel) -> int:
+    widest = max(param.shape[0] for param in model.parameters() if param.ndim == 2)
+    return getattr(model, "draft_vocab_size", None) or widest
 
 
 def probe_lengths(length: int, num_asked: int, supervised: float) -> list[int]:
@@ -208,28 +211,35 @@ def measure_memory(
 
     if config.trainer.max_memory is None:
         return measure(trainer.chunk_elements)
-    limit_bytes = parse_bytes(config.trainer.max_memory)
-    sizes = chunk_sizes(trainer.chunk_elements or elements_per_chunk(trainer.ranks.device))
+    limit_bytes, given = parse_bytes(config.trainer.max_memory), trainer.chunk_elements
+    fewest = max(LEAST_CHUNK, FEWEST_ROWS * logits_width(trainer.model))
+    sizes = chunk_sizes(given or elements_per_chunk(trainer.ranks.device), fewest)
+    last: tuple[list[Probe], MemoryEstimate] | None = None
 
     def fitting(chunk_elements: int | None) -> tuple[list[Probe], MemoryEstimate] | None:
         """None where it does not fit on every rank: probes are taken together."""
+        nonlocal last
         try:
-            found = measure(chunk_elements)
+            last = measure(chunk_elements)
         except torch.OutOfMemoryError:
             if trainer.ranks.world_size > 1:  # others may wait for this one inside the step
                 raise
+            last = None
             return None
-        return None if trainer.ranks.any(found[1].total_bytes > limit_bytes) else found
+        return None if trainer.ranks.any(last[1].total_bytes > limit_bytes) else last
 
-    if (found := fitting(trainer.chunk_elements)) is not None:
+    def shrunk() -> tuple[list[Probe], MemoryEstimate] | None:
+        return fitting(sizes[-1]) if len(sizes) > 1 else None
+
+    if (found := fitting(given)) is not None:
         return found
-    best = fitting(sizes[-1])
+    best = shrunk()
     if best is None and recompute_mlps(trainer.model):
-        if (found := fitting(None)) is not None:
+        if (found := fitting(given)) is not None:
             return found
-        best = fitting(sizes[-1])
+        best = shrunk()
     if best is None:
-        raise ValueError(too_large(*measure(sizes[-1]), config))
+        raise ValueError(too_large(None if last is None else last[1], config))
     low, high = 0, len(sizes) - 1  # sizes[low] is too large, sizes[high] fits
     while high - low > 1:
         middle = (low + high) // 2
@@ -239,14 +249,24 @@ def measure_memory(
     return best
 
 
-def chunk_sizes(largest: int) -> list[int]:
-    """Logits of a chunk that are tried: halves, down to `LEAST_CHUNK`."""
-    return [largest >> n for n in range(largest.bit_length()) if n == 0 or largest >> n >= LEAST_CHUNK]
+def chunk_sizes(largest: int, smallest: int) -> list[int]:
+    """Logits of a chunk that are tried: halves, until chunks cannot have fewer."""
+    sizes = [largest]
+    while sizes[-1] > smallest:
+        sizes.append(max(sizes[-1] // 2, smallest))
+    return sizes
 
 
-def too_large(probes: Sequence[Probe], found: MemoryEstimate, config: TrainConfig) -> str:
-    """Says what does not fit, by use, and what would."""
+def too_large(found: MemoryEstimate | None, config: TrainConfig) -> str:
+    """Says what does not fit, by use, and what would. `found`: None where the device could not hold a step at all."""
     limit_bytes, length = parse_bytes(str(config.trainer.max_memory)), config.data.total_seq_len
+    tried = (
+        f"--max-memory {config.trainer.max_memory}: with the smallest chunks of logits, "
+        "and what can be recomputed recomputed, "
+    )
+    if found is None:
+        needs = f"the device has no memory left for a step on a row of --total-seq-len {length}"
+        return f"{tried}{needs}. Ways out: a smaller --total-seq-len, --fsdp-shard over the ranks of torchrun"
     with_row = found.states_bytes + found.activations_bytes
     kept = found.total_bytes - with_row
     if kept > limit_bytes:
@@ -257,10 +277,7 @@ def too_large(probes: Sequence[Probe], found: MemoryEstimate, config: TrainConfi
         ways = ["a smaller --total-seq-len"]
     ways += ["--fsdp-shard over the ranks of torchrun", "a smaller --draft-vocab-size"]
     ways += ["the verifier on a server (--vllm-endpoint)"] if found.verifier_bytes else []
-    return (
-        f"--max-memory {config.trainer.max_memory}: with the smallest chunks of logits, and what can be recomputed "
-        f"recomputed, each rank needs {found}. {what[0].upper()}{what[1:]}. Ways out: {', '.join(ways)}"
-    )
+    return f"{tried}each rank needs {found}. {what[0].upper()}{what[1:]}. Ways out: {', '.join(ways)}"
 
 
 def weights_of(config: PretrainedConfig, dtype: str, num_ranks: int = 1) -> int:

@@ -60,6 +60,8 @@ class Drafter:
     verifier_config: PretrainedConfig
     verifier: PreTrainedModel | None = None
     """Where it is in this process."""
+    fitted: tuple[list[Probe], MemoryEstimate] | None = None
+    """What was measured when it was made to fit into --max-memory."""
 
     @property
     def name(self) -> str:
@@ -84,10 +86,10 @@ class Drafter:
         limit, trainer = self.config.trainer.max_memory, self.trainer
         if limit is None or self.is_closed or trainer.is_finished():
             return
-        found = self.memory()
+        self.fitted = self.measure()
         chunks = f"chunks of {trainer.chunk_elements:,} logits" if trainer.chunk_elements else "chunks as without it"
         recomputed = ", feed-forward layers recomputed" if recomputes_mlps(trainer.model) else ""
-        self.on_event(Note(f"--max-memory {limit}: {chunks}{recomputed}; {found}"))
+        self.on_event(Note(f"--max-memory {limit}: {chunks}{recomputed}; {self.fitted[1]}"))
 
     def decode_prompts(self, verifier: PreTrainedModel) -> None:
         rows, num_prompts = self.datasets[-1].rows, self.config.trainer.eval_prompts
