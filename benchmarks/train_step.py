@@ -3,11 +3,19 @@
     python benchmarks/train_step.py                                    T 2048, V 32000, bf16 autocast, 1 thread: minutes
     python benchmarks/train_step.py --length 512 --vocab 4000 --hidden 128                    seconds instead of minutes
     python benchmarks/train_step.py --algorithms eagle medusa mlp                                       the other three
+    python benchmarks/train_step.py --algorithms eagle3 --upstream PYTHON              beside the published package too
 
 Routes: `reference` = dense mask over all columns, logits of all supervised rows kept for autograd; `fast` = what
 training uses. Each route runs in a process of its own, so that its peak memory is its own; the two take turns step by
 step, so that a machine that slows down slows both. CPU seconds are the process's own: on a shared machine they are
 steadier than wall seconds. Supervision: turns of 128 tokens, every second one supervised.
+
+PYTHON is the interpreter of an environment of its own, because the published package has the name of ours:
+
+    python -m venv upstream && upstream/bin/pip install torch==2.13.0 speculators==0.9.0
+
+Its classes have the names and arguments that ours have, so this script builds its models by the same lines. Of what it
+offers, two kinds of attention run backward on a CPU (flex does not) and one loss (the fused one needs Triton).
 """
 
 from __future__ import annotations
@@ -26,6 +34,12 @@ ROUTES = {
     "reference": {"attention": "eager", "loss": "eager"},
     "fast": {"attention": "simple_flex_attention", "loss": "fused"},
 }
+UPSTREAM_ROUTES = {
+    "upstream sdpa": {"attention": "sdpa", "loss": "eager"},
+    "upstream eager": {"attention": "eager", "loss": "eager"},
+}
+UPSTREAM_DRAFTERS = ("eagle3", "peagle", "dflash", "dspark")
+"""Not mtp, which it builds of other layers, nor those that it has not."""
 TURN = 128
 MASK_TOKEN = 3
 AUX_LAYERS = [1, 2, 3]
@@ -49,8 +63,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of autocast")
     parser.add_argument("--repeats", type=int, default=2, help="measured steps of each route, after one that warms up")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--upstream", metavar="PYTHON", default="", help="interpreter of the published package")
     parser.add_argument("--one", nargs=2, metavar=("ALGORITHM", "ROUTE"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.upstream and (rest := sorted(set(options.algorithms) - set(UPSTREAM_DRAFTERS))):
+        parser.error(f"--upstream has no {', '.join(rest)} to compare with; name --algorithms of {UPSTREAM_DRAFTERS}")
+    return options
+
+
+def routes_of(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    return ROUTES | (UPSTREAM_ROUTES if options.upstream else {})
 
 
 # -- the drafters: (model, keywords of forward); `note` is what the table says of their sizes ------------------------
@@ -214,7 +236,8 @@ def packed_row(options: argparse.Namespace, model: Any) -> dict[str, Any]:
     length, half = options.length, options.length // 2
     states_dtype = getattr(torch, options.dtype)
     index = torch.arange(length)[None]
-    num_aux = len(model.target_layer_ids) if model.capture.aux_layer_ids else 1
+    captures = not hasattr(model, "capture") or model.capture.aux_layer_ids  # upstream's drafters do, and do not say so
+    num_aux = len(model.target_layer_ids) if captures else 1
     return {
         "hidden_states": torch.randn(1, length, num_aux * options.hidden).to(states_dtype),
         "verifier_last_hidden_states": torch.randn(1, length, options.hidden).to(states_dtype),
@@ -231,11 +254,15 @@ def packed_row(options: argparse.Namespace, model: Any) -> dict[str, Any]:
 def serve_steps(options: argparse.Namespace, algorithm: str, route: str) -> None:
     """A worker: one step, and one line of JSON, for each line of input."""
     import torch
+    import torch._dynamo  # an optimizer imports it, and so does the first part that recomputes: it is no step's memory
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model, keywords = DRAFTERS[algorithm][0](options, ROUTES[route])
-    kwargs, _ = model.get_trainer_kwargs(**keywords, loss_implementation=ROUTES[route]["loss"])
+    kinds = (ROUTES | UPSTREAM_ROUTES)[route]
+    model, keywords = DRAFTERS[algorithm][0](options, kinds)
+    if route in UPSTREAM_ROUTES and hasattr(model, "capture"):
+        raise SystemExit(f"--upstream: {sys.executable} imports this package, not the published one")
+    kwargs, _ = model.get_trainer_kwargs(**keywords, loss_implementation=kinds["loss"])
     batch = packed_row(options, model)
     autocast = torch.autocast("cpu", torch.bfloat16) if options.dtype == "bfloat16" else nullcontext()
     before_mib = peak_mib()
@@ -258,18 +285,18 @@ def peak_mib() -> float:
 
 
 def measure(options: argparse.Namespace, algorithm: str) -> dict[str, dict[str, float]]:
-    """Both routes of a drafter in turns."""
-    shown = command_words(options)
+    """All routes of a drafter in turns."""
+    shown, routes = command_words(options), routes_of(options)
     workers = {
         route: subprocess.Popen(
-            [sys.executable, __file__, *shown, "--one", algorithm, route],
+            [*python_of(options, route), __file__, *shown, "--one", algorithm, route],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for route in ROUTES
+        for route in routes
     }
-    steps: dict[str, list[dict[str, float]]] = {route: [] for route in ROUTES}
+    steps: dict[str, list[dict[str, float]]] = {route: [] for route in routes}
     try:
         for worker in workers.values():
             answer_of(worker)
@@ -282,13 +309,20 @@ def measure(options: argparse.Namespace, algorithm: str) -> dict[str, dict[str, 
         for worker in workers.values():
             worker.communicate()
     rows = {route: summary(of_route[1:]) for route, of_route in steps.items()}
-    rows["ratio"] = {key: rows["fast"][key] / rows["reference"][key] for key in MEASURED}
+    for route in list(rows):
+        if route != "fast":
+            rows[f"fast / {route}"] = {key: rows["fast"][key] / rows[route][key] for key in MEASURED}
     return rows
+
+
+def python_of(options: argparse.Namespace, route: str) -> list[str]:
+    """Without this one's PYTHONPATH, where that of the published package runs."""
+    return [options.upstream, "-E"] if route in UPSTREAM_ROUTES else [sys.executable]
 
 
 def command_words(options: argparse.Namespace) -> list[str]:
     """The options of a worker, as the command line takes them."""
-    left_out = ("one", "algorithms")
+    left_out = ("one", "algorithms", "upstream")
     return [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items() if key not in left_out]
 
 
@@ -312,22 +346,14 @@ def main() -> None:
         return
     results = {}
     print(f"T {options.length}, V {options.vocab}, H {options.hidden}, {options.dtype}, {options.threads} thread(s)")
-    print(f"{'drafter':<9}{'route':<11}{'cpu s':>8}{'wall s':>8}{'added MiB':>11}{'loss':>10}{'grad norm':>11}")
+    print(f"    {'route':<22}{'cpu s':>8}{'wall s':>8}{'added MiB':>11}{'loss':>10}{'grad norm':>11}")
     for algorithm in options.algorithms:
         results[algorithm] = measure(options, algorithm)
-        for route in ROUTES:
-            row = results[algorithm][route]
-            print(
-                f"{algorithm:<9}{route:<11}{row['cpu_s']:>8.2f}{row['wall_s']:>8.2f}{row['added_peak_mib']:>11.0f}"
-                f"{row['loss']:>10.4f}{row['grad_norm']:>11.4f}"
-            )
-        ratio = results[algorithm]["ratio"]
-        sizes = DRAFTERS[algorithm][1].format(**vars(options))
-        print(
-            f"{'':<9}{'ratio':<11}{ratio['cpu_s']:>8.3f}{ratio['wall_s']:>8.3f}{ratio['added_peak_mib']:>11.3f}"
-            f"    {sizes}",
-            flush=True,
-        )
+        print(f"{algorithm}: {DRAFTERS[algorithm][1].format(**vars(options))}")
+        for route, row in results[algorithm].items():
+            cells = f"{row['cpu_s']:>8.3f}{row['wall_s']:>8.3f}{row['added_peak_mib']:>11.3f}"
+            cells += f"{row['loss']:>10.4f}{row['grad_norm']:>11.4f}" if "loss" in row else ""
+            print(f"    {route:<22}{cells}", flush=True)
     print(json.dumps({"options": {k: v for k, v in vars(options).items() if k != "one"}, "results": results}))
 
 

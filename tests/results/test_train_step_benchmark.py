@@ -170,3 +170,13 @@ def test_a_worker_understands_the_options_that_it_is_started_with(train_step, mo
     assert worker == vars(options) | {"one": ["mtp", "fast"]}
     batch = train_step.packed_row(options, SimpleNamespace(target_layer_ids=[1], capture=CaptureSpec((1,))))
     assert batch["hidden_states"].dtype == torch.float32  # without autocast a product of two dtypes fails
+
+
+def test_upstream_is_not_this_package(train_step, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SHAPE, "--algorithms", "eagle3", "--upstream", sys.executable])
+    options = train_step.arguments()
+    with pytest.raises(SystemExit, match="imports this package, not the published one"):
+        train_step.serve_steps(options, "eagle3", "upstream sdpa")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--upstream", sys.executable])
+    with pytest.raises(SystemExit):  # mtp among the drafters
+        train_step.arguments()
