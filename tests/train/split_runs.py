@@ -1,11 +1,12 @@
 """Two ranks compute states and train with a verifier of which each holds a slice.
 
-python split_runs.py FOLDER DATA    as a rank of torchrun: writes FOLDER/found.json
+python split_runs.py FOLDER DATA PORTS    as a rank of torchrun: writes FOLDER/states.json, trains FOLDER/{ddp,fsdp}
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,11 @@ if __name__ == "__main__":
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from speculators.cli.app import main as command_line
 from speculators.data_generation import LocalSource
 from speculators.interfaces import CaptureSpec
-from speculators.train import run
 from speculators.train.by_all_ranks import ByAllRanks
-from speculators.train.config import TrainConfig
 from speculators.train.distributed import Ranks, ranks_from_environment
-from speculators.train.events import Event, StepDone, Validated
 from speculators.verifier import check_reproduces_logits, load_verifier
 
 ALGORITHM = "eagle3"
@@ -30,6 +29,21 @@ FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwe
 NUM_LAYERS = 6
 NUM_STEPS = 9
 """Not all of the second epoch: a row that not both ranks would get is left out at its end."""
+CUT = 3
+"""Where the runs of two ranks are stopped and continued, inside the first epoch."""
+FLAGS = {
+    "num-layers": 1,
+    "target-layer-ids": "1 3 5",
+    "total-seq-len": 64,
+    "epochs": 2,
+    "train-data-ratio": 0.9,
+    "optimizer": "adamw",
+    "scheduler-type": "none",
+    "scheduler-warmup-steps": 0,
+    "hidden-states-dtype": "float32",
+    "hidden-states-memory-gb": 5e-5,  # half of the rows
+    "log-freq": 1,
+}
 CAPTURE = CaptureSpec((0, 2, NUM_LAYERS), last_hidden=True)
 ROWS = [[torch.arange(1, 30), torch.arange(3, 9)], [torch.arange(2, 13)]]
 """Documents of each rank."""
@@ -65,46 +79,26 @@ def states(verifier: Path, ranks: Ranks) -> dict[str, float]:
     }
 
 
-def losses(verifier: Path, data: Path, output: Path, ranks: Ranks, **changes: Any) -> list[tuple[str, float]]:
-    """Of every training step and validation, in order."""
-    found: list[tuple[str, float]] = []
-
-    def listen(event: Event) -> None:
-        if isinstance(event, StepDone | Validated):
-            found.append((type(event).__name__, event.metrics["loss"]))
-
-    settings: dict[str, Any] = {
-        "speculator_type": ALGORITHM,
-        "verifier_name_or_path": str(verifier),
-        "data_path": str(data),
-        "save_path": str(output),
-        "num_layers": 1,
-        "target_layer_ids": [1, 3, 5],
-        "total_seq_len": 64,
-        "epochs": 2,
-        "max_steps": NUM_STEPS,
-        "train_data_ratio": 0.9,
-        "optimizer": "adamw",
-        "scheduler_type": "none",
-        "hidden_states_dtype": "float32",
-        "hidden_states_memory_gb": 5e-5,  # half of the rows
-        "gradient_accumulation_steps": 2 // ranks.world_size,
-        **changes,
-    }
-    run.build(TrainConfig.from_flat(settings), ranks, listen).trainer.run_training()
-    return found
+def flags(verifier: Path, data: Path, output: Path, num_steps: int, *more: str) -> list[str]:
+    """The command of a run, of its first steps alone."""
+    paths = {"verifier": verifier, "data": data, "output": output, "max-steps": num_steps}
+    settings = {**paths, "speculator-type": ALGORITHM, **FLAGS}
+    words = [word for key, value in settings.items() for word in (f"--{key}", *str(value).split())]
+    return ["train", *words, "--no-parity-gate", "--no-contract-check", *more]
 
 
-def main(folder: Path, data: Path) -> None:
+def main(folder: Path, data: Path, ports: list[str]) -> None:
     torch.set_num_threads(1)
     with ranks_from_environment(60.0) as ranks:
-        found: dict[str, Any] = {"states": {name: states(folder / name, ranks) for name in FAMILIES}}
-        for kind in ("ddp", "fsdp"):
-            changes = {"verifier_tp": True, "fsdp_shard": kind == "fsdp"}
-            found[kind] = losses(folder / "llama", data, folder / kind, ranks, **changes)
+        found = {name: states(folder / name, ranks) for name in FAMILIES}
         if ranks.is_main:
-            (folder / "found.json").write_text(json.dumps(found))
+            (folder / "states.json").write_text(json.dumps(found))
+    for kind, more in {"ddp": [], "fsdp": ["--fsdp-shard"]}.items():
+        for num_steps in (CUT, NUM_STEPS):
+            os.environ["MASTER_PORT"] = ports.pop()  # each command is a run of its own
+            words = flags(folder / "llama", data, folder / kind, num_steps, "--verifier-tp", *more)
+            assert command_line(words) == 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

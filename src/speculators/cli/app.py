@@ -37,7 +37,7 @@ from speculators.cli.flags import (
 )
 from speculators.cli.shared import ONLY_JSON, Result, escape_warnings, say_error, say_warning, show
 from speculators.utils.names import did_you_mean
-from speculators.utils.report import WRONG_INPUT, ReaderGoneError, discard, exit_code_of, work
+from speculators.utils.report import WRONG_INPUT, ReaderGoneError, discard, exit_code_of, is_first_rank, work
 
 VERBS_READING_THEIR_FLAGS = ("train", "launch-vllm")
 VERBS_PASSING_FLAGS_ON = ("serve", "launch-vllm")
@@ -102,7 +102,8 @@ def run_to_the_end(args: Sequence[str], flags: CommonFlags) -> int:
         result = perform(args)
         if not isinstance(result, Result):
             return result or 0  # --help and --version end with typer's own exit code
-        show(result)
+        if is_first_rank():
+            show(result)
         if result.error is not None:
             with work():  # its result is a failure, whatever the error's type
                 raise result.error

@@ -19,6 +19,7 @@ from speculators.data_generation.configs import DEFAULT_ANSWER_TOKENS
 from speculators.provenance import read_steps
 from speculators.train.config import TrainConfig, refuse_missing_paths
 from speculators.train.drafters import help_parser_of, resolve_all
+from speculators.utils.report import is_first_rank
 
 if TYPE_CHECKING:
     from speculators.building.report import StepBegun, StepEnded
@@ -43,7 +44,8 @@ def train(context: typer.Context) -> Result:
     refuse_missing_paths(context.args)
     configs = resolve_all(context.args)
     verifier, names = configs[0].verifier.verifier_name_or_path, [config.speculator_type for config in configs]
-    say(f"{'estimating' if configs[0].estimate else 'training'} {', '.join(names)} for {verifier}")
+    if is_first_rank():
+        say(f"{'estimating' if configs[0].estimate else 'training'} {', '.join(names)} for {verifier}")
 
     from speculators.train.logger import TrainingProgress
     from speculators.train.recipe import begun_threads

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from speculators.train.config import refuse_missing_paths
 from speculators.train.drafters import resolve_all
-from speculators.utils.report import exit_code_of
+from speculators.utils.report import exit_code_of, is_first_rank
 
 if TYPE_CHECKING:
     from speculators.train.records import TrainResult
@@ -26,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if configs[0].estimate:
             found = [estimate(config, print_event) for config in configs]
-            if os.environ.get("RANK", "0") == "0":  # all ranks have the same
+            if is_first_rank():
                 print(*found, sep="\n")
             return 0
         results = train_side_by_side(configs, listen=printing if len(configs) > 1 else lambda name: print_event)
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(error or "interrupted", file=sys.stderr)
         return 130
-    return max(map(summed_up, results))
+    return max(map(summed_up, results)) if is_first_rank() else 0
 
 
 def summed_up(result: TrainResult) -> int:

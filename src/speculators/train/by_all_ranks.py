@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from speculators.interfaces import HiddenStateSource, VerifierStates
-from speculators.train.distributed import Ranks, hearing_others
+from speculators.train.distributed import Ranks
 
 
 class ByAllRanks:
@@ -28,11 +28,10 @@ class ByAllRanks:
         self.source, self.ranks, self.capture = source, ranks, source.capture
 
     def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
-        """Raises `RankError` when another rank ended."""
+        """When another rank ended, a collective raises, which `ranks_from_environment` turns into `RankError`."""
         own: list[VerifierStates] = []
-        with hearing_others(beside_work=True):
-            for rank, of_rank in enumerate(self.ranks.gather_objects([ids.cpu() for ids in token_ids])):
-                states = self.source.read(of_rank)
-                if rank == self.ranks.rank:
-                    own = states
+        for rank, of_rank in enumerate(self.ranks.gather_objects([ids.cpu() for ids in token_ids])):
+            states = self.source.read(of_rank)
+            if rank == self.ranks.rank:
+                own = states
         return own

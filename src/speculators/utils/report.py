@@ -157,6 +157,11 @@ def work() -> Iterator[None]:
         raise
 
 
+def is_first_rank() -> bool:
+    """Whether this process reports: of those that torchrun started all have the same results, and the first checks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def exit_code_of(error: BaseException) -> int:
     """Returns 2 when the command line or what it names was wrong before work began, and 1 when the work failed."""
     begun = getattr(error, "work_had_begun", False)
