@@ -246,14 +246,15 @@ def iterate_chunks(
         target = targets.at(target_rows_C, head_VX.dtype)
         outside_C = targets.outside(target_rows_C, target, head_VX.dtype) if wants_outside else None
         for group in groups:
-            yield score_group(group, F.linear(rows_NX[group.draft_rows], head_VX), target, outside_C, terms, wants_grad)
+            yield score_group(
+                group, LogitRows(F.linear(rows_NX[group.draft_rows], head_VX)), target, outside_C, terms, wants_grad
+            )
         del target  # its logits, before those of the next chunk are made
 
 
 def score_group(
-    group: Group, logits_CV: Tensor, target: TargetRows, outside: OutsideRows | None, terms: Terms, wants_grad: bool
+    group: Group, draft: LogitRows, target: TargetRows, outside: OutsideRows | None, terms: Terms, wants_grad: bool
 ) -> Chunk:
-    draft = LogitRows(logits_CV)
     if group.target_index is not None:
         target = target.take(group.target_index)
         outside = None if outside is None else outside.take(group.target_index)
