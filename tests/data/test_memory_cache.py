@@ -31,6 +31,7 @@ def test_groups_are_of_similar_length_and_of_what_fits():
     assert groups_of([3, 0, 5, 4, 9], max_tokens=12) == [[2, 3, 0]]
     assert groups_of([4096, 3, 2000], max_tokens=10**6) == [[0], [2, 1]]
     assert groups_of([3, 5], max_tokens=0) == []
+    assert groups_of([300, 200, 120, 90], max_tokens=10**6, group_tokens=512) == [[0], [1, 2], [3]]
 
 
 def cached(inner, **sizes) -> MemoryCachedSource:

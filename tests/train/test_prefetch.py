@@ -10,14 +10,19 @@ import torch
 from training_toys import random_batch, trainer_config
 
 from speculators.data_generation import ServerUnavailableError
+from speculators.data_generation.sources import local
+from speculators.interfaces import CaptureSpec
 from speculators.losses.metrics import RecentSteps
+from speculators.train import records
 from speculators.train.config import TrainConfig
 from speculators.train.data import ListLoader
+from speculators.train.distributed import Ranks
 from speculators.train.events import Saved, StepDone, Validated
 from speculators.train.prefetch import DeviceRows, read_ahead
 from speculators.train.run import train
-from speculators.train.sources import reading_ahead
+from speculators.train.sources import kept_in_memory, lengths_of, reading_ahead
 from speculators.train.trainer import Trainer
+from speculators.verifier import load_verifier
 
 AHEAD = [(1, 1), (1, 4), (3, 2)]
 
@@ -102,6 +107,18 @@ def test_a_run_that_computes_states_ahead_has_the_bits_of_one_that_does_not(veri
     assert curves[0] == curves[1] and len(curves[0]) > 4
 
 
+def test_the_first_rows_of_a_run_on_a_cpu_wait_for_one_forward_and_not_for_thousands_of_tokens(
+    verifier_path, data_path, monkeypatch
+):
+    monkeypatch.setattr(local, "CPU_BATCHING", local.Batching(max_tokens=24, max_padding=32))
+    keys = TrainConfig.from_flat({"verifier_name_or_path": str(verifier_path), "data_path": str(data_path)}).data
+    computing = local.LocalSource(load_verifier(str(verifier_path)), CaptureSpec(last_hidden=True))
+    kept = kept_in_memory(keys, computing, hidden_size=1)
+    lengths = lengths_of(keys)
+    assert sorted(kept.rows) == list(range(len(lengths))) and max(map(len, kept.groups)) > 1
+    assert all(len(group) == 1 or len(group) * lengths[group[0]] <= 24 for group in kept.groups)
+
+
 def test_who_reads_ahead_is_chosen_by_argument_and_device():
     def asked(device, **keys):
         return reading_ahead(TrainConfig.from_flat({"verifier_name_or_path": "v", **keys}).data, torch.device(device))
@@ -139,6 +156,17 @@ def test_the_share_of_waiting_and_the_time_left_are_measured(tmp_path, make_mode
     assert [event.waiting for event in done] == pytest.approx([waiting] * 4)
     assert [event.left_s for event in done] == [None, 4 * (1 + read_s), 2 * (1 + read_s), 0.0]
     assert all(event.peak_bytes > 10_000_000 for event in done)  # torch alone takes more
+
+
+def test_a_slow_beginning_does_not_lengthen_the_time_that_is_left(monkeypatch, tmp_path):
+    clock, told = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(records, "RECENT_REPORTS", 3)
+    reports = records.StepReports(trainer_config(save_path=tmp_path, log_freq=1), 10, Ranks(), told.append)
+    for step, step_s in enumerate((100.0, 100.0, 2.0, 2.0, 2.0), start=1):
+        clock[0] += step_s
+        reports.step_done(step, 0, 1.0)
+    assert [event.left_s for event in told] == [None, 800.0, 7 * 51.0, 6 * 2.0, 5 * 2.0]
 
 
 def test_rows_are_timed_and_closed_where_the_loop_ends():

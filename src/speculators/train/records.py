@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -144,6 +145,9 @@ def weakness(trained: Mapping[str, float], validated: Mapping[str, float], accep
     return ""
 
 
+RECENT_REPORTS = 50
+
+
 class StepReports(RecentSteps):
     """Reports training steps as `StepDone`, with what was measured since the report before.
 
@@ -157,8 +161,8 @@ class StepReports(RecentSteps):
         self.metrics: dict[str, float] = {}
         """Of the newest report."""
         self.untold: tuple[StepDone, Callable[[], dict[str, float]]] | None = None
-        self.first: tuple[float, int] | None = None
-        """When the first report was made, and of which step: before it things are compiled."""
+        self.recent: deque[tuple[float, int]] = deque(maxlen=RECENT_REPORTS)
+        """When reports were made, and of which step. Before the first, things are compiled."""
         self.peak = peak_flop_per_s(ranks.device, config.hidden_states_dtype, config.peak_tflops)
         self.num_reports = 0
         self.counted = 0.0, 0.0
@@ -221,11 +225,10 @@ class StepReports(RecentSteps):
         return None if tflop_per_s is None or self.peak is None else tflop_per_s * TERA / self.peak
 
     def left_s(self, step: int) -> float | None:
+        """Seconds until the last step, at the pace of recent reports: a first epoch that makes states is slower."""
         now = time.perf_counter()
-        if self.first is None:
-            self.first = now, step
-            return None
-        since, first = self.first
+        self.recent.append((now, step))
+        since, first = self.recent[0]
         return (now - since) / (step - first) * (self.num_steps - step) if step > first else None
 
 

@@ -29,6 +29,7 @@ from speculators.data_generation import (
     origin_of,
 )
 from speculators.data_generation.configs import DEFAULT_CONCURRENCY
+from speculators.data_generation.sources.cached import MAX_GROUP_TOKENS
 from speculators.data_generation.upkeep import MAX_STORED_DIFFERENCE, difference_of
 from speculators.interfaces import CaptureSpec, HiddenStateSource
 from speculators.train.by_all_ranks import ByAllRanks
@@ -266,9 +267,9 @@ def kept_in_memory(keys: DataKeys, computing: HiddenStateSource, hidden_size: in
     if keys.hidden_states_memory_gb == 0:
         return computing
     num_states = len(computing.capture.aux_layer_ids) + computing.capture.last_hidden
-    itemsize = SERVER_ITEMSIZE
-    if isinstance(computing, LocalSource):
-        itemsize = next(computing.model.parameters()).element_size()
+    itemsize, group_tokens = SERVER_ITEMSIZE, MAX_GROUP_TOKENS
+    if isinstance(computing, LocalSource):  # one forward: on a CPU the first rows would wait for thousands of tokens
+        itemsize, group_tokens = next(computing.model.parameters()).element_size(), computing.batching.max_tokens
     data = PreparedData.open(keys.data_path).dataset()
     return MemoryCachedSource(
         computing,
@@ -276,6 +277,7 @@ def kept_in_memory(keys: DataKeys, computing: HiddenStateSource, hidden_size: in
         lambda row: data[row]["input_ids"][: keys.total_seq_len],
         bytes_per_token=num_states * hidden_size * itemsize,
         budget_bytes=int(keys.hidden_states_memory_gb * 1e9),
+        group_tokens=group_tokens,
     )
 
 

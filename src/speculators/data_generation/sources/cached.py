@@ -22,7 +22,7 @@ from speculators.interfaces import HiddenStateSource, VerifierStates
 logger = logging.getLogger(__name__)
 
 MAX_GROUP_TOKENS = 4096
-"""Most tokens computed together. More saves little, and the first batch waits for its groups."""
+"""Most tokens asked of a server together. More saves little, and the first batch waits for its groups."""
 
 
 class CachedSource:
@@ -103,11 +103,15 @@ class MemoryCachedSource:
         *,
         bytes_per_token: int,
         budget_bytes: int,
+        group_tokens: int = MAX_GROUP_TOKENS,
     ):
-        """`row(i)` returns the `lengths[i]` tokens of a sequence that will be read; the first that fit are kept."""
+        """`row(i)` returns the `lengths[i]` tokens of a sequence that will be read; the first that fit are kept.
+
+        `group_tokens`: most positions computed at once, padding included, unless one row is longer.
+        """
         self.inner = inner
         self.capture = inner.capture
-        self.groups = groups_of(lengths, budget_bytes // max(1, bytes_per_token))
+        self.groups = groups_of(lengths, budget_bytes // max(1, bytes_per_token), group_tokens)
         self.rows = {index: row(index) for group in self.groups for index in group}
         self.row_of = {key_of(ids): index for index, ids in self.rows.items()}
         self.group_of = {index: group for group in self.groups for index in group}
@@ -129,7 +133,7 @@ class MemoryCachedSource:
                 self.kept |= {member: detached(states) for member, states in zip(group, computed, strict=True)}
 
 
-def groups_of(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def groups_of(lengths: Sequence[int], max_tokens: int, group_tokens: int = MAX_GROUP_TOKENS) -> list[list[int]]:
     """Groups the first rows that fit `max_tokens` by similar length (least padding); leaves out empty rows."""
     kept, total = [], 0
     for row, length in enumerate(lengths):
@@ -140,7 +144,7 @@ def groups_of(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             kept.append(row)
     groups: list[list[int]] = []
     for row in sorted(kept, key=lambda row: (-lengths[row], row)):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= MAX_GROUP_TOKENS:
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= group_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])

@@ -34,13 +34,17 @@ class LocalSource:
         self.max_batch_tokens = max_batch_tokens
         self.decoder = decoder_of(verifier_model)  # training makes its own logits
 
+    @property
+    def batching(self) -> Batching:
+        """What the verifier's device computes together."""
+        return batching_of(device_of(self.model), self.max_batch_tokens)
+
     def read(self, token_ids: Sequence[Tensor]) -> list[VerifierStates]:
         """Computes the states of each sequence, in order. Raises `ValueError` for an empty sequence or NaN states."""
         if any(len(ids) == 0 for ids in token_ids):
             raise ValueError("a sequence without tokens has no states; leave it out")
         found: list[VerifierStates | None] = [None] * len(token_ids)
-        batching = batching_of(device_of(self.model), self.max_batch_tokens)
-        for batch in batches_by_length([len(ids) for ids in token_ids], batching):
+        for batch in batches_by_length([len(ids) for ids in token_ids], self.batching):
             for index, states in zip(batch, self.forward([token_ids[i] for i in batch]), strict=True):
                 found[index] = states
         return [states for states in found if states is not None]
