@@ -416,7 +416,8 @@ def examine(
         verifier = changed.pop("verifier", None)
         loaded = subject.loaded if verifier is None else sp.load_verifier(str(verifier), dtype=torch.float32)
         found = sp.diagnose(changed.pop("checkpoint"), data=sources, verifier=loaded, **SMALL, **changed)
-        length = found.measured.get("acceptance length")
+        served = found.measured.get("acceptance length at the temperature of serving")
+        length = served or found.measured.get("acceptance length")
         healthy = length if name == "healthy" else healthy
         row = row_of(name, expected, found, length, healthy, time.perf_counter() - begun_s)
         print(f"| {title} {row}", flush=True)

@@ -20,7 +20,14 @@ from speculators.diagnosis import better_checkpoint
 from speculators.evaluation.diagnosis import FAULTY, FIT, Accuracy, Cause, causes_of_check, changed_cause, ranked
 from speculators.evaluation.diagnosis_drafter import Decoded
 from speculators.evaluation.diagnosis_server import collapsed, distance, expected_curve
-from speculators.evaluation.diagnosis_texts import Training, context_cause, fit_causes, temperature_cause
+from speculators.evaluation.diagnosis_texts import (
+    Judged,
+    Training,
+    context_cause,
+    fit_causes,
+    temperature_cause,
+    vocabulary_cause,
+)
 from speculators.evaluation.server_check import SampledLaw, Score
 from speculators.evaluation.server_client import Served
 from speculators.train.checkpointer import CURVE_FILE
@@ -66,6 +73,25 @@ def test_fewer_right_drafts_than_in_validation_are_a_change_and_a_grid_of_weight
     rounded = cause("the training text", rounded=True)
     assert rounded.name == "quantised-target" and "another model" in rounded.sentence  # both are said
     assert changed_cause(accuracy(0.8, 0.6), validation, [], "the training text", rounded=True) is None
+
+
+def test_accuracy_at_positions_that_are_judged_less_often_counts_as_much_as_in_validation():
+    """P-EAGLE judges fewer tokens the deeper they are; validation divides each position by its own number."""
+    right_NK, judged_NK = np.tile([80.0, 30.0], (8, 1)), np.tile([100.0, 50.0], (8, 1))
+    found = Accuracy(right_NK, judged_NK, np.ones(8))
+    assert changed_cause(found, {"full_acc_0": 0.8, "full_acc_1": 0.6}, [], None, rounded=False) is None
+
+
+def test_holes_of_the_vocabulary_are_a_cause_only_where_the_texts_surely_have_them():
+    def judged(outside_N: list[float]) -> Judged:
+        zeros_N = np.zeros(len(outside_N))
+        return Judged(np.full(len(outside_N), 25.0), *[zeros_N] * 5, np.array(outside_N))
+
+    def cause(outside_N: list[float]) -> Cause | None:
+        return vocabulary_cause({"answers": judged(outside_N)}, accuracy(0.6), [])
+
+    assert cause([0.0, 0.0, 7.0, 0.0, 0.0]) is None  # 5.6 % by one text
+    assert cause([7.0, 6.0, 8.0, 5.0, 7.0]).name == "vocabulary-holes"
 
 
 def test_a_temperature_is_a_cause_from_a_quarter_of_the_drafts_on():

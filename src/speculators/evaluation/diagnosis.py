@@ -236,10 +236,8 @@ def changed_cause(
     recorded = [validation.get(f"full_acc_{k}") for k in range(len(on_known.by_position))]
     once = sum(share for share in recorded if share is not None)
     now = None if None in recorded else fewer_right(on_known, once)
-    if now is None:
-        return None
-    if any(found is not None and fewer_right(found, once) is None for found in repaired):
-        return None  # that setting brings it back
+    if now is None or any(found is not None and fewer_right(found, once) is None for found in repaired):
+        return None  # as it was; or that setting brings it back
     fix = "take weights and config.json from where it was trained"
     evidence: dict[str, Any] = {
         "drafts right per round, training text": f"{now.value:.2f} ({now.low:.2f} to {now.high:.2f})",
@@ -259,8 +257,10 @@ def changed_cause(
 
 def fewer_right(found: Accuracy, once: float) -> Estimate | None:
     """Drafts right per round, where that is surely less than it once was."""
-    counts = {"right": found.right_NK.sum(1), "judged": found.judged_NK[:, 0]}
-    now = bootstrap(counts, lambda sums: sums["right"] / np.maximum(sums["judged"], 1))
+    depth = range(found.right_NK.shape[1])  # of which an algorithm may judge fewer tokens the deeper they are
+    parts = {"right": found.right_NK, "judged": found.judged_NK}
+    counts = {f"{name}_{k}": part_NK[:, k] for name, part_NK in parts.items() for k in depth}
+    now = bootstrap(counts, lambda sums: sum(sums[f"right_{k}"] / np.maximum(sums[f"judged_{k}"], 1) for k in depth))
     return now if now.high < SURELY_FEWER * once else None
 
 

@@ -37,7 +37,7 @@ GREEDY = 0.95
 """Share of tokens that are the verifier's likeliest, from which on a text is taken for its greedy one."""
 TRAINING_TEXT, OUTSIDE = "the training text", "likeliest tokens outside"
 HOLES = 0.05
-"""Share of the verifier's likeliest tokens that may be outside the draft vocabulary."""
+"""Share of the verifier's likeliest tokens that may be outside the draft vocabulary: surely more is a cause."""
 GAP = 0.25
 """Accuracy of the first draft on known text beyond that on new text, which says that the text was learnt by heart."""
 FEW_ROWS = 5
@@ -110,6 +110,11 @@ class Judged:
         counts = {"surprise": self.surprise_N, "entropy": self.entropy_N, "num": self.num_N}
         return bootstrap(counts, lambda sums: (sums["surprise"] - sums["entropy"]) / np.maximum(sums["num"], 1))
 
+    def outside(self) -> Estimate:
+        """Share of the verifier's likeliest tokens that the drafter cannot draft."""
+        counts = {"outside": self.likeliest_outside_N, "num": self.num_N}
+        return bootstrap(counts, lambda sums: sums["outside"] / np.maximum(sums["num"], 1))
+
 
 @torch.no_grad()
 def judge(verifier: PreTrainedModel, texts: Sequence[Text], kept_V: Tensor | None, temperature: float = 1.0) -> Judged:
@@ -161,7 +166,7 @@ def vocabulary_cause(judged: Mapping[str, Judged], held_out: Accuracy, fitting: 
     of wrong first drafts; where one explains more of them than the holes do, the holes come after it."""
     shares = {name: found.mean("likeliest_outside") for name, found in judged.items() if found.num_N.sum()}
     worst = max(shares, key=lambda name: shares[name], default=None)
-    if worst is None or shares[worst] <= HOLES:
+    if worst is None or judged[worst].outside().low <= HOLES:
         return None
     masses = {name: judged[name].mean("mass_outside") for name in shares}
     sentence = f"{shares[worst]:.0%} of what the verifier says in {worst} is outside the draft vocabulary"
@@ -173,9 +178,8 @@ def vocabulary_cause(judged: Mapping[str, Judged], held_out: Accuracy, fitting: 
     }
     fix = "train with a larger --draft-vocab-size, or on text of this domain: the vocabulary is its frequent tokens"
     others = max((cause.strength * GAP - shares[worst] for cause in fitting), default=0.0)
-    if others > shares[worst]:
-        return Cause("vocabulary-holes", sentence, evidence, fix, FIT, shares[worst] / GAP)
-    return Cause("vocabulary-holes", sentence, evidence, fix, DATA, shares[worst] / HOLES)
+    rank, limit = (FIT, GAP) if others > shares[worst] else (DATA, HOLES)
+    return Cause("vocabulary-holes", sentence, evidence, fix, rank, shares[worst] / limit)
 
 
 def outside_of_training(cause: Cause) -> float:
@@ -247,10 +251,7 @@ def generalisation_cause(on_known: float, on_new: float, training: Training, evi
 
 def surely_apart(known: Accuracy | None, new: Accuracy) -> bool:
     """Whether the first draft is right more often on known text, beyond the chance in which texts were drawn."""
-    if known is None:
-        return True
-    lowest, highest = first_accuracy(known).low, first_accuracy(new).high
-    return lowest > highest
+    return known is None or first_accuracy(known).low > first_accuracy(new).high
 
 
 def first_accuracy(found: Accuracy) -> Estimate:
