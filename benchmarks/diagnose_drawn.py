@@ -268,11 +268,13 @@ def other_prompts(subject: Subject, bench: Bench, rng: Random) -> dict[str, Any]
 
 def behind_the_rows(subject: Subject, bench: Bench, rng: Random) -> dict[str, Any]:
     """Each prompt stands behind earlier turns, longer together than any training row."""
-    turns = [json.loads(line) for line in (subject.folder / "answers.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (subject.folder / "answers.jsonl").read_text().splitlines()]
+    asked = [row["messages"] for row in subject.rows[:NUM_TRAINED]]
+    told = [[*turns, {"role": "assistant", "content": text}] for turns, text in zip(asked, texts, strict=True)]
     path = bench.work / "long.jsonl"
     with path.open("w") as file:
         for row in subject.rows[-NUM_HELD_OUT:]:
-            earlier = [turn for some in rng.sample(turns, 6) for turn in some["conversations"]]
+            earlier = [turn for turns in rng.sample(told, 6) for turn in turns]
             file.write(json.dumps({"messages": [*earlier, *row["messages"]]}) + "\n")
     return {"prompts": path}
 

@@ -102,7 +102,7 @@ class Bench:
         ]
         path = self.work / "long.jsonl"
         with path.open("w") as file:
-            for row in rows[: SMALL["num_prompts"]]:
+            for row in rows[: self.given.num_prompts]:
                 asked = {"role": "user", "content": row["question"]}
                 file.write(json.dumps({"messages": [*turns, asked]}) + "\n")
         return path
@@ -314,8 +314,10 @@ def main() -> None:
             changed["verifier"] = (
                 sp.load_verifier(changed["verifier"], dtype=torch.float32) if "verifier" in changed else verifier
             )
-            found = sp.diagnose(changed.pop("checkpoint"), data=sources, **SMALL, **changed)
-            length = found.measured.get("acceptance length")
+            size = {name: getattr(given, name) for name in SMALL}
+            found = sp.diagnose(changed.pop("checkpoint"), data=sources, **size, **changed)
+            served = found.measured.get("acceptance length at the temperature of serving")
+            length = served or found.measured.get("acceptance length")
             healthy = length if name == "healthy" else healthy
             print(row_of(name, expected, found, length, healthy, time.perf_counter() - begun_s), flush=True)
             if given.output:
@@ -340,6 +342,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", required=True, help="directory of prepare-data that it was trained on")
     parser.add_argument("--prompts", required=True, help="held-out prompts of the same kind")
+    for name, number in SMALL.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=number)
     parser.add_argument("--healthy", type=float, help="acceptance length of the healthy drafter, where --only skips it")
     parser.add_argument("--few", help="a drafter of few conversations")
     parser.add_argument("--few-data")

@@ -127,6 +127,24 @@ def test_too_little_data_is_found(toys, tmp_path):
     assert found.causes[0].evidence["training rows"] == 4
 
 
+def test_a_run_that_went_on_too_long_is_sent_back_to_its_better_epoch(toys, tmp_path, capsys):
+    """The healthy drafter learns four rows by heart: validation, on its own domain, falls from epoch to epoch."""
+    classes = ("queue.Queue", "zipfile.ZipFile", "ssl.SSLContext", "asyncio.Future")
+    others = [{"messages": [{"role": "user", "content": f"Explain the class `{name}`."}]} for name in classes]
+    sp.regenerate(toys.verifier, others, output=tmp_path / "others.jsonl", max_tokens=40, batch_size=4)
+    own = (toys.folder / "a.jsonl").read_text().splitlines(keepends=True)[:8]
+    (tmp_path / "rows.jsonl").write_text((tmp_path / "others.jsonl").read_text() + "".join(own))
+    data = sp.prepare_data(VERIFIER, tmp_path / "rows.jsonl", output=tmp_path / "data", num_workers=1)
+    settings = {"draft_vocab_size": None, "train_data_ratio": 0.34, "scheduler_type": "none", "lr": 2e-3}
+    run = tmp_path / "run"
+    train(run, toys.verifier, data.path, from_pretrained=toys.healthy, epochs=17, checkpoint_freq=8.0, **settings)
+    small = ["--data", str(toys.prompts), "--limit", "5", "--max-tokens", "24", "--json"]
+    capsys.readouterr()
+    assert main(["diagnose", str(run / "16"), *small]) == 1
+    cause = json.loads(capsys.readouterr().out)["causes"][0]
+    assert cause["name"] == "overfitted" and str(run / "0") in cause["fix"]
+
+
 def test_text_of_somebody_else_is_found(toys, tmp_path):
     given = tmp_path / "given.jsonl"
     answer = "Sure! You would usually call {} once, when the work is done, and ignore whatever it gives back to you."
