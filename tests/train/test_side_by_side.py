@@ -156,6 +156,8 @@ def test_python_names_several_drafters_in_a_list_and_what_they_cannot_read():
         of(["eagle3", "dflash"], epoch=2)
     with pytest.raises(ConfigError, match=r"dflash: unknown flag --epoch\."):
         of(["eagle3", "dflash"], dflash={"epoch": 2})
+    with pytest.raises(ValueError, match=r"estimate=True trains nothing: call speculators\.train\.run\.estimate"):
+        of("eagle3", estimate=True)
 
 
 class Killed(BaseException):

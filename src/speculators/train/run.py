@@ -84,6 +84,8 @@ def train_side_by_side(
     They have directories of their own and the same verifier, data and seed (`drafters.resolve_all` sees to it). Each
     ends as it would alone. `listen`: returns the listener of a drafter, by its algorithm. `verifier`: see `train`.
     """
+    if any(config.estimate for config in configs):
+        raise ValueError("estimate=True trains nothing: call speculators.train.run.estimate(config) in place of this")
     with ranks_from_environment(configs[0].trainer.rank_timeout) as ranks, ExitStack() as stack:
         drafters = []
         for config, trackers in zip(
