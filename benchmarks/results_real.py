@@ -378,6 +378,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt-s", type=float, default=10, help="seconds that a prompt and method take, assumed")
     parser.add_argument("--only", default="", help="steps to make again, with commas (measure-speed), and no others")
+    parser.add_argument("--make-verifier", action="store_true", help="make WORK/smollm2, the model, and nothing else")
     parser.add_argument("--document", type=Path, help="page to write, e.g. docs/results-smollm2.md")
     return parser.parse_args(argv)
 
@@ -385,6 +386,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     options.work = options.work.resolve()
+    if options.make_verifier:
+        options.work.mkdir(parents=True, exist_ok=True)
+        print(make_verifier(options.work))
+        return 0
     for name in ("prompts", "spec_bench"):
         path = getattr(options, name)
         if path is not None:

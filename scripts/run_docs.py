@@ -48,6 +48,8 @@ SMALLER = {
     "generate": ["--max-tokens", "16"],
 }
 """Added to a command; where it says one of these itself, its own word is left out."""
+FINDING = ("diagnose",)
+"""Their exit code is 1 when something is wrong with the drafter: one of four steps is weak."""
 DRY = ("serve", "launch-vllm")
 """Their command is printed, not run."""
 SKIPPED = {
@@ -133,6 +135,11 @@ def why_skipped(command: Command) -> str | None:
     return next((reason for pattern, reason in SKIPPED.items() if re.search(pattern, command.text)), None)
 
 
+def is_well(command: Command, done: subprocess.CompletedProcess[str]) -> bool:
+    has_result = f'"verb": "{command.verb}"' in done.stdout
+    return done.returncode == 0 or (command.verb in FINDING and done.returncode == 1 and has_result)
+
+
 def prepare(folder: Path) -> None:
     """Writes the files that documents speak of."""
     rows = assets.prompts_path("train").read_text().splitlines()
@@ -196,10 +203,11 @@ def main() -> int:
                 begun_s = time.perf_counter()
                 done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
                 ran += 1
-                failed += done.returncode != 0
-                verdict = "ok    " if done.returncode == 0 else "FAILED"
+                well = is_well(command, done)
+                failed += not well
+                verdict = "ok    " if well else "FAILED"
                 print(f"{verdict} {time.perf_counter() - begun_s:5.1f} s  {command.page}: {command.text}", flush=True)
-                if done.returncode != 0:
+                if not well:
                     print(f"       {shlex.join(words)}\n{done.stderr[-800:]}", flush=True)
                 supply(folder)
     print(f"{ran} commands run, {failed} failed; skipped: {', '.join(f'{n} ({why})' for why, n in skipped.items())}")

@@ -21,7 +21,7 @@ import speculators as sp
 from speculators import api
 from speculators.building import plan
 from speculators.building import run as building_run
-from speculators.building.report import BuildResult, StepBegun
+from speculators.building.report import BuildResult, Settings, StepBegun, training_of
 from speculators.cli import app, train
 from speculators.cli.app import main
 from speculators.decoding.stats import DecodeStats
@@ -151,9 +151,20 @@ def test_build_replaces_nothing_of_others(command, tmp_path, capsys):
 def test_a_wrong_flag_of_train_is_refused_before_an_hour_of_answers(verifier, chats, tmp_path):
     with pytest.raises(ValueError, match="epochz"):
         sp.build(verifier, chats, output=tmp_path / "out", train_flags="--epochz 3")
+    for flags, instead in (("--lr 1e-3 --epochs=3", "--budget answers="), ("--output mine", "build's own --output")):
+        with pytest.raises(ValueError, match=f"which a build sets itself: leave it out, and give {instead}"):
+            sp.build(verifier, chats, output=tmp_path / "out", train_flags=flags)
     with pytest.raises(ValueError, match="does not exist"):
         sp.build(verifier, chats, output=tmp_path / "out", held_out="held_out.jsonl")
     assert not (tmp_path / "out").exists()  # the corrected call begins anew
+
+
+def test_what_train_flags_say_is_not_said_twice(verifier):
+    flags = ["--total_seq_len=96", "--eval-prompts", "3", "--lr", "3e-3"]
+    settings = Settings(verifier, "chats", "1m", ["eagle3"], [2], None, None, 12, False, flags)
+    first = ["--total-seq-len", "512", "--eval-prompts", "12", "--seed", "3"]
+    words = training_of(settings, Path("out"), "", first, ["--epochs", "2"])
+    assert words[words.index("out/data") + 1 :] == ["--seed", "3", *flags, "--output", "out/eagle3", "--epochs", "2"]
 
 
 # -- kills: a process that has everything imported forks one that builds, and kills it

@@ -350,6 +350,12 @@ def test_prompts_are_recognised_in_the_shapes_people_have(
     assert report.prompts in caplog.text
 
 
+def test_a_long_first_prompt_is_shown_cut_between_its_quotes(tokenizer, parrot, tmp_path):
+    report = regenerate_responses([{"prompt": "long " * 40}], tokenizer, parrot, output=tmp_path / "out.jsonl")
+    shown = report.prompts.split("the first: ")[1]
+    assert len(shown) == 80 and shown.startswith("'long long ") and shown.endswith("...'")
+
+
 def test_any_column_can_be_named(tokenizer, parrot, tmp_path):
     row = {"task": "hi", **chat("no", "x")}
     report = regenerate_responses([row], tokenizer, parrot, output=tmp_path / "out.jsonl", prompt_field="task")

@@ -452,6 +452,12 @@ def test_the_verdict_of_a_check_is_said_once(trained, capsys):
     assert str(check_checkpoint(trained("dflash"))).count("ready to serve") == 1
 
 
+def test_a_verifier_named_from_here_is_served_from_anywhere(trained, monkeypatch):
+    monkeypatch.chdir(Path(VERIFIER).parent)
+    report = check_checkpoint(trained("eagle3"), verifier=Path(VERIFIER).name)
+    assert not report.findings and f"vllm serve {VERIFIER} " in report.command
+
+
 def test_the_next_command_serves_what_was_checked(trained, capsys):
     path = str(trained("dflash"))
     assert main(["check", path, "--engine", "vllm-0.32", "--verifier", VERIFIER]) == 0

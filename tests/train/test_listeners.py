@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from rich.console import Console
 
 from speculators.train.config import ConfigError
 from speculators.train.events import Note, Saved, Started, StepDone, Validated, line
@@ -58,6 +60,20 @@ def test_a_missing_package_or_an_unknown_name_is_said(monkeypatch):
     with pytest.raises(ConfigError, match="Did you mean 'tensorboard'"):
         make_trackers(["trackio_", "tensorbord"][1], "./logs", None, {})
     assert make_trackers("", "./logs", None, {}) == []
+
+
+def test_what_was_learned_is_whole_on_a_terminal_of_80_columns():
+    told = {"loss": 20.0611, **{f"full_acc_{depth}": 0.04 for depth in range(4)}}
+    bar = TrainingProgress()
+    bar(Started(12, 0, 1, 1, 1))
+    bar(Validated(4, 0, {**told, "decoded_acceptance_length": 1.0312}, 1.04))
+    bar(replace(STEP, metrics=told, acceptance_length=1.04))
+    console = Console(width=80, file=io.StringIO(), soft_wrap=True, force_terminal=True, color_system=None)
+    with console.capture() as captured:
+        console.print(bar.get_renderable(), soft_wrap=True)
+    bar.stop()
+    shown = captured.get().splitlines()
+    assert " ".join(line.strip() for line in shown).count("decoded 1.03") == 1 and max(map(len, shown)) <= 80
 
 
 def lines_of(capsys, log_every, num_steps):

@@ -132,11 +132,11 @@ class Prompts:
     shape: str
 
     def sentence(self) -> str:
-        told = f"prompts are in {self.shape}: {self.num_train} to train on, {self.num_held_out} held out"
+        told = f"prompts are in {self.shape}: {self.num_train:,} to train on, {self.num_held_out:,} held out"
         if self.num_repeated:
-            told += f", {self.num_repeated} repeated"
+            told += f", {self.num_repeated:,} repeated"
         if self.unusable:
-            told += f", {sum(self.unusable.values())} unusable ({'; '.join(list(self.unusable)[:3])})"
+            told += f", {sum(self.unusable.values()):,} unusable ({'; '.join(list(self.unusable)[:3])})"
         return told
 
 

@@ -20,6 +20,12 @@ from speculators.train.events import Note
 from speculators.utils.files import atomic_write
 from speculators.utils.report import TableReport, facts_table
 
+SAID_OTHERWISE = {
+    "--epochs": "--budget answers=N,epochs=E,prompts=P",
+    **{flag: f"build's own {flag}" for flag in ("--verifier", "--data", "--output", "--speculator-type")},
+}
+"""Flags of `train` that the steps of a build depend on, and how they are said."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,6 +41,12 @@ class Settings:
     max_tokens: int
     trust_remote_code: bool
     train_flags: list[str]
+
+    def __post_init__(self) -> None:
+        for flag in flags_in(self.train_flags):
+            if flag in SAID_OTHERWISE:
+                said = SAID_OTHERWISE[flag]
+                raise ValueError(f"train_flags holds {flag}, which a build sets itself: leave it out, and give {said}")
 
     @property
     def of_verifier(self) -> dict[str, Any]:
@@ -233,13 +245,26 @@ def command_of(verb: str, settings: Mapping[str, Any], *positional: str) -> str:
 
 
 def training_of(settings: Settings, output: Path, folder: str, first: Sequence[str], last: Sequence[str]) -> list[str]:
-    """The flags of `train`: the user's stand between the `first` and the `last`. One drafter's directory is named,
-    several make theirs below the one that is named."""
+    """The flags of `train`: the `first`, each unless the user says it otherwise, the user's, and the `last`. One
+    drafter's directory is named, several make theirs below the one that is named."""
     names, verifier, trusts = settings.speculator_type, settings.verifier, settings.trust_remote_code
     words = ["--verifier", verifier, *(["--trust-remote-code"] if trusts else []), "--speculator-type", ",".join(names)]
+    first = unsaid(first, settings.train_flags)
     words += ["--data", str(output / ROWS), *first, *draft_vocabulary(names, verifier, trusts, settings.train_flags)]
     root = output / folder
     return [*words, *settings.train_flags, "--output", str(root / names[0] if len(names) == 1 else root), *last]
+
+
+def unsaid(flags: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Leaves out those flags, each with its value, that are given."""
+    said = flags_in(given)
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return [word for pair in pairs if pair[0] not in said for word in pair]
+
+
+def flags_in(words: Sequence[str]) -> list[str]:
+    """The names of the flags: "--lr" of `--lr 3e-3` and `--lr=3e-3`."""
+    return [word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
 
 
 def commands_in(done: Mapping[str, Any]) -> dict[str, Any]:

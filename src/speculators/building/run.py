@@ -231,8 +231,8 @@ class Build:
             asked = (pilots, rows["num_tokens"], self.budget.seconds, self.steps.done["pilot"])
             epochs = self.steps.once("num_epochs", lambda: plan.num_epochs(*asked))
         title = f"Train {', '.join(names)} for {epochs} epochs; held-out rows are decoded after each"
-        decoding = ["--epochs", str(epochs), "--eval-prompts", str(plan.PROMPTS_OF_VALIDATION)]
-        self.trained("training", title, training_of(self.settings, self.output, "", length, decoding))
+        first, last = [*length, "--eval-prompts", str(plan.PROMPTS_OF_VALIDATION)], ["--epochs", str(epochs)]
+        self.trained("training", title, training_of(self.settings, self.output, "", first, last))
         return epochs
 
     def trained(self, name: str, title: str, words: list[str]) -> Any:

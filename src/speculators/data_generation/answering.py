@@ -24,6 +24,7 @@ from speculators.data_generation.masks import RenderedTurn
 from speculators.data_generation.rollout import Answer, Generate, Provenance, Question, Rollout, number_of
 from speculators.data_generation.vllm_client import InvalidResponseError
 from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
+from speculators.utils.names import excerpt
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Mix:
                 raise ValueError(f"temperatures={list(self.temperatures)}: each is 0 (greedy) or more")
         for text in self.system_prompts:
             if not isinstance(text, str):
-                raise ValueError(f"system_prompts holds {text!r:.60}; each is a text, an empty one for no system turn")
+                shown = excerpt(text)
+                raise ValueError(f"system_prompts holds {shown}; each is a text, an empty one for no system turn")
 
     def start(self, rollout: Rollout, primary_id: str, sample: int) -> Rollout:
         """Returns a copy of the rollout that is about to be answered."""

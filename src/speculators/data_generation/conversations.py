@@ -14,6 +14,7 @@ from numbers import Integral
 from typing import Any
 
 from speculators.utils.chat_template import REASONING_KEYS
+from speculators.utils.names import excerpt
 
 Message = dict[str, Any]
 
@@ -159,7 +160,7 @@ def conversation_of(prompt: Any, row: Mapping[str, Any], column: str) -> Convers
     if isinstance(prompt, str) and prompt.strip():
         prompt = [prompt]
     if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt:
-        raise UnusableRow(f"column {column!r} holds no prompt", f"{prompt!r:.60}")
+        raise UnusableRow(f"column {column!r} holds no prompt", excerpt(prompt))
     if not all(isinstance(turn, str) for turn in prompt):
         return parse_prompt({**row, CONVERSATION_COLUMNS[0]: prompt})[1]
     messages: list[Message] = []
@@ -289,5 +290,5 @@ def parse_tools(tools: Any) -> list[Any] | None:
     if not isinstance(tools, Sequence):
         raise UnusableRow("tools is not a list")
     if wrong := [tool for tool in tools if not isinstance(tool, Mapping)]:
-        raise UnusableRow("tools holds what is no object", f"{wrong[0]!r:.60}")
+        raise UnusableRow("tools holds what is no object", excerpt(wrong[0]))
     return list(tools)

@@ -31,6 +31,7 @@ from speculators.data_generation.conversations import (
 )
 from speculators.data_generation.datasets import load_raw_dataset
 from speculators.utils.chat_template import ChatRenderer, ChatTemplateError
+from speculators.utils.names import excerpt
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Rollout:
     def example(self) -> str:
         """Says which shape was recognised, with the beginning of the first question."""
         question = next((turn["content"] for turn in self.turns if turn["role"] == "user"), self.prompt_ids)
-        return f"prompts are in {self.shape}; the first: {question!r:.80}"
+        return f"prompts are in {self.shape}; the first: {excerpt(question)}"
 
     @property
     def index_and_sample(self) -> tuple[int, int]:
@@ -274,8 +275,7 @@ def load_prompts(
 ) -> list[list[int]]:
     """The first `limit` prompts of a data source, or of rows, as token ids. Raises `ValueError` when it has none."""
     renderer = ChatRenderer(tokenizer) if getattr(tokenizer, "chat_template", None) else None
-    prompts: list[list[int]] = []
-    reasons: list[str] = []
+    prompts, reasons = list[list[int]](), list[str]()
     raw_rows = load_raw_dataset(source)
     for index, row in enumerate(raw_rows):
         if len(prompts) == limit:

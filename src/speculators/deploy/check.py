@@ -26,6 +26,7 @@ from speculators.deploy import config_check, deep_check, tensor_check, verifier_
 from speculators.deploy.engine import choose_engine, drafter_findings, notes_on_serving, position_findings, unserved
 from speculators.deploy.report import RECORD, CheckReport
 from speculators.model import SpeculatorModel
+from speculators.utils.files import absolute_if_directory
 from speculators.utils.names import NamedModel, model_name, refuse_option
 from speculators.utils.util import reading
 
@@ -56,7 +57,7 @@ def check_checkpoint(
     """
     path = local_directory(checkpoint)
     report = CheckReport(path, choose_engine(engine, python))
-    check_directory(report, None if verifier is None else model_name(verifier), algorithm)
+    check_directory(report, None if verifier is None else absolute_if_directory(model_name(verifier)), algorithm)
     if deep:
         check_deeply(report)
     return report
@@ -155,18 +156,8 @@ def read_weights(report: CheckReport) -> dict[str, Tensor] | None:
     try:
         return ForeignCheckpoint(report.path).tensors()
     except (OSError, ValueError) as problem:
-        report.add(
-            "weights",
-            [
-                error(
-                    "weights-unreadable",
-                    "model.safetensors",
-                    str(problem),
-                    "the weights must be beside config.json",
-                    "copy the checkpoint again",
-                )
-            ],
-        )
+        rule, fix = "the weights must be beside config.json", "copy the checkpoint again"
+        report.add("weights", [error("weights-unreadable", "model.safetensors", str(problem), rule, fix)])
         return None
 
 

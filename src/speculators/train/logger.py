@@ -73,11 +73,11 @@ class TrainingProgress(SlowStepBars):
         super().stop()
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Below the bar: what was learned, in a line of its own, as both together are wider than 80 columns."""
+        """Below the bar: what was learned, in lines of its own, as both together are wider than 80 columns."""
         yield from super().get_renderables()
         if self.first_step and not waiting_line():
             yield Text(f"{self.first_step} ...", "dim")
-        yield from (Text(task.description) for task in self.tasks if task.description)
+        yield from (Text(task.description, no_wrap=False, overflow="fold") for task in self.tasks if task.description)
 
     def __call__(self, event: Event, name: str = "") -> None:
         heading = f"{name}: " if name else ""

@@ -28,6 +28,12 @@ class NamedModel(Protocol):
     def name_or_path(self) -> str | None: ...
 
 
+def excerpt(value: object, most: int = 80) -> str:
+    """Returns `repr` of a value, of a longer one the beginning: "'What is the cap...'"."""
+    shown = repr(value)
+    return shown if len(shown) <= most else f"{shown[: most - 4]}...{shown[-1]}"
+
+
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """Returns the option most like `name`, or None when nothing is near."""
     options = sorted(options)
