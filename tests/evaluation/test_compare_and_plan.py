@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from speculators import assets
 from speculators.cli.app import main, run
 from speculators.evaluation.compare import compare_results
-from speculators.evaluation.plan import acceptance_lengths, make_plan
+from speculators.evaluation.plan import Curve, CurvePoint, PlanReport, acceptance_lengths, make_plan
 from speculators.evaluation.records import GroupFigures, MethodRow
 from speculators.evaluation.report import EvaluationReport
 from speculators.evaluation.statistics import Estimate, trend_of
@@ -315,3 +317,21 @@ def test_a_made_up_speedup_is_flagged_wherever_it_is_shown(tmp_path, capsys, mon
     [choice] = make_plan([made_up]).choices
     assert (choice.method, choice.num_speculative_tokens) == ("none", 0)
     assert main(["plan", a]) == 0 and "cannot be true" not in capsys.readouterr().err
+
+
+def test_a_table_of_eight_k_names_its_methods_on_eighty_columns():
+    points = tuple(
+        CurvePoint(num_speculative_tokens=k, acceptance_length=2.0, speedup=1.0 + k / 10, measured=sure(1.5))
+        for k in range(1, 9)
+    )
+    curves = tuple(
+        Curve(method=method, dataset=dataset, temperature=0.0, batch_size=1, points=points)
+        for dataset in ("a-data-set-with-a-long-name.jsonl", "gsm8k")
+        for method in ("eagle3", "suffix")
+    )
+    console = Console(file=io.StringIO(), width=80)
+    for table in PlanReport((), curves, ()).tables():
+        console.print(table)
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[0] for line in lines if "1.10" in line] == ["eagle3", "suffix"] * 2
+    assert sum("Cost model on" in line for line in lines) == 2 and "…" not in console.file.getvalue()

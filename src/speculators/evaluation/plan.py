@@ -99,7 +99,10 @@ class PlanReport(SavedReport):
                 if (choice.dataset, choice.temperature) == (dataset, temperature):
                     table.add_row(*map(escape, cells(choice)))
             tables.append(table)
-        return tables + ([curves_table(self.curves)] if self.curves else [])
+        for dataset, temperature in dict.fromkeys((curve.dataset, curve.temperature) for curve in self.curves):
+            curves = [c for c in self.curves if (c.dataset, c.temperature) == (dataset, temperature)]
+            tables.append(curves_table(dataset, temperature, curves))
+        return tables
 
     def sentence(self) -> str:
         return "; ".join(
@@ -129,15 +132,17 @@ def told_choice(choice: Choice) -> str:
     return f"{where}: {choice.method} with K = {choice.num_speculative_tokens}, {choice.speedup.value:.2f}x{doubt}"
 
 
-def curves_table(curves: Sequence[Curve]) -> Table:
+def curves_table(dataset: str, temperature: float, curves: Sequence[Curve]) -> Table:
     most = max(point.num_speculative_tokens for curve in curves for point in curve.points)
     caption = "speedup by the cost model, measured one in brackets; the largest of each row in stars"
-    columns = ["data set", "batch", *(f"K={k}" for k in range(1, most + 1))]
-    table = results_table("Cost model", curves[0].temperature, caption, columns)
+    columns = ["batch", *(f"K={k}" for k in range(1, most + 1))]
+    table = results_table(f"Cost model on {dataset}", temperature, caption, columns)
+    for column in table.columns[2:]:
+        column.no_wrap = False  # what was measured goes below, where the screen is narrow
     for curve in curves:
         found = {point.num_speculative_tokens: point for point in curve.points}
         shown = [cell_of_curve(found.get(k), curve.best) for k in range(1, most + 1)]
-        table.add_row(*map(escape, [curve.method, curve.dataset, str(curve.batch_size), *shown]))
+        table.add_row(*map(escape, [curve.method, str(curve.batch_size), *shown]))
     return table
 
 

@@ -225,7 +225,7 @@ def results_table(measured: str, temperature: float, caption: str, columns: Sequ
         padding=(0, 0),
         pad_edge=False,
     )
-    table.add_column("method", style="bold")
+    table.add_column("method", style="bold", min_width=8)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
