@@ -195,7 +195,9 @@ NEIGHBOURS, MOST_DISTINCT, ROWS_READ = 16, 12.0, 64
 
 def is_on_grid(weight: Tensor) -> bool:
     """Whether the values of a matrix were rounded to 4 bits or fewer, in groups of neighbours in a row: so many of them
-    are equal then. Groups of columns in another order (GPTQ's `desc_act`) are not seen."""
+    are equal then. Groups of columns in another order (GPTQ's `desc_act`) are not seen, and vectors are not rounded."""
+    if weight.dim() < 2:
+        return False
     rows_RC = weight.detach().flatten(0, -2)[:ROWS_READ].float()
     groups = rows_RC[:, : rows_RC.shape[1] // NEIGHBOURS * NEIGHBOURS].reshape(-1, NEIGHBOURS).sort(-1).values
     num_distinct = 1 + (groups.diff(dim=-1) != 0).sum(-1).float()
