@@ -13,7 +13,7 @@ from rich.console import Console
 from speculators import assets
 from speculators.cli.app import main, run
 from speculators.evaluation.compare import compare_results
-from speculators.evaluation.plan import Curve, CurvePoint, PlanReport, acceptance_lengths, make_plan
+from speculators.evaluation.plan import Choice, Curve, CurvePoint, PlanReport, acceptance_lengths, make_plan
 from speculators.evaluation.records import GroupFigures, MethodRow
 from speculators.evaluation.report import EvaluationReport
 from speculators.evaluation.statistics import Estimate, trend_of
@@ -330,7 +330,19 @@ def test_a_table_of_eight_k_names_its_methods_on_eighty_columns():
         for method in ("eagle3", "suffix")
     )
     console = Console(file=io.StringIO(), width=80)
-    for table in PlanReport((), curves, ()).tables():
+    choices = tuple(
+        Choice(
+            method="eagle3",
+            dataset=curve.dataset,
+            temperature=0.0,
+            batch_size=1,
+            num_speculative_tokens=4,
+            speedup=sure(1.5),
+            is_sure=True,
+        )
+        for curve in curves[::2]
+    )
+    for table in PlanReport(choices, curves, ()).tables():
         console.print(table)
     lines = console.file.getvalue().splitlines()
     assert [line.split()[0] for line in lines if "1.10" in line] == ["eagle3", "suffix"] * 2

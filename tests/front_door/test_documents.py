@@ -79,7 +79,13 @@ def test_the_figures_for_choosing_are_those_of_the_results():
 
 def test_the_figures_of_the_real_model_are_those_of_its_page():
     measured = (ROOT / "docs" / "results-smollm2.md").read_text()
-    [line] = [line for line in (ROOT / "docs" / "choosing.md").read_text().splitlines() if "How much of it" in line]
-    few, many = re.findall(r"give (\d\.\d\d)", line)
-    assert re.search(rf"^\| 100 \|.*\| {few} \(", measured, re.MULTILINE)
-    assert re.search(rf"^\| 1,000 \|.*\| {many} \(", measured, re.MULTILINE)
+    chosen = (ROOT / "docs" / "choosing.md").read_text()
+    amounts = re.findall(r"([\d,]+)(?: conversations)? give\s+(\d\.\d\d)", chosen)
+    assert [number for number, _ in amounts] == ["100", "300", "1,000", "2,900"]
+    for number, length in amounts:
+        assert re.search(rf"^\| {number} \|.*\| {length} \(", measured, re.MULTILINE), number
+    drafters = re.findall(r"(\w+)\s\((\d\.\d\d)(x?)\)", chosen[chosen.index("On [a real chat model]") :])
+    assert len(drafters) == 7
+    for name, value, times in drafters:
+        before = r"[^|]*\|" if times else ""  # a speedup stands behind the acceptance length
+        assert re.search(rf"^\| {name} \|{before} {value} \(", measured, re.MULTILINE), (name, value)

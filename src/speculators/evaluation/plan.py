@@ -91,23 +91,17 @@ class PlanReport(SavedReport):
 
     def tables(self) -> list[Table]:
         columns = ("batch", "K", "speedup", "sure", "worth\nmeasuring")
-        tables = []
-        for dataset, temperature in dict.fromkeys((c.dataset, c.temperature) for c in self.choices):
-            caption = "measured speedup ± 95 % bootstrap over prompts; sure: the interval lies above 1"
-            table = results_table(f"What to serve on {dataset}", temperature, caption, columns)
-            for choice in self.choices:
-                if (choice.dataset, choice.temperature) == (dataset, temperature):
-                    table.add_row(*map(escape, cells(choice)))
-            tables.append(table)
-        for dataset, temperature in dict.fromkeys((curve.dataset, curve.temperature) for curve in self.curves):
-            curves = [c for c in self.curves if (c.dataset, c.temperature) == (dataset, temperature)]
-            tables.append(curves_table(dataset, temperature, curves))
+        caption, tables = "measured speedup ± 95 % bootstrap over prompts; sure: the interval lies above 1", []
+        for place in dict.fromkeys((c.dataset, c.temperature) for c in self.choices):
+            table = results_table(f"What to serve on {place[0]}", place[1], caption, columns)
+            for choice in (c for c in self.choices if (c.dataset, c.temperature) == place):
+                table.add_row(*map(escape, cells(choice)))
+            curves = [c for c in self.curves if (c.dataset, c.temperature) == place]
+            tables += [table, *([curves_table(curves)] if curves else [])]
         return tables
 
     def sentence(self) -> str:
-        return "; ".join(
-            [*(told_choice(choice) for choice in self.choices), *(curve.sentence() for curve in self.learning)]
-        )
+        return "; ".join([*map(told_choice, self.choices), *(curve.sentence() for curve in self.learning)])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"sentences": [curve.sentence() for curve in self.learning]}
@@ -132,11 +126,11 @@ def told_choice(choice: Choice) -> str:
     return f"{where}: {choice.method} with K = {choice.num_speculative_tokens}, {choice.speedup.value:.2f}x{doubt}"
 
 
-def curves_table(dataset: str, temperature: float, curves: Sequence[Curve]) -> Table:
+def curves_table(curves: Sequence[Curve]) -> Table:
     most = max(point.num_speculative_tokens for curve in curves for point in curve.points)
     caption = "speedup by the cost model, measured one in brackets; the largest of each row in stars"
     columns = ["batch", *(f"K={k}" for k in range(1, most + 1))]
-    table = results_table(f"Cost model on {dataset}", temperature, caption, columns)
+    table = results_table(f"Cost model on {curves[0].dataset}", curves[0].temperature, caption, columns)
     for column in table.columns[2:]:
         column.no_wrap = False  # what was measured goes below, where the screen is narrow
     for curve in curves:
