@@ -151,7 +151,13 @@ def test_build_replaces_nothing_of_others(command, tmp_path, capsys):
 def test_a_wrong_flag_of_train_is_refused_before_an_hour_of_answers(verifier, chats, tmp_path):
     with pytest.raises(ValueError, match="epochz"):
         sp.build(verifier, chats, output=tmp_path / "out", train_flags="--epochz 3")
-    for flags, instead in (("--lr 1e-3 --epochs=3", "--budget answers="), ("--output mine", "build's own --output")):
+    for flags, instead in (
+        ("--lr 1e-3 --epochs=3", "--budget answers="),
+        ("--eagle3.epochs 9", "--budget answers="),
+        ("--output mine", "build's own --output"),
+        ("--data_path other", "build's own --data"),
+        ("--estimate", "--estimate to `speculators train`"),
+    ):
         with pytest.raises(ValueError, match=f"which a build sets itself: leave it out, and give {instead}"):
             sp.build(verifier, chats, output=tmp_path / "out", train_flags=flags)
     with pytest.raises(ValueError, match="does not exist"):

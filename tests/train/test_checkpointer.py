@@ -137,6 +137,16 @@ def test_save_best_removes_only_what_we_wrote(tmp_path, model, optimizers):
     assert checkpointer.val_losses() == {1: 1.0}
 
 
+def test_save_best_keeps_a_checkpoint_whose_metrics_cannot_be_read(tmp_path, model, optimizers):
+    """It may be the best one: its weights are whole."""
+    checkpointer = Checkpointer(tmp_path, save_best=True)
+    for epoch, loss in ((0, 1.0), (1, 2.0)):
+        checkpointer.save(tmp_path / str(epoch), model, optimizers, Position(epoch, 0, epoch), {"loss": loss})
+    (tmp_path / "0" / "val_metrics.json").write_text('{"loss": 1.')
+    assert any("cannot be the best one" in line for line in checkpointer.recover())
+    assert (tmp_path / "0" / "model.safetensors").exists() and (tmp_path / "checkpoint_best").readlink().name == "1"
+
+
 @pytest.mark.parametrize("name", ["master_weights.fp32", "optimizer_state_dict.pt", "training_state.json"])
 def test_a_damaged_file_is_named_with_the_way_out(tmp_path, model, optimizers, name):
     checkpointer = Checkpointer(tmp_path)

@@ -23,6 +23,10 @@ from speculators.utils.report import TableReport, facts_table
 SAID_OTHERWISE = {
     "--epochs": "--budget answers=N,epochs=E,prompts=P",
     **{flag: f"build's own {flag}" for flag in ("--verifier", "--data", "--output", "--speculator-type")},
+    "--verifier-name-or-path": "build's own --verifier",
+    "--data-path": "build's own --data",
+    "--save-path": "build's own --output",
+    **{flag: f"{flag} to `speculators train`" for flag in ("--estimate", "--dry-run")},
 }
 """Flags of `train` that the steps of a build depend on, and how they are said."""
 
@@ -44,8 +48,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for flag in flags_in(self.train_flags):
-            if flag in SAID_OTHERWISE:
-                said = SAID_OTHERWISE[flag]
+            of_any = "--" + flag.removeprefix("--").split(".")[-1]  # --dflash.epochs is one drafter's --epochs
+            if of_any in SAID_OTHERWISE:
+                said = SAID_OTHERWISE[of_any]
                 raise ValueError(f"train_flags holds {flag}, which a build sets itself: leave it out, and give {said}")
 
     @property

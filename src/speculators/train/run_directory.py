@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from speculators.checkpoint.io import BEST
@@ -78,10 +77,8 @@ class RunDirectory:
 
     def val_losses(self) -> dict[int, float]:
         """Returns epoch -> validation loss of the epochs on disk that were validated."""
-        losses = {}
-        for path in self.epochs():
-            with suppress(DamagedCheckpointError):  # `recover` tells of it
-                losses[int(path.name)] = self.val_metrics(path).get("loss", math.inf)
+        readable = [path for path in self.epochs() if self.has_readable_metrics(path)]
+        losses = {int(path.name): self.val_metrics(path).get("loss", math.inf) for path in readable}
         return {epoch: loss for epoch, loss in losses.items() if math.isfinite(loss)}
 
     def val_metrics(self, path: Path) -> dict[str, float]:
@@ -96,6 +93,14 @@ class RunDirectory:
             return dict(json.loads((path / METRICS_FILE).read_text()))
         except UNREADABLE as error:
             raise damaged(path, error) from error
+
+    def has_readable_metrics(self, path: Path) -> bool:
+        """Whether a checkpoint can be compared with others; `recover` tells of one that cannot."""
+        try:
+            self.val_metrics(path)
+        except DamagedCheckpointError:
+            return False
+        return True
 
     def refuse_other_runs(self) -> None:
         """Raises `ValueError` if `root` holds an earlier run: a new run must not mix its checkpoints with those."""
@@ -116,7 +121,8 @@ class RunDirectory:
             self.link(BEST, self.root / str(best))
         if self.save_best:
             for old in self.epochs():
-                if int(old.name) < best:  # a later one is of a run without save_best, and may be its newest
+                # a later one is of a run without save_best, and may be its newest; one that cannot be read, the best
+                if int(old.name) < best and self.has_readable_metrics(old):
                     remove_directory(old)
         for link in self.root.glob("epoch*_*"):
             if link.is_symlink() and not link.exists():

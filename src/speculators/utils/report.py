@@ -159,7 +159,7 @@ def work() -> Iterator[None]:
 
 def is_first_rank() -> bool:
     """Whether this process reports: of those that torchrun started all have the same results, and the first checks."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def exit_code_of(error: BaseException) -> int:
